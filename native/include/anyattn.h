@@ -1,0 +1,149 @@
+/* anyattn: exact attention in O(N) memory on the host processor, forward and backward.
+ *
+ * One struct describes a call. A zeroed struct with sizes, pointers and `scale` filled in is a plain dense call;
+ * every other field switches a feature on. Fields are only ever appended, and `size` tells the library how much of
+ * the struct its caller knows: nonzero bytes beyond what the library knows make the call UNSUPPORTED, never wrong.
+ * Nothing is kept between calls. Every function is thread-safe. Device pointers are out of scope.
+ *
+ *     t_ij = scale <q_i, k_j>          s_ij = softcap(t_ij) + bias_ij - slope |p - c|
+ *     lse_i = log sum_j exp(s_ij)      o_i = sum_j exp(s_ij - lse_i) v_j        j over the keys that row i may see
+ */
+#ifndef ANYATTN_H
+#define ANYATTN_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define ANYATTN_API __declspec(dllexport)
+#else
+#define ANYATTN_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define ANYATTN_VERSION 0x000100 /* 0.1.0 */
+
+typedef enum anyattn_status {
+    ANYATTN_SUCCESS = 0,
+    ANYATTN_INVALID_DIMENSION = 1, /* a size, a stride or the relation between sizes */
+    ANYATTN_NULL_POINTER = 2,      /* an array that this call needs is missing */
+    ANYATTN_INVALID_DTYPE = 3,
+    ANYATTN_INVALID_VALUE = 4, /* a scalar: scale, softcap, dropout, window, flags */
+    ANYATTN_OUT_OF_RANGE = 5,  /* an entry of cu_seqlens, seqused, leftpad, block_table, cache_batch_idx */
+    ANYATTN_UNSUPPORTED = 6,   /* fields or flags that this version does not know, a target that is not there */
+    ANYATTN_OUT_OF_MEMORY = 7
+} anyattn_status;
+
+typedef enum anyattn_dtype {
+    ANYATTN_NONE = 0,
+    ANYATTN_FLOAT32 = 1,
+    ANYATTN_FLOAT16 = 2,
+    ANYATTN_BFLOAT16 = 3,
+    ANYATTN_FLOAT64 = 4,
+    ANYATTN_BOOL = 5,
+    ANYATTN_INT32 = 6
+} anyattn_dtype;
+
+typedef enum anyattn_flag {
+    ANYATTN_HAS_LEFT = 1,           /* rows see at most `left` keys before their position */
+    ANYATTN_HAS_RIGHT = 2,          /* and at most `right` after it; causal is right = 0 */
+    ANYATTN_TOP_LEFT = 4,           /* position of row i is i (default: i + n_k - leftpad - n_q) */
+    ANYATTN_ROTARY_INTERLEAVED = 8, /* append: pairs (0,1), (2,3), ... instead of halves */
+    ANYATTN_ACCUMULATE = 16         /* backward adds to dq, dk, dv instead of overwriting them */
+} anyattn_flag;
+
+/* Strides are in elements. The last dimension is contiguous (a bias or mask may also have stride 0 there).
+ * `data` null: the array is absent. */
+typedef struct anyattn_array {
+    void *data;
+    int64_t stride[4];
+    int32_t dtype;
+    int32_t reserved;
+} anyattn_array;
+
+/* body(context, task, worker) for every task in [0, tasks), worker in [0, num_threads). */
+typedef void (*anyattn_body)(void *context, int64_t task, int32_t worker);
+typedef void (*anyattn_parallel_for)(void *user, int64_t tasks, int32_t num_threads, anyattn_body body, void *context);
+
+typedef struct anyattn_call {
+    uint32_t size; /* sizeof(anyattn_call) of the caller */
+    uint32_t flags;
+    int32_t num_threads; /* 0: as many as the runtime gives */
+    int32_t target;      /* 0: the best of this machine; else 1 + an index of anyattn_target_name */
+
+    int64_t batch;
+    int64_t seqlen_q, seqlen_k; /* dense: rows of the arrays; packed: an upper bound of any sequence's length;
+                                   paged: logical slots of a sequence, max_pages * page_size */
+    int64_t nheads, nheads_kv;
+    int64_t head_dim, head_dim_v;
+    int64_t total_q, total_k;   /* rows of packed q, of packed k and v (with cu_seqlens) */
+    int64_t batch_k;            /* batch entries of dense k and v (0: batch; more with cache_batch_idx) */
+    int64_t num_pages, page_size, max_pages; /* paged k and v; entries per row of block_table */
+
+    double scale, softcap;      /* softcap 0: off */
+    int64_t left, right, chunk; /* chunk 0: off */
+    int64_t query_start, key_start; /* added to the indices that dropout counts by */
+    uint32_t dropout_threshold;     /* keep where a random 16-bit number >= threshold; 0: no dropout */
+    int32_t rotary_dim;             /* append: rotated part of head_dim */
+
+    /* q, out, dout, dq: (batch, seqlen_q, nheads, dim); k, v, dk, dv: (batch_k, seqlen_k, nheads_kv, dim);
+     * packed: stride[0] is not used; paged: (num_pages, page_size, nheads_kv, dim). */
+    anyattn_array q, k, v, out;
+    anyattn_array lse;  /* (batch, nheads, row); packed: (unused, nheads, total_q) */
+    anyattn_array bias; /* (batch, nheads, seqlen_q, seqlen_k), stride 0 where broadcast */
+    anyattn_array mask; /* the same, one byte each; 0: not seen */
+    anyattn_array alibi_slopes; /* (batch, nheads) stride[0], stride[1]; float32 (float64 for float64) */
+    anyattn_array sink;         /* (nheads) stride[0]; the same type */
+    anyattn_array dout, dlse, dq, dk, dv;
+    anyattn_array dbias; /* as bias, contiguous where not broadcast; sums over axes of stride 0 */
+    anyattn_array dsink; /* (nheads) stride[0] */
+    anyattn_array new_k, new_v; /* append: (batch, seqlen_new, nheads_kv, dim) */
+    anyattn_array rotary_cos, rotary_sin; /* append: (positions, rotary_dim / 2) stride[0] */
+    int64_t seqlen_new, rotary_positions;
+
+    const int32_t *cu_seqlens_q, *cu_seqlens_k; /* batch + 1 */
+    const int32_t *seqused_q, *seqused_k, *leftpad_k, *offset; /* batch */
+    const int32_t *block_table;     /* batch x max_pages */
+    const int32_t *cache_batch_idx; /* batch */
+    const int32_t *cache_seqlens;   /* batch; append writes behind these */
+    const uint64_t *rng_state;      /* seed, offset */
+
+    void *workspace; /* anyattn_workspace bytes, 64-byte aligned; null: allocated inside */
+    int64_t workspace_bytes;
+    anyattn_parallel_for parallel_for; /* null: an OpenMP runtime of this process, or an own pool */
+    void *parallel_for_user;
+    char *message; /* what was wrong, in words; may be null */
+    int64_t message_bytes;
+} anyattn_call;
+
+typedef enum anyattn_pass { ANYATTN_FORWARD = 0, ANYATTN_BACKWARD = 1, ANYATTN_APPEND = 2 } anyattn_pass;
+
+ANYATTN_API uint32_t anyattn_version(void);
+ANYATTN_API const char *anyattn_error_string(int32_t status);
+
+/* Instruction sets compiled in, best first; null past the end. */
+ANYATTN_API const char *anyattn_target_name(int32_t index);
+/* 1 where this machine and its operating system run that target. */
+ANYATTN_API int32_t anyattn_target_available(int32_t index);
+
+/* Bytes of workspace for one pass of this call, or a negative status. A function of sizes only. */
+ANYATTN_API int64_t anyattn_workspace(const anyattn_call *call, int32_t pass);
+
+/* Writes out and lse (lse may be absent). Rows outside every sequence: out 0, lse -inf. */
+ANYATTN_API int32_t anyattn_forward(const anyattn_call *call);
+/* Writes dq, dk, dv and, where present, dbias and dsink. */
+ANYATTN_API int32_t anyattn_backward(const anyattn_call *call);
+/* Writes new_k (rotated) and new_v into k and v at cache_seqlens; and q, rotated, into out if q is present. */
+ANYATTN_API int32_t anyattn_append(const anyattn_call *call);
+
+/* Threads a call with num_threads = 0 would use now; the name of the runtime that would run them. */
+ANYATTN_API int32_t anyattn_num_threads(void);
+ANYATTN_API const char *anyattn_thread_runtime(void);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,63 @@
+// Where each sequence lies in the arrays of a call and which keys each of its rows may see. Host code and every
+// instruction set compile this for themselves, hence the anonymous namespace.
+#pragma once
+#include "anyattn.h"
+
+namespace {
+
+// One sequence: rows and keys in use, first key slot in use, and position of row 0.
+struct Sequence {
+    int64_t n_q, n_k, leftpad, offset;
+    int64_t row_q, row_k;  // first row inside packed arrays
+    int64_t batch_k;       // batch entry of dense k and v
+    int64_t index;
+};
+
+inline Sequence sequence(const anyattn_call &call, int64_t b) {
+    Sequence s{};
+    s.index = b;
+    s.batch_k = call.cache_batch_idx ? call.cache_batch_idx[b] : b;
+    s.n_q = call.seqlen_q;
+    s.n_k = call.seqlen_k;
+    if (call.cu_seqlens_q) {
+        s.row_q = call.cu_seqlens_q[b];
+        s.n_q = call.cu_seqlens_q[b + 1] - s.row_q;
+    }
+    if (call.cu_seqlens_k) {
+        s.row_k = call.cu_seqlens_k[b];
+        s.n_k = call.cu_seqlens_k[b + 1] - s.row_k;
+    }
+    if (call.seqused_q) s.n_q = call.seqused_q[b];
+    if (call.seqused_k) s.n_k = call.seqused_k[b];
+    if (call.leftpad_k) s.leftpad = call.leftpad_k[b];
+    if (call.offset) {
+        s.offset = call.offset[b];
+    } else if (!(call.flags & ANYATTN_TOP_LEFT)) {
+        s.offset = s.n_k - s.leftpad - s.n_q;
+    }
+    return s;
+}
+
+inline int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b != 0 && (a < 0)); }
+inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// First key that row i may see.
+inline int64_t key_begin(const anyattn_call &call, const Sequence &s, int64_t i) {
+    const int64_t p = i + s.offset;
+    int64_t c = 0;
+    if (call.flags & ANYATTN_HAS_LEFT) c = max64(c, p - call.left);
+    if (call.chunk > 0) c = max64(c, call.chunk * floor_div(p, call.chunk));
+    return s.leftpad + c;
+}
+
+// One past the last key that row i may see; <= key_begin where it sees none.
+inline int64_t key_end(const anyattn_call &call, const Sequence &s, int64_t i) {
+    const int64_t p = i + s.offset;
+    int64_t end = s.n_k;
+    if (call.flags & ANYATTN_HAS_RIGHT) end = min64(end, s.leftpad + p + call.right + 1);
+    if (call.chunk > 0) end = min64(end, s.leftpad + call.chunk * (floor_div(p, call.chunk) + 1));
+    return end;
+}
+
+}  // namespace

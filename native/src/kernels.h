@@ -1,0 +1,45 @@
+// What one instruction set offers to the rest of the engine. Every target_*.cc fills one table from the same source.
+#pragma once
+#include "anyattn.h"
+
+namespace anyattn {
+
+// Query rows of one forward or backward block, on every target: tasks must not depend on the instruction set.
+constexpr int64_t kBlockQ = 64;
+
+// Where the backward of one (sequence, KV head, split) accumulates: rows of `stride` values in the compute type.
+struct Partial {
+    void *dk, *dv;
+    int64_t dk_stride, dv_stride;
+};
+
+// A call reaches a kernel validated; sequences, heads and blocks are chosen by schedule.cc.
+struct Kernels {
+    const char *name;
+    // Bytes of scratch that one worker needs, 64-byte aligned.
+    int64_t (*scratch)(const anyattn_call &, int32_t pass);
+    // Row length (in compute values) of a dK or dV partial for this head size: padded to whole vectors.
+    int64_t (*partial_stride)(const anyattn_call &, int64_t dim);
+    // True if dk and dv themselves can be the partial (compute type, whole vectors, no accumulate).
+    bool (*partial_in_place)(const anyattn_call &);
+    // Rows [block * kBlockQ, ...) of sequence b, head h.
+    void (*forward)(const anyattn_call &, int64_t b, int64_t h, int64_t block, void *scratch);
+    // Query blocks {split, split + splits, ...} of the group's heads, counted h-major: dq written, dk and dv
+    // accumulated into the zeroed partial, sink_partial[h * blocks + block] += its part of dsink (may be null).
+    void (*backward)(const anyattn_call &, int64_t b, int64_t h_kv, int64_t split, int64_t splits, const Partial &,
+                     double *sink_partial, void *scratch);
+    // Adds the partials of all splits in order and writes rows [row0, row1) of dk and dv of sequence b.
+    void (*reduce)(const anyattn_call &, int64_t b, int64_t h_kv, int64_t row0, int64_t row1, const Partial *,
+                   int64_t splits);
+    // One (kBlockQ x key block) tile of dbias, summed over its broadcast axes.
+    void (*dbias)(const anyattn_call &, int64_t bias_b, int64_t bias_h, int64_t block_q, int64_t block_k,
+                  void *scratch);
+    int64_t (*dbias_block_k)(const anyattn_call &);
+};
+
+extern const Kernels kernels_baseline;
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+extern const Kernels kernels_avx512bf16;
+
+}  // namespace anyattn
