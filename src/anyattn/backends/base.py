@@ -1,0 +1,100 @@
+"""What a backend is: it says what it supports and makes plans; a plan computes one Problem on the arrays of a Call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ..kvcache import Append
+from ..problem import Array, Problem
+
+
+class Adapter(Protocol):
+    """How a framework's arrays are described, allocated and reached. One object per framework."""
+
+    name: str
+
+    def describe(self, array: Any) -> Array:
+        """Metadata of an array."""
+
+    def empty(self, shape: Sequence[int], dtype: str, like: Any) -> Any:
+        """An uninitialised contiguous array on the device of `like`; dtype "uint8" for workspace."""
+
+    def pointer(self, array: Any) -> int:
+        """Address of the first element."""
+
+    def numpy(self, array: Any) -> npt.NDArray[Any]:
+        """A view in host memory; bfloat16 comes as uint16."""
+
+
+@dataclass(slots=True)
+class Call:
+    """One call: the framework's own arrays, None where absent. Between equal calls only this changes; no plan keeps any of it."""
+
+    adapter: Adapter
+    q: Any = None
+    k: Any = None
+    v: Any = None
+    bias: Any = None
+    mask: Any = None
+    alibi_slopes: Any = None
+    sink: Any = None
+    cu_seqlens_q: Any = None
+    cu_seqlens_k: Any = None
+    seqused_q: Any = None
+    seqused_k: Any = None
+    leftpad_k: Any = None
+    offset: Any = None
+    block_table: Any = None
+    cache_batch_idx: Any = None
+    rng_state: Any = None
+    out: Any = None
+    lse: Any = None
+    dout: Any = None
+    dlse: Any = None
+    dq: Any = None
+    dk: Any = None
+    dv: Any = None
+    dbias: Any = None
+    dsink: Any = None
+    workspace: Any = None
+    new_k: Any = None  # append only, from here on
+    new_v: Any = None
+    cache_seqlens: Any = None
+    rotary_cos: Any = None
+    rotary_sin: Any = None
+
+
+class Plan(Protocol):
+    """Everything about a Problem that does not change between calls."""
+
+    forward_bytes: int  # workspace, allocated by the framework together with the outputs
+    backward_bytes: int
+
+    def forward(self, call: Call) -> None:
+        """Writes call.out and call.lse. No allocation, no synchronisation, no host read of device values."""
+
+    def backward(self, call: Call) -> None:
+        """Writes call.dq, dk, dv and, where not None, dbias and dsink, from out, lse, dout and dlse (may be None)."""
+
+
+class Backend(Protocol):
+    """One engine."""
+
+    name: str
+
+    def available(self) -> str | None:
+        """None, or why this backend cannot run here."""
+
+    def supports(self, problem: Problem) -> list[str]:
+        """[] or the reasons against. May look at sizes, never at values in device memory."""
+
+    def plan(self, problem: Problem) -> Plan:
+        """Cheap; compiled parts are cached by problem.variant."""
+
+    def append(self, append: Append, call: Call) -> None:
+        """Writes call.new_k (rotated) and call.new_v into the cache call.k, call.v, and rotated call.q into call.out."""

@@ -1,0 +1,14 @@
+"""Exceptions of anyattn. Bad arguments raise ValueError or TypeError; only a refusal by every backend is its own type."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+
+class UnsupportedProblem(NotImplementedError):
+    """No backend computes this problem: the call is valid, and the message lists each backend's reasons."""
+
+    def __init__(self, problem: str, refusals: Mapping[str, Sequence[str]]) -> None:
+        self.refusals = {name: tuple(reasons) for name, reasons in refusals.items()}
+        lines = [f"  {name}: {'; '.join(reasons)}" for name, reasons in self.refusals.items()]
+        super().__init__("\n".join([f"no backend computes {problem}", *lines]))

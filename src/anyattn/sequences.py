@@ -1,0 +1,118 @@
+"""Where each sequence of a call lies: lengths and positions read from the tables, and the check of the tables' values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from .problem import Problem
+
+Table = npt.NDArray[np.int32]
+Tables = Mapping[str, Table | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Sequence:
+    """One sequence: rows and keys in use, first key slot in use, position of row 0, and where it lies in the arrays."""
+
+    index: int
+    n_q: int
+    n_k: int
+    leftpad: int
+    offset: int
+    row_q: int  # first row in packed q
+    row_k: int  # first row in packed k and v
+    batch_k: int  # batch entry of dense k and v
+
+    def positions(self, start: int = 0, stop: int | None = None) -> npt.NDArray[np.int64]:
+        """Positions of rows [start, stop)."""
+        return np.arange(start, self.n_q if stop is None else stop, dtype=np.int64) + self.offset
+
+
+def sequences(problem: Problem, tables: Tables) -> Iterator[Sequence]:
+    """Every sequence of the call, in order."""
+    cu_q, cu_k = tables.get("cu_seqlens_q"), tables.get("cu_seqlens_k")
+
+    def entry(name: str, b: int, default: int) -> int:
+        table = tables.get(name)
+        return default if table is None else int(table[b])
+
+    for b in range(problem.batch):
+        row_q = 0 if cu_q is None else int(cu_q[b])
+        row_k = 0 if cu_k is None else int(cu_k[b])
+        n_q = entry("seqused_q", b, problem.seqlen_q if cu_q is None else int(cu_q[b + 1]) - row_q)
+        n_k = entry("seqused_k", b, problem.seqlen_k if cu_k is None else int(cu_k[b + 1]) - row_k)
+        leftpad = entry("leftpad_k", b, 0)
+        aligned = n_k - leftpad - n_q if problem.alignment == "bottom-right" else 0
+        yield Sequence(
+            index=b,
+            n_q=n_q,
+            n_k=n_k,
+            leftpad=leftpad,
+            offset=entry("offset", b, aligned),
+            row_q=row_q,
+            row_k=row_k,
+            batch_k=entry("cache_batch_idx", b, b),
+        )
+
+
+def check_tables(problem: Problem, tables: Tables) -> None:
+    """Checks the values of every table (host memory) before any work.
+
+    Raises:
+        ValueError: names the table, the entry and what is accepted.
+    """
+    rows_q = _check_cumulative("cu_seqlens_q", tables, problem.q.shape[0], problem.seqlen_q)
+    rows_k = _check_cumulative("cu_seqlens_k", tables, problem.k.shape[0], problem.seqlen_k)
+    _check_range("seqused_q", tables, 0, problem.seqlen_q if rows_q is None else rows_q)
+    _check_range("seqused_k", tables, 0, problem.seqlen_k if rows_k is None else rows_k)
+    used = tables.get("seqused_k")
+    if used is None:
+        used = np.full(problem.batch, problem.seqlen_k, np.int64) if rows_k is None else rows_k
+    _check_range("leftpad_k", tables, 0, used)
+    _check_range("cache_batch_idx", tables, 0, problem.k.shape[0] - 1)
+    pages = tables.get("block_table")
+    if pages is not None:
+        _check_pages(pages, used, problem.page_size, problem.k.shape[0])
+
+
+def _check_cumulative(name: str, tables: Tables, total: int, longest: int) -> npt.NDArray[np.int64] | None:
+    """Lengths from a cumulative table, or None where there is none."""
+    table = tables.get(name)
+    if table is None:
+        return None
+    lengths = np.diff(table.astype(np.int64))
+    if (lengths < 0).any():
+        b = int(np.argmax(lengths < 0))
+        raise ValueError(f"{name} must not decrease; got {table[b]} before {table[b + 1]} at entry {b + 1}")
+    if table[0] < 0 or table[-1] > total:
+        raise ValueError(f"{name} must lie in [0, {total}] (the rows of the packed array); got {table[0]} to {table[-1]}")
+    if lengths.size and lengths.max() > longest:
+        b = int(np.argmax(lengths))
+        raise ValueError(f"{name}: sequence {b} has {lengths[b]} rows, more than the max_seqlen given ({longest})")
+    return lengths
+
+
+def _check_range(name: str, tables: Tables, low: int, high: int | npt.NDArray[np.int64]) -> None:
+    table = tables.get(name)
+    if table is None:
+        return
+    bad = (table < low) | (table > high)
+    if bad.any():
+        b = int(np.argmax(bad))
+        limit = int(np.broadcast_to(high, table.shape)[b])
+        raise ValueError(f"{name}[{b}] is {table[b]}; accepted are {low} to {limit}")
+
+
+def _check_pages(pages: Table, used: npt.NDArray[np.int64], page_size: int, num_pages: int) -> None:
+    """Entries beyond a sequence's used pages may be anything."""
+    if pages.size == 0:
+        return
+    in_use = np.arange(pages.shape[1])[None, :] * page_size < np.asarray(used)[:, None]
+    bad = in_use & ((pages < 0) | (pages >= num_pages))
+    if bad.any():
+        b, entry = (int(x) for x in np.argwhere(bad)[0])
+        raise ValueError(f"block_table[{b}, {entry}] is {pages[b, entry]}; accepted are 0 to {num_pages - 1}")
