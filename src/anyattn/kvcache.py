@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .problem import DTYPES, Array
-from .sequences import Tables
+from .sequences import Tables, check_pages
 
 ARRAYS = ("q", "k", "v", "new_k", "new_v", "rotary_cos", "rotary_sin", "cache_seqlens", "cache_batch_idx", "block_table")
 
@@ -76,6 +76,13 @@ def _check_shapes(append: Append) -> None:
             f"k and v must be (batch, seqlen_new, nheads_kv, head_dim) like the cache {cache.shape}, {append.v.shape}; "
             f"got k {new_k.shape}, v {new_v.shape} for q {append.q.shape}"
         )
+    entries, pages = append.cache_batch_idx, append.block_table
+    if entries is not None and (entries.shape != (append.batch,) or pages is not None):
+        raise ValueError(f"cache_batch_idx must be ({append.batch},), without block_table; got {entries.shape}")
+    if pages is not None and (len(pages.shape) != 2 or pages.shape[0] != append.batch):
+        raise ValueError(f"block_table must be (batch, max_pages) with batch {append.batch}; got {pages.shape}")
+    if entries is None and pages is None and cache.shape[0] != append.batch:
+        raise ValueError(f"k_cache must have q's batch {append.batch} as its first dimension; got {cache.shape}")
     if append.cache_seqlens.shape != (append.batch,) or append.cache_seqlens.dtype != "int32":
         raise ValueError(f"cache_seqlens must be an int or int32 ({append.batch},); got {append.cache_seqlens.shape}")
 
@@ -98,16 +105,20 @@ def _check_rotary(append: Append) -> None:
 
 def check_append(append: Append, tables: Tables) -> None:
     """Checks the values (host memory) before anything is written."""
-    lengths = tables["cache_seqlens"]
+    lengths, entries, pages = (tables.get(name) for name in ("cache_seqlens", "cache_batch_idx", "block_table"))
     if lengths is None or lengths.size == 0:
         return
     low, high = int(lengths.min()), int(lengths.max())
     if low < 0 or high + append.seqlen_new > append.slots:
         raise ValueError(
             f"cache_seqlens ({low} to {high}) plus {append.seqlen_new} new keys must lie in [0, {append.slots}], the size of the cache"
-            + (" (block_table rows * page_size)" if append.page_size else "")
+            + (" (block_table columns * page_size)" if append.page_size else "")
         )
     if append.rotary_cos is not None:
         last = high + max(append.seqlen_new, append.q.shape[1] if append.by_row else 1)
         if last > append.rotary_cos.shape[0]:
             raise ValueError(f"rotary_cos has {append.rotary_cos.shape[0]} positions; this call needs {last}")
+    if entries is not None and (entries.min() < 0 or entries.max() >= append.k.shape[0]):
+        raise ValueError(f"cache_batch_idx must lie in [0, {append.k.shape[0]}); got {entries.min()} to {entries.max()}")
+    if pages is not None:
+        check_pages(pages, lengths.astype("int64") + append.seqlen_new, append.page_size, append.k.shape[0])

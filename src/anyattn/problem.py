@@ -1,8 +1,4 @@
-"""What is asked: masks, arrays' metadata, the Problem, and its validation. Nothing else in anyattn checks arguments.
-
-Every message names the argument, what came and what is accepted. Values of tables (cu_seqlens, block_table, ...) are checked in
-`sequences.py`, since they change between calls of one Problem.
-"""
+"""What is asked: masks, arrays' metadata, the Problem, and its validation (values of tables: `sequences.py`)."""
 
 from __future__ import annotations
 
@@ -22,6 +18,7 @@ ALIGNMENTS = ("bottom-right", "top-left")
 # Array arguments of one call, in the order every layer passes them.
 TABLES = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "leftpad_k", "offset", "block_table", "cache_batch_idx")
 INPUTS = ("q", "k", "v", "bias", "mask", "alibi_slopes", "sink", *TABLES, "rng_state")
+SAVED = ("out", "lse", "dout", "dlse")  # what the backward needs besides; dlse may be absent
 POSITION_LIMIT = 2**31 - 1
 
 Ints = npt.NDArray[np.int64]
@@ -29,7 +26,7 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Array:
-    """Metadata of one array: strides in elements, dtype by name, device as text ("cpu", "cuda:0")."""
+    """Metadata of one array: strides in elements, dtype by name, device as text."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -116,7 +113,10 @@ class Problem:
     block_table: Array | None
     cache_batch_idx: Array | None
     rng_state: Array | None
-    dout: Array | None  # backward only
+    out: Array | None  # these four: backward only
+    lse: Array | None
+    dout: Array | None
+    dlse: Array | None
     batch: int
     seqlen_q: int  # packed: an upper bound of any sequence's length
     seqlen_k: int  # paged: logical slots of a sequence
@@ -219,12 +219,8 @@ class Problem:
 
 
 def make_problem(arrays: Mapping[str, Array | None], options: Options) -> Problem:
-    """Validates the metadata of a call.
-
-    Raises:
-        ValueError: a size, a relation between sizes or a scalar is wrong. TypeError: a dtype is.
-    """
-    given = {name: arrays.get(name) for name in (*INPUTS, "dout")}
+    """Validates a call's metadata: ValueError (sizes, scalars) and TypeError (dtypes) name the argument and what is accepted."""
+    given = {name: arrays.get(name) for name in (*INPUTS, *SAVED)}
     q, k, v = (_required(given, name) for name in ("q", "k", "v"))
     batch, seqlen_q, seqlen_k = _sizes(given, q, k, v, options)
     _check_dtypes(given, q, k, v)
@@ -234,10 +230,7 @@ def make_problem(arrays: Mapping[str, Array | None], options: Options) -> Proble
     _check_scores(given, q, batch, seqlen_q, seqlen_k)
     _check_scalars(options, given)
     scale = 1.0 / math.sqrt(q.shape[-1]) if options.scale is None else float(options.scale)
-    dout, out_shape = given["dout"], (*q.shape[:-1], v.shape[-1])
-    if dout is not None and dout.shape != out_shape:
-        raise ValueError(f"dout must have out's shape {out_shape}; got {dout.shape}")
-    return Problem(
+    problem = Problem(
         **given,  # type: ignore[arg-type]
         batch=batch,
         seqlen_q=seqlen_q,
@@ -250,6 +243,17 @@ def make_problem(arrays: Mapping[str, Array | None], options: Options) -> Proble
         deterministic=options.deterministic,
         batch_invariant=options.batch_invariant,
     )
+    _check_saved(problem)
+    return problem
+
+
+def _check_saved(problem: Problem) -> None:
+    for name, want in (("dout", problem.out_shape), ("out", problem.out_shape), ("lse", problem.lse_shape)):
+        array = getattr(problem, name)
+        if problem.dout is not None and (array is None or array.shape != want):
+            raise ValueError(f"{name} must have shape {want}; got {None if array is None else array.shape}")
+    if problem.dlse is not None and problem.dlse.shape != problem.lse_shape:
+        raise ValueError(f"dlse must have lse's shape {problem.lse_shape}; got {problem.dlse.shape}")
 
 
 def _required(given: Mapping[str, Array | None], name: str) -> Array:
@@ -306,7 +310,8 @@ def _check_dtypes(given: Mapping[str, Array | None], q: Array, k: Array, v: Arra
         "alibi_slopes": (compute,),
         "sink": (compute,),
         "rng_state": ("int64",),
-        "dout": (q.dtype, compute),
+        **dict.fromkeys(("out", "dout"), (q.dtype, compute)),
+        **dict.fromkeys(("lse", "dlse"), (compute,)),
         **dict.fromkeys(TABLES, ("int32",)),
     }
     for name, dtypes in accepted.items():

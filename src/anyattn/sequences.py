@@ -76,7 +76,7 @@ def check_tables(problem: Problem, tables: Tables) -> None:
     _check_range("cache_batch_idx", tables, 0, problem.k.shape[0] - 1)
     pages = tables.get("block_table")
     if pages is not None:
-        _check_pages(pages, used, problem.page_size, problem.k.shape[0])
+        check_pages(pages, used, problem.page_size, problem.k.shape[0])
 
 
 def _check_cumulative(name: str, tables: Tables, total: int, longest: int) -> npt.NDArray[np.int64] | None:
@@ -107,7 +107,7 @@ def _check_range(name: str, tables: Tables, low: int, high: int | npt.NDArray[np
         raise ValueError(f"{name}[{b}] is {table[b]}; accepted are {low} to {limit}")
 
 
-def _check_pages(pages: Table, used: npt.NDArray[np.int64], page_size: int, num_pages: int) -> None:
+def check_pages(pages: Table, used: npt.NDArray[np.int64], page_size: int, num_pages: int) -> None:
     """Entries beyond a sequence's used pages may be anything."""
     if pages.size == 0:
         return

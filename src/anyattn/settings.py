@@ -52,9 +52,10 @@ def reload() -> Settings:
     return _current
 
 
-def on_reload(listener: Callable[[], None]) -> None:
+def on_reload(listener: Callable[[], None]) -> Callable[[], None]:
     """Calls `listener` whenever the settings may have changed."""
     _listeners.append(listener)
+    return listener
 
 
 def describe() -> dict[str, tuple[str, str]]:

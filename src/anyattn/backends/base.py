@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,6 +20,9 @@ class Adapter(Protocol):
 
     def describe(self, array: Any) -> Array:
         """Metadata of an array."""
+
+    def key(self, array: Any) -> Hashable:
+        """The same metadata as cheaply as the framework gives it: key of cached plans."""
 
     def empty(self, shape: Sequence[int], dtype: str, like: Any) -> Any:
         """An uninitialised contiguous array on the device of `like`; dtype "uint8" for workspace."""

@@ -1,0 +1,44 @@
+"""anyattn: FlashAttention on any hardware. Exact attention in O(N) memory, forward and backward.
+
+>>> import numpy as np, anyattn
+>>> q = k = v = np.ones((1, 4, 2, 8), np.float32)  # (batch, seqlen, nheads, head_dim)
+>>> anyattn.attention(q, k, v, causal=True).shape
+(1, 4, 2, 8)
+"""
+
+from .api import (
+    Gradients,
+    attention,
+    attention_backward,
+    attention_forward,
+    attention_varlen,
+    attention_with_kvcache,
+    explain,
+    flash_attention,
+    get_available_backends,
+    merge,
+    print_backend_info,
+)
+from .dispatch import Explanation, backend
+from .errors import UnsupportedProblem
+from .problem import Mask
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Explanation",
+    "Gradients",
+    "Mask",
+    "UnsupportedProblem",
+    "attention",
+    "attention_backward",
+    "attention_forward",
+    "attention_varlen",
+    "attention_with_kvcache",
+    "backend",
+    "explain",
+    "flash_attention",
+    "get_available_backends",
+    "merge",
+    "print_backend_info",
+]

@@ -1,0 +1,171 @@
+"""Which backend computes a problem, and why not the others. Argument > context manager > environment > automatic."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import warnings
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+from . import settings
+from .backends.base import Backend, Plan
+from .errors import UnsupportedProblem
+from .problem import Problem, Variant
+
+NAMES = ("cpu", "numpy")  # automatic order
+CACHE_SIZE = 1024
+
+logger = logging.getLogger("anyattn")
+logger.addHandler(logging.NullHandler())
+
+_named: ContextVar[tuple[str, ...]] = ContextVar("anyattn_backend", default=())
+_backends: dict[str, Backend] = {}
+_lock = threading.Lock()
+_passed_over: set[tuple[str, Variant]] = set()
+_warned = False
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """The backend that a problem gets (None: none computes it) and the reasons of every backend that refuses it."""
+
+    problem: str
+    chosen: str | None
+    reasons: dict[str, list[str]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{name}: {'; '.join(reasons)}" for name, reasons in self.reasons.items() if reasons]
+        return "\n".join([f"{self.problem}: {self.chosen or 'no backend'}", *(f"  not {line}" for line in lines)])
+
+
+@contextmanager
+def backend(*names: str) -> Iterator[None]:
+    """Uses only the named backends, in this order, inside the `with` block; none of them falls back to another.
+
+    >>> with backend("numpy"):
+    ...     pass
+    """
+    for name in names:
+        get(name)
+    token = _named.set(names)
+    try:
+        yield
+    finally:
+        _named.reset(token)
+
+
+def get(name: str) -> Backend:
+    """The backend of that name; created at first use."""
+    found = _backends.get(name)
+    if found is None:
+        with _lock:
+            found = _backends.setdefault(name, _create(name))
+    return found
+
+
+def _create(name: str) -> Backend:
+    if name == "cpu":
+        from .backends.cpu.backend import CpuBackend
+
+        return CpuBackend()
+    if name == "numpy":
+        from .backends.numpy import NumpyBackend
+
+        return NumpyBackend()
+    raise ValueError(f"backend must be one of {', '.join(NAMES)}; got {name!r}")
+
+
+def named(argument: str | None) -> tuple[str, ...]:
+    """The backends that the caller, a context manager or the environment named; () for automatic choice."""
+    return (argument,) if argument else _named.get() or settings.current().backend
+
+
+def choose(problem: Problem, names: tuple[str, ...]) -> Backend:
+    """The first backend that computes the problem.
+
+    Raises:
+        UnsupportedProblem: none does, among those named if any are.
+    """
+    _check_required()
+    refusals: dict[str, list[str]] = {}
+    for name in names or NAMES:
+        reasons = refuse(get(name), problem)
+        if not reasons:
+            if not names:
+                _tell(problem, refusals)
+            return get(name)
+        refusals[name] = reasons
+    raise UnsupportedProblem(str(problem), refusals)
+
+
+def refuse(candidate: Backend, problem: Problem) -> list[str]:
+    """[] or why this backend does not compute the problem."""
+    missing = candidate.available()
+    return [missing] if missing else candidate.supports(problem)
+
+
+def explain(problem: Problem, names: tuple[str, ...]) -> Explanation:
+    """What `choose` would do, with every backend's reasons."""
+    reasons = {name: refuse(get(name), problem) for name in names or NAMES}
+    chosen = next((name for name, refusal in reasons.items() if not refusal), None)
+    return Explanation(str(problem), chosen, reasons)
+
+
+def available() -> list[str]:
+    """Names of the backends that run here, best first."""
+    return [name for name in NAMES if get(name).available() is None]
+
+
+def _check_required() -> None:
+    for name in settings.current().require:
+        missing = get(name).available()
+        if missing:
+            raise RuntimeError(f"ANYATTN_REQUIRE names {name}, which is not available: {missing}")
+
+
+def _tell(problem: Problem, refusals: dict[str, list[str]]) -> None:
+    """Says once per class of problems which better backend was passed over; warns once if the native engine is missing."""
+    global _warned
+    for name, reasons in refusals.items():
+        if (name, problem.variant) not in _passed_over:
+            _passed_over.add((name, problem.variant))
+            logger.info("%s passed over for %s: %s", name, problem, "; ".join(reasons))
+    missing = get("cpu").available() if "cpu" in refusals else None
+    if missing and not _warned:
+        _warned = True
+        warnings.warn(f"anyattn uses its slower NumPy backend: {missing}", RuntimeWarning, stacklevel=2)
+
+
+class _Cache(threading.local):
+    """Per thread: raw metadata -> (problem, plan). Cleared when full or when the settings change."""
+
+    def __init__(self) -> None:
+        self.entries: dict[Hashable, tuple[Problem, Plan]] = {}
+        self.generation = 0
+
+
+_cache = _Cache()
+_generation = 0
+
+
+def lookup(key: Hashable, names: tuple[str, ...], build: Callable[[], Problem]) -> tuple[Problem, Plan]:
+    """The validated problem and its plan, found by a raw tuple of metadata; built at the first such call."""
+    if _cache.generation != _generation or len(_cache.entries) >= CACHE_SIZE:
+        _cache.entries.clear()
+        _cache.generation = _generation
+    found = _cache.entries.get((key, names))
+    if found is None:
+        problem = build()
+        found = _cache.entries[key, names] = (problem, choose(problem, names).plan(problem))
+    return found
+
+
+@settings.on_reload
+def forget() -> None:
+    """Drops every cached plan and backend."""
+    global _generation
+    _generation += 1
+    _backends.clear()

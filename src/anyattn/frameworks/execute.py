@@ -1,0 +1,105 @@
+"""One call, for every framework: find the plan, check table values, allocate the results, run.
+
+Arrays come prepared (see each framework's `prepare`): in the order of `problem.INPUTS`, last dimension contiguous, tables int32, slopes
+and sink in the compute dtype, bias and mask with four dimensions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .. import dispatch, settings
+from ..backends.base import Adapter, Call
+from ..kvcache import Append, check_append, make_append
+from ..kvcache import ARRAYS as APPEND_ARRAYS
+from ..problem import INPUTS, SAVED, TABLES, Array, Options, Problem, make_problem
+from ..sequences import check_tables
+
+_FIRST_TABLE = INPUTS.index(TABLES[0])
+_LAST_TABLE = _FIRST_TABLE + len(TABLES)
+Arrays = tuple[Any, ...]
+
+
+def forward(adapter: Adapter, arrays: Arrays, options: Options, backend: str | None) -> tuple[Any, Any]:
+    """(out, lse), new and contiguous."""
+    names = dispatch.named(backend)
+    key = (options, *[None if x is None else adapter.key(x) for x in arrays])
+    problem, plan = dispatch.lookup(key, names, lambda: make_problem(_describe(adapter, INPUTS, arrays), options))
+    _check_values(adapter, problem, arrays)
+    q = arrays[0]
+    call = Call(adapter, *arrays)
+    call.out = adapter.empty(problem.out_shape, problem.dtype, q)
+    call.lse = adapter.empty(problem.lse_shape, problem.compute_dtype, q)
+    if plan.forward_bytes:
+        call.workspace = adapter.empty((plan.forward_bytes,), "uint8", q)
+    plan.forward(call)
+    return call.out, call.lse
+
+
+def backward(adapter: Adapter, saved: Arrays, arrays: Arrays, options: Options, backend: str | None) -> Arrays:
+    """(dq, dk, dv, dbias or None, dsink or None) from `saved` = (out, lse, dout, dlse or None)."""
+    names = dispatch.named(backend)
+    everything = (*arrays, *saved)
+    key = (options, *[None if x is None else adapter.key(x) for x in everything])
+    described = (*INPUTS, *SAVED)
+    problem, plan = dispatch.lookup(key, names, lambda: make_problem(_describe(adapter, described, everything), options))
+    _check_values(adapter, problem, arrays)
+    q, k, v = arrays[:3]
+    call = Call(adapter, *arrays)
+    call.out, call.lse, call.dout, call.dlse = saved
+    call.dq = adapter.empty(problem.q.shape, problem.dtype, q)
+    call.dk = adapter.empty(problem.k.shape, problem.dtype, q)
+    call.dv = adapter.empty(problem.v.shape, problem.dtype, q)
+    if problem.bias is not None:
+        call.dbias = adapter.empty(problem.bias.shape, problem.bias.dtype, q)
+    if problem.sink is not None:
+        call.dsink = adapter.empty(problem.sink.shape, problem.sink.dtype, q)
+    if plan.backward_bytes:
+        call.workspace = adapter.empty((plan.backward_bytes,), "uint8", q)
+    plan.backward(call)
+    return call.dq, call.dk, call.dv, call.dbias, call.dsink
+
+
+def explain(adapter: Adapter, arrays: Arrays, options: Options, backend: str | None) -> dispatch.Explanation:
+    """Which backend `forward` would take and why not the others."""
+    return dispatch.explain(make_problem(_describe(adapter, INPUTS, arrays), options), dispatch.named(backend))
+
+
+def append(adapter: Adapter, arrays: dict[str, Any], *, interleaved: bool, by_row: bool, backend: str | None) -> Any:
+    """Writes new_k and new_v into the cache and returns q, rotated if rotary is given. See kvcache.Append."""
+    described = _describe(adapter, APPEND_ARRAYS, tuple(arrays.get(name) for name in APPEND_ARRAYS))
+    problem = make_append(described, interleaved=interleaved, by_row=by_row)
+    engine = _append_backend(problem, dispatch.named(backend))
+    if problem.q.device == "cpu" or settings.current().check:
+        tables = {name: arrays.get(name) for name in ("cache_seqlens", "cache_batch_idx", "block_table")}
+        check_append(problem, {name: None if x is None else adapter.numpy(x) for name, x in tables.items()})
+    call = Call(adapter, **{name: arrays.get(name) for name in APPEND_ARRAYS})
+    if problem.rotary_dim:
+        call.out = adapter.empty(problem.q.shape, problem.q.dtype, arrays["q"])
+    engine.append(problem, call)
+    return call.out if problem.rotary_dim else arrays["q"]
+
+
+def _append_backend(problem: Append, names: tuple[str, ...]) -> Any:
+    """The first backend, of those named if any are, that is available; the attention behind it may use another."""
+    for name in names or dispatch.NAMES:
+        if dispatch.get(name).available() is None:
+            return dispatch.get(name)
+    raise dispatch.UnsupportedProblem(
+        f"an append to a {problem.k.shape} cache",
+        {name: [dispatch.get(name).available() or ""] for name in names},
+    )
+
+
+def _describe(adapter: Adapter, names: tuple[str, ...], arrays: Arrays) -> dict[str, Array | None]:
+    return {name: None if x is None else adapter.describe(x) for name, x in zip(names, arrays, strict=True)}
+
+
+def _check_values(adapter: Adapter, problem: Problem, arrays: Arrays) -> None:
+    """Tables in host memory are checked before any work; on a device only if ANYATTN_CHECK asks for it."""
+    if problem.device != "cpu" and not settings.current().check:
+        return
+    tables = arrays[_FIRST_TABLE:_LAST_TABLE]
+    if any(table is not None for table in tables):
+        views = {name: None if x is None else adapter.numpy(x) for name, x in zip(TABLES, tables, strict=True)}
+        check_tables(problem, views)

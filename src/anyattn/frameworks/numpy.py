@@ -1,0 +1,204 @@
+"""NumPy arrays in and out. bfloat16 is ml_dtypes.bfloat16, known by its name; nothing is imported for it."""
+
+from __future__ import annotations
+
+import logging
+import operator
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .. import dispatch
+from ..problem import INPUTS, TABLES, Array, Options
+from . import execute
+
+logger = logging.getLogger("anyattn")
+
+NDArray = npt.NDArray[Any]
+ALIGNMENT = 64
+
+
+class NumpyAdapter:
+    """How NumPy arrays are described, allocated and reached."""
+
+    name = "numpy"
+
+    def describe(self, array: NDArray) -> Array:
+        return Array(array.shape, tuple(stride // array.itemsize for stride in array.strides), array.dtype.name)
+
+    def key(self, array: NDArray) -> Hashable:
+        return (array.shape, array.strides, array.dtype)
+
+    def empty(self, shape: Sequence[int], dtype: str, like: NDArray) -> NDArray:
+        if dtype == "uint8":  # workspace: aligned for vector loads
+            raw = np.empty(shape[0] + ALIGNMENT, np.uint8)
+            start = -raw.ctypes.data % ALIGNMENT
+            return raw[start : start + shape[0]]
+        return np.empty(shape, like.dtype if dtype == like.dtype.name else dtype)
+
+    def pointer(self, array: NDArray) -> int:
+        return int(array.__array_interface__["data"][0])
+
+    def numpy(self, array: NDArray) -> NDArray:
+        return array.view(np.uint16) if array.dtype.name == "bfloat16" else array
+
+
+adapter = NumpyAdapter()
+
+
+def attention(
+    arrays: execute.Arrays, options: Options, seed: int | None, return_lse: bool, backend: str | None
+) -> tuple[NDArray, NDArray]:
+    """(out, lse); draws the dropout state from numpy.random where none is given."""
+    del return_lse
+    if options.dropout_p and arrays[-1] is None and seed is None:
+        arrays = (*arrays[:-1], np.random.randint(-(2**63), 2**63 - 1, 2, dtype=np.int64))  # noqa: NPY002 (follows np.random.seed)
+    return forward(arrays, options, seed, backend)
+
+
+def forward(
+    arrays: execute.Arrays, options: Options, seed: int | None, backend: str | None
+) -> tuple[NDArray, NDArray]:
+    return execute.forward(adapter, prepare(arrays, seed), options, backend)
+
+
+def backward(
+    saved: execute.Arrays, arrays: execute.Arrays, options: Options, seed: int | None, backend: str | None
+) -> execute.Arrays:
+    """(dq, dk, dv, dbias or None, dsink or None); dbias has the shape of the bias that came."""
+    prepared = prepare(arrays, seed)
+    results = execute.backward(adapter, _saved(saved), prepared, options, backend)
+    if arrays[3] is None:
+        return results
+    return (*results[:3], results[3].reshape(np.shape(arrays[3])), results[4])
+
+
+def explain(arrays: execute.Arrays, options: Options, seed: int | None, backend: str | None) -> dispatch.Explanation:
+    return execute.explain(adapter, prepare(arrays, seed), options, backend)
+
+
+def append(
+    arrays: dict[str, Any], *, interleaved: bool, by_row: bool, backend: str | None
+) -> tuple[NDArray, NDArray | None]:
+    """Appends to the cache in place; returns q (rotated) and the keys in use per sequence (None: all)."""
+    q, new_k, lengths = arrays["q"], arrays["new_k"], arrays["cache_seqlens"]
+    batch = _array("q", q).shape[0] if q.ndim else 0
+    if lengths is not None:
+        lengths = np.full(batch, _int("cache_seqlens", lengths), np.int32) if np.ndim(lengths) == 0 else lengths
+        lengths = _table("cache_seqlens", lengths)
+    if new_k is None:
+        if arrays["new_v"] is not None or arrays["rotary_cos"] is not None:
+            raise ValueError("v and rotary_cos need k, the new keys, as well")
+        return q, lengths
+    prepared = {name: None if x is None else _rows(name, x) for name, x in arrays.items() if name not in TABLES}
+    for name in ("k", "v"):  # written in place: a copy would be lost
+        if prepared[name] is not arrays[name] or not arrays[name].flags.writeable:
+            raise ValueError(f"{name}_cache must be writeable and contiguous in its last dimension")
+    for name in ("block_table", "cache_batch_idx"):
+        prepared[name] = None if arrays[name] is None else _table(name, arrays[name])
+    prepared["cache_seqlens"] = lengths
+    q = execute.append(adapter, prepared, interleaved=interleaved, by_row=by_row, backend=backend)
+    return q, np.asarray(lengths + np.int32(new_k.shape[1]), np.int32)
+
+
+def merge(out_a: NDArray, lse_a: NDArray, out_b: NDArray, lse_b: NDArray) -> tuple[NDArray, NDArray]:
+    """See api.merge."""
+    top = np.maximum(lse_a, lse_b)
+    safe = np.where(np.isfinite(top), top, 0)
+    total = np.exp(lse_a - safe) + np.exp(lse_b - safe)
+    with np.errstate(divide="ignore"):
+        lse = safe + np.log(total)
+    weight = np.exp(lse_b - safe) / np.where(total > 0, total, 1)
+    weight = np.swapaxes(weight, -1, -2)[..., None]
+    a, b = out_a.astype(lse.dtype), out_b.astype(lse.dtype)
+    return (a + weight * (b - a)).astype(out_a.dtype), lse
+
+
+def prepare(arrays: execute.Arrays, seed: int | None) -> execute.Arrays:
+    """The arrays as `execute` wants them: views wherever possible."""
+    given = dict(zip(INPUTS, arrays, strict=True))
+    for name in ("q", "k", "v"):
+        given[name] = _rows(name, given[name])
+    for name in ("bias", "mask"):
+        if given[name] is not None:
+            array = _array(name, given[name])
+            given[name] = _rows(name, array.reshape((1,) * (4 - array.ndim) + array.shape) if array.ndim < 4 else array)
+    for name in ("alibi_slopes", "sink"):
+        if given[name] is not None:
+            given[name] = _floats(name, given[name], given["q"].dtype)
+    if isinstance(given["offset"], int | np.integer):
+        given["offset"] = np.full(_batch(given), _int("offset", given["offset"]), np.int32)
+    for name in TABLES:
+        if given[name] is not None:
+            given[name] = _table(name, given[name])
+    if seed is not None:
+        if given["rng_state"] is not None:
+            raise ValueError("seed and rng_state exclude each other: rng_state is (seed, offset)")
+        given["rng_state"] = np.array([_wrap(seed), 0], np.int64)
+    elif given["rng_state"] is not None:
+        given["rng_state"] = np.ascontiguousarray(_array("rng_state", given["rng_state"]))
+    return tuple(given.values())
+
+
+def _saved(saved: execute.Arrays) -> execute.Arrays:
+    names = ("out", "lse", "dout", "dlse")
+    return tuple(None if x is None and name == "dlse" else _rows(name, x) for name, x in zip(names, saved, strict=True))
+
+
+def _batch(given: dict[str, Any]) -> int:
+    table = given["cu_seqlens_q"]
+    return len(given["q"]) if table is None else len(table) - 1
+
+
+def _array(name: str, array: Any) -> NDArray:
+    if not isinstance(array, np.ndarray):
+        raise TypeError(f"{name} must be a NumPy array like q; got {type(array).__name__}")
+    if not array.dtype.isnative:
+        raise TypeError(f"{name} has byte order {array.dtype.byteorder!r}; accepted: native (array.astype(array.dtype.newbyteorder('=')))")
+    return array
+
+
+def _rows(name: str, array: Any) -> NDArray:
+    """The array, or a copy if its last dimension is not contiguous (of size 1 or broadcast counts as contiguous)."""
+    array = _array(name, array)
+    size = array.itemsize
+    last = array.strides[-1] if array.ndim else size
+    broadcast = name in ("bias", "mask") and last == 0
+    if (last == size or array.shape[-1:] == (1,) or broadcast) and all(stride % size == 0 for stride in array.strides):
+        return array
+    logger.debug("%s is copied: its last dimension is not contiguous", name)
+    return np.ascontiguousarray(array)
+
+
+def _floats(name: str, array: Any, dtype: np.dtype[Any]) -> NDArray:
+    array = _array(name, array)
+    if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
+        raise TypeError(f"{name} must be floating point; got {array.dtype.name}")
+    return np.ascontiguousarray(array, np.float64 if dtype == np.float64 else np.float32)
+
+
+def _table(name: str, table: Any) -> npt.NDArray[np.int32]:
+    """int32 and contiguous; integers of other widths and sequences of ints are converted."""
+    array = np.asarray(table)
+    if array.dtype.kind not in "iu" and array.size:
+        raise TypeError(f"{name} must hold integers; got {array.dtype.name}")
+    if array.size and (array.min() < -(2**31) or array.max() >= 2**31):
+        raise ValueError(f"{name} must fit in int32; got {array.min()} to {array.max()}")
+    return np.ascontiguousarray(array, np.int32)
+
+
+def _int(name: str, value: Any) -> int:
+    number = operator.index(value)
+    if not -(2**31) <= number < 2**31:
+        raise ValueError(f"{name} must fit in int32; got {number}")
+    return number
+
+
+def _wrap(seed: int) -> int:
+    """Any 64-bit seed as int64."""
+    number = operator.index(seed)
+    if not -(2**63) <= number < 2**64:
+        raise ValueError(f"seed must be a 64-bit integer; got {number}")
+    return (number + 2**63) % 2**64 - 2**63
