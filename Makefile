@@ -1,0 +1,69 @@
+# Everything sets itself up: a virtual environment in .venv with pinned requirements, and the package built and installed into it.
+# Needs make, Python 3.10 or later and a C++ compiler. On Linux without a GPU, spare yourself gigabytes of CUDA libraries with
+#   make test TORCH_INDEX=https://download.pytorch.org/whl/cpu
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_INDEX ?=
+JOBS ?= auto
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+NATIVE := $(shell find native -name '*.cc' -o -name '*.h' | sort)
+PACKAGED := $(shell find src examples native -type f -not -name '*.pyc') pyproject.toml
+
+.PHONY: venv demo test full lint format sanitize clean
+.DEFAULT_GOAL := test
+
+venv: $(VENV)/installed
+
+$(VENV)/requirements: requirements/test.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements/test.txt
+	touch $@
+
+# Installed, not editable: what the tests import is what a wheel holds, so a file that is missing from the package fails here.
+# The build folder is kept, so that a changed C++ file is compiled alone.
+$(VENV)/installed: $(VENV)/requirements $(PACKAGED)
+	$(PIP) install --quiet --no-deps --no-build-isolation .
+	touch $@
+
+$(VENV)/lint: $(VENV)/requirements requirements/lint.txt
+	$(PIP) install --quiet -r requirements/lint.txt
+	touch $@
+
+demo: venv
+	$(BIN)/python -m anyattn demo $(DEMO_ARGS)
+
+# An install without a working compiler succeeds on purpose; here a missing native library is a failure.
+test: venv
+	ANYATTN_REQUIRE=cpu $(BIN)/python -m pytest tests -n $(JOBS) $(PYTEST_ARGS)
+
+full: venv
+	ANYATTN_REQUIRE=cpu $(BIN)/python -m pytest tests -n $(JOBS) -m "full or not full" --hypothesis-profile=full $(PYTEST_ARGS)
+
+lint: $(VENV)/lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict src/anyattn
+	$(BIN)/python scripts/check_sizes.py
+	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
+
+format: $(VENV)/lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(NATIVE)
+
+sanitize: sanitize-address sanitize-thread
+
+# address includes the undefined-behaviour sanitizer.
+sanitize-%: $(VENV)/requirements
+	$(BIN)/cmake -S native -B build/$* -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+		-DCMAKE_BUILD_TYPE=RelWithDebInfo -DANYATTN_SANITIZE=$* -DANYATTN_TESTS=ON
+	$(BIN)/cmake --build build/$*
+	$(BIN)/ctest --test-dir build/$* --output-on-failure --no-tests=error
+
+clean:
+	rm -rf $(VENV) build dist
