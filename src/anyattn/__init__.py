@@ -21,7 +21,7 @@ from .api import (
 )
 from .dispatch import Explanation, backend
 from .errors import UnsupportedProblem
-from .problem import Mask
+from .mask import Mask
 
 __version__ = "0.1.0"
 

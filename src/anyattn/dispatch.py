@@ -127,7 +127,7 @@ def _check_required() -> None:
 
 
 def _tell(problem: Problem, refusals: dict[str, list[str]]) -> None:
-    """Says once per class of problems which better backend was passed over; warns once if the native engine is missing."""
+    """Logs once per class of problems which backends were passed over; warns once if the native engine is missing."""
     global _warned
     for name, reasons in refusals.items():
         if (name, problem.variant) not in _passed_over:

@@ -1,4 +1,4 @@
-"""Exceptions of anyattn. Bad arguments raise ValueError or TypeError; only a refusal by every backend is its own type."""
+"""Exceptions of anyattn. Bad arguments raise ValueError or TypeError; a refusal by every backend is its own type."""
 
 from __future__ import annotations
 

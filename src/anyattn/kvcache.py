@@ -1,4 +1,4 @@
-"""What appending to a KV cache asks for, and its validation: new keys are rotated and written behind `cache_seqlens`."""
+"""What appending to a KV cache asks for, and its validation."""
 
 from __future__ import annotations
 
@@ -8,12 +8,26 @@ from dataclasses import dataclass
 from .problem import DTYPES, Array
 from .sequences import Tables, check_pages
 
-ARRAYS = ("q", "k", "v", "new_k", "new_v", "rotary_cos", "rotary_sin", "cache_seqlens", "cache_batch_idx", "block_table")
+ARRAYS = (
+    "q",
+    "k",
+    "v",
+    "new_k",
+    "new_v",
+    "rotary_cos",
+    "rotary_sin",
+    "cache_seqlens",
+    "cache_batch_idx",
+    "block_table",
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Append:
-    """Metadata of one append. `by_row`: q row i is rotated at cache_seqlens + i (causal or windowed), else at cache_seqlens."""
+    """Metadata of one append: new keys are rotated and written behind `cache_seqlens`.
+
+    `by_row`: q row i is rotated at cache_seqlens + i (causal or windowed), else every row at cache_seqlens.
+    """
 
     q: Array
     k: Array  # the cache: (batch, slots, nheads_kv, head_dim) or (num_pages, page_size, nheads_kv, head_dim)
@@ -69,7 +83,9 @@ def _check_shapes(append: Append) -> None:
         found = ", ".join(x.dtype for x in (append.q, cache, append.v, new_k, new_v))
         raise TypeError(f"q, k_cache, v_cache, k and v must have one dtype of {', '.join(DTYPES)}; got {found}")
     if any(len(x.shape) != 4 for x in (append.q, cache, append.v, new_k, new_v)):
-        raise ValueError(f"k and v must be (batch, seqlen_new, nheads_kv, head_dim); got k {new_k.shape}, v {new_v.shape}")
+        raise ValueError(
+            f"k and v must be (batch, seqlen_new, nheads_kv, head_dim); got k {new_k.shape}, v {new_v.shape}"
+        )
     want = (append.batch, new_k.shape[1], cache.shape[2])
     if new_k.shape != (*want, cache.shape[3]) or new_v.shape != (*want, append.v.shape[3]):
         raise ValueError(
@@ -95,7 +111,7 @@ def _check_rotary(append: Append) -> None:
         return
     if len(cos.shape) != 2 or cos.shape != sin.shape or 2 * cos.shape[1] > append.q.shape[3]:
         raise ValueError(
-            f"rotary_cos and rotary_sin must be (positions, rotary_dim / 2) with rotary_dim <= head_dim {append.q.shape[3]}; "
+            f"rotary_cos and rotary_sin must be (positions, rotary_dim / 2), rotary_dim <= head_dim {append.q.shape[3]}; "
             f"got {cos.shape}, {sin.shape}"
         )
     for name, array in (("rotary_cos", cos), ("rotary_sin", sin)):
@@ -111,14 +127,16 @@ def check_append(append: Append, tables: Tables) -> None:
     low, high = int(lengths.min()), int(lengths.max())
     if low < 0 or high + append.seqlen_new > append.slots:
         raise ValueError(
-            f"cache_seqlens ({low} to {high}) plus {append.seqlen_new} new keys must lie in [0, {append.slots}], the size of the cache"
-            + (" (block_table columns * page_size)" if append.page_size else "")
+            f"cache_seqlens ({low} to {high}) plus {append.seqlen_new} new keys must lie in [0, {append.slots}], "
+            + ("block_table columns * page_size" if append.page_size else "the size of the cache")
         )
     if append.rotary_cos is not None:
         last = high + max(append.seqlen_new, append.q.shape[1] if append.by_row else 1)
         if last > append.rotary_cos.shape[0]:
             raise ValueError(f"rotary_cos has {append.rotary_cos.shape[0]} positions; this call needs {last}")
     if entries is not None and (entries.min() < 0 or entries.max() >= append.k.shape[0]):
-        raise ValueError(f"cache_batch_idx must lie in [0, {append.k.shape[0]}); got {entries.min()} to {entries.max()}")
+        raise ValueError(
+            f"cache_batch_idx must lie in [0, {append.k.shape[0]}); got {entries.min()} to {entries.max()}"
+        )
     if pages is not None:
         check_pages(pages, lengths.astype("int64") + append.seqlen_new, append.page_size, append.k.shape[0])

@@ -8,20 +8,25 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
 from . import philox
+from .mask import Mask
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 ALIGNMENTS = ("bottom-right", "top-left")
 # Array arguments of one call, in the order every layer passes them.
-TABLES = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "leftpad_k", "offset", "block_table", "cache_batch_idx")
+TABLES = (
+    "cu_seqlens_q",
+    "cu_seqlens_k",
+    "seqused_q",
+    "seqused_k",
+    "leftpad_k",
+    "offset",
+    "block_table",
+    "cache_batch_idx",
+)
 INPUTS = ("q", "k", "v", "bias", "mask", "alibi_slopes", "sink", *TABLES, "rng_state")
 SAVED = ("out", "lse", "dout", "dlse")  # what the backward needs besides; dlse may be absent
 POSITION_LIMIT = 2**31 - 1
-
-Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,34 +58,6 @@ class Options(NamedTuple):
     max_seqlen_k: int = 0
     deterministic: bool = False
     batch_invariant: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Mask:
-    """Interval of keys that a row sees, from its position p = i + offset and a key's c = j - leftpad:
-
-        max(0, p - left, chunk * floor(p / chunk)) <= c < min(n_k - leftpad, p + right + 1, chunk * (floor(p / chunk) + 1))
-
-    Bounds are any integers, or None for unbounded; the chunk terms exist only for chunk > 0. Causal is right = 0.
-    """
-
-    left: int | None = None
-    right: int | None = None
-    chunk: int = 0
-
-    def bounds(self, positions: Ints, n_k: int, leftpad: int = 0) -> tuple[Ints, Ints]:
-        """First and one-past-last key slot of each row; first >= last where a row sees none. Neither ever decreases."""
-        lo = np.zeros_like(positions)
-        hi = np.full_like(positions, n_k)
-        if self.left is not None:
-            lo = np.maximum(lo, positions - self.left)
-        if self.right is not None:
-            hi = np.minimum(hi, leftpad + positions + self.right + 1)
-        if self.chunk > 0:
-            start = positions // self.chunk * self.chunk  # floors, for negative positions too
-            lo = np.maximum(lo, start)
-            hi = np.minimum(hi, leftpad + start + self.chunk)
-        return lo + leftpad, hi
 
 
 class Variant(NamedTuple):
@@ -219,7 +196,7 @@ class Problem:
 
 
 def make_problem(arrays: Mapping[str, Array | None], options: Options) -> Problem:
-    """Validates a call's metadata: ValueError (sizes, scalars) and TypeError (dtypes) name the argument and what is accepted."""
+    """Validates a call's metadata; ValueError (sizes, scalars) and TypeError (dtypes) name the argument."""
     given = {name: arrays.get(name) for name in (*INPUTS, *SAVED)}
     q, k, v = (_required(given, name) for name in ("q", "k", "v"))
     batch, seqlen_q, seqlen_k = _sizes(given, q, k, v, options)
@@ -272,7 +249,9 @@ def _sizes(given: Mapping[str, Array | None], q: Array, k: Array, v: Array, opti
     if pages is not None:
         rank_k = ("(num_pages, page_size, nheads_kv, head_dim)", 4)
     else:
-        rank_k = ("(total_k, nheads_kv, head_dim)", 3) if cu_k is not None else ("(batch, seqlen_k, nheads_kv, head_dim)", 4)
+        rank_k = (
+            ("(total_k, nheads_kv, head_dim)", 3) if cu_k is not None else ("(batch, seqlen_k, nheads_kv, head_dim)", 4)
+        )
     for name, array, (text, rank) in (("q", q, rank_q), ("k", k, rank_k), ("v", v, rank_k)):
         if len(array.shape) != rank:
             raise ValueError(f"{name} must have {rank} dimensions {text}; got {array.shape}")
@@ -323,7 +302,9 @@ def _check_dtypes(given: Mapping[str, Array | None], q: Array, k: Array, v: Arra
 def _check_heads(q: Array, k: Array, v: Array) -> None:
     nheads, nheads_kv = q.shape[-2], k.shape[-2]
     if (nheads_kv == 0) != (nheads == 0) or (nheads_kv and nheads % nheads_kv):
-        raise ValueError(f"nheads ({nheads}) must be a multiple of nheads_kv ({nheads_kv}); got q {q.shape}, k {k.shape}")
+        raise ValueError(
+            f"nheads ({nheads}) must be a multiple of nheads_kv ({nheads_kv}); got q {q.shape}, k {k.shape}"
+        )
     if q.shape[-1] != k.shape[-1]:
         raise ValueError(f"q and k must have one head_dim; got q {q.shape}, k {k.shape}")
     if q.shape[-1] < 1 or v.shape[-1] < 1:
@@ -365,7 +346,9 @@ def _check_scores(given: Mapping[str, Array | None], q: Array, batch: int, seqle
         if packed:
             raise ValueError(f"{name} cannot be combined with cu_seqlens: a dense {name} has no packed layout")
         if len(array.shape) != 4 or any(size not in (1, want) for size, want in zip(array.shape, full, strict=True)):
-            raise ValueError(f"{name} must broadcast to (batch, nheads, seqlen_q, seqlen_k) = {full}; got {array.shape}")
+            raise ValueError(
+                f"{name} must broadcast to (batch, nheads, seqlen_q, seqlen_k) = {full}; got {array.shape}"
+            )
     slopes, sink = given["alibi_slopes"], given["sink"]
     if slopes is not None and slopes.shape not in ((nheads,), (batch, nheads)):
         raise ValueError(f"alibi_slopes must have shape ({nheads},) or ({batch}, {nheads}); got {slopes.shape}")
@@ -398,4 +381,3 @@ def _interval(options: Options, given_offset: bool, seqlen_q: int, seqlen_k: int
     left = None if left is None or left >= reach else max(left, -reach)
     right = None if right is None or right >= reach else max(right, -reach)
     return Mask(left, right, min(options.chunk, POSITION_LIMIT))
-

@@ -4,7 +4,7 @@
     lse_i = log(sum over seen j of exp(s_ij) + exp(sink_h));  P = exp(s - lse);  o_i = sum_j P_ij D_ij v_j
 
 O(N^2) memory and slow on purpose: every backend is tested against it, and nothing ever chooses it.
-Source: Dao et al., "FlashAttention-2" (2023), sections 2 and 3; the options are those of flash_attn, torch SDPA and ONNX.
+Source: Dao et al., "FlashAttention-2" (2023), sections 2 and 3; options as in flash_attn, torch SDPA, ONNX.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def _head(
     q, k, v = qkv
     keys = np.arange(sequence.n_k)
     lo, hi = problem.interval.bounds(sequence.positions(), sequence.n_k, sequence.leftpad)
-    seen = (lo[:, None] <= keys) & (keys < hi[:, None])
+    seen = np.asarray((lo[:, None] <= keys) & (keys < hi[:, None]))
     used = seen.any(axis=0)  # memory that no row may see is never read into a result
     k, v = np.where(used[:, None], k, 0.0), np.where(used[:, None], v, 0.0)
     t = problem.scale * (q @ k.T)
@@ -194,7 +194,7 @@ def _rows_k(problem: Problem, sequence: Sequence, h_kv: int, block_table: Any) -
 
 
 def append(problem: Append, arrays: Arrays) -> Float | None:
-    """Writes new_k (rotated) and new_v into k and v, in place and in their dtype; returns q rotated (float64), or None without rotary."""
+    """Writes new_k (rotated) and new_v into k and v, in place; returns q rotated (float64), or None without rotary."""
     lengths = np.asarray(arrays["cache_seqlens"]).astype(np.int64)
     for b in range(problem.batch):
         slots = lengths[b] + np.arange(problem.seqlen_new)
@@ -211,7 +211,11 @@ def append(problem: Append, arrays: Arrays) -> Float | None:
         return None
     rows = np.arange(problem.q.shape[1]) if problem.by_row else np.zeros(problem.q.shape[1], np.int64)
     q = widen(arrays["q"], problem.q.dtype)
-    return np.stack([rotate(problem, arrays, q[b], lengths[b] + rows) for b in range(problem.batch)]) if problem.batch else q
+    return (
+        np.stack([rotate(problem, arrays, q[b], lengths[b] + rows) for b in range(problem.batch)])
+        if problem.batch
+        else q
+    )
 
 
 def rotate(problem: Append, arrays: Arrays, x: Float, positions: npt.NDArray[np.int64]) -> Float:

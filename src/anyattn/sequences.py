@@ -1,4 +1,4 @@
-"""Where each sequence of a call lies: lengths and positions read from the tables, and the check of the tables' values."""
+"""Where each sequence of a call lies: lengths and positions read from the tables, and the check of their values."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from .problem import Problem
 
 Table = npt.NDArray[np.int32]
 Tables = Mapping[str, Table | None]
+Lengths = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +70,7 @@ def check_tables(problem: Problem, tables: Tables) -> None:
     rows_k = _check_cumulative("cu_seqlens_k", tables, problem.k.shape[0], problem.seqlen_k)
     _check_range("seqused_q", tables, 0, problem.seqlen_q if rows_q is None else rows_q)
     _check_range("seqused_k", tables, 0, problem.seqlen_k if rows_k is None else rows_k)
-    used = tables.get("seqused_k")
-    if used is None:
-        used = np.full(problem.batch, problem.seqlen_k, np.int64) if rows_k is None else rows_k
+    used = _used(tables, problem, rows_k)
     _check_range("leftpad_k", tables, 0, used)
     _check_range("cache_batch_idx", tables, 0, problem.k.shape[0] - 1)
     pages = tables.get("block_table")
@@ -79,24 +78,34 @@ def check_tables(problem: Problem, tables: Tables) -> None:
         check_pages(pages, used, problem.page_size, problem.k.shape[0])
 
 
-def _check_cumulative(name: str, tables: Tables, total: int, longest: int) -> npt.NDArray[np.int64] | None:
+def _used(tables: Tables, problem: Problem, rows_k: Lengths | None) -> Lengths:
+    """Keys in use per sequence."""
+    table = tables.get("seqused_k")
+    if table is not None:
+        return table.astype(np.int64)
+    return np.full(problem.batch, problem.seqlen_k, np.int64) if rows_k is None else rows_k
+
+
+def _check_cumulative(name: str, tables: Tables, total: int, longest: int) -> Lengths | None:
     """Lengths from a cumulative table, or None where there is none."""
     table = tables.get(name)
     if table is None:
         return None
-    lengths = np.diff(table.astype(np.int64))
+    lengths: Lengths = np.subtract(table[1:], table[:-1], dtype=np.int64)
     if (lengths < 0).any():
         b = int(np.argmax(lengths < 0))
         raise ValueError(f"{name} must not decrease; got {table[b]} before {table[b + 1]} at entry {b + 1}")
     if table[0] < 0 or table[-1] > total:
-        raise ValueError(f"{name} must lie in [0, {total}] (the rows of the packed array); got {table[0]} to {table[-1]}")
+        raise ValueError(
+            f"{name} must lie in [0, {total}] (the rows of the packed array); got {table[0]} to {table[-1]}"
+        )
     if lengths.size and lengths.max() > longest:
         b = int(np.argmax(lengths))
         raise ValueError(f"{name}: sequence {b} has {lengths[b]} rows, more than the max_seqlen given ({longest})")
     return lengths
 
 
-def _check_range(name: str, tables: Tables, low: int, high: int | npt.NDArray[np.int64]) -> None:
+def _check_range(name: str, tables: Tables, low: int, high: int | Lengths) -> None:
     table = tables.get(name)
     if table is None:
         return
@@ -107,7 +116,7 @@ def _check_range(name: str, tables: Tables, low: int, high: int | npt.NDArray[np
         raise ValueError(f"{name}[{b}] is {table[b]}; accepted are {low} to {limit}")
 
 
-def check_pages(pages: Table, used: npt.NDArray[np.int64], page_size: int, num_pages: int) -> None:
+def check_pages(pages: Table, used: Lengths, page_size: int, num_pages: int) -> None:
     """Entries beyond a sequence's used pages may be anything."""
     if pages.size == 0:
         return

@@ -1,7 +1,7 @@
 """One call, for every framework: find the plan, check table values, allocate the results, run.
 
-Arrays come prepared (see each framework's `prepare`): in the order of `problem.INPUTS`, last dimension contiguous, tables int32, slopes
-and sink in the compute dtype, bias and mask with four dimensions.
+Arrays come prepared (see each framework's `prepare`): in the order of `problem.INPUTS`, last dimension contiguous, tables
+int32, slopes and sink in the compute dtype, bias and mask with four dimensions.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any
 
 from .. import dispatch, settings
 from ..backends.base import Adapter, Call
+from ..errors import UnsupportedProblem
 from ..kvcache import Append, check_append, make_append
 from ..kvcache import ARRAYS as APPEND_ARRAYS
 from ..problem import INPUTS, SAVED, TABLES, Array, Options, Problem, make_problem
@@ -42,7 +43,9 @@ def backward(adapter: Adapter, saved: Arrays, arrays: Arrays, options: Options, 
     everything = (*arrays, *saved)
     key = (options, *[None if x is None else adapter.key(x) for x in everything])
     described = (*INPUTS, *SAVED)
-    problem, plan = dispatch.lookup(key, names, lambda: make_problem(_describe(adapter, described, everything), options))
+    problem, plan = dispatch.lookup(
+        key, names, lambda: make_problem(_describe(adapter, described, everything), options)
+    )
     _check_values(adapter, problem, arrays)
     q, k, v = arrays[:3]
     call = Call(adapter, *arrays)
@@ -85,7 +88,7 @@ def _append_backend(problem: Append, names: tuple[str, ...]) -> Any:
     for name in names or dispatch.NAMES:
         if dispatch.get(name).available() is None:
             return dispatch.get(name)
-    raise dispatch.UnsupportedProblem(
+    raise UnsupportedProblem(
         f"an append to a {problem.k.shape} cache",
         {name: [dispatch.get(name).available() or ""] for name in names},
     )

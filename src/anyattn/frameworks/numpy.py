@@ -54,13 +54,12 @@ def attention(
     """(out, lse); draws the dropout state from numpy.random where none is given."""
     del return_lse
     if options.dropout_p and arrays[-1] is None and seed is None:
-        arrays = (*arrays[:-1], np.random.randint(-(2**63), 2**63 - 1, 2, dtype=np.int64))  # noqa: NPY002 (follows np.random.seed)
+        # the legacy generator on purpose: np.random.seed reproduces the call
+        arrays = (*arrays[:-1], np.random.randint(-(2**63), 2**63 - 1, 2, dtype=np.int64))
     return forward(arrays, options, seed, backend)
 
 
-def forward(
-    arrays: execute.Arrays, options: Options, seed: int | None, backend: str | None
-) -> tuple[NDArray, NDArray]:
+def forward(arrays: execute.Arrays, options: Options, seed: int | None, backend: str | None) -> tuple[NDArray, NDArray]:
     return execute.forward(adapter, prepare(arrays, seed), options, backend)
 
 
@@ -156,7 +155,9 @@ def _array(name: str, array: Any) -> NDArray:
     if not isinstance(array, np.ndarray):
         raise TypeError(f"{name} must be a NumPy array like q; got {type(array).__name__}")
     if not array.dtype.isnative:
-        raise TypeError(f"{name} has byte order {array.dtype.byteorder!r}; accepted: native (array.astype(array.dtype.newbyteorder('=')))")
+        raise TypeError(
+            f"{name} has byte order {array.dtype.byteorder!r}; accepted: the machine's own"
+        )
     return array
 
 
@@ -176,7 +177,7 @@ def _floats(name: str, array: Any, dtype: np.dtype[Any]) -> NDArray:
     array = _array(name, array)
     if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
         raise TypeError(f"{name} must be floating point; got {array.dtype.name}")
-    return np.ascontiguousarray(array, np.float64 if dtype == np.float64 else np.float32)
+    return np.ascontiguousarray(array).astype(np.float64 if dtype == np.float64 else np.float32, copy=False)
 
 
 def _table(name: str, table: Any) -> npt.NDArray[np.int32]:

@@ -1,0 +1,390 @@
+"""The public functions. Arrays are NumPy arrays or torch tensors: what comes in decides what comes out.
+
+Here mask arguments become interval bounds and arguments their canonical order; the framework's module does the rest.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import dispatch
+from .arguments import Array, Window, bounds, explicit, paged_lengths
+from .problem import Options
+
+
+class Gradients(NamedTuple):
+    """Gradients in the shapes and dtypes of the inputs; dbias and dsink are None where there was no bias or sink."""
+
+    dq: Array
+    dk: Array
+    dv: Array
+    dbias: Array | None
+    dsink: Array | None
+
+
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    causal: bool = False,
+    window: Window = None,
+    chunk: int = 0,
+    alignment: str = "bottom-right",
+    offset: int | Array | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    bias: Array | None = None,
+    mask: Array | None = None,
+    alibi_slopes: Array | None = None,
+    sink: Array | None = None,
+    seqused_q: Array | None = None,
+    seqused_k: Array | None = None,
+    leftpad_k: Array | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    rng_state: Array | None = None,
+    deterministic: bool = False,
+    batch_invariant: bool = False,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Any:
+    r"""Exact attention in O(N) memory.
+
+        t_ij  = scale <q_i, k_j>                     then softcap tanh(t_ij / softcap) if softcap > 0
+        s_ij  = t_ij + bias_ij - alibi_slope |p - c|  p = i + offset (row), c = j - leftpad (key)
+        lse_i = log sum_j exp(s_ij) (+ exp(sink))     over the keys j that row i sees
+        out_i = sum_j exp(s_ij - lse_i) v_j
+
+    Query head h reads KV head h // (nheads / nheads_kv), so grouped-query and multi-query attention need no expansion.
+    The causal mask is aligned to the bottom right: with 2 rows and 5 keys, and 5 rows and 2 keys (1: seen),
+
+        1 1 1 1 0        0 0
+        1 1 1 1 1        0 0
+                         0 0
+                         1 0
+                         1 1
+
+    Args:
+        q: (batch, seqlen_q, nheads, head_dim), float32, float16, bfloat16 or float64, any strides (the last dimension is
+            copied if it is not contiguous).
+        k: (batch, seqlen_k, nheads_kv, head_dim), of q's dtype; nheads is a multiple of nheads_kv.
+        v: (batch, seqlen_k, nheads_kv, head_dim_v).
+        causal: rows see no key after their position.
+        window: (left, right), inclusive: how many keys before and after its position a row sees; None: unbounded.
+        chunk: rows see keys of their own chunk of this many positions only; 0: off.
+        alignment: "bottom-right": the last row is at the last key (flash_attn); "top-left": row 0 is at key 0 (torch SDPA).
+        offset: position of row 0, an int or one int per sequence, instead of an alignment.
+        scale: any finite number; default head_dim ** -0.5.
+        softcap: 0: off.
+        bias: added to the scaled scores; broadcastable to (batch, nheads, seqlen_q, seqlen_k), q's dtype or float32. Has a
+            gradient. -inf hides a key.
+        mask: boolean, broadcastable likewise; False hides a key.
+        alibi_slopes: (nheads,) or (batch, nheads).
+        sink: (nheads,), one more logit in each denominator. Has a gradient.
+        seqused_q: (batch,), rows in use; the others give 0.
+        seqused_k: (batch,), keys in use.
+        leftpad_k: (batch,), first key slot in use.
+        dropout_p: probability in [0, 1), in steps of 2^-16. The same entries are dropped on every backend.
+        seed: int; or rng_state, an int64 array (seed, offset). Default: drawn from the framework's random generator.
+        deterministic: run-to-run identity or an error (the CPU engines always are).
+        batch_invariant: a sequence's result does not depend on the rest of the batch.
+        return_lse: also return lse; gradients then flow through it.
+        backend: "cpu" or "numpy"; a backend that is named never falls back. Default: automatic.
+
+    Returns:
+        out (batch, seqlen_q, nheads, head_dim_v) in q's dtype, contiguous; with return_lse also lse (batch, nheads, seqlen_q),
+        natural logarithm, float32 (float64 for float64). A row that sees no key: out 0, lse -inf (with a sink: lse = sink).
+        NaN in memory that no row may see changes nothing.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong; nothing was written. UnsupportedProblem: no backend computes it.
+
+    Source: Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning" (2023).
+
+    >>> import numpy as np, anyattn
+    >>> q, k, v = (np.random.default_rng(0).standard_normal((1, 16, 2, 8), np.float32) for _ in range(3))
+    >>> anyattn.attention(q, k, v, causal=True).shape
+    (1, 16, 2, 8)
+    """
+    left, right = bounds(causal, window)
+    options = Options(scale, softcap, left, right, chunk, alignment, dropout_p, 0, 0, deterministic, batch_invariant)
+    arrays = (
+        q,
+        k,
+        v,
+        bias,
+        mask,
+        alibi_slopes,
+        sink,
+        None,
+        None,
+        seqused_q,
+        seqused_k,
+        leftpad_k,
+        offset,
+        None,
+        None,
+        rng_state,
+    )
+    out, lse = _framework(q).attention(arrays, options, seed, return_lse, backend)
+    return (out, lse) if return_lse else out
+
+
+def attention_varlen(
+    q: Array,
+    k: Array,
+    v: Array,
+    cu_seqlens_q: Array,
+    cu_seqlens_k: Array | None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    block_table: Array | None = None,
+    causal: bool = False,
+    window: Window = None,
+    chunk: int = 0,
+    alignment: str = "bottom-right",
+    offset: int | Array | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Array | None = None,
+    sink: Array | None = None,
+    seqused_q: Array | None = None,
+    seqused_k: Array | None = None,
+    leftpad_k: Array | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    rng_state: Array | None = None,
+    deterministic: bool = False,
+    batch_invariant: bool = False,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """Attention over sequences of different lengths, packed one behind the other: no padding is computed or stored.
+
+    Args:
+        q: (total_q, nheads, head_dim). k, v: (total_k, nheads_kv, ...); with block_table the pages
+            (num_pages, page_size, nheads_kv, ...), of any page size.
+        cu_seqlens_q: (batch + 1,), where each sequence begins: rows cu_seqlens_q[b] to cu_seqlens_q[b + 1].
+        cu_seqlens_k: the same for k and v; with block_table it only gives the lengths (or None, with seqused_k).
+        max_seqlen_q: an upper bound of the lengths, if known (it spares GPUs a synchronisation); a smaller one raises.
+        block_table: (batch, max_pages): logical key j of sequence b is row j % page_size of page block_table[b, j // page_size].
+
+    The other arguments are those of `attention`.
+
+    Returns:
+        out (total_q, nheads, head_dim_v); with return_lse also lse (nheads, total_q). Rows outside every sequence: 0 and -inf.
+
+    >>> import numpy as np, anyattn
+    >>> x = np.ones((7, 2, 8), np.float32)
+    >>> anyattn.attention_varlen(x, x, x, [0, 3, 7], [0, 3, 7], causal=True).shape
+    (7, 2, 8)
+    """
+    left, right = bounds(causal, window)
+    if cu_seqlens_k is None and (seqused_k is None or block_table is None):
+        raise ValueError("cu_seqlens_k is None: accepted only with block_table and seqused_k")
+    cu_seqlens_k, seqused_k = paged_lengths(block_table, cu_seqlens_k, seqused_k)
+    options = Options(
+        scale,
+        softcap,
+        left,
+        right,
+        chunk,
+        alignment,
+        dropout_p,
+        max_seqlen_q or 0,
+        max_seqlen_k or 0,
+        deterministic,
+        batch_invariant,
+    )
+    tables = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k, offset, block_table, None)
+    arrays = (q, k, v, None, None, alibi_slopes, sink, *tables, rng_state)
+    out, lse = _framework(q).attention(arrays, options, seed, return_lse, backend)
+    return (out, lse) if return_lse else out
+
+
+def attention_with_kvcache(
+    q: Array,
+    k_cache: Array,
+    v_cache: Array,
+    *,
+    k: Array | None = None,
+    v: Array | None = None,
+    cache_seqlens: int | Array | None = None,
+    cache_batch_idx: Array | None = None,
+    block_table: Array | None = None,
+    rotary_cos: Array | None = None,
+    rotary_sin: Array | None = None,
+    rotary_interleaved: bool = True,
+    num_splits: int = 0,
+    causal: bool = False,
+    window: Window = None,
+    chunk: int = 0,
+    alignment: str = "bottom-right",
+    offset: int | Array | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    bias: Array | None = None,
+    mask: Array | None = None,
+    alibi_slopes: Array | None = None,
+    sink: Array | None = None,
+    seqused_q: Array | None = None,
+    leftpad_k: Array | None = None,
+    batch_invariant: bool = False,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """Attention to a KV cache, after appending new keys and values to it in place: one step of generation, or a chunk of prefill.
+
+    Args:
+        q: (batch, seqlen_q, nheads, head_dim).
+        k_cache: (batch_cache, slots, nheads_kv, head_dim), or pages (num_pages, page_size, nheads_kv, head_dim) with block_table.
+        v_cache: the same with head_dim_v.
+        k, v: (batch, seqlen_new, nheads_kv, ...): written at slots cache_seqlens + t, k rotated at that position, v bit-equal.
+        cache_seqlens: keys already in the cache, an int or one per sequence; None (without k): all slots.
+        cache_batch_idx: (batch,), which entry of the cache each sequence uses.
+        block_table: (batch, max_pages), for pages of any size.
+        rotary_cos, rotary_sin: (positions, rotary_dim / 2). q row i is rotated at cache_seqlens + i if causal or windowed, else every
+            row at cache_seqlens.
+        rotary_interleaved: pairs (0, 1), (2, 3), ... instead of (0, d/2), (1, d/2 + 1), ...
+        num_splits: a hint for GPUs, without effect on results.
+
+    The other arguments are those of `attention`. No gradients flow through the cache.
+
+    Returns:
+        out (batch, seqlen_q, nheads, head_dim_v); with return_lse also lse (batch, nheads, seqlen_q).
+
+    Raises:
+        ValueError: the cache is full, a page is unknown, rotary does not fit; nothing was written.
+
+    >>> import numpy as np, anyattn
+    >>> cache_k, cache_v = np.zeros((1, 16, 2, 8), np.float32), np.zeros((1, 16, 2, 8), np.float32)
+    >>> x = np.ones((1, 1, 2, 8), np.float32)
+    >>> anyattn.attention_with_kvcache(x, cache_k, cache_v, k=x, v=x, cache_seqlens=3).shape, bool(cache_k[0, 3].all())
+    ((1, 1, 2, 8), True)
+    """
+    if num_splits < 0:
+        raise ValueError(f"num_splits must be >= 0 (0: automatic); got {num_splits}")
+    left, right = bounds(causal, window)
+    options = Options(scale, softcap, left, right, chunk, alignment, batch_invariant=batch_invariant)
+    framework = _framework(q)
+    appended = {
+        "q": q, "k": k_cache, "v": v_cache, "new_k": k, "new_v": v, "rotary_cos": rotary_cos, "rotary_sin": rotary_sin,
+        "cache_seqlens": cache_seqlens, "cache_batch_idx": cache_batch_idx, "block_table": block_table,
+    }  # fmt: skip
+    by_row = left is not None or right is not None
+    q, seqused_k = framework.append(appended, interleaved=rotary_interleaved, by_row=by_row, backend=backend)
+    tables = (None, None, seqused_q, seqused_k, leftpad_k, offset, block_table, cache_batch_idx)
+    arrays = (q, k_cache, v_cache, bias, mask, alibi_slopes, sink, *tables, None)
+    out, lse = framework.attention(arrays, options, None, return_lse, backend)
+    return (out, lse) if return_lse else out
+
+
+def attention_forward(q: Array, k: Array, v: Array, **arguments: Any) -> tuple[Array, Array]:
+    """(out, lse) without autograd, from the same arguments as `attention` or, with cu_seqlens_q, `attention_varlen`.
+
+    dropout_p > 0 needs seed or rng_state, so that `attention_backward` can be given the same.
+
+    >>> import numpy as np, anyattn
+    >>> x = np.ones((1, 4, 2, 8), np.float32)
+    >>> out, lse = anyattn.attention_forward(x, x, x, causal=True)
+    >>> grads = anyattn.attention_backward(np.ones_like(out), x, x, x, out, lse, causal=True)
+    >>> grads.dv.shape, grads.dbias is None
+    ((1, 4, 2, 8), True)
+    """
+    arrays, options, seed, backend = explicit(q, k, v, **arguments)
+    result: tuple[Array, Array] = _framework(q).forward(arrays, options, seed, backend)
+    return result
+
+
+def attention_backward(
+    dout: Array, q: Array, k: Array, v: Array, out: Array, lse: Array, *, dlse: Array | None = None, **arguments: Any
+) -> Gradients:
+    """Gradients of sum(out * dout) (+ sum(lse * dlse)), from what `attention_forward` was given and returned.
+
+        dP_ij = D_ij <do_i, v_j>      delta_i = <do_i, o_i> - dlse_i      ds_ij = P_ij (dP_ij - delta_i)
+        dq_i = scale sum_j dt_ij k_j  dk_j = scale sum_i dt_ij q_i        dv_j = sum_i P_ij D_ij do_i
+
+    with dt = ds (1 - (t / softcap)^2) under a softcap, sums over the rows and heads that read a key, and D the dropout factors.
+    Keys that no row sees get 0. dbias = ds summed over the broadcast axes; dsink_h = - sum_i exp(sink_h - lse_i) delta_i.
+    """
+    arrays, options, seed, backend = explicit(q, k, v, **arguments)
+    return Gradients(*_framework(q).backward((out, lse, dout, dlse), arrays, options, seed, backend))
+
+
+def merge(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tuple[Array, Array]:
+    """The exact attention over the union of two disjoint sets of keys, from the results over each.
+
+        lse = log(exp(lse_a) + exp(lse_b))      out = out_a + (out_b - out_a) exp(lse_b - lse)
+
+    Rows that see no key in either give out 0 and lse -inf. out (..., seqlen, nheads, head_dim_v), lse (..., nheads, seqlen).
+
+    >>> import numpy as np, anyattn
+    >>> x = np.ones((1, 4, 2, 8), np.float32)
+    >>> halves = [anyattn.attention(x, x[:, s], x[:, s], return_lse=True) for s in (slice(0, 2), slice(2, 4))]
+    >>> bool(np.allclose(anyattn.merge(*halves[0], *halves[1])[0], anyattn.attention(x, x, x)))
+    True
+    """
+    result: tuple[Array, Array] = _framework(out_a).merge(out_a, lse_a, out_b, lse_b)
+    return result
+
+
+def flash_attention(query: Array, key: Array, value: Array, causal: bool = True, scale: float | None = None) -> Array:
+    """Attention in the layout (batch, nheads, seqlen, head_dim), causal by default; heads_q may be a multiple of heads_kv.
+
+    >>> import numpy as np, anyattn
+    >>> x = np.ones((1, 2, 4, 8), np.float32)
+    >>> anyattn.flash_attention(x, x, x).shape
+    (1, 2, 4, 8)
+    """
+    framework = _framework(query)
+    for name, array in (("query", query), ("key", key), ("value", value)):
+        if getattr(array, "ndim", None) != 4:
+            raise ValueError(
+                f"{name} must be (batch, nheads, seqlen, head_dim); got {getattr(array, 'shape', type(array).__name__)}"
+            )
+    arrays = (query.swapaxes(1, 2), key.swapaxes(1, 2), value.swapaxes(1, 2), *[None] * 13)
+    options = Options(scale=scale, right=0 if causal else None)
+    return framework.attention(arrays, options, None, False, None)[0].swapaxes(1, 2)
+
+
+def explain(q: Array, k: Array, v: Array, **arguments: Any) -> dispatch.Explanation:
+    """Which backend this call (arguments of `attention_forward`) gets, and every refusal with its reasons. Computes nothing.
+
+    >>> import numpy as np, anyattn
+    >>> x = np.ones((1, 4, 2, 8), np.float32)
+    >>> anyattn.explain(x, x, x, causal=True).chosen in anyattn.get_available_backends()
+    True
+    """
+    arrays, options, seed, backend = explicit(q, k, v, **arguments)
+    result: dispatch.Explanation = _framework(q).explain(arrays, options, seed, backend)
+    return result
+
+
+def get_available_backends() -> list[str]:
+    """Names of the backends that run here, best first."""
+    return dispatch.available()
+
+
+def print_backend_info() -> None:
+    """Prints the backends and why any of them is not available; `anyattn info` tells more."""
+    for name in dispatch.NAMES:
+        sys.stdout.write(f"{name}: {dispatch.get(name).available() or 'available'}\n")
+
+
+def _framework(array: Array) -> ModuleType:
+    """The module that serves this kind of array. Import statements, so that torch.compile can trace the first call."""
+    if isinstance(array, np.ndarray):
+        from .frameworks import numpy as numpy_arrays
+
+        return numpy_arrays
+    if hasattr(array, "__torch_function__"):
+        from .frameworks.torch import functional
+
+        return functional
+    raise TypeError(f"q must be a numpy.ndarray or a torch.Tensor; got {type(array).__name__}")

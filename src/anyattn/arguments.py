@@ -1,0 +1,91 @@
+"""From the arguments that users give to the canonical form that frameworks take: interval bounds, Options, ordered arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .problem import Options
+
+Array = Any  # numpy.ndarray or torch.Tensor
+Window = Sequence["int | None"] | None
+Canonical = tuple[tuple[Array | None, ...], Options, int | None, str | None]
+
+
+def bounds(causal: bool, window: Window) -> tuple[int | None, int | None]:
+    """(left, right) of the interval that causal and window ask for together."""
+    if window is None:
+        return None, 0 if causal else None
+    if not isinstance(window, tuple | list) or len(window) != 2:
+        raise ValueError(f"window must be a pair (left, right) or None; got {window!r}")
+    for side in window:
+        if side is not None and (isinstance(side, float | str) or side < 0):
+            raise ValueError(f"window must hold integers >= 0 or None (unbounded); got {window!r}")
+    left, right = window
+    return left, 0 if causal else right
+
+
+def paged_lengths(
+    block_table: Array | None, cu_seqlens_k: Array | None, seqused_k: Array | None
+) -> tuple[Array, Array]:
+    """(cu_seqlens_k, seqused_k): with pages, cumulative lengths say nothing about places, so only the lengths are kept."""
+    if block_table is None or cu_seqlens_k is None:
+        return cu_seqlens_k, seqused_k
+    if seqused_k is None:
+        cu_seqlens_k = np.asarray(cu_seqlens_k) if isinstance(cu_seqlens_k, list | tuple) else cu_seqlens_k
+        seqused_k = cu_seqlens_k[1:] - cu_seqlens_k[:-1]
+    return None, seqused_k
+
+
+def explicit(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    cu_seqlens_q: Array | None = None,
+    cu_seqlens_k: Array | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    block_table: Array | None = None,
+    cache_batch_idx: Array | None = None,
+    causal: bool = False,
+    window: Window = None,
+    chunk: int = 0,
+    alignment: str = "bottom-right",
+    offset: int | Array | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    bias: Array | None = None,
+    mask: Array | None = None,
+    alibi_slopes: Array | None = None,
+    sink: Array | None = None,
+    seqused_q: Array | None = None,
+    seqused_k: Array | None = None,
+    leftpad_k: Array | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    rng_state: Array | None = None,
+    deterministic: bool = False,
+    batch_invariant: bool = False,
+    backend: str | None = None,
+) -> Canonical:
+    """The arguments of the explicit functions in canonical form: (arrays, options, seed, backend)."""
+    left, right = bounds(causal, window)
+    cu_seqlens_k, seqused_k = paged_lengths(block_table, cu_seqlens_k, seqused_k)
+    options = Options(
+        scale,
+        softcap,
+        left,
+        right,
+        chunk,
+        alignment,
+        dropout_p,
+        max_seqlen_q or 0,
+        max_seqlen_k or 0,
+        deterministic,
+        batch_invariant,
+    )
+    tables = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k, offset, block_table, cache_batch_idx)
+    return (q, k, v, bias, mask, alibi_slopes, sink, *tables, rng_state), options, seed, backend
