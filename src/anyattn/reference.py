@@ -48,6 +48,7 @@ class Head:
     k: Float  # (n_k, head_dim)
     v: Float
     t: Float  # (n_q, n_k), after softcap
+    s: Float  # scores; -inf where not seen
     p: Float  # probabilities
     d: Float  # dropout factors D
     lse: Float
@@ -67,7 +68,7 @@ def forward(problem: Problem, arrays: Arrays) -> tuple[Float, Float]:
     lse = np.full(problem.lse_shape, -np.inf)
     for head in heads(problem, arrays):
         out[head.rows_q] = head.out
-        lse[_rows_lse(problem, head)] = head.lse
+        lse[rows_lse(problem, head)] = head.lse
     return out, lse
 
 
@@ -82,7 +83,7 @@ def backward(problem: Problem, arrays: Arrays, dout: Float, dlse: Float | None =
     )
     for head in heads(problem, arrays):
         do = dout[head.rows_q]
-        dl = np.zeros_like(head.lse) if dlse is None else dlse[_rows_lse(problem, head)]
+        dl = np.zeros_like(head.lse) if dlse is None else dlse[rows_lse(problem, head)]
         dp = head.d * (do @ head.v.T)
         delta = (do * head.out).sum(-1) - dl
         ds = head.p * (dp - delta[:, None])
@@ -91,10 +92,10 @@ def backward(problem: Problem, arrays: Arrays, dout: Float, dlse: Float | None =
         np.add.at(grads.dk, head.rows_k, problem.scale * dt.T @ head.q)
         np.add.at(grads.dv, head.rows_k, (head.p * head.d).T @ do)
         if grads.dbias is not None:
-            _add_dbias(grads.dbias, head, ds)
+            add_dbias(grads.dbias, head, ds)
         if grads.dsink is not None:
             sink = float(np.asarray(arrays["sink"])[head.h])
-            weight = np.exp(np.minimum(sink - head.lse, 0.0))  # 1 where the row sees no key
+            weight = np.exp(np.minimum(sink - head.lse, 0.0)) if np.isfinite(sink) else 0.0  # 1 where the row sees no key
             grads.dsink[head.h] -= (weight * delta).sum()
     return grads
 
@@ -134,7 +135,7 @@ def _head(
         state = np.asarray(arrays["rng_state"])
         kept = philox.keep(state, problem.dropout_p, sequence.index * problem.nheads + h, np.arange(sequence.n_q), keys)
         d = kept * philox.keep_scale(problem.dropout_p)
-    return Head(sequence, h, *rows, q, k, v, t, p, d, lse, (p * d) @ v)
+    return Head(sequence, h, *rows, q, k, v, t, s, p, d, lse, (p * d) @ v)
 
 
 def _score_terms(problem: Problem, arrays: Arrays, sequence: Sequence, h: int) -> Float | float:
@@ -165,7 +166,7 @@ def _tile(array: npt.NDArray[Any], sequence: Sequence, h: int) -> npt.NDArray[An
     return tile[: sequence.n_q if tile.shape[0] > 1 else 1, : sequence.n_k if tile.shape[1] > 1 else 1]
 
 
-def _add_dbias(dbias: Float, head: Head, ds: Float) -> None:
+def add_dbias(dbias: Float, head: Head, ds: Float) -> None:
     tile = _tile(dbias, head.sequence, head.h)
     axes = tuple(axis for axis in (0, 1) if tile.shape[axis] == 1)
     tile += ds.sum(axis=axes, keepdims=True) if axes else ds
@@ -177,7 +178,7 @@ def _rows_q(problem: Problem, sequence: Sequence, h: int) -> tuple[Any, ...]:
     return (sequence.index, slice(0, sequence.n_q), h)
 
 
-def _rows_lse(problem: Problem, head: Head) -> tuple[Any, ...]:
+def rows_lse(problem: Problem, head: Head) -> tuple[Any, ...]:
     s = head.sequence
     if problem.packed_q:
         return (head.h, slice(s.row_q, s.row_q + s.n_q))
