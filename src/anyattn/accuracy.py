@@ -1,0 +1,189 @@
+"""How wrong a backend may be: float64 values, and an error budget for each result that follows from the problem, not from experience.
+
+    error <= 2 * error of a plain implementation in that dtype + c * eps(dtype) * A             (gradients: 3 times)
+
+A is the largest value of the result's own expression on absolute values, and where that is 0 the result must be 0. The plain
+implementation is standard attention with the inputs' dtype in memory: scores, softmax and sums in float32, P and dt rounded before
+the second product, as SEMANTICS.md allows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from . import reference
+from .problem import Problem
+from .reference import Arrays, Float, Head, add_dbias, rows_lse, widen
+
+EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+
+
+@dataclass(frozen=True)
+class Expected:
+    """One result: its float64 value, the same expression on absolute values, and the largest error accepted anywhere."""
+
+    value: Float
+    magnitude: Float
+    budget: float
+
+    def error(self, got: npt.NDArray[Any]) -> float:
+        """Largest absolute error; inf for a wrong shape, a NaN, a wrong infinity, or anything but 0 where nothing contributes."""
+        if got.shape != self.value.shape:
+            return np.inf
+        values = widen(got, "bfloat16" if got.dtype == np.uint16 else got.dtype.name)
+        finite = np.isfinite(self.value)
+        if not np.array_equal(values[~finite], self.value[~finite]) or (values[self.magnitude == 0] != self.value[self.magnitude == 0]).any():
+            return np.inf
+        difference = np.abs(values[finite] - self.value[finite])
+        return float(np.where(np.isnan(difference), np.inf, difference).max(initial=0.0))
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """The numbers of the budget: a multiple of the plain implementation's error, and of eps * A."""
+
+    times: float
+    c: float
+
+
+def expected_forward(problem: Problem, arrays: Arrays) -> dict[str, Expected]:
+    """out and lse."""
+    value_out, value_lse = reference.forward(problem, arrays)
+    out, lse = _Sum(problem, value_out), _Sum(problem, value_lse)
+    for head in reference.heads(problem, arrays):
+        plain = _Plain(problem, arrays, head)
+        out.add(head.rows_q, plain.out, (head.p * head.d) @ np.abs(head.v))
+        s = np.abs(np.where(np.isfinite(head.s), head.s, 0.0)).max(axis=1, initial=0.0)
+        lse.add(rows_lse(problem, head), plain.lse, np.where(np.isfinite(head.lse), np.maximum(s, np.abs(head.lse)), 0.0))
+    lse.plain[~np.isfinite(value_lse)] = -np.inf
+    rule = _rule(problem, gradient=False)
+    return {"out": out.expected(rule, problem.dtype), "lse": lse.expected(rule, problem.compute_dtype)}
+
+
+def expected_backward(problem: Problem, arrays: Arrays, dout: Float, dlse: Float | None) -> dict[str, Expected]:
+    """dq, dk, dv and, where the problem has them, dbias and dsink."""
+    exact = vars(reference.backward(problem, arrays, dout, dlse))
+    sums = {name: _Sum(problem, value) for name, value in exact.items() if value is not None}
+    for head in reference.heads(problem, arrays):
+        do = dout[head.rows_q]
+        dl = np.zeros_like(head.lse) if dlse is None else dlse[rows_lse(problem, head)]
+        plain = _Plain(problem, arrays, head)
+        terms, sizes = plain.backward(do, dl), _magnitudes(problem, arrays, head, do, dl)
+        rows = {"dq": head.rows_q, "dk": head.rows_k, "dv": head.rows_k, "dsink": (head.h,)}
+        for name, total in sums.items():
+            if name == "dbias":
+                add_dbias(total.plain, head, terms[name])
+                add_dbias(total.magnitude, head, sizes[name])
+            else:
+                total.add(rows[name], terms[name], sizes[name])
+    rule = _rule(problem, gradient=True)
+    return {name: total.expected(rule, problem.dtype) for name, total in sums.items()}
+
+
+def check(expected: Mapping[str, Expected], got: Mapping[str, npt.NDArray[Any] | None]) -> list[str]:
+    """[] or one line for each result whose error is beyond its budget."""
+    lines = []
+    for name, want in expected.items():
+        value = got[name]
+        error = np.inf if value is None else want.error(value)
+        if not error <= want.budget:
+            lines.append(f"{name}: error {error:.3g} > {want.budget:.3g}")
+    return lines
+
+
+def _rule(problem: Problem, gradient: bool) -> _Rule:
+    if problem.dtype == "float64":
+        return _Rule(0.0, 64.0)
+    return _Rule(3.0, 8.0) if gradient else _Rule(2.0, 4.0)
+
+
+class _Sum:
+    """One result while its heads are added up: from the plain implementation, and on absolute values."""
+
+    def __init__(self, problem: Problem, value: Float) -> None:
+        self.value = value
+        self.plain = np.zeros(value.shape, problem.compute_dtype)
+        self.magnitude = np.zeros(value.shape)
+
+    def add(self, rows: Any, plain: npt.NDArray[Any], magnitude: Float) -> None:
+        np.add.at(self.plain, rows, plain)
+        np.add.at(self.magnitude, rows, magnitude)
+
+    def expected(self, rule: _Rule, dtype: str) -> Expected:
+        finite = np.isfinite(self.value)
+        difference = np.abs(round_to(self.plain[finite], dtype) - self.value[finite])
+        budget = rule.times * difference.max(initial=0.0) + rule.c * EPS[dtype] * self.magnitude.max(initial=0.0)
+        return Expected(self.value, self.magnitude, float(budget))
+
+
+class _Plain:
+    """Standard attention of one head in the compute dtype, with the inputs' dtype in memory."""
+
+    def __init__(self, problem: Problem, arrays: Arrays, head: Head) -> None:
+        kind = np.dtype(problem.compute_dtype).type
+        self.problem, self.head = problem, head
+        self.q, self.k, self.v, self.d = (x.astype(kind) for x in (head.q, head.k, head.v, head.d))
+        self.t = kind(problem.scale) * (self.q @ self.k.T)
+        if problem.softcap > 0:
+            self.t = kind(problem.softcap) * np.tanh(self.t / kind(problem.softcap))
+        seen = np.isfinite(head.s)
+        terms = np.where(seen, head.s, 0.0) - np.where(seen, head.t, 0.0)  # bias and ALiBi
+        s = np.where(seen, self.t + terms.astype(kind), kind(-np.inf))
+        self.sink = kind(-np.inf) if problem.sink is None else kind(np.asarray(arrays["sink"])[head.h])
+        top = np.maximum(s.max(axis=1, initial=-np.inf), self.sink)
+        safe = np.where(np.isfinite(top), top, kind(0))
+        with np.errstate(divide="ignore"):
+            self.lse = safe + np.log(np.exp(s - safe[:, None]).sum(axis=1) + np.exp(self.sink - safe))
+        self.p = np.exp(s - np.where(np.isfinite(self.lse), self.lse, kind(0))[:, None])
+        self.out = round_to(round_to(self.p * self.d, problem.dtype) @ self.v, problem.dtype)
+
+    def backward(self, dout: Float, dlse: Float) -> dict[str, npt.NDArray[Any]]:
+        """This head's terms of every gradient."""
+        problem, kind = self.problem, self.t.dtype.type
+        do = dout.astype(kind)
+        delta = (do * self.out).sum(-1) - dlse.astype(kind)
+        ds = self.p * (self.d * (do @ self.v.T) - delta[:, None])
+        dt = ds * (1 - (self.t / kind(problem.softcap)) ** 2) if problem.softcap > 0 else ds
+        dt = round_to(dt, problem.dtype)
+        weight = np.exp(np.minimum(self.sink - self.lse, 0)) if np.isfinite(self.sink) else np.zeros_like(delta)
+        return {
+            "dq": kind(problem.scale) * (dt @ self.k),
+            "dk": kind(problem.scale) * (dt.T @ self.q),
+            "dv": round_to(self.p * self.d, problem.dtype).T @ do,
+            "dbias": ds,
+            "dsink": -(weight * delta).sum(),
+        }
+
+
+def _magnitudes(problem: Problem, arrays: Arrays, head: Head, do: Float, dl: Float) -> dict[str, Any]:
+    """The terms of every gradient on absolute values."""
+    q, k, v, do = (np.abs(x) for x in (head.q, head.k, head.v, do))
+    weights = head.p * head.d
+    delta = (do * (weights @ v)).sum(-1) + np.abs(dl)
+    ds = head.p * (head.d * (do @ v.T) + delta[:, None])
+    sink = -np.inf if problem.sink is None else float(np.asarray(arrays["sink"])[head.h])
+    weight = np.exp(np.minimum(sink - head.lse, 0.0)) if np.isfinite(sink) else np.zeros_like(delta)
+    return {
+        "dq": abs(problem.scale) * (ds @ k),
+        "dk": abs(problem.scale) * (ds.T @ q),
+        "dv": weights.T @ do,
+        "dbias": ds,
+        "dsink": (weight * delta).sum(),
+    }
+
+
+def round_to(x: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
+    """x rounded to a 16-bit dtype (nearest, ties to even), in its own type; other dtypes leave it alone."""
+    if dtype == "float16":
+        with np.errstate(over="ignore"):
+            return x.astype(np.float16).astype(x.dtype)
+    if dtype == "bfloat16":
+        bits = np.asarray(x, np.float32).view(np.uint32)
+        kept = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)
+        return kept.view(np.float32).astype(x.dtype)
+    return x
