@@ -1,0 +1,53 @@
+"""The README's tables, written from the committed results: `python -m anyattn.bench.markdown RESULTS README`."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+QUOTED = ("(1, 8, 2048, 64)", "(1, 16, 2048, 128)")
+
+
+def accuracy(results: dict[str, Any]) -> str:
+    names = list(results["accuracy"][0]["errors"])
+    lines = [f"| dtype | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for row in results["accuracy"]:
+        lines.append(f"| {row['dtype']} | {' | '.join(f'{row["errors"][name]:.1e}' for name in names)} |")
+    return "\n".join(lines)
+
+
+def speed(results: dict[str, Any]) -> str:
+    machine = results["machine"]
+    where = f"{machine['processor']}, {machine['cores']} cores, `{machine['cpu_target']}`, torch {machine['versions']['torch']}"
+    lines = [
+        f"{where}, {machine['date']}:",
+        "",
+        "| (batch, nheads, seqlen, head_dim) | useful GFLOP/s | torch SDPA | ratio |",
+    ]
+    lines.append("|---|---|---|---|")
+    for row in results["cases"]:
+        if row["name"] in QUOTED and "anyattn" in row["seconds"]:
+            ours, sdpa = (row["seconds"][name]["median"] for name in ("anyattn", "torch SDPA"))
+            rates = [row["flops"] / seconds / 1e9 for seconds in (ours, sdpa)]
+            lines.append(f"| {row['label']} | {rates[0]:.0f} | {rates[1]:.0f} | {sdpa / ours:.1f}x |")
+    return "\n".join(lines)
+
+
+def fill(text: str, results: dict[str, Any]) -> str:
+    """The text with everything between `<!-- NAME:begin -->` and `<!-- NAME:end -->` written anew."""
+    for name, section in (("accuracy", accuracy(results)), ("speed", speed(results))):
+        pattern = re.compile(f"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
+        text = pattern.sub(lambda match, section=section: f"{match[1]}{section}\n{match[2]}", text)
+    return text
+
+
+def main(results: str, readme: str) -> None:
+    path = Path(readme)
+    path.write_text(fill(path.read_text(), json.loads(Path(results).read_text())))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:3])
