@@ -140,7 +140,7 @@ class Problem:
 
     @property
     def group(self) -> int:
-        return self.nheads // self.nheads_kv if self.nheads_kv else 1
+        return self.nheads // self.nheads_kv
 
     @property
     def head_dim(self) -> int:
@@ -301,7 +301,7 @@ def _check_dtypes(given: Mapping[str, Array | None], q: Array, k: Array, v: Arra
 
 def _check_heads(q: Array, k: Array, v: Array) -> None:
     nheads, nheads_kv = q.shape[-2], k.shape[-2]
-    if (nheads_kv == 0) != (nheads == 0) or (nheads_kv and nheads % nheads_kv):
+    if nheads < 1 or nheads_kv < 1 or nheads % nheads_kv:
         raise ValueError(
             f"nheads ({nheads}) must be a multiple of nheads_kv ({nheads_kv}); got q {q.shape}, k {k.shape}"
         )
