@@ -79,8 +79,8 @@ def _create(name: str) -> Backend:
 
 
 def named(argument: str | None) -> tuple[str, ...]:
-    """The backends that the caller, a context manager or the environment named; () for automatic choice."""
-    return (argument,) if argument else _named.get() or settings.current().backend
+    """The backends that the caller ("cpu" or "cpu,numpy"), a context manager or the environment named; (): automatic choice."""
+    return tuple(argument.split(",")) if argument else _named.get() or settings.current().backend
 
 
 def choose(problem: Problem, names: tuple[str, ...]) -> Backend:

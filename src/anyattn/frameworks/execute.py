@@ -37,7 +37,16 @@ def forward(adapter: Adapter, arrays: Arrays, options: Options, backend: str | N
     return call.out, call.lse
 
 
-def backward(adapter: Adapter, saved: Arrays, arrays: Arrays, options: Options, backend: str | None) -> Arrays:
+def backward(
+    adapter: Adapter,
+    saved: Arrays,
+    arrays: Arrays,
+    options: Options,
+    backend: str | None,
+    *,
+    want_dbias: bool = True,
+    want_dsink: bool = True,
+) -> Arrays:
     """(dq, dk, dv, dbias or None, dsink or None) from `saved` = (out, lse, dout, dlse or None)."""
     names = dispatch.named(backend)
     everything = (*arrays, *saved)
@@ -53,9 +62,9 @@ def backward(adapter: Adapter, saved: Arrays, arrays: Arrays, options: Options, 
     call.dq = adapter.empty(problem.q.shape, problem.dtype, q)
     call.dk = adapter.empty(problem.k.shape, problem.dtype, q)
     call.dv = adapter.empty(problem.v.shape, problem.dtype, q)
-    if problem.bias is not None:
+    if problem.bias is not None and want_dbias:
         call.dbias = adapter.empty(problem.bias.shape, problem.bias.dtype, q)
-    if problem.sink is not None:
+    if problem.sink is not None and want_dsink:
         call.dsink = adapter.empty(problem.sink.shape, problem.sink.dtype, q)
     if plan.backward_bytes:
         call.workspace = adapter.empty((plan.backward_bytes,), "uint8", q)
