@@ -1,0 +1,196 @@
+"""What is tested: a table of problems in which every pair of features meets, and one named case for each corner.
+
+A Case holds choices, no arrays; `inputs.build` makes the arrays. `scripts/make_cases.py` writes the table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+DTYPES = ("float64", "float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One problem. Sizes are those of the longest sequence; lengths of the others are drawn from the seed."""
+
+    name: str
+    batch: int = 2
+    seqlen_q: int = 63
+    seqlen_k: int = 111
+    nheads_kv: int = 2
+    group: int = 1
+    head_dim: int = 40
+    head_dim_v: int = 40
+    dtype: str = "float32"
+    causal: bool = False
+    window: tuple[int | None, int | None] | None = None
+    chunk: int = 0
+    alignment: str = "bottom-right"
+    offset: str = ""  # "int": one for all sequences; "each": one per sequence
+    lengths: str = "full"  # full, seqused, leftpad, both, varlen, varlen_seqused, paged, paged_varlen
+    mask: str = ""  # how the dense mask and the bias broadcast: see inputs.BROADCASTS
+    bias: str = ""
+    bias_dtype: str = ""  # of q, unless given
+    alibi: str = ""  # "h": (nheads,); "bh": (batch, nheads)
+    softcap: float = 0.0
+    sink: bool = False
+    dropout_p: float = 0.0
+    scale: float | None = None
+    layout: str = "bshd"  # see inputs.LAYOUTS
+    dlse: bool = False
+    content: str = "normal"  # see inputs.CONTENTS
+    page_size: int = 0  # 0: drawn
+    seed: int = 0
+
+    def __str__(self) -> str:
+        return self.name
+
+
+_MASKS: dict[str, dict[str, object]] = {
+    "none": {},
+    "causal": {"causal": True},
+    "causal_topleft": {"causal": True, "alignment": "top-left"},
+    "offset": {"causal": True, "offset": "each"},
+    "window": {"window": (17, 5)},
+    "window_causal": {"window": (33, None), "causal": True},
+    "chunk": {"chunk": 50},
+    "leftpad": {"lengths": "leftpad", "causal": True},
+    "seqused": {"lengths": "seqused"},
+    "bool": {"mask": "full"},
+    "varlen": {"lengths": "varlen"},
+    "varlen_causal": {"lengths": "varlen", "causal": True},
+    "paged": {"lengths": "paged"},
+}
+_SCALES: dict[str, float | None] = {"default": None, "negative": -0.3, "0": 0.0}
+
+
+def pairwise() -> list[Case]:
+    """The committed table, as cases."""
+    header, *rows = (Path(__file__).parent / "pairwise.txt").read_text(encoding="utf-8").splitlines()
+    names = header.split()
+    return [_from_row(i, dict(zip(names, row.split(), strict=True))) for i, row in enumerate(rows)]
+
+
+def _from_row(index: int, row: dict[str, str]) -> Case:
+    head_dim, group = int(row["head_dim"]), int(row["group"])
+    shape = f"{row['seqlen_q']}x{row['seqlen_k']}x{row['head_dim']}"
+    case = Case(
+        name=f"pair{index:03d}-{row['mask']}-{shape}-{row['dtype']}",
+        batch=int(row["batch"]),
+        seqlen_q=int(row["seqlen_q"]),
+        seqlen_k=int(row["seqlen_k"]),
+        nheads_kv=1 if group == 8 else 2,
+        group=group,
+        head_dim=head_dim,
+        head_dim_v=head_dim if row["head_dim_v"] == "same" else int(row["head_dim_v"]),
+        dtype=row["dtype"],
+        bias="" if row["bias"] == "no" else row["bias"],
+        alibi="" if row["alibi"] == "no" else row["alibi"],
+        softcap=float(row["softcap"]),
+        sink=row["sink"] == "1",
+        dropout_p=float(row["dropout"]),
+        scale=_SCALES[row["scale"]],
+        layout=row["layout"],
+        dlse=row["dlse"] == "1",
+        seed=index,
+    )
+    return replace(case, **_MASKS[row["mask"]])  # type: ignore[arg-type]
+
+
+NAMED = [
+    # Rows, keys and sequences that are not there.
+    Case("plain"),
+    Case("rows_without_keys", causal=True, seqlen_q=111, seqlen_k=63, dlse=True),
+    Case("rows_without_keys_sink", causal=True, seqlen_q=70, seqlen_k=5, sink=True, dlse=True),
+    Case("no_key_at_all_sink", seqlen_k=0, sink=True, dlse=True),
+    Case("every_row_masked", window=(0, 0), offset="each", content="offset_outside", sink=True, dlse=True),
+    Case("masked_rows_and_columns", mask="full", content="mask_lines", dlse=True),
+    Case("bias_minus_infinity", bias="full", content="bias_lines", sink=True, dlse=True),
+    Case("bias_minus_infinity_f16", bias="full", content="bias_lines", dtype="float16"),
+    Case("empty_sequences", lengths="varlen", batch=5, content="empty_sequences", dlse=True),
+    Case("lengths_zero", lengths="both", batch=3, content="empty_sequences", causal=True, sink=True, dlse=True),
+    Case("no_rows_no_keys", seqlen_q=0, seqlen_k=0, bias="h1", sink=True),
+    # One key, one row, and just past a tile.
+    Case("row_sees_one_key", window=(0, 0)),
+    Case("one_key", seqlen_k=1, dlse=True),
+    Case("decode", seqlen_q=1, seqlen_k=517, group=4, causal=True),
+    Case("decode_f16", seqlen_q=1, seqlen_k=517, group=8, nheads_kv=1, causal=True, dtype="float16", head_dim=128),
+    Case("decode_paged", seqlen_q=1, seqlen_k=517, group=4, causal=True, lengths="paged", page_size=16),
+    Case("few_rows_many_heads", seqlen_q=3, seqlen_k=300, group=16, nheads_kv=1, causal=True),
+    Case("long_key_axis", batch=1, seqlen_q=2, seqlen_k=5000, nheads_kv=1),
+    Case("long_query_axis", batch=1, seqlen_q=5000, seqlen_k=2, nheads_kv=1, dlse=True),
+    Case("wide_heads", head_dim=300, head_dim_v=513, seqlen_q=20, seqlen_k=40),
+    Case("narrow_v", head_dim=3, head_dim_v=1, seqlen_q=130, seqlen_k=257),
+    # Numbers at their limits.
+    Case("huge_scores", content="huge", dlse=True),
+    Case("huge_scores_f16", content="huge", dtype="float16"),
+    Case("huge_scores_softcap", content="huge", softcap=30.0, causal=True),
+    Case("very_negative_scores", content="all_negative", causal=True, dlse=True),
+    Case("equal_keys", content="equal_keys"),
+    Case("rising_scores", content="rising", seqlen_k=517, dlse=True),
+    Case("falling_scores", content="falling", seqlen_k=517, dlse=True),
+    Case("sink_dominates", sink=True, content="big_sink", dlse=True),
+    Case("sink_minus_infinity", sink=True, content="no_sink", causal=True, seqlen_q=111, seqlen_k=63),
+    Case("alibi_steep", alibi="h", content="steep", causal=True, seqlen_q=200, seqlen_k=200),
+    Case("dropout_most", dropout_p=0.97, dlse=True),
+    Case("dropout_least", dropout_p=2.0**-16, causal=True),
+    Case("dropout_varlen", dropout_p=0.4, lengths="varlen", batch=4, group=2),
+    # Intervals.
+    Case("window_of_past_keys", window=(20, 0), seqlen_q=300, seqlen_k=300),
+    Case("window_of_future_keys", window=(0, 20), seqlen_q=300, seqlen_k=200),
+    Case("window_top_left", window=(4, 9), alignment="top-left", seqlen_q=90, seqlen_k=300),
+    Case("window_past_only_unbounded_right", window=(5, None), seqlen_q=111, seqlen_k=300),
+    Case("chunk_of_one", chunk=1, alignment="top-left"),
+    Case("chunk_negative_positions", chunk=7, offset="each", causal=True, batch=5),
+    Case("chunk_window", chunk=64, window=(10, 3), seqlen_q=200, seqlen_k=200),
+    Case("offset_int", offset="int", causal=True, window=(30, 2)),
+    Case("leftpad_top_left", lengths="leftpad", causal=True, alignment="top-left", batch=4, alibi="bh"),
+    Case("leftpad_seqused", lengths="both", causal=True, window=(40, None), batch=4, dropout_p=0.2),
+    Case("varlen_window_alibi", lengths="varlen", window=(11, 3), alibi="bh", batch=6, softcap=5.0),
+    Case("varlen_seqused", lengths="varlen_seqused", causal=True, batch=5, sink=True, dlse=True),
+    Case("paged_varlen", lengths="paged_varlen", causal=True, batch=4, group=4),
+    Case("paged_page_of_one", lengths="paged", page_size=1, causal=True, batch=3),
+    Case("paged_odd_page_f16", lengths="paged", page_size=37, batch=3, dtype="float16", dropout_p=0.1),
+    Case("paged_bias_window", lengths="paged", page_size=5, bias="full", window=(40, 3), sink=True),
+    # Layouts.
+    Case("last_dimension_not_contiguous", layout="last"),
+    Case("negative_strides", layout="reversed", causal=True),
+    Case("expanded", layout="expanded", batch=3, nheads_kv=3),
+    Case("sliced_every_second_row", layout="slices", batch=2),
+    # Broadcast bias and mask.
+    Case("bias_of_rank_two", bias="rank2", dlse=True),
+    Case("bias_of_rank_one", bias="rank1", group=4),
+    Case("bias_of_rank_three", bias="rank3", causal=True),
+    Case("bias_per_row", bias="column", softcap=4.0),
+    Case("bias_one_number", bias="one", batch=3),
+    Case("bias_expanded", bias="expanded", batch=3),
+    Case("bias_float32_with_f16", bias="h1", dtype="float16", bias_dtype="float32"),
+    Case("bias_float32_with_bf16", bias="full", dtype="bfloat16", bias_dtype="float32", group=2),
+    Case("mask_of_keys", mask="row", group=4),
+    Case("mask_of_rank_two", mask="rank2", causal=True),
+    Case("mask_expanded_bias", mask="expanded", bias="b1"),
+    Case("mask_per_row", mask="column", bias="row", dropout_p=0.2),
+    Case("everything", group=4, causal=True, window=(60, None), chunk=90, lengths="both", bias="full", mask="b1", alibi="bh",
+         softcap=3.0, sink=True, dropout_p=0.25, scale=-0.2, layout="packed", dlse=True, batch=3),
+    Case("everything_bf16", group=4, causal=True, window=(60, None), chunk=90, lengths="both", bias="full", mask="b1",
+         alibi="bh", softcap=3.0, sink=True, dropout_p=0.25, scale=0.2, dtype="bfloat16", dlse=True, batch=3, head_dim=64),
+]  # fmt: skip
+
+PAIRWISE = pairwise()
+ALL = [*NAMED, *PAIRWISE]
+
+
+def named(name: str) -> Case:
+    """The named case of that name."""
+    return next(case for case in NAMED if case.name == name)
+
+
+def small(cases: list[Case], entries: int) -> list[Case]:
+    """Those with at most so many scores: for engines that run slowly."""
+    return [case for case in cases if case.batch * case.nheads_kv * case.group * case.seqlen_q * case.seqlen_k <= entries]
+
+
+SMALL = small(ALL, 20_000)  # a few seconds per engine
+INTERPRETER = small(ALL, 30_000)  # engines that are interpreted: one tile takes milliseconds

@@ -1,0 +1,85 @@
+"""Fixtures: every engine; results that start as NaN, between guards; hypothesis profiles.
+
+Each worker of pytest-xdist computes alone, so NumPy's matrix products take one thread.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
+
+from collections.abc import Iterator, Sequence  # noqa: E402
+from typing import Any  # noqa: E402
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from engines import Engine, engines  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+from anyattn.frameworks.numpy import NumpyAdapter  # noqa: E402
+
+# Nothing here may depend on time or on what ran before: no deadline, and the same examples every time.
+settings.register_profile(
+    "default", max_examples=50, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+)
+settings.register_profile("full", settings.get_profile("default"), max_examples=2000)
+settings.load_profile("default")
+
+GUARD = 256
+THREADS = 3  # more than tasks of small problems, and not a power of two
+
+
+class Memory:
+    """Hands out results and workspaces full of 0xFF (NaN in every float type) between guards that nobody may write."""
+
+    def __init__(self) -> None:
+        self.blocks: list[tuple[np.ndarray, int, int]] = []
+
+    def empty(self, shape: Sequence[int], dtype: np.dtype[Any]) -> np.ndarray:
+        size = int(np.prod(shape)) * dtype.itemsize
+        raw = np.full(size + 2 * GUARD + 128, 0xFF, np.uint8)
+        aligned = GUARD + -(raw.ctypes.data + GUARD) % 64
+        start = aligned + (0 if dtype == np.uint8 else dtype.itemsize)  # results may lie anywhere; workspace is aligned
+        self.blocks.append((raw, start, size))
+        return raw[start : start + size].view(dtype).reshape(shape)
+
+    def check(self) -> None:
+        blocks, self.blocks = self.blocks, []
+        for raw, start, size in blocks:
+            assert (raw[:start] == 0xFF).all(), "a backend wrote before the beginning of a result or workspace"
+            assert (raw[start + size :] == 0xFF).all(), "a backend wrote past the end of a result or workspace"
+
+
+@pytest.fixture(scope="session")
+def _memory() -> Iterator[Memory]:
+    memory, original = Memory(), NumpyAdapter.empty
+
+    def empty(self: NumpyAdapter, shape: Sequence[int], dtype: str, like: np.ndarray) -> np.ndarray:
+        return memory.empty(shape, original(self, (0,) * len(shape), dtype, like).dtype)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NumpyAdapter, "empty", empty)
+        yield memory
+
+
+@pytest.fixture(autouse=True)
+def _guarded(_memory: Memory) -> Iterator[None]:
+    yield
+    _memory.check()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Engines vary fastest, so that what a case expects is computed once for all of them."""
+    if "engine" in metafunc.fixturenames:
+        metafunc.parametrize("engine", engines(), ids=str, indirect=True)
+
+
+@pytest.fixture
+def engine(request: pytest.FixtureRequest) -> Engine:
+    """Each (backend, instruction set) of this machine."""
+    engine: Engine = request.param
+    engine.use(THREADS)
+    return engine

@@ -1,0 +1,110 @@
+"""Every case on every engine, forward and backward, against float64 within the budget that accuracy.py derives.
+
+Inputs lie in NaN, results start as NaN between guards, and no input may change. What an engine refuses must raise with its reasons.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import pytest
+from cases import ALL, SMALL, Case
+from engines import Engine
+from inputs import NUMPY_DTYPES, Inputs, build
+
+import anyattn
+from anyattn import accuracy, dispatch, reference
+
+
+@lru_cache(maxsize=2)
+def inputs_of(case: Case) -> Inputs:
+    return build(case)
+
+
+@lru_cache(maxsize=2)
+def expected(case: Case, direction: str) -> dict[str, accuracy.Expected]:
+    inputs = inputs_of(case)
+    problem, arrays = inputs.canonical()
+    if direction == "forward":
+        return accuracy.expected_forward(problem, arrays)
+    return accuracy.expected_backward(problem, arrays, inputs.dout64, inputs.dlse64)
+
+
+@lru_cache(maxsize=2)
+def saved(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """out and lse for the backward, so that it is judged apart from the forward of its engine."""
+    inputs = inputs_of(case)
+    out, lse = reference.forward(*inputs.canonical())
+    return out.astype(NUMPY_DTYPES[case.dtype]), lse.astype(inputs.compute_dtype)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("case", ALL, ids=str)
+def test_engine_equals_reference(case: Case, direction: str, engine: Engine) -> None:
+    inputs = inputs_of(case)
+    before = inputs.bytes()
+    if refused(inputs, direction, engine):
+        return
+    got = run(inputs, direction, engine)
+    assert inputs.bytes() == before, "an input, or memory around it, was written"
+    assert not accuracy.check(expected(case, direction), got)
+
+
+def run(inputs: Inputs, direction: str, engine: Engine) -> dict[str, np.ndarray | None]:
+    """The results by name; their dtypes and layout are checked here."""
+    case, given = inputs.case, inputs.arguments
+    if direction == "forward":
+        out, lse = anyattn.attention_forward(**given, backend=engine.backend)
+        assert out.dtype == given["q"].dtype and lse.dtype == inputs.compute_dtype
+        assert out.flags.c_contiguous and lse.flags.c_contiguous
+        return {"out": out, "lse": lse}
+    out, lse = saved(case)
+    grads = anyattn.attention_backward(inputs.dout, out=out, lse=lse, dlse=inputs.dlse, **given, backend=engine.backend)
+    got = grads._asdict()
+    for name in ("q", "k", "v", "bias", "sink"):
+        gradient, array = got[f"d{name}"], given.get(name)
+        assert (gradient is None) == (array is None), name
+        if array is not None:
+            assert gradient.dtype == array.dtype and gradient.shape == array.shape and gradient.flags.c_contiguous, name
+    if case.bias:
+        got["dbias"] = got["dbias"].reshape((1,) * (4 - got["dbias"].ndim) + got["dbias"].shape)
+    return got
+
+
+def refused(inputs: Inputs, direction: str, engine: Engine) -> bool:
+    """Whether the engine says that it does not compute this; then the call must raise with the same reasons, and may do so."""
+    problem, _ = inputs.canonical(backward=direction == "backward")
+    reasons = dispatch.refuse(dispatch.get(engine.backend), problem)
+    if not reasons:
+        return False
+    assert direction == "backward" and problem.paged, f"{engine} must compute this: {reasons}"
+    with pytest.raises(anyattn.UnsupportedProblem) as caught:
+        run(inputs, direction, engine)
+    assert all(reason in str(caught.value) for reason in reasons)
+    return True
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_public_functions_agree(case: Case, engine: Engine) -> None:
+    """attention, attention_varlen and attention_with_kvcache give the bits of attention_forward."""
+    inputs = inputs_of(case)
+    given = {**inputs.arguments, "backend": engine.backend}
+    out, lse = anyattn.attention_forward(**given)
+    if inputs.packed:
+        given |= {name: given.get(name) for name in ("cu_seqlens_k",)}
+        got = anyattn.attention_varlen(**given, return_lse=True)
+    elif "block_table" in given:
+        given["k_cache"], given["v_cache"], given["cache_seqlens"] = (given.pop(name) for name in ("k", "v", "seqused_k"))
+        dropout, state = given.pop("dropout_p"), given.pop("rng_state", None)
+        if dropout:
+            assert state is not None
+            return  # a cache has no dropout
+        got = anyattn.attention_with_kvcache(**given, return_lse=True)
+    else:
+        got = anyattn.attention(**given, return_lse=True)
+    assert np.array_equal(bits(got[0]), bits(out)) and np.array_equal(bits(got[1]), bits(lse))
+
+
+def bits(array: np.ndarray) -> np.ndarray:
+    return array.view(np.uint8)
