@@ -91,7 +91,8 @@ def append(
         if arrays["new_v"] is not None or arrays["rotary_cos"] is not None:
             raise ValueError("v and rotary_cos need k, the new keys, as well")
         return q, lengths
-    prepared = {name: None if x is None else _rows(name, x) for name, x in arrays.items() if name not in TABLES}
+    tables = (*TABLES, "cache_seqlens")
+    prepared = {name: None if x is None else _rows(name, x) for name, x in arrays.items() if name not in tables}
     for name in ("k", "v"):  # written in place: a copy would be lost
         if prepared[name] is not arrays[name] or not arrays[name].flags.writeable:
             raise ValueError(f"{name}_cache must be writeable and contiguous in its last dimension")
