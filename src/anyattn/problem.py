@@ -159,6 +159,10 @@ class Problem:
         return philox.threshold(self.dropout_p)
 
     @cached_property
+    def has_tables(self) -> bool:
+        return any(getattr(self, name) is not None for name in TABLES)
+
+    @cached_property
     def out_shape(self) -> tuple[int, ...]:
         return (*self.q.shape[:-1], self.head_dim_v)
 

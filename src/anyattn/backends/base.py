@@ -21,8 +21,8 @@ class Adapter(Protocol):
     def describe(self, array: Any) -> Array:
         """Metadata of an array."""
 
-    def key(self, array: Any) -> Hashable:
-        """The same metadata as cheaply as the framework gives it: key of cached plans."""
+    def keys(self, arrays: Sequence[Any]) -> Hashable:
+        """The same metadata of all arrays (None: absent) as cheaply as the framework gives it: key of cached plans."""
 
     def empty(self, shape: Sequence[int], dtype: str, like: Any) -> Any:
         """An uninitialised contiguous array on the device of `like`; dtype "uint8" for workspace."""

@@ -24,7 +24,7 @@ Arrays = tuple[Any, ...]
 def forward(adapter: Adapter, arrays: Arrays, options: Options, backend: str | None) -> tuple[Any, Any]:
     """(out, lse), new and contiguous."""
     names = dispatch.named(backend)
-    key = (options, *[None if x is None else adapter.key(x) for x in arrays])
+    key = (options, adapter.keys(arrays))
     problem, plan = dispatch.lookup(key, names, lambda: make_problem(_describe(adapter, INPUTS, arrays), options))
     _check_values(adapter, problem, arrays)
     q = arrays[0]
@@ -50,7 +50,7 @@ def backward(
     """(dq, dk, dv, dbias or None, dsink or None) from `saved` = (out, lse, dout, dlse or None)."""
     names = dispatch.named(backend)
     everything = (*arrays, *saved)
-    key = (options, *[None if x is None else adapter.key(x) for x in everything])
+    key = (options, adapter.keys(everything))
     described = (*INPUTS, *SAVED)
     problem, plan = dispatch.lookup(
         key, names, lambda: make_problem(_describe(adapter, described, everything), options)
@@ -109,9 +109,8 @@ def _describe(adapter: Adapter, names: tuple[str, ...], arrays: Arrays) -> dict[
 
 def _check_values(adapter: Adapter, problem: Problem, arrays: Arrays) -> None:
     """Tables in host memory are checked before any work; on a device only if ANYATTN_CHECK asks for it."""
-    if problem.device != "cpu" and not settings.current().check:
+    if not problem.has_tables or (problem.device != "cpu" and not settings.current().check):
         return
     tables = arrays[_FIRST_TABLE:_LAST_TABLE]
-    if any(table is not None for table in tables):
-        views = {name: None if x is None else adapter.numpy(x) for name, x in zip(TABLES, tables, strict=True)}
-        check_tables(problem, views)
+    views = {name: None if x is None else adapter.numpy(x) for name, x in zip(TABLES, tables, strict=True)}
+    check_tables(problem, views)

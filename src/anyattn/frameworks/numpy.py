@@ -28,8 +28,8 @@ class NumpyAdapter:
     def describe(self, array: NDArray) -> Array:
         return Array(array.shape, tuple(stride // array.itemsize for stride in array.strides), array.dtype.name)
 
-    def key(self, array: NDArray) -> Hashable:
-        return (array.shape, array.strides, array.dtype)
+    def keys(self, arrays: Sequence[Any]) -> Hashable:
+        return tuple([None if x is None else (x.shape, x.strides, x.dtype) for x in arrays])
 
     def empty(self, shape: Sequence[int], dtype: str, like: NDArray) -> NDArray:
         if dtype == "uint8":  # workspace: aligned for vector loads
