@@ -50,7 +50,11 @@ def sources(root: Path) -> Iterator[Path]:
 def check(path: Path, root: Path) -> Iterator[str]:
     text = path.read_text(encoding="utf-8")
     name = path.relative_to(root)
-    functions = python_functions(text) if path.suffix == ".py" else braced_functions(text)
+    try:
+        functions = list(python_functions(text) if path.suffix == ".py" else braced_functions(text))
+    except (SyntaxError, ValueError) as error:
+        yield f"{name}: {error}"
+        return
     caps = caps_of(name, text)
     lines = len(text.splitlines())
     if lines > caps.file:

@@ -1,0 +1,24 @@
+"""The command line: `anyattn info | explain | verify | bench | demo`. The only place that prints."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from . import bench, demo, explain, info, verify
+
+COMMANDS = (info, explain, verify, bench, demo)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit status."""
+    parser = argparse.ArgumentParser(prog="anyattn", description="Exact attention on any hardware in O(N) memory.")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add_parser(subparsers).set_defaults(run=command.run)
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and arguments.run is not demo.run:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments.rest = rest
+    status: int = arguments.run(arguments)
+    return status

@@ -1,0 +1,35 @@
+"""`anyattn demo`: runs examples/demo.py, which is installed with the package, in a process of its own."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+NEEDS = ("torch", "rich", "matplotlib")
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    # without -h of its own: the script's help is shown
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "demo", add_help=False, help="train a small GPT with anyattn and with PyTorch's attention, and compare them"
+    )
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    missing = [name for name in NEEDS if find_spec(name) is None]
+    if missing:
+        sys.stderr.write(f"anyattn demo needs {', '.join(missing)}: pip install {' '.join(missing)}\n")
+        return 1
+    return subprocess.run([sys.executable, str(script()), *arguments.rest], check=False).returncode
+
+
+def script() -> Path:
+    """Installed beside the package's modules; in a source tree two folders up."""
+    package = Path(__file__).resolve().parent.parent
+    installed = package / "examples" / "demo.py"
+    return installed if installed.exists() else package.parent.parent / "examples" / "demo.py"

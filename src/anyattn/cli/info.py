@@ -1,0 +1,109 @@
+"""`anyattn info`: what this installation can do here, and why not more. A broken part says so, the rest works."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from .. import __version__, dispatch, settings
+from .table import table
+
+PACKAGES = ("numpy", "torch", "ml_dtypes", "triton")
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "info", help="backends, instruction sets, threads, versions, settings"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    found = collect()
+    print(json.dumps(found, indent=2) if arguments.json else text(found))
+    return 0
+
+
+def collect() -> dict[str, Any]:
+    """JSON-ready. What fails is {"error": text}."""
+    return {
+        "version": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "backends": {name: _try(partial(_backend, name)) for name in dispatch.NAMES},
+        "cpu": _try(_cpu),
+        "settings": _try(_settings),
+    }
+
+
+def text(found: dict[str, Any]) -> str:
+    lines = [
+        f"anyattn {found['version']}, Python {found['python']}, {found['platform']}, {found['cores']} cores",
+        ", ".join(f"{name} {number or 'not installed'}" for name, number in found["packages"].items()),
+        "",
+    ]
+    for name, backend in found["backends"].items():
+        reason = backend.get("error") or backend.get("reason")
+        lines.append(f"backend {name}: {'not available: ' + reason if reason else 'available'}")
+    cpu = found["cpu"]
+    if "error" in cpu:
+        lines += ["", f"native engine: {cpu['error']}"]
+    else:
+        lines += [
+            f"  library             {cpu['library']}",
+            f"  instruction sets    {', '.join(cpu['targets'])}",
+            f"  in force            {cpu['target']}",
+            f"  threads             {cpu['num_threads']} ({cpu['thread_runtime']})",
+        ]
+    options = found["settings"]
+    if "error" in options:
+        return "\n".join([*lines, "", f"settings: {options['error']}"])
+    rows = [(name, entry["value"] or "-", entry["meaning"]) for name, entry in options.items()]
+    return "\n".join([*lines, "", table(("setting", "value", "meaning"), rows, left=True)])
+
+
+def _version(name: str) -> str | None:
+    """From the package's metadata: nothing is imported."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _try(part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return part()
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+def _backend(name: str) -> dict[str, Any]:
+    reason = dispatch.get(name).available()
+    return {"available": reason is None, "reason": reason}
+
+
+def _cpu() -> dict[str, Any]:
+    from ..backends.cpu import library
+
+    native = library.load()
+    return {
+        "library": str(native.path),
+        "targets": native.targets(),
+        "target": native.target(),
+        "num_threads": native.num_threads(),
+        "thread_runtime": native.thread_runtime(),
+    }
+
+
+def _settings() -> dict[str, Any]:
+    return {name: {"value": value, "meaning": meaning} for name, (value, meaning) in settings.describe().items()}

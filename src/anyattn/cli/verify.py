@@ -1,0 +1,64 @@
+"""`anyattn verify`: a seeded matrix of problems on this machine, every engine against float64, forward and backward."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from typing import Any
+
+from .. import dispatch
+from .table import table
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "verify", help="check every engine of this machine against float64"
+    )
+    parser.add_argument("--backend", choices=dispatch.NAMES, help="only this one, which must then be available")
+    parser.add_argument("--seed", type=int, default=0, help="of sizes and values (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print JSON: one entry per problem and engine")
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Status 0 if every result of every engine is within its budget, else 1."""
+    from .matrix import engines, missing_dtypes, outcomes
+
+    found, absent = engines(arguments.backend)
+    results = []
+    for number, outcome in enumerate(outcomes(found, arguments.seed), 1):
+        results.append(outcome)
+        _progress(f"{number}: {outcome.engine} {outcome.name}")
+    _progress("")
+    wrong = [result for result in results if result.mismatches]
+    ok = bool(results) and not wrong and not (arguments.backend and absent)
+    if arguments.json:
+        print(json.dumps({"ok": ok, "absent": absent, "results": [asdict(result) for result in results]}, indent=1))
+        return 0 if ok else 1
+    print(_table(results))
+    for name, reason in {**absent, **missing_dtypes()}.items():
+        print(f"not checked: {name}: {reason}")
+    for result in wrong:
+        print(f"MISMATCH {result.engine}, {result.name}: {'; '.join(result.mismatches)}")
+    print(f"{len(results) - len(wrong)} of {len(results)} agree with float64" if results else "nothing was checked")
+    return 0 if ok else 1
+
+
+def _table(results: list[Any]) -> str:
+    header = ("engine", "dtype", "problems", "agree", "refused", "forward", "backward", "seconds")
+    rows = []
+    for key in dict.fromkeys((result.engine, result.dtype) for result in results):
+        mine = [result for result in results if (result.engine, result.dtype) == key]
+        counts = (len(mine), sum(not x.mismatches and not x.refused for x in mine), sum(bool(x.refused) for x in mine))
+        worst = (max(x.forward for x in mine), max(x.backward for x in mine))
+        seconds = sum(x.seconds for x in mine)
+        rows.append((*key, *map(str, counts), *(f"{ratio:.0%}" for ratio in worst), f"{seconds:.1f}"))
+    return table(header, rows) + "\nforward, backward: largest error, of what SEMANTICS allows"
+
+
+def _progress(text: str) -> None:
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r{text[:78]:78}\r")
+        sys.stderr.flush()

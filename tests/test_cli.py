@@ -1,0 +1,170 @@
+"""The command line: what it prints, its exit status, and that it works when parts of the installation do not."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+
+import anyattn
+from anyattn import api, dispatch, settings
+from anyattn.cli import demo, main, matrix
+
+
+def fresh(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A process of its own, as a user starts it."""
+    return subprocess.run(
+        [sys.executable, *command], env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_info_tells_backends_and_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["version"] == anyattn.__version__
+    assert found["packages"]["numpy"] == np.__version__
+    assert [name for name, backend in found["backends"].items() if backend["available"]] == dispatch.available()
+    assert found["settings"].keys() == {variable for variable, _, _ in settings.VARIABLES.values()}
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in (*dispatch.NAMES, "ANYATTN_BACKEND"))
+
+
+def test_info_names_the_instruction_set_in_force(capsys: pytest.CaptureFixture[str]) -> None:
+    if "cpu" not in dispatch.available():
+        pytest.skip("the native library is not there")
+    main(["info", "--json"])
+    cpu = json.loads(capsys.readouterr().out)["cpu"]
+    assert cpu["target"] in cpu["targets"]
+    assert cpu["num_threads"] >= 1
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"ANYATTN_LIBRARY": "/nowhere/libanyattn.so"}, {"ANYATTN_NUM_THREADS": "many"}, {"ANYATTN_CPU_TARGET": "abacus"}],
+    ids=lambda environment: next(iter(environment)),
+)
+def test_info_works_when_something_is_broken(environment: dict[str, str]) -> None:
+    result = fresh("-m", "anyattn", "info", **environment)
+    assert result.returncode == 0, result.stderr
+    assert next(iter(environment.values())) in result.stdout
+
+
+def test_info_and_verify_import_no_torch() -> None:
+    code = "import sys; from anyattn.cli import main; main(['info']); assert 'torch' not in sys.modules"
+    result = fresh("-c", code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
+    everything = (
+        "--dtype bfloat16 --batch 2 --heads 8 --kv-heads 2 --head-dim 40 --head-dim-v 24 --seqlen-q 7 --seqlen-k 90 "
+        "--causal --window 5 none --chunk 64 --alignment top-left --softcap 2 --dropout 0.1 --bias --mask --alibi "
+        "--sink --scale 0.3 --leftpad --paged 16 --backward --deterministic --batch-invariant --json"
+    )
+    assert main(["explain", *everything.split()]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["chosen"] in dispatch.available()
+    for feature in (
+        "left",
+        "right",
+        "chunk",
+        "softcap",
+        "dropout",
+        "bias",
+        "mask",
+        "alibi",
+        "sink",
+        "paged",
+        "backward",
+    ):
+        assert feature in found["problem"]
+    assert main(["explain", "--varlen", "--causal", "--backward", "--backend", "numpy"]) == 0
+    assert "packed" in capsys.readouterr().out
+
+
+def test_explain_agrees_with_the_call(capsys: pytest.CaptureFixture[str]) -> None:
+    x = np.ones((1, 16, 2, 8), np.float32)
+    assert main(["explain", "--heads", "2", "--head-dim", "8", "--seqlen-q", "16", "--causal"]) == 0
+    assert capsys.readouterr().out.strip() == str(anyattn.explain(x, x, x, causal=True))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        ("--device cuda:0", 1, "cuda:0"),
+        ("--heads 12 --kv-heads 5", 2, "multiple of nheads_kv"),
+        ("--dtype int8", 2, "int8"),
+        ("--varlen --bias", 2, "--varlen"),
+        ("--backend abacus", 2, "abacus"),
+        ("--softcap nan", 2, "softcap"),
+    ],
+)
+def test_explain_says_what_is_wrong(
+    arguments: str, status: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["explain", *arguments.split()]) == status
+    printed = capsys.readouterr()
+    assert message in printed.out + printed.err
+
+
+@pytest.mark.parametrize(
+    "arguments", ["", "frobnicate", "info --frobnicate", "explain --batch -1", "verify --backend x"]
+)
+def test_wrong_usage_is_refused(arguments: str) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments.split())
+    assert exit_.value.code == 2
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only some problems, so that this takes no time; `make test` runs the engines over a larger matrix anyway."""
+    names = ("bias", "varlen", "paged", "lengths")
+    monkeypatch.setattr(matrix, "FEATURES", {name: matrix.FEATURES[name] for name in names})
+
+
+@pytest.mark.usefixtures("few")
+def test_verify_passes(capsys: pytest.CaptureFixture[str]) -> None:
+    before = settings.current()
+    assert main(["verify", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["ok"]
+    assert {result["engine"].split()[0] for result in found["results"]} == set(dispatch.available())
+    assert all(0 <= result[key] <= 1 for result in found["results"] for key in ("forward", "backward"))
+    assert settings.current() == before
+    assert main(["verify", "--backend", "numpy", "--seed", "3"]) == 0
+    assert "16 of 16 agree" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("few")
+def test_verify_fails_on_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    right = api.attention_backward
+
+    def wrong(*arguments: Any, **named: Any) -> anyattn.Gradients:
+        gradients = right(*arguments, **named)
+        return gradients._replace(dk=gradients.dk * 1.1)
+
+    monkeypatch.setattr(api, "attention_backward", wrong)
+    assert main(["verify", "--backend", "numpy"]) == 1
+    assert "MISMATCH numpy, bias: dk" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("few")
+def test_verify_fails_where_a_named_backend_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(type(dispatch.get("numpy")), "available", lambda self: "gone fishing")
+    assert main(["verify", "--backend", "numpy"]) == 1
+    assert "gone fishing" in capsys.readouterr().out
+
+
+def test_demo_names_what_is_not_installed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(demo, "NEEDS", ("anyattn", "no_such_package"))
+    assert main(["demo"]) == 1
+    assert "needs no_such_package" in capsys.readouterr().err
