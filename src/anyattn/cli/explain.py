@@ -89,7 +89,7 @@ def _shapes(a: argparse.Namespace) -> dict[str, tuple[tuple[int, ...], str]]:
     rows_q = (a.batch * a.seqlen_q,) if a.varlen else (a.batch, a.seqlen_q)
     rows_k = (a.batch * a.seqlen_k,) if a.varlen else (a.batch, a.seqlen_k)
     rows_k = (a.batch * pages, a.paged) if a.paged else rows_k
-    scores = (a.batch, a.heads, a.seqlen_q, a.seqlen_k)
+    scores = (a.batch, a.heads, a.seqlen_q, pages * a.paged or a.seqlen_k)
     out = ((*rows_q, a.heads, a.head_dim_v), a.dtype)
     lse = (a.heads, *rows_q) if a.varlen else scores[:3]
     every = {
