@@ -1,0 +1,189 @@
+// The C boundary: copies the call, checks it, finds memory and threads, and lets no exception out.
+#include <cstring>
+#include <exception>
+#include <new>
+
+#include "append.h"
+#include "check.h"
+#include "memory.h"
+#include "schedule.h"
+#include "targets.h"
+#include "threads.h"
+
+namespace anyattn {
+namespace {
+
+// A struct that is larger than this was written by no version of anyattn.
+constexpr uint32_t kMaxCallBytes = 16384;
+// Below this, waking another thread takes longer than the work.
+constexpr double kSmallFlops = 1e6;
+
+// The caller may know fewer fields (the rest is zero) or more (they must be zero).
+int32_t copy_call(const anyattn_call *from, anyattn_call *to) {
+    std::memset(to, 0, sizeof *to);
+    if (!from) return ANYATTN_NULL_POINTER;
+    uint32_t size;
+    std::memcpy(&size, from, sizeof size);
+    if (size < 8 || size % 8 != 0) return ANYATTN_INVALID_VALUE;
+    std::memcpy(to, from, size < sizeof *to ? size : sizeof *to);
+    if (to->message && to->message_bytes > 0) to->message[0] = 0;
+    if (size > kMaxCallBytes) {
+        return refuse(*to, ANYATTN_UNSUPPORTED, "size is %u; accepted: at most %u", size, kMaxCallBytes);
+    }
+    const char *bytes = reinterpret_cast<const char *>(from);
+    for (uint32_t i = sizeof *to; i < size; ++i) {
+        if (bytes[i]) return refuse(*to, ANYATTN_UNSUPPORTED, "byte %u of the call is a field of a later version", i);
+    }
+    if (to->batch_k == 0) to->batch_k = to->batch;
+    return ANYATTN_SUCCESS;
+}
+
+int32_t choose_target(const anyattn_call &call, const Kernels **kernels) {
+    *kernels = call.target == 0 ? best_target() : call.target < 0 ? nullptr : target(call.target - 1);
+    if (!*kernels) {
+        return refuse(call, ANYATTN_UNSUPPORTED, "target is %d; accepted: 0, or 1 + an index of anyattn_target_name",
+                      call.target);
+    }
+    if (call.target == 0 || target_available(call.target - 1)) return ANYATTN_SUCCESS;
+    return refuse(call, ANYATTN_UNSUPPORTED, "target %d (%s) does not run on this machine", call.target,
+                  (*kernels)->name);
+}
+
+int32_t out_of_memory(const anyattn_call &call, const char *what, int64_t bytes) {
+    return refuse(call, ANYATTN_OUT_OF_MEMORY, "no memory for %lld bytes of %s", (long long)bytes, what);
+}
+
+int32_t check_workspace(const anyattn_call &call, int64_t needed) {
+    if (call.workspace_bytes < needed) {
+        return refuse(call, ANYATTN_INVALID_VALUE, "workspace_bytes is %lld; needed: %lld",
+                      (long long)call.workspace_bytes, (long long)needed);
+    }
+    if (reinterpret_cast<uintptr_t>(call.workspace) % kAlignment == 0) return ANYATTN_SUCCESS;
+    return refuse(call, ANYATTN_INVALID_VALUE, "workspace is at %p; accepted: a multiple of 64", call.workspace);
+}
+
+int32_t threads_of(const anyattn_call &call, int32_t pass) {
+    const double rows = double(call.cu_seqlens_q ? call.total_q : call.batch * call.seqlen_q);
+    const double flops =
+        2.0 * rows * double(call.nheads) * double(call.seqlen_k) * double(call.head_dim + call.head_dim_v);
+    if (pass != ANYATTN_APPEND && flops < kSmallFlops) return 1;
+    return call.num_threads > 0 ? call.num_threads : default_threads();
+}
+
+int32_t finish(const anyattn_call &call, bool all_tasks) {
+    if (all_tasks) return ANYATTN_SUCCESS;
+    return refuse(call, ANYATTN_INVALID_VALUE,
+                  "parallel_for left a task out, or passed a worker outside [0, num_threads)");
+}
+
+int32_t run_kernels(const anyattn_call &call, int32_t pass) {
+    const Kernels *kernels;
+    if (const int32_t status = choose_target(call, &kernels)) return status;
+    const int64_t needed = workspace_bytes(call, *kernels, pass);
+    if (needed < 0) return refuse(call, ANYATTN_OUT_OF_MEMORY, "the workspace would have more than 2^63 bytes");
+    if (call.workspace) {
+        if (const int32_t status = check_workspace(call, needed)) return status;
+    }
+    const Block workspace(call.workspace ? 0 : needed);
+    if (needed > 0 && !call.workspace && !workspace.data()) return out_of_memory(call, "workspace", needed);
+
+    const int32_t threads = threads_of(call, pass);
+    const int64_t scratch_bytes = (kernels->scratch(call, pass) + 63) / 64 * 64;
+    const Scratch scratch(scratch_bytes * threads);
+    if (scratch_bytes > 0 && !scratch.data()) return out_of_memory(call, "scratch", scratch_bytes * threads);
+
+    char *memory = call.workspace ? static_cast<char *>(call.workspace) : workspace.data();
+    const Run run{call, *kernels, threads, memory, scratch.data(), scratch_bytes};
+    return finish(call, pass == ANYATTN_FORWARD ? run_forward(run) : run_backward(run));
+}
+
+int32_t run_pass(const anyattn_call *from, int32_t pass) {
+    anyattn_call call;
+    int32_t status;
+    if ((status = copy_call(from, &call)) || (status = check_sizes(call, pass)) ||
+        (status = check_arrays(call, pass)) || (status = check_tables(call, pass))) {
+        return status;
+    }
+    if (pass == ANYATTN_APPEND) return finish(call, run_append(call, threads_of(call, pass)));
+    return run_kernels(call, pass);
+}
+
+// The tables above use std::vector and std::thread; what they throw ends here.
+template <class Body>
+int32_t guarded(const anyattn_call *call, const Body &body) {
+    try {
+        return body();
+    } catch (const std::bad_alloc &) {
+        anyattn_call copy;
+        if (const int32_t status = copy_call(call, &copy)) return status;
+        return out_of_memory(copy, "tables", copy.batch * static_cast<int64_t>(sizeof(int32_t)));
+    } catch (const std::exception &) {
+        return ANYATTN_OUT_OF_MEMORY;
+    }
+}
+
+int32_t run_guarded(const anyattn_call *call, int32_t pass) {
+    return guarded(call, [&] { return run_pass(call, pass); });
+}
+
+int64_t workspace_of(const anyattn_call *from, int32_t pass) {
+    anyattn_call call;
+    const Kernels *kernels;
+    int32_t status;
+    if ((status = copy_call(from, &call)) || (status = check_sizes(call, pass)) ||
+        (status = choose_target(call, &kernels))) {
+        return -status;
+    }
+    const int64_t bytes = workspace_bytes(call, *kernels, pass);
+    return bytes < 0 ? -int64_t(ANYATTN_OUT_OF_MEMORY) : bytes;
+}
+
+}  // namespace
+}  // namespace anyattn
+
+extern "C" {
+
+uint32_t anyattn_version(void) { return ANYATTN_VERSION; }
+
+const char *anyattn_error_string(int32_t status) {
+    switch (status) {
+        case ANYATTN_SUCCESS:
+            return "success";
+        case ANYATTN_INVALID_DIMENSION:
+            return "invalid dimension";
+        case ANYATTN_NULL_POINTER:
+            return "null pointer";
+        case ANYATTN_INVALID_DTYPE:
+            return "invalid dtype";
+        case ANYATTN_INVALID_VALUE:
+            return "invalid value";
+        case ANYATTN_OUT_OF_RANGE:
+            return "out of range";
+        case ANYATTN_UNSUPPORTED:
+            return "unsupported";
+        case ANYATTN_OUT_OF_MEMORY:
+            return "out of memory";
+        default:
+            return "unknown status";
+    }
+}
+
+const char *anyattn_target_name(int32_t index) {
+    const anyattn::Kernels *kernels = anyattn::target(index);
+    return kernels ? kernels->name : nullptr;
+}
+
+int32_t anyattn_target_available(int32_t index) { return anyattn::target_available(index) ? 1 : 0; }
+
+int64_t anyattn_workspace(const anyattn_call *call, int32_t pass) { return anyattn::workspace_of(call, pass); }
+
+int32_t anyattn_forward(const anyattn_call *call) { return anyattn::run_guarded(call, ANYATTN_FORWARD); }
+
+int32_t anyattn_backward(const anyattn_call *call) { return anyattn::run_guarded(call, ANYATTN_BACKWARD); }
+
+int32_t anyattn_append(const anyattn_call *call) { return anyattn::run_guarded(call, ANYATTN_APPEND); }
+
+int32_t anyattn_num_threads(void) { return anyattn::default_threads(); }
+
+const char *anyattn_thread_runtime(void) { return anyattn::runtime_name(); }
+}

@@ -1,0 +1,171 @@
+#include "openmp.h"
+
+#if defined(ANYATTN_NO_OPENMP) || defined(_WIN32)
+
+namespace anyattn {
+
+const OpenMp *find_openmp() { return nullptr; }
+void run_openmp(const OpenMp &, void (*)(void *), void *, int32_t) {}
+
+}  // namespace anyattn
+
+#else
+
+#include <dlfcn.h>
+
+#include <atomic>
+#include <cstring>
+#include <mutex>
+#include <new>
+
+#if defined(__linux__)
+#include <link.h>
+#elif defined(__APPLE__)
+#include <mach-o/dyld.h>
+#endif
+
+namespace anyattn {
+namespace {
+
+// The best runtime by its file name: PyTorch's own copy first, under whatever name its wheel gave it.
+struct Candidate {
+    char path[4096];
+    int score;
+};
+
+int score(const char *path) {
+    const char *slash = std::strrchr(path, '/');
+    const char *file = slash ? slash + 1 : path;
+    int points = 0;
+    if (!std::strncmp(file, "libgomp", 7)) points = 2;
+    if (!std::strncmp(file, "libiomp5", 8) || !std::strncmp(file, "libomp.", 7) || !std::strncmp(file, "libomp-", 7)) {
+        points = 1;
+    }
+    return points && std::strstr(path, "torch") ? points + 2 : points;
+}
+
+void consider(Candidate *best, const char *path) {
+    if (!path || std::strlen(path) >= sizeof best->path) return;
+    const int points = score(path);
+    if (points <= best->score) return;
+    best->score = points;
+    std::strcpy(best->path, path);
+}
+
+#if defined(__linux__)
+int first_entry(dl_phdr_info *info, size_t, void *count) {
+    *static_cast<uint64_t *>(count) = info->dlpi_adds;
+    return 1;
+}
+
+uint64_t load_count() {
+    uint64_t count = 0;
+    dl_iterate_phdr(first_entry, &count);
+    return count;
+}
+
+int visit(dl_phdr_info *info, size_t, void *best) {
+    consider(static_cast<Candidate *>(best), info->dlpi_name);
+    return 0;
+}
+
+void search(Candidate *best) { dl_iterate_phdr(visit, best); }
+#elif defined(__APPLE__)
+uint64_t load_count() { return _dyld_image_count(); }
+
+void search(Candidate *best) {
+    for (uint32_t i = 0; i < _dyld_image_count(); ++i) consider(best, _dyld_get_image_name(i));
+}
+#else
+uint64_t load_count() { return 1; }
+void search(Candidate *best) { consider(best, "libgomp.so.1"); }
+#endif
+
+template <class F>
+bool bind(void *library, const char *name, F **function) {
+    *function = reinterpret_cast<F *>(dlsym(library, name));
+    return *function != nullptr;
+}
+
+// RTLD_NOLOAD: nothing is loaded, but the runtime stays while we hold it.
+const OpenMp *bind_runtime(const char *path) {
+    void *library = dlopen(path, RTLD_LAZY | RTLD_NOLOAD);
+    if (!library) return nullptr;
+    OpenMp runtime{};
+    const bool common = bind(library, "omp_get_thread_num", &runtime.thread_num) &&
+                        bind(library, "omp_get_max_threads", &runtime.max_threads) &&
+                        bind(library, "omp_in_parallel", &runtime.in_parallel);
+    const bool gomp = bind(library, "GOMP_parallel", &runtime.gomp_parallel);
+    const bool kmpc = bind(library, "__kmpc_fork_call", &runtime.kmpc_fork_call) &&
+                      bind(library, "__kmpc_push_num_threads", &runtime.kmpc_push_num_threads) &&
+                      bind(library, "__kmpc_global_thread_num", &runtime.kmpc_global_thread_num);
+    if (!common || !(gomp || kmpc)) {
+        dlclose(library);
+        return nullptr;
+    }
+    const char *slash = std::strrchr(path, '/');
+    const char *file = slash ? slash + 1 : path;
+    const size_t length = std::strcspn(file, ".-");
+    std::memcpy(runtime.name, file, length < sizeof runtime.name ? length : sizeof runtime.name - 1);
+    return new (std::nothrow) OpenMp(runtime);
+}
+
+std::atomic<const OpenMp *> found{nullptr};
+std::atomic<uint64_t> searched_at{0};
+std::mutex search_mutex;
+char found_path[4096];
+
+}  // namespace
+
+const OpenMp *find_openmp() {
+    const uint64_t loads = load_count();
+    if (loads == searched_at.load(std::memory_order_acquire)) return found.load(std::memory_order_acquire);
+    const std::lock_guard<std::mutex> lock(search_mutex);
+    Candidate best{};
+    best.score = 0;
+    search(&best);
+    // Tables of runtimes that were found before stay: other threads may be using them.
+    if (best.score > 0 && std::strcmp(best.path, found_path) != 0) {
+        if (const OpenMp *runtime = bind_runtime(best.path)) {
+            std::strcpy(found_path, best.path);
+            found.store(runtime, std::memory_order_release);
+        }
+    }
+    searched_at.store(loads, std::memory_order_release);
+    return found.load(std::memory_order_acquire);
+}
+
+namespace {
+
+struct Task {
+    void (*body)(void *);
+    void *context;
+};
+
+void microtask(int32_t *, int32_t *, void *context) {
+    const Task &task = *static_cast<Task *>(context);
+    task.body(task.context);
+}
+
+// What a compiler passes for a parallel region; the runtime only reads it.
+struct Location {
+    int32_t reserved_1, flags, reserved_2, reserved_3;
+    const char *source;
+};
+Location location = {0, 2, 0, 0, ";unknown;unknown;0;0;;"};
+
+}  // namespace
+
+void run_openmp(const OpenMp &runtime, void (*body)(void *), void *context, int32_t threads) {
+    if (runtime.gomp_parallel) {
+        runtime.gomp_parallel(body, context, static_cast<unsigned>(threads), 0);
+        return;
+    }
+    Task task{body, context};
+    runtime.kmpc_push_num_threads(&location, runtime.kmpc_global_thread_num(&location), threads);
+    runtime.kmpc_fork_call(&location, 1, microtask, &task);
+}
+
+}  // namespace anyattn
+
+#endif

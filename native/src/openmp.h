@@ -1,0 +1,25 @@
+// An OpenMP runtime that the process has loaded, reached without linking to it. Sharing the threads of PyTorch (or
+// any other OpenMP program) keeps two pools from fighting for the cores and follows torch.set_num_threads.
+#pragma once
+#include <cstdint>
+
+namespace anyattn {
+
+struct OpenMp {
+    char name[16];  // "libgomp", "libomp", "libiomp5"
+    int (*thread_num)();
+    int (*max_threads)();
+    int (*in_parallel)();
+    void (*gomp_parallel)(void (*body)(void *), void *context, unsigned threads, unsigned flags);
+    void (*kmpc_fork_call)(void *location, int32_t argc, void (*body)(int32_t *, int32_t *, void *), void *context);
+    void (*kmpc_push_num_threads)(void *location, int32_t thread, int32_t threads);
+    int32_t (*kmpc_global_thread_num)(void *location);
+};
+
+// The runtime in this process now, or null. Cheap: the search runs again only after a library was loaded.
+const OpenMp *find_openmp();
+
+// body(context) once on each thread of a team of at most `threads`.
+void run_openmp(const OpenMp &runtime, void (*body)(void *), void *context, int32_t threads);
+
+}  // namespace anyattn

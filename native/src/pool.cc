@@ -1,0 +1,131 @@
+#include "pool.h"
+
+#include <chrono>
+#include <system_error>
+#include <thread>
+
+#if !defined(_WIN32)
+#include <signal.h>
+#endif
+
+namespace anyattn {
+namespace {
+
+constexpr uint32_t kOpen = uint32_t(1) << 31;
+// Long enough to bridge two passes of one call, short enough not to steal from the threads of others.
+constexpr std::chrono::microseconds kSpin{20};
+
+inline void pause() {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+template <class Condition>
+bool spin(Condition condition) {
+    const auto start = std::chrono::steady_clock::now();
+    do {
+        for (int i = 0; i < 32; ++i) {
+            if (condition()) return true;
+            pause();
+        }
+    } while (std::chrono::steady_clock::now() - start < kSpin);
+    return false;
+}
+
+// Signals belong to the threads of the program.
+class BlockedSignals {
+  public:
+#if defined(_WIN32)
+    BlockedSignals() {}
+#else
+    BlockedSignals() {
+        sigset_t all;
+        sigfillset(&all);
+        pthread_sigmask(SIG_SETMASK, &all, &old_);
+    }
+    ~BlockedSignals() { pthread_sigmask(SIG_SETMASK, &old_, nullptr); }
+
+  private:
+    sigset_t old_;
+#endif
+};
+
+}  // namespace
+
+bool Pool::run(Region &region) {
+    if (busy_.exchange(true, std::memory_order_acquire)) return false;
+    grow(region.workers - 1);
+    region_ = &region;
+    state_.store(kOpen, std::memory_order_release);
+    generation_.fetch_add(1);
+    if (sleepers_.load() > 0) {
+        {
+            const std::lock_guard<std::mutex> lock(mutex_);
+        }
+        wake_.notify_all();
+    }
+    region.work(0);
+    state_.fetch_and(~kOpen, std::memory_order_acq_rel);
+    const auto empty = [this] { return state_.load(std::memory_order_acquire) == 0; };
+    if (!spin(empty)) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        done_.wait(lock, empty);
+    }
+    busy_.store(false, std::memory_order_release);
+    return true;
+}
+
+// Where the system gives no more threads, those that are there do the work.
+void Pool::grow(int32_t threads) {
+    if (size_ >= threads) return;
+    const BlockedSignals blocked;
+    try {
+        while (size_ < threads) {
+            const int32_t worker = size_ + 1;
+            std::thread(&Pool::thread_main, this, worker, generation_.load()).detach();
+            size_ = worker;
+        }
+    } catch (const std::system_error &) {
+    }
+}
+
+void Pool::thread_main(int32_t worker, uint64_t seen) {
+    for (;;) {
+        wait_for_region(seen);
+        seen = generation_.load();
+        if (!join()) continue;
+        if (worker < region_->workers) region_->work(worker);
+        leave();
+    }
+}
+
+void Pool::wait_for_region(uint64_t seen) {
+    const auto changed = [this, seen] { return generation_.load() != seen; };
+    if (spin(changed)) return;
+    std::unique_lock<std::mutex> lock(mutex_);
+    sleepers_.fetch_add(1);
+    wake_.wait(lock, changed);
+    sleepers_.fetch_sub(1);
+}
+
+// A thread that wakes late finds the region closed, or joins the next one: region_ never changes while it is inside.
+bool Pool::join() {
+    uint32_t state = state_.load(std::memory_order_relaxed);
+    do {
+        if (!(state & kOpen)) return false;
+    } while (!state_.compare_exchange_weak(state, state + 1, std::memory_order_acq_rel, std::memory_order_relaxed));
+    return true;
+}
+
+void Pool::leave() {
+    if (state_.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
+    {
+        const std::lock_guard<std::mutex> lock(mutex_);
+    }
+    done_.notify_one();
+}
+
+}  // namespace anyattn

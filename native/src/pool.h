@@ -1,0 +1,55 @@
+// Threads that wait for numbered tasks. One parallel region at a time.
+#pragma once
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <mutex>
+
+#include "anyattn.h"
+
+namespace anyattn {
+
+// The tasks of one parallel_for: every thread takes the next one until none is left.
+struct Region {
+    anyattn_body body;
+    void *context;
+    int64_t tasks;
+    int32_t workers;
+    std::atomic<int64_t> next{0};
+
+    Region(anyattn_body body_, void *context_, int64_t tasks_, int32_t workers_)
+        : body(body_), context(context_), tasks(tasks_), workers(workers_) {}
+
+    void work(int32_t worker) {
+        for (;;) {
+            const int64_t task = next.fetch_add(1, std::memory_order_relaxed);
+            if (task >= tasks) return;
+            body(context, task, worker);
+        }
+    }
+};
+
+// Never destroyed: its threads sleep in it until the process ends.
+class Pool {
+  public:
+    // The calling thread is worker 0. False: another region holds the pool.
+    bool run(Region &region);
+
+  private:
+    void grow(int32_t threads);
+    void thread_main(int32_t worker, uint64_t seen);
+    void wait_for_region(uint64_t seen);
+    bool join();
+    void leave();
+
+    std::atomic<bool> busy_{false};
+    std::atomic<uint64_t> generation_{0};  // regions so far
+    std::atomic<uint32_t> state_{0};       // kOpen while tasks may be taken, plus the threads inside
+    std::atomic<int32_t> sleepers_{0};
+    Region *region_ = nullptr;
+    int32_t size_ = 0;
+    std::mutex mutex_;
+    std::condition_variable wake_, done_;
+};
+
+}  // namespace anyattn

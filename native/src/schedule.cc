@@ -1,0 +1,269 @@
+#include "schedule.h"
+
+#include <limits>
+
+#include "tasks.h"
+
+namespace anyattn {
+namespace {
+
+// Tasks that the backward aims at where sequences and heads are few.
+constexpr int64_t kBackwardTasks = 16;
+
+int64_t backward_splits(const anyattn_call &call) {
+    const int64_t heads = call.batch * call.nheads_kv;
+    if (heads == 0 || heads >= kBackwardTasks) return 1;
+    const int64_t blocks = blocks_of(call.seqlen_q) * (call.nheads / call.nheads_kv);
+    return max64(1, min64((kBackwardTasks + heads - 1) / heads, blocks));
+}
+
+// Parts of the backward's workspace, in bytes from its start. A function of sizes only.
+struct Layout {
+    int64_t splits, rows_k;          // rows_k: of all sequences
+    int64_t dk_stride, dv_stride;    // compute values
+    int64_t dk, dv, sink, bytes;     // bytes < 0: more than 63 bits
+    bool in_place;
+};
+
+int64_t compute_bytes(const anyattn_call &call) { return call.q.dtype == ANYATTN_FLOAT64 ? 8 : 4; }
+
+Layout layout(const anyattn_call &call, const Kernels &kernels) {
+    Layout l{};
+    l.splits = backward_splits(call);
+    l.in_place = l.splits == 1 && kernels.partial_in_place(call);
+    l.rows_k = call.cu_seqlens_k ? call.total_k : call.batch * call.seqlen_k;
+    l.dk_stride = kernels.partial_stride(call, call.head_dim);
+    l.dv_stride = kernels.partial_stride(call, call.head_dim_v);
+    const int64_t rows = l.in_place ? 0 : l.rows_k;
+    const double partials = double(call.nheads_kv) * double(l.splits) * double(rows) * double(compute_bytes(call));
+    const double all = partials * double(l.dk_stride + l.dv_stride);
+    if (all > 4e18) {
+        l.bytes = -1;
+        return l;
+    }
+    const auto aligned = [](int64_t bytes) { return (bytes + 63) / 64 * 64; };
+    const int64_t copies = call.nheads_kv * l.splits * rows * compute_bytes(call);
+    l.dv = aligned(l.dk + copies * l.dk_stride);
+    l.sink = aligned(l.dv + copies * l.dv_stride);
+    const int64_t sinks = call.dsink.data ? call.nheads * rows_q(call).most_blocks() : 0;
+    l.bytes = aligned(l.sink + sinks * static_cast<int64_t>(sizeof(double)));
+    return l;
+}
+
+// Rows of one head that lie in a sequence's allocation and not in the sequence: out 0, lse -inf.
+void clear_out(const anyattn_call &call, int64_t entry, int64_t row, int64_t head) {
+    clear_row(call.out, entry, row, head, 1, call.head_dim_v);
+    if (!call.lse.data) return;
+    char *lse = element(call.lse, entry, head, row);
+    if (call.lse.dtype == ANYATTN_FLOAT64) {
+        const double empty = -std::numeric_limits<double>::infinity();
+        std::memcpy(lse, &empty, sizeof empty);
+    } else {
+        const float empty = -std::numeric_limits<float>::infinity();
+        std::memcpy(lse, &empty, sizeof empty);
+    }
+}
+
+// body(b, h, block, worker), the blocks of one head side by side, the last (with causal masks the longest) first; and
+// outside(row, h) for packed rows of no sequence.
+template <class Body, class Outside>
+bool for_query_blocks(const Run &run, int64_t heads, const Body &body, const Outside &outside) {
+    const Rows rows = rows_q(run.call);
+    const int64_t inside = rows.blocks() * heads;
+    return run_tasks(run.call, run.threads, inside + blocks_of(rows.outside()), [&](int64_t task, int32_t worker) {
+        if (task < inside) {
+            const int64_t b = rows.sequence_of(task / heads);
+            const int64_t first = rows.first_block(b), width = rows.first_block(b + 1) - first;
+            const int64_t within = task - first * heads;
+            body(b, within / width, width - 1 - within % width, worker);
+            return;
+        }
+        const int64_t index = (task - inside) * kBlockQ;
+        for (int64_t i = index; i < min64(index + kBlockQ, rows.outside()); ++i) {
+            for (int64_t h = 0; h < heads; ++h) outside(rows.outside_row(i), h);
+        }
+    });
+}
+
+char *scratch_of(const Run &run, int32_t worker) { return run.scratch + worker * run.scratch_bytes; }
+
+Partial partial_of(const Run &run, const Layout &l, const Sequence &s, int64_t h_kv, int64_t split) {
+    const anyattn_call &call = run.call;
+    if (l.in_place) {
+        const int64_t entry = call.cu_seqlens_k ? 0 : s.batch_k;
+        return {element(call.dk, entry, s.row_k, h_kv), element(call.dv, entry, s.row_k, h_kv), call.dk.stride[1],
+                call.dv.stride[1]};
+    }
+    const int64_t row = call.cu_seqlens_k ? s.row_k : s.index * call.seqlen_k;
+    const int64_t rows = ((h_kv * l.splits + split) * l.rows_k + row) * compute_bytes(call);
+    return {run.workspace + l.dk + rows * l.dk_stride, run.workspace + l.dv + rows * l.dv_stride, l.dk_stride,
+            l.dv_stride};
+}
+
+void clear_partial(const anyattn_call &call, const Partial &partial, int64_t rows, bool whole) {
+    const auto clear = [&](void *data, int64_t stride, int64_t dim) {
+        const int64_t bytes = compute_bytes(call);
+        if (whole) {
+            std::memset(data, 0, static_cast<size_t>(rows * stride * bytes));
+            return;
+        }
+        for (int64_t j = 0; j < rows; ++j) {
+            std::memset(static_cast<char *>(data) + j * stride * bytes, 0, static_cast<size_t>(dim * bytes));
+        }
+    };
+    clear(partial.dk, partial.dk_stride, call.head_dim);
+    clear(partial.dv, partial.dv_stride, call.head_dim_v);
+}
+
+double *sink_partial(const Run &run, const Layout &l, int64_t b) {
+    if (!run.call.dsink.data) return nullptr;
+    return reinterpret_cast<double *>(run.workspace + l.sink) + rows_q(run.call).first_block(b) * run.call.nheads;
+}
+
+bool accumulate_splits(const Run &run, const Layout &l) {
+    const anyattn_call &call = run.call;
+    const int64_t group = call.nheads / call.nheads_kv;
+    if (l.bytes > l.sink) std::memset(run.workspace + l.sink, 0, static_cast<size_t>(l.bytes - l.sink));
+    const int64_t tasks = call.batch * call.nheads_kv * l.splits;
+    return run_tasks(call, run.threads, tasks, [&](int64_t task, int32_t worker) {
+        const int64_t split = task % l.splits, h_kv = task / l.splits % call.nheads_kv;
+        const Sequence s = sequence(call, task / l.splits / call.nheads_kv);
+        Partial partial{};
+        if (s.n_k > 0) {
+            partial = partial_of(run, l, s, h_kv, split);
+            clear_partial(call, partial, s.n_k, !l.in_place);
+        }
+        if (s.n_q == 0) return;
+        double *sink = sink_partial(run, l, s.index);
+        if (sink) sink += h_kv * group * blocks_of(s.n_q);
+        run.kernels.backward(call, s.index, h_kv, split, l.splits, partial, sink, scratch_of(run, worker));
+    });
+}
+
+// dq of the rows that no sequence uses.
+bool clear_dq(const Run &run) {
+    const anyattn_call &call = run.call;
+    if ((call.flags & ANYATTN_ACCUMULATE) || !(call.seqused_q || call.cu_seqlens_q)) return true;
+    const auto inside = [&](int64_t b, int64_t h, int64_t block, int32_t) {
+        const Sequence s = sequence(call, b);
+        const int64_t end = min64((block + 1) * kBlockQ, rows_q(call).allocated(b));
+        for (int64_t i = max64(block * kBlockQ, s.n_q); i < end; ++i) {
+            clear_row(call.dq, call.cu_seqlens_q ? 0 : b, s.row_q + i, h, 1, call.head_dim);
+        }
+    };
+    const auto outside = [&](int64_t row, int64_t h) { clear_row(call.dq, 0, row, h, 1, call.head_dim); };
+    return for_query_blocks(run, call.nheads, inside, outside);
+}
+
+void clear_keys(const anyattn_call &call, int64_t entry, int64_t begin, int64_t end, int64_t h0, int64_t heads) {
+    if (call.flags & ANYATTN_ACCUMULATE) return;
+    for (int64_t j = begin; j < end; ++j) {
+        clear_row(call.dk, entry, j, h0, heads, call.head_dim);
+        clear_row(call.dv, entry, j, h0, heads, call.head_dim_v);
+    }
+}
+
+// Adds up the splits and writes dk and dv: one block of allocated rows of one KV head.
+void reduce_block(const Run &run, const Layout &l, int64_t block, int64_t h_kv) {
+    const anyattn_call &call = run.call;
+    const Rows rows = rows_k(call);
+    const Sequence s = sequence(call, rows.sequence_of(block));
+    const int64_t begin = (block - rows.first_block(s.index)) * kBlockQ;
+    const int64_t end = min64(begin + kBlockQ, rows.allocated(s.index));
+    const int64_t used = min64(end, s.n_k);
+    if (begin < used && !l.in_place) {
+        Partial partials[kBackwardTasks];
+        for (int64_t split = 0; split < l.splits; ++split) partials[split] = partial_of(run, l, s, h_kv, split);
+        run.kernels.reduce(call, s.index, h_kv, begin, used, partials, l.splits);
+    }
+    clear_keys(call, call.cu_seqlens_k ? 0 : s.batch_k, s.row_k + max64(begin, used), s.row_k + end, h_kv, 1);
+}
+
+bool reduce_splits(const Run &run, const Layout &l) {
+    const anyattn_call &call = run.call;
+    const Rows rows = rows_k(call);
+    const int64_t inside = rows.blocks() * call.nheads_kv;
+    const bool all_used = l.in_place && !call.cu_seqlens_k && !call.seqused_k;
+    if (all_used) return true;
+    return run_tasks(call, run.threads, inside + blocks_of(rows.outside()), [&](int64_t task, int32_t) {
+        if (task < inside) return reduce_block(run, l, task / call.nheads_kv, task % call.nheads_kv);
+        const int64_t index = (task - inside) * kBlockQ;
+        for (int64_t i = index; i < min64(index + kBlockQ, rows.outside()); ++i) {
+            clear_keys(call, 0, rows.outside_row(i), rows.outside_row(i) + 1, 0, call.nheads_kv);
+        }
+    });
+}
+
+// Dense entries of dk and dv that belong to no sequence of this call.
+bool clear_unused_entries(const Run &run) {
+    const anyattn_call &call = run.call;
+    if (call.cu_seqlens_k || (!call.cache_batch_idx && call.batch_k == call.batch)) return true;
+    return run_tasks(call, run.threads, call.batch_k, [&](int64_t entry, int32_t) {
+        for (int64_t b = 0; b < call.batch; ++b) {
+            if (sequence(call, b).batch_k == entry) return;
+        }
+        clear_keys(call, entry, 0, call.seqlen_k, 0, call.nheads_kv);
+    });
+}
+
+bool write_dbias(const Run &run) {
+    const anyattn_call &call = run.call;
+    if (!call.dbias.data) return true;
+    // An axis of stride 0 is one element long in memory; its sum is taken inside the tile.
+    const auto owned = [&](int axis, int64_t size) { return call.dbias.stride[axis] == 0 ? int64_t(1) : size; };
+    const int64_t block_k = run.kernels.dbias_block_k(call);
+    const int64_t heads = owned(1, call.nheads), blocks_q = owned(2, blocks_of(call.seqlen_q));
+    const int64_t blocks_k = owned(3, (call.seqlen_k + block_k - 1) / block_k);
+    const int64_t tasks = owned(0, call.batch) * heads * blocks_q * blocks_k;
+    return run_tasks(call, run.threads, tasks, [&](int64_t task, int32_t worker) {
+        const int64_t j = task % blocks_k, i = task / blocks_k % blocks_q;
+        const int64_t bh = task / blocks_k / blocks_q;
+        run.kernels.dbias(call, bh / heads, bh % heads, i, j, scratch_of(run, worker));
+    });
+}
+
+// The fixed order of blocks, in double.
+bool write_dsink(const Run &run, const Layout &l) {
+    const anyattn_call &call = run.call;
+    if (!call.dsink.data) return true;
+    return run_tasks(call, run.threads, call.nheads, [&](int64_t h, int32_t) {
+        double sum = 0;
+        for (int64_t b = 0; b < call.batch; ++b) {
+            const int64_t blocks = blocks_of(sequence(call, b).n_q);
+            const double *partial = sink_partial(run, l, b) + h * blocks;
+            for (int64_t block = 0; block < blocks; ++block) sum += partial[block];
+        }
+        char *target = element(call.dsink, h, 0, 0);
+        const float narrow = static_cast<float>(sum);
+        if (call.dsink.dtype == ANYATTN_FLOAT64) {
+            std::memcpy(target, &sum, sizeof sum);
+        } else {
+            std::memcpy(target, &narrow, sizeof narrow);
+        }
+    });
+}
+
+}  // namespace
+
+int64_t workspace_bytes(const anyattn_call &call, const Kernels &kernels, int32_t pass) {
+    return pass == ANYATTN_BACKWARD ? layout(call, kernels).bytes : 0;
+}
+
+bool run_forward(const Run &run) {
+    const anyattn_call &call = run.call;
+    const auto inside = [&](int64_t b, int64_t h, int64_t block, int32_t worker) {
+        const Sequence s = sequence(call, b);
+        const int64_t begin = block * kBlockQ, end = min64(begin + kBlockQ, rows_q(call).allocated(b));
+        if (begin < s.n_q) run.kernels.forward(call, b, h, block, scratch_of(run, worker));
+        for (int64_t i = max64(begin, s.n_q); i < end; ++i) clear_out(call, call.cu_seqlens_q ? 0 : b, s.row_q + i, h);
+    };
+    return for_query_blocks(run, call.nheads, inside, [&](int64_t row, int64_t h) { clear_out(call, 0, row, h); });
+}
+
+bool run_backward(const Run &run) {
+    const Layout l = layout(run.call, run.kernels);
+    return accumulate_splits(run, l) && clear_dq(run) && reduce_splits(run, l) && clear_unused_entries(run) &&
+           write_dbias(run) && write_dsink(run, l);
+}
+
+}  // namespace anyattn

@@ -1,0 +1,25 @@
+// Cuts a pass into tasks. Which tasks there are, and in which order partial results are added, follows from sizes
+// alone: every result is the same to the last bit for any number of threads.
+#pragma once
+#include "kernels.h"
+
+namespace anyattn {
+
+// A validated call and what it runs on.
+struct Run {
+    const anyattn_call &call;
+    const Kernels &kernels;
+    int32_t threads;
+    char *workspace;
+    char *scratch;  // scratch_bytes for each thread
+    int64_t scratch_bytes;
+};
+
+// -1: more than 63 bits.
+int64_t workspace_bytes(const anyattn_call &call, const Kernels &kernels, int32_t pass);
+
+// False if the caller's parallel_for did not run every task.
+bool run_forward(const Run &run);
+bool run_backward(const Run &run);
+
+}  // namespace anyattn

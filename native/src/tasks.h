@@ -1,0 +1,67 @@
+// Numbered tasks over rows, and arrays as the scheduler sees them: bytes that it may clear.
+#pragma once
+#include <cstring>
+
+#include "check.h"
+#include "geometry.h"
+#include "kernels.h"
+#include "threads.h"
+
+namespace anyattn {
+
+// body(task, worker) for every task; false as in parallel_for.
+template <class Body>
+bool run_tasks(const anyattn_call &call, int32_t threads, int64_t tasks, const Body &body) {
+    const auto call_body = [](void *context, int64_t task, int32_t worker) {
+        (*static_cast<const Body *>(context))(task, worker);
+    };
+    return parallel_for(call, tasks, threads, call_body, const_cast<Body *>(&body));
+}
+
+constexpr int64_t blocks_of(int64_t rows) { return (rows + kBlockQ - 1) / kBlockQ; }
+
+// The allocated rows of all sequences in blocks of kBlockQ that never cross a sequence, numbered through without a
+// table: the b-th packed sequence, r rows behind the first, begins at block r / kBlockQ + b, which leaves it room.
+struct Rows {
+    const int32_t *cu;
+    int64_t batch, seqlen, total;
+
+    int64_t first_block(int64_t b) const { return cu ? (cu[b] - cu[0]) / kBlockQ + b : b * blocks_of(seqlen); }
+    int64_t blocks() const { return first_block(batch); }
+    // The same from sizes alone.
+    int64_t most_blocks() const { return cu ? total / kBlockQ + batch : blocks(); }
+    int64_t allocated(int64_t b) const { return cu ? cu[b + 1] - cu[b] : seqlen; }
+
+    int64_t sequence_of(int64_t block) const {
+        if (!cu) return block / blocks_of(seqlen);
+        int64_t low = 0, high = batch;
+        while (high - low > 1) {
+            const int64_t middle = (low + high) / 2;
+            (first_block(middle) <= block ? low : high) = middle;
+        }
+        return low;
+    }
+
+    // Packed rows before the first and behind the last sequence, numbered through.
+    int64_t outside() const { return cu ? cu[0] + total - cu[batch] : 0; }
+    int64_t outside_row(int64_t index) const { return index < cu[0] ? index : cu[batch] + index - cu[0]; }
+};
+
+inline Rows rows_q(const anyattn_call &call) { return {call.cu_seqlens_q, call.batch, call.seqlen_q, call.total_q}; }
+
+inline Rows rows_k(const anyattn_call &call) { return {call.cu_seqlens_k, call.batch, call.seqlen_k, call.total_k}; }
+
+inline char *element(const anyattn_array &array, int64_t i, int64_t j, int64_t k) {
+    const int64_t offset = i * array.stride[0] + j * array.stride[1] + k * array.stride[2];
+    return static_cast<char *>(array.data) + offset * dtype_bytes(array.dtype);
+}
+
+// Zeros `dim` values in each of `heads` heads of one row. Packed arrays: entry 0.
+inline void clear_row(const anyattn_array &array, int64_t entry, int64_t row, int64_t head0, int64_t heads,
+                      int64_t dim) {
+    if (!array.data) return;
+    const size_t bytes = static_cast<size_t>(dim * dtype_bytes(array.dtype));
+    for (int64_t h = head0; h < head0 + heads; ++h) std::memset(element(array, entry, row, h), 0, bytes);
+}
+
+}  // namespace anyattn

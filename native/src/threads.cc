@@ -1,0 +1,122 @@
+#include "threads.h"
+
+#include <atomic>
+#include <new>
+#include <thread>
+
+#include "openmp.h"
+#include "pool.h"
+
+#if !defined(_WIN32)
+#include <pthread.h>
+#endif
+#if defined(__linux__)
+#include <sched.h>
+#endif
+
+namespace anyattn {
+namespace {
+
+std::atomic<Pool *> own_pool{nullptr};
+std::atomic<bool> forked{false};
+
+// The threads of the parent do not exist in a forked child, but its runtimes believe that they do: they hang.
+#if !defined(_WIN32)
+void after_fork() {
+    own_pool.store(nullptr);
+    forked.store(true);
+}
+const int fork_handler = pthread_atfork(nullptr, nullptr, after_fork);
+#endif
+
+Pool *pool() {
+    Pool *current = own_pool.load(std::memory_order_acquire);
+    if (current) return current;
+    Pool *fresh = new (std::nothrow) Pool;
+    if (!fresh || own_pool.compare_exchange_strong(current, fresh, std::memory_order_acq_rel)) return fresh;
+    delete fresh;
+    return current;
+}
+
+int32_t processors() {
+#if defined(__linux__)
+    for (int32_t cpus = 1024; cpus <= 1 << 18; cpus *= 4) {
+        cpu_set_t *set = CPU_ALLOC(static_cast<size_t>(cpus));
+        if (!set) break;
+        const size_t bytes = CPU_ALLOC_SIZE(static_cast<size_t>(cpus));
+        const int count = sched_getaffinity(0, bytes, set) == 0 ? CPU_COUNT_S(bytes, set) : 0;
+        CPU_FREE(set);
+        if (count > 0) return count;
+    }
+#endif
+    const unsigned count = std::thread::hardware_concurrency();
+    return count > 0 ? static_cast<int32_t>(count) : 1;
+}
+
+struct OpenMpRegion {
+    Region region;
+    const OpenMp &runtime;
+};
+
+void openmp_body(void *context) {
+    OpenMpRegion &team = *static_cast<OpenMpRegion *>(context);
+    team.region.work(team.runtime.thread_num());
+}
+
+// What the caller's parallel_for is given instead of the tasks themselves: it counts, and keeps workers in range.
+struct Guarded {
+    Region region;
+    std::atomic<int64_t> ran{0};
+    std::atomic<bool> wrong_worker{false};
+};
+
+void guarded_body(void *context, int64_t task, int32_t worker) {
+    Guarded &guarded = *static_cast<Guarded *>(context);
+    if (worker < 0 || worker >= guarded.region.workers || task < 0 || task >= guarded.region.tasks) {
+        guarded.wrong_worker.store(true);
+        return;
+    }
+    guarded.region.body(guarded.region.context, task, worker);
+    guarded.ran.fetch_add(1);
+}
+
+bool run_caller(const anyattn_call &call, int64_t tasks, int32_t threads, anyattn_body body, void *context) {
+    Guarded guarded{{body, context, tasks, threads}};
+    call.parallel_for(call.parallel_for_user, tasks, threads, guarded_body, &guarded);
+    return guarded.ran.load() == tasks && !guarded.wrong_worker.load();
+}
+
+}  // namespace
+
+int32_t default_threads() {
+    const OpenMp *runtime = find_openmp();
+    const int32_t count = runtime ? runtime->max_threads() : processors();
+    return count < 1 ? 1 : count > kMaxThreads ? kMaxThreads : count;
+}
+
+const char *runtime_name() {
+    const OpenMp *runtime = forked.load() ? nullptr : find_openmp();
+    return runtime ? runtime->name : "anyattn";
+}
+
+bool parallel_for(const anyattn_call &call, int64_t tasks, int32_t threads, anyattn_body body, void *context) {
+    if (tasks <= 0) return true;
+    if (threads > 1 && tasks > 1) {
+        if (call.parallel_for) return run_caller(call, tasks, threads, body, context);
+        const OpenMp *runtime = forked.load(std::memory_order_relaxed) ? nullptr : find_openmp();
+        if (!runtime) {
+            Region region(body, context, tasks, tasks < threads ? static_cast<int32_t>(tasks) : threads);
+            Pool *own = pool();
+            if (own && own->run(region)) return true;
+        } else if (!runtime->in_parallel()) {
+            // The whole team: a team that changes its size from region to region ends and starts threads.
+            OpenMpRegion team{{body, context, tasks, threads}, *runtime};
+            run_openmp(*runtime, openmp_body, &team, threads);
+            return true;
+        }
+    }
+    Region(body, context, tasks, 1).work(0);
+    return true;
+}
+
+}  // namespace anyattn

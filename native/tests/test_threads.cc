@@ -1,0 +1,149 @@
+#include <atomic>
+#include <functional>
+#include <thread>
+
+#include "check.h"
+#include "fixture.h"
+#include "reference.h"
+
+#if !defined(_WIN32)
+#include <sys/wait.h>
+#include <unistd.h>
+#endif
+
+namespace {
+
+Config large() {
+    Config config;
+    config.batch = 2;
+    config.nheads = 4;
+    config.nheads_kv = 2;
+    config.seqlen_q = 300;
+    config.seqlen_k = 280;
+    config.head_dim = 16;
+    config.head_dim_v = 24;
+    config.flags = ANYATTN_HAS_RIGHT;
+    config.bias = 1;
+    config.sink = true;
+    config.seqused_q = config.seqused_k = true;
+    return config;
+}
+
+std::string bytes_of(const anyattn_array &array, int64_t elements) {
+    return {static_cast<const char *>(array.data), static_cast<size_t>(elements * size_of(array.dtype))};
+}
+
+// Everything that the two passes write, byte for byte.
+std::string results(const anyattn_call &c) {
+    const int64_t rows = c.batch * c.seqlen_q * c.nheads, keys = c.batch * c.seqlen_k * c.nheads_kv;
+    return bytes_of(c.out, rows * c.head_dim_v) + bytes_of(c.lse, rows) + bytes_of(c.dq, rows * c.head_dim) +
+           bytes_of(c.dk, keys * c.head_dim) + bytes_of(c.dv, keys * c.head_dim_v) +
+           bytes_of(c.dbias, c.nheads * c.seqlen_q * c.seqlen_k) + bytes_of(c.dsink, c.nheads);
+}
+
+std::string run(Config config, int32_t threads, const std::function<void(anyattn_call &)> &change = {}) {
+    config.threads = threads;
+    Fixture fixture(config);
+    if (change) change(fixture.call);
+    CHECK(fixture.forward() == ANYATTN_SUCCESS);
+    CHECK(fixture.backward() == ANYATTN_SUCCESS);
+    return results(fixture.call);
+}
+
+}  // namespace
+
+TEST(any_number_of_threads_gives_the_same_bits) {
+    for (int32_t target : targets()) {
+        Config config = large();
+        config.target = target;
+        const std::string one = run(config, 1);
+        for (int32_t threads : {2, 3, 7, 0}) CHECK(run(config, threads) == one);
+    }
+}
+
+TEST(callers_side_by_side) {
+    const std::string one = run(large(), 1);
+    std::atomic<int> wrong{0};
+    std::vector<std::thread> callers;
+    for (int caller = 0; caller < 4; ++caller) {
+        callers.emplace_back([&] {
+            for (int repeat = 0; repeat < 5; ++repeat) wrong += run(large(), 3) != one;
+        });
+    }
+    for (std::thread &caller : callers) caller.join();
+    CHECK(wrong == 0);
+}
+
+TEST(many_small_calls) {
+    Config config;
+    config.batch = 4;
+    config.seqlen_q = config.seqlen_k = 64;
+    config.nheads = 8;
+    config.head_dim = 32;
+    Fixture fixture(config);
+    fixture.call.num_threads = 3;
+    CHECK(fixture.forward() == ANYATTN_SUCCESS);
+    const std::string first = bytes_of(fixture.call.out, 4 * 64 * 8 * 8);
+    for (int repeat = 0; repeat < 200; ++repeat) CHECK(anyattn_forward(&fixture.call) == ANYATTN_SUCCESS);
+    CHECK(bytes_of(fixture.call.out, 4 * 64 * 8 * 8) == first);
+}
+
+TEST(parallel_for_of_the_caller) {
+    const std::string one = run(large(), 1);
+    int64_t tasks_seen = 0;
+    CHECK(run(large(), 3, [&](anyattn_call &call) {
+              call.parallel_for_user = &tasks_seen;
+              call.parallel_for = [](void *user, int64_t tasks, int32_t threads, anyattn_body body, void *context) {
+                  *static_cast<int64_t *>(user) += tasks;
+                  for (int64_t task = tasks - 1; task >= 0; --task) body(context, task, int32_t(task % threads));
+              };
+          }) == one);
+    CHECK(tasks_seen > 0);
+}
+
+TEST(parallel_for_that_is_wrong) {
+    Fixture fixture(large());
+    fixture.call.num_threads = 2;
+    fixture.call.parallel_for = [](void *, int64_t tasks, int32_t, anyattn_body body, void *context) {
+        for (int64_t task = 0; task + 1 < tasks; ++task) body(context, task, 0);
+    };
+    CHECK(anyattn_forward(&fixture.call) == ANYATTN_INVALID_VALUE);
+    fixture.call.parallel_for = [](void *, int64_t tasks, int32_t, anyattn_body body, void *context) {
+        for (int64_t task = 0; task < tasks; ++task) body(context, task, 9);
+    };
+    CHECK(anyattn_forward(&fixture.call) == ANYATTN_INVALID_VALUE);
+}
+
+// A call that a task of the caller's own parallel_for makes, inside another call.
+TEST(calls_inside_calls) {
+    const std::string one = run(large(), 1);
+    static bool inner_was_right;
+    inner_was_right = false;
+    CHECK(run(large(), 2, [&](anyattn_call &call) {
+              call.parallel_for_user = const_cast<std::string *>(&one);
+              call.parallel_for = [](void *user, int64_t tasks, int32_t, anyattn_body body, void *context) {
+                  for (int64_t task = 0; task < tasks; ++task) {
+                      body(context, task, 0);
+                      if (task == 1) inner_was_right = run(large(), 2) == *static_cast<std::string *>(user);
+                  }
+              };
+          }) == one);
+    CHECK(inner_was_right);
+}
+
+#if !defined(_WIN32)
+// The child has none of the threads that its parent started.
+TEST(a_forked_child_computes) {
+    const std::string one = run(large(), 3);
+    std::fflush(stdout);
+    const pid_t child = fork();
+    if (child == 0) {
+        alarm(60);
+        _exit(run(large(), 3) == one && run(large(), 2) == one ? 0 : 1);
+    }
+    int status = -1;
+    waitpid(child, &status, 0);
+    CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+    CHECK(run(large(), 3) == one);
+}
+#endif
