@@ -17,8 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from . import reference
+from .dtypes import narrow, widen
 from .problem import Problem
-from .reference import Arrays, Float, Head, add_dbias, rows_lse, widen
+from .reference import Arrays, Float, Head, add_dbias, rows_lse
 
 EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 
@@ -179,12 +180,5 @@ def _magnitudes(problem: Problem, arrays: Arrays, head: Head, do: Float, dl: Flo
 
 
 def round_to(x: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
-    """x rounded to a 16-bit dtype (nearest, ties to even), in its own type; other dtypes leave it alone."""
-    if dtype == "float16":
-        with np.errstate(over="ignore"):
-            return x.astype(np.float16).astype(x.dtype)
-    if dtype == "bfloat16":
-        bits = np.asarray(x, np.float32).view(np.uint32)
-        kept = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)
-        return kept.view(np.float32).astype(x.dtype)
-    return x
+    """x rounded to a 16-bit dtype, in its own type; other dtypes leave it alone."""
+    return widen(narrow(x, dtype), dtype, x.dtype.name) if dtype in ("float16", "bfloat16") else x

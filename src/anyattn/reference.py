@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import philox
+from .dtypes import narrow, raw, widen
 from .kvcache import Append
 from .problem import TABLES, Problem
 from .sequences import Sequence, sequences
@@ -55,13 +56,6 @@ class Head:
     out: Float
 
 
-def widen(array: npt.NDArray[Any], dtype: str) -> Float:
-    """float64 values of an array; bfloat16 may come as uint16."""
-    if dtype == "bfloat16" and array.dtype == np.uint16:
-        return (array.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)
-    return array.astype(np.float64)
-
-
 def forward(problem: Problem, arrays: Arrays) -> tuple[Float, Float]:
     """(out, lse) in float64. Rows outside every sequence: out 0, lse -inf."""
     out = np.zeros(problem.out_shape)
@@ -95,7 +89,8 @@ def backward(problem: Problem, arrays: Arrays, dout: Float, dlse: Float | None =
             add_dbias(grads.dbias, head, ds)
         if grads.dsink is not None:
             sink = float(np.asarray(arrays["sink"])[head.h])
-            weight = np.exp(np.minimum(sink - head.lse, 0.0)) if np.isfinite(sink) else 0.0  # 1 where the row sees no key
+            # 1 where the row sees no key
+            weight = np.exp(np.minimum(sink - head.lse, 0.0)) if np.isfinite(sink) else 0.0
             grads.dsink[head.h] -= (weight * delta).sum()
     return grads
 
@@ -118,7 +113,7 @@ def _head(
     keys = np.arange(sequence.n_k)
     lo, hi = problem.interval.bounds(sequence.positions(), sequence.n_k, sequence.leftpad)
     seen = np.asarray((lo[:, None] <= keys) & (keys < hi[:, None]))
-    used = seen.any(axis=0)  # memory that no row may see is never read into a result
+    used = np.asarray(seen.any(axis=0))  # memory that no row may see is never read into a result
     k, v = np.where(used[:, None], k, 0.0), np.where(used[:, None], v, 0.0)
     t = problem.scale * (q @ k.T)
     if problem.softcap > 0:
@@ -163,7 +158,7 @@ def _tile(array: npt.NDArray[Any], sequence: Sequence, h: int) -> npt.NDArray[An
     """(n_q, n_k) or broadcastable part of a (batch, nheads, seqlen_q, seqlen_k) array."""
     batch, nheads = array.shape[:2]
     tile = array[sequence.index if batch > 1 else 0, h if nheads > 1 else 0]
-    return tile[: sequence.n_q if tile.shape[0] > 1 else 1, : sequence.n_k if tile.shape[1] > 1 else 1]
+    return np.asarray(tile[: sequence.n_q if tile.shape[0] > 1 else 1, : sequence.n_k if tile.shape[1] > 1 else 1])
 
 
 def add_dbias(dbias: Float, head: Head, ds: Float) -> None:
@@ -196,38 +191,35 @@ def _rows_k(problem: Problem, sequence: Sequence, h_kv: int, block_table: Any) -
 
 def append(problem: Append, arrays: Arrays) -> Float | None:
     """Writes new_k (rotated) and new_v into k and v, in place; returns q rotated (float64), or None without rotary."""
+    dtype = problem.q.dtype
+    k, v, new_k, new_v = (raw(arrays[name], dtype) for name in ("k", "v", "new_k", "new_v"))
     lengths = np.asarray(arrays["cache_seqlens"]).astype(np.int64)
+    rows = np.arange(problem.q.shape[1]) if problem.by_row else np.zeros(problem.q.shape[1], np.int64)
+    q = np.zeros(problem.q.shape) if problem.rotary_dim else None
     for b in range(problem.batch):
         slots = lengths[b] + np.arange(problem.seqlen_new)
         if problem.block_table is not None:
             where: tuple[Any, ...] = (arrays["block_table"][b][slots // problem.page_size], slots % problem.page_size)
         else:
             where = (b if problem.cache_batch_idx is None else arrays["cache_batch_idx"][b], slots)
-        arrays["v"][where] = arrays["new_v"][b]
-        if problem.rotary_dim == 0:
-            arrays["k"][where] = arrays["new_k"][b]
+        v[where] = new_v[b]
+        if q is None:
+            k[where] = new_k[b]
         else:
-            arrays["k"][where] = rotate(problem, arrays, widen(arrays["new_k"][b], problem.k.dtype), slots)
-    if problem.rotary_dim == 0:
-        return None
-    rows = np.arange(problem.q.shape[1]) if problem.by_row else np.zeros(problem.q.shape[1], np.int64)
-    q = widen(arrays["q"], problem.q.dtype)
-    return (
-        np.stack([rotate(problem, arrays, q[b], lengths[b] + rows) for b in range(problem.batch)])
-        if problem.batch
-        else q
-    )
+            k[where] = narrow(rotate(problem, arrays, widen(new_k[b], dtype), slots), dtype)
+            q[b] = rotate(problem, arrays, widen(arrays["q"][b], dtype), lengths[b] + rows)
+    return q
 
 
 def rotate(problem: Append, arrays: Arrays, x: Float, positions: npt.NDArray[np.int64]) -> Float:
     """Rotates the first rotary_dim values of x (rows, nheads, head_dim) by the angles of `positions`."""
     half = problem.rotary_dim // 2
     assert problem.rotary_cos is not None and problem.rotary_sin is not None
-    cos = widen(arrays["rotary_cos"], problem.rotary_cos.dtype)[positions][:, None, :]
-    sin = widen(arrays["rotary_sin"], problem.rotary_sin.dtype)[positions][:, None, :]
+    cos = widen(arrays["rotary_cos"][positions], problem.rotary_cos.dtype)[:, None, :]
+    sin = widen(arrays["rotary_sin"][positions], problem.rotary_sin.dtype)[:, None, :]
     first = slice(0, 2 * half, 2) if problem.interleaved else slice(0, half)
     second = slice(1, 2 * half, 2) if problem.interleaved else slice(half, 2 * half)
-    out = x.copy()
+    out: Float = x.copy()
     out[..., first] = x[..., first] * cos - x[..., second] * sin
     out[..., second] = x[..., first] * sin + x[..., second] * cos
     return out

@@ -1,0 +1,5 @@
+"""The NumPy backend: tiled attention in O(N) memory on any machine, and the executable explanation of the algorithm."""
+
+from .backend import NumpyBackend
+
+__all__ = ["NumpyBackend"]

@@ -1,0 +1,177 @@
+"""Attention tile by tile: no more than one tile of the (seqlen_q, seqlen_k) scores exists at a time.
+
+Forward: a tile of rows visits the tiles of keys that it sees. Per row it keeps the largest score so far, the sum of the
+exponentials relative to it, and the weighted sum of the values; when the maximum rises, the other two are rescaled:
+
+    m' = max(m, max_j s_j)             l' = l exp(m - m') + sum_j exp(s_j - m')
+    o = acc / l, lse = m + log l       acc' = acc exp(m - m') + sum_j exp(s_j - m') D_j v_j
+
+A sink is a score without a value: its rows begin with m = sink, l = 1 instead of m = -inf, l = 0.
+
+Backward: the probabilities are computed again, P = exp(s - lse), and need no maximum. With D the dropout factors:
+
+    delta = rowsum(dO O) - dlse        dP = D (dO V^T)               dS = P (dP - delta)
+    dT = dS (1 - (t / softcap)^2)      dQ = scale dT K               dK = scale dT^T Q
+    dV = (P D)^T dO                    dbias = dS                    dsink = -sum exp(sink - lse) delta
+
+A tile of rows keeps its own dQ; dK and dV are sums over the tiles of rows, which takes O(seqlen_k) memory.
+Source: Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning" (2023), algorithms 1, 2.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from ... import philox
+from ...dtypes import widen
+from .tiles import Arrays, Floats, Keys, Rows, Sum, key_tiles, row_tiles, score_tile
+
+
+class Scores(NamedTuple):
+    """(heads_kv, group, rows, keys): scores, -inf where not seen, and t / softcap, None without a softcap."""
+
+    s: Floats
+    tanh: Floats | None
+
+
+def forward(arrays: Arrays) -> None:
+    """Writes out and lse."""
+    arrays.view("out")[...] = 0  # rows outside every sequence
+    arrays.view("lse")[...] = -np.inf
+    for sequence in arrays.sequences():
+        for rows in row_tiles(arrays.problem, sequence):
+            _forward_rows(arrays, rows)
+
+
+def _forward_rows(arrays: Arrays, rows: Rows) -> None:
+    q = arrays.read_rows("q", rows)
+    m, l = _begin(arrays, rows)
+    acc = np.zeros((*rows.shape, arrays.problem.head_dim_v), arrays.kind)
+    for keys in key_tiles(arrays.problem, rows):
+        s = scores(arrays, rows, keys, q, arrays.read_keys("k", rows, keys)).s
+        m_new = np.maximum(m, s.max(axis=-1))
+        finite = _finite(m_new)
+        p = np.exp(np.subtract(s, finite[..., None], out=s), out=s)
+        rescale = np.exp(m - finite)
+        l = l * rescale + p.sum(axis=-1)
+        if arrays.problem.dropout_threshold:
+            p *= dropout(arrays, rows, keys)
+        acc *= rescale[..., None]
+        acc += _unstack(_stack(p) @ arrays.read_keys("v", rows, keys), rows)
+        m = m_new
+    arrays.write_rows("out", rows, acc / np.where(l > 0, l, 1)[..., None])
+    arrays.write_numbers("lse", rows, m + np.log(l))
+
+
+def _begin(arrays: Arrays, rows: Rows) -> tuple[Floats, Floats]:
+    """m and l before the first key."""
+    m = np.full(rows.shape, -np.inf, arrays.kind)
+    if arrays.problem.sink is not None:
+        m[...] = arrays.of_heads("sink", rows)
+    return m, (m > -np.inf).astype(arrays.kind)
+
+
+def backward(arrays: Arrays) -> None:
+    """Writes dq, dk, dv and, where the call has them, dbias and dsink."""
+    arrays.view("dq")[...] = 0
+    sums = {name: Sum(arrays, name) for name in ("dk", "dv", "dbias", "dsink") if arrays.view(name) is not None}
+    for sequence in arrays.sequences():
+        for rows in row_tiles(arrays.problem, sequence):
+            _backward_rows(arrays, rows, sums)
+    for total in sums.values():
+        total.finish()
+
+
+def _backward_rows(arrays: Arrays, rows: Rows, sums: dict[str, Sum]) -> None:
+    problem = arrays.problem
+    q, do = arrays.read_rows("q", rows), arrays.read_rows("dout", rows)
+    lse, delta = arrays.read_numbers("lse", rows), _delta(arrays, rows, do)
+    dq = np.zeros_like(q)
+    for keys in key_tiles(problem, rows):
+        k, v = arrays.read_keys("k", rows, keys), arrays.read_keys("v", rows, keys)
+        s, tanh = scores(arrays, rows, keys, q, k)
+        p = np.exp(np.subtract(s, _finite(lse)[..., None], out=s), out=s)
+        dp = _unstack(do @ _transpose(v), rows)
+        if problem.dropout_threshold:
+            factors = dropout(arrays, rows, keys)
+            dp *= factors
+            sums["dv"].add_keys(rows, keys, _transpose(_stack(p * factors)) @ do)
+        else:
+            sums["dv"].add_keys(rows, keys, _transpose(_stack(p)) @ do)
+        dp -= delta[..., None]
+        ds = np.multiply(p, dp, out=dp)
+        if "dbias" in sums:
+            sums["dbias"].add_scores(rows, keys, ds)
+        if tanh is not None:
+            ds *= 1 - tanh * tanh
+        ds *= arrays.number(problem.scale)
+        dt = _stack(ds)
+        dq += dt @ k
+        sums["dk"].add_keys(rows, keys, _transpose(dt) @ q)
+    arrays.write_rows("dq", rows, dq)
+    if "dsink" in sums:
+        sink = arrays.of_heads("sink", rows)
+        weight = np.where(sink > -np.inf, np.exp(sink - lse), 0)
+        sums["dsink"].values[rows.heads] -= (weight * delta).sum(axis=-1).reshape(-1)
+
+
+def _delta(arrays: Arrays, rows: Rows, do: Floats) -> Floats:
+    """(heads_kv, group, rows)"""
+    delta: Floats = (do * arrays.read_rows("out", rows)).sum(axis=-1).reshape(rows.shape)
+    return delta if arrays.view("dlse") is None else delta - arrays.read_numbers("dlse", rows)
+
+
+def scores(arrays: Arrays, rows: Rows, keys: Keys, q: Floats, k: Floats) -> Scores:
+    """s of a tile; the mask of positions is applied only where an edge runs through the tile."""
+    problem = arrays.problem
+    s = _unstack(q @ _transpose(k), rows)
+    s *= arrays.number(problem.scale)
+    tanh = None
+    if problem.softcap > 0:
+        tanh = np.tanh(s / arrays.number(problem.softcap))
+        s = tanh * arrays.number(problem.softcap)
+    if problem.bias is not None:
+        s += widen(score_tile(arrays.view("bias"), rows, keys), problem.bias.dtype, arrays.kind)
+    if problem.alibi_slopes is not None:
+        c = np.arange(keys.start, keys.stop) - rows.sequence.leftpad
+        distance = np.abs(rows.sequence.positions(rows.start, rows.stop)[:, None] - c).astype(arrays.kind)
+        s -= arrays.of_heads("alibi_slopes", rows)[..., None] * distance
+    if keys.seen is not None:
+        np.copyto(s, -np.inf, where=~keys.seen)
+    if problem.mask is not None:
+        np.copyto(s, -np.inf, where=~score_tile(arrays.view("mask"), rows, keys))
+    return Scores(s, tanh)
+
+
+def dropout(arrays: Arrays, rows: Rows, keys: Keys) -> Floats:
+    """D of a tile: 0 or 1 / (1 - p)."""
+    problem = arrays.problem
+    state, b = arrays.view("rng_state"), rows.sequence.index
+    queries, slots = np.arange(rows.start, rows.stop), np.arange(keys.start, keys.stop)
+    factors = np.empty((*rows.shape, len(slots)), arrays.kind)
+    for tile, h in zip(factors.reshape(-1, *factors.shape[2:]), range(rows.heads.start, rows.heads.stop), strict=True):
+        tile[...] = philox.keep(state, problem.dropout_p, b * problem.nheads + h, queries, slots)
+    factors *= arrays.number(philox.keep_scale(problem.dropout_p))
+    return factors
+
+
+def _stack(tile: Floats) -> Floats:
+    """(heads_kv, group, rows, n) -> (heads_kv, group * rows, n)"""
+    heads_kv, group, rows, n = tile.shape
+    return tile.reshape(heads_kv, group * rows, n)
+
+
+def _unstack(tile: Floats, rows: Rows) -> Floats:
+    """(heads_kv, group * rows, n) -> (heads_kv, group, rows, n)"""
+    return tile.reshape(*rows.shape, tile.shape[-1])
+
+
+def _transpose(tile: Floats) -> Floats:
+    return np.asarray(tile.swapaxes(-1, -2))
+
+
+def _finite(x: Floats) -> Floats:
+    """0 in place of -inf: what rows without keys subtract."""
+    return np.asarray(np.where(x == -np.inf, x.dtype.type(0), x))

@@ -1,0 +1,213 @@
+"""Tiles: how a problem is cut into them, where they lie in a call's arrays, and how they are read and written.
+
+A tile of rows is (heads_kv, group * rows, dim): the query heads that read one KV head stand below each other, so that
+one matrix product serves the whole group. A tile of keys is (heads_kv, keys, dim).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ...dtypes import narrow, raw, widen
+from ...problem import TABLES, Array, Problem
+from ...sequences import Sequence, sequences
+from ..base import Call
+
+Floats = npt.NDArray[Any]
+
+TILE_Q = 256  # query rows, those of all heads of a group together
+TILE_K = 512
+TILE_ENTRIES = 2**18  # scores held at a time: 1 MB in float32
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows [start, stop) of one sequence, for the query heads that read the KV heads [first, last)."""
+
+    sequence: Sequence
+    start: int
+    stop: int
+    first: int
+    last: int
+    group: int
+
+    @property
+    def heads(self) -> slice:
+        return slice(self.first * self.group, self.last * self.group)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(heads_kv, group, rows)"""
+        return (self.last - self.first, self.group, self.stop - self.start)
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """Key slots [start, stop); `seen` (rows, keys) is None where every row sees every key: no mask is needed."""
+
+    start: int
+    stop: int
+    seen: npt.NDArray[np.bool_] | None
+
+
+def row_tiles(problem: Problem, sequence: Sequence) -> Iterator[Rows]:
+    """Sizes depend on nothing but the sequence and the heads, so a result does not depend on the rest of the batch."""
+    rows = max(1, min(TILE_Q // problem.group, sequence.n_q))
+    keys = max(1, min(TILE_K, sequence.n_k))
+    entries = keys * max(problem.group * rows, problem.head_dim, problem.head_dim_v)
+    heads_kv = max(1, TILE_ENTRIES // entries)
+    for first in range(0, problem.nheads_kv, heads_kv):
+        last = min(first + heads_kv, problem.nheads_kv)
+        for start in range(0, sequence.n_q, rows):
+            yield Rows(sequence, start, min(start + rows, sequence.n_q), first, last, problem.group)
+
+
+def key_tiles(problem: Problem, rows: Rows) -> Iterator[Keys]:
+    """The tiles in which some row sees some key."""
+    sequence = rows.sequence
+    lo, hi = problem.interval.bounds(sequence.positions(rows.start, rows.stop), sequence.n_k, sequence.leftpad)
+    end = int(hi[-1])  # lo and hi never decrease
+    for start in range(int(lo[0]), end, TILE_K):
+        stop = min(start + TILE_K, end)
+        if lo[-1] <= start and stop <= hi[0]:
+            yield Keys(start, stop, None)
+            continue
+        slots = np.arange(start, stop)
+        seen = (lo[:, None] <= slots) & (slots < hi[:, None])
+        if seen.any():
+            yield Keys(start, stop, seen)
+
+
+class Arrays:
+    """The arrays of one call in host memory; tiles of them are copies in the compute dtype."""
+
+    def __init__(self, problem: Problem, call: Call) -> None:
+        self.problem = problem
+        self.kind = problem.compute_dtype
+        self.number = np.dtype(self.kind).type
+        self._call = call
+
+    def view(self, name: str) -> Any:
+        """The named array, bfloat16 as uint16; None where absent."""
+        array = getattr(self._call, name)
+        return None if array is None else self._call.adapter.numpy(array)
+
+    def sequences(self) -> Iterator[Sequence]:
+        return sequences(self.problem, {name: self.view(name) for name in TABLES})
+
+    def read_rows(self, name: str, rows: Rows) -> Floats:
+        """(heads_kv, group * rows, dim) of q, out or dout."""
+        described: Array = getattr(self.problem, name)
+        tile = widen(self.view(name)[self._rows(rows)], described.dtype, self.kind)
+        heads_kv, group, count = rows.shape
+        return np.array(tile.swapaxes(0, 1), order="C").reshape(heads_kv, group * count, -1)
+
+    def write_rows(self, name: str, rows: Rows, values: Floats) -> None:
+        """The same for out and dq."""
+        heads_kv, group, count = rows.shape
+        tile = values.reshape(heads_kv * group, count, -1).swapaxes(0, 1)
+        self.view(name)[self._rows(rows)] = narrow(tile, self.problem.dtype)
+
+    def read_numbers(self, name: str, rows: Rows) -> Floats:
+        """(heads_kv, group, rows) of lse or dlse."""
+        return np.asarray(self.view(name)[self._numbers(rows)].reshape(rows.shape))
+
+    def write_numbers(self, name: str, rows: Rows, values: Floats) -> None:
+        heads_kv, group, count = rows.shape
+        self.view(name)[self._numbers(rows)] = values.reshape(heads_kv * group, count)
+
+    def read_keys(self, name: str, rows: Rows, keys: Keys) -> Floats:
+        """(heads_kv, keys, dim) of k or v. Keys that no row of the tile sees may be NaN in memory: they become 0."""
+        tile = widen(self.view(name)[self.key_index(rows, keys)], self.problem.dtype, self.kind)
+        tile = np.array(tile.swapaxes(0, 1), order="C")
+        if keys.seen is not None:
+            tile[:, ~keys.seen.any(axis=0)] = 0
+        return tile
+
+    def key_index(self, rows: Rows, keys: Keys) -> tuple[Any, ...]:
+        """Index of (keys, heads_kv, dim) in k, v, dk and dv."""
+        sequence, heads = rows.sequence, slice(rows.first, rows.last)
+        if self.problem.paged:
+            slots = np.arange(keys.start, keys.stop)
+            pages = self.view("block_table")[sequence.index][slots // self.problem.page_size]
+            return (pages, slots % self.problem.page_size, heads)
+        if self.problem.packed_k:
+            return (slice(sequence.row_k + keys.start, sequence.row_k + keys.stop), heads)
+        return (sequence.batch_k, slice(keys.start, keys.stop), heads)
+
+    def of_heads(self, name: str, rows: Rows) -> Floats:
+        """(heads_kv, group, 1) of sink or alibi_slopes."""
+        array = self.view(name)
+        array = array if array.ndim == 1 else array[rows.sequence.index]
+        return np.asarray(array[rows.heads].reshape(-1, rows.group, 1))
+
+    def _rows(self, rows: Rows) -> tuple[Any, ...]:
+        """Index of (rows, heads, dim) in q, out, dout and dq."""
+        sequence = rows.sequence
+        if self.problem.packed_q:
+            return (slice(sequence.row_q + rows.start, sequence.row_q + rows.stop), rows.heads)
+        return (sequence.index, slice(rows.start, rows.stop), rows.heads)
+
+    def _numbers(self, rows: Rows) -> tuple[Any, ...]:
+        """Index of (heads, rows) in lse and dlse."""
+        sequence = rows.sequence
+        if self.problem.packed_q:
+            return (rows.heads, slice(sequence.row_q + rows.start, sequence.row_q + rows.stop))
+        return (sequence.index, rows.heads, slice(rows.start, rows.stop))
+
+
+def score_tile(array: Floats, rows: Rows, keys: Keys) -> Floats:
+    """(heads_kv, group, rows, keys) of bias, dbias or mask: a view, with size 1 along the axes that are broadcast."""
+    b = rows.sequence.index
+    wanted = (slice(b, b + 1), rows.heads, slice(rows.start, rows.stop), slice(keys.start, keys.stop))
+    index = [slice(0, 1) if size == 1 else part for size, part in zip(array.shape, wanted, strict=True)]
+    tile = array[tuple(index)][0]
+    return np.asarray(tile.reshape(-1, rows.group if array.shape[1] > 1 else 1, *tile.shape[1:]))
+
+
+class Sum:
+    """A gradient to which many tiles add: in the compute dtype, and in the result itself where it has that."""
+
+    def __init__(self, arrays: Arrays, name: str) -> None:
+        problem = arrays.problem
+        described: Array | None = getattr(problem, name[1:])
+        assert described is not None
+        self._arrays = arrays
+        self._dtype = described.dtype
+        self._result = raw(arrays.view(name), self._dtype)
+        scores = (problem.batch, problem.nheads, problem.seqlen_q, problem.seqlen_k)
+        # nothing is summed then, so an array of O(N^2) need not exist a second time
+        self._once = name == "dbias" and described.shape == scores
+        in_place = self._dtype == arrays.kind or self._once
+        self.values = self._result if in_place else np.zeros(described.shape, arrays.kind)
+        self.values[...] = 0
+
+    def add_keys(self, rows: Rows, keys: Keys, values: Floats) -> None:
+        """Adds (heads_kv, keys, dim) to dk or dv."""
+        index, values = self._arrays.key_index(rows, keys), values.swapaxes(0, 1)
+        if self._arrays.problem.paged:
+            np.add.at(self.values, index, values)  # a page may occur twice
+        else:
+            self.values[index] += values
+
+    def add_scores(self, rows: Rows, keys: Keys, values: Floats) -> None:
+        """Adds (heads_kv, group, rows, keys) to dbias, summed over the axes along which the bias is broadcast."""
+        tile = score_tile(self.values, rows, keys)
+        if self._once:
+            tile[...] = narrow(values, self._dtype)
+        else:
+            tile += values.sum(axis=tuple(axis for axis in range(4) if tile.shape[axis] == 1), keepdims=True)
+
+    def finish(self) -> None:
+        """Rounds the sums to the result's dtype."""
+        if self.values is self._result:
+            return
+        step = max(1, TILE_ENTRIES // max(1, self.values[:1].size))
+        for start in range(0, len(self.values), step):
+            part = slice(start, start + step)
+            self._result[part] = narrow(self.values[part], self._dtype)
