@@ -12,7 +12,7 @@ DEMO_ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find native -name '*.cc' -o -name '*.h' | sort)
-PACKAGED := $(shell find src examples native -type f -not -name '*.pyc') pyproject.toml
+PACKAGED := $(shell find src examples native -not -path '*/__pycache__*') pyproject.toml
 
 .PHONY: venv demo test full lint format sanitize clean
 .DEFAULT_GOAL := test
