@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -360,7 +361,19 @@ def _check_scores(given: Mapping[str, Array | None], q: Array, batch: int, seqle
         raise ValueError(f"sink must have shape (nheads,) = ({nheads},); got {sink.shape}")
 
 
+def _check_types(options: Options) -> None:
+    for name in ("scale", "softcap", "dropout_p"):
+        value = getattr(options, name)
+        if not isinstance(value, numbers.Real) and not (name == "scale" and value is None):
+            raise TypeError(f"{name} must be a real number; got {value!r}")
+    for name in ("chunk", "max_seqlen_q", "max_seqlen_k"):
+        value = getattr(options, name)
+        if not isinstance(value, numbers.Integral):
+            raise TypeError(f"{name} must be an integer; got {value!r}")
+
+
 def _check_scalars(options: Options, given: Mapping[str, Array | None]) -> None:
+    _check_types(options)
     if options.scale is not None and not math.isfinite(options.scale):
         raise ValueError(f"scale must be finite; got {options.scale}")
     if not (math.isfinite(options.softcap) and options.softcap >= 0):

@@ -156,9 +156,7 @@ def _array(name: str, array: Any) -> NDArray:
     if not isinstance(array, np.ndarray):
         raise TypeError(f"{name} must be a NumPy array like q; got {type(array).__name__}")
     if not array.dtype.isnative:
-        raise TypeError(
-            f"{name} has byte order {array.dtype.byteorder!r}; accepted: the machine's own"
-        )
+        raise TypeError(f"{name} has byte order {array.dtype.byteorder!r}; accepted: the machine's own")
     return array
 
 
@@ -191,8 +189,15 @@ def _table(name: str, table: Any) -> npt.NDArray[np.int32]:
     return np.ascontiguousarray(array, np.int32)
 
 
+def _index(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer; got {value!r}") from None
+
+
 def _int(name: str, value: Any) -> int:
-    number = operator.index(value)
+    number = _index(name, value)
     if not -(2**31) <= number < 2**31:
         raise ValueError(f"{name} must fit in int32; got {number}")
     return number
@@ -200,7 +205,7 @@ def _int(name: str, value: Any) -> int:
 
 def _wrap(seed: int) -> int:
     """Any 64-bit seed as int64."""
-    number = operator.index(seed)
+    number = _index("seed", seed)
     if not -(2**63) <= number < 2**64:
         raise ValueError(f"seed must be a 64-bit integer; got {number}")
     return (number + 2**63) % 2**64 - 2**63
