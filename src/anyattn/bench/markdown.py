@@ -15,7 +15,8 @@ def accuracy(results: dict[str, Any]) -> str:
     names = list(results["accuracy"][0]["errors"])
     lines = [f"| dtype | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for row in results["accuracy"]:
-        lines.append(f"| {row['dtype']} | {' | '.join(f'{row["errors"][name]:.1e}' for name in names)} |")
+        errors = " | ".join(f"{row['errors'][name]:.1e}" for name in names)
+        lines.append(f"| {row['dtype']} | {errors} |")
     return "\n".join(lines)
 
 
