@@ -1,0 +1,263 @@
+// Gradients: P again from the saved lse, five matrix products per tile, no atomics.
+// Dao, "FlashAttention-2" (2023), algorithm 2; queries outside, keys inside.
+#pragma once
+#include "score.inl.h"
+
+namespace anyattn {
+namespace {
+
+// What both dq, dk, dv and dbias need: packed q and dout of a block, and its tiles of P and dS.
+template <class M>
+struct TileScratch {
+    using C = typename M::C;
+    static constexpr int64_t tile = kTileKeys * panel<C>;
+    int64_t q_size, dout_size;  // of one panel
+    typename M::Packed *q, *dout;
+    C *S, *T;                      // per panel and key
+    C *added, *steep, *keep;       // of one panel
+    C *lse, *delta;                // per row; lse is inf where the row saw nothing
+    char *k, *v;
+
+    TileScratch(const anyattn_call &call, Arena &arena) {
+        constexpr int panels = kBlockQ / panel<C>;
+        q_size = M::packed_size(call.head_dim);
+        dout_size = M::packed_size(call.head_dim_v);
+        q = arena.take<typename M::Packed>(q_size * panels);
+        dout = arena.take<typename M::Packed>(dout_size * panels);
+        S = arena.take<C>(tile * panels);
+        T = arena.take<C>(tile * panels);
+        added = call.bias.data || call.mask.data ? arena.take<C>(tile) : nullptr;
+        steep = call.softcap > 0 ? arena.take<C>(tile) : nullptr;
+        keep = call.dropout_threshold ? arena.take<C>(tile) : nullptr;
+        lse = arena.take<C>(kBlockQ);
+        delta = arena.take<C>(kBlockQ);
+        k = arena.take<char>(M::key_buffer(call.head_dim, kSumDim | kSumKeys));
+        v = arena.take<char>(M::key_buffer(call.head_dim_v, kSumDim));
+    }
+};
+
+// lse and delta_i = <dout_i, out_i> - dlse_i of a block's rows.
+template <class C>
+ANYATTN_NOINLINE void row_statistics(const Block<C> &block, C *lse, C *delta) {
+    using V = typename Lanes<C>::V;
+    const anyattn_call &call = block.call;
+    const Rows out = query_rows(call.out, call, block.s, block.h, block.i0);
+    const Rows dout = query_rows(call.dout, call, block.s, block.h, block.i0);
+    const Rows saved = row_values(call.lse, call, block.s, block.h, block.i0);
+    const Rows dlse = row_values(call.dlse, call, block.s, block.h, block.i0);
+    for (int i = 0; i < kBlockQ; ++i) {
+        lse[i] = infinity(C());
+        delta[i] = 0;
+        if (i >= block.rows) continue;
+        V sum{};
+        for (int64_t d = 0; d < call.head_dim_v; d += lanes<C>) {
+            const int64_t left = call.head_dim_v - d;
+            sum += load_part<C>(out.at(i, d), out.dtype, left) * load_part<C>(dout.at(i, d), dout.dtype, left);
+        }
+        delta[i] = sum_lanes<C>(sum);
+        if (dlse.data) delta[i] -= load<C>(dlse.row(i));
+        const C value = load<C>(saved.row(i));
+        if (value != -infinity(C())) lse[i] = value;
+    }
+}
+
+template <class M>
+void prepare_rows(const Block<typename M::C> &block, const TileScratch<M> &w) {
+    const anyattn_call &call = block.call;
+    constexpr int width = panel<typename M::C>;
+    const Rows q = query_rows(call.q, call, block.s, block.h, block.i0);
+    const Rows dout = query_rows(call.dout, call, block.s, block.h, block.i0);
+    for (int p = 0; p < block.panels; ++p) {
+        const int64_t n = block.panel_rows(p);
+        M::pack(w.q + p * w.q_size, {q.row(p * width), q.stride, q.dtype}, n, call.head_dim,
+                M::query_factor(call.scale));
+        M::pack(w.dout + p * w.dout_size, {dout.row(p * width), dout.stride, dout.dtype}, n, call.head_dim_v, 1);
+    }
+    row_statistics(block, w.lse, w.delta);
+}
+
+// S and T hold the products of a panel and n keys; P (with dropout) and dS times scale go where Out keeps them.
+// Works on pairs of keys and of vectors.
+template <class Out>
+ANYATTN_NOINLINE void gradient_pass(typename Out::C *S, typename Out::C *T, int64_t n, typename Out::C factor,
+                                    typename Out::C scale, typename Out::C *steep, typename Out::C *keep,
+                                    const typename Out::C *lse, const typename Out::C *delta,
+                                    const typename Out::Gradients &gradients) {
+    using C = typename Out::C;
+    using V = typename Out::V;
+    constexpr int width = lanes<C>, stride = panel<C>;
+    for (int c = 0; n % 2 && c < kPanelVectors; ++c) {
+        const int64_t at = n * stride + c * width;
+        store(S + at, splat(-infinity(C())));
+        store(T + at, V{});
+        if (steep) store(steep + at, V{});
+        if (keep) store(keep + at, V{});
+    }
+    for (int c = 0; c < kPanelVectors; c += 2) {
+        V top[2], middle[2];
+        for (int x = 0; x < 2; ++x) {
+            top[x] = load<V>(lse + (c + x) * width);
+            middle[x] = load<V>(delta + (c + x) * width);
+        }
+        for (int64_t j = 0; j < n; j += 2) {
+            V p[2][2], ds[2][2];
+            ANYATTN_UNROLL
+            for (int r = 0; r < 2; ++r) {
+                ANYATTN_UNROLL
+                for (int x = 0; x < 2; ++x) {
+                    const int64_t at = (j + r) * stride + (c + x) * width;
+                    p[r][x] = exp2(load<V>(S + at) * splat(factor) - top[x] * splat(C(kLog2e)));
+                    const V kept = keep ? load<V>(keep + at) : splat(C(1));
+                    ds[r][x] = p[r][x] * (load<V>(T + at) * kept - middle[x]) * splat(scale);
+                    if (steep) ds[r][x] *= load<V>(steep + at);
+                    p[r][x] *= kept;
+                }
+            }
+            Out::store_gradients(gradients, j, c, p, ds);
+        }
+    }
+}
+
+// Keys [first, first + n) of a tile.
+struct Range {
+    int64_t first, n;
+};
+
+// P and dS (times scale) of panel p and keys [j0, j1), stored by Out; the rest of the tile is zero. With `capped`, dS is
+// the gradient before the softcap. Returns the keys that the panel may see.
+template <class M, class Out>
+Range fill_gradients(const Block<typename M::C> &block, const TileScratch<M> &w, const typename M::Keys &keys,
+                     const typename M::Keys &values, int p, int64_t j0, int64_t j1, typename M::C scale, bool capped,
+                     const typename Out::Gradients &gradients) {
+    using C = typename M::C;
+    using V = typename M::V;
+    const anyattn_call &call = block.call;
+    const int64_t first = block.panel_begin(p, j0), n = max64(0, block.panel_end(p, j1) - first);
+    const Range range{n > 0 ? first - j0 : 0, n};
+    Out::clear(gradients, 0, range.first);
+    Out::clear(gradients, range.first + round_up(n, 2), j1 - j0);
+    if (n == 0) return range;
+    C *S = w.S + p * w.tile + range.first * panel<C>, *T = w.T + p * w.tile + range.first * panel<C>;
+    C *steep = capped ? w.steep : nullptr;
+    V top[kPanelVectors] = {};
+    M::scores(values, range.first, n, call.head_dim_v, w.dout + p * w.dout_size, T, top);
+    M::scores(keys, range.first, n, call.head_dim, w.q + p * w.q_size, S, top);
+    const C factor = score_tile(block, p, first, n, M::score_factor(call.scale), w.added, steep, S, top);
+    if (w.keep) keep_tile(w.keep, block, p, first, n);
+    const int64_t row = p * panel<C>;
+    gradient_pass<Out>(S, T, n, factor, scale, steep, w.keep, w.lse + row, w.delta + row,
+                       Out::from(gradients, range.first));
+    return range;
+}
+
+template <class M>
+struct BackwardScratch {
+    using C = typename M::C;
+    TileScratch<M> tiles;
+    int64_t dq_size;  // of one panel
+    C *dq;
+    char *gradients, *q_rows, *dout_rows;
+
+    BackwardScratch(const anyattn_call &call, Arena &arena) : tiles(call, arena) {
+        dq_size = round_up(call.head_dim, lanes<C>) * panel<C>;
+        dq = arena.take<C>(dq_size * (kBlockQ / panel<C>));
+        gradients = arena.take<char>(M::gradients_size());
+        q_rows = arena.take<char>(M::row_buffer(call.head_dim));
+        dout_rows = arena.take<char>(M::row_buffer(call.head_dim_v));
+    }
+};
+
+// Part of dsink: a row without keys has lse = sink, weight 1.
+template <class C>
+double sink_gradient(const Block<C> &block, const C *lse, const C *delta) {
+    const double sink = double(block.sink());
+    double sum = 0;
+    if (!(sink > -infinity(0.0))) return sum;
+    for (int i = 0; i < block.rows; ++i) {
+        const double exponent = sink - double(lse[i]);
+        sum -= __builtin_exp(exponent < 0 ? exponent : 0) * double(delta[i]);
+    }
+    return sum;
+}
+
+template <class M>
+void backward_block(const Block<typename M::C> &block, const BackwardScratch<M> &w, const Partial &partial,
+                    double *sink_partial) {
+    using C = typename M::C;
+    const anyattn_call &call = block.call;
+    const TileScratch<M> &tiles = w.tiles;
+    prepare_rows(block, tiles);
+    if (sink_partial) *sink_partial += sink_gradient(block, tiles.lse, tiles.delta);
+    const Rows q = query_rows(call.q, call, block.s, block.h, block.i0);
+    const Rows dout = query_rows(call.dout, call, block.s, block.h, block.i0);
+    const Rows dq = query_rows(call.dq, call, block.s, block.h, block.i0);
+    const auto q_rows = M::load_rows(q, block.rows, call.head_dim, w.q_rows);
+    const auto dout_rows = M::load_rows(dout, block.rows, call.head_dim_v, w.dout_rows);
+    const KeyRows k = key_rows(call.k, call, block.s, block.h_kv), v = key_rows(call.v, call, block.s, block.h_kv);
+    __builtin_memset(w.dq, 0, (size_t)(block.panels * w.dq_size * (int64_t)sizeof(C)));
+    const auto gradients = M::gradients(tiles.S, tiles.T, w.gradients);
+    for (int64_t j0 = block.begin; j0 < block.end; j0 += kKeys) {
+        const int64_t j1 = min64(j0 + kKeys, block.end), n = j1 - j0;
+        const auto keys = M::load_keys(k, j0, n, call.head_dim, kSumDim | kSumKeys, tiles.k);
+        const auto values = M::load_keys(v, j0, n, call.head_dim_v, kSumDim, tiles.v);
+        for (int p = 0; p < block.panels; ++p) {
+            const auto part = M::panel_of(gradients, p);
+            const Range r = fill_gradients<M, M>(block, tiles, keys, values, p, j0, j1, C(call.scale), true, part);
+            M::accumulate_dq(part, keys, r.first, r.n, call.head_dim, w.dq + p * w.dq_size);
+        }
+        M::accumulate_dv(gradients, n, dout_rows, block.rows, call.head_dim_v,
+                         static_cast<C *>(partial.dv) + j0 * partial.dv_stride, partial.dv_stride);
+        M::accumulate_dk(gradients, n, q_rows, block.rows, call.head_dim,
+                         static_cast<C *>(partial.dk) + j0 * partial.dk_stride, partial.dk_stride);
+    }
+    for (int p = 0; p < block.panels; ++p) {
+        const Rows rows{dq.row(p * panel<C>), dq.stride, dq.dtype};
+        unpack_panel(rows, w.dq + p * w.dq_size, block.panel_rows(p), call.head_dim, (const C *)nullptr,
+                     call.flags & ANYATTN_ACCUMULATE);
+    }
+}
+
+template <class M>
+void backward_group(const anyattn_call &call, int64_t b, int64_t h_kv, int64_t split, int64_t splits,
+                    const Partial &partial, double *sink_partial, void *memory) {
+    const Sequence s = sequence(call, b);
+    const int64_t group = call.nheads / call.nheads_kv, blocks = (s.n_q + kBlockQ - 1) / kBlockQ;
+    Arena arena{static_cast<char *>(memory), 0};
+    const BackwardScratch<M> w(call, arena);
+    for (int64_t at = split; at < group * blocks; at += splits) {
+        const Block<typename M::C> block(call, s, h_kv * group + at / blocks, at % blocks);
+        backward_block<M>(block, w, partial, sink_partial ? sink_partial + at : nullptr);
+    }
+}
+
+// Rows [row0, row1) of dk or dv: the partials of all splits, in order.
+template <class C>
+void reduce_rows(const KeyRows &target, bool add, int64_t row0, int64_t row1, int64_t dim, const Partial *partials,
+                 int64_t splits, void *Partial::*data, int64_t Partial::*stride) {
+    using V = typename Lanes<C>::V;
+    const int32_t dtype = target.rows.dtype;
+    for (int64_t j = row0; j < row1; ++j) {
+        for (int64_t d = 0; d < dim; d += lanes<C>) {
+            char *to = target.rows.at(j, d);
+            V sum{};
+            for (int64_t x = 0; x < splits; ++x) {
+                sum += load<V>(static_cast<const C *>(partials[x].*data) + j * partials[x].*stride + d);
+            }
+            if (add) sum += load_part<C>(to, dtype, dim - d);
+            store_part(to, dtype, sum, dim - d);
+        }
+    }
+}
+
+template <class C>
+void reduce_group(const anyattn_call &call, int64_t b, int64_t h_kv, int64_t row0, int64_t row1,
+                  const Partial *partials, int64_t splits) {
+    const Sequence s = sequence(call, b);
+    const bool add = call.flags & ANYATTN_ACCUMULATE;
+    const KeyRows dk = key_rows(call.dk, call, s, h_kv), dv = key_rows(call.dv, call, s, h_kv);
+    reduce_rows<C>(dk, add, row0, row1, call.head_dim, partials, splits, &Partial::dk, &Partial::dk_stride);
+    reduce_rows<C>(dv, add, row0, row1, call.head_dim_v, partials, splits, &Partial::dv, &Partial::dv_stride);
+}
+
+}  // namespace
+}  // namespace anyattn

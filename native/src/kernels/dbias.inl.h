@@ -1,0 +1,105 @@
+// The gradient of the bias: one tile of it at a time, dS computed again and summed over what the bias is broadcast
+// along, in a fixed order and in double.
+#pragma once
+#include "backward.inl.h"
+
+namespace anyattn {
+namespace {
+
+template <class M>
+struct DbiasScratch {
+    using C = typename M::C;
+    TileScratch<M> tiles;
+    double *sum;  // [key][row], one of each where broadcast
+
+    DbiasScratch(const anyattn_call &call, Arena &arena) : tiles(call, arena) {
+        sum = arena.take<double>(kKeys * kBlockQ);
+    }
+};
+
+// The part of dbias that one task owns. An axis of stride 0 is one element long and sums over everything.
+struct DbiasTile {
+    const anyattn_call &call;
+    int64_t b, h, i0, j0;
+    int64_t rows, keys;
+
+    bool summed(int axis) const { return call.dbias.stride[axis] == 0; }
+    int64_t row_step() const { return summed(2) ? 0 : 1; }
+    int64_t key_step() const { return summed(3) ? 0 : kBlockQ; }
+};
+
+template <class C>
+ANYATTN_NOINLINE void add_tile(double *sum, const C *ds, int64_t n, int64_t rows, int64_t key_step, int64_t row_step) {
+    for (int64_t j = 0; j < n; ++j, ds += panel<C>, sum += key_step) {
+        if (row_step) {
+            for (int64_t x = 0; x < rows; ++x) sum[x] += double(ds[x]);
+        } else {
+            for (int64_t x = 0; x < rows; ++x) sum[0] += double(ds[x]);
+        }
+    }
+}
+
+template <class M>
+void add_block(const Block<typename M::C> &block, const DbiasTile &tile, const DbiasScratch<M> &w) {
+    using C = typename M::C;
+    using Out = Plain<C>;
+    const anyattn_call &call = block.call;
+    const int64_t begin = tile.summed(3) ? block.begin : max64(block.begin, tile.j0);
+    const int64_t end = tile.summed(3) ? block.end : min64(block.end, tile.j0 + tile.keys);
+    if (begin >= end) return;
+    prepare_rows(block, w.tiles);
+    const KeyRows k = key_rows(call.k, call, block.s, block.h_kv), v = key_rows(call.v, call, block.s, block.h_kv);
+    for (int64_t j0 = begin; j0 < end; j0 += kKeys) {
+        const int64_t n = min64(kKeys, end - j0);
+        const auto keys = M::load_keys(k, j0, n, call.head_dim, kSumDim, w.tiles.k);
+        const auto values = M::load_keys(v, j0, n, call.head_dim_v, kSumDim, w.tiles.v);
+        for (int p = 0; p < block.panels; ++p) {
+            const auto ds = Out::panel_of({w.tiles.S, w.tiles.T}, p);
+            const Range r = fill_gradients<M, Out>(block, w.tiles, keys, values, p, j0, j0 + n, C(1), false, ds);
+            double *sum = w.sum + (j0 + r.first - tile.j0) * tile.key_step() + p * panel<C> * tile.row_step();
+            add_tile(sum, Out::from(ds, r.first).ds, r.n, block.panel_rows(p), tile.key_step(), tile.row_step());
+        }
+    }
+}
+
+template <class C>
+void write_dbias(const DbiasTile &tile, const double *sum) {
+    const anyattn_array &dbias = tile.call.dbias;
+    const int64_t size = dtype_size(dbias.dtype);
+    const int64_t first = tile.b * dbias.stride[0] + tile.h * dbias.stride[1] + tile.j0 * dbias.stride[3];
+    for (int64_t i = 0; i < tile.rows; ++i) {
+        char *row = static_cast<char *>(dbias.data) + (first + (tile.i0 + i) * dbias.stride[2]) * size;
+        for (int64_t j = 0; j < tile.keys; j += lanes<C>) {
+            const int64_t n = min64(lanes<C>, tile.keys - j);
+            typename Lanes<C>::V x{};
+            for (int64_t r = 0; r < n; ++r) x[r] = C(sum[(j + r) * tile.key_step() + i * tile.row_step()]);
+            store_part(row + j * size, dbias.dtype, x, n);
+        }
+    }
+}
+
+template <class M>
+void dbias_tile(const anyattn_call &call, int64_t bias_b, int64_t bias_h, int64_t block_q, int64_t block_k,
+                void *memory) {
+    using C = typename M::C;
+    DbiasTile tile{call, bias_b, bias_h, block_q * kBlockQ, block_k * kKeys, 1, 1};
+    if (!tile.summed(2)) tile.rows = min64(kBlockQ, call.seqlen_q - tile.i0);
+    if (!tile.summed(3)) tile.keys = min64(kKeys, call.seqlen_k - tile.j0);
+    Arena arena{static_cast<char *>(memory), 0};
+    const DbiasScratch<M> w(call, arena);
+    __builtin_memset(w.sum, 0, sizeof(double) * kKeys * kBlockQ);
+    const int64_t b_end = tile.summed(0) ? call.batch : bias_b + 1, h_end = tile.summed(1) ? call.nheads : bias_h + 1;
+    for (int64_t b = bias_b; b < b_end; ++b) {
+        const Sequence s = sequence(call, b);
+        const int64_t i_end = tile.summed(2) ? s.n_q : min64(s.n_q, tile.i0 + tile.rows);
+        for (int64_t h = bias_h; h < h_end; ++h) {
+            for (int64_t i = tile.i0; i < i_end; i += kBlockQ) {
+                add_block(Block<C>(call, s, h, i / kBlockQ), tile, w);
+            }
+        }
+    }
+    write_dbias<C>(tile, w.sum);
+}
+
+}  // namespace
+}  // namespace anyattn

@@ -1,0 +1,241 @@
+// Rows of the caller's arrays as vectors of the compute type, whatever their dtype; nothing past their ends is touched.
+#pragma once
+#include "vector.inl.h"
+#include "anyattn.h"
+#include "geometry.h"
+
+namespace anyattn {
+namespace {
+
+constexpr int64_t dtype_size(int32_t dtype) {
+    return dtype == ANYATTN_FLOAT64 ? 8 : dtype == ANYATTN_BOOL ? 1 : dtype == ANYATTN_FLOAT32 ? 4 : 2;
+}
+
+template <class C>
+constexpr int32_t dtype_of = sizeof(C) == 8 ? ANYATTN_FLOAT64 : ANYATTN_FLOAT32;
+
+constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+ANYATTN_INLINE F32 widen_bfloat16(const char *p) {
+    return (F32)(__builtin_convertvector(load<Lanes<float>::Half>(p), U32) << 16);
+}
+
+// To nearest even; NaN stays NaN.
+ANYATTN_INLINE void narrow_bfloat16(char *p, F32 x) {
+    const U32 bits = (U32)x;
+    const U32 rounded = (bits + splat(UINT32_C(0x7fff)) + (bits >> 16 & splat(UINT32_C(1)))) >> 16;
+    const U32 nan = bits >> 16 | splat(UINT32_C(0x40));
+    const U32 result = x == x ? rounded : nan;
+    store(p, __builtin_convertvector(result, Lanes<float>::Half));
+}
+
+#if defined(__AVX512F__)
+ANYATTN_INLINE F32 widen_float16(const char *p) { return (F32)_mm512_cvtph_ps(load<__m256i>(p)); }
+ANYATTN_INLINE void narrow_float16(char *p, F32 x) { store(p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT)); }
+#elif defined(__F16C__)
+ANYATTN_INLINE F32 widen_float16(const char *p) { return (F32)_mm256_cvtph_ps(load<__m128i>(p)); }
+ANYATTN_INLINE void narrow_float16(char *p, F32 x) { store(p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT)); }
+#else
+ANYATTN_INLINE F32 widen_float16(const char *p) {
+    const U32 half = __builtin_convertvector(load<Lanes<float>::Half>(p), U32);
+    const U32 size = half & splat(UINT32_C(0x7fff)), exponent = half & splat(UINT32_C(0x7c00));
+    const U32 rebased = (size << 13) + splat(UINT32_C(112) << 23);
+    const U32 special = (size << 13) | splat(UINT32_C(0x7f800000));
+    const F32 subnormal = __builtin_convertvector((Lanes<float>::I)size, F32) * splat(0x1p-24f);
+    const U32 finite = exponent == splat(UINT32_C(0)) ? (U32)subnormal : rebased;
+    const U32 bits = exponent == splat(UINT32_C(0x7c00)) ? special : finite;
+    return (F32)(bits | (half & splat(UINT32_C(0x8000))) << 16);
+}
+
+ANYATTN_INLINE void narrow_float16(char *p, F32 x) {
+    const U32 bits = (U32)x, size = bits & splat(UINT32_C(0x7fffffff));
+    const U32 sign = bits >> 16 & splat(UINT32_C(0x8000));
+    const U32 odd = size >> 13 & splat(UINT32_C(1));
+    const U32 normal = (size - splat(UINT32_C(0x38000000)) + splat(UINT32_C(0xfff)) + odd) >> 13;
+    // Below the normal range: adding 0.5 lets the addition itself round to multiples of 2^-24.
+    const U32 tiny = (U32)((F32)size + splat(0.5f)) - splat(UINT32_C(0x3f000000));
+    U32 half = size < splat(UINT32_C(0x38800000)) ? tiny : normal;
+    half = size >= splat(UINT32_C(0x477ff000)) ? splat(UINT32_C(0x7c00)) : half;
+    half = size > splat(UINT32_C(0x7f800000)) ? splat(UINT32_C(0x7e00)) : half;
+    store(p, __builtin_convertvector(half | sign, Lanes<float>::Half));
+}
+#endif
+
+// One whole vector. The tag chooses the compute type; bytes (masks) become 0 and 1.
+ANYATTN_INLINE F32 load_whole(const char *p, int32_t dtype, float) {
+    if (dtype == ANYATTN_FLOAT32) return load<F32>(p);
+    if (dtype == ANYATTN_BFLOAT16) return widen_bfloat16(p);
+    if (dtype == ANYATTN_FLOAT16) return widen_float16(p);
+    F32 x{};
+    for (int i = 0; i < lanes<float>; ++i) x[i] = p[i] != 0;
+    return x;
+}
+
+ANYATTN_INLINE F64 load_whole(const char *p, int32_t dtype, double) {
+    if (dtype == ANYATTN_FLOAT64) return load<F64>(p);
+    if (dtype == ANYATTN_FLOAT32) return __builtin_convertvector(load<Lanes<double>::Single>(p), F64);
+    F64 x{};
+    for (int i = 0; i < lanes<double>; ++i) x[i] = p[i] != 0;
+    return x;
+}
+
+ANYATTN_INLINE void store_whole(char *p, int32_t dtype, F32 x) {
+    if (dtype == ANYATTN_FLOAT32) return store(p, x);
+    if (dtype == ANYATTN_BFLOAT16) return narrow_bfloat16(p, x);
+    narrow_float16(p, x);
+}
+
+ANYATTN_INLINE void store_whole(char *p, int32_t dtype, F64 x) {
+    if (dtype == ANYATTN_FLOAT64) return store(p, x);
+    store(p, __builtin_convertvector(x, Lanes<double>::Single));
+}
+
+// The first n elements at p, then zeros.
+template <class C>
+ANYATTN_INLINE typename Lanes<C>::V load_part(const char *p, int32_t dtype, int64_t n) {
+    if (n >= lanes<C>) return load_whole(p, dtype, C());
+    alignas(64) char buffer[kVectorBytes] = {};
+    __builtin_memcpy(buffer, p, (size_t)(n * dtype_size(dtype)));
+    return load_whole(buffer, dtype, C());
+}
+
+template <class V>
+ANYATTN_INLINE void store_part(char *p, int32_t dtype, V x, int64_t n) {
+    constexpr int64_t count = sizeof(V) / sizeof(x[0]);
+    if (n >= count) return store_whole(p, dtype, x);
+    alignas(64) char buffer[kVectorBytes];
+    store_whole(buffer, dtype, x);
+    __builtin_memcpy(p, buffer, (size_t)(n * dtype_size(dtype)));
+}
+
+template <class C>
+ANYATTN_INLINE C load_scalar(const char *p, int32_t dtype) {
+    return load_part<C>(p, dtype, 1)[0];
+}
+
+// Rows i of one head of q, out, dout or dq.
+struct Rows {
+    char *data;
+    int64_t stride;  // bytes
+    int32_t dtype;
+
+    char *row(int64_t i) const { return data + i * stride; }
+    char *at(int64_t i, int64_t d) const { return row(i) + d * dtype_size(dtype); }
+};
+
+inline Rows query_rows(const anyattn_array &array, const anyattn_call &call, const Sequence &s, int64_t h,
+                       int64_t i0) {
+    const int64_t entry = call.cu_seqlens_q ? 0 : s.index * array.stride[0];
+    const int64_t offset = entry + (s.row_q + i0) * array.stride[1] + h * array.stride[2];
+    const int64_t size = dtype_size(array.dtype);
+    return {static_cast<char *>(array.data) + offset * size, array.stride[1] * size, array.dtype};
+}
+
+// lse or dlse of row i0 and, `stride` bytes on, the rows after it.
+inline Rows row_values(const anyattn_array &array, const anyattn_call &call, const Sequence &s, int64_t h,
+                       int64_t i0) {
+    const int64_t entry = call.cu_seqlens_q ? 0 : s.index * array.stride[0];
+    const int64_t offset = entry + h * array.stride[1] + (s.row_q + i0) * array.stride[2];
+    const int64_t size = dtype_size(array.dtype);
+    return {static_cast<char *>(array.data) + offset * size, array.stride[2] * size, array.dtype};
+}
+
+// The keys (or values) of one KV head of one sequence, wherever they lie.
+struct KeyRows {
+    Rows rows;
+    const int32_t *pages;  // null: not paged
+    int64_t page_size, page_stride;
+
+    const char *row(int64_t j) const {
+        if (!pages) return rows.row(j);
+        return rows.row(j % page_size) + pages[j / page_size] * page_stride;
+    }
+    // Whether the rows [j, j + n) follow each other.
+    bool together(int64_t j, int64_t n) const { return !pages || n == 0 || j / page_size == (j + n - 1) / page_size; }
+};
+
+inline KeyRows key_rows(const anyattn_array &array, const anyattn_call &call, const Sequence &s, int64_t h_kv) {
+    const int64_t size = dtype_size(array.dtype);
+    int64_t offset = h_kv * array.stride[2];
+    if (call.cu_seqlens_k) offset += s.row_k * array.stride[1];
+    if (!call.cu_seqlens_k && !call.block_table) offset += s.batch_k * array.stride[0];
+    const Rows rows{static_cast<char *>(array.data) + offset * size, array.stride[1] * size, array.dtype};
+    const int32_t *pages = call.block_table ? call.block_table + s.index * call.max_pages : nullptr;
+    return {rows, pages, call.page_size, array.stride[0] * size};
+}
+
+// n values to the compute type, and zeros up to a whole vector.
+template <class C>
+ANYATTN_INLINE void copy_row(C *to, const char *from, int32_t dtype, int64_t n) {
+    const int64_t size = dtype_size(dtype);
+    for (int64_t d = 0; d < n; d += lanes<C>) store(to + d, load_part<C>(from + d * size, dtype, n - d));
+}
+
+template <class C>
+ANYATTN_NOINLINE void copy_keys(C *to, int64_t stride, const KeyRows &keys, int64_t j, int64_t n, int64_t dim) {
+    for (int64_t i = 0; i < n; ++i) copy_row(to + i * stride, keys.row(j + i), keys.rows.dtype, dim);
+}
+
+template <class C>
+ANYATTN_NOINLINE void copy_rows(C *to, int64_t stride, const Rows &rows, int64_t n, int64_t dim) {
+    for (int64_t i = 0; i < n; ++i) copy_row(to + i * stride, rows.row(i), rows.dtype, dim);
+}
+
+// Rows [0, n) times factor as columns: packed[d][lane], zero in the lanes beyond n.
+template <class C>
+ANYATTN_NOINLINE void pack_panel(C *packed, const Rows &rows, int64_t n, int64_t dim, C factor) {
+    using V = typename Lanes<C>::V;
+    constexpr int width = lanes<C>;
+    for (int c = 0; c < panel<C>; c += width) {
+        for (int64_t d = 0; d < dim; d += width) {
+            V r[width];
+            ANYATTN_UNROLL
+            for (int x = 0; x < width; ++x) {
+                r[x] = V{};
+                if (c + x < n) r[x] = load_part<C>(rows.at(c + x, d), rows.dtype, dim - d) * splat(factor);
+            }
+            transpose<C>(r);
+            ANYATTN_UNROLL
+            for (int x = 0; x < width; ++x) store(packed + (d + x) * panel<C> + c, r[x]);
+        }
+    }
+}
+
+// The way back: columns times one factor per lane (null: 1) into rows, added to what is there if `add`.
+template <class C>
+ANYATTN_NOINLINE void unpack_panel(const Rows &rows, const C *packed, int64_t n, int64_t dim, const C *factors,
+                                   bool add) {
+    using V = typename Lanes<C>::V;
+    constexpr int width = lanes<C>;
+    for (int c = 0; c < n; c += width) {
+        const V factor = factors ? load<V>(factors + c) : splat(C(1));
+        for (int64_t d = 0; d < dim; d += width) {
+            V r[width];
+            ANYATTN_UNROLL
+            for (int x = 0; x < width; ++x) r[x] = load<V>(packed + (d + x) * panel<C> + c) * factor;
+            transpose<C>(r);
+            for (int x = 0; x < width && c + x < n; ++x) {
+                char *to = rows.at(c + x, d);
+                V value = r[x];
+                if (add) value += load_part<C>(to, rows.dtype, dim - d);
+                store_part(to, rows.dtype, value, dim - d);
+            }
+        }
+    }
+}
+
+// Scratch memory handed out in order; without a base it only counts.
+struct Arena {
+    char *base;
+    int64_t used;
+
+    template <class T>
+    T *take(int64_t n) {
+        char *p = base ? base + used : nullptr;
+        used += round_up(n * (int64_t)sizeof(T), 64);
+        return reinterpret_cast<T *>(p);
+    }
+};
+
+}  // namespace
+}  // namespace anyattn

@@ -1,0 +1,264 @@
+// Matrix products of a tile in float or double. Lanes are queries: queries are packed as columns, and keys and values
+// are read where they lie, one broadcast number at a time. Only dK and dV have lanes along the head dimension.
+// Every loop keeps its accumulators in registers; `Plain` and its siblings are all that knows how operands are laid out.
+#pragma once
+#include "kernels.h"
+#include "load.inl.h"
+
+namespace anyattn {
+namespace {
+
+// Keys of a tile: a multiple of every register tile's rows, and a score tile that fits 32 KiB of L1.
+constexpr int kKeys = 96;
+constexpr int kTileKeys = kKeys + 2;  // with a spare row, for those who work on pairs of keys
+
+template <int N>
+struct Int {
+    static constexpr int value = N;
+};
+
+// body(Int<M>(), i) for register tiles of M rows that cover [0, n).
+template <class Body>
+ANYATTN_INLINE void for_tiles(int64_t n, const Body &body) {
+    int64_t i = 0;
+    for (; n - i >= 6 && n - i != 8; i += 6) body(Int<6>(), i);
+    for (; n - i >= 4; i += 4) body(Int<4>(), i);
+    for (; n - i >= 2; i += 2) body(Int<2>(), i);
+    for (; n - i >= 1; i += 1) body(Int<1>(), i);
+}
+
+// body(Int<N>(), d) for groups of N vectors that cover [0, dim).
+template <class C, class Body>
+ANYATTN_INLINE void for_vectors(int64_t dim, const Body &body) {
+    constexpr int N = kPanelVectors, width = lanes<C>;
+    int64_t d = 0;
+    for (; dim - d > (N - 1) * width; d += N * width) body(Int<N>(), d);
+    for (; dim - d > width; d += 2 * width) body(Int<2>(), d);
+    for (; dim - d > 0; d += width) body(Int<1>(), d);
+}
+
+// S[i][lane] = <K[i], Q[lane]> for M keys; top rises to the maximum of each lane.
+template <class C, int M>
+ANYATTN_NOINLINE void multiply_keys(const C *K, int64_t stride, int64_t dim, const C *Q, C *S,
+                                    typename Lanes<C>::V *top) {
+    using V = typename Lanes<C>::V;
+    constexpr int N = kPanelVectors, width = lanes<C>;
+    V acc[M][N];
+    ANYATTN_UNROLL
+    for (int i = 0; i < M; ++i) {
+        ANYATTN_UNROLL
+        for (int c = 0; c < N; ++c) acc[i][c] = V{};
+    }
+    for (int64_t d = 0; d < dim; ++d) {
+        V q[N];
+        ANYATTN_UNROLL
+        for (int c = 0; c < N; ++c) q[c] = load<V>(Q + d * panel<C> + c * width);
+        ANYATTN_UNROLL
+        for (int i = 0; i < M; ++i) {
+            const V k = splat(K[i * stride + d]);
+            ANYATTN_UNROLL
+            for (int c = 0; c < N; ++c) acc[i][c] = k * q[c] + acc[i][c];
+        }
+    }
+    ANYATTN_UNROLL
+    for (int i = 0; i < M; ++i) {
+        ANYATTN_UNROLL
+        for (int c = 0; c < N; ++c) {
+            store(S + i * panel<C> + c * width, acc[i][c]);
+            top[c] = larger(top[c], acc[i][c]);
+        }
+    }
+}
+
+// O[i][lane] = alpha[lane] O[i][lane] + sum over n keys of V[j][i] P[j][lane], for M columns i of V. alpha null: 1.
+template <class C, int M>
+ANYATTN_NOINLINE void add_values(const C *values, int64_t stride, const C *P, int64_t n, C *O, const C *alpha) {
+    using V = typename Lanes<C>::V;
+    constexpr int N = kPanelVectors, width = lanes<C>;
+    V acc[M][N];
+    ANYATTN_UNROLL
+    for (int c = 0; c < N; ++c) {
+        const V factor = alpha ? load<V>(alpha + c * width) : splat(C(1));
+        ANYATTN_UNROLL
+        for (int i = 0; i < M; ++i) acc[i][c] = load<V>(O + i * panel<C> + c * width) * factor;
+    }
+    for (int64_t j = 0; j < n; ++j) {
+        V p[N];
+        ANYATTN_UNROLL
+        for (int c = 0; c < N; ++c) p[c] = load<V>(P + j * panel<C> + c * width);
+        ANYATTN_UNROLL
+        for (int i = 0; i < M; ++i) {
+            const V v = splat(values[i]);
+            ANYATTN_UNROLL
+            for (int c = 0; c < N; ++c) acc[i][c] = v * p[c] + acc[i][c];
+        }
+        values += stride;
+    }
+    ANYATTN_UNROLL
+    for (int i = 0; i < M; ++i) {
+        ANYATTN_UNROLL
+        for (int c = 0; c < N; ++c) store(O + i * panel<C> + c * width, acc[i][c]);
+    }
+}
+
+// out[j][0 .. N vectors) += sum over `rows` queries of P[j][query] B[query][..], for M keys j; P panel by panel.
+template <class C, int M, int N>
+ANYATTN_NOINLINE void add_queries(const C *P, int64_t panel_stride, const C *B, int64_t stride, int64_t rows, C *out,
+                                  int64_t out_stride) {
+    using V = typename Lanes<C>::V;
+    constexpr int width = lanes<C>;
+    V acc[M][N];
+    ANYATTN_UNROLL
+    for (int i = 0; i < M; ++i) {
+        ANYATTN_UNROLL
+        for (int c = 0; c < N; ++c) acc[i][c] = load<V>(out + i * out_stride + c * width);
+    }
+    for (; rows > 0; rows -= panel<C>, P += panel_stride) {
+        const int64_t count = min64(rows, panel<C>);
+        for (int64_t x = 0; x < count; ++x) {
+            V b[N];
+            ANYATTN_UNROLL
+            for (int c = 0; c < N; ++c) b[c] = load<V>(B + c * width);
+            ANYATTN_UNROLL
+            for (int i = 0; i < M; ++i) {
+                const V p = splat(P[i * panel<C> + x]);
+                ANYATTN_UNROLL
+                for (int c = 0; c < N; ++c) acc[i][c] = p * b[c] + acc[i][c];
+            }
+            B += stride;
+        }
+    }
+    ANYATTN_UNROLL
+    for (int i = 0; i < M; ++i) {
+        ANYATTN_UNROLL
+        for (int c = 0; c < N; ++c) store(out + i * out_stride + c * width, acc[i][c]);
+    }
+}
+
+// How the keys of a tile will be read: in products that sum over the head dimension, or over keys.
+enum KeyUse { kSumDim = 1, kSumKeys = 2 };
+
+template <class Compute>
+struct Plain {
+    using C = Compute;
+    using V = typename Lanes<C>::V;
+    using Packed = C;  // element of packed queries and of what weights dK and dV
+
+    struct Keys {
+        const C *data;
+        int64_t stride;
+    };
+    // P and dS of a tile, all panels: the places where S and dP were.
+    struct Gradients {
+        C *p, *ds;
+    };
+
+    static int64_t packed_size(int64_t dim) { return round_up(dim, lanes<C>) * panel<C>; }
+
+    static void pack(Packed *packed, const Rows &rows, int64_t n, int64_t dim, C factor) {
+        pack_panel(packed, rows, n, dim, factor);
+    }
+    // What packed queries are multiplied by, and what is left for their products to be in log2 units.
+    static C query_factor(double scale) { return C(scale * kLog2e); }
+    static C score_factor(double) { return C(1); }
+
+    static int64_t key_buffer(int64_t dim, int) { return kKeys * round_up(dim, lanes<C>) * (int64_t)sizeof(C); }
+
+    // The rows themselves where they can be read in place, else copies.
+    static Keys load_keys(const KeyRows &keys, int64_t j, int64_t n, int64_t dim, int, char *buffer) {
+        const Rows &rows = keys.rows;
+        if (rows.dtype == dtype_of<C> && keys.together(j, n)) {
+            return {reinterpret_cast<const C *>(keys.row(j)), rows.stride / (int64_t)sizeof(C)};
+        }
+        C *copy = reinterpret_cast<C *>(buffer);
+        const int64_t stride = round_up(dim, lanes<C>);
+        copy_keys(copy, stride, keys, j, n, dim);
+        return {copy, stride};
+    }
+
+    static void scores(const Keys &keys, int64_t first, int64_t n, int64_t dim, const Packed *q, C *S, V *top) {
+        const C *k = keys.data + first * keys.stride;
+        for_tiles(n, [&](auto m, int64_t j) {
+            multiply_keys<C, decltype(m)::value>(k + j * keys.stride, keys.stride, dim, q, S + j * panel<C>, top);
+        });
+    }
+
+    // Rows j and j + 1 of P, vector c, into the tile that add_values reads (the score tile).
+    static ANYATTN_INLINE void store_p(C *S, int64_t j, int c, V p0, V p1) {
+        store(S + j * panel<C> + c * lanes<C>, p0);
+        store(S + (j + 1) * panel<C> + c * lanes<C>, p1);
+    }
+
+    static void accumulate(const Keys &keys, int64_t first, int64_t n, int64_t dim, const C *P, C *O, const C *alpha) {
+        const C *v = keys.data + first * keys.stride;
+        for_tiles(dim, [&](auto m, int64_t d) {
+            add_values<C, decltype(m)::value>(v + d, keys.stride, P, n, O + d * panel<C>, alpha);
+        });
+    }
+
+    static int64_t gradients_size() { return 0; }
+    static Gradients gradients(C *S, C *T, char *) { return {S, T}; }
+    static Gradients from(const Gradients &g, int64_t key) { return {g.p + key * panel<C>, g.ds + key * panel<C>}; }
+    static Gradients panel_of(const Gradients &g, int p) { return from(g, p * kTileKeys); }
+
+    static void clear(const Gradients &g, int64_t first, int64_t end) {
+        if (end <= first) return;
+        const size_t bytes = (size_t)((end - first) * panel<C>) * sizeof(C);
+        __builtin_memset(g.p + first * panel<C>, 0, bytes);
+        __builtin_memset(g.ds + first * panel<C>, 0, bytes);
+    }
+
+    // Rows j, j + 1 and vectors c, c + 1 of P (with dropout) and dS.
+    static ANYATTN_INLINE void store_gradients(const Gradients &g, int64_t j, int c, const V (&p)[2][2],
+                                               const V (&ds)[2][2]) {
+        ANYATTN_UNROLL
+        for (int r = 0; r < 2; ++r) {
+            ANYATTN_UNROLL
+            for (int x = 0; x < 2; ++x) {
+                const int64_t at = (j + r) * panel<C> + (c + x) * lanes<C>;
+                store(g.p + at, p[r][x]);
+                store(g.ds + at, ds[r][x]);
+            }
+        }
+    }
+
+    // Rows of q or dout as the second operand of dK and dV: whole vectors.
+    static int64_t row_buffer(int64_t dim) { return kBlockQ * round_up(dim, lanes<C>) * (int64_t)sizeof(C); }
+
+    static Keys load_rows(const Rows &rows, int64_t n, int64_t dim, char *buffer) {
+        if (rows.dtype == dtype_of<C> && dim % lanes<C> == 0) {
+            return {reinterpret_cast<const C *>(rows.data), rows.stride / (int64_t)sizeof(C)};
+        }
+        C *copy = reinterpret_cast<C *>(buffer);
+        const int64_t stride = round_up(dim, lanes<C>);
+        copy_rows(copy, stride, rows, n, dim);
+        return {copy, stride};
+    }
+
+    // out[j] += sum over queries of weights[j][query] rows[query], for the keys of the tile.
+    static void accumulate_rows(const C *weights, int64_t n, const Keys &rows, int64_t count, int64_t dim, C *out,
+                                int64_t out_stride) {
+        for_vectors<C>(dim, [&](auto width, int64_t d) {
+            for_tiles(n, [&](auto m, int64_t j) {
+                add_queries<C, decltype(m)::value, decltype(width)::value>(
+                    weights + j * panel<C>, kTileKeys * panel<C>, rows.data + d, rows.stride, count,
+                    out + j * out_stride + d, out_stride);
+            });
+        });
+    }
+
+    static void accumulate_dk(const Gradients &g, int64_t n, const Keys &q, int64_t count, int64_t dim, C *out,
+                              int64_t stride) {
+        accumulate_rows(g.ds, n, q, count, dim, out, stride);
+    }
+    static void accumulate_dv(const Gradients &g, int64_t n, const Keys &dout, int64_t count, int64_t dim, C *out,
+                              int64_t stride) {
+        accumulate_rows(g.p, n, dout, count, dim, out, stride);
+    }
+    static void accumulate_dq(const Gradients &g, const Keys &k, int64_t first, int64_t n, int64_t dim, C *dq) {
+        accumulate(k, first, n, dim, g.ds + first * panel<C>, dq, nullptr);
+    }
+};
+
+}  // namespace
+}  // namespace anyattn

@@ -1,0 +1,74 @@
+// The table of kernels of one instruction set: picks the arithmetic for the dtypes of a call.
+#pragma once
+#include "dbias.inl.h"
+#include "forward.inl.h"
+
+namespace anyattn {
+namespace {
+
+// body(M()) for the M that computes this pass.
+template <class Body>
+auto with_mma(const anyattn_call &call, int32_t, const Body &body) {
+    if (call.q.dtype == ANYATTN_FLOAT64) return body(Plain<double>());
+    return body(Plain<float>());
+}
+
+int64_t lanes_of(const anyattn_call &call) {
+    return call.q.dtype == ANYATTN_FLOAT64 ? lanes<double> : lanes<float>;
+}
+
+int64_t scratch(const anyattn_call &call, int32_t pass) {
+    return with_mma(call, pass, [&](auto m) {
+        using M = decltype(m);
+        Arena arena{nullptr, 0};
+        if (pass == ANYATTN_FORWARD) {
+            ForwardScratch<M>(call, arena);
+            return arena.used;
+        }
+        BackwardScratch<M>(call, arena);
+        Arena second{nullptr, 0};
+        if (call.dbias.data) DbiasScratch<M>(call, second);
+        return max64(arena.used, second.used);
+    });
+}
+
+int64_t partial_stride(const anyattn_call &call, int64_t dim) { return round_up(dim, lanes_of(call)); }
+
+bool partial_in_place(const anyattn_call &call) {
+    const int32_t dtype = call.q.dtype == ANYATTN_FLOAT64 ? ANYATTN_FLOAT64 : ANYATTN_FLOAT32;
+    const int64_t width = lanes_of(call);
+    return call.dk.dtype == dtype && call.dv.dtype == dtype && call.head_dim % width == 0 &&
+           call.head_dim_v % width == 0 && !(call.flags & ANYATTN_ACCUMULATE);
+}
+
+void forward(const anyattn_call &call, int64_t b, int64_t h, int64_t block, void *memory) {
+    with_mma(call, ANYATTN_FORWARD, [&](auto m) { forward_block<decltype(m)>(call, b, h, block, memory); });
+}
+
+void backward(const anyattn_call &call, int64_t b, int64_t h_kv, int64_t split, int64_t splits, const Partial &partial,
+              double *sink_partial, void *memory) {
+    with_mma(call, ANYATTN_BACKWARD, [&](auto m) {
+        backward_group<decltype(m)>(call, b, h_kv, split, splits, partial, sink_partial, memory);
+    });
+}
+
+void reduce(const anyattn_call &call, int64_t b, int64_t h_kv, int64_t row0, int64_t row1, const Partial *partials,
+            int64_t splits) {
+    with_mma(call, ANYATTN_BACKWARD, [&](auto m) {
+        reduce_group<typename decltype(m)::C>(call, b, h_kv, row0, row1, partials, splits);
+    });
+}
+
+void dbias(const anyattn_call &call, int64_t bias_b, int64_t bias_h, int64_t block_q, int64_t block_k, void *memory) {
+    with_mma(call, ANYATTN_BACKWARD,
+             [&](auto m) { dbias_tile<decltype(m)>(call, bias_b, bias_h, block_q, block_k, memory); });
+}
+
+int64_t dbias_block_k(const anyattn_call &) { return kKeys; }
+
+constexpr Kernels table(const char *name) {
+    return {name, scratch, partial_stride, partial_in_place, forward, backward, reduce, dbias, dbias_block_k};
+}
+
+}  // namespace
+}  // namespace anyattn
