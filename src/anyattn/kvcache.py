@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from .problem import DTYPES, Array
 from .sequences import Tables, check_pages
@@ -111,32 +112,46 @@ def _check_rotary(append: Append) -> None:
         return
     if len(cos.shape) != 2 or cos.shape != sin.shape or 2 * cos.shape[1] > append.q.shape[3]:
         raise ValueError(
-            f"rotary_cos and rotary_sin must be (positions, rotary_dim / 2), rotary_dim <= head_dim {append.q.shape[3]}; "
-            f"got {cos.shape}, {sin.shape}"
+            f"rotary_cos and rotary_sin must be (positions, rotary_dim / 2), "
+            f"rotary_dim <= head_dim {append.q.shape[3]}; got {cos.shape}, {sin.shape}"
         )
     for name, array in (("rotary_cos", cos), ("rotary_sin", sin)):
         if array.dtype not in (append.q.dtype, "float32"):
             raise TypeError(f"{name} has dtype {array.dtype}; accepted here: {append.q.dtype}, float32")
 
 
-def check_append(append: Append, tables: Tables) -> None:
+class Room(NamedTuple):
+    """The sizes that an append's values must respect. `positions`: of the rotary tables, 0 without."""
+
+    seqlen_new: int
+    slots: int
+    entries: int  # batch entries or pages of the cache
+    page_size: int
+    positions: int
+    positions_needed: int  # beyond cache_seqlens
+
+
+def room(append: Append) -> Room:
+    rows = max(append.seqlen_new, append.q.shape[1] if append.by_row else 1)
+    positions, needed = (0, 0) if append.rotary_cos is None else (append.rotary_cos.shape[0], rows)
+    return Room(append.seqlen_new, append.slots, append.k.shape[0], append.page_size, positions, needed)
+
+
+def check_append(sizes: Room, tables: Tables) -> None:
     """Checks the values (host memory) before anything is written."""
     lengths, entries, pages = (tables.get(name) for name in ("cache_seqlens", "cache_batch_idx", "block_table"))
     if lengths is None or lengths.size == 0:
         return
     low, high = int(lengths.min()), int(lengths.max())
-    if low < 0 or high + append.seqlen_new > append.slots:
+    if low < 0 or high + sizes.seqlen_new > sizes.slots:
         raise ValueError(
-            f"cache_seqlens ({low} to {high}) plus {append.seqlen_new} new keys must lie in [0, {append.slots}], "
-            + ("block_table columns * page_size" if append.page_size else "the size of the cache")
+            f"cache_seqlens ({low} to {high}) plus {sizes.seqlen_new} new keys must lie in [0, {sizes.slots}], "
+            + ("block_table columns * page_size" if sizes.page_size else "the size of the cache")
         )
-    if append.rotary_cos is not None:
-        last = high + max(append.seqlen_new, append.q.shape[1] if append.by_row else 1)
-        if last > append.rotary_cos.shape[0]:
-            raise ValueError(f"rotary_cos has {append.rotary_cos.shape[0]} positions; this call needs {last}")
-    if entries is not None and (entries.min() < 0 or entries.max() >= append.k.shape[0]):
-        raise ValueError(
-            f"cache_batch_idx must lie in [0, {append.k.shape[0]}); got {entries.min()} to {entries.max()}"
-        )
+    if sizes.positions_needed and high + sizes.positions_needed > sizes.positions:
+        needed = high + sizes.positions_needed
+        raise ValueError(f"rotary_cos has {sizes.positions} positions; this call needs {needed}")
+    if entries is not None and (entries.min() < 0 or entries.max() >= sizes.entries):
+        raise ValueError(f"cache_batch_idx must lie in [0, {sizes.entries}); got {entries.min()} to {entries.max()}")
     if pages is not None:
-        check_pages(pages, lengths.astype("int64") + append.seqlen_new, append.page_size, append.k.shape[0])
+        check_pages(pages, lengths.astype("int64") + sizes.seqlen_new, sizes.page_size, sizes.entries)

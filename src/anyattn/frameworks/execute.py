@@ -1,7 +1,7 @@
 """One call, for every framework: find the plan, check table values, allocate the results, run.
 
-Arrays come prepared (see each framework's `prepare`): in the order of `problem.INPUTS`, last dimension contiguous, tables
-int32, slopes and sink in the compute dtype, bias and mask with four dimensions.
+Arrays come prepared (see each framework's `prepare`): in the order of `problem.INPUTS`, last dimension contiguous,
+tables int32, slopes and sink in the compute dtype, bias and mask with four dimensions.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any
 from .. import dispatch, settings
 from ..backends.base import Adapter, Call
 from ..errors import UnsupportedProblem
-from ..kvcache import Append, check_append, make_append
 from ..kvcache import ARRAYS as APPEND_ARRAYS
+from ..kvcache import Append, check_append, make_append, room
 from ..problem import INPUTS, SAVED, TABLES, Array, Options, Problem, make_problem
 from ..sequences import check_tables
 
@@ -56,7 +56,7 @@ def backward(
         key, names, lambda: make_problem(_describe(adapter, described, everything), options)
     )
     _check_values(adapter, problem, arrays)
-    q, k, v = arrays[:3]
+    q = arrays[0]
     call = Call(adapter, *arrays)
     call.out, call.lse, call.dout, call.dlse = saved
     call.dq = adapter.empty(problem.q.shape, problem.dtype, q)
@@ -84,7 +84,7 @@ def append(adapter: Adapter, arrays: dict[str, Any], *, interleaved: bool, by_ro
     engine = _append_backend(problem, dispatch.named(backend))
     if problem.q.device == "cpu" or settings.current().check:
         tables = {name: arrays.get(name) for name in ("cache_seqlens", "cache_batch_idx", "block_table")}
-        check_append(problem, {name: None if x is None else adapter.numpy(x) for name, x in tables.items()})
+        check_append(room(problem), {name: None if x is None else adapter.numpy(x) for name, x in tables.items()})
     call = Call(adapter, **{name: arrays.get(name) for name in APPEND_ARRAYS})
     if problem.rotary_dim:
         call.out = adapter.empty(problem.q.shape, problem.q.dtype, arrays["q"])

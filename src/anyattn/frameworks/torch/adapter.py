@@ -1,0 +1,74 @@
+"""How torch tensors are described, allocated and reached."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ...problem import Array
+
+logger = logging.getLogger("anyattn")
+
+NAMES = {
+    dtype: str(dtype).removeprefix("torch.")
+    for dtype in (
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.float64,
+        torch.int32,
+        torch.int64,
+        torch.bool,
+        torch.uint8,
+    )
+}
+DTYPES = {name: dtype for dtype, name in NAMES.items()}
+
+
+class TorchAdapter:
+    """The Adapter protocol on torch.Tensor, of any device."""
+
+    name = "torch"
+
+    def describe(self, array: Tensor) -> Array:
+        dtype = NAMES.get(array.dtype) or str(array.dtype).removeprefix("torch.")
+        return Array(tuple(array.shape), tuple(array.stride()), dtype, str(array.device))
+
+    def keys(self, arrays: Sequence[Tensor | None]) -> Hashable:
+        key: list[Any] = []
+        for x in arrays:
+            if x is None:
+                key.append(None)
+            else:
+                key += (x.shape, x.stride(), x.dtype, x.device)
+        return tuple(key)
+
+    def empty(self, shape: Sequence[int], dtype: str, like: Tensor) -> Tensor:
+        wanted = DTYPES[dtype]
+        if like.dtype is wanted:
+            return like.new_empty(shape)  # faster
+        return torch.empty(shape, dtype=wanted, device=like.device)
+
+    def pointer(self, array: Tensor) -> int:
+        return array.data_ptr()
+
+    def numpy(self, array: Tensor) -> npt.NDArray[Any]:
+        array = array.detach().cpu()
+        return array.view(torch.uint16).numpy() if array.dtype is torch.bfloat16 else array.numpy()
+
+
+adapter = TorchAdapter()
+
+
+def rows(name: str, array: Tensor) -> Tensor:
+    """The tensor, or a copy if its last dimension is not contiguous (size 1 or a broadcast score counts as such)."""
+    last = array.stride(-1) if array.ndim else 1
+    if last == 1 or array.shape[-1] == 1 or (last == 0 and name in ("bias", "mask")):
+        return array
+    logger.debug("%s is copied: its last dimension is not contiguous", name)
+    return array.contiguous()

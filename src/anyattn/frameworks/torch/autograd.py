@@ -1,0 +1,148 @@
+"""The one autograd.Function, and the choice of the way through it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import dispatch
+from ...problem import Options
+from . import batching, fastpath, ops
+
+
+class Static(NamedTuple):
+    """What a call is besides its tensors."""
+
+    direct: bool  # call the kernels themselves, not the operators
+    lse_gradient: bool
+    backend: str
+    options: Options
+
+
+class Attention(torch.autograd.Function):
+    """(out, lse) from the arrays of INPUTS, at top level as autograd needs them, and a Static."""
+
+    @staticmethod
+    def forward(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        alibi_slopes: Tensor | None,
+        sink: Tensor | None,
+        cu_seqlens_q: Tensor | None,
+        cu_seqlens_k: Tensor | None,
+        seqused_q: Tensor | None,
+        seqused_k: Tensor | None,
+        leftpad_k: Tensor | None,
+        offset: Tensor | None,
+        block_table: Tensor | None,
+        cache_batch_idx: Tensor | None,
+        rng_state: Tensor | None,
+        static: Static,
+    ) -> tuple[Tensor, Tensor]:
+        # Dynamo counts these parameters: with *inputs it would pass a context as well
+        scores = (bias, mask, alibi_slopes, sink)
+        tables = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k, offset, block_table, cache_batch_idx)
+        arrays = (q, k, v, *scores, *tables, rng_state)
+        if static.direct:
+            return ops.run_forward(arrays, static.options, static.backend)
+        out, lse = ops.forward(*arrays, *static.options, static.backend)
+        return out, lse
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.static = inputs[-1]
+        ctx.save_for_backward(*inputs[:-1], *output)
+        ctx.set_materialize_grads(False)
+        if not inputs[-1].lse_gradient:
+            ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        *arrays, out, lse = ctx.saved_tensors
+        static, needs = ctx.static, ctx.needs_input_grad
+        dout = torch.zeros_like(out) if dout is None else dout
+        dlse = dlse if static.lse_gradient else None
+        want_dbias, want_dsink = needs[3], needs[6]
+        tail = (static.backend, want_dbias, want_dsink)
+        tensors = (dout, *arrays, out, lse, dlse)
+        if torch.is_grad_enabled():  # create_graph, torch.func
+            grads = AttentionGradients.apply(*tensors, (*static.options, *tail))
+        elif fastpath.plain(tensors):
+            grads = ops.run_backward((out, lse, dout, dlse), tuple(arrays), static.options, *tail)
+        else:
+            grads = ops.backward(*tensors, *static.options, *tail)
+        dq, dk, dv, dbias, dsink = grads
+        return (dq, dk, dv, dbias if want_dbias else None, None, None, dsink if want_dsink else None, *[None] * 10)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
+        return batching.forward(
+            info.batch_size, in_dims[:-1], inputs[:-1], lambda *arrays: Attention.apply(*arrays, inputs[-1])
+        )
+
+
+class AttentionGradients(torch.autograd.Function):
+    """The operator `backward`, with a derivative (a second derivative of attention) that raises instead of lying."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> ops.Arrays:
+        results: ops.Arrays = ops.backward(*inputs[:-1], *inputs[-1])
+        return results
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: ops.Arrays) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise NotImplementedError("anyattn has no second derivative: its backward cannot be differentiated")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
+        return batching.backward(
+            info.batch_size, in_dims[:-1], inputs[:-1], lambda *tensors: AttentionGradients.apply(*tensors, inputs[-1])
+        )
+
+
+class AttentionWithTangents(Attention):
+    """Where tangents may be: forward mode is not built. A class apart, since Dynamo refuses any that defines jvp."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError("anyattn has no forward-mode derivative: use reverse mode (backward, torch.func.vjp)")
+
+
+_apply = fastpath.base_apply(Attention)
+
+
+def attention(arrays: ops.Arrays, options: Options, lse_gradient: bool, backend: str) -> tuple[Tensor, Tensor]:
+    """(out, lse), differentiable in q, k, v, bias and sink, and through lse if asked for."""
+    if not fastpath.plain(arrays):
+        fastpath.break_inside_transforms()
+        function = AttentionWithTangents if fastpath.forward_mode() else Attention
+    elif fastpath.forward_mode():
+        function = AttentionWithTangents
+    elif torch.is_grad_enabled() and _differentiated(*arrays[:7]):
+        # the backward may run outside the `with backend(...)` that holds now
+        named = backend or ",".join(dispatch.named(None))
+        out, lse = _apply(*arrays, Static(True, lse_gradient, named, options))
+        return out, lse
+    else:
+        return ops.run_forward(arrays, options, backend)
+    out, lse = function.apply(*arrays, Static(False, lse_gradient, backend, options))
+    return out, lse
+
+
+def _differentiated(q: Tensor, k: Tensor, v: Tensor, bias: Any, mask: Any, alibi_slopes: Any, sink: Any) -> bool:
+    return (
+        q.requires_grad
+        or k.requires_grad
+        or v.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or (sink is not None and sink.requires_grad)
+    )

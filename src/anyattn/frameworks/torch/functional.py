@@ -1,0 +1,213 @@
+"""The functions behind the public API for torch tensors: arguments in canonical form, then autograd.
+
+Everything here is traced by torch.compile: it looks at metadata, never at values, and logs nothing.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import dispatch
+from ...problem import TABLES, Options
+from .. import execute
+from . import autograd, fastpath, kvcache, ops
+from .adapter import adapter
+
+Arrays = ops.Arrays
+
+
+def attention(
+    arrays: Arrays, options: Options, seed: int | None, return_lse: bool, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) with autograd; draws the dropout state from torch's generator where none is given."""
+    prepared = prepare(arrays, seed, draw=options.dropout_p > 0)
+    return autograd.attention(prepared, options, return_lse, backend or "")
+
+
+def forward(arrays: Arrays, options: Options, seed: int | None, backend: str | None) -> tuple[Tensor, Tensor]:
+    """(out, lse) without autograd."""
+    prepared = _detach(prepare(arrays, seed))
+    if fastpath.plain(prepared):
+        return ops.run_forward(prepared, options, backend or "")
+    out, lse = ops.forward(*prepared, *options, backend or "")
+    return out, lse
+
+
+def backward(saved: Arrays, arrays: Arrays, options: Options, seed: int | None, backend: str | None) -> Arrays:
+    """(dq, dk, dv, dbias or None, dsink or None) from saved = (out, lse, dout, dlse or None)."""
+    prepared = _detach(prepare(arrays, seed))
+    for name, x in zip(("out", "lse", "dout"), saved[:3], strict=True):
+        _tensor(name, x)
+    out, lse, dout, dlse = _detach(saved)
+    dlse = None if dlse is None else _tensor("dlse", dlse)
+    if fastpath.plain((out, lse, dout, dlse, *prepared)):
+        grads = ops.run_backward((out, lse, dout, dlse), prepared, options, backend or "")
+    else:
+        grads = ops.backward(dout, *prepared, out, lse, dlse, *options, backend or "")
+    dq, dk, dv, dbias, dsink = grads
+    dbias = None if arrays[3] is None else dbias.reshape(arrays[3].shape)
+    return dq, dk, dv, dbias, None if arrays[6] is None else dsink
+
+
+def explain(arrays: Arrays, options: Options, seed: int | None, backend: str | None) -> dispatch.Explanation:
+    return execute.explain(adapter, ops.contiguous_rows(prepare(arrays, seed)), options, backend)
+
+
+def append(
+    arrays: dict[str, Any], *, interleaved: bool, by_row: bool, backend: str | None
+) -> tuple[Tensor, Tensor | None]:
+    """Appends to the cache in place; returns q (rotated) and the keys in use per sequence (None: all)."""
+    q, lengths = _tensor("q", arrays["q"]), arrays["cache_seqlens"]
+    if lengths is not None:
+        batch = q.shape[0] if q.ndim else 0
+        lengths = per_sequence("cache_seqlens", lengths, batch, q.device) if isinstance(lengths, int) else lengths
+        lengths = table("cache_seqlens", lengths)
+    if arrays["new_k"] is None:
+        if arrays["new_v"] is not None or arrays["rotary_cos"] is not None:
+            raise ValueError("v and rotary_cos need k, the new keys, as well")
+        return q, lengths
+    given: dict[str, Any] = {
+        name: None if x is None else _tensor(_CACHE_NAMES.get(name, name), x)
+        for name, x in arrays.items()
+        if name != "cache_seqlens"
+    }
+    given["cache_seqlens"] = lengths
+    for name in ("block_table", "cache_batch_idx"):
+        given[name] = None if given[name] is None else table(name, given[name])
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given.values()):
+        raise ValueError(
+            "no gradients flow through a KV cache: append under torch.no_grad(), or detach q, k, v and the caches"
+        )
+    if _autocast_dtype(q) is not None:
+        for name in ("q", "new_k", "new_v"):  # the cache's dtype is what it is
+            given[name] = given[name].to(given["k"].dtype) if given[name].dtype in _CASTABLE else given[name]
+    q = kvcache.append(given, interleaved=interleaved, by_row=by_row, backend=backend)
+    return q, lengths + given["new_k"].shape[1]
+
+
+_CACHE_NAMES = {"k": "k_cache", "v": "v_cache", "new_k": "k", "new_v": "v"}
+
+
+def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """See api.merge; differentiable in all four."""
+    top = torch.maximum(lse_a, lse_b).detach()
+    safe = torch.where(torch.isfinite(top), top, 0.0)
+    total = torch.exp(lse_a - safe) + torch.exp(lse_b - safe)
+    some = torch.where(total > 0, total, 1.0)  # no key in either: no NaN, in the gradients neither
+    lse = torch.where(total > 0, safe + torch.log(some), -torch.inf)
+    weight = (torch.exp(lse_b - safe) / some).transpose(-1, -2).unsqueeze(-1)
+    a, b = out_a.to(lse.dtype), out_b.to(lse.dtype)
+    return (a + weight * (b - a)).to(out_a.dtype), lse
+
+
+def prepare(arrays: Arrays, seed: int | None, *, draw: bool = False) -> Arrays:
+    """The arrays as the operators take them. Conversions are outside the autograd.Function, so gradients pass them."""
+    q, k, v, bias, mask, slopes, sink = arrays[:7]
+    tables, rng_state = arrays[7:15], arrays[15]
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+        q, k, v = (_tensor(name, x) for name, x in zip("qkv", (q, k, v), strict=True))
+    low = _autocast_dtype(q)
+    if low is not None:
+        q, k, v = (x.to(low) if x.dtype in _CASTABLE else x for x in (q, k, v))
+    if bias is not None:
+        bias = _scores("bias", bias)
+        if low is not None and bias.dtype in _CASTABLE - {torch.float32}:
+            bias = bias.to(low)  # float32 is accepted beside any dtype
+    if mask is not None:
+        mask = _scores("mask", mask)
+    if slopes is not None:
+        slopes = _floats("alibi_slopes", slopes, q.dtype)
+        if slopes.requires_grad and torch.is_grad_enabled():
+            raise ValueError("alibi_slopes requires grad, but has no gradient here: pass alibi_slopes.detach()")
+    if sink is not None:
+        sink = _floats("sink", sink, q.dtype)
+    cu_q, cu_k, used_q, used_k, leftpad, offset, pages, entries = tables
+    if not (cu_q is cu_k is used_q is used_k is leftpad is offset is pages is entries is None):
+        tables = _tables(q, tables)
+    if seed is not None or rng_state is not None or draw:
+        rng_state = _rng_state(q, seed, rng_state)
+    return (q, k, v, bias, mask, slopes, sink, *tables, rng_state)
+
+
+_CASTABLE = frozenset((torch.float32, torch.float16, torch.bfloat16))
+
+
+def _autocast_dtype(q: Tensor) -> torch.dtype | None:
+    """The dtype that autocast asks for, or None outside it."""
+    device = q.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def _tensor(name: str, array: Any) -> Tensor:
+    if not isinstance(array, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor like q; got {type(array).__name__}")
+    return array
+
+
+def _scores(name: str, array: Any) -> Tensor:
+    """A view with four dimensions."""
+    x = _tensor(name, array)
+    return x.reshape((1,) * (4 - x.ndim) + tuple(x.shape)) if x.ndim < 4 else x
+
+
+def _floats(name: str, array: Any, dtype: torch.dtype) -> Tensor:
+    x = _tensor(name, array)
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be floating point; got {x.dtype}")
+    return x.to(torch.float64 if dtype is torch.float64 else torch.float32).contiguous()
+
+
+def _tables(q: Tensor, tables: Arrays) -> Arrays:
+    given = dict(zip(TABLES, tables, strict=True))
+    if isinstance(given["offset"], int):
+        cu_seqlens_q = given["cu_seqlens_q"]
+        batch = q.shape[0] if cu_seqlens_q is None else _tensor("cu_seqlens_q", cu_seqlens_q).shape[0] - 1
+        given["offset"] = per_sequence("offset", given["offset"], batch, q.device)
+    return tuple([None if x is None else table(name, x) for name, x in given.items()])
+
+
+def per_sequence(name: str, value: int, batch: int, device: torch.device) -> Tensor:
+    """One int for every sequence."""
+    if not -(2**31) <= value < 2**31:
+        raise ValueError(f"{name} must fit in int32; got {value}")
+    return torch.full((batch,), value, dtype=torch.int32, device=device)
+
+
+def table(name: str, array: Any) -> Tensor:
+    """int32 and contiguous; integers of other widths are converted."""
+    x = _tensor(name, array)
+    if x.dtype is torch.int32:
+        return x.contiguous()
+    if x.is_floating_point() or x.is_complex() or x.dtype is torch.bool:
+        raise TypeError(f"{name} must hold integers; got {x.dtype}")
+    if x.device.type == "cpu" and x.dtype is torch.int64 and x.numel() and fastpath.plain((x,)):
+        low, high = (int(bound) for bound in x.aminmax())
+        if low < -(2**31) or high >= 2**31:
+            raise ValueError(f"{name} must fit in int32; got {low} to {high}")
+    return x.to(torch.int32).contiguous()
+
+
+def _rng_state(q: Tensor, seed: int | None, rng_state: Any) -> Tensor:
+    """int64 (seed, offset) on q's device."""
+    if rng_state is not None:
+        if seed is not None:
+            raise ValueError("seed and rng_state exclude each other: rng_state is (seed, offset)")
+        return _tensor("rng_state", rng_state).contiguous()
+    if seed is None:
+        return torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=q.device)
+    number = operator.index(seed)
+    if not -(2**63) <= number < 2**64:
+        raise ValueError(f"seed must be a 64-bit integer; got {number}")
+    number = number - 2**64 if number >= 2**63 else number
+    # kernels alone, no copy from the host: this can be captured in a CUDA graph
+    return torch.nn.functional.pad(torch.full((1,), number, dtype=torch.int64, device=q.device), (0, 1))
+
+
+def _detach(arrays: Arrays) -> Arrays:
+    return tuple([x.detach() if isinstance(x, Tensor) else x for x in arrays])

@@ -1,0 +1,109 @@
+"""Appending to a KV cache: by the backend, in place, in plain eager execution; in torch operations where it is traced.
+
+No operator may mutate the cache: Inductor misplaces a mutated argument that is a view made inside the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...kvcache import ARRAYS, Room, check_append, make_append, room
+from ...settings import current
+from .. import execute
+from . import fastpath, ops
+from .adapter import adapter, rows
+
+TABLES = ("cache_seqlens", "cache_batch_idx", "block_table")
+
+
+def append(given: dict[str, Any], *, interleaved: bool, by_row: bool, backend: str | None) -> Tensor:
+    """Writes new_k, rotated, and new_v into the cache k and v; returns q, rotated. Tables are int32."""
+    if not fastpath.plain(given.values()):
+        return _traced(given, interleaved=interleaved, by_row=by_row)
+    prepared = {name: x if x is None or name in TABLES else rows(name, x) for name, x in given.items()}
+    for name in ("k", "v"):  # written in place: a copy would be lost
+        if prepared[name] is not given[name]:
+            raise ValueError(f"{name}_cache must be contiguous in its last dimension; got {given[name].stride()}")
+    q: Tensor = execute.append(adapter, prepared, interleaved=interleaved, by_row=by_row, backend=backend)
+    for name in ("k", "v"):
+        if not prepared[name].is_inference():
+            torch.autograd.graph.increment_version(prepared[name])
+    return q
+
+
+def _traced(given: dict[str, Any], *, interleaved: bool, by_row: bool) -> Tensor:
+    described = {name: None if given[name] is None else adapter.describe(given[name]) for name in ARRAYS}
+    problem = make_append(described, interleaved=interleaved, by_row=by_row)
+    q: Tensor = given["q"]
+    new_k: Tensor = given["new_k"]
+    lengths, entry, row = torch.ops.anyattn.cache_slots(*[given[name] for name in TABLES], *room(problem))
+    if problem.rotary_dim:
+        tables = (given["rotary_cos"], given["rotary_sin"])
+        first = lengths[:, None]
+        positions = first + torch.arange(q.shape[1], device=q.device) if by_row else first
+        q = rotate(q, *tables, positions, interleaved)
+        new_k = rotate(new_k, *tables, first + torch.arange(problem.seqlen_new, device=q.device), interleaved)
+    given["k"].index_put_((entry, row), new_k)
+    given["v"].index_put_((entry, row), given["new_v"])
+    return q
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool) -> Tensor:
+    """Rotates the first values of x (batch, rows, nheads, head_dim) by the angles of positions (batch, rows or 1)."""
+    half: int = cos.shape[1]
+    wide = torch.float64 if x.dtype is torch.float64 else torch.float32
+    cos, sin = cos[positions].unsqueeze(2).to(wide), sin[positions].unsqueeze(2).to(wide)  # (batch, rows, 1, half)
+    turned, rest = x[..., : 2 * half].to(wide), x[..., 2 * half :]
+    first, second = (turned[..., 0::2], turned[..., 1::2]) if interleaved else (turned[..., :half], turned[..., half:])
+    pair = (first * cos - second * sin, first * sin + second * cos)
+    turned = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
+    return torch.cat((turned.to(x.dtype), rest), -1)
+
+
+ops.library.define(
+    "cache_slots(Tensor cache_seqlens, Tensor? cache_batch_idx, Tensor? block_table, SymInt seqlen_new, SymInt slots, "
+    "SymInt entries, SymInt page_size, SymInt positions, SymInt positions_needed) "
+    "-> (Tensor lengths, Tensor entry, Tensor row)"
+)
+
+
+def _cache_slots(
+    cache_seqlens: Tensor, cache_batch_idx: Tensor | None, block_table: Tensor | None, *sizes: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Where an append writes: (lengths, entry or page, row), int64. An operator, so that graphs check values too."""
+    tables = dict(zip(TABLES, (cache_seqlens, cache_batch_idx, block_table), strict=True))
+    if cache_seqlens.device.type == "cpu" or current().check:
+        check_append(Room(*sizes), {name: None if x is None else adapter.numpy(x) for name, x in tables.items()})
+    return _slots(cache_seqlens, cache_batch_idx, block_table, Room(*sizes))
+
+
+def _slots(
+    cache_seqlens: Tensor, cache_batch_idx: Tensor | None, block_table: Tensor | None, sizes: Room
+) -> tuple[Tensor, Tensor, Tensor]:
+    lengths = cache_seqlens.to(torch.int64, copy=True)
+    logical = lengths[:, None] + torch.arange(sizes.seqlen_new, device=lengths.device)  # (batch, seqlen_new)
+    logical = logical.clamp(0, max(sizes.slots - 1, 0))  # on a device nothing was checked
+    if block_table is not None:
+        page = block_table.to(torch.int64).gather(1, logical // sizes.page_size)
+        return lengths, page.clamp(0, max(sizes.entries - 1, 0)), logical % sizes.page_size
+    entry = (
+        torch.arange(len(lengths), device=lengths.device)
+        if cache_batch_idx is None
+        else cache_batch_idx.to(torch.int64)
+    )
+    return lengths, entry.clamp(0, max(sizes.entries - 1, 0))[:, None].expand_as(logical).contiguous(), logical
+
+
+@torch.library.register_fake("anyattn::cache_slots", lib=ops.library)
+def _fake_slots(cache_seqlens: Tensor, *arguments: Any) -> Sequence[Tensor]:
+    shape = (cache_seqlens.shape[0], arguments[2])
+    sizes = (shape[:1], shape, shape)
+    return tuple(cache_seqlens.new_empty(size, dtype=torch.int64) for size in sizes)
+
+
+for _key in ops.DEVICES:
+    ops.library.impl("cache_slots", _cache_slots, _key)
