@@ -63,7 +63,7 @@ sanitize-%: $(VENV)/requirements
 	$(BIN)/cmake -S native -B build/$* -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
 		-DCMAKE_BUILD_TYPE=RelWithDebInfo -DANYATTN_SANITIZE=$* -DANYATTN_TESTS=ON
 	$(BIN)/cmake --build build/$*
-	$(BIN)/ctest --test-dir build/$* --output-on-failure --no-tests=error
+	$(BIN)/ctest --test-dir build/$* --parallel 2 --output-on-failure --no-tests=error
 
 clean:
 	rm -rf $(VENV) build dist
