@@ -19,7 +19,8 @@ def widen(array: NDArray, dtype: str, to: str = "float64") -> NDArray:
     """The values of an array of `dtype` in the dtype `to`; the array itself if it has that dtype already."""
     if dtype == "bfloat16":
         array = (raw(array, dtype).astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return array.astype(to, copy=False)
+    with np.errstate(invalid="ignore"):  # signalling NaN
+        return array.astype(to, copy=False)
 
 
 def narrow(values: NDArray, dtype: str) -> NDArray:
@@ -27,7 +28,7 @@ def narrow(values: NDArray, dtype: str) -> NDArray:
 
     Too large values become infinite, NaN stays NaN. float64 goes to bfloat16 by way of float32, as in ml_dtypes.
     """
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         if dtype != "bfloat16":
             return values.astype(dtype, copy=False)
         bits = values.astype(np.float32, copy=False).view(np.uint32)

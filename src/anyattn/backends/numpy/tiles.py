@@ -21,7 +21,7 @@ from ..base import Call
 Floats = npt.NDArray[Any]
 
 TILE_Q = 256  # query rows, those of all heads of a group together
-TILE_K = 512
+TILE_K = 256
 TILE_ENTRIES = 2**18  # scores held at a time: 1 MB in float32
 
 
