@@ -134,7 +134,7 @@ def attention(arrays: ops.Arrays, options: Options, lse_gradient: bool, backend:
         return out, lse
     else:
         return ops.run_forward(arrays, options, backend)
-    out, lse = function.apply(*arrays, Static(False, lse_gradient, backend, options))
+    out, lse = function.apply(*fastpath.distinct(arrays), Static(False, lse_gradient, backend, options))
     return out, lse
 
 

@@ -54,6 +54,17 @@ def break_inside_transforms() -> None:
         torch._dynamo.graph_break()
 
 
+def distinct(arrays: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arrays for a Function that Dynamo traces: it refuses one tensor in two places (q = k = v, one cu_seqlens)."""
+    if not torch.compiler.is_compiling():
+        return arrays
+    seen: list[Any] = []
+    for x in arrays:
+        twice = x is not None and any(x is other for other in seen)
+        seen.append(x.view_as(x) if twice else x)
+    return tuple(seen)
+
+
 def base_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """Function.apply without its support of functorch and of default arguments."""
     owner: Any = super(torch.autograd.Function, function) if AVAILABLE else function
