@@ -52,7 +52,8 @@ typedef enum anyattn_flag {
     ANYATTN_HAS_RIGHT = 2,          /* and at most `right` after it; causal is right = 0 */
     ANYATTN_TOP_LEFT = 4,           /* position of row i is i (default: i + n_k - leftpad - n_q) */
     ANYATTN_ROTARY_INTERLEAVED = 8, /* append: pairs (0,1), (2,3), ... instead of halves */
-    ANYATTN_ACCUMULATE = 16         /* backward adds to dq, dk, dv instead of overwriting them */
+    ANYATTN_ACCUMULATE = 16,        /* backward adds to dq, dk, dv instead of overwriting them */
+    ANYATTN_BATCH_INVARIANT = 32    /* a sequence's gradients do not depend on how many others there are */
 } anyattn_flag;
 
 /* Strides are in elements. The last dimension is contiguous (a bias or mask may also have stride 0 there).
@@ -122,6 +123,8 @@ typedef struct anyattn_call {
 typedef enum anyattn_pass { ANYATTN_FORWARD = 0, ANYATTN_BACKWARD = 1, ANYATTN_APPEND = 2 } anyattn_pass;
 
 ANYATTN_API uint32_t anyattn_version(void);
+/* sizeof(anyattn_call) as this library was built: how much of the struct it knows. */
+ANYATTN_API uint32_t anyattn_call_size(void);
 ANYATTN_API const char *anyattn_error_string(int32_t status);
 
 /* Instruction sets compiled in, best first; null past the end. */

@@ -145,6 +145,8 @@ extern "C" {
 
 uint32_t anyattn_version(void) { return ANYATTN_VERSION; }
 
+uint32_t anyattn_call_size(void) { return sizeof(anyattn_call); }
+
 const char *anyattn_error_string(int32_t status) {
     switch (status) {
         case ANYATTN_SUCCESS:

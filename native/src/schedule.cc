@@ -12,6 +12,8 @@ constexpr int64_t kBackwardTasks = 16;
 
 int64_t backward_splits(const anyattn_call &call) {
     const int64_t heads = call.batch * call.nheads_kv;
+    // The order of sums follows from the splits: it depends on the batch unless there is one split always.
+    if (call.flags & ANYATTN_BATCH_INVARIANT) return 1;
     if (heads == 0 || heads >= kBackwardTasks) return 1;
     const int64_t blocks = blocks_of(call.seqlen_q) * (call.nheads / call.nheads_kv);
     return max64(1, min64((kBackwardTasks + heads - 1) / heads, blocks));

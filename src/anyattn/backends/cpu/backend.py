@@ -1,0 +1,262 @@
+"""CpuBackend: host memory, every feature, forward and backward; sequences of a paged cache have no backward."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from typing import Any
+
+from ... import settings
+from ...kvcache import Append
+from ...problem import Array, Problem
+from ..base import Call
+from . import layout, library
+
+DTYPES = {"float32": 1, "float16": 2, "bfloat16": 3, "float64": 4, "bool": 5, "int32": 6}
+HAS_LEFT, HAS_RIGHT, TOP_LEFT, ROTARY_INTERLEAVED, BATCH_INVARIANT = 1, 2, 4, 8, 32
+OUT_OF_MEMORY = 7
+MESSAGE_BYTES = 512
+
+Values = dict[str, float]
+
+
+class _Message(threading.local):
+    """Where the library says what was wrong, for each thread."""
+
+    def __init__(self) -> None:
+        self.buffer = ctypes.create_string_buffer(MESSAGE_BYTES)
+        self.address = ctypes.addressof(self.buffer)
+
+
+_message = _Message()
+
+
+class CpuBackend:
+    """The native engine."""
+
+    name = "cpu"
+
+    def available(self) -> str | None:
+        try:
+            library.load().target_index()
+        except library.LibraryError as error:
+            return str(error)
+        return None
+
+    def supports(self, problem: Problem) -> list[str]:
+        reasons = []
+        if problem.device != "cpu":
+            reasons.append(f"computes in host memory only; q is on {problem.device}")
+        if problem.dout is not None and (problem.paged or problem.cache_batch_idx is not None):
+            reasons.append("has no backward through a KV cache (block_table, cache_batch_idx)")
+        return reasons
+
+    def plan(self, problem: Problem) -> CpuPlan:
+        return CpuPlan(library.load(), problem)
+
+    def append(self, append: Append, call: Call) -> None:
+        native = library.load()
+        values = _common(native) | _append_values(append)
+        names = ("q", "k", "v", "new_k", "new_v", "rotary_cos", "rotary_sin")
+        if call.out is None:  # no rotary: q stays as it is
+            values = {name: value for name, value in values.items() if not name.startswith("q.")}
+            names = names[1:]
+        else:
+            values |= _array("out", append.q)
+            names = (*names, "out")
+        tables = ("cache_seqlens", "cache_batch_idx", "block_table")
+        _Template(native, library.APPEND, values, names, tables).run(call)
+
+
+class CpuPlan:
+    """A packed struct for this problem; each call copies it and fills in addresses."""
+
+    def __init__(self, native: library.Library, problem: Problem) -> None:
+        backward = problem.dout is not None
+        values = _common(native) | _problem_values(problem)
+        outputs = _gradients(problem) if backward else _results(problem)
+        for name in outputs:
+            values |= _array(name, outputs[name])
+        arrays = (
+            "q",
+            "k",
+            "v",
+            "bias",
+            "mask",
+            "alibi_slopes",
+            "sink",
+            *(("out", "lse", "dout", "dlse") if backward else ()),
+        )
+        tables = tuple(name for name in layout.TABLES if getattr(problem, name, None) is not None)
+        names = tuple(name for name in arrays if getattr(problem, name) is not None)
+        which = library.BACKWARD if backward else library.FORWARD
+        self._template = _Template(native, which, values, (*names, *outputs), tables)
+        needed = self._template.workspace()
+        self.forward_bytes = 0 if backward else needed
+        self.backward_bytes = needed if backward else 0
+
+    def forward(self, call: Call) -> None:
+        self._template.run(call)
+
+    def backward(self, call: Call) -> None:
+        self._template.run(call)
+
+
+class _Template:
+    """The bytes of a call without addresses, and where each address goes."""
+
+    def __init__(
+        self, native: library.Library, which: int, values: Values, arrays: tuple[str, ...], tables: tuple[str, ...]
+    ) -> None:
+        self._native, self._which = native, which
+        self._bytes = layout.pack(values)
+        word = ctypes.sizeof(ctypes.c_void_p)
+        self._slots = [(name, layout.offset(f"{name}.data") // word) for name in arrays]
+        self._slots += [(name, layout.offset(name) // word) for name in (*tables, "workspace")]
+        self._workspace_bytes = layout.offset("workspace_bytes") // word
+        self._message, self._message_bytes = (layout.offset(name) // word for name in ("message", "message_bytes"))
+        self._buffer = ctypes.c_char * layout.SIZE
+        self._needed = 0
+
+    def workspace(self) -> int:
+        """Bytes of workspace, from sizes alone."""
+        # tables are told from their addresses: any will do, none is read
+        packed = bytearray(self._bytes)
+        words = memoryview(packed).cast("Q")
+        for name, slot in self._slots:
+            if name != "workspace":
+                words[slot] = 64
+        words[self._message], words[self._message_bytes] = _message.address, MESSAGE_BYTES
+        self._needed = int(self._native.workspace(self._buffer.from_buffer(packed), self._which))
+        if self._needed < 0:
+            self._fail(-self._needed)
+        return self._needed
+
+    def run(self, call: Call) -> None:
+        pointer = call.adapter.pointer
+        packed = bytearray(self._bytes)
+        words = memoryview(packed).cast("Q")
+        for name, slot in self._slots:
+            array = getattr(call, name)
+            if array is not None:
+                words[slot] = pointer(array)
+        if call.workspace is not None:
+            words[self._workspace_bytes] = self._needed
+        words[self._message], words[self._message_bytes] = _message.address, MESSAGE_BYTES
+        status = self._native.passes[self._which](self._buffer.from_buffer(packed))
+        if status:
+            self._fail(status)
+
+    def _fail(self, status: int) -> None:
+        text = _message.buffer.value.decode(errors="replace") or self._native.error_string(status)
+        raise MemoryError(text) if status == OUT_OF_MEMORY else ValueError(text)
+
+
+def _common(native: library.Library) -> Values:
+    return {
+        "size": layout.SIZE,
+        "num_threads": settings.current().num_threads,
+        "target": native.target_index(),
+    }
+
+
+def _problem_values(problem: Problem) -> Values:
+    interval = problem.interval
+    flags = (HAS_LEFT if interval.left is not None else 0) | (HAS_RIGHT if interval.right is not None else 0)
+    flags |= TOP_LEFT if problem.alignment == "top-left" else 0
+    flags |= BATCH_INVARIANT if problem.batch_invariant else 0
+    pages = problem.block_table
+    values: Values = {
+        "flags": flags,
+        "batch": problem.batch,
+        "seqlen_q": problem.seqlen_q,
+        "seqlen_k": problem.seqlen_k,
+        "nheads": problem.nheads,
+        "nheads_kv": problem.nheads_kv,
+        "head_dim": problem.head_dim,
+        "head_dim_v": problem.head_dim_v,
+        "total_q": problem.q.shape[0] if problem.packed_q else 0,
+        "total_k": problem.k.shape[0] if problem.packed_k else 0,
+        "batch_k": 0 if problem.packed_k or problem.paged else problem.k.shape[0],
+        "num_pages": problem.k.shape[0] if problem.paged else 0,
+        "page_size": problem.page_size,
+        "max_pages": pages.shape[1] if pages is not None else 0,
+        "scale": problem.scale,
+        "softcap": problem.softcap,
+        "left": interval.left or 0,
+        "right": interval.right or 0,
+        "chunk": interval.chunk,
+        "dropout_threshold": problem.dropout_threshold,
+    }
+    for name in ("q", "k", "v", "bias", "mask", "alibi_slopes", "sink", "out", "lse", "dout", "dlse"):
+        array: Array | None = getattr(problem, name)
+        if array is not None:
+            values |= _array(name, array)
+    return values
+
+
+def _append_values(append: Append) -> Values:
+    paged, cache = append.block_table is not None, append.k
+    values: Values = {
+        "flags": (ROTARY_INTERLEAVED if append.interleaved else 0) | (HAS_LEFT if append.by_row else 0),
+        "batch": append.batch,
+        "seqlen_q": append.q.shape[1],
+        "seqlen_k": append.slots,
+        "nheads": append.q.shape[2],
+        "nheads_kv": cache.shape[2],
+        "head_dim": append.q.shape[3],
+        "head_dim_v": append.v.shape[3],
+        "batch_k": 0 if paged else cache.shape[0],
+        "num_pages": cache.shape[0] if paged else 0,
+        "page_size": append.page_size,
+        "max_pages": append.block_table.shape[1] if append.block_table is not None else 0,
+        "left": append.slots,
+        "rotary_dim": append.rotary_dim,
+        "rotary_positions": append.rotary_cos.shape[0] if append.rotary_cos is not None else 0,
+        "seqlen_new": append.seqlen_new,
+    }
+    for name in ("q", "k", "v", "new_k", "new_v", "rotary_cos", "rotary_sin"):
+        array: Array | None = getattr(append, name)
+        if array is not None:
+            values |= _array(name, array)
+    return values
+
+
+def _array(name: str, array: Array) -> Values:
+    """Strides as the C struct wants them: bias and mask broadcast by stride 0, statistics as (batch, nheads, row)."""
+    strides: tuple[int, ...] = array.strides
+    if name in ("bias", "mask", "dbias"):
+        strides = tuple(0 if size == 1 else stride for size, stride in zip(array.shape, strides, strict=True))
+    elif name in ("lse", "dlse", "alibi_slopes"):
+        strides = (0,) * (3 - len(strides)) + strides if name != "alibi_slopes" else (0,) * (2 - len(strides)) + strides
+    elif len(array.shape) > 1 and not name.startswith("rotary"):
+        strides = array.strides4()
+    padded = (*strides, *[0] * (4 - len(strides)))
+    values: Values = {f"{name}.stride{axis}": stride for axis, stride in enumerate(padded)}
+    return values | {f"{name}.dtype": DTYPES[array.dtype]}
+
+
+def _contiguous(shape: tuple[int, ...], dtype: str) -> Array:
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return Array(shape, tuple(reversed(strides)), dtype)
+
+
+def _results(problem: Problem) -> dict[str, Array]:
+    return {
+        "out": _contiguous(problem.out_shape, problem.dtype),
+        "lse": _contiguous(problem.lse_shape, problem.compute_dtype),
+    }
+
+
+def _gradients(problem: Problem) -> dict[str, Array]:
+    inputs: dict[str, Any] = {
+        "dq": problem.q,
+        "dk": problem.k,
+        "dv": problem.v,
+        "dbias": problem.bias,
+        "dsink": problem.sink,
+    }
+    return {name: _contiguous(x.shape, x.dtype) for name, x in inputs.items() if x is not None}

@@ -1,0 +1,115 @@
+"""Finds and loads the native library. A missing or broken one is a reason, never a crash at import."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from functools import cache
+from pathlib import Path
+
+from ... import settings
+from .layout import SIZE
+
+VERSION = 0x000100
+NAME = {"win32": "anyattn.dll", "darwin": "libanyattn.dylib"}.get(sys.platform, "libanyattn.so")
+FORWARD, BACKWARD, APPEND = 0, 1, 2
+
+
+class LibraryError(RuntimeError):
+    """Why the native library cannot be used."""
+
+
+class Library:
+    """The C functions of one loaded library."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._dll = dll = ctypes.CDLL(os.fspath(path))
+        call = [ctypes.c_void_p]
+        self.passes = (dll.anyattn_forward, dll.anyattn_backward, dll.anyattn_append)
+        for function in self.passes:
+            function.argtypes, function.restype = call, ctypes.c_int32
+        self.workspace = dll.anyattn_workspace
+        self.workspace.argtypes, self.workspace.restype = [*call, ctypes.c_int32], ctypes.c_int64
+        dll.anyattn_version.restype = dll.anyattn_call_size.restype = ctypes.c_uint32
+        dll.anyattn_target_name.restype = ctypes.c_char_p
+        dll.anyattn_error_string.restype = ctypes.c_char_p
+        dll.anyattn_thread_runtime.restype = ctypes.c_char_p
+
+    def version(self) -> int:
+        return int(self._dll.anyattn_version())
+
+    def call_size(self) -> int:
+        return int(self._dll.anyattn_call_size())
+
+    def targets(self) -> list[str]:
+        """Instruction sets that are compiled in and that this machine runs, best first."""
+        compiled = []
+        while name := self._dll.anyattn_target_name(len(compiled)):
+            compiled.append(name.decode())
+        return [name for index, name in enumerate(compiled) if self._dll.anyattn_target_available(index)]
+
+    def target_index(self) -> int:
+        """The `target` field of calls: 0 for the best, else 1 + the index of the one that the settings name."""
+        wanted = settings.current().cpu_target
+        if not wanted:
+            return 0
+        if wanted not in self.targets():
+            accepted = ", ".join(self.targets())
+            raise LibraryError(f"ANYATTN_CPU_TARGET is {wanted!r}; this machine and library have {accepted}")
+        index = 0
+        while self._dll.anyattn_target_name(index) != wanted.encode():
+            index += 1
+        return 1 + index
+
+    def target(self) -> str:
+        """The instruction set in force."""
+        return settings.current().cpu_target or self.targets()[0]
+
+    def num_threads(self) -> int:
+        return settings.current().num_threads or int(self._dll.anyattn_num_threads())
+
+    def thread_runtime(self) -> str:
+        return str(self._dll.anyattn_thread_runtime().decode())
+
+    def error_string(self, status: int) -> str:
+        return str(self._dll.anyattn_error_string(status).decode())
+
+
+def load() -> Library:
+    """The library that the settings name, or the one beside the package.
+
+    Raises:
+        LibraryError: it is missing, does not load, or is of another version.
+    """
+    return _load(settings.current().library)
+
+
+@cache
+def _load(named: str) -> Library:
+    path = Path(named) if named else _find()
+    try:
+        library = Library(path)
+    except (OSError, AttributeError) as error:
+        raise LibraryError(f"the native library {path} does not load: {error}") from error
+    if library.version() != VERSION:
+        raise LibraryError(f"the native library {path} has version {library.version():#x}; expected {VERSION:#x}")
+    if library.call_size() != SIZE:
+        raise LibraryError(
+            f"the native library {path} has a call struct of {library.call_size()} bytes; expected {SIZE}"
+        )
+    return library
+
+
+def _find() -> Path:
+    import anyattn
+
+    for folder in anyattn.__path__:
+        path = Path(folder) / "lib" / NAME
+        if path.exists():
+            return path
+    raise LibraryError(
+        f"the native library {NAME} is not installed: no C++ compiler was found when the package was built "
+        "(install g++ or clang++ and reinstall)"
+    )
