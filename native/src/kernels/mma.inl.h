@@ -61,12 +61,14 @@ ANYATTN_NOINLINE void multiply_keys(const C *K, int64_t stride, int64_t dim, con
         }
     }
     ANYATTN_UNROLL
-    for (int i = 0; i < M; ++i) {
+    for (int c = 0; c < N; ++c) {
+        V highest = top[c];
         ANYATTN_UNROLL
-        for (int c = 0; c < N; ++c) {
+        for (int i = 0; i < M; ++i) {
             store(S + i * panel<C> + c * width, acc[i][c]);
-            top[c] = larger(top[c], acc[i][c]);
+            highest = larger(highest, acc[i][c]);
         }
+        top[c] = highest;
     }
 }
 

@@ -2,14 +2,22 @@
 #pragma once
 #include "dbias.inl.h"
 #include "forward.inl.h"
+#if defined(__AVX512BF16__)
+#include "mma_bf16.inl.h"
+#endif
 
 namespace anyattn {
 namespace {
 
 // body(M()) for the M that computes this pass.
 template <class Body>
-auto with_mma(const anyattn_call &call, int32_t, const Body &body) {
+auto with_mma(const anyattn_call &call, [[maybe_unused]] int32_t pass, const Body &body) {
     if (call.q.dtype == ANYATTN_FLOAT64) return body(Plain<double>());
+#if defined(__AVX512BF16__)
+    // A float32 dout keeps its precision: only the forward may then take pairs.
+    const bool pairs = pass == ANYATTN_FORWARD || call.dout.dtype == ANYATTN_BFLOAT16;
+    if (call.q.dtype == ANYATTN_BFLOAT16 && pairs) return body(Dot());
+#endif
     return body(Plain<float>());
 }
 

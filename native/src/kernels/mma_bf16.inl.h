@@ -1,0 +1,284 @@
+// Matrix products of bfloat16 pairs (vdpbf16ps), accumulated in float; the same shapes as mma.inl.h. A pair is two
+// neighbours along what a product sums over: of a row of k, q or dout as it lies in memory, or of two rows put together.
+#pragma once
+#include "mma.inl.h"
+
+namespace anyattn {
+namespace {
+
+using Pair = int32_t;  // two bfloat16 numbers, the first one low
+
+ANYATTN_INLINE F32 multiply_pairs(Pair a, __m512i b, F32 acc) {
+    return (F32)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
+}
+
+ANYATTN_INLINE __m512i narrow_pair(F32 high, F32 low) {
+    return (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+}
+
+// acc[i][c] += sum over n steps of A[i * row + t * step] * B[t][c]: A read as scalar pairs, B as vectors.
+template <int M, int N>
+ANYATTN_INLINE void sum_pairs(F32 (&acc)[M][N], const char *A, int64_t row, int64_t step, const Pair *B,
+                              int64_t stride, int64_t n) {
+    for (int64_t t = 0; t < n; ++t) {
+        __m512i b[N];
+        ANYATTN_UNROLL
+        for (int c = 0; c < N; ++c) b[c] = _mm512_loadu_si512(B + 16 * c);
+        ANYATTN_UNROLL
+        for (int i = 0; i < M; ++i) {
+            const Pair a = load<Pair>(A + i * row);
+            ANYATTN_UNROLL
+            for (int c = 0; c < N; ++c) acc[i][c] = multiply_pairs(a, b[c], acc[i][c]);
+        }
+        A += step;
+        B += stride;
+    }
+}
+
+template <int M>
+ANYATTN_NOINLINE void multiply_key_pairs(const char *K, int64_t row, int64_t pairs, const Pair *Q, float *S, F32 *top) {
+    constexpr int N = kPanelVectors;
+    F32 acc[M][N] = {};
+    sum_pairs(acc, K, row, sizeof(Pair), Q, panel<float>, pairs);
+    ANYATTN_UNROLL
+    for (int c = 0; c < N; ++c) {
+        F32 highest = top[c];
+        ANYATTN_UNROLL
+        for (int i = 0; i < M; ++i) {
+            store(S + i * panel<float> + 16 * c, acc[i][c]);
+            highest = larger(highest, acc[i][c]);
+        }
+        top[c] = highest;
+    }
+}
+
+template <int M>
+ANYATTN_NOINLINE void add_value_pairs(const Pair *values, int64_t stride, const Pair *P, int64_t pairs, float *O,
+                                      const float *alpha) {
+    constexpr int N = kPanelVectors;
+    F32 acc[M][N];
+    ANYATTN_UNROLL
+    for (int c = 0; c < N; ++c) {
+        const F32 factor = alpha ? load<F32>(alpha + 16 * c) : splat(1.0f);
+        ANYATTN_UNROLL
+        for (int i = 0; i < M; ++i) acc[i][c] = load<F32>(O + i * panel<float> + 16 * c) * factor;
+    }
+    sum_pairs(acc, (const char *)values, sizeof(Pair), stride * (int64_t)sizeof(Pair), P, panel<float>, pairs);
+    ANYATTN_UNROLL
+    for (int i = 0; i < M; ++i) {
+        ANYATTN_UNROLL
+        for (int c = 0; c < N; ++c) store(O + i * panel<float> + 16 * c, acc[i][c]);
+    }
+}
+
+template <int M, int N>
+ANYATTN_NOINLINE void add_query_pairs(const Pair *P, const Pair *B, int64_t stride, int64_t pairs, float *out,
+                                      int64_t out_stride) {
+    F32 acc[M][N];
+    ANYATTN_UNROLL
+    for (int i = 0; i < M; ++i) {
+        ANYATTN_UNROLL
+        for (int c = 0; c < N; ++c) acc[i][c] = load<F32>(out + i * out_stride + 16 * c);
+    }
+    const int64_t row = panel<float> / 2 * sizeof(Pair);
+    sum_pairs(acc, (const char *)P, row, sizeof(Pair), B, stride, pairs);
+    ANYATTN_UNROLL
+    for (int i = 0; i < M; ++i) {
+        ANYATTN_UNROLL
+        for (int c = 0; c < N; ++c) store(out + i * out_stride + 16 * c, acc[i][c]);
+    }
+}
+
+// Raw bits of the first n bfloat16 numbers at p, then zeros.
+ANYATTN_INLINE __m512i load_pairs(const char *p, int64_t n) {
+    if (n >= 32) return _mm512_loadu_si512(p);
+    const __mmask32 mask = n > 0 ? (__mmask32)((UINT64_C(1) << n) - 1) : 0;
+    return _mm512_maskz_loadu_epi16(mask, p);
+}
+
+ANYATTN_INLINE __m512i widen_bits(const char *p, int64_t n) {
+    const __mmask16 mask = n >= 16 ? 0xffff : (__mmask16)((1u << n) - 1);
+    return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p));
+}
+
+// pairs[r / 2][d] = (row r, row r + 1) for n rows; zero where there is no row, and up to a whole vector of d.
+template <class Row>
+ANYATTN_INLINE void pair_rows(Pair *pairs, int64_t stride, int64_t n, int64_t dim, const Row &row) {
+    for (int64_t r = 0; r < n; r += 2, pairs += stride) {
+        const char *first = row(r), *second = r + 1 < n ? row(r + 1) : nullptr;
+        for (int64_t d = 0; d < dim; d += 16) {
+            __m512i x = widen_bits(first + 2 * d, dim - d);
+            if (second) x = _mm512_or_si512(x, _mm512_slli_epi32(widen_bits(second + 2 * d, dim - d), 16));
+            _mm512_storeu_si512(pairs + d, x);
+        }
+    }
+}
+
+ANYATTN_NOINLINE void pair_keys(Pair *pairs, int64_t stride, const KeyRows &keys, int64_t j, int64_t n, int64_t dim) {
+    pair_rows(pairs, stride, n, dim, [&](int64_t r) { return keys.row(j + r); });
+}
+
+ANYATTN_NOINLINE void pair_queries(Pair *pairs, int64_t stride, const Rows &rows, int64_t n, int64_t dim) {
+    pair_rows(pairs, stride, n, dim, [&](int64_t r) { return rows.row(r); });
+}
+
+// Rows as columns of pairs, [d / 2][lane], every sign flipped where factor is negative.
+ANYATTN_NOINLINE void pack_pairs(Pair *packed, const Rows &rows, int64_t n, int64_t dim, float factor) {
+    const __m512i signs = _mm512_set1_epi16(factor < 0 ? (short)0x8000 : 0);
+    for (int c = 0; c < panel<float>; c += 16) {
+        for (int64_t d = 0; d < dim; d += 32) {
+            F32 r[16];
+            ANYATTN_UNROLL
+            for (int x = 0; x < 16; ++x) {
+                r[x] = F32{};
+                if (c + x < n) r[x] = (F32)_mm512_xor_si512(load_pairs(rows.at(c + x, d), dim - d), signs);
+            }
+            transpose<float>(r);
+            ANYATTN_UNROLL
+            for (int x = 0; x < 16; ++x) store(packed + (d / 2 + x) * panel<float> + c, r[x]);
+        }
+    }
+}
+
+struct Dot {
+    using C = float;
+    using V = F32;
+    using Packed = Pair;
+
+    struct Keys {
+        const char *rows;
+        int64_t stride;  // bytes
+        const Pair *pairs;
+        int64_t pair_stride;
+    };
+    // P and dS as pairs along queries [key][32]; dS as pairs along keys [key / 2][64].
+    struct Gradients {
+        Pair *p, *ds, *ds_keys;
+    };
+    struct QueryPairs {
+        const Pair *data;
+        int64_t stride;
+    };
+
+    static int64_t packed_size(int64_t dim) { return round_up(dim, 32) / 2 * panel<float>; }
+    static void pack(Packed *packed, const Rows &rows, int64_t n, int64_t dim, float factor) {
+        pack_pairs(packed, rows, n, dim, factor);
+    }
+    // Queries stay as they are but for the sign: the maximum of products times a factor >= 0 is that of the scores.
+    static float query_factor(double scale) { return scale < 0 ? -1.0f : 1.0f; }
+    static float score_factor(double scale) { return float((scale < 0 ? -scale : scale) * kLog2e); }
+
+    static int64_t rows_bytes(int64_t dim) { return kKeys * round_up(dim, 32) * 2; }
+    static int64_t key_buffer(int64_t dim, int use) {
+        const int64_t pairs = use & kSumKeys ? kKeys / 2 * round_up(dim, 16) * (int64_t)sizeof(Pair) : 0;
+        return rows_bytes(dim) + pairs;
+    }
+
+    static Keys load_keys(const KeyRows &keys, int64_t j, int64_t n, int64_t dim, int use, char *buffer) {
+        Keys result{keys.row(j), keys.rows.stride, nullptr, round_up(dim, 16)};
+        // A pair must not reach into the next row, nor a row into the next page.
+        if ((use & kSumDim) && (dim % 2 || !keys.together(j, n))) {
+            result.rows = buffer;
+            result.stride = round_up(dim, 32) * 2;
+            for (int64_t r = 0; r < n; ++r) {
+                for (int64_t d = 0; d < dim; d += 32) {
+                    _mm512_storeu_si512(buffer + r * result.stride + 2 * d, load_pairs(keys.row(j + r) + 2 * d, dim - d));
+                }
+            }
+        }
+        if (use & kSumKeys) {
+            Pair *pairs = reinterpret_cast<Pair *>(buffer + rows_bytes(dim));
+            pair_keys(pairs, result.pair_stride, keys, j, n, dim);
+            result.pairs = pairs;
+        }
+        return result;
+    }
+
+    static void scores(const Keys &keys, int64_t first, int64_t n, int64_t dim, const Packed *q, float *S, V *top) {
+        const char *k = keys.rows + first * keys.stride;
+        for_tiles(n, [&](auto m, int64_t j) {
+            multiply_key_pairs<decltype(m)::value>(k + j * keys.stride, keys.stride, (dim + 1) / 2, q,
+                                                   S + j * panel<float>, top);
+        });
+    }
+
+    // Into row j / 2 of the tile, which has been read before.
+    static ANYATTN_INLINE void store_p(float *S, int64_t j, int c, V p0, V p1) {
+        const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
+                                               6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+        store(S + j / 2 * panel<float> + 16 * c, _mm512_permutexvar_epi16(order, narrow_pair(p1, p0)));
+    }
+
+    // Keys in pairs from `first`, which is even.
+    static void accumulate(const Keys &keys, int64_t first, int64_t n, int64_t dim, const void *P, float *O,
+                           const float *alpha) {
+        const Pair *v = keys.pairs + first / 2 * keys.pair_stride;
+        for_tiles(dim, [&](auto m, int64_t d) {
+            add_value_pairs<decltype(m)::value>(v + d, keys.pair_stride, static_cast<const Pair *>(P), (n + 1) / 2,
+                                                O + d * panel<float>, alpha);
+        });
+    }
+
+    static constexpr int64_t tile_pairs = kTileKeys * panel<float> / 2;
+    static int64_t gradients_size() { return 3 * tile_pairs * (int64_t)sizeof(Pair); }
+    static Gradients gradients(float *, float *, char *buffer) {
+        Pair *p = reinterpret_cast<Pair *>(buffer);
+        return {p, p + tile_pairs, p + 2 * tile_pairs};
+    }
+    static Gradients from(const Gradients &g, int64_t key) {
+        const int64_t offset = key * panel<float> / 2;
+        return {g.p + offset, g.ds + offset, g.ds_keys + offset};
+    }
+    static Gradients panel_of(const Gradients &g, int) { return g; }
+
+    static void clear(const Gradients &g, int64_t first, int64_t end) {
+        if (end <= first) return;
+        const Gradients part = from(g, first);
+        const size_t bytes = (size_t)((end - first) * panel<float> / 2) * sizeof(Pair);
+        __builtin_memset(part.p, 0, bytes);
+        __builtin_memset(part.ds, 0, bytes);
+    }
+
+    static ANYATTN_INLINE void store_gradients(const Gradients &g, int64_t j, int c, const V (&p)[2][2],
+                                               const V (&ds)[2][2]) {
+        ANYATTN_UNROLL
+        for (int r = 0; r < 2; ++r) {
+            const int64_t at = ((j + r) * panel<float> + c * 16) / 2;
+            store(g.p + at, narrow_pair(p[r][1], p[r][0]));
+            store(g.ds + at, narrow_pair(ds[r][1], ds[r][0]));
+            store_p(reinterpret_cast<float *>(g.ds_keys), j, c + r, ds[0][r], ds[1][r]);
+        }
+    }
+
+    static int64_t row_buffer(int64_t dim) { return kBlockQ / 2 * round_up(dim, 16) * (int64_t)sizeof(Pair); }
+    static QueryPairs load_rows(const Rows &rows, int64_t n, int64_t dim, char *buffer) {
+        Pair *pairs = reinterpret_cast<Pair *>(buffer);
+        pair_queries(pairs, round_up(dim, 16), rows, n, dim);
+        return {pairs, round_up(dim, 16)};
+    }
+
+    static void accumulate_rows(const Pair *weights, int64_t n, const QueryPairs &rows, int64_t count, int64_t dim,
+                                float *out, int64_t out_stride) {
+        for_vectors<float>(dim, [&](auto width, int64_t d) {
+            for_tiles(n, [&](auto m, int64_t j) {
+                add_query_pairs<decltype(m)::value, decltype(width)::value>(
+                    weights + j * panel<float> / 2, rows.data + d, rows.stride, (count + 1) / 2,
+                    out + j * out_stride + d, out_stride);
+            });
+        });
+    }
+    static void accumulate_dk(const Gradients &g, int64_t n, const QueryPairs &q, int64_t count, int64_t dim, float *out,
+                              int64_t stride) {
+        accumulate_rows(g.ds, n, q, count, dim, out, stride);
+    }
+    static void accumulate_dv(const Gradients &g, int64_t n, const QueryPairs &dout, int64_t count, int64_t dim,
+                              float *out, int64_t stride) {
+        accumulate_rows(g.p, n, dout, count, dim, out, stride);
+    }
+    static void accumulate_dq(const Gradients &g, const Keys &k, int64_t first, int64_t n, int64_t dim, float *dq) {
+        accumulate(k, first, n, dim, from(g, first).ds_keys, dq, nullptr);
+    }
+};
+
+}  // namespace
+}  // namespace anyattn
