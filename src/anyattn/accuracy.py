@@ -1,10 +1,11 @@
-"""How wrong a backend may be: float64 values, and an error budget for each result that follows from the problem, not from experience.
+"""How wrong a backend may be: float64 values, and for each result an error budget that follows from the problem.
 
     error <= 2 * error of a plain implementation in that dtype + c * eps(dtype) * A             (gradients: 3 times)
 
-A is the largest value of the result's own expression on absolute values, and where that is 0 the result must be 0. The plain
-implementation is standard attention with the inputs' dtype in memory: scores, softmax and sums in float32, P and dt rounded before
-the second product, as SEMANTICS.md allows.
+A is the largest value of the result's own expression on absolute values, and where that is 0 the result must be 0. The
+plain implementation is standard attention with the inputs' dtype in memory: scores, softmax and sums in float32, P and
+dt rounded before the second product, as the definition allows. Scores s beyond 16 lose bits before the softmax, and P
+with them: a relative error of eps |s|, which one plain result shows only by chance, so for those it is added.
 """
 
 from __future__ import annotations
@@ -21,19 +22,20 @@ from .dtypes import narrow, widen
 from .problem import Problem
 from .reference import Arrays, Float, Head, add_dbias, rows_lse
 
+ORDINARY_SCORE = 16.0
 EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 
 
 @dataclass(frozen=True)
 class Expected:
-    """One result: its float64 value, the same expression on absolute values, and the largest error accepted anywhere."""
+    """One result: its float64 value, the same expression on absolute values, and the largest error accepted."""
 
     value: Float
     magnitude: Float
     budget: float
 
     def error(self, got: npt.NDArray[Any]) -> float:
-        """Largest absolute error; inf for a wrong shape, a NaN, a wrong infinity, or anything but 0 where nothing contributes."""
+        """Largest absolute error; inf for a wrong shape, a NaN, a wrong infinity, or not 0 where nothing contributes."""
         if got.shape != self.value.shape:
             return np.inf
         values = widen(got, "bfloat16" if got.dtype == np.uint16 else got.dtype.name)
@@ -47,10 +49,11 @@ class Expected:
 
 @dataclass(frozen=True)
 class _Rule:
-    """The numbers of the budget: a multiple of the plain implementation's error, and of eps * A."""
+    """The budget's numbers: a multiple of the plain implementation's error, of eps * A, and what large scores add."""
 
     times: float
     c: float
+    scores: float
 
 
 def expected_forward(problem: Problem, arrays: Arrays) -> dict[str, Expected]:
@@ -64,7 +67,7 @@ def expected_forward(problem: Problem, arrays: Arrays) -> dict[str, Expected]:
         size = np.where(np.isfinite(head.lse), np.maximum(s, np.abs(head.lse)), 0.0)
         lse.add(rows_lse(problem, head), plain.lse, size)
     lse.plain[~np.isfinite(value_lse)] = -np.inf
-    rule = _rule(problem, gradient=False)
+    rule = _rule(problem, lse.magnitude.max(initial=0.0), gradient=False)
     return {"out": out.expected(rule, problem.dtype), "lse": lse.expected(rule, problem.compute_dtype)}
 
 
@@ -72,7 +75,9 @@ def expected_backward(problem: Problem, arrays: Arrays, dout: Float, dlse: Float
     """dq, dk, dv and, where the problem has them, dbias and dsink."""
     exact = vars(reference.backward(problem, arrays, dout, dlse))
     sums = {name: _Sum(problem, value) for name, value in exact.items() if value is not None}
+    largest = 0.0
     for head in reference.heads(problem, arrays):
+        largest = max(largest, np.abs(head.s[np.isfinite(head.s)]).max(initial=0.0))
         do = dout[head.rows_q]
         dl = np.zeros_like(head.lse) if dlse is None else dlse[rows_lse(problem, head)]
         plain = _Plain(problem, arrays, head)
@@ -84,7 +89,7 @@ def expected_backward(problem: Problem, arrays: Arrays, dout: Float, dlse: Float
                 add_dbias(total.magnitude, head, sizes[name])
             else:
                 total.add(rows[name], terms[name], sizes[name])
-    rule = _rule(problem, gradient=True)
+    rule = _rule(problem, largest, gradient=True)
     return {name: total.expected(rule, problem.dtype) for name, total in sums.items()}
 
 
@@ -99,10 +104,12 @@ def check(expected: Mapping[str, Expected], got: Mapping[str, npt.NDArray[Any] |
     return lines
 
 
-def _rule(problem: Problem, gradient: bool) -> _Rule:
+def _rule(problem: Problem, largest_score: float, gradient: bool) -> _Rule:
+    times = 3.0 if gradient else 2.0
+    scores = times * EPS[problem.compute_dtype] * max(0.0, largest_score - ORDINARY_SCORE)
     if problem.dtype == "float64":
-        return _Rule(0.0, 64.0)
-    return _Rule(3.0, 8.0) if gradient else _Rule(2.0, 4.0)
+        return _Rule(0.0, 64.0, scores)  # the definition is its own plain implementation
+    return _Rule(times, 8.0 if gradient else 4.0, scores)
 
 
 class _Sum:
@@ -120,7 +127,8 @@ class _Sum:
     def expected(self, rule: _Rule, dtype: str) -> Expected:
         finite = np.isfinite(self.value)
         difference = np.abs(round_to(self.plain[finite], dtype) - self.value[finite])
-        budget = rule.times * difference.max(initial=0.0) + rule.c * EPS[dtype] * self.magnitude.max(initial=0.0)
+        largest = self.magnitude.max(initial=0.0)
+        budget = rule.times * difference.max(initial=0.0) + (rule.c * EPS[dtype] + rule.scores) * largest
         return Expected(self.value, self.magnitude, float(budget))
 
 
