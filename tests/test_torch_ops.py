@@ -1,4 +1,4 @@
-"""The torch operators under everything that watches or transforms a program: opcheck, compile, export, vmap, func, modes."""
+"""The torch operators under what watches or transforms a program: opcheck, compile, export, vmap, func, modes."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ skipped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,16 +26,16 @@ except AttributeError:
     AVAILABLE = False
 
 
-def plain(tensors: Iterable[Any]) -> bool:
-    """Whether nothing watches, so that the kernels may be called on these tensors (or None) directly."""
+def plain(tensors: Sequence[Any]) -> bool:
+    """Whether nothing watches, so that the kernels may be called on these tensors directly (None but for the first)."""
     if torch.compiler.is_compiling() or not AVAILABLE or _modes() or _transforms() or _tracing():
         return False
-    if profiler._is_profiler_enabled:
+    if profiler._is_profiler_enabled or tensors[0].is_meta:
         return False
     for tensor in tensors:
         if tensor is None:
             continue
-        if type(tensor) not in _PLAIN or tensor.is_meta or tensor.is_neg() or not _has_storage(tensor):
+        if type(tensor) not in _PLAIN or tensor.is_neg() or not _has_storage(tensor):
             return False  # a subclass, or values that only the dispatcher knows how to read
     return True
 

@@ -22,7 +22,7 @@ TABLES = ("cache_seqlens", "cache_batch_idx", "block_table")
 
 def append(given: dict[str, Any], *, interleaved: bool, by_row: bool, backend: str | None) -> Tensor:
     """Writes new_k, rotated, and new_v into the cache k and v; returns q, rotated. Tables are int32."""
-    if not fastpath.plain(given.values()):
+    if not fastpath.plain(tuple(given.values())):
         return _traced(given, interleaved=interleaved, by_row=by_row)
     prepared = {name: x if x is None or name in TABLES else rows(name, x) for name, x in given.items()}
     for name in ("k", "v"):  # written in place: a copy would be lost

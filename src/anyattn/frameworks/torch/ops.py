@@ -92,6 +92,9 @@ def _backward(*arguments: Any) -> Arrays:
 @torch.library.register_fake("anyattn::forward", lib=library)
 def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     arrays, _, _ = forward_arguments(arguments)
+    for name, x in zip(INPUTS, arrays, strict=True):
+        if x is not None and x.device != arrays[0].device:
+            raise ValueError(f"{name} is on {x.device} but q is on {arrays[0].device}")
     q, v, packed = arrays[0], arrays[2], arrays[7] is not None
     wide = torch.float64 if q.dtype is torch.float64 else torch.float32
     lse_shape = (q.shape[1], q.shape[0]) if packed else (q.shape[0], q.shape[2], q.shape[1])
