@@ -277,11 +277,19 @@ def attention_with_kvcache(
         "q": q, "k": k_cache, "v": v_cache, "new_k": k, "new_v": v, "rotary_cos": rotary_cos, "rotary_sin": rotary_sin,
         "cache_seqlens": cache_seqlens, "cache_batch_idx": cache_batch_idx, "block_table": block_table,
     }  # fmt: skip
+
+    def arrays(q: Array, seqused_k: Array | None) -> tuple[Array | None, ...]:
+        tables = (None, None, seqused_q, seqused_k, leftpad_k, offset, block_table, cache_batch_idx)
+        return (q, k_cache, v_cache, bias, mask, alibi_slopes, sink, *tables, None)
+
+    def check(seqused_k: Array | None) -> None:
+        framework.check(arrays(q, seqused_k), options, backend)
+
     by_row = left is not None or right is not None
-    q, seqused_k = framework.append(appended, interleaved=rotary_interleaved, by_row=by_row, backend=backend)
-    tables = (None, None, seqused_q, seqused_k, leftpad_k, offset, block_table, cache_batch_idx)
-    arrays = (q, k_cache, v_cache, bias, mask, alibi_slopes, sink, *tables, None)
-    out, lse = framework.attention(arrays, options, None, return_lse, backend)
+    rotated, seqused_k = framework.append(
+        appended, check=check, interleaved=rotary_interleaved, by_row=by_row, backend=backend
+    )
+    out, lse = framework.attention(arrays(rotated, seqused_k), options, None, return_lse, backend)
     return (out, lse) if return_lse else out
 
 

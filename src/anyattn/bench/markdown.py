@@ -41,7 +41,7 @@ def fill(text: str, results: dict[str, Any]) -> str:
     """The text with everything between `<!-- NAME:begin -->` and `<!-- NAME:end -->` written anew."""
     for name, section in (("accuracy", accuracy(results)), ("speed", speed(results))):
         pattern = re.compile(f"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
-        text = pattern.sub(lambda match, section=section: f"{match[1]}{section}\n{match[2]}", text)
+        text = pattern.sub(rf"\g<1>{section}\n\g<2>", text)
     return text
 
 

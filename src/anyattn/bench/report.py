@@ -17,7 +17,7 @@ Results = dict[str, Any]
 
 def header() -> Results:
     """What a reader needs to judge the figures."""
-    from ..backends.cpu.backend import CpuBackend
+    from ..backends.cpu import library
 
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
@@ -26,7 +26,7 @@ def header() -> Results:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in ("anyattn", "numpy", "torch")},
-        "cpu_target": CpuBackend().target(),
+        "cpu_target": library.load().target(),
     }
 
 

@@ -71,18 +71,23 @@ class Engine:
                 settings.reload()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Outcome:
-    """One problem on one engine. `forward` and `backward`: the largest error as a share of its budget."""
+    """One problem on one engine. `forward` and `backward`: the largest error as a share of its budget; None: not compared."""
 
     engine: str
     dtype: str
     name: str
+    forward: float | None = None
+    backward: float | None = None
     refused: str = ""
     mismatches: list[str] = field(default_factory=list)
-    forward: float = 0.0
-    backward: float = 0.0
     seconds: float = 0.0
+
+    def compare(self, expected: dict[str, accuracy.Expected], got: Arguments) -> float:
+        """The largest error of its budget; what is beyond is a mismatch."""
+        self.mismatches += accuracy.check(expected, got)
+        return max(_share(want, got[name]) for name, want in expected.items())
 
 
 def engines(backend: str | None) -> tuple[list[Engine], dict[str, str]]:
@@ -136,26 +141,22 @@ class Question:
         self.backward = accuracy.expected_backward(self.problem, arrays, dout, dlse)
 
     def ask(self, engine: Engine, name: str) -> Outcome:
+        """Both passes; one that the engine refuses is not compared, one that breaks is a mismatch."""
+        outcome = Outcome(str(engine), self.dtype, name)
         start = time.perf_counter()
         given = {**self.arguments, "backend": engine.backend}
         try:
             out, lse = api.attention_forward(**given)
+            outcome.forward = outcome.compare(self.forward, {"out": out, "lse": lse})
             gradients = api.attention_backward(self.dout, out=out, lse=lse, dlse=self.dlse, **given)
+            outcome.backward = outcome.compare(self.backward, gradients._asdict())
         except UnsupportedProblem as refusal:
-            return Outcome(str(engine), self.dtype, name, refused=str(refusal))
-        except Exception as error:  # an engine that breaks is a finding, not the end of the run
-            return Outcome(str(engine), self.dtype, name, mismatches=[f"{type(error).__name__}: {error}"])
-        seconds = time.perf_counter() - start
-        got = {"out": out, "lse": lse, **gradients._asdict()}
-        return Outcome(
-            str(engine),
-            self.dtype,
-            name,
-            mismatches=accuracy.check({**self.forward, **self.backward}, got),
-            forward=_worst(self.forward, got),
-            backward=_worst(self.backward, got),
-            seconds=seconds,
-        )
+            which = "forward" if outcome.forward is None else "backward"
+            outcome.refused = f"{which}: {'; '.join(refusal.refusals[engine.backend])}"
+        except Exception as error:  # a finding, not the end of the run
+            outcome.mismatches.append(f"{type(error).__name__}: {error}")
+        outcome.seconds = time.perf_counter() - start
+        return outcome
 
 
 def draw(rng: np.random.Generator, features: Arguments, kind: npt.DTypeLike) -> Arguments:
@@ -226,10 +227,6 @@ def _described(arguments: Arguments) -> tuple[Problem, dict[str, Any]]:
     return problem, {name: None if x is None else adapter.numpy(x) for name, x in prepared.items()}
 
 
-def _worst(expected: dict[str, accuracy.Expected], got: Arguments) -> float:
-    """Largest error of its budget; 0 where both are."""
-    ratios = []
-    for name, want in expected.items():
-        error = np.inf if got[name] is None else want.error(got[name])
-        ratios.append(error / want.budget if want.budget else np.inf if error else 0.0)
-    return float(max(ratios))
+def _share(want: accuracy.Expected, got: npt.NDArray[Any] | None) -> float:
+    error = np.inf if got is None else want.error(got)
+    return error / want.budget if want.budget else np.inf if error else 0.0

@@ -40,8 +40,11 @@ def run(arguments: argparse.Namespace) -> int:
     print(_table(results))
     for name, reason in {**absent, **missing_dtypes()}.items():
         print(f"not checked: {name}: {reason}")
+    for line in dict.fromkeys(f"{x.engine}, {x.name}: {x.refused}" for x in results if x.refused):
+        print(f"refused: {line}")
     for result in wrong:
         print(f"MISMATCH {result.engine}, {result.name}: {'; '.join(result.mismatches)}")
+    # what is refused is not wrong: the call raises
     print(f"{len(results) - len(wrong)} of {len(results)} agree with float64" if results else "nothing was checked")
     return 0 if ok else 1
 
@@ -51,11 +54,11 @@ def _table(results: list[Any]) -> str:
     rows = []
     for key in dict.fromkeys((result.engine, result.dtype) for result in results):
         mine = [result for result in results if (result.engine, result.dtype) == key]
-        counts = (len(mine), sum(not x.mismatches and not x.refused for x in mine), sum(bool(x.refused) for x in mine))
-        worst = (max(x.forward for x in mine), max(x.backward for x in mine))
+        counts = (len(mine), sum(not x.mismatches for x in mine), sum(bool(x.refused) for x in mine))
+        worst = (max((x.forward or 0.0) for x in mine), max((x.backward or 0.0) for x in mine))
         seconds = sum(x.seconds for x in mine)
-        rows.append((*key, *map(str, counts), *(f"{ratio:.0%}" for ratio in worst), f"{seconds:.1f}"))
-    return table(header, rows) + "\nforward, backward: largest error, of what SEMANTICS allows"
+        rows.append((*key, *map(str, counts), *(f"{share:.0%}" for share in worst), f"{seconds:.1f}"))
+    return table(header, rows) + "\nforward, backward: the largest error in per cent of the error that is accepted"
 
 
 def _progress(text: str) -> None:

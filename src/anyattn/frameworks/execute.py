@@ -6,6 +6,7 @@ tables int32, slopes and sink in the compute dtype, bias and mask with four dime
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from .. import dispatch, settings
@@ -72,19 +73,40 @@ def backward(
     return call.dq, call.dk, call.dv, call.dbias, call.dsink
 
 
+def check(adapter: Adapter, arrays: Arrays, options: Options, backend: str | None) -> None:
+    """Everything that `forward` checks, before something else is written."""
+    key = (options, adapter.keys(arrays))
+    problem, _ = dispatch.lookup(
+        key, dispatch.named(backend), lambda: make_problem(_describe(adapter, INPUTS, arrays), options)
+    )
+    _check_values(adapter, problem, arrays)
+
+
 def explain(adapter: Adapter, arrays: Arrays, options: Options, backend: str | None) -> dispatch.Explanation:
     """Which backend `forward` would take and why not the others."""
     return dispatch.explain(make_problem(_describe(adapter, INPUTS, arrays), options), dispatch.named(backend))
 
 
-def append(adapter: Adapter, arrays: dict[str, Any], *, interleaved: bool, by_row: bool, backend: str | None) -> Any:
-    """Writes new_k and new_v into the cache and returns q, rotated if rotary is given. See kvcache.Append."""
+def append(
+    adapter: Adapter,
+    arrays: dict[str, Any],
+    *,
+    check: Callable[[], None],
+    interleaved: bool,
+    by_row: bool,
+    backend: str | None,
+) -> Any:
+    """Writes new_k and new_v into the cache and returns q, rotated if rotary is given. See kvcache.Append.
+
+    `check` raises if the attention behind the append would; it runs before anything is written.
+    """
     described = _describe(adapter, APPEND_ARRAYS, tuple(arrays.get(name) for name in APPEND_ARRAYS))
     problem = make_append(described, interleaved=interleaved, by_row=by_row)
     engine = _append_backend(problem, dispatch.named(backend))
     if problem.q.device == "cpu" or settings.current().check:
         tables = {name: arrays.get(name) for name in ("cache_seqlens", "cache_batch_idx", "block_table")}
         check_append(room(problem), {name: None if x is None else adapter.numpy(x) for name, x in tables.items()})
+    check()
     call = Call(adapter, **{name: arrays.get(name) for name in APPEND_ARRAYS})
     if problem.rotary_dim:
         call.out = adapter.empty(problem.q.shape, problem.q.dtype, arrays["q"])

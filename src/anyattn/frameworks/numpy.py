@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -78,10 +78,22 @@ def explain(arrays: execute.Arrays, options: Options, seed: int | None, backend:
     return execute.explain(adapter, prepare(arrays, seed), options, backend)
 
 
+def check(arrays: execute.Arrays, options: Options, backend: str | None) -> None:
+    execute.check(adapter, prepare(arrays, None), options, backend)
+
+
 def append(
-    arrays: dict[str, Any], *, interleaved: bool, by_row: bool, backend: str | None
+    arrays: dict[str, Any],
+    *,
+    check: Callable[[NDArray | None], None],
+    interleaved: bool,
+    by_row: bool,
+    backend: str | None,
 ) -> tuple[NDArray, NDArray | None]:
-    """Appends to the cache in place; returns q (rotated) and the keys in use per sequence (None: all)."""
+    """Appends to the cache in place; returns q (rotated) and the keys in use per sequence (None: all).
+
+    `check` is given the latter and raises if the attention would; it runs before anything is written.
+    """
     q, new_k, lengths = arrays["q"], arrays["new_k"], arrays["cache_seqlens"]
     batch = _array("q", q).shape[0] if q.ndim else 0
     if lengths is not None:
@@ -99,8 +111,9 @@ def append(
     for name in ("block_table", "cache_batch_idx"):
         prepared[name] = None if arrays[name] is None else _table(name, arrays[name])
     prepared["cache_seqlens"] = lengths
-    q = execute.append(adapter, prepared, interleaved=interleaved, by_row=by_row, backend=backend)
-    return q, np.asarray(lengths + np.int32(new_k.shape[1]), np.int32)
+    used = None if lengths is None else np.asarray(lengths + np.int32(new_k.shape[1]), np.int32)
+    options = {"interleaved": interleaved, "by_row": by_row}
+    return execute.append(adapter, prepared, check=lambda: check(used), **options, backend=backend), used
 
 
 def merge(out_a: NDArray, lse_a: NDArray, out_b: NDArray, lse_b: NDArray) -> tuple[NDArray, NDArray]:
@@ -160,9 +173,9 @@ def _array(name: str, array: Any) -> NDArray:
     return array
 
 
-def _rows(name: str, array: Any) -> NDArray:
+def _rows(name: str, given: Any) -> NDArray:
     """The array, or a copy if its last dimension is not contiguous (of size 1 or broadcast counts as contiguous)."""
-    array = _array(name, array)
+    array = _array(name, given)
     size = array.itemsize
     last = array.strides[-1] if array.ndim else size
     broadcast = name in ("bias", "mask") and last == 0

@@ -57,7 +57,7 @@ class CpuBackend:
     def append(self, append: Append, call: Call) -> None:
         native = library.load()
         values = _common(native) | _append_values(append)
-        names = ("q", "k", "v", "new_k", "new_v", "rotary_cos", "rotary_sin")
+        names: tuple[str, ...] = ("q", "k", "v", "new_k", "new_v", "rotary_cos", "rotary_sin")
         if call.out is None:  # no rotary: q stays as it is
             values = {name: value for name, value in values.items() if not name.startswith("q.")}
             names = names[1:]

@@ -45,7 +45,7 @@ class Library:
 
     def targets(self) -> list[str]:
         """Instruction sets that are compiled in and that this machine runs, best first."""
-        compiled = []
+        compiled: list[str] = []
         while name := self._dll.anyattn_target_name(len(compiled)):
             compiled.append(name.decode())
         return [name for index, name in enumerate(compiled) if self._dll.anyattn_target_available(index)]
@@ -103,9 +103,7 @@ def _load(named: str) -> Library:
 
 
 def _find() -> Path:
-    import anyattn
-
-    for folder in anyattn.__path__:
+    for folder in sys.modules[__name__.partition(".")[0]].__path__:
         path = Path(folder) / "lib" / NAME
         if path.exists():
             return path

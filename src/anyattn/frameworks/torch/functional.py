@@ -6,6 +6,7 @@ Everything here is traced by torch.compile: it looks at metadata, never at value
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -57,10 +58,22 @@ def explain(arrays: Arrays, options: Options, seed: int | None, backend: str | N
     return execute.explain(adapter, ops.contiguous_rows(prepare(arrays, seed)), options, backend)
 
 
+def check(arrays: Arrays, options: Options, backend: str | None) -> None:
+    execute.check(adapter, ops.contiguous_rows(prepare(arrays, None)), options, backend)
+
+
 def append(
-    arrays: dict[str, Any], *, interleaved: bool, by_row: bool, backend: str | None
+    arrays: dict[str, Any],
+    *,
+    check: Callable[[Tensor | None], None],
+    interleaved: bool,
+    by_row: bool,
+    backend: str | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Appends to the cache in place; returns q (rotated) and the keys in use per sequence (None: all)."""
+    """Appends to the cache in place; returns q (rotated) and the keys in use per sequence (None: all).
+
+    `check` is given the latter and raises if the attention would; it runs before anything is written.
+    """
     q, lengths = _tensor("q", arrays["q"]), arrays["cache_seqlens"]
     if lengths is not None:
         batch = q.shape[0] if q.ndim else 0
@@ -85,8 +98,9 @@ def append(
     if _autocast_dtype(q) is not None:
         for name in ("q", "new_k", "new_v"):  # the cache's dtype is what it is
             given[name] = given[name].to(given["k"].dtype) if given[name].dtype in _CASTABLE else given[name]
-    q = kvcache.append(given, interleaved=interleaved, by_row=by_row, backend=backend)
-    return q, lengths + given["new_k"].shape[1]
+    used = None if lengths is None else lengths + given["new_k"].shape[1]
+    rotation = {"interleaved": interleaved, "by_row": by_row}
+    return kvcache.append(given, check=lambda: check(used), **rotation, backend=backend), used
 
 
 _CACHE_NAMES = {"k": "k_cache", "v": "v_cache", "new_k": "k", "new_v": "v"}

@@ -5,7 +5,7 @@ No operator may mutate the cache: Inductor misplaces a mutated argument that is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,9 @@ from .adapter import adapter, rows
 TABLES = ("cache_seqlens", "cache_batch_idx", "block_table")
 
 
-def append(given: dict[str, Any], *, interleaved: bool, by_row: bool, backend: str | None) -> Tensor:
+def append(
+    given: dict[str, Any], *, check: Callable[[], None], interleaved: bool, by_row: bool, backend: str | None
+) -> Tensor:
     """Writes new_k, rotated, and new_v into the cache k and v; returns q, rotated. Tables are int32."""
     if not fastpath.plain(tuple(given.values())):
         return _traced(given, interleaved=interleaved, by_row=by_row)
@@ -28,7 +30,8 @@ def append(given: dict[str, Any], *, interleaved: bool, by_row: bool, backend: s
     for name in ("k", "v"):  # written in place: a copy would be lost
         if prepared[name] is not given[name]:
             raise ValueError(f"{name}_cache must be contiguous in its last dimension; got {given[name].stride()}")
-    q: Tensor = execute.append(adapter, prepared, interleaved=interleaved, by_row=by_row, backend=backend)
+    options: dict[str, Any] = {"interleaved": interleaved, "by_row": by_row, "backend": backend}
+    q: Tensor = execute.append(adapter, prepared, check=check, **options)
     for name in ("k", "v"):
         if not prepared[name].is_inference():
             torch.autograd.graph.increment_version(prepared[name])

@@ -1,0 +1,129 @@
+"""Which backend serves: argument > context manager > environment > automatic; what is named never falls back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import anyattn
+import numpy as np
+import pytest
+from anyattn import dispatch, settings
+from anyattn.backends.base import Backend
+from anyattn.problem import Problem
+
+X = np.ones((1, 4, 2, 8), np.float32)
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    settings.reload()
+    yield
+    settings.reload()
+
+
+@pytest.fixture
+def refusing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cpu backend that is there and supports nothing."""
+
+    def supports(problem: Problem) -> list[str]:
+        return ["not today"]
+
+    monkeypatch.setattr(dispatch.get("cpu"), "supports", supports)
+
+
+@pytest.fixture
+def missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cpu backend whose library did not build."""
+    monkeypatch.setattr(dispatch.get("cpu"), "available", lambda: "no library")
+    monkeypatch.setattr(dispatch, "_warned", False)
+
+
+def served_by(monkeypatch: pytest.MonkeyPatch, **arguments: str) -> str:
+    """Name of the backend whose plan the call gets."""
+    planned: list[str] = []
+
+    def spy(self: Backend, problem: Problem, plan=None) -> object:
+        planned.append(self.name)
+        return plan(self, problem)
+
+    for name in dispatch.NAMES:
+        kind = type(dispatch.get(name))
+        monkeypatch.setattr(kind, "plan", lambda self, problem, plan=kind.plan: spy(self, problem, plan))
+    anyattn.attention(X, X, X, **arguments)
+    return planned[-1]
+
+
+def test_automatic_choice_is_the_first_that_supports_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert served_by(monkeypatch) == dispatch.available()[0]
+
+
+def test_argument_beats_context_beats_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ANYATTN_BACKEND", "cpu")
+    settings.reload()
+    assert dispatch.named(None) == ("cpu",)
+    with anyattn.backend("numpy"):
+        assert dispatch.named(None) == ("numpy",)
+        assert dispatch.named("cpu") == ("cpu",)
+    assert dispatch.named(None) == ("cpu",)
+
+
+def test_a_cached_plan_does_not_outlive_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    anyattn.attention(X, X, X)
+    assert served_by(monkeypatch, backend="numpy") == "numpy"
+
+
+@pytest.mark.usefixtures("refusing")
+def test_automatic_choice_passes_over_and_says_why_once(caplog: pytest.LogCaptureFixture) -> None:
+    dispatch._passed_over.clear()
+    with caplog.at_level(logging.INFO, logger="anyattn"):
+        anyattn.attention(X, X, X)
+        anyattn.attention(X[:, :3], X, X)
+    assert [record.message for record in caplog.records if "not today" in record.message] == [caplog.messages[0]]
+
+
+@pytest.mark.usefixtures("refusing")
+def test_a_named_backend_never_falls_back() -> None:
+    with pytest.raises(anyattn.UnsupportedProblem, match="cpu: not today") as caught:
+        anyattn.attention(X, X, X, backend="cpu")
+    assert caught.value.refusals == {"cpu": ("not today",)}
+    with anyattn.backend("cpu"), pytest.raises(anyattn.UnsupportedProblem):
+        anyattn.attention(X, X, X)
+
+
+@pytest.mark.usefixtures("missing")
+def test_a_missing_library_warns_once_and_numpy_serves() -> None:
+    with pytest.warns(RuntimeWarning, match="no library"):
+        anyattn.attention(X, X, X)
+    anyattn.attention(X[:, :2], X, X)
+
+
+@pytest.mark.usefixtures("missing")
+def test_required_backends_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = dispatch.get("cpu")
+    monkeypatch.setenv("ANYATTN_REQUIRE", "cpu")
+    settings.reload()
+    monkeypatch.setitem(dispatch._backends, "cpu", cpu)
+    with pytest.raises(RuntimeError, match="ANYATTN_REQUIRE names cpu"):
+        anyattn.attention(X, X, X)
+
+
+def test_unknown_names_are_refused_with_the_accepted_ones() -> None:
+    with pytest.raises(ValueError, match="backend must be one of cpu, numpy; got 'cuda'"):
+        anyattn.attention(X, X, X, backend="cuda")
+    with pytest.raises(ValueError, match="got 'cuda'"), anyattn.backend("cuda"):
+        pass
+
+
+def test_explain_names_the_choice_and_the_refusals() -> None:
+    explanation = anyattn.explain(X, X, X, causal=True)
+    assert explanation.chosen == dispatch.available()[0]
+    assert set(explanation.reasons) == set(dispatch.NAMES)
+    assert "float32" in str(explanation)
+
+
+def test_nonsense_settings_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ANYATTN_NUM_THREADS", "many")
+    with pytest.raises(ValueError, match="ANYATTN_NUM_THREADS='many'"):
+        settings.reload()
+    monkeypatch.delenv("ANYATTN_NUM_THREADS")

@@ -1,0 +1,42 @@
+"""What the README and the docstrings show runs, and the README's figures are those of the committed results."""
+
+from __future__ import annotations
+
+import doctest
+import json
+import re
+from pathlib import Path
+
+import anyattn
+import anyattn.api
+import anyattn.dispatch
+import pytest
+from anyattn.bench import markdown
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results" / "cpu.json"
+BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
+def test_readme_block_runs(block: str) -> None:
+    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+
+
+@pytest.mark.parametrize("module", [anyattn, anyattn.api, anyattn.dispatch], ids=lambda module: module.__name__)
+def test_docstring_examples(module: object) -> None:
+    failed, tried = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)  # type: ignore[arg-type]
+    assert tried > 0
+    assert failed == 0
+
+
+def test_every_public_name_is_documented() -> None:
+    for name in anyattn.__all__:
+        assert getattr(anyattn, name).__doc__, name
+
+
+def test_readme_tables_are_the_committed_results() -> None:
+    text = README.read_text()
+    assert markdown.fill(text, json.loads(RESULTS.read_text())) == text
+    assert "| float32 |" in text
