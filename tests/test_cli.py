@@ -136,7 +136,9 @@ def test_verify_passes(capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(capsys.readouterr().out)
     assert found["ok"]
     assert {result["engine"].split()[0] for result in found["results"]} == set(dispatch.available())
-    assert all(0 <= result[key] <= 1 for result in found["results"] for key in ("forward", "backward"))
+    for result in found["results"]:
+        assert 0 <= result["forward"] <= 1
+        assert bool(result["refused"]) if result["backward"] is None else 0 <= result["backward"] <= 1
     assert settings.current() == before
     assert main(["verify", "--backend", "numpy", "--seed", "3"]) == 0
     assert "16 of 16 agree" in capsys.readouterr().out
