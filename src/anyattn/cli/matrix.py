@@ -73,7 +73,7 @@ class Engine:
 
 @dataclass(slots=True)
 class Outcome:
-    """One problem on one engine. `forward`, `backward`: the largest error as a share of its budget; None: not compared."""
+    """One problem on one engine. `forward`, `backward`: largest error as a share of its budget; None: not compared."""
 
     engine: str
     dtype: str
