@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 
@@ -99,6 +100,10 @@ def _from_row(index: int, row: dict[str, str]) -> Case:
     return replace(case, **_MASKS[row["mask"]])  # type: ignore[arg-type]
 
 
+_EVERYTHING: dict[str, Any] = {
+    **{"group": 4, "batch": 3, "lengths": "both", "causal": True, "window": (60, None), "chunk": 90, "dropout_p": 0.25},
+    **{"bias": "full", "mask": "b1", "alibi": "bh", "softcap": 3.0, "sink": True, "dlse": True},
+}
 NAMED = [
     # Rows, keys and sequences that are not there.
     Case("plain"),
@@ -172,11 +177,9 @@ NAMED = [
     Case("mask_of_rank_two", mask="rank2", causal=True),
     Case("mask_expanded_bias", mask="expanded", bias="b1"),
     Case("mask_per_row", mask="column", bias="row", dropout_p=0.2),
-    Case("everything", group=4, causal=True, window=(60, None), chunk=90, lengths="both", bias="full", mask="b1", alibi="bh",
-         softcap=3.0, sink=True, dropout_p=0.25, scale=-0.2, layout="packed", dlse=True, batch=3),
-    Case("everything_bf16", group=4, causal=True, window=(60, None), chunk=90, lengths="both", bias="full", mask="b1",
-         alibi="bh", softcap=3.0, sink=True, dropout_p=0.25, scale=0.2, dtype="bfloat16", dlse=True, batch=3, head_dim=64),
-]  # fmt: skip
+    Case("everything", **_EVERYTHING, scale=-0.2, layout="packed"),
+    Case("everything_bf16", **_EVERYTHING, scale=0.2, dtype="bfloat16", head_dim=64),
+]
 
 PAIRWISE = pairwise()
 ALL = [*NAMED, *PAIRWISE]
@@ -189,7 +192,7 @@ def named(name: str) -> Case:
 
 def small(cases: list[Case], entries: int) -> list[Case]:
     """Those with at most so many scores: for engines that run slowly."""
-    return [case for case in cases if case.batch * case.nheads_kv * case.group * case.seqlen_q * case.seqlen_k <= entries]
+    return [c for c in cases if c.batch * c.nheads_kv * c.group * c.seqlen_q * c.seqlen_k <= entries]
 
 
 SMALL = small(ALL, 20_000)  # a few seconds per engine

@@ -10,15 +10,15 @@ import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 
-from collections.abc import Iterator, Sequence  # noqa: E402
-from typing import Any  # noqa: E402
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-from engines import Engine, engines  # noqa: E402
-from hypothesis import HealthCheck, settings  # noqa: E402
+import numpy as np
+import pytest
+from engines import Engine, engines
+from hypothesis import HealthCheck, settings
 
-from anyattn.frameworks.numpy import NumpyAdapter  # noqa: E402
+from anyattn.frameworks.numpy import NumpyAdapter
 
 # Nothing here may depend on time or on what ran before: no deadline, and the same examples every time.
 settings.register_profile(

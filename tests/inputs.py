@@ -1,4 +1,4 @@
-"""The arrays of a case, as views inside larger buffers of NaN; memory that no row may see holds NaN or large stale values."""
+"""The arrays of a case, as views inside larger buffers of NaN; memory that no row may see holds stale values or NaN."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ LAYOUTS = ("bshd", "bhsd", "packed", "last", "reversed", "expanded", "slices")
 
 @dataclass
 class Inputs:
-    """Everything that a call of `attention_forward` and `attention_backward` needs, and what a test needs to know about it."""
+    """Everything that `attention_forward` and `attention_backward` need, and what a test must know about it."""
 
     case: Case
     arguments: dict[str, Any]  # of attention_forward, q, k and v included
@@ -124,12 +124,11 @@ class _Builder:
             given["mask"] = self._mask()
         if case.alibi:
             shape = (self.nheads,) if case.alibi == "h" else (case.batch, self.nheads)
-            given["alibi_slopes"] = self.rng.uniform(2.0 if case.content == "steep" else 0.01, 4.0 if case.content == "steep" else 0.5, shape)
-            given["alibi_slopes"] = given["alibi_slopes"].astype(self.compute)
+            low, high = (2.0, 4.0) if case.content == "steep" else (0.01, 0.5)
+            given["alibi_slopes"] = self.rng.uniform(low, high, shape).astype(self.compute)
         if case.sink:
-            given["sink"] = (self.rng.standard_normal(self.nheads) + {"big_sink": 40.0, "no_sink": -np.inf}.get(case.content, 0.0)).astype(
-                self.compute
-            )
+            raised = {"big_sink": 40.0, "no_sink": -np.inf}.get(case.content, 0.0)
+            given["sink"] = (self.rng.standard_normal(self.nheads) + raised).astype(self.compute)
         if case.dropout_p:
             given["rng_state"] = self.rng.integers(-(2**62), 2**62, 2)
         dout, dlse = self._gradients()
@@ -138,8 +137,8 @@ class _Builder:
 
     def _scalars(self) -> dict[str, Any]:
         case = self.case
-        values = {"causal": case.causal, "window": case.window, "chunk": case.chunk, "softcap": case.softcap, "scale": case.scale}
-        return values | {"alignment": case.alignment, "dropout_p": case.dropout_p}
+        names = ("causal", "window", "chunk", "softcap", "scale", "alignment", "dropout_p")
+        return {name: getattr(case, name) for name in names}
 
     def _lengths(self, longest: int) -> np.ndarray:
         """One length per sequence; one of them is the longest."""
@@ -147,15 +146,17 @@ class _Builder:
         if self.case.batch:
             lengths[self.rng.integers(self.case.batch)] = longest
         if self.case.content == "empty_sequences":
-            lengths[:: 2] = 0
+            lengths[::2] = 0
         return lengths
 
     def _draw_lengths(self) -> None:
         """Spans and tables."""
         case, rng = self.case, self.rng
-        vary = case.lengths != "full"
-        n_q = self._lengths(case.seqlen_q) if vary and case.lengths not in ("leftpad", "paged") else np.full(case.batch, case.seqlen_q)
-        n_k = self._lengths(case.seqlen_k) if vary and case.lengths != "leftpad" else np.full(case.batch, case.seqlen_k)
+        n_q, n_k = np.full(case.batch, case.seqlen_q), np.full(case.batch, case.seqlen_k)
+        if case.lengths not in ("full", "leftpad", "paged"):
+            n_q = self._lengths(case.seqlen_q)
+        if case.lengths not in ("full", "leftpad"):
+            n_k = self._lengths(case.seqlen_k)
         leftpad = rng.integers(0, n_k + 1) if case.lengths in ("leftpad", "both") else np.zeros(case.batch, int)
         self.tables: dict[str, Any] = {}
         self.slots = case.seqlen_k
@@ -180,7 +181,10 @@ class _Builder:
         aligned = n_k - leftpad - n_q if case.alignment == "bottom-right" else np.zeros_like(n_q)
         offset = self._draw_offset(aligned)
         self.tables = {name: self._table(x) if isinstance(x, np.ndarray) else x for name, x in self.tables.items()}
-        self.spans = [self._span(b, int(n_q[b]), int(n_k[b]), int(leftpad[b]), int(offset[b]), starts_q, starts_k) for b in range(case.batch)]
+        self.spans = []
+        for b in range(case.batch):
+            sizes = (int(n_q[b]), int(n_k[b]), int(leftpad[b]), int(offset[b]))
+            self.spans.append(Span(b, *sizes, *self._places(b, sizes, starts_q, starts_k)))
 
     def _starts(self, lengths: np.ndarray) -> np.ndarray:
         return np.concatenate([[1], 1 + np.cumsum(lengths)]).astype(np.int64)
@@ -188,7 +192,7 @@ class _Builder:
     def _table(self, table: np.ndarray) -> Any:
         """As callers bring them: int32, int64, or a list."""
         kind = self.case.seed % 3
-        return table.astype(np.int32) if kind == 0 else table.astype(np.int64) if kind == 1 else [int(x) for x in table.ravel()] if table.ndim == 1 else table
+        return table.tolist() if kind == 2 and table.size else table.astype((np.int32, np.int64, np.int16)[kind])
 
     def _draw_offset(self, aligned: np.ndarray) -> np.ndarray:
         case, rng = self.case, self.rng
@@ -224,7 +228,9 @@ class _Builder:
         else:
             self.tables["seqused_k"] = n_k
 
-    def _span(self, b: int, n_q: int, n_k: int, leftpad: int, offset: int, starts_q: np.ndarray, starts_k: np.ndarray) -> Span:
+    def _places(self, b: int, sizes: tuple[int, ...], starts_q: np.ndarray, starts_k: np.ndarray) -> tuple[Any, Any]:
+        """Indices of a sequence's rows in q and of its key slots in k."""
+        n_q, n_k, *_ = sizes
         rows: Any = slice(int(starts_q[b]), int(starts_q[b]) + n_q) if self.packed else (b, slice(0, n_q))
         if self.paged:
             places = np.arange(n_k)
@@ -233,7 +239,7 @@ class _Builder:
             slots = slice(int(starts_k[b]), int(starts_k[b]) + n_k)
         else:
             slots = (b, slice(0, n_k))
-        return Span(b, n_q, n_k, leftpad, offset, rows, slots)
+        return rows, slots
 
     def _draw_qkv(self, stale: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """float64 values in the shapes of the call."""
@@ -352,5 +358,7 @@ class _Builder:
             dout[span.rows] = self.rng.standard_normal(dout[span.rows].shape)
             where = (slice(None), span.rows) if self.packed else (span.rows[0], slice(None), span.rows[1])
             dlse[where] = self.rng.standard_normal(dlse[where].shape)
-        placed = self.embed(dout.astype(self.dtype), case.layout if case.layout in ("bhsd", "reversed", "last") else "bshd")
-        return placed, self.embed(dlse.astype(self.compute), "bshd") if case.dlse else None
+        layout = case.layout if case.layout in ("bhsd", "reversed", "last") else "bshd"
+        return self.embed(dout.astype(self.dtype), layout), self.embed(
+            dlse.astype(self.compute), "bshd"
+        ) if case.dlse else None

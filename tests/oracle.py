@@ -1,4 +1,4 @@
-"""An independent definition, for the reference: each rule of the mask as a predicate, and torch's float64 autograd for gradients.
+"""An independent definition, for the reference: each rule of the mask as a predicate, gradients by torch's autograd.
 
 Shares nothing with the package but the dropout bits (which test_philox checks against published vectors).
 """
@@ -34,7 +34,7 @@ def visible(case: Case, span: Span) -> np.ndarray:
     """(n_q, n_k): which keys the interval lets each row see, rule by rule."""
     p = np.arange(span.n_q)[:, None] + span.offset
     c = np.arange(span.n_k)[None, :] - span.leftpad
-    seen = (c >= 0) & (p == p)
+    seen = np.broadcast_to(c >= 0, (span.n_q, span.n_k)).copy()
     left, right = case.window or (None, None)
     if case.causal:
         seen &= c <= p

@@ -1,4 +1,4 @@
-"""Masks as intervals: bounds against the rules taken one by one, rows against columns, and that bounds never decrease."""
+"""Masks as intervals: bounds against the rules one by one, rows against columns, and that bounds never decrease."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from hypothesis import strategies as st
 from oracle import Span, visible
 
 from anyattn import Mask
-from anyattn.problem import Options, make_problem
 from anyattn.frameworks.numpy import adapter
+from anyattn.problem import Options, make_problem
 
 SIDES = st.one_of(st.none(), st.integers(0, 12))
 LENGTHS = {"n_q": st.integers(0, 12), "n_k": st.integers(0, 14), "leftpad": st.integers(0, 5)}
 RULES = {"left": SIDES, "right": SIDES, "chunk": st.integers(0, 6), "offset": st.integers(-15, 15)}
 
 
-def _brute(n_q: int, n_k: int, leftpad: int, left: int | None, right: int | None, chunk: int, offset: int) -> np.ndarray:
+Side = int | None
+
+
+def _brute(n_q: int, n_k: int, leftpad: int, left: Side, right: Side, chunk: int, offset: int) -> np.ndarray:
     case = Case("interval", window=(left, right), chunk=chunk)
     return visible(case, Span(0, n_q, n_k, leftpad, offset, None, None))
 
@@ -45,10 +48,11 @@ def test_rows_of_a_key_are_an_interval_too(n_q, n_k, leftpad, left, right, chunk
     seen = _brute(n_q, n_k, leftpad, left, right, chunk, offset)
     for j in range(leftpad, n_k):
         c = j - leftpad
-        first = max([0] + ([c - right - offset] if right is not None else []) + ([chunk * (c // chunk) - offset] if chunk else []))
+        start = [0] + ([c - right - offset] if right is not None else [])
+        start += [chunk * (c // chunk) - offset] if chunk else []
         stop = [n_q] + ([c + left + 1 - offset] if left is not None else [])
         stop += [chunk * (c // chunk + 1) - offset] if chunk else []
-        assert np.array_equal(np.flatnonzero(seen[:, j]), np.arange(first, max(first, min(stop)))[: n_q])
+        assert np.array_equal(np.flatnonzero(seen[:, j]), np.arange(max(start), max(*start, min(stop))))
 
 
 @given(left=st.integers(-30, 5), right=st.integers(-30, 5), offset=st.integers(-5, 20))

@@ -1,6 +1,7 @@
 """Every case on every engine, forward and backward, against float64 within the budget that accuracy.py derives.
 
-Inputs lie in NaN, results start as NaN between guards, and no input may change. What an engine refuses must raise with its reasons.
+Inputs lie in NaN, results start as NaN between guards, and no input may change. What an engine refuses must raise with
+its reasons.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ import numpy as np
 import pytest
 from cases import ALL, SMALL, Case
 from engines import Engine
-from inputs import NUMPY_DTYPES, Inputs, build
+from inputs import Inputs, build
 
 import anyattn
-from anyattn import accuracy, dispatch, reference
+from anyattn import accuracy, dispatch
 
 
 @lru_cache(maxsize=2)
@@ -29,14 +30,6 @@ def expected(case: Case, direction: str) -> dict[str, accuracy.Expected]:
     if direction == "forward":
         return accuracy.expected_forward(problem, arrays)
     return accuracy.expected_backward(problem, arrays, inputs.dout64, inputs.dlse64)
-
-
-@lru_cache(maxsize=2)
-def saved(case: Case) -> tuple[np.ndarray, np.ndarray]:
-    """out and lse for the backward, so that it is judged apart from the forward of its engine."""
-    inputs = inputs_of(case)
-    out, lse = reference.forward(*inputs.canonical())
-    return out.astype(NUMPY_DTYPES[case.dtype]), lse.astype(inputs.compute_dtype)
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
@@ -59,7 +52,7 @@ def run(inputs: Inputs, direction: str, engine: Engine) -> dict[str, np.ndarray 
         assert out.dtype == given["q"].dtype and lse.dtype == inputs.compute_dtype
         assert out.flags.c_contiguous and lse.flags.c_contiguous
         return {"out": out, "lse": lse}
-    out, lse = saved(case)
+    out, lse = anyattn.attention_forward(**given, backend=engine.backend)
     grads = anyattn.attention_backward(inputs.dout, out=out, lse=lse, dlse=inputs.dlse, **given, backend=engine.backend)
     got = grads._asdict()
     for name in ("q", "k", "v", "bias", "sink"):
@@ -73,7 +66,7 @@ def run(inputs: Inputs, direction: str, engine: Engine) -> dict[str, np.ndarray 
 
 
 def refused(inputs: Inputs, direction: str, engine: Engine) -> bool:
-    """Whether the engine says that it does not compute this; then the call must raise with the same reasons, and may do so."""
+    """Whether the engine says that it does not compute this; then the call must raise with the same reasons."""
     problem, _ = inputs.canonical(backward=direction == "backward")
     reasons = dispatch.refuse(dispatch.get(engine.backend), problem)
     if not reasons:
@@ -95,11 +88,10 @@ def test_public_functions_agree(case: Case, engine: Engine) -> None:
         given |= {name: given.get(name) for name in ("cu_seqlens_k",)}
         got = anyattn.attention_varlen(**given, return_lse=True)
     elif "block_table" in given:
-        given["k_cache"], given["v_cache"], given["cache_seqlens"] = (given.pop(name) for name in ("k", "v", "seqused_k"))
-        dropout, state = given.pop("dropout_p"), given.pop("rng_state", None)
-        if dropout:
-            assert state is not None
+        if given.pop("dropout_p"):
             return  # a cache has no dropout
+        for name, other in (("k", "k_cache"), ("v", "v_cache"), ("seqused_k", "cache_seqlens")):
+            given[other] = given.pop(name)
         got = anyattn.attention_with_kvcache(**given, return_lse=True)
     else:
         got = anyattn.attention(**given, return_lse=True)

@@ -73,10 +73,9 @@ def test_any_tiling_gives_the_same_bits() -> None:
     state, p = np.array([99, 4]), 0.3
     whole = philox.keep(state, p, 2, np.arange(40), np.arange(100))
     for rows, keys in [(7, 13), (40, 8), (1, 100), (16, 3)]:
-        tiles = [
-            [philox.keep(state, p, 2, np.arange(i, min(40, i + rows)), np.arange(j, min(100, j + keys))) for j in range(0, 100, keys)]
-            for i in range(0, 40, rows)
-        ]
+        queries = [np.arange(i, min(40, i + rows)) for i in range(0, 40, rows)]
+        columns = [np.arange(j, min(100, j + keys)) for j in range(0, 100, keys)]
+        tiles = [[philox.keep(state, p, 2, i, j) for j in columns] for i in queries]
         assert np.array_equal(np.block(tiles), whole)
 
 

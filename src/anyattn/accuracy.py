@@ -35,7 +35,7 @@ class Expected:
     budget: float
 
     def error(self, got: npt.NDArray[Any]) -> float:
-        """Largest absolute error; inf for a wrong shape, a NaN, a wrong infinity, or not 0 where nothing contributes."""
+        """Largest absolute error; inf for a wrong shape, a NaN, a wrong infinity, not 0 where nothing contributes."""
         if got.shape != self.value.shape:
             return np.inf
         values = widen(got, "bfloat16" if got.dtype == np.uint16 else got.dtype.name)
