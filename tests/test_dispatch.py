@@ -35,6 +35,8 @@ def refusing(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def missing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cpu backend whose library did not build."""
+    monkeypatch.delenv("ANYATTN_REQUIRE", raising=False)
+    settings.reload()
     monkeypatch.setattr(dispatch.get("cpu"), "available", lambda: "no library")
     monkeypatch.setattr(dispatch, "_warned", False)
 
