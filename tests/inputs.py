@@ -192,7 +192,7 @@ class _Builder:
     def _table(self, table: np.ndarray) -> Any:
         """As callers bring them: int32, int64, or a list."""
         kind = self.case.seed % 3
-        return table.tolist() if kind == 2 and table.size else table.astype((np.int32, np.int64, np.int16)[kind])
+        return table.tolist() if kind == 2 and table.size else table.astype(np.int64 if kind else np.int32)
 
     def _draw_offset(self, aligned: np.ndarray) -> np.ndarray:
         case, rng = self.case, self.rng
