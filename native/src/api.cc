@@ -1,6 +1,7 @@
 // The C boundary: copies the call, checks it, finds memory and threads, and lets no exception out.
 #include <cstring>
 #include <exception>
+#include <initializer_list>
 #include <new>
 
 #include "append.h"
@@ -36,6 +37,17 @@ int32_t copy_call(const anyattn_call *from, anyattn_call *to) {
     }
     if (to->batch_k == 0) to->batch_k = to->batch;
     return ANYATTN_SUCCESS;
+}
+
+// An absent array has no strides: adding them to a null pointer would make it look present.
+void clear_absent(anyattn_call *call) {
+    for (anyattn_array *array : {&call->q,     &call->k,     &call->v,          &call->out,
+                                 &call->lse,   &call->bias,  &call->mask,       &call->alibi_slopes,
+                                 &call->sink,  &call->dout,  &call->dlse,       &call->dq,
+                                 &call->dk,    &call->dv,    &call->dbias,      &call->dsink,
+                                 &call->new_k, &call->new_v, &call->rotary_cos, &call->rotary_sin}) {
+        if (!array->data) std::memset(array->stride, 0, sizeof array->stride);
+    }
 }
 
 int32_t choose_target(const anyattn_call &call, const Kernels **kernels) {
@@ -104,6 +116,7 @@ int32_t run_pass(const anyattn_call *from, int32_t pass) {
         (status = check_arrays(call, pass)) || (status = check_tables(call, pass))) {
         return status;
     }
+    clear_absent(&call);
     if (pass == ANYATTN_APPEND) return finish(call, run_append(call, threads_of(call, pass)));
     return run_kernels(call, pass);
 }

@@ -5,7 +5,8 @@
 namespace anyattn {
 namespace {
 
-constexpr int64_t kMaxElements = int64_t(1) << 59;
+// More than any address space holds; and a kernel that computes addresses a thousand rows ahead stays inside 63 bits.
+constexpr int64_t kMaxSpan = int64_t(1) << 52;
 
 constexpr unsigned bit(int32_t dtype) { return 1u << dtype; }
 
@@ -56,16 +57,15 @@ int32_t check_strides(const anyattn_call &call, const Field &field) {
     int64_t extent = 0;
     for (int axis = 0; axis < 4; ++axis) {
         const int64_t steps = field.dims[axis] - 1, stride = field.array.stride[axis];
-        if (steps == 0) continue;
-        if (stride == 0 && !field.broadcast && field.role >= kOutput) {
+        if (stride == 0 && steps > 0 && !field.broadcast && field.role >= kOutput) {
             return refuse(call, ANYATTN_INVALID_DIMENSION,
                           "stride %d of %s is 0: its %lld rows would overwrite each other", axis, field.name,
                           (long long)field.dims[axis]);
         }
-        const int64_t limit = (kMaxElements - extent) / steps;
+        const int64_t limit = (kMaxSpan - extent) / (steps > 0 ? steps : 1);
         if (stride > limit || stride < -limit) {
             return refuse(call, ANYATTN_INVALID_DIMENSION,
-                          "stride %d of %s is %lld: the array spans more than 2^59 elements", axis, field.name,
+                          "stride %d of %s is %lld: the array spans more than 2^52 elements", axis, field.name,
                           (long long)stride);
         }
         extent += steps * (stride < 0 ? -stride : stride);
@@ -92,7 +92,10 @@ int32_t check_field(const anyattn_call &call, const Field &field) {
                       "%s is at %p; accepted: a multiple of the %lld bytes of its elements", field.name,
                       field.array.data, (long long)dtype_bytes(field.array.dtype));
     }
-    return empty ? ANYATTN_SUCCESS : check_strides(call, field);
+    if (!empty) return check_strides(call, field);
+    Field nothing = field;  // its strides are multiplied all the same
+    for (int64_t &dim : nothing.dims) dim = 1;
+    return check_strides(call, nothing);
 }
 
 int32_t check_fields(const anyattn_call &call, std::initializer_list<Field> fields) {
@@ -147,7 +150,7 @@ int32_t check_gradients(const anyattn_call &call, const Dtypes &dtypes) {
     const Shape q = shape_q(call), k = shape_k(call);
     const int64_t heads = call.nheads, heads_kv = call.nheads_kv, d = call.head_dim, d_v = call.head_dim_v;
     const double elements = double(call.batch) * double(heads) * double(call.seqlen_q) * double(call.seqlen_k);
-    if (call.dbias.data && elements > double(kMaxElements)) {
+    if (call.dbias.data && elements > 0x1p59) {
         return refuse(call, ANYATTN_INVALID_DIMENSION, "dbias has more than 2^59 elements before it is summed");
     }
     if (call.dbias.data && !call.bias.data) return refuse(call, ANYATTN_NULL_POINTER, "bias is null and dbias is not");
