@@ -50,12 +50,19 @@ def test_info_names_the_instruction_set_in_force(capsys: pytest.CaptureFixture[s
     ids=lambda environment: next(iter(environment)),
 )
 def test_info_works_when_something_is_broken(environment: dict[str, str]) -> None:
-    result = fresh("-m", "anyattn", "info", **environment)
+    result = fresh("-m", "anyattn", "info", ANYATTN_REQUIRE="", **environment)
     assert result.returncode == 0, result.stderr
     assert next(iter(environment.values())) in result.stdout
 
 
-def test_info_and_verify_import_no_torch() -> None:
+def test_info_fails_where_a_required_backend_is_missing() -> None:
+    result = fresh("-m", "anyattn", "info", ANYATTN_REQUIRE="cpu", ANYATTN_LIBRARY="/nowhere/libanyattn.so")
+    assert result.returncode == 1
+    assert "not available: cpu" in result.stderr
+    assert fresh("-m", "anyattn", "info", ANYATTN_REQUIRE="numpy").returncode == 0
+
+
+def test_info_imports_no_torch() -> None:
     code = "import sys; from anyattn.cli import main; main(['info']); assert 'torch' not in sys.modules"
     result = fresh("-c", code)
     assert result.returncode == 0, result.stderr

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import sys
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -26,9 +27,13 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Status 1 if a backend that the settings require is not available."""
     found = collect()
     print(json.dumps(found, indent=2) if arguments.json else text(found))
-    return 0
+    missing = [name for name in found["required"] if not found["backends"].get(name, {}).get("available")]
+    if missing:
+        sys.stderr.write(f"{settings.VARIABLES['require'][0]} names what is not available: {', '.join(missing)}\n")
+    return 1 if missing else 0
 
 
 def collect() -> dict[str, Any]:
@@ -41,6 +46,7 @@ def collect() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "packages": {name: _version(name) for name in PACKAGES},
         "backends": {name: _try(partial(_backend, name)) for name in dispatch.NAMES},
+        "required": _required(),
         "cpu": _try(_cpu),
         "settings": _try(_settings),
     }
@@ -90,6 +96,13 @@ def _try(part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 def _backend(name: str) -> dict[str, Any]:
     reason = dispatch.get(name).available()
     return {"available": reason is None, "reason": reason}
+
+
+def _required() -> tuple[str, ...]:
+    try:
+        return settings.current().require
+    except ValueError:  # shown under "settings"
+        return ()
 
 
 def _cpu() -> dict[str, Any]:
