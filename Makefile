@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find native -name '*.cc' -o -name '*.h' | sort)
 PACKAGED := $(shell find src examples native -not -path '*/__pycache__*') pyproject.toml
 
-.PHONY: venv native demo test full lint format sanitize sanitize-python clean
+.PHONY: venv require-native demo test full lint format sanitize sanitize-python clean
 .DEFAULT_GOAL := test
 
 venv: $(VENV)/installed
@@ -37,14 +37,14 @@ $(VENV)/lint: $(VENV)/requirements requirements/lint.txt
 demo: venv
 	$(BIN)/python -m anyattn demo $(DEMO_ARGS)
 
-test: native
+test: require-native
 	ANYATTN_REQUIRE=cpu $(BIN)/python -m pytest tests -n $(JOBS) $(PYTEST_ARGS)
 
-full: native
+full: require-native
 	ANYATTN_REQUIRE=cpu $(BIN)/python -m pytest tests -n $(JOBS) -m "full or not full" --hypothesis-profile=full $(PYTEST_ARGS)
 
 # An install without a working compiler succeeds on purpose; here a missing native library is a failure.
-native: venv
+require-native: venv
 	@ANYATTN_REQUIRE=cpu $(BIN)/python -m anyattn info || \
 		{ echo "To see why: $(PIP) install -v --no-deps --no-build-isolation ."; exit 1; }
 
@@ -71,7 +71,7 @@ sanitize-%: $(VENV)/requirements
 
 # The Python boundary against the library of sanitize-address; GCC's runtime has to be there before Python is.
 ASAN = $(shell $(CXX) -print-file-name=libasan.so)
-sanitize-python: native sanitize-address
+sanitize-python: require-native sanitize-address
 	$(if $(findstring /,$(ASAN)),,$(error $(CXX) has no libasan.so: this target needs GCC))
 	LD_PRELOAD=$(ASAN) ASAN_OPTIONS=detect_leaks=0 ANYATTN_LIBRARY=$(abspath build/address/libanyattn.so) ANYATTN_REQUIRE=cpu \
 		$(BIN)/python -m pytest tests/test_errors.py tests/test_kvcache.py tests/test_properties.py -k cpu $(PYTEST_ARGS)
