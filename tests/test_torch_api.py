@@ -325,7 +325,7 @@ def test_kvcache_that_is_full_changes_nothing(compiled: bool) -> None:
     assert all(torch.equal(x, y) for x, y in zip(cache, before, strict=True))
 
 
-def test_kvcache_that_would_be_copied_is_refused() -> None:
+def test_kvcache_that_attention_would_copy_is_refused() -> None:
     strange = torch.zeros(2, 16, 8, 2).transpose(2, 3)
     with pytest.raises(ValueError, match="k_cache must be contiguous"):
         step([strange, torch.zeros(2, 16, 2, 8)], 4)
@@ -338,3 +338,15 @@ def test_kvcache_under_autocast_keeps_its_dtype() -> None:
         out = anyattn.attention_with_kvcache(q, *cache, k=k, v=v, cache_seqlens=3)
     assert out.dtype is torch.bfloat16
     assert torch.equal(cache[1][:, 3:4], v.to(torch.bfloat16))
+
+
+def test_kvcache_takes_new_keys_of_any_strides() -> None:
+    """Copied for the engine; and a refused attention leaves the cache as it was here too."""
+    q, k, v = (x.permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2) for x in NEW)
+    one, other = ([normal(2, 16, 2, 8, seed=seed) for seed in (5, 6)] for _ in range(2))
+    out = anyattn.attention_with_kvcache(q, *one, k=k, v=v, cache_seqlens=3, causal=True, **ROTARY)
+    assert torch.equal(out, step(other, 3, **ROTARY))
+    assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
+    with pytest.raises(ValueError, match="sink"):
+        anyattn.attention_with_kvcache(q, *one, k=k, v=v, cache_seqlens=5, sink=normal(3))
+    assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True))

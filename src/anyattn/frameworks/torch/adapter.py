@@ -50,9 +50,9 @@ class TorchAdapter:
 
     def empty(self, shape: Sequence[int], dtype: str, like: Tensor) -> Tensor:
         wanted = DTYPES[dtype]
-        if like.dtype is wanted:
-            return like.new_empty(shape)  # faster
-        return torch.empty(shape, dtype=wanted, device=like.device)
+        if like.dtype is wanted:  # faster so, and a tuple of sizes is slower to parse
+            return like.new_empty(*shape)
+        return torch.empty(*shape, dtype=wanted, device=like.device)
 
     def pointer(self, array: Tensor) -> int:
         return array.data_ptr()

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from ... import dispatch
 from ...problem import Options
+from .. import execute
 from . import batching, fastpath, ops
+from .adapter import adapter
 
 
 class Static(NamedTuple):
     """What a call is besides its tensors."""
 
-    direct: bool  # call the kernels themselves, not the operators
     lse_gradient: bool
     backend: str
     options: Options
@@ -47,18 +48,16 @@ class Attention(torch.autograd.Function):
         # Dynamo counts these parameters: with *inputs it would pass a context as well
         scores = (bias, mask, alibi_slopes, sink)
         tables = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k, offset, block_table, cache_batch_idx)
-        arrays = (q, k, v, *scores, *tables, rng_state)
-        if static.direct:
-            return ops.run_forward(arrays, static.options, static.backend)
-        out, lse = ops.forward(*arrays, *static.options, static.backend)
+        out, lse = ops.forward(q, k, v, *scores, *tables, rng_state, *static.options, static.backend)
         return out, lse
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.static = inputs[-1]
-        ctx.save_for_backward(*inputs[:-1], *output)
+        *arrays, static = inputs
+        ctx.static = static
+        ctx.save_for_backward(*arrays, *output)
         ctx.set_materialize_grads(False)
-        if not inputs[-1].lse_gradient:
+        if not static.lse_gradient:
             ctx.mark_non_differentiable(output[1])
 
     @staticmethod
@@ -73,7 +72,9 @@ class Attention(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph, torch.func
             grads = AttentionGradients.apply(*tensors, (*static.options, *tail))
         elif fastpath.plain(tensors):
-            grads = ops.run_backward((out, lse, dout, dlse), tuple(arrays), static.options, *tail)
+            wanted = {"want_dbias": want_dbias, "want_dsink": want_dsink}
+            saved = (out, lse, dout, dlse)
+            grads = execute.backward(adapter, saved, tuple(arrays), static.options, static.backend, **wanted)
         else:
             grads = ops.backward(*tensors, *static.options, *tail)
         dq, dk, dv, dbias, dsink = grads
@@ -84,6 +85,15 @@ class Attention(torch.autograd.Function):
         return batching.forward(
             info.batch_size, in_dims[:-1], inputs[:-1], lambda *arrays: Attention.apply(*arrays, inputs[-1])
         )
+
+
+class DirectAttention(Attention):
+    """The same by the kernel itself, without its operator."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+        static = inputs[-1]
+        return execute.forward(adapter, inputs[:-1], static.options, static.backend)
 
 
 class AttentionGradients(torch.autograd.Function):
@@ -117,24 +127,21 @@ class AttentionWithTangents(Attention):
         raise NotImplementedError("anyattn has no forward-mode derivative: use reverse mode (backward, torch.func.vjp)")
 
 
-_apply = fastpath.base_apply(Attention)
+_direct = fastpath.base_apply(DirectAttention)
 
 
 def attention(arrays: ops.Arrays, options: Options, lse_gradient: bool, backend: str) -> tuple[Tensor, Tensor]:
     """(out, lse), differentiable in q, k, v, bias and sink, and through lse if asked for."""
-    if not fastpath.plain(arrays):
-        fastpath.break_inside_transforms()
-        function = AttentionWithTangents if fastpath.forward_mode() else Attention
-    elif fastpath.forward_mode():
-        function = AttentionWithTangents
-    elif torch.is_grad_enabled() and _differentiated(*arrays[:7]):
-        # the backward may run outside the `with backend(...)` that holds now
+    if fastpath.plain(arrays):
+        if not (torch.is_grad_enabled() and _differentiated(*arrays[:7])):
+            return execute.forward(adapter, arrays, options, backend)
+        # named now: the backward may run outside this `with backend(...)`
         named = backend or ",".join(dispatch.named(None))
-        out, lse = _apply(*arrays, Static(True, lse_gradient, named, options))
+        out, lse = _direct(*arrays, Static(lse_gradient, named, options))
         return out, lse
-    else:
-        return ops.run_forward(arrays, options, backend)
-    out, lse = function.apply(*fastpath.distinct(arrays), Static(False, lse_gradient, backend, options))
+    fastpath.break_inside_transforms()
+    function = AttentionWithTangents if fastpath.forward_mode() else Attention
+    out, lse = function.apply(*fastpath.distinct(arrays), Static(lse_gradient, backend, options))
     return out, lse
 
 

@@ -16,6 +16,8 @@ from torch.autograd import forward_ad, profiler
 
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 
+_any_autocast: Callable[[], bool] | None = getattr(torch._C, "_is_any_autocast_enabled", None)
+
 try:
     _transforms: Callable[[], bool] = torch._C._are_functorch_transforms_active
     _modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
@@ -26,23 +28,30 @@ except AttributeError:
     AVAILABLE = False
 
 
-def plain(tensors: Sequence[Any]) -> bool:
-    """Whether nothing watches, so that the kernels may be called on these tensors directly (None but for the first)."""
+def plain(tensors: Sequence[Any], *, any_strides: bool = False) -> bool:
+    """Whether nothing watches, and `execute` may have these tensors (all but the first may be None) as they are."""
     if torch.compiler.is_compiling() or not AVAILABLE or _modes() or _transforms() or _tracing():
         return False
-    if profiler._is_profiler_enabled or tensors[0].is_meta:
+    if profiler._is_profiler_enabled or forward_ad._current_level >= 0 or tensors[0].is_meta:
         return False
-    for tensor in tensors:
-        if tensor is None:
+    for x in tensors:
+        if x is None:
             continue
-        if type(tensor) not in _PLAIN or tensor.is_neg() or not _has_storage(tensor):
+        if type(x) not in _PLAIN or x.is_neg() or not _has_storage(x):
             return False  # a subclass, or values that only the dispatcher knows how to read
+        if not any_strides and (x.ndim == 0 or x.stride(-1) != 1):
+            return False  # the operators' kernels know what to copy
     return True
 
 
 def forward_mode() -> bool:
     """Whether tensors may carry tangents."""
     return not torch.compiler.is_compiling() and getattr(forward_ad, "_current_level", 0) >= 0
+
+
+def maybe_autocast() -> bool:
+    """False if autocast is off for every device."""
+    return torch.compiler.is_compiling() or _any_autocast is None or _any_autocast()
 
 
 def break_inside_transforms() -> None:

@@ -33,7 +33,7 @@ def forward(arrays: Arrays, options: Options, seed: int | None, backend: str | N
     """(out, lse) without autograd."""
     prepared = _detach(prepare(arrays, seed))
     if fastpath.plain(prepared):
-        return ops.run_forward(prepared, options, backend or "")
+        return execute.forward(adapter, prepared, options, backend)
     out, lse = ops.forward(*prepared, *options, backend or "")
     return out, lse
 
@@ -46,7 +46,7 @@ def backward(saved: Arrays, arrays: Arrays, options: Options, seed: int | None, 
     out, lse, dout, dlse = _detach(saved)
     dlse = None if dlse is None else _tensor("dlse", dlse)
     if fastpath.plain((out, lse, dout, dlse, *prepared)):
-        grads = ops.run_backward((out, lse, dout, dlse), prepared, options, backend or "")
+        grads = execute.backward(adapter, (out, lse, dout, dlse), prepared, options, backend)
     else:
         grads = ops.backward(dout, *prepared, out, lse, dlse, *options, backend or "")
     dq, dk, dv, dbias, dsink = grads
@@ -152,6 +152,8 @@ _CASTABLE = frozenset((torch.float32, torch.float16, torch.bfloat16))
 
 def _autocast_dtype(q: Tensor) -> torch.dtype | None:
     """The dtype that autocast asks for, or None outside it."""
+    if not fastpath.maybe_autocast():
+        return None
     device = q.device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
         return None
@@ -200,7 +202,7 @@ def table(name: str, array: Any) -> Tensor:
         return x.contiguous()
     if x.is_floating_point() or x.is_complex() or x.dtype is torch.bool:
         raise TypeError(f"{name} must hold integers; got {x.dtype}")
-    if x.device.type == "cpu" and x.dtype is torch.int64 and x.numel() and fastpath.plain((x,)):
+    if x.device.type == "cpu" and x.dtype is torch.int64 and x.numel() and fastpath.plain((x,), any_strides=True):
         low, high = (int(bound) for bound in x.aminmax())
         if low < -(2**31) or high >= 2**31:
             raise ValueError(f"{name} must fit in int32; got {low} to {high}")

@@ -24,17 +24,18 @@ def append(
     given: dict[str, Any], *, check: Callable[[], None], interleaved: bool, by_row: bool, backend: str | None
 ) -> Tensor:
     """Writes new_k, rotated, and new_v into the cache k and v; returns q, rotated. Tables are int32."""
-    if not fastpath.plain(tuple(given.values())):
+    for name in ("k", "v"):  # attention would copy it, all of it, at every step
+        cache = given[name]
+        if cache is not None and cache.ndim and cache.stride(-1) != 1 and cache.shape[-1] != 1:
+            raise ValueError(f"{name}_cache must be contiguous in its last dimension; got strides {cache.stride()}")
+    if not fastpath.plain(tuple(given.values()), any_strides=True):
         return _traced(given, interleaved=interleaved, by_row=by_row)
     prepared = {name: x if x is None or name in TABLES else rows(name, x) for name, x in given.items()}
-    for name in ("k", "v"):  # written in place: a copy would be lost
-        if prepared[name] is not given[name]:
-            raise ValueError(f"{name}_cache must be contiguous in its last dimension; got {given[name].stride()}")
     options: dict[str, Any] = {"interleaved": interleaved, "by_row": by_row, "backend": backend}
     q: Tensor = execute.append(adapter, prepared, check=check, **options)
     for name in ("k", "v"):
-        if not prepared[name].is_inference():
-            torch.autograd.graph.increment_version(prepared[name])
+        if not given[name].is_inference():
+            torch.autograd.graph.increment_version(given[name])
     return q
 
 

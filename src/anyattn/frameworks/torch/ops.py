@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ...problem import INPUTS, Options
+from ...problem import INPUTS, SAVED, Options
 from .. import execute
 from .adapter import adapter, rows
 
@@ -39,30 +39,9 @@ library.define(
 )
 
 
-def run_forward(arrays: Arrays, options: Options, backend: str) -> tuple[Tensor, Tensor]:
-    """The kernel of `forward`, which plain eager calls without the operator."""
-    return execute.forward(adapter, contiguous_rows(arrays), options, backend)
-
-
-def run_backward(
-    saved: Arrays, arrays: Arrays, options: Options, backend: str, want_dbias: bool = True, want_dsink: bool = True
-) -> Arrays:
-    """The kernel of `backward`: (dq, dk, dv, dbias or None, dsink or None) from (out, lse, dout, dlse or None)."""
-    named = zip(("out", "lse", "dout", "dlse"), saved, strict=True)
-    saved = tuple(None if x is None else rows(name, x) for name, x in named)
-    return execute.backward(
-        adapter, saved, contiguous_rows(arrays), options, backend, want_dbias=want_dbias, want_dsink=want_dsink
-    )
-
-
-def contiguous_rows(arrays: Arrays) -> Arrays:
+def contiguous_rows(arrays: Arrays, names: Sequence[str] = INPUTS) -> Arrays:
     """The arrays with contiguous last dimensions: themselves, but for the one kind of copy that is allowed."""
-    for x in arrays:
-        if x is not None and (x.ndim == 0 or x.stride(-1) != 1):
-            break
-    else:
-        return arrays
-    return tuple([None if x is None else rows(name, x) for name, x in zip(INPUTS, arrays, strict=True)])
+    return tuple([None if x is None else rows(name, x) for name, x in zip(names, arrays, strict=True)])
 
 
 def forward_arguments(arguments: Sequence[Any]) -> tuple[Arrays, Options, str]:
@@ -80,12 +59,16 @@ def backward_arguments(arguments: Sequence[Any]) -> tuple[Arrays, Arrays, Option
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    return run_forward(*forward_arguments(arguments))
+    arrays, options, backend = forward_arguments(arguments)
+    return execute.forward(adapter, contiguous_rows(arrays), options, backend)
 
 
 def _backward(*arguments: Any) -> Arrays:
     """Absent gradients are empty tensors here: a schema's results are always there."""
-    results = run_backward(*backward_arguments(arguments))
+    saved, arrays, options, backend, want_dbias, want_dsink = backward_arguments(arguments)
+    saved, arrays = contiguous_rows(saved, SAVED), contiguous_rows(arrays)
+    wanted = {"want_dbias": want_dbias, "want_dsink": want_dsink}
+    results = execute.backward(adapter, saved, arrays, options, backend, **wanted)
     return tuple(arguments[0].new_empty(0) if x is None else x for x in results)
 
 
