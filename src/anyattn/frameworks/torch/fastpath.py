@@ -34,13 +34,16 @@ def plain(tensors: Sequence[Any], *, any_strides: bool = False) -> bool:
         return False
     if profiler._is_profiler_enabled or forward_ad._current_level >= 0 or tensors[0].is_meta:
         return False
-    for x in tensors:
-        if x is None:
-            continue
-        if type(x) not in _PLAIN or x.is_neg() or not _has_storage(x):
-            return False  # a subclass, or values that only the dispatcher knows how to read
-        if not any_strides and (x.ndim == 0 or x.stride(-1) != 1):
-            return False  # the operators' kernels know what to copy
+    try:
+        for x in tensors:
+            if x is None:
+                continue
+            if type(x) not in _PLAIN or x.is_neg() or not _has_storage(x):
+                return False  # a subclass, or values that only the dispatcher knows how to read
+            if not any_strides and x.stride(-1) != 1:
+                return False  # the operators' kernels know what to copy
+    except IndexError:  # no dimension at all
+        return False
     return True
 
 
