@@ -149,8 +149,8 @@ def plot(path: Path, result: Comparison, tokens: int, used: dict[str, dict[int, 
         speed.bar_label(bars, label_type="center", fmt="%.0f ms", color="white")
         speed.text(x, step, f"{tokens / trainer.step_seconds:,.0f} tokens/s", ha="center", va="bottom")
     speed.set(title="one training step", ylabel="ms", xticks=[0, 1], xticklabels=["anyattn", "PyTorch SDPA"])
-    speed.margins(y=0.12)
-    speed.legend(loc="lower right")
+    speed.margins(y=0.3)  # room for the legend
+    speed.legend(loc="upper center", ncols=2)
     for name, points in used.items():
         known = [(n, use.size / 2**20) for n, use in points.items() if use.size]
         if known:
