@@ -29,16 +29,34 @@ Config large() {
     return config;
 }
 
-std::string bytes_of(const anyattn_array &array, int64_t elements) {
-    return {static_cast<const char *>(array.data), static_cast<size_t>(elements * size_of(array.dtype))};
+// Packed rows with gaps, and a cache of which some entries belong to nobody.
+Config packed() {
+    Config config = large();
+    config.batch = 5;
+    config.seqlen_q = 150;
+    config.bias = -1;
+    config.packed_q = config.packed_k = true;
+    return config;
+}
+
+Config cached() {
+    Config config = packed();
+    config.packed_k = false;
+    config.cache_batch_idx = true;
+    return config;
+}
+
+std::string bytes_of(const anyattn_array &array, Index dims) {
+    const int64_t bytes = dims.a * dims.b * dims.c * dims.d * size_of(array.dtype);
+    return array.data ? std::string(static_cast<const char *>(array.data), static_cast<size_t>(bytes)) : "";
 }
 
 // Everything that the two passes write, byte for byte.
 std::string results(const anyattn_call &c) {
-    const int64_t rows = c.batch * c.seqlen_q * c.nheads, keys = c.batch * c.seqlen_k * c.nheads_kv;
-    return bytes_of(c.out, rows * c.head_dim_v) + bytes_of(c.lse, rows) + bytes_of(c.dq, rows * c.head_dim) +
-           bytes_of(c.dk, keys * c.head_dim) + bytes_of(c.dv, keys * c.head_dim_v) +
-           bytes_of(c.dbias, c.nheads * c.seqlen_q * c.seqlen_k) + bytes_of(c.dsink, c.nheads);
+    return bytes_of(c.out, dims_q(c, c.head_dim_v)) + bytes_of(c.lse, dims_q(c, 1)) +
+           bytes_of(c.dq, dims_q(c, c.head_dim)) + bytes_of(c.dk, dims_k(c, c.head_dim)) +
+           bytes_of(c.dv, dims_k(c, c.head_dim_v)) + bytes_of(c.dbias, {1, c.nheads, c.seqlen_q, c.seqlen_k}) +
+           bytes_of(c.dsink, {1, 1, 1, c.nheads});
 }
 
 std::string run(Config config, int32_t threads, const std::function<void(anyattn_call &)> &change = {}) {
@@ -54,10 +72,11 @@ std::string run(Config config, int32_t threads, const std::function<void(anyattn
 
 TEST(any_number_of_threads_gives_the_same_bits) {
     for (int32_t target : targets()) {
-        Config config = large();
-        config.target = target;
-        const std::string one = run(config, 1);
-        for (int32_t threads : {2, 3, 7, 0}) CHECK(run(config, threads) == one);
+        for (Config config : {large(), packed(), cached()}) {
+            config.target = target;
+            const std::string one = run(config, 1);
+            for (int32_t threads : {2, 3, 7, 0}) CHECK(run(config, threads) == one);
+        }
     }
 }
 
@@ -83,9 +102,9 @@ TEST(many_small_calls) {
     Fixture fixture(config);
     fixture.call.num_threads = 3;
     CHECK(fixture.forward() == ANYATTN_SUCCESS);
-    const std::string first = bytes_of(fixture.call.out, 4 * 64 * 8 * 8);
+    const std::string first = bytes_of(fixture.call.out, dims_q(fixture.call, 8));
     for (int repeat = 0; repeat < 200; ++repeat) CHECK(anyattn_forward(&fixture.call) == ANYATTN_SUCCESS);
-    CHECK(bytes_of(fixture.call.out, 4 * 64 * 8 * 8) == first);
+    CHECK(bytes_of(fixture.call.out, dims_q(fixture.call, 8)) == first);
 }
 
 TEST(parallel_for_of_the_caller) {
