@@ -35,6 +35,9 @@ ANYATTN_INLINE void narrow_float16(char *p, F32 x) { store(p, _mm512_cvtps_ph((_
 #elif defined(__F16C__)
 ANYATTN_INLINE F32 widen_float16(const char *p) { return (F32)_mm256_cvtph_ps(load<__m128i>(p)); }
 ANYATTN_INLINE void narrow_float16(char *p, F32 x) { store(p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT)); }
+#elif defined(__aarch64__)
+ANYATTN_INLINE F32 widen_float16(const char *p) { return (F32)vcvt_f32_f16(load<float16x4_t>(p)); }
+ANYATTN_INLINE void narrow_float16(char *p, F32 x) { store(p, vcvt_f16_f32((float32x4_t)x)); }
 #else
 ANYATTN_INLINE F32 widen_float16(const char *p) {
     const U32 half = __builtin_convertvector(load<Lanes<float>::Half>(p), U32);
@@ -61,22 +64,25 @@ ANYATTN_INLINE void narrow_float16(char *p, F32 x) {
 }
 #endif
 
+template <class C>
+ANYATTN_NOINLINE typename Lanes<C>::V widen_bytes(const char *p) {
+    typename Lanes<C>::V x{};
+    for (int i = 0; i < lanes<C>; ++i) x[i] = p[i] != 0;
+    return x;
+}
+
 // One whole vector. The tag chooses the compute type; bytes (masks) become 0 and 1.
 ANYATTN_INLINE F32 load_whole(const char *p, int32_t dtype, float) {
     if (dtype == ANYATTN_FLOAT32) return load<F32>(p);
     if (dtype == ANYATTN_BFLOAT16) return widen_bfloat16(p);
     if (dtype == ANYATTN_FLOAT16) return widen_float16(p);
-    F32 x{};
-    for (int i = 0; i < lanes<float>; ++i) x[i] = p[i] != 0;
-    return x;
+    return widen_bytes<float>(p);
 }
 
 ANYATTN_INLINE F64 load_whole(const char *p, int32_t dtype, double) {
     if (dtype == ANYATTN_FLOAT64) return load<F64>(p);
     if (dtype == ANYATTN_FLOAT32) return __builtin_convertvector(load<Lanes<double>::Single>(p), F64);
-    F64 x{};
-    for (int i = 0; i < lanes<double>; ++i) x[i] = p[i] != 0;
-    return x;
+    return widen_bytes<double>(p);
 }
 
 ANYATTN_INLINE void store_whole(char *p, int32_t dtype, F32 x) {
@@ -90,12 +96,28 @@ ANYATTN_INLINE void store_whole(char *p, int32_t dtype, F64 x) {
     store(p, __builtin_convertvector(x, Lanes<double>::Single));
 }
 
+// The first n bytes, then zeros; n bytes back.
+#if defined(__AVX512BW__)
+ANYATTN_INLINE void load_bytes(char *buffer, const char *p, int64_t n) {
+    _mm512_storeu_si512(buffer, _mm512_maskz_loadu_epi8((UINT64_C(1) << n) - 1, p));
+}
+ANYATTN_INLINE void store_bytes(char *p, const char *buffer, int64_t n) {
+    _mm512_mask_storeu_epi8(p, (UINT64_C(1) << n) - 1, _mm512_loadu_si512(buffer));
+}
+#else
+ANYATTN_INLINE void load_bytes(char *buffer, const char *p, int64_t n) {
+    __builtin_memset(buffer, 0, kVectorBytes);
+    __builtin_memcpy(buffer, p, (size_t)n);
+}
+ANYATTN_INLINE void store_bytes(char *p, const char *buffer, int64_t n) { __builtin_memcpy(p, buffer, (size_t)n); }
+#endif
+
 // The first n elements at p, then zeros.
 template <class C>
 ANYATTN_INLINE typename Lanes<C>::V load_part(const char *p, int32_t dtype, int64_t n) {
     if (n >= lanes<C>) return load_whole(p, dtype, C());
-    alignas(64) char buffer[kVectorBytes] = {};
-    __builtin_memcpy(buffer, p, (size_t)(n * dtype_size(dtype)));
+    alignas(64) char buffer[kVectorBytes];
+    load_bytes(buffer, p, n * dtype_size(dtype));
     return load_whole(buffer, dtype, C());
 }
 
@@ -105,7 +127,7 @@ ANYATTN_INLINE void store_part(char *p, int32_t dtype, V x, int64_t n) {
     if (n >= count) return store_whole(p, dtype, x);
     alignas(64) char buffer[kVectorBytes];
     store_whole(buffer, dtype, x);
-    __builtin_memcpy(p, buffer, (size_t)(n * dtype_size(dtype)));
+    store_bytes(p, buffer, n * dtype_size(dtype));
 }
 
 template <class C>
@@ -181,22 +203,45 @@ ANYATTN_NOINLINE void copy_rows(C *to, int64_t stride, const Rows &rows, int64_t
     for (int64_t i = 0; i < n; ++i) copy_row(to + i * stride, rows.row(i), rows.dtype, dim);
 }
 
+// Elements [d, d + lanes) of `count` rows, one vector each. Not inlined: that would copy it for every row.
+template <class C>
+ANYATTN_NOINLINE void load_tile(typename Lanes<C>::V *r, const char *row, int64_t stride, int32_t dtype, int64_t count,
+                                int64_t left) {
+    for (int64_t x = 0; x < count; ++x) r[x] = load_part<C>(row + x * stride, dtype, left);
+}
+
+template <class C>
+ANYATTN_NOINLINE void store_tile(char *row, int64_t stride, int32_t dtype, const typename Lanes<C>::V *r, int64_t count,
+                                 int64_t left, bool add) {
+    for (int64_t x = 0; x < count; ++x, row += stride) {
+        typename Lanes<C>::V value = r[x];
+        if (add) value += load_part<C>(row, dtype, left);
+        store_part(row, dtype, value, left);
+    }
+}
+
 // Rows [0, n) times factor as columns: packed[d][lane], zero in the lanes beyond n.
 template <class C>
 ANYATTN_NOINLINE void pack_panel(C *packed, const Rows &rows, int64_t n, int64_t dim, C factor) {
     using V = typename Lanes<C>::V;
     constexpr int width = lanes<C>;
+    const auto finish = [&](V *r, int64_t d, int c) {
+        transpose<C>(r);
+        ANYATTN_UNROLL
+        for (int x = 0; x < width; ++x) store(packed + (d + x) * panel<C> + c, r[x] * splat(factor));
+    };
     for (int c = 0; c < panel<C>; c += width) {
-        for (int64_t d = 0; d < dim; d += width) {
+        int64_t d = 0;
+        for (; rows.dtype == dtype_of<C> && c + width <= n && d + width <= dim; d += width) {
             V r[width];
             ANYATTN_UNROLL
-            for (int x = 0; x < width; ++x) {
-                r[x] = V{};
-                if (c + x < n) r[x] = load_part<C>(rows.at(c + x, d), rows.dtype, dim - d) * splat(factor);
-            }
-            transpose<C>(r);
-            ANYATTN_UNROLL
-            for (int x = 0; x < width; ++x) store(packed + (d + x) * panel<C> + c, r[x]);
+            for (int x = 0; x < width; ++x) r[x] = load<V>(rows.at(c + x, d));
+            finish(r, d, c);
+        }
+        for (; d < dim; d += width) {
+            V r[width] = {};
+            load_tile<C>(r, rows.at(c, d), rows.stride, rows.dtype, min64(width, n - c), dim - d);
+            finish(r, d, c);
         }
     }
 }
@@ -207,6 +252,7 @@ ANYATTN_NOINLINE void unpack_panel(const Rows &rows, const C *packed, int64_t n,
                                    bool add) {
     using V = typename Lanes<C>::V;
     constexpr int width = lanes<C>;
+    const bool plain = rows.dtype == dtype_of<C> && !add;
     for (int c = 0; c < n; c += width) {
         const V factor = factors ? load<V>(factors + c) : splat(C(1));
         for (int64_t d = 0; d < dim; d += width) {
@@ -214,11 +260,11 @@ ANYATTN_NOINLINE void unpack_panel(const Rows &rows, const C *packed, int64_t n,
             ANYATTN_UNROLL
             for (int x = 0; x < width; ++x) r[x] = load<V>(packed + (d + x) * panel<C> + c) * factor;
             transpose<C>(r);
-            for (int x = 0; x < width && c + x < n; ++x) {
-                char *to = rows.at(c + x, d);
-                V value = r[x];
-                if (add) value += load_part<C>(to, rows.dtype, dim - d);
-                store_part(to, rows.dtype, value, dim - d);
+            if (plain && c + width <= n && d + width <= dim) {
+                ANYATTN_UNROLL
+                for (int x = 0; x < width; ++x) store(rows.at(c + x, d), r[x]);
+            } else {
+                store_tile<C>(rows.at(c, d), rows.stride, rows.dtype, r, min64(width, n - c), dim - d, add);
             }
         }
     }

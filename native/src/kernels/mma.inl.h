@@ -228,7 +228,9 @@ struct Plain {
     static int64_t row_buffer(int64_t dim) { return kBlockQ * round_up(dim, lanes<C>) * (int64_t)sizeof(C); }
 
     static Keys load_rows(const Rows &rows, int64_t n, int64_t dim, char *buffer) {
-        if (rows.dtype == dtype_of<C> && dim % lanes<C> == 0) {
+        // Rows far apart would evict each other from L1, where every tile of keys reads them again.
+        const bool dense = rows.stride == dim * (int64_t)sizeof(C);
+        if (rows.dtype == dtype_of<C> && dim % lanes<C> == 0 && dense) {
             return {reinterpret_cast<const C *>(rows.data), rows.stride / (int64_t)sizeof(C)};
         }
         C *copy = reinterpret_cast<C *>(buffer);

@@ -127,11 +127,9 @@ ANYATTN_NOINLINE void pack_pairs(Pair *packed, const Rows &rows, int64_t n, int6
     const __m512i signs = _mm512_set1_epi16(factor < 0 ? (short)0x8000 : 0);
     for (int c = 0; c < panel<float>; c += 16) {
         for (int64_t d = 0; d < dim; d += 32) {
-            F32 r[16];
-            ANYATTN_UNROLL
-            for (int x = 0; x < 16; ++x) {
-                r[x] = F32{};
-                if (c + x < n) r[x] = (F32)_mm512_xor_si512(load_pairs(rows.at(c + x, d), dim - d), signs);
+            F32 r[16] = {};
+            for (int x = 0; x < 16 && c + x < n; ++x) {
+                r[x] = (F32)_mm512_xor_si512(load_pairs(rows.at(c + x, d), dim - d), signs);
             }
             transpose<float>(r);
             ANYATTN_UNROLL

@@ -63,16 +63,17 @@ ANYATTN_INLINE void spread(C *added, const char *data, const anyattn_array &arra
     for (int c = 0; c < panel<C>; c += width) {
         C *column = added + c;
         for (int64_t j = 0; j < n; j += width) {
-            V r[width];
-            for (int x = 0; x < width; ++x) {
-                r[x] = V{};
-                if (c + x >= rows) continue;
-                const char *at = data + (c + x) * row;
-                r[x] = array.stride[3] ? load_part<C>(at + j * size, array.dtype, n - j)
-                                       : splat(load_scalar<C>(at, array.dtype));
+            V r[width] = {};
+            if (array.stride[3]) {
+                load_tile<C>(r, data + c * row + j * size, row, array.dtype, min64(width, rows - c), n - j);
+            } else {
+                for (int64_t x = 0; x < min64(width, rows - c); ++x) {
+                    r[x] = splat(load_scalar<C>(data + (c + x) * row, array.dtype));
+                }
             }
             transpose<C>(r);
-            for (int x = 0; x < width && j + x < n; ++x) {
+            const int64_t count = min64(width, n - j);
+            for (int64_t x = 0; x < count; ++x) {
                 C *to = column + (j + x) * panel<C>;
                 store(to, merge(r[x], load<V>(to)));
             }
