@@ -1,0 +1,23 @@
+"""The C ABI checks for itself: wrong fields around valid arrays give a status and a message, never a crash or a write."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from engines import Engine, engines
+
+
+@pytest.mark.parametrize("target", [engine.target for engine in engines() if engine.backend == "cpu"])
+@pytest.mark.parametrize("kind", ["wrong", "garbage"])
+def test_wrong_fields(kind: str, target: str) -> None:
+    """In a process of its own, which a crash ends."""
+    Engine("cpu", target).use()
+    command = [sys.executable, str(Path(__file__).parent / "boundary.py"), kind]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    calls, refused = (int(word) for word in result.stdout.split())
+    assert calls > 400
+    assert refused == calls if kind == "wrong" else 0 < refused < calls
