@@ -1,7 +1,7 @@
-"""Wrong fields in the C struct around valid arrays. Run by test_boundary in a process of its own: `boundary.py wrong|garbage`.
+"""Wrong fields in the C struct around valid arrays; test_boundary runs `boundary.py wrong` and `boundary.py garbage`.
 
-Every value is one that the library must refuse, or that asks for no more memory than the arrays have: a caller that lies
-about its allocations is beyond what any library can see.
+Every value is one that the library must refuse, or that asks for no more memory than the arrays have: no library sees
+through a caller that lies about its allocations.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ OFFSETS = {name: layout.offset(name) for name, _ in layout.FIELDS}
 KINDS = dict(layout.FIELDS)
 NUMBERS = {"q": ctypes.c_int64, "i": ctypes.c_int32, "I": ctypes.c_uint32, "d": ctypes.c_double, "Q": ctypes.c_uint64}
 CASES = [
-    Case("dense", seqlen_q=5, seqlen_k=9, head_dim=8, head_dim_v=3, group=2, bias="full", mask="b1", dropout_p=0.2, sink=True),
-    Case("packed", lengths="varlen_seqused", batch=3, seqlen_q=7, seqlen_k=9, head_dim=5, head_dim_v=4, alibi="bh", dlse=True),
-    Case("paged", lengths="paged", page_size=3, seqlen_q=4, seqlen_k=11, head_dim=8, head_dim_v=8, causal=True, offset="each"),
-    Case("half", lengths="both", seqlen_q=6, seqlen_k=7, head_dim=9, head_dim_v=9, dtype="float16", chunk=3, window=(4, 2)),
-]  # fmt: skip
+    Case("dense", seqlen_q=5, seqlen_k=9, head_dim=8, head_dim_v=3, bias="full", mask="b1", dropout_p=0.2, sink=True),
+    Case("packed", lengths="varlen_seqused", seqlen_q=7, seqlen_k=9, head_dim=5, head_dim_v=4, alibi="bh", dlse=True),
+    Case("paged", lengths="paged", page_size=3, seqlen_q=4, seqlen_k=11, head_dim=8, causal=True, offset="each"),
+    Case("half", lengths="both", seqlen_q=6, seqlen_k=7, head_dim=9, dtype="float16", chunk=3, window=(4, 2)),
+]
 LOWEST, HIGHEST = -(2**63), 2**63 - 1
 NONSENSE = {
     **{
@@ -44,8 +44,7 @@ NONSENSE = {
     "target": (-1, 99, 2**31 - 1),
     "dropout_threshold": (65536, 2**32 - 1),
     **{
-        f"{name}.dtype": (0, 7, -1, 2**31 - 1)
-        for name in ("q", "k", "v", "out", "lse", "bias", "mask", "sink", "dout", "dq")
+        f"{name}.dtype": (0, 7, -1, 2**31 - 1) for name in ("q", "k", "v", "out", "lse", "bias", "mask", "sink", "dout")
     },
     **{f"{name}.data": (0,) for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv")},
     **{f"{name}.reserved": (1, -1) for name in ("q", "v", "lse")},

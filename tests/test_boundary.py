@@ -1,4 +1,4 @@
-"""The C ABI checks for itself: wrong fields around valid arrays give a status and a message, never a crash or a write."""
+"""The C ABI checks for itself: wrong fields around valid arrays give a status and a message, no crash, no write."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an install leaves behind: with a compiler one wheel for every Python, without one a pure wheel that still serves."""
+"""What an install leaves behind: with a compiler one wheel for every Python, without one a pure wheel that serves."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_without_a_compiler(tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_with_a_compiler(tmp_path: Path) -> None:
-    """One wheel per platform for every Python, with the library, the header and the CMake configuration in the package."""
+    """One wheel per platform for every Python, with the library, the header and the CMake configuration."""
     built = wheel(tmp_path)
     assert "-py3-none-" in built.name and not built.name.endswith("-any.whl")
     with zipfile.ZipFile(built) as archive:
