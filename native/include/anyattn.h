@@ -146,6 +146,10 @@ ANYATTN_API int32_t anyattn_append(const anyattn_call *call);
 ANYATTN_API int32_t anyattn_num_threads(void);
 ANYATTN_API const char *anyattn_thread_runtime(void);
 
+/* Floating-point operations per second that `num_threads` (0: as above) reach with nothing but registers, measured now
+ * in some tens of milliseconds: the ceiling of a dtype on a target (0: the best). 0 where the target does not run. */
+ANYATTN_API double anyattn_peak_flops(int32_t target, int32_t dtype, int32_t num_threads);
+
 #ifdef __cplusplus
 }
 #endif

@@ -35,6 +35,8 @@ struct Kernels {
     void (*dbias)(const anyattn_call &, int64_t bias_b, int64_t bias_h, int64_t block_q, int64_t block_k,
                   void *scratch);
     int64_t (*dbias_block_k)(const anyattn_call &);
+    // Runs n rounds of the register-only loop for this dtype; returns their floating-point operations.
+    double (*peak)(int32_t dtype, int64_t n, volatile double *sink);
 };
 
 extern const Kernels kernels_baseline;

@@ -2,6 +2,7 @@
 #pragma once
 #include "dbias.inl.h"
 #include "forward.inl.h"
+#include "peak.inl.h"
 #if defined(__AVX512BF16__)
 #include "mma_bf16.inl.h"
 #endif
@@ -78,7 +79,7 @@ void dbias(const anyattn_call &call, int64_t bias_b, int64_t bias_h, int64_t blo
 int64_t dbias_block_k(const anyattn_call &) { return kKeys; }
 
 constexpr Kernels table(const char *name) {
-    return {name, scratch, partial_stride, partial_in_place, forward, backward, reduce, dbias, dbias_block_k};
+    return {name, scratch, partial_stride, partial_in_place, forward, backward, reduce, dbias, dbias_block_k, peak};
 }
 
 }  // namespace

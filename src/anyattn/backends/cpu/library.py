@@ -36,6 +36,7 @@ class Library:
         dll.anyattn_target_name.restype = ctypes.c_char_p
         dll.anyattn_error_string.restype = ctypes.c_char_p
         dll.anyattn_thread_runtime.restype = ctypes.c_char_p
+        dll.anyattn_peak_flops.argtypes, dll.anyattn_peak_flops.restype = [ctypes.c_int32] * 3, ctypes.c_double
 
     def version(self) -> int:
         return int(self._dll.anyattn_version())
@@ -72,6 +73,10 @@ class Library:
 
     def thread_runtime(self) -> str:
         return str(self._dll.anyattn_thread_runtime().decode())
+
+    def peak_flops(self, dtype: int) -> float:
+        """Floating-point operations per second of the register-only loop, on the threads and target in force."""
+        return float(self._dll.anyattn_peak_flops(self.target_index(), dtype, self.num_threads()))
 
     def error_string(self, status: int) -> str:
         return str(self._dll.anyattn_error_string(status).decode())
