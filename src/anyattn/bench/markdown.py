@@ -22,18 +22,19 @@ def accuracy(results: dict[str, Any]) -> str:
 
 def speed(results: dict[str, Any]) -> str:
     machine = results["machine"]
-    where = f"{machine['processor']}, {machine['cores']} cores, `{machine['cpu_target']}`, torch {machine['versions']['torch']}"
+    versions = f"`{machine['cpu_target']}`, torch {machine['versions']['torch']}"
     lines = [
-        f"{where}, {machine['date']}:",
+        f"{machine['processor']}, {machine['cores']} cores, {versions}, {machine['date']}:",
         "",
-        "| (batch, nheads, seqlen, head_dim) | useful GFLOP/s | torch SDPA | ratio |",
+        "| (batch, nheads, seqlen, head_dim) | useful GFLOP/s | of the peak | torch SDPA | ratio |",
+        "|---|---|---|---|---|",
     ]
-    lines.append("|---|---|---|---|")
     for row in results["cases"]:
         if row["name"] in QUOTED and "anyattn" in row["seconds"]:
             ours, sdpa = (row["seconds"][name]["median"] for name in ("anyattn", "torch SDPA"))
             rates = [row["flops"] / seconds / 1e9 for seconds in (ours, sdpa)]
-            lines.append(f"| {row['label']} | {rates[0]:.0f} | {rates[1]:.0f} | {sdpa / ours:.1f}x |")
+            share = row["flops"] / ours / row["peak_flops"]
+            lines.append(f"| {row['label']} | {rates[0]:.0f} | {share:.0%} | {rates[1]:.0f} | {sdpa / ours:.2f}x |")
     return "\n".join(lines)
 
 

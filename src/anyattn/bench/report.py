@@ -47,14 +47,15 @@ def _version(name: str) -> str | None:
 
 
 def table(rows: Iterable[Results]) -> str:
-    """Useful GFLOP/s of every provider and our ratio to each of the others."""
-    lines = [f"{'case':44} {'provider':16} {'ms':>9} {'GFLOP/s':>9} {'anyattn is':>11}"]
+    """Useful GFLOP/s of every provider, their share of the measured ceiling, and our ratio to each of the others."""
+    lines = [f"{'case':44} {'provider':16} {'ms':>9} {'GFLOP/s':>9} {'of peak':>7} {'anyattn is':>11}"]
     for row in rows:
         ours = row["seconds"].get("anyattn", {}).get("median")
         for name, timing in row["seconds"].items():
             ratio = f"{timing['median'] / ours:.2f}x" if ours and name != "anyattn" else ""
-            rate = row["flops"] / timing["median"] / 1e9
-            lines.append(f"{row['label']:44} {name:16} {timing['median'] * 1e3:9.3f} {rate:9.1f} {ratio:>11}")
+            rate = row["flops"] / timing["median"]
+            shown = f"{timing['median'] * 1e3:9.3f} {rate / 1e9:9.1f} {rate / row['peak_flops']:7.0%} {ratio:>11}"
+            lines.append(f"{row['label']:44} {name:16} {shown}")
         lines.extend(f"{row['label']:44} {name:16} refused: {why}" for name, why in row["refused"].items())
     return "\n".join(lines)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from ..backends.cpu import library
+from ..backends.cpu.backend import DTYPES
 from . import memory, precision, report
 from .cases import Case, lengths, quick
 from .providers import Run, correct, providers
@@ -28,6 +30,12 @@ def run(pattern: str = "", seconds: float = 1.0, whole: bool = True) -> dict[str
     return {"machine": report.header(), "cases": rows, "memory": measured, "accuracy": accuracy}
 
 
+def ceiling(dtype: str) -> float:
+    """What registers alone would allow in this dtype, now; float16 is computed in float32."""
+    native = library.load()
+    return native.peak_flops(DTYPES["float32" if dtype == "float16" else dtype])
+
+
 def run_case(case: Case, seconds: float) -> dict[str, Any]:
     """One row: seconds of every provider that is right, and why the others were not timed."""
     functions: dict[str, Run] = {}
@@ -39,6 +47,8 @@ def run_case(case: Case, seconds: float) -> dict[str, Any]:
             refused[provider.name] = wrong
         else:
             functions[provider.name] = function
+    peak = ceiling(case.dtype)
     timings = measure(functions, seconds) if functions else {}
-    row = asdict(case) | {"label": case.label, "flops": case.flops, "refused": refused}
+    peak = max(peak, ceiling(case.dtype))
+    row = asdict(case) | {"label": case.label, "flops": case.flops, "refused": refused, "peak_flops": peak}
     return row | {"seconds": {name: asdict(timing) for name, timing in timings.items()}}
