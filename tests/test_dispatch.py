@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 
-import anyattn
 import numpy as np
 import pytest
+
+import anyattn
 from anyattn import dispatch, settings
 from anyattn.backends.base import Backend
 from anyattn.problem import Problem

@@ -7,10 +7,11 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 import anyattn
 import anyattn.api
 import anyattn.dispatch
-import pytest
 from anyattn.bench import markdown
 
 ROOT = Path(__file__).resolve().parent.parent

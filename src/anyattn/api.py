@@ -70,19 +70,19 @@ def attention(
                          1 1
 
     Args:
-        q: (batch, seqlen_q, nheads, head_dim), float32, float16, bfloat16 or float64, any strides (the last dimension is
-            copied if it is not contiguous).
+        q: (batch, seqlen_q, nheads, head_dim), float32, float16, bfloat16 or float64; any strides (a copy is made only
+            if the last dimension is not contiguous).
         k: (batch, seqlen_k, nheads_kv, head_dim), of q's dtype; nheads is a multiple of nheads_kv.
         v: (batch, seqlen_k, nheads_kv, head_dim_v).
         causal: rows see no key after their position.
         window: (left, right), inclusive: how many keys before and after its position a row sees; None: unbounded.
         chunk: rows see keys of their own chunk of this many positions only; 0: off.
-        alignment: "bottom-right": the last row is at the last key (flash_attn); "top-left": row 0 is at key 0 (torch SDPA).
+        alignment: "bottom-right": the last row is at the last key; "top-left": row 0 is at key 0 (as torch SDPA).
         offset: position of row 0, an int or one int per sequence, instead of an alignment.
         scale: any finite number; default head_dim ** -0.5.
         softcap: 0: off.
-        bias: added to the scaled scores; broadcastable to (batch, nheads, seqlen_q, seqlen_k), q's dtype or float32. Has a
-            gradient. -inf hides a key.
+        bias: added to the scaled scores; broadcastable to (batch, nheads, seqlen_q, seqlen_k), q's dtype or float32.
+            -inf hides a key. Has a gradient.
         mask: boolean, broadcastable likewise; False hides a key.
         alibi_slopes: (nheads,) or (batch, nheads).
         sink: (nheads,), one more logit in each denominator. Has a gradient.
@@ -97,9 +97,9 @@ def attention(
         backend: "cpu" or "numpy"; a backend that is named never falls back. Default: automatic.
 
     Returns:
-        out (batch, seqlen_q, nheads, head_dim_v) in q's dtype, contiguous; with return_lse also lse (batch, nheads, seqlen_q),
-        natural logarithm, float32 (float64 for float64). A row that sees no key: out 0, lse -inf (with a sink: lse = sink).
-        NaN in memory that no row may see changes nothing.
+        out (batch, seqlen_q, nheads, head_dim_v) in q's dtype, contiguous; with return_lse also the natural logarithm
+        lse (batch, nheads, seqlen_q), float32 (float64 for float64). A row that sees no key: out 0, lse -inf (with a
+        sink: lse = sink). NaN in memory that no row may see changes nothing.
 
     Raises:
         ValueError, TypeError: an argument is wrong; nothing was written. UnsupportedProblem: no backend computes it.
@@ -173,12 +173,12 @@ def attention_varlen(
         cu_seqlens_q: (batch + 1,), where each sequence begins: rows cu_seqlens_q[b] to cu_seqlens_q[b + 1].
         cu_seqlens_k: the same for k and v; with block_table it only gives the lengths (or None, with seqused_k).
         max_seqlen_q: an upper bound of the lengths, if known (it spares GPUs a synchronisation); a smaller one raises.
-        block_table: (batch, max_pages): logical key j of sequence b is row j % page_size of page block_table[b, j // page_size].
+        block_table: (batch, max_pages): key j of sequence b is row j % page_size of block_table[b, j // page_size].
 
     The other arguments are those of `attention`.
 
     Returns:
-        out (total_q, nheads, head_dim_v); with return_lse also lse (nheads, total_q). Rows outside every sequence: 0 and -inf.
+        out (total_q, nheads, head_dim_v); with return_lse also lse (nheads, total_q). Rows of no sequence: 0 and -inf.
 
     >>> import numpy as np, anyattn
     >>> x = np.ones((7, 2, 8), np.float32)
@@ -239,18 +239,18 @@ def attention_with_kvcache(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Any:
-    """Attention to a KV cache, after appending new keys and values to it in place: one step of generation, or a chunk of prefill.
+    """Attention to a KV cache after appending to it in place: a step of generation, or a chunk of prefill.
 
     Args:
         q: (batch, seqlen_q, nheads, head_dim).
-        k_cache: (batch_cache, slots, nheads_kv, head_dim), or pages (num_pages, page_size, nheads_kv, head_dim) with block_table.
+        k_cache: (entries, slots, nheads_kv, head_dim); with block_table (num_pages, page_size, nheads_kv, head_dim).
         v_cache: the same with head_dim_v.
-        k, v: (batch, seqlen_new, nheads_kv, ...): written at slots cache_seqlens + t, k rotated at that position, v bit-equal.
+        k, v: (batch, seqlen_new, nheads_kv, ...): written at slots cache_seqlens + t, k rotated, v bit-equal.
         cache_seqlens: keys already in the cache, an int or one per sequence; None (without k): all slots.
         cache_batch_idx: (batch,), which entry of the cache each sequence uses.
         block_table: (batch, max_pages), for pages of any size.
-        rotary_cos, rotary_sin: (positions, rotary_dim / 2). q row i is rotated at cache_seqlens + i if causal or windowed, else every
-            row at cache_seqlens.
+        rotary_cos, rotary_sin: (positions, rotary_dim / 2). k row t is rotated at cache_seqlens + t; q row i at
+            cache_seqlens + i if causal or windowed, else at cache_seqlens.
         rotary_interleaved: pairs (0, 1), (2, 3), ... instead of (0, d/2), (1, d/2 + 1), ...
         num_splits: a hint for GPUs, without effect on results.
 
@@ -318,8 +318,9 @@ def attention_backward(
         dP_ij = D_ij <do_i, v_j>      delta_i = <do_i, o_i> - dlse_i      ds_ij = P_ij (dP_ij - delta_i)
         dq_i = scale sum_j dt_ij k_j  dk_j = scale sum_i dt_ij q_i        dv_j = sum_i P_ij D_ij do_i
 
-    with dt = ds (1 - (t / softcap)^2) under a softcap, sums over the rows and heads that read a key, and D the dropout factors.
-    Keys that no row sees get 0. dbias = ds summed over the broadcast axes; dsink_h = - sum_i exp(sink_h - lse_i) delta_i.
+    with dt = ds (1 - (t / softcap)^2) under a softcap, sums over the rows and heads that read a key, and D the dropout
+    factors. dbias = ds summed over the broadcast axes; dsink_h = - sum_i exp(sink_h - lse_i) delta_i. Keys that no row
+    sees get 0.
     """
     arrays, options, seed, backend = explicit(q, k, v, **arguments)
     return Gradients(*_framework(q).backward((out, lse, dout, dlse), arrays, options, seed, backend))
@@ -330,7 +331,7 @@ def merge(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tuple[Array
 
         lse = log(exp(lse_a) + exp(lse_b))      out = out_a + (out_b - out_a) exp(lse_b - lse)
 
-    Rows that see no key in either give out 0 and lse -inf. out (..., seqlen, nheads, head_dim_v), lse (..., nheads, seqlen).
+    Rows that see no key in either give out 0 and lse -inf. out (..., nheads, head_dim_v), lse (nheads, ...).
 
     >>> import numpy as np, anyattn
     >>> x = np.ones((1, 4, 2, 8), np.float32)
@@ -343,7 +344,7 @@ def merge(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tuple[Array
 
 
 def flash_attention(query: Array, key: Array, value: Array, causal: bool = True, scale: float | None = None) -> Array:
-    """Attention in the layout (batch, nheads, seqlen, head_dim), causal by default; heads_q may be a multiple of heads_kv.
+    """Attention in the layout (batch, nheads, seqlen, head_dim); query may have more heads than key and value.
 
     >>> import numpy as np, anyattn
     >>> x = np.ones((1, 2, 4, 8), np.float32)
@@ -362,7 +363,7 @@ def flash_attention(query: Array, key: Array, value: Array, causal: bool = True,
 
 
 def explain(q: Array, k: Array, v: Array, **arguments: Any) -> dispatch.Explanation:
-    """Which backend this call (arguments of `attention_forward`) gets, and every refusal with its reasons. Computes nothing.
+    """Which backend a call (arguments of `attention_forward`) gets, and every refusal. Computes nothing.
 
     >>> import numpy as np, anyattn
     >>> x = np.ones((1, 4, 2, 8), np.float32)

@@ -1,4 +1,4 @@
-"""From the arguments that users give to the canonical form that frameworks take: interval bounds, Options, ordered arrays."""
+"""From the arguments that users give to what frameworks take: interval bounds, Options, ordered arrays."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def bounds(causal: bool, window: Window) -> tuple[int | None, int | None]:
 def paged_lengths(
     block_table: Array | None, cu_seqlens_k: Array | None, seqused_k: Array | None
 ) -> tuple[Array, Array]:
-    """(cu_seqlens_k, seqused_k): with pages, cumulative lengths say nothing about places, so only the lengths are kept."""
+    """(cu_seqlens_k, seqused_k): with pages, cumulative lengths say nothing about places; only lengths are kept."""
     if block_table is None or cu_seqlens_k is None:
         return cu_seqlens_k, seqused_k
     if seqused_k is None:

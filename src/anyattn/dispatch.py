@@ -79,7 +79,7 @@ def _create(name: str) -> Backend:
 
 
 def named(argument: str | None) -> tuple[str, ...]:
-    """The backends that the caller ("cpu" or "cpu,numpy"), a context manager or the environment named; (): automatic choice."""
+    """The backends that the caller ("cpu,numpy"), a context manager or the environment named; (): automatic."""
     return tuple(argument.split(",")) if argument else _named.get() or settings.current().backend
 
 

@@ -14,7 +14,8 @@ Ints = npt.NDArray[np.int64]
 class Mask:
     """Interval of keys that a row sees, from its position p = i + offset and a key's c = j - leftpad:
 
-        max(0, p - left, chunk * floor(p / chunk)) <= c < min(n_k - leftpad, p + right + 1, chunk * (floor(p / chunk) + 1))
+        max(0, p - left, chunk * floor(p / chunk)) <= c
+        c < min(n_k - leftpad, p + right + 1, chunk * (floor(p / chunk) + 1))
 
     Bounds are any integers, or None for unbounded; the chunk terms exist only for chunk > 0. Causal is right = 0.
     """

@@ -4,8 +4,8 @@
     counter = (key_index // 8, query_index, b * nheads + h, offset mod 2^32)
 
 Key column j takes the 16-bit half `key_index % 8` of the 128 bits, low half of the first word first, and is kept when
-half >= threshold, with threshold = round(p * 2^16); the kept are scaled by 1 / (1 - threshold / 2^16). The indices count
-inside the sequence, so padded, packed and paged calls, any tile size and any number of threads drop the same entries.
+half >= threshold, with threshold = round(p * 2^16); the kept are scaled by 1 / (1 - threshold / 2^16). The indices
+count inside the sequence, so padded, packed and paged calls, any tiles and any threads drop the same entries.
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
 """
 

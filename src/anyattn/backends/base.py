@@ -6,7 +6,6 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import numpy.typing as npt
 
 from ..kvcache import Append
@@ -36,7 +35,7 @@ class Adapter(Protocol):
 
 @dataclass(slots=True)
 class Call:
-    """One call: the framework's own arrays, None where absent. Between equal calls only this changes; no plan keeps any of it."""
+    """One call: the framework's own arrays, None where absent. Only this changes between equal calls."""
 
     adapter: Adapter
     q: Any = None
@@ -100,4 +99,4 @@ class Backend(Protocol):
         """Cheap; compiled parts are cached by problem.variant."""
 
     def append(self, append: Append, call: Call) -> None:
-        """Writes call.new_k (rotated) and call.new_v into the cache call.k, call.v, and rotated call.q into call.out."""
+        """Writes call.new_k (rotated) and call.new_v into the cache call.k, call.v; rotated call.q into call.out."""

@@ -1,4 +1,4 @@
-"""Peak extra memory of one forward and backward, each in a process of its own: `python -m anyattn.bench.memory PROVIDER SEQLEN`."""
+"""Peak extra memory of one forward and backward: `python -m anyattn.bench.memory PROVIDER SEQLEN`, a process each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who is measured. A provider turns a case into a function to time and its results; what is not installed is named, not hidden."""
+"""Who is measured. A provider turns a case into a function to time; what is not installed is named, not hidden."""
 
 from __future__ import annotations
 

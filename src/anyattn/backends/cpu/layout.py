@@ -1,4 +1,4 @@
-"""The C struct `anyattn_call` (include/anyattn.h) as Python packs it: one table of fields, their formats and offsets."""
+"""The C struct `anyattn_call` (anyattn.h) as Python packs it: one table of fields, their formats and offsets."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import struct
 from collections.abc import Mapping
 
 ARRAYS = (
-    "q", "k", "v", "out", "lse", "bias", "mask", "alibi_slopes", "sink", "dout", "dlse", "dq", "dk", "dv", "dbias", "dsink",
+    "q", "k", "v", "out", "lse", "bias", "mask", "alibi_slopes", "sink", "dout", "dlse", "dq", "dk", "dv", "dbias",
+    "dsink",
     "new_k", "new_v", "rotary_cos", "rotary_sin",
 )  # fmt: skip
 TABLES = (
