@@ -29,7 +29,7 @@ struct DbiasTile {
 };
 
 template <class C>
-ANYATTN_NOINLINE void add_tile(double *sum, const C *ds, int64_t n, int64_t rows, int64_t key_step, int64_t row_step) {
+ANYATTN_NOINLINE void sum_tile(double *sum, const C *ds, int64_t n, int64_t rows, int64_t key_step, int64_t row_step) {
     for (int64_t j = 0; j < n; ++j, ds += panel<C>, sum += key_step) {
         if (row_step) {
             for (int64_t x = 0; x < rows; ++x) sum[x] += double(ds[x]);
@@ -57,7 +57,7 @@ void add_block(const Block<typename M::C> &block, const DbiasTile &tile, const D
             const auto ds = Out::panel_of({w.tiles.S, w.tiles.T}, p);
             const Range r = fill_gradients<M, Out>(block, w.tiles, keys, values, p, j0, j0 + n, C(1), false, ds);
             double *sum = w.sum + (j0 + r.first - tile.j0) * tile.key_step() + p * panel<C> * tile.row_step();
-            add_tile(sum, Out::from(ds, r.first).ds, r.n, block.panel_rows(p), tile.key_step(), tile.row_step());
+            sum_tile(sum, Out::from(ds, r.first).ds, r.n, block.panel_rows(p), tile.key_step(), tile.row_step());
         }
     }
 }

@@ -44,7 +44,7 @@ ANYATTN_NOINLINE void softmax_pass(typename M::C *S, int64_t n, typename M::C fa
         const V before = load<V>(m + c * width), now = larger(before, top[c] * splat(factor));
         const V base = now == splat(-infinity(C())) ? V{} : now;
         const V rescale = exp2(before - base);
-        V sum0 = load<V>(l + c * width) * rescale, sum1{};
+        V sum0{}, sum1{};
         if (n % 2) {
             store(S + n * panel<C> + c * width, splat(-infinity(C())));
             if (keep) store(keep + n * panel<C> + c * width, V{});
@@ -62,7 +62,7 @@ ANYATTN_NOINLINE void softmax_pass(typename M::C *S, int64_t n, typename M::C fa
             M::store_p(S, j, c, p0, p1);
         }
         store(m + c * width, now);
-        store(l + c * width, sum0 + sum1);
+        store(l + c * width, load<V>(l + c * width) * rescale + (sum0 + sum1));
         store(alpha + c * width, rescale);
     }
 }

@@ -1,6 +1,7 @@
 // Matrix products of a tile in float or double. Lanes are queries: queries are packed as columns, and keys and values
 // are read where they lie, one broadcast number at a time. Only dK and dV have lanes along the head dimension.
-// Every loop keeps its accumulators in registers; `Plain` and its siblings are all that knows how operands are laid out.
+// Every loop keeps its accumulators in registers and adds them to memory at the end: sums of sums lose less than one
+// long sum. `Plain` and its siblings are all that knows how operands are laid out.
 #pragma once
 #include "kernels.h"
 #include "load.inl.h"
@@ -11,6 +12,13 @@ namespace {
 // Keys of a tile: a multiple of every register tile's rows, and a score tile that fits 32 KiB of L1.
 constexpr int kKeys = 96;
 constexpr int kTileKeys = kKeys + 2;  // with a spare row, for those who work on pairs of keys
+
+// Products that are summed in one go along the head dimension: a score is as exact as its longest sum is short.
+#if defined(__FMA__) || defined(__aarch64__)
+constexpr int64_t kChain = 32;
+#else
+constexpr int64_t kChain = 16;  // every product is rounded too
+#endif
 
 template <int N>
 struct Int {
@@ -37,37 +45,60 @@ ANYATTN_INLINE void for_vectors(int64_t dim, const Body &body) {
     for (; dim - d > 0; d += width) body(Int<1>(), d);
 }
 
+template <class C, int M, int N>
+ANYATTN_INLINE void clear(typename Lanes<C>::V (&acc)[M][N]) {
+    ANYATTN_UNROLL
+    for (int i = 0; i < M; ++i) {
+        ANYATTN_UNROLL
+        for (int c = 0; c < N; ++c) acc[i][c] = typename Lanes<C>::V{};
+    }
+}
+
+template <class C, int M, int N>
+ANYATTN_INLINE void add_tile(typename Lanes<C>::V (&acc)[M][N], const C *S) {
+    ANYATTN_UNROLL
+    for (int i = 0; i < M; ++i) {
+        ANYATTN_UNROLL
+        for (int c = 0; c < N; ++c) acc[i][c] += load<typename Lanes<C>::V>(S + i * panel<C> + c * lanes<C>);
+    }
+}
+
 // S[i][lane] = <K[i], Q[lane]> for M keys; top rises to the maximum of each lane.
 template <class C, int M>
 ANYATTN_NOINLINE void multiply_keys(const C *K, int64_t stride, int64_t dim, const C *Q, C *S,
                                     typename Lanes<C>::V *top) {
     using V = typename Lanes<C>::V;
     constexpr int N = kPanelVectors, width = lanes<C>;
+    const int64_t chain = sizeof(C) == 8 ? dim : kChain;
     V acc[M][N];
-    ANYATTN_UNROLL
-    for (int i = 0; i < M; ++i) {
-        ANYATTN_UNROLL
-        for (int c = 0; c < N; ++c) acc[i][c] = V{};
-    }
-    for (int64_t d = 0; d < dim; ++d) {
-        V q[N];
-        ANYATTN_UNROLL
-        for (int c = 0; c < N; ++c) q[c] = load<V>(Q + d * panel<C> + c * width);
+    for (int64_t d = 0; d < dim; d += chain) {
+        const int64_t n = min64(chain, dim - d);
+        clear<C>(acc);
+        for (int64_t x = 0; x < n; ++x) {
+            V q[N];
+            ANYATTN_UNROLL
+            for (int c = 0; c < N; ++c) q[c] = load<V>(Q + c * width);
+            ANYATTN_UNROLL
+            for (int i = 0; i < M; ++i) {
+                const V k = splat(K[i * stride + x]);
+                ANYATTN_UNROLL
+                for (int c = 0; c < N; ++c) acc[i][c] = k * q[c] + acc[i][c];
+            }
+            Q += panel<C>;
+        }
+        K += n;
+        if (d > 0) add_tile<C>(acc, S);
         ANYATTN_UNROLL
         for (int i = 0; i < M; ++i) {
-            const V k = splat(K[i * stride + d]);
             ANYATTN_UNROLL
-            for (int c = 0; c < N; ++c) acc[i][c] = k * q[c] + acc[i][c];
+            for (int c = 0; c < N; ++c) store(S + i * panel<C> + c * width, acc[i][c]);
         }
     }
     ANYATTN_UNROLL
     for (int c = 0; c < N; ++c) {
         V highest = top[c];
         ANYATTN_UNROLL
-        for (int i = 0; i < M; ++i) {
-            store(S + i * panel<C> + c * width, acc[i][c]);
-            highest = larger(highest, acc[i][c]);
-        }
+        for (int i = 0; i < M; ++i) highest = larger(highest, acc[i][c]);
         top[c] = highest;
     }
 }
@@ -78,12 +109,7 @@ ANYATTN_NOINLINE void add_values(const C *values, int64_t stride, const C *P, in
     using V = typename Lanes<C>::V;
     constexpr int N = kPanelVectors, width = lanes<C>;
     V acc[M][N];
-    ANYATTN_UNROLL
-    for (int c = 0; c < N; ++c) {
-        const V factor = alpha ? load<V>(alpha + c * width) : splat(C(1));
-        ANYATTN_UNROLL
-        for (int i = 0; i < M; ++i) acc[i][c] = load<V>(O + i * panel<C> + c * width) * factor;
-    }
+    clear<C>(acc);
     for (int64_t j = 0; j < n; ++j) {
         V p[N];
         ANYATTN_UNROLL
@@ -97,9 +123,13 @@ ANYATTN_NOINLINE void add_values(const C *values, int64_t stride, const C *P, in
         values += stride;
     }
     ANYATTN_UNROLL
-    for (int i = 0; i < M; ++i) {
+    for (int c = 0; c < N; ++c) {
+        const V factor = alpha ? load<V>(alpha + c * width) : splat(C(1));
         ANYATTN_UNROLL
-        for (int c = 0; c < N; ++c) store(O + i * panel<C> + c * width, acc[i][c]);
+        for (int i = 0; i < M; ++i) {
+            C *o = O + i * panel<C> + c * width;
+            store(o, load<V>(o) * factor + acc[i][c]);
+        }
     }
 }
 
@@ -110,11 +140,7 @@ ANYATTN_NOINLINE void add_queries(const C *P, int64_t panel_stride, const C *B, 
     using V = typename Lanes<C>::V;
     constexpr int width = lanes<C>;
     V acc[M][N];
-    ANYATTN_UNROLL
-    for (int i = 0; i < M; ++i) {
-        ANYATTN_UNROLL
-        for (int c = 0; c < N; ++c) acc[i][c] = load<V>(out + i * out_stride + c * width);
-    }
+    clear<C>(acc);
     for (; rows > 0; rows -= panel<C>, P += panel_stride) {
         const int64_t count = min64(rows, panel<C>);
         for (int64_t x = 0; x < count; ++x) {
@@ -133,7 +159,10 @@ ANYATTN_NOINLINE void add_queries(const C *P, int64_t panel_stride, const C *B, 
     ANYATTN_UNROLL
     for (int i = 0; i < M; ++i) {
         ANYATTN_UNROLL
-        for (int c = 0; c < N; ++c) store(out + i * out_stride + c * width, acc[i][c]);
+        for (int c = 0; c < N; ++c) {
+            C *to = out + i * out_stride + c * width;
+            store(to, load<V>(to) + acc[i][c]);
+        }
     }
 }
 

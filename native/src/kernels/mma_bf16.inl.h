@@ -56,36 +56,31 @@ template <int M>
 ANYATTN_NOINLINE void add_value_pairs(const Pair *values, int64_t stride, const Pair *P, int64_t pairs, float *O,
                                       const float *alpha) {
     constexpr int N = kPanelVectors;
-    F32 acc[M][N];
+    F32 acc[M][N] = {};
+    sum_pairs(acc, (const char *)values, sizeof(Pair), stride * (int64_t)sizeof(Pair), P, panel<float>, pairs);
     ANYATTN_UNROLL
     for (int c = 0; c < N; ++c) {
         const F32 factor = alpha ? load<F32>(alpha + 16 * c) : splat(1.0f);
         ANYATTN_UNROLL
-        for (int i = 0; i < M; ++i) acc[i][c] = load<F32>(O + i * panel<float> + 16 * c) * factor;
-    }
-    sum_pairs(acc, (const char *)values, sizeof(Pair), stride * (int64_t)sizeof(Pair), P, panel<float>, pairs);
-    ANYATTN_UNROLL
-    for (int i = 0; i < M; ++i) {
-        ANYATTN_UNROLL
-        for (int c = 0; c < N; ++c) store(O + i * panel<float> + 16 * c, acc[i][c]);
+        for (int i = 0; i < M; ++i) {
+            float *o = O + i * panel<float> + 16 * c;
+            store(o, load<F32>(o) * factor + acc[i][c]);
+        }
     }
 }
 
 template <int M, int N>
 ANYATTN_NOINLINE void add_query_pairs(const Pair *P, const Pair *B, int64_t stride, int64_t pairs, float *out,
                                       int64_t out_stride) {
-    F32 acc[M][N];
+    F32 acc[M][N] = {};
+    sum_pairs(acc, (const char *)P, panel<float> / 2 * sizeof(Pair), sizeof(Pair), B, stride, pairs);
     ANYATTN_UNROLL
     for (int i = 0; i < M; ++i) {
         ANYATTN_UNROLL
-        for (int c = 0; c < N; ++c) acc[i][c] = load<F32>(out + i * out_stride + 16 * c);
-    }
-    const int64_t row = panel<float> / 2 * sizeof(Pair);
-    sum_pairs(acc, (const char *)P, row, sizeof(Pair), B, stride, pairs);
-    ANYATTN_UNROLL
-    for (int i = 0; i < M; ++i) {
-        ANYATTN_UNROLL
-        for (int c = 0; c < N; ++c) store(out + i * out_stride + 16 * c, acc[i][c]);
+        for (int c = 0; c < N; ++c) {
+            float *to = out + i * out_stride + 16 * c;
+            store(to, load<F32>(to) + acc[i][c]);
+        }
     }
 }
 
