@@ -116,7 +116,8 @@ void forward_block(const anyattn_call &call, int64_t b, int64_t h, int64_t index
             V top[kPanelVectors];
             for (V &x : top) x = splat(-infinity(C()));
             M::scores(keys, first - j0, n, call.head_dim, w.q + p * w.packed_size, w.S, top);
-            const C factor = score_tile(block, p, first, n, M::score_factor(call.scale), w.added, (C *)nullptr, w.S, top);
+            const C factor =
+                score_tile(block, p, first, n, M::score_factor(call.scale), w.added, (C *)nullptr, w.S, top);
             if (w.keep) keep_tile(w.keep, block, p, first, n);
             softmax_pass<M>(w.S, n, factor, top, w.keep, w.m + row, w.l + row, w.alpha + row);
             M::accumulate(values, first - j0, n, call.head_dim_v, w.S, w.out + p * w.out_size, w.alpha + row);

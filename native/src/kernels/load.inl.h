@@ -145,8 +145,7 @@ struct Rows {
     char *at(int64_t i, int64_t d) const { return row(i) + d * dtype_size(dtype); }
 };
 
-inline Rows query_rows(const anyattn_array &array, const anyattn_call &call, const Sequence &s, int64_t h,
-                       int64_t i0) {
+inline Rows query_rows(const anyattn_array &array, const anyattn_call &call, const Sequence &s, int64_t h, int64_t i0) {
     const int64_t entry = call.cu_seqlens_q ? 0 : s.index * array.stride[0];
     const int64_t offset = entry + (s.row_q + i0) * array.stride[1] + h * array.stride[2];
     const int64_t size = dtype_size(array.dtype);
@@ -154,8 +153,7 @@ inline Rows query_rows(const anyattn_array &array, const anyattn_call &call, con
 }
 
 // lse or dlse of row i0 and, `stride` bytes on, the rows after it.
-inline Rows row_values(const anyattn_array &array, const anyattn_call &call, const Sequence &s, int64_t h,
-                       int64_t i0) {
+inline Rows row_values(const anyattn_array &array, const anyattn_call &call, const Sequence &s, int64_t h, int64_t i0) {
     const int64_t entry = call.cu_seqlens_q ? 0 : s.index * array.stride[0];
     const int64_t offset = entry + h * array.stride[1] + (s.row_q + i0) * array.stride[2];
     const int64_t size = dtype_size(array.dtype);

@@ -234,7 +234,7 @@ struct Plain {
 
     static void clear(const Gradients &g, int64_t first, int64_t end) {
         if (end <= first) return;
-        const size_t bytes = (size_t)((end - first) * panel<C>) * sizeof(C);
+        const size_t bytes = sizeof(C) * panel<C> * (size_t)(end - first);
         __builtin_memset(g.p + first * panel<C>, 0, bytes);
         __builtin_memset(g.ds + first * panel<C>, 0, bytes);
     }
@@ -273,9 +273,9 @@ struct Plain {
                                 int64_t out_stride) {
         for_vectors<C>(dim, [&](auto width, int64_t d) {
             for_tiles(n, [&](auto m, int64_t j) {
-                add_queries<C, decltype(m)::value, decltype(width)::value>(
-                    weights + j * panel<C>, kTileKeys * panel<C>, rows.data + d, rows.stride, count,
-                    out + j * out_stride + d, out_stride);
+                add_queries<C, decltype(m)::value, decltype(width)::value>(weights + j * panel<C>, kTileKeys * panel<C>,
+                                                                           rows.data + d, rows.stride, count,
+                                                                           out + j * out_stride + d, out_stride);
             });
         });
     }

@@ -18,8 +18,8 @@ ANYATTN_INLINE __m512i narrow_pair(F32 high, F32 low) {
 
 // acc[i][c] += sum over n steps of A[i * row + t * step] * B[t][c]: A read as scalar pairs, B as vectors.
 template <int M, int N>
-ANYATTN_INLINE void sum_pairs(F32 (&acc)[M][N], const char *A, int64_t row, int64_t step, const Pair *B,
-                              int64_t stride, int64_t n) {
+ANYATTN_INLINE void sum_pairs(F32 (&acc)[M][N], const char *A, int64_t row, int64_t step, const Pair *B, int64_t stride,
+                              int64_t n) {
     for (int64_t t = 0; t < n; ++t) {
         __m512i b[N];
         ANYATTN_UNROLL
@@ -175,7 +175,8 @@ struct Dot {
             result.stride = round_up(dim, 32) * 2;
             for (int64_t r = 0; r < n; ++r) {
                 for (int64_t d = 0; d < dim; d += 32) {
-                    _mm512_storeu_si512(buffer + r * result.stride + 2 * d, load_pairs(keys.row(j + r) + 2 * d, dim - d));
+                    _mm512_storeu_si512(buffer + r * result.stride + 2 * d,
+                                        load_pairs(keys.row(j + r) + 2 * d, dim - d));
                 }
             }
         }
@@ -254,14 +255,14 @@ struct Dot {
                                 float *out, int64_t out_stride) {
         for_vectors<float>(dim, [&](auto width, int64_t d) {
             for_tiles(n, [&](auto m, int64_t j) {
-                add_query_pairs<decltype(m)::value, decltype(width)::value>(
-                    weights + j * panel<float> / 2, rows.data + d, rows.stride, (count + 1) / 2,
-                    out + j * out_stride + d, out_stride);
+                add_query_pairs<decltype(m)::value, decltype(width)::value>(weights + j * panel<float> / 2,
+                                                                            rows.data + d, rows.stride, (count + 1) / 2,
+                                                                            out + j * out_stride + d, out_stride);
             });
         });
     }
-    static void accumulate_dk(const Gradients &g, int64_t n, const QueryPairs &q, int64_t count, int64_t dim, float *out,
-                              int64_t stride) {
+    static void accumulate_dk(const Gradients &g, int64_t n, const QueryPairs &q, int64_t count, int64_t dim,
+                              float *out, int64_t stride) {
         accumulate_rows(g.ds, n, q, count, dim, out, stride);
     }
     static void accumulate_dv(const Gradients &g, int64_t n, const QueryPairs &dout, int64_t count, int64_t dim,

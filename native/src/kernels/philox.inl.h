@@ -9,17 +9,17 @@ struct Counter {
     U32 word[4];
 };
 
-ANYATTN_INLINE U32 low_words(U64 even, U64 odd) {
-    return (U32)((even & splat(UINT64_C(0xffffffff))) | odd << 32);
-}
+ANYATTN_INLINE U32 low_words(U64 even, U64 odd) { return (U32)((even & splat(UINT64_C(0xffffffff))) | odd << 32); }
 ANYATTN_INLINE U32 high_words(U64 even, U64 odd) { return low_words(even >> 32, odd >> 32); }
 
 ANYATTN_INLINE Counter philox(Counter c, uint64_t seed) {
     uint32_t key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
     ANYATTN_UNROLL
     for (int round = 0; round < 7; ++round) {
-        const U64 even0 = multiply_wide((U64)c.word[0], 0xD2511F53), odd0 = multiply_wide((U64)c.word[0] >> 32, 0xD2511F53);
-        const U64 even1 = multiply_wide((U64)c.word[2], 0xCD9E8D57), odd1 = multiply_wide((U64)c.word[2] >> 32, 0xCD9E8D57);
+        const U64 even0 = multiply_wide((U64)c.word[0], 0xD2511F53);
+        const U64 odd0 = multiply_wide((U64)c.word[0] >> 32, 0xD2511F53);
+        const U64 even1 = multiply_wide((U64)c.word[2], 0xCD9E8D57);
+        const U64 odd1 = multiply_wide((U64)c.word[2] >> 32, 0xCD9E8D57);
         c = {{high_words(even1, odd1) ^ c.word[1] ^ splat(key0), low_words(even1, odd1),
               high_words(even0, odd0) ^ c.word[3] ^ splat(key1), low_words(even0, odd0)}};
         key0 += 0x9E3779B9;
@@ -28,9 +28,7 @@ ANYATTN_INLINE Counter philox(Counter c, uint64_t seed) {
     return c;
 }
 
-ANYATTN_INLINE void store_kept(float *to, U32 kept, float value) {
-    store(to, (F32)(kept & (U32)splat(value)));
-}
+ANYATTN_INLINE void store_kept(float *to, U32 kept, float value) { store(to, (F32)(kept & (U32)splat(value))); }
 
 ANYATTN_INLINE void store_kept(double *to, U32 kept, double value) {
     for (int i = 0; i < lanes<float>; ++i) to[i] = kept[i] ? value : 0.0;
@@ -58,7 +56,8 @@ ANYATTN_NOINLINE void fill_keep(C *keep, const DropoutCounter &d, int64_t n, C v
                 const int64_t j = group * 8 + x - d.key;
                 const U32 word = bits.word[x / 2];
                 const U32 half = x % 2 ? word >> 16 : word & splat(UINT32_C(0xffff));
-                if (j >= 0 && j < n) store_kept(keep + j * panel<C> + c, (U32)((Lanes<float>::I)half >= threshold), value);
+                if (j < 0 || j >= n) continue;
+                store_kept(keep + j * panel<C> + c, (U32)((Lanes<float>::I)half >= threshold), value);
             }
         }
     }

@@ -15,8 +15,8 @@ struct Block {
     int64_t h, h_kv, i0;
     int rows, panels;
     int64_t begin, end;  // keys that any of the rows may see
-    C cap, slope;        // 0: off; log2 units
-    bool scored;         // something other than intervals acts on scores
+    C cap, slope;  // 0: off; log2 units
+    bool scored;  // something other than intervals acts on scores
 
     Block(const anyattn_call &a, const Sequence &sequence, int64_t head, int64_t block)
         : call(a), s(sequence), h(head), h_kv(head / (a.nheads / a.nheads_kv)), i0(block * kBlockQ) {
@@ -88,8 +88,8 @@ ANYATTN_NOINLINE void fill_added(C *added, const Block<C> &block, int p, int64_t
     const anyattn_call &call = block.call;
     const auto element = [&](const anyattn_array &array) {
         const int64_t i = block.i0 + p * panel<C>;
-        const int64_t at = block.s.index * array.stride[0] + block.h * array.stride[1] + i * array.stride[2] +
-                           j * array.stride[3];
+        const int64_t at =
+            block.s.index * array.stride[0] + block.h * array.stride[1] + i * array.stride[2] + j * array.stride[3];
         return static_cast<const char *>(array.data) + at * dtype_size(array.dtype);
     };
     const int64_t rows = block.panel_rows(p);
@@ -136,8 +136,8 @@ struct Bounds {
 // Scores of the tile S of panel p and keys [j, j + n), in place; raises `top` anew. Products times factor are in log2
 // units. added: null or from fill_added; steep: null, or takes the derivative of the softcap; bounds: null or the edge.
 template <class C>
-ANYATTN_NOINLINE void score_pass(const Block<C> &block, int p, int64_t j, int64_t n, C factor, const C *added,
-                                 C *steep, const Bounds<C> *bounds, C *S, typename Lanes<C>::V *top) {
+ANYATTN_NOINLINE void score_pass(const Block<C> &block, int p, int64_t j, int64_t n, C factor, const C *added, C *steep,
+                                 const Bounds<C> *bounds, C *S, typename Lanes<C>::V *top) {
     using V = typename Lanes<C>::V;
     constexpr int N = kPanelVectors, width = lanes<C>;
     const int64_t p0 = block.i0 + p * panel<C> + block.s.offset, c0 = j - block.s.leftpad;
@@ -186,12 +186,9 @@ template <class C>
 ANYATTN_INLINE void keep_tile(C *keep, const Block<C> &block, int p, int64_t j, int64_t n) {
     const anyattn_call &call = block.call;
     const int64_t query = block.i0 + p * panel<C> + call.query_start;
-    const DropoutCounter counter{call.rng_state[0],
-                                 (uint32_t)call.rng_state[1],
-                                 (uint32_t)(block.s.index * call.nheads + block.h),
-                                 (uint32_t)query,
-                                 call.dropout_threshold,
-                                 j + call.key_start};
+    const DropoutCounter counter{
+        call.rng_state[0], (uint32_t)call.rng_state[1], (uint32_t)(block.s.index * call.nheads + block.h),
+        (uint32_t)query,   call.dropout_threshold,      j + call.key_start};
     fill_keep(keep, counter, n, C(1 / (1 - call.dropout_threshold / 65536.0)));
 }
 

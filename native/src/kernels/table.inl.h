@@ -22,9 +22,7 @@ auto with_mma(const anyattn_call &call, [[maybe_unused]] int32_t pass, const Bod
     return body(Plain<float>());
 }
 
-int64_t lanes_of(const anyattn_call &call) {
-    return call.q.dtype == ANYATTN_FLOAT64 ? lanes<double> : lanes<float>;
-}
+int64_t lanes_of(const anyattn_call &call) { return call.q.dtype == ANYATTN_FLOAT64 ? lanes<double> : lanes<float>; }
 
 int64_t scratch(const anyattn_call &call, int32_t pass) {
     return with_mma(call, pass, [&](auto m) {
@@ -59,16 +57,14 @@ void forward(const anyattn_call &call, int64_t b, int64_t h, int64_t block, void
 
 void backward(const anyattn_call &call, int64_t b, int64_t h_kv, int64_t split, int64_t splits, const Partial &partial,
               double *sink_partial, void *memory) {
-    with_mma(call, ANYATTN_BACKWARD, [&](auto m) {
-        backward_group<decltype(m)>(call, b, h_kv, split, splits, partial, sink_partial, memory);
-    });
+    with_mma(call, ANYATTN_BACKWARD,
+             [&](auto m) { backward_group<decltype(m)>(call, b, h_kv, split, splits, partial, sink_partial, memory); });
 }
 
 void reduce(const anyattn_call &call, int64_t b, int64_t h_kv, int64_t row0, int64_t row1, const Partial *partials,
             int64_t splits) {
-    with_mma(call, ANYATTN_BACKWARD, [&](auto m) {
-        reduce_group<typename decltype(m)::C>(call, b, h_kv, row0, row1, partials, splits);
-    });
+    with_mma(call, ANYATTN_BACKWARD,
+             [&](auto m) { reduce_group<typename decltype(m)::C>(call, b, h_kv, row0, row1, partials, splits); });
 }
 
 void dbias(const anyattn_call &call, int64_t bias_b, int64_t bias_h, int64_t block_q, int64_t block_k, void *memory) {

@@ -59,7 +59,7 @@ template <class C>
 constexpr int lanes = Lanes<C>::count;
 // Queries of one panel: what a register tile is wide.
 template <class C>
-constexpr int panel = Lanes<C>::count *kPanelVectors;
+constexpr int panel = Lanes<C>::count * kPanelVectors;
 
 template <class V>
 ANYATTN_INLINE V load(const void *p) {
