@@ -8,13 +8,14 @@ TORCH_INDEX ?=
 JOBS ?= auto
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find native -name '*.cc' -o -name '*.h' | sort)
 PACKAGED := $(shell find src examples native -not -path '*/__pycache__*') pyproject.toml
 
-.PHONY: venv require-native demo test full lint format sanitize sanitize-python clean
+.PHONY: venv require-native demo test full bench lint format sanitize sanitize-python clean
 .DEFAULT_GOAL := test
 
 venv: $(VENV)/installed
@@ -48,6 +49,9 @@ require-native: venv
 	@ANYATTN_REQUIRE=cpu $(BIN)/python -m anyattn info || \
 		{ echo "To see why: $(PIP) install -v --no-deps --no-build-isolation ."; exit 1; }
 
+bench: require-native
+	$(BIN)/python -m anyattn bench --json build/bench.json --plot build/bench.png $(BENCH_ARGS)
+
 lint: $(VENV)/lint
 	$(BIN)/ruff check --output-format=concise .
 	$(BIN)/ruff format --check .
@@ -74,7 +78,8 @@ ASAN = $(shell $(CXX) -print-file-name=libasan.so)
 sanitize-python: require-native sanitize-address
 	$(if $(findstring /,$(ASAN)),,$(error $(CXX) has no libasan.so: this target needs GCC))
 	LD_PRELOAD=$(ASAN) ASAN_OPTIONS=detect_leaks=0 ANYATTN_LIBRARY=$(abspath build/address/libanyattn.so) ANYATTN_REQUIRE=cpu \
-		$(BIN)/python -m pytest tests/test_errors.py tests/test_kvcache.py tests/test_properties.py -k cpu $(PYTEST_ARGS)
+		$(BIN)/python -m pytest tests/test_errors.py tests/test_kvcache.py tests/test_properties.py tests/test_boundary.py \
+		-k cpu $(PYTEST_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist
