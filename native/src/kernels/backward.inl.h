@@ -79,21 +79,21 @@ void prepare_rows(const Block<typename M::C> &block, const TileScratch<M> &w) {
 // S and T hold the products of a panel and n keys; P (with dropout) and dS times scale go where Out keeps them.
 // Works on pairs of keys and of vectors.
 template <class Out>
-ANYATTN_NOINLINE void gradient_pass(typename Out::C *S, typename Out::C *T, int64_t n, typename Out::C factor,
-                                    typename Out::C scale, typename Out::C *steep, typename Out::C *keep,
-                                    const typename Out::C *lse, const typename Out::C *delta,
+ANYATTN_NOINLINE void gradient_pass(typename Out::C *S, typename Out::C *T, int64_t n, int vectors,
+                                    typename Out::C factor, typename Out::C scale, typename Out::C *steep,
+                                    typename Out::C *keep, const typename Out::C *lse, const typename Out::C *delta,
                                     const typename Out::Gradients &gradients) {
     using C = typename Out::C;
     using V = typename Out::V;
     constexpr int width = lanes<C>, stride = panel<C>;
-    for (int c = 0; n % 2 && c < kPanelVectors; ++c) {
+    for (int c = 0; n % 2 && c < vectors; ++c) {
         const int64_t at = n * stride + c * width;
         store(S + at, splat(-infinity(C())));
         store(T + at, V{});
         if (steep) store(steep + at, V{});
         if (keep) store(keep + at, V{});
     }
-    for (int c = 0; c < kPanelVectors; c += 2) {
+    for (int c = 0; c < vectors; c += 2) {
         V top[2], middle[2];
         for (int x = 0; x < 2; ++x) {
             top[x] = load<V>(lse + (c + x) * width);
@@ -140,12 +140,13 @@ Range fill_gradients(const Block<typename M::C> &block, const TileScratch<M> &w,
     C *S = w.S + p * w.tile + range.first * panel<C>, *T = w.T + p * w.tile + range.first * panel<C>;
     C *steep = capped ? w.steep : nullptr;
     V top[kPanelVectors] = {};
-    M::scores(values, range.first, n, call.head_dim_v, w.dout + p * w.dout_size, T, top);
-    M::scores(keys, range.first, n, call.head_dim, w.q + p * w.q_size, S, top);
+    const int vectors = block.panel_vectors(p);
+    M::scores(values, range.first, n, call.head_dim_v, w.dout + p * w.dout_size, vectors, T, top);
+    M::scores(keys, range.first, n, call.head_dim, w.q + p * w.q_size, vectors, S, top);
     const C factor = score_tile(block, p, first, n, M::score_factor(call.scale), w.added, steep, S, top);
     if (w.keep) keep_tile(w.keep, block, p, first, n);
     const int64_t row = p * panel<C>;
-    gradient_pass<Out>(S, T, n, factor, scale, steep, w.keep, w.lse + row, w.delta + row,
+    gradient_pass<Out>(S, T, n, vectors, factor, scale, steep, w.keep, w.lse + row, w.delta + row,
                        Out::from(gradients, range.first));
     return range;
 }
@@ -203,7 +204,7 @@ void backward_block(const Block<typename M::C> &block, const BackwardScratch<M> 
         for (int p = 0; p < block.panels; ++p) {
             const auto part = M::panel_of(gradients, p);
             const Range r = fill_gradients<M, M>(block, tiles, keys, values, p, j0, j1, C(call.scale), true, part);
-            M::accumulate_dq(part, keys, r.first, r.n, call.head_dim, w.dq + p * w.dq_size);
+            M::accumulate_dq(part, keys, r.first, r.n, call.head_dim, block.panel_vectors(p), w.dq + p * w.dq_size);
         }
         M::accumulate_dv(gradients, n, dout_rows, block.rows, call.head_dim_v,
                          static_cast<C *>(partial.dv) + j0 * partial.dv_stride, partial.dv_stride);

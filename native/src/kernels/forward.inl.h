@@ -35,12 +35,13 @@ struct ForwardScratch {
 // S to P in place; m, l and alpha of the panel for its new maximum. Rows where nothing was seen yet stay at -inf and 0.
 // Works on pairs of keys: S has a row to spare.
 template <class M>
-ANYATTN_NOINLINE void softmax_pass(typename M::C *S, int64_t n, typename M::C factor, const typename M::V *top,
-                                   typename M::C *keep, typename M::C *m, typename M::C *l, typename M::C *alpha) {
+ANYATTN_NOINLINE void softmax_pass(typename M::C *S, int64_t n, int vectors, typename M::C factor,
+                                   const typename M::V *top, typename M::C *keep, typename M::C *m, typename M::C *l,
+                                   typename M::C *alpha) {
     using C = typename M::C;
     using V = typename M::V;
     constexpr int width = lanes<C>;
-    for (int c = 0; c < kPanelVectors; ++c) {
+    for (int c = 0; c < vectors; ++c) {
         const V before = load<V>(m + c * width), now = larger(before, top[c] * splat(factor));
         const V base = now == splat(-infinity(C())) ? V{} : now;
         const V rescale = exp2(before - base);
@@ -113,14 +114,15 @@ void forward_block(const anyattn_call &call, int64_t b, int64_t h, int64_t index
         for (int p = 0; p < block.panels; ++p) {
             const int64_t first = block.panel_begin(p, j0), n = block.panel_end(p, j1) - first, row = p * panel<C>;
             if (n <= 0) continue;
+            const int vectors = block.panel_vectors(p);
             V top[kPanelVectors];
             for (V &x : top) x = splat(-infinity(C()));
-            M::scores(keys, first - j0, n, call.head_dim, w.q + p * w.packed_size, w.S, top);
+            M::scores(keys, first - j0, n, call.head_dim, w.q + p * w.packed_size, vectors, w.S, top);
             const C factor =
                 score_tile(block, p, first, n, M::score_factor(call.scale), w.added, (C *)nullptr, w.S, top);
             if (w.keep) keep_tile(w.keep, block, p, first, n);
-            softmax_pass<M>(w.S, n, factor, top, w.keep, w.m + row, w.l + row, w.alpha + row);
-            M::accumulate(values, first - j0, n, call.head_dim_v, w.S, w.out + p * w.out_size, w.alpha + row);
+            softmax_pass<M>(w.S, n, vectors, factor, top, w.keep, w.m + row, w.l + row, w.alpha + row);
+            M::accumulate(values, first - j0, n, call.head_dim_v, w.S, vectors, w.out + p * w.out_size, w.alpha + row);
         }
     }
     finish_rows(block, w.m, w.l, w.alpha);

@@ -35,6 +35,14 @@ ANYATTN_INLINE void for_tiles(int64_t n, const Body &body) {
     for (; n - i >= 1; i += 1) body(Int<1>(), i);
 }
 
+// body(Int<N>()) for the N vectors that hold the queries of a panel: short blocks do not pay for whole panels.
+template <class Body>
+ANYATTN_INLINE void for_width(int vectors, const Body &body) {
+    if (vectors == 1) return body(Int<1>());
+    if (vectors == 2) return body(Int<2>());
+    body(Int<kPanelVectors>());
+}
+
 // body(Int<N>(), d) for groups of N vectors that cover [0, dim).
 template <class C, class Body>
 ANYATTN_INLINE void for_vectors(int64_t dim, const Body &body) {
@@ -64,11 +72,11 @@ ANYATTN_INLINE void add_tile(typename Lanes<C>::V (&acc)[M][N], const C *S) {
 }
 
 // S[i][lane] = <K[i], Q[lane]> for M keys; top rises to the maximum of each lane.
-template <class C, int M>
+template <class C, int M, int N>
 ANYATTN_NOINLINE void multiply_keys(const C *K, int64_t stride, int64_t dim, const C *Q, C *S,
                                     typename Lanes<C>::V *top) {
     using V = typename Lanes<C>::V;
-    constexpr int N = kPanelVectors, width = lanes<C>;
+    constexpr int width = lanes<C>;
     const int64_t chain = sizeof(C) == 8 ? dim : kChain;
     V acc[M][N];
     for (int64_t d = 0; d < dim; d += chain) {
@@ -104,10 +112,10 @@ ANYATTN_NOINLINE void multiply_keys(const C *K, int64_t stride, int64_t dim, con
 }
 
 // O[i][lane] = alpha[lane] O[i][lane] + sum over n keys of V[j][i] P[j][lane], for M columns i of V. alpha null: 1.
-template <class C, int M>
+template <class C, int M, int N>
 ANYATTN_NOINLINE void add_values(const C *values, int64_t stride, const C *P, int64_t n, C *O, const C *alpha) {
     using V = typename Lanes<C>::V;
-    constexpr int N = kPanelVectors, width = lanes<C>;
+    constexpr int width = lanes<C>;
     V acc[M][N];
     clear<C>(acc);
     for (int64_t j = 0; j < n; ++j) {
@@ -207,10 +215,14 @@ struct Plain {
         return {copy, stride};
     }
 
-    static void scores(const Keys &keys, int64_t first, int64_t n, int64_t dim, const Packed *q, C *S, V *top) {
+    static void scores(const Keys &keys, int64_t first, int64_t n, int64_t dim, const Packed *q, int vectors, C *S,
+                       V *top) {
         const C *k = keys.data + first * keys.stride;
-        for_tiles(n, [&](auto m, int64_t j) {
-            multiply_keys<C, decltype(m)::value>(k + j * keys.stride, keys.stride, dim, q, S + j * panel<C>, top);
+        for_width(vectors, [&](auto width) {
+            for_tiles(n, [&](auto m, int64_t j) {
+                multiply_keys<C, decltype(m)::value, decltype(width)::value>(k + j * keys.stride, keys.stride, dim, q,
+                                                                             S + j * panel<C>, top);
+            });
         });
     }
 
@@ -220,10 +232,14 @@ struct Plain {
         store(S + (j + 1) * panel<C> + c * lanes<C>, p1);
     }
 
-    static void accumulate(const Keys &keys, int64_t first, int64_t n, int64_t dim, const C *P, C *O, const C *alpha) {
+    static void accumulate(const Keys &keys, int64_t first, int64_t n, int64_t dim, const C *P, int vectors, C *O,
+                           const C *alpha) {
         const C *v = keys.data + first * keys.stride;
-        for_tiles(dim, [&](auto m, int64_t d) {
-            add_values<C, decltype(m)::value>(v + d, keys.stride, P, n, O + d * panel<C>, alpha);
+        for_width(vectors, [&](auto width) {
+            for_tiles(dim, [&](auto m, int64_t d) {
+                add_values<C, decltype(m)::value, decltype(width)::value>(v + d, keys.stride, P, n, O + d * panel<C>,
+                                                                          alpha);
+            });
         });
     }
 
@@ -288,8 +304,9 @@ struct Plain {
                               int64_t stride) {
         accumulate_rows(g.p, n, dout, count, dim, out, stride);
     }
-    static void accumulate_dq(const Gradients &g, const Keys &k, int64_t first, int64_t n, int64_t dim, C *dq) {
-        accumulate(k, first, n, dim, g.ds + first * panel<C>, dq, nullptr);
+    static void accumulate_dq(const Gradients &g, const Keys &k, int64_t first, int64_t n, int64_t dim, int vectors,
+                              C *dq) {
+        accumulate(k, first, n, dim, g.ds + first * panel<C>, vectors, dq, nullptr);
     }
 };
 

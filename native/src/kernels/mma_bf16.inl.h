@@ -35,9 +35,8 @@ ANYATTN_INLINE void sum_pairs(F32 (&acc)[M][N], const char *A, int64_t row, int6
     }
 }
 
-template <int M>
+template <int M, int N>
 ANYATTN_NOINLINE void multiply_key_pairs(const char *K, int64_t row, int64_t pairs, const Pair *Q, float *S, F32 *top) {
-    constexpr int N = kPanelVectors;
     F32 acc[M][N] = {};
     sum_pairs(acc, K, row, sizeof(Pair), Q, panel<float>, pairs);
     ANYATTN_UNROLL
@@ -52,10 +51,9 @@ ANYATTN_NOINLINE void multiply_key_pairs(const char *K, int64_t row, int64_t pai
     }
 }
 
-template <int M>
+template <int M, int N>
 ANYATTN_NOINLINE void add_value_pairs(const Pair *values, int64_t stride, const Pair *P, int64_t pairs, float *O,
                                       const float *alpha) {
-    constexpr int N = kPanelVectors;
     F32 acc[M][N] = {};
     sum_pairs(acc, (const char *)values, sizeof(Pair), stride * (int64_t)sizeof(Pair), P, panel<float>, pairs);
     ANYATTN_UNROLL
@@ -188,11 +186,14 @@ struct Dot {
         return result;
     }
 
-    static void scores(const Keys &keys, int64_t first, int64_t n, int64_t dim, const Packed *q, float *S, V *top) {
+    static void scores(const Keys &keys, int64_t first, int64_t n, int64_t dim, const Packed *q, int vectors, float *S,
+                       V *top) {
         const char *k = keys.rows + first * keys.stride;
-        for_tiles(n, [&](auto m, int64_t j) {
-            multiply_key_pairs<decltype(m)::value>(k + j * keys.stride, keys.stride, (dim + 1) / 2, q,
-                                                   S + j * panel<float>, top);
+        for_width(vectors, [&](auto width) {
+            for_tiles(n, [&](auto m, int64_t j) {
+                multiply_key_pairs<decltype(m)::value, decltype(width)::value>(
+                    k + j * keys.stride, keys.stride, (dim + 1) / 2, q, S + j * panel<float>, top);
+            });
         });
     }
 
@@ -204,12 +205,14 @@ struct Dot {
     }
 
     // Keys in pairs from `first`, which is even.
-    static void accumulate(const Keys &keys, int64_t first, int64_t n, int64_t dim, const void *P, float *O,
-                           const float *alpha) {
+    static void accumulate(const Keys &keys, int64_t first, int64_t n, int64_t dim, const void *P, int vectors,
+                           float *O, const float *alpha) {
         const Pair *v = keys.pairs + first / 2 * keys.pair_stride;
-        for_tiles(dim, [&](auto m, int64_t d) {
-            add_value_pairs<decltype(m)::value>(v + d, keys.pair_stride, static_cast<const Pair *>(P), (n + 1) / 2,
-                                                O + d * panel<float>, alpha);
+        for_width(vectors, [&](auto width) {
+            for_tiles(dim, [&](auto m, int64_t d) {
+                add_value_pairs<decltype(m)::value, decltype(width)::value>(
+                    v + d, keys.pair_stride, static_cast<const Pair *>(P), (n + 1) / 2, O + d * panel<float>, alpha);
+            });
         });
     }
 
@@ -269,8 +272,9 @@ struct Dot {
                               float *out, int64_t stride) {
         accumulate_rows(g.p, n, dout, count, dim, out, stride);
     }
-    static void accumulate_dq(const Gradients &g, const Keys &k, int64_t first, int64_t n, int64_t dim, float *dq) {
-        accumulate(k, first, n, dim, from(g, first).ds_keys, dq, nullptr);
+    static void accumulate_dq(const Gradients &g, const Keys &k, int64_t first, int64_t n, int64_t dim, int vectors,
+                              float *dq) {
+        accumulate(k, first, n, dim, from(g, first).ds_keys, vectors, dq, nullptr);
     }
 };
 

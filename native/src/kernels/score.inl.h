@@ -24,7 +24,9 @@ struct Block {
         panels = (rows + panel<C> - 1) / panel<C>;
         begin = key_begin(call, s, i0);
         end = key_end(call, s, i0 + rows - 1);
-        cap = C(call.softcap * kLog2e);
+        // Limits that leave tanh's argument and its product finite in float.
+        const double limited = call.softcap < 1e-30 ? 1e-30 : call.softcap > 1e30 ? 1e30 : call.softcap;
+        cap = call.softcap > 0 ? C(limited * kLog2e) : 0;
         slope = 0;
         if (call.alibi_slopes.data) slope = C(kLog2e) * head_value(call.alibi_slopes, s.index, h);
         scored = cap != 0 || slope != 0 || call.bias.data || call.mask.data;
@@ -38,6 +40,7 @@ struct Block {
     C sink() const { return call.sink.data ? head_value(call.sink, h, 0) : -infinity(C()); }
 
     int panel_rows(int p) const { return (int)min64(panel<C>, rows - p * panel<C>); }
+    int panel_vectors(int p) const { return (panel_rows(p) + lanes<C> - 1) / lanes<C>; }
     // Keys of a panel's rows inside [j0, j1), from an even distance to j0 on.
     int64_t panel_begin(int p, int64_t j0) const {
         const int64_t first = key_begin(call, s, i0 + p * panel<C>);
@@ -139,12 +142,13 @@ template <class C>
 ANYATTN_NOINLINE void score_pass(const Block<C> &block, int p, int64_t j, int64_t n, C factor, const C *added, C *steep,
                                  const Bounds<C> *bounds, C *S, typename Lanes<C>::V *top) {
     using V = typename Lanes<C>::V;
-    constexpr int N = kPanelVectors, width = lanes<C>;
+    constexpr int width = lanes<C>;
+    const int vectors = block.panel_vectors(p);
     const int64_t p0 = block.i0 + p * panel<C> + block.s.offset, c0 = j - block.s.leftpad;
     const C per_cap = block.cap != 0 ? 1 / block.cap : 0;
-    for (int c = 0; c < N; ++c) top[c] = splat(-infinity(C()));
+    for (int c = 0; c < vectors; ++c) top[c] = splat(-infinity(C()));
     for (int64_t r = 0; r < n; ++r) {
-        for (int c = 0; c < N; ++c) {
+        for (int c = 0; c < vectors; ++c) {
             const int64_t at = r * panel<C> + c * width;
             V s = load<V>(S + at) * splat(factor);
             if (block.cap != 0) {
