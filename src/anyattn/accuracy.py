@@ -4,7 +4,7 @@
 
 A is the largest value of the result's own expression on absolute values, and where that is 0 the result must be 0. The
 plain implementation is standard attention with the inputs' dtype in memory: scores, softmax and sums in float32, P and
-dt rounded before the second product, as the definition allows. Scores s beyond 16 lose bits before the softmax, and P
+dt rounded before the second product, as the definition allows. Scores s beyond 8 lose bits before the softmax, and P
 with them: a relative error of eps |s|, which one plain result shows only by chance, so for those it is added.
 """
 
@@ -22,8 +22,10 @@ from .dtypes import narrow, widen
 from .problem import Problem
 from .reference import Arrays, Float, Head, add_dbias, rows_lse
 
-ORDINARY_SCORE = 16.0
+ORDINARY_SCORE = 8.0
 EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+# Below, a type has no bits left: numbers of that size, times what they are multiplied by, may be flushed to 0.
+SMALLEST = {"float64": 2.0**-1016, "float32": 2.0**-120, "float16": 2.0**-24, "bfloat16": 2.0**-120}
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def expected_forward(problem: Problem, arrays: Arrays) -> dict[str, Expected]:
         plain = _Plain(problem, arrays, head)
         out.add(head.rows_q, plain.out, (head.p * head.d) @ np.abs(head.v))
         s = np.abs(np.where(np.isfinite(head.s), head.s, 0.0)).max(axis=1, initial=0.0)
-        size = np.where(np.isfinite(head.lse), np.maximum(s, np.abs(head.lse)), 0.0)
+        size = np.where(np.isfinite(head.lse), np.maximum(s, 1.0), 0.0)  # a sum near 1 has errors too
         lse.add(rows_lse(problem, head), plain.lse, size)
     lse.plain[~np.isfinite(value_lse)] = -np.inf
     rule = _rule(problem, lse.magnitude.max(initial=0.0), gradient=False)
@@ -128,8 +130,8 @@ class _Sum:
         finite = np.isfinite(self.value)
         difference = np.abs(round_to(self.plain[finite], dtype) - self.value[finite])
         largest = self.magnitude.max(initial=0.0)
-        budget = rule.times * difference.max(initial=0.0) + (rule.c * EPS[dtype] + rule.scores) * largest
-        return Expected(self.value, self.magnitude, float(budget))
+        rounding = (rule.c * EPS[dtype] + rule.scores) * largest + SMALLEST[dtype]
+        return Expected(self.value, self.magnitude, float(rule.times * difference.max(initial=0.0) + rounding))
 
 
 class _Plain:
@@ -173,15 +175,15 @@ class _Plain:
 
 def _magnitudes(problem: Problem, arrays: Arrays, head: Head, do: Float, dl: Float) -> dict[str, Any]:
     """The terms of every gradient on absolute values."""
-    q, k = np.abs(head.q), np.abs(head.k)
-    delta = np.abs((do * head.out).sum(-1) - dl)
-    ds = head.p * (head.d * np.abs(do @ head.v.T) + delta[:, None])
+    q, k, v, do = (np.abs(x) for x in (head.q, head.k, head.v, do))
+    delta = (do * ((head.p * head.d) @ v)).sum(-1) + np.abs(dl)
+    ds = head.p * (head.d * (do @ v.T) + delta[:, None])
     sink = -np.inf if problem.sink is None else float(np.asarray(arrays["sink"])[head.h])
     weight = np.exp(np.minimum(sink - head.lse, 0.0)) if np.isfinite(sink) else np.zeros_like(delta)
     return {
         "dq": abs(problem.scale) * (ds @ k),
         "dk": abs(problem.scale) * (ds.T @ q),
-        "dv": (head.p * head.d).T @ np.abs(do),
+        "dv": (head.p * head.d).T @ do,
         "dbias": ds,
         "dsink": (weight * delta).sum(),
     }
