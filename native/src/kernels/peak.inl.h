@@ -5,40 +5,44 @@
 namespace anyattn {
 namespace {
 
-// As many sums as a register tile of the products has.
-constexpr int kSums = 6 * kPanelVectors;
+// As many sums as a register tile of the products has: kRows * kPanelVectors.
+constexpr int kRows = 6;
+constexpr int kSums = kRows * kPanelVectors;
+
+template <class V, class Body>
+ANYATTN_INLINE void for_sums(V (&acc)[kRows][kPanelVectors], const Body &body) {
+    ANYATTN_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+        ANYATTN_UNROLL
+        for (int c = 0; c < kPanelVectors; ++c) body(acc[i][c]);
+    }
+}
 
 // Floating-point operations of n rounds; the sums go to `sink`, so that no compiler drops them.
 template <class C>
 ANYATTN_NOINLINE double peak_rounds(int64_t n, volatile double *sink) {
     using V = typename Lanes<C>::V;
     const V factor = splat(C(*sink)), term = splat(C(*sink));
-    V acc[kSums];
-    ANYATTN_UNROLL
-    for (int i = 0; i < kSums; ++i) acc[i] = splat(C(i));
-    for (int64_t round = 0; round < n; ++round) {
-        ANYATTN_UNROLL
-        for (int i = 0; i < kSums; ++i) acc[i] = acc[i] * factor + term;
-    }
-    ANYATTN_UNROLL
-    for (int i = 1; i < kSums; ++i) acc[0] += acc[i];
-    *sink = double(acc[0][0]);
+    V acc[kRows][kPanelVectors], sum{};
+    C start = 0;
+    for_sums(acc, [&](V &x) { x = splat(start++); });
+    for (int64_t round = 0; round < n; ++round) for_sums(acc, [&](V &x) { x = x * factor + term; });
+    for_sums(acc, [&](V &x) { sum += x; });
+    *sink = double(sum[0]);
     return 2.0 * double(n) * kSums * lanes<C>;
 }
 
 #if defined(__AVX512BF16__)
 ANYATTN_NOINLINE double peak_pairs(int64_t n, volatile double *sink) {
     const __m512bh pairs = (__m512bh)_mm512_set1_epi32(int(*sink));
-    __m512 acc[kSums];
-    ANYATTN_UNROLL
-    for (int i = 0; i < kSums; ++i) acc[i] = _mm512_set1_ps(float(i));
+    F32 acc[kRows][kPanelVectors], sum{};
+    float start = 0;
+    for_sums(acc, [&](F32 &x) { x = splat(start++); });
     for (int64_t round = 0; round < n; ++round) {
-        ANYATTN_UNROLL
-        for (int i = 0; i < kSums; ++i) acc[i] = _mm512_dpbf16_ps(acc[i], pairs, pairs);
+        for_sums(acc, [&](F32 &x) { x = (F32)_mm512_dpbf16_ps((__m512)x, pairs, pairs); });
     }
-    ANYATTN_UNROLL
-    for (int i = 1; i < kSums; ++i) acc[0] = _mm512_add_ps(acc[0], acc[i]);
-    *sink = double(((F32)acc[0])[0]);
+    for_sums(acc, [&](F32 &x) { sum += x; });
+    *sink = double(sum[0]);
     return 4.0 * double(n) * kSums * lanes<float>;
 }
 #endif
