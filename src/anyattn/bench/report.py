@@ -78,18 +78,17 @@ def plot(results: Results, path: Path) -> None:
         for name in rows[0]["seconds"] if rows else ():
             points = [(row["seqlen"], row["flops"] / row["seconds"][name]["median"] / 1e9) for row in rows]
             axis.plot(*zip(*points, strict=True), marker="o", label=name)
-        axis.set(
-            title=f"{'backward' if backward else 'forward'}, causal float32, 8 heads of 64", xlabel="sequence length"
-        )
-        axis.set(xscale="log", ylabel="useful GFLOP/s", ylim=(0, None))
-        axis.legend()
+        axis.set(title=f"{'backward' if backward else 'forward'}, causal float32, 8 heads of 64", ylim=(0, None))
+        axis.set(ylabel="useful GFLOP/s")
     for name, points in results["memory"].items():
-        axes[2].plot(
-            *zip(*[(int(n), mib["backward"]) for n, mib in points.items()], strict=True), marker="o", label=name
-        )
-    axes[2].set(title="peak extra memory, forward + backward", xlabel="sequence length", ylabel="MiB")
-    axes[2].set(xscale="log", yscale="log")
-    axes[2].legend()
+        lengths = [int(length) for length in points]
+        axes[2].plot(lengths, [used["backward"] for used in points.values()], marker="o", label=name)
+    axes[2].set(title="peak extra memory, forward and backward", ylabel="MiB", yscale="log")
+    for axis in axes:
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:.0f}")
+        axis.set_xlabel("sequence length")
+        axis.legend()
     machine = results["machine"]
     figure.suptitle(f"{machine['processor']}, {machine['cores']} cores, {machine['date']}", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
