@@ -34,7 +34,7 @@ def wheel(folder: Path, **environment: str) -> Path:
         capture_output=True,
         text=True,
         check=True,
-        timeout=900,
+        timeout=1800,
     )
     (built,) = folder.glob("*.whl")
     return built
@@ -53,7 +53,7 @@ def run_installed(built: Path, folder: Path, code: str) -> subprocess.CompletedP
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=1800,
     )
 
 

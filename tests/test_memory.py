@@ -50,7 +50,7 @@ def growth(length: int, backend: str) -> float:
         capture_output=True,
         text=True,
         check=True,
-        timeout=300,
+        timeout=1800,
     )
     return float(result.stdout)
 
