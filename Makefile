@@ -79,7 +79,7 @@ sanitize-python: require-native sanitize-address
 	$(if $(findstring /,$(ASAN)),,$(error $(CXX) has no libasan.so: this target needs GCC))
 	LD_PRELOAD=$(ASAN) ASAN_OPTIONS=detect_leaks=0 ANYATTN_LIBRARY=$(abspath build/address/libanyattn.so) ANYATTN_REQUIRE=cpu \
 		$(BIN)/python -m pytest tests/test_errors.py tests/test_kvcache.py tests/test_properties.py tests/test_boundary.py \
-		-k cpu $(PYTEST_ARGS)
+		-k "cpu or boundary" $(PYTEST_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist
