@@ -179,7 +179,12 @@ int32_t check_sizes(const Call &call, int32_t pass) {
         (status = check_lengths(call)) || (status = check_scalars(call)) || (status = check_storage(call, pass))) {
         return status;
     }
-    return pass == ANYATTN_APPEND ? check_rotary(call) : ANYATTN_SUCCESS;
+    if (pass == ANYATTN_APPEND) return check_rotary(call);
+    if (pass == ANYATTN_FORWARD) return ANYATTN_SUCCESS;
+    // The rows of dk and dv decide whether the backward may sum in them.
+    constexpr int64_t span = int64_t(1) << 52;
+    status = check_range(call, "stride 1 of dk", call.dk.stride[1], -span, span);
+    return status ? status : check_range(call, "stride 1 of dv", call.dv.stride[1], -span, span);
 }
 
 }  // namespace anyattn

@@ -140,7 +140,7 @@ class Fuzz {
             case 1:
                 array.stride[axis] = value >= INT64_MAX / 2 || value <= INT64_MIN / 2 ? value : 0;
                 // An axis of dbias that is broadcast has an element even where it sums over nothing: not in this memory.
-                if (array.data == call_->dbias.data && call_->batch * call_->seqlen_q * call_->seqlen_k == 0) {
+                if (array.data == call_->dbias.data && (!call_->batch || !call_->seqlen_q || !call_->seqlen_k)) {
                     array.data = nullptr;
                 }
                 break;
