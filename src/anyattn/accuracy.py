@@ -107,10 +107,13 @@ def check(expected: Mapping[str, Expected], got: Mapping[str, npt.NDArray[Any] |
 
 
 def _score_sizes(problem: Problem, head: Head) -> Float:
-    """|s| where seen. In float64, where no plain implementation shows what cancels, the products' absolute terms."""
+    """|s| where seen, and the products on absolute values where s does not show what cancels in them.
+
+    That is behind a softcap, and in float64, which has no plain implementation beside it.
+    """
     seen = np.isfinite(head.s)
     sizes = np.abs(np.where(seen, head.s, 0.0))
-    if problem.dtype == "float64":
+    if problem.dtype == "float64" or problem.softcap > 0:
         sizes = np.maximum(sizes, abs(problem.scale) * (np.abs(head.q) @ np.abs(head.k).T))
     return np.where(seen, sizes, 0.0)
 
