@@ -157,7 +157,11 @@ struct Dot {
     }
     // Queries stay as they are but for the sign: the maximum of products times a factor >= 0 is that of the scores.
     static float query_factor(double scale) { return scale < 0 ? -1.0f : 1.0f; }
-    static float score_factor(double scale) { return float((scale < 0 ? -scale : scale) * kLog2e); }
+    // Never 0: hidden scores stay at -inf under it.
+    static float score_factor(double scale) {
+        const float factor = float((scale < 0 ? -scale : scale) * kLog2e);
+        return factor > __FLT_MIN__ ? factor : __FLT_MIN__;
+    }
 
     static int64_t rows_bytes(int64_t dim) { return kKeys * round_up(dim, 32) * 2; }
     static int64_t key_buffer(int64_t dim, int use) {
