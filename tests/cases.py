@@ -5,6 +5,7 @@ A Case holds choices, no arrays; `inputs.build` makes the arrays. `scripts/make_
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -67,11 +68,23 @@ _MASKS: dict[str, dict[str, object]] = {
 _SCALES: dict[str, float | None] = {"default": None, "negative": -0.3, "0": 0.0}
 
 
+def _table() -> list[dict[str, str]]:
+    header, *rows = (Path(__file__).parent / "pairwise.txt").read_text(encoding="utf-8").splitlines()
+    return [dict(zip(header.split(), row.split(), strict=True)) for row in rows]
+
+
 def pairwise() -> list[Case]:
     """The committed table, as cases."""
-    header, *rows = (Path(__file__).parent / "pairwise.txt").read_text(encoding="utf-8").splitlines()
-    names = header.split()
-    return [_from_row(i, dict(zip(names, row.split(), strict=True))) for i, row in enumerate(rows)]
+    return [_from_row(i, row) for i, row in enumerate(_table())]
+
+
+def sampled(seed: int, count: int) -> list[Case]:
+    """Rows of values drawn from the table's columns: enough of them meet nearly every triple of values."""
+    table, rng = _table(), random.Random(seed)
+    columns = {name: sorted({row[name] for row in table}) for name in table[0]}
+    rows = [{name: rng.choice(values) for name, values in columns.items()} for _ in range(count)]
+    packed = [row | {"bias": "no"} if row["mask"].startswith("varlen") else row for row in rows]
+    return [_from_row(seed * count + i, row) for i, row in enumerate(packed)]
 
 
 def _from_row(index: int, row: dict[str, str]) -> Case:
@@ -133,6 +146,11 @@ NAMED = [
     Case("huge_scores_f16", content="huge", dtype="float16"),
     Case("huge_scores_softcap", content="huge", softcap=30.0, causal=True),
     Case("very_negative_scores", content="all_negative", causal=True, dlse=True),
+    Case("scale_zero_bf16", dtype="bfloat16", scale=0.0, dlse=True),
+    Case("scale_zero", scale=0.0, causal=True, sink=True, dlse=True),
+    Case("scale_negative_bf16", dtype="bfloat16", scale=-0.4, head_dim=64),
+    Case("scale_below_float32", scale=1e-50, dtype="float32"),
+    Case("scale_below_bf16", scale=-1e-50, dtype="bfloat16"),
     Case("equal_keys", content="equal_keys"),
     Case("rising_scores", content="rising", seqlen_k=517, dlse=True),
     Case("falling_scores", content="falling", seqlen_k=517, dlse=True),
