@@ -177,8 +177,7 @@ template <class C>
 ANYATTN_INLINE C score_tile(const Block<C> &block, int p, int64_t j, int64_t n, C factor, C *added, C *steep, C *S,
                             typename Lanes<C>::V *top) {
     const bool edge = block.edge(p, j, j + n);
-    // A factor <= 0 turns the maximum around, and the -inf of unseen keys into NaN: scores are scaled here then.
-    if (!edge && !block.scored && factor > 0) return factor;
+    if (!edge && !block.scored) return factor;
     Bounds<C> bounds;
     if (edge) lane_bounds(block, p, j, n, bounds.low, bounds.high);
     if (added) fill_added(added, block, p, j, n);
