@@ -19,6 +19,10 @@ constexpr double kMostBytes = 4e18;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Whether chunks are tasks of their own. In a call with long sequences there are tasks enough, and partials of every
+// row would take too much memory: there, a task adds up the chunks of its block.
+bool chunks_are_tasks(const anyattn_call &call) { return call.seqlen_q <= kBlockQ; }
+
 // How the rows of one sequence become tasks.
 struct Cuts {
     Sequence s;
@@ -42,8 +46,9 @@ struct Cuts {
         begin = key_begin(call, s, 0);
         end = max64(begin, key_end(call, s, s.n_q - 1));
         chunks = max64(1, ceil_div(end - begin, kChunkKeys));
-        // How heads are put together is felt by no result: it may depend on the threads there are.
-        const int64_t spare = call.batch * blocks_of_group * call.nheads_kv * chunks / (kTasksOfThread * run.threads);
+        // Which KV heads a task takes is felt by no result: it may depend on the threads there are.
+        const int64_t tasks = call.batch * blocks_of_group * call.nheads_kv * chunks;
+        const int64_t spare = chunks_are_tasks(call) ? tasks / (kTasksOfThread * run.threads) : 1;
         groups = max64(1, min64(spare, run.kernels.groups(call, heads * s.n_q)));
         groups = ceil_div(call.nheads_kv, ceil_div(call.nheads_kv, groups));
         blocks = ceil_div(call.nheads_kv, groups) * blocks_of_group;
@@ -74,10 +79,6 @@ int64_t most_chunks(const anyattn_call &call) {
     }
     return max64(1, ceil_div(keys, kChunkKeys));
 }
-
-// Whether chunks are tasks of their own. In a call with long sequences there are tasks enough, and partials of every
-// row would take too much memory: there, a task adds up the chunks of its block.
-bool chunks_are_tasks(const anyattn_call &call) { return call.seqlen_q <= kBlockQ; }
 
 // All tasks: those of sequence b begin at first[b], its partial rows at rows[b].
 struct Tasks {
