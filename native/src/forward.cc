@@ -12,8 +12,8 @@ namespace {
 
 // Keys of a cut.
 constexpr int64_t kChunkKeys = 512;
-// Tasks that a thread should have before heads are put together.
-constexpr int64_t kTasksOfThread = 4;
+// Tasks that a thread should have before blocks are put together, and blocks that gain from it.
+constexpr int64_t kTasksOfThread = 4, kMostBlocks = 4;
 // Limits of sums of sizes, far from overflow.
 constexpr double kMostBytes = 4e18;
 
@@ -23,49 +23,68 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // row would take too much memory: there, a task adds up the chunks of its block.
 bool chunks_are_tasks(const anyattn_call &call) { return call.seqlen_q <= kBlockQ; }
 
-// How the rows of one sequence become tasks.
+// n divided into as many parts as parts of at most `limit` make: the size of one.
+int64_t even_part(int64_t n, int64_t limit) { return ceil_div(n, ceil_div(n, min64(n, limit))); }
+
+// How the rows of one sequence become tasks. Which blocks share a task is felt by no result: that may depend on the
+// threads there are.
 struct Cuts {
+    const Run &run;
     Sequence s;
     int64_t group;  // heads that share keys
-    int64_t heads;  // of a block
-    int64_t groups;  // KV heads of a task
-    int64_t blocks;  // tasks for all rows and heads
-    int64_t begin, end;  // keys that any row may see; short sequences
-    int64_t chunks;
-    bool packed;
+    int64_t packed = 0;  // heads of a block; 0: the sequence is long
+    int64_t together = 1, row_blocks = 1, groups = 1;  // of a task: heads or packed heads, blocks of rows, KV heads
+    int64_t tasks = 0;  // for all rows and heads
+    int64_t begin = 0, end = 0, chunks = 1;  // keys that any row may see; short sequences
 
-    Cuts(const Run &run, int64_t b) : s(sequence(run.call, b)), group(run.call.nheads / run.call.nheads_kv) {
+    Cuts(const Run &r, int64_t b) : run(r), s(sequence(r.call, b)), group(r.call.nheads / r.call.nheads_kv) {
+        if (s.n_q > kBlockQ) {
+            cut_rows();
+        } else if (s.n_q > 0) {
+            cut_keys();
+        }
+    }
+
+    // Blocks of a task, if there are `blocks` in the sequence.
+    int64_t spare(int64_t blocks) const { return max64(1, run.call.batch * blocks / (kTasksOfThread * run.threads)); }
+
+    void cut_rows() {
         const anyattn_call &call = run.call;
-        packed = s.n_q > 0 && s.n_q <= kBlockQ;
-        heads = groups = chunks = 1;
-        blocks = blocks_of(s.n_q) * call.nheads;
-        begin = end = 0;
-        if (!packed) return;
-        const int64_t blocks_of_group = ceil_div(group, min64(group, kBlockQ / s.n_q));
-        heads = ceil_div(group, blocks_of_group);
+        const int64_t blocks = blocks_of(s.n_q);
+        const int64_t limit = min64(kMostBlocks, run.kernels.most_blocks(call, kBlockQ));
+        const int64_t share = min64(limit, spare(call.nheads * blocks));
+        together = even_part(group, share);
+        // Blocks of rows that do not begin at the same key would see other tiles of keys.
+        const bool same_begin = !(call.flags & ANYATTN_HAS_LEFT) && call.chunk == 0;
+        if (same_begin) row_blocks = even_part(blocks, max64(1, share / together));
+        tasks = call.nheads_kv * ceil_div(group, together) * ceil_div(blocks, row_blocks);
+    }
+
+    void cut_keys() {
+        const anyattn_call &call = run.call;
+        packed = even_part(group, kBlockQ / s.n_q);
         begin = key_begin(call, s, 0);
         end = max64(begin, key_end(call, s, s.n_q - 1));
         chunks = max64(1, ceil_div(end - begin, kChunkKeys));
-        // Which KV heads a task takes is felt by no result: it may depend on the threads there are.
-        const int64_t tasks = call.batch * blocks_of_group * call.nheads_kv * chunks;
-        const int64_t spare = chunks_are_tasks(call) ? tasks / (kTasksOfThread * run.threads) : 1;
-        groups = max64(1, min64(spare, run.kernels.groups(call, heads * s.n_q)));
-        groups = ceil_div(call.nheads_kv, ceil_div(call.nheads_kv, groups));
-        blocks = ceil_div(call.nheads_kv, groups) * blocks_of_group;
+        const int64_t blocks = ceil_div(group, packed) * call.nheads_kv;
+        const int64_t limit = chunks_are_tasks(call) ? run.kernels.most_groups(call, packed * s.n_q) : 1;
+        groups = even_part(call.nheads_kv, min64(limit, spare(blocks * chunks)));
+        tasks = ceil_div(call.nheads_kv, groups) * ceil_div(group, packed);
     }
 
-    // The blocks of one head side by side, the last (with causal masks the longest) first.
-    QueryBlock block(int64_t index) const {
-        if (!packed) {
-            const int64_t width = blocks_of(s.n_q);
-            return query_block(s, index / width, width - 1 - index % width);
+    // The rows of some heads side by side, the last (with causal masks the longest) first.
+    BlockSet set(int64_t index) const {
+        const int64_t step = packed ? packed : together, sets = ceil_div(group, step);
+        if (packed) {
+            const int64_t h_kv = index / sets * groups, first = index % sets * step;
+            const QueryBlock block{s.index, h_kv * group + first, min64(step, group - first), 0, s.n_q};
+            return {block, 1, 1, min64(groups, run.call.nheads_kv - h_kv)};
         }
-        const int64_t of_group = ceil_div(group, heads);
-        const int64_t first = index % of_group * heads;
-        return {s.index, index / of_group * groups * group + first, min64(heads, group - first), 0, s.n_q};
-    }
-    int64_t groups_of(const QueryBlock &block, const anyattn_call &call) const {
-        return min64(groups, call.nheads_kv - block.h / group);
+        const int64_t blocks = blocks_of(s.n_q), width = ceil_div(blocks, row_blocks), column = index / width;
+        const int64_t first = column % sets * step, block = (width - 1 - index % width) * row_blocks;
+        const int64_t rows = min64(row_blocks * kBlockQ, s.n_q - block * kBlockQ);
+        const QueryBlock at{s.index, column / sets * group + first, 1, block * kBlockQ, rows};
+        return {at, min64(step, group - first), min64(row_blocks, blocks - block), 1};
     }
 };
 
@@ -93,7 +112,7 @@ struct Tasks {
         for (int64_t b = 0; b < call.batch; ++b) {
             const Cuts cuts(run, b);
             const bool split = chunks_are_tasks(call) && cuts.chunks > 1;
-            first.push_back(first.back() + cuts.blocks * (chunks_are_tasks(call) ? cuts.chunks : 1));
+            first.push_back(first.back() + cuts.tasks * (chunks_are_tasks(call) ? cuts.chunks : 1));
             rows.push_back(rows.back() + (split ? cuts.chunks * call.nheads * cuts.s.n_q : 0));
         }
     }
@@ -118,38 +137,37 @@ struct Tasks {
 };
 
 // The chunks of a block one after the other: the same sums as those of separate tasks.
-void run_chunks(const Run &run, const Cuts &cuts, const QueryBlock &block, int32_t worker) {
+void run_chunks(const Cuts &cuts, const BlockSet &set, int32_t worker) {
+    const Run &run = cuts.run;
     char *scratch = run.scratch_of(worker);
     const int64_t bytes = kBlockQ * run.kernels.partial_row_bytes(run.call);
     char *into = scratch + run.scratch_bytes - 2 * bytes, *from = into + bytes;
     for (int64_t c = 0; c < cuts.chunks; ++c) {
         const int64_t begin = cuts.begin + c * kChunkKeys, end = min64(begin + kChunkKeys, cuts.end);
-        char *partial = c == 0 ? into : from;
-        run.kernels.forward(run.call, block, 1, begin, end, partial, scratch);
-        if (c > 0) run.kernels.merge(run.call, block, into, from);
+        run.kernels.forward(run.call, set, begin, end, c == 0 ? into : from, scratch);
+        if (c > 0) run.kernels.merge(run.call, set.first, into, from);
     }
-    run.kernels.finish(run.call, block, into);
+    run.kernels.finish(run.call, set.first, into);
 }
 
 void run_task(const Run &run, const Tasks &tasks, int64_t task, int32_t worker) {
     const int64_t b = tasks.sequence_of(task);
     const Cuts cuts(run, b);
     const int64_t index = task - tasks.first_of(b);
-    const QueryBlock block = cuts.block(index % cuts.blocks);
-    if (cuts.chunks > 1 && !chunks_are_tasks(run.call)) return run_chunks(run, cuts, block, worker);
+    const BlockSet set = cuts.set(index % cuts.tasks);
+    if (cuts.chunks > 1 && !chunks_are_tasks(run.call)) return run_chunks(cuts, set, worker);
     char *partial = nullptr;
     int64_t begin = cuts.begin, end = cuts.end;
     if (!cuts.packed) {
-        begin = key_begin(run.call, cuts.s, block.i0);
-        end = key_end(run.call, cuts.s, block.i0 + block.rows - 1);
+        begin = key_begin(run.call, cuts.s, set.first.i0);
+        end = key_end(run.call, cuts.s, set.first.i0 + set.first.rows - 1);
     } else if (cuts.chunks > 1) {
-        const int64_t chunk = index / cuts.blocks;
+        const int64_t chunk = index / cuts.tasks;
         begin += chunk * kChunkKeys;
         end = min64(end, begin + kChunkKeys);
-        partial = run.workspace + tasks.row_of(block, chunk) * run.kernels.partial_row_bytes(run.call);
+        partial = run.workspace + tasks.row_of(set.first, chunk) * run.kernels.partial_row_bytes(run.call);
     }
-    const int64_t groups = cuts.groups_of(block, run.call);
-    run.kernels.forward(run.call, block, groups, begin, end, partial, run.scratch_of(worker));
+    run.kernels.forward(run.call, set, begin, end, partial, run.scratch_of(worker));
 }
 
 // One task for every head of every sequence with partials: its rows are a block here.

@@ -12,6 +12,16 @@ struct QueryBlock {
     int64_t b, h, heads, i0, rows;
 };
 
+// Blocks that one task computes side by side, tile of keys by tile of keys: `first`, the heads and row blocks that follow
+// it (which read the same keys), and all of that again for the next KV heads (which lie beside them in memory).
+struct BlockSet {
+    QueryBlock first;  // rows: of all row blocks
+    int64_t heads, row_blocks, groups;
+
+    int64_t shared() const { return heads * row_blocks; }
+    int64_t count() const { return groups * shared(); }
+};
+
 // Where the backward of one (sequence, KV head, split) accumulates: rows of `stride` values in the compute type.
 struct Partial {
     void *dk, *dv;
@@ -27,13 +37,12 @@ struct Kernels {
     int64_t (*partial_stride)(const anyattn_call &, int64_t dim);
     // True if dk and dv themselves can be the partial (compute type, whole vectors, no accumulate).
     bool (*partial_in_place)(const anyattn_call &);
-    // out and lse of a block, and of the same heads of the next groups - 1 KV heads, from keys [begin, end), which are
-    // all that they may see. Given a partial: what those keys contribute, row by row; the rows of a head follow those of
-    // the head before it.
-    void (*forward)(const anyattn_call &, const QueryBlock &, int64_t groups, int64_t begin, int64_t end, void *partial,
-                    void *scratch);
-    // KV heads that such a task gains from when it reads them together.
-    int64_t (*groups)(const anyattn_call &, int64_t rows);
+    // out and lse of a set of blocks from keys [begin, end), which are all that they may see. Given a partial: what those
+    // keys contribute, row by row; the rows of a head follow those of the head before it.
+    void (*forward)(const anyattn_call &, const BlockSet &, int64_t begin, int64_t end, void *partial, void *scratch);
+    // Blocks that a task keeps well in reach, for blocks of so many rows; and KV heads that it gains from.
+    int64_t (*most_blocks)(const anyattn_call &, int64_t rows);
+    int64_t (*most_groups)(const anyattn_call &, int64_t rows);
     // Adds a partial of the same block, in place; writes out and lse from the sum of all.
     void (*merge)(const anyattn_call &, const QueryBlock &, void *into, const void *from);
     void (*finish)(const anyattn_call &, const QueryBlock &, const void *partial);

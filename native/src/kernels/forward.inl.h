@@ -32,14 +32,19 @@ struct ForwardState {
 };
 
 template <class M>
+int64_t most_blocks(const anyattn_call &call) {
+    Arena arena{nullptr, 0};
+    ForwardState<M>(call, arena);
+    return max64(1, kStateBytes / arena.used);
+}
+
+template <class M>
 int64_t most_groups(const anyattn_call &call) {
     const auto bytes = [](const anyattn_array &array, int64_t dim) { return max64(1, dim * dtype_size(array.dtype)); };
     const auto apart = [](const anyattn_array &array) { return array.stride[2] > array.stride[1]; };
     if (apart(call.k) || apart(call.v)) return 1;
-    Arena arena{nullptr, 0};
-    ForwardState<M>(call, arena);
     const int64_t run = kRunBytes / min64(bytes(call.k, call.head_dim), bytes(call.v, call.head_dim_v));
-    return max64(1, min64(call.nheads_kv, min64(run, kStateBytes / arena.used)));
+    return max64(1, min64(call.nheads_kv, min64(run, most_blocks<M>(call))));
 }
 
 // What the blocks of a task share.
@@ -52,7 +57,7 @@ struct ForwardScratch {
     Block<C> *blocks;
     ForwardState<M> *states;
 
-    ForwardScratch(const anyattn_call &call, int64_t groups, Arena &arena) {
+    ForwardScratch(const anyattn_call &call, int64_t count, Arena &arena) {
         const int64_t tile = kTileKeys * panel<C>;
         S = arena.take<C>(tile);
         added = call.bias.data || call.mask.data ? arena.take<C>(tile) : nullptr;
@@ -60,13 +65,13 @@ struct ForwardScratch {
         alpha = arena.take<C>(kBlockQ);
         k = arena.take<char>(M::key_buffer(call.head_dim, kSumDim));
         v = arena.take<char>(M::key_buffer(call.head_dim_v, kSumKeys));
-        k_rows = arena.take<KeyRows>(groups);
-        v_rows = arena.take<KeyRows>(groups);
-        blocks = arena.take<Block<C>>(groups);
-        states = arena.take<ForwardState<M>>(groups);
-        for (int64_t g = 0; g < groups; ++g) {
+        k_rows = arena.take<KeyRows>(count);
+        v_rows = arena.take<KeyRows>(count);
+        blocks = arena.take<Block<C>>(count);
+        states = arena.take<ForwardState<M>>(count);
+        for (int64_t i = 0; i < count; ++i) {
             const ForwardState<M> state(call, arena);
-            if (arena.base) new (states + g) ForwardState<M>(state);
+            if (arena.base) new (states + i) ForwardState<M>(state);
         }
     }
 };
@@ -163,12 +168,10 @@ void start(const Block<typename M::C> &block, const ForwardState<M> &state) {
 // Adds the keys [j0, j1): one tile.
 template <class M>
 void attend(const Block<typename M::C> &block, const ForwardState<M> &state, const ForwardScratch<M> &w,
-            const KeyRows &k, const KeyRows &v, int64_t j0, int64_t j1, Ahead &next) {
+            const typename M::Keys &keys, const typename M::Keys &values, int64_t j0, int64_t j1, Ahead &next) {
     using C = typename M::C;
     using V = typename M::V;
     const anyattn_call &call = block.call;
-    const auto keys = M::load_keys(k, j0, j1 - j0, call.head_dim, kSumDim, w.k);
-    const auto values = M::load_keys(v, j0, j1 - j0, call.head_dim_v, kSumKeys, w.v);
     for (int p = 0; p < block.panels; ++p) {
         const int64_t first = block.panel_begin(p, j0), n = block.panel_end(p, j1) - first, row = p * panel<C>;
         if (n <= 0) continue;
@@ -209,32 +212,43 @@ void write_block(const Block<typename M::C> &block, const ForwardState<M> &state
     }
 }
 
+// Block `index` of a set.
+inline QueryBlock block_of(const anyattn_call &call, const BlockSet &set, int64_t index) {
+    const QueryBlock &first = set.first;
+    const int64_t h = first.h + index / set.shared() * (call.nheads / call.nheads_kv) + index % set.heads;
+    const int64_t skipped = index / set.heads % set.row_blocks * kBlockQ;
+    return {first.b, h, first.heads, first.i0 + skipped, min64(kBlockQ / first.heads, first.rows - skipped)};
+}
+
 template <class M>
-void forward_blocks(const anyattn_call &call, const QueryBlock &rows, int64_t groups, int64_t begin, int64_t end,
-                    void *partial, void *memory) {
+void forward_blocks(const anyattn_call &call, const BlockSet &set, int64_t begin, int64_t end, void *partial,
+                    void *memory) {
     using C = typename M::C;
     Arena arena{static_cast<char *>(memory), 0};
-    const ForwardScratch<M> w(call, groups, arena);
-    const int64_t group = call.nheads / call.nheads_kv;
-    for (int64_t g = 0; g < groups; ++g) {
-        const Block<C> &block =
-            *new (w.blocks + g) Block<C>(call, {rows.b, rows.h + g * group, rows.heads, rows.i0, rows.rows});
+    const ForwardScratch<M> w(call, set.count(), arena);
+    for (int64_t i = 0; i < set.count(); ++i)
+        start(*new (w.blocks + i) Block<C>(call, block_of(call, set, i)), w.states[i]);
+    for (int64_t g = 0; g < set.groups; ++g) {
+        const Block<C> &block = w.blocks[g * set.shared()];
         w.k_rows[g] = key_rows(call.k, call, block.s, block.h_kv);
         w.v_rows[g] = key_rows(call.v, call, block.s, block.h_kv);
-        start(block, w.states[g]);
     }
     M::clean(w.S);
     for (int64_t j0 = begin; j0 < end; j0 += M::tile_keys) {
         const int64_t j1 = min64(j0 + M::tile_keys, end);
-        Ahead next = next_tile(call, w.k_rows, w.v_rows, groups, j1, min64(j1 + M::tile_keys, end));
-        for (int64_t g = 0; g < groups; ++g) {
-            attend(w.blocks[g], w.states[g], w, w.k_rows[g], w.v_rows[g], j0, j1, next);
+        Ahead next = next_tile(call, w.k_rows, w.v_rows, set.groups, j1, min64(j1 + M::tile_keys, end));
+        for (int64_t i = 0; i < set.count();) {
+            const int64_t g = i / set.shared();
+            const auto keys = M::load_keys(w.k_rows[g], j0, j1 - j0, call.head_dim, kSumDim, w.k);
+            const auto values = M::load_keys(w.v_rows[g], j0, j1 - j0, call.head_dim_v, kSumKeys, w.v);
+            for (; i < (g + 1) * set.shared(); ++i) attend(w.blocks[i], w.states[i], w, keys, values, j0, j1, next);
         }
     }
-    for (int64_t g = 0; g < groups; ++g) {
-        const int64_t first = g * group * rows.rows * ForwardPartial<C>::row_size(call);
-        const ForwardPartial<C> target(call, static_cast<C *>(partial) + (partial ? first : 0));
-        write_block(w.blocks[g], w.states[g], w.alpha, partial ? &target : nullptr);
+    for (int64_t i = 0; i < set.count(); ++i) {
+        const int64_t row = (w.blocks[i].h - set.first.h) * set.first.rows;
+        const ForwardPartial<C> target(
+            call, static_cast<C *>(partial) + (partial ? row * ForwardPartial<C>::row_size(call) : 0));
+        write_block(w.blocks[i], w.states[i], w.alpha, partial ? &target : nullptr);
     }
 }
 

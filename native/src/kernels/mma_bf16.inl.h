@@ -144,7 +144,7 @@ struct Dot {
     struct Keys {
         const char *rows;
         int64_t stride;  // bytes
-        const Pair *pairs;
+        Pair *pairs;
         int64_t pair_stride;
     };
     // P and dS as pairs along queries [key][32]; dS as pairs along keys [key / 2][64].
@@ -178,7 +178,7 @@ struct Dot {
 
     static int64_t rows_bytes(int64_t dim) { return kKeys * round_up(dim, 32) * 2; }
     static int64_t key_buffer(int64_t dim, int use) {
-        const int64_t pairs = use & kSumKeys ? kKeys / 2 * round_up(dim, 16) * (int64_t)sizeof(Pair) : 0;
+        const int64_t pairs = use & kSumKeys ? (kKeys / 2 + 1) * round_up(dim, 16) * (int64_t)sizeof(Pair) : 0;
         return rows_bytes(dim) + pairs;
     }
 
@@ -223,16 +223,25 @@ struct Dot {
         store(S + j / 2 * panel<float> + 16 * c, _mm512_permutexvar_epi16(order, narrow_pair(p1, p0)));
     }
 
-    // Keys in pairs from `first`, which is even.
+    // Keys in pairs from `first`, which is even. A last key alone must not bring its neighbour, which these queries may
+    // not see: 0 times infinity is not 0.
     static void accumulate(const Keys &keys, int64_t first, int64_t n, int64_t dim, const void *P, int rows, float *O,
                            const float *alpha) {
-        const Pair *v = keys.pairs + first / 2 * keys.pair_stride;
+        Pair *v = keys.pairs + first / 2 * keys.pair_stride, *last = v + n / 2 * keys.pair_stride;
+        Pair *saved = keys.pairs + kKeys / 2 * keys.pair_stride;
+        if (n % 2) {
+            for (int64_t d = 0; d < keys.pair_stride; ++d) {
+                saved[d] = last[d];
+                last[d] &= 0xffff;
+            }
+        }
         for_width(vectors_of<float>(rows), [&](auto width) {
             for_tiles(dim, [&](auto m, int64_t d) {
                 add_value_pairs<decltype(m)::value, decltype(width)::value>(
                     v + d, keys.pair_stride, static_cast<const Pair *>(P), (n + 1) / 2, O + d * panel<float>, alpha);
             });
         });
+        if (n % 2) __builtin_memcpy(last, saved, (size_t)keys.pair_stride * sizeof(Pair));
     }
 
     static constexpr int64_t tile_pairs = kTileKeys * panel<float> / 2;

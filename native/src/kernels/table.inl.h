@@ -32,7 +32,7 @@ int64_t scratch(const anyattn_call &call, int32_t pass) {
         if (pass == ANYATTN_FORWARD) {
             Arena few{nullptr, 0};
             using F = typename M::Few;
-            ForwardScratch<M>(call, most_groups<M>(call), arena);
+            ForwardScratch<M>(call, most_blocks<M>(call), arena);
             ForwardScratch<F>(call, most_groups<F>(call), few);
             return max64(arena.used, few.used);
         }
@@ -64,13 +64,18 @@ auto with_rows(const anyattn_call &call, int64_t rows, const Body &body) {
     });
 }
 
-void forward(const anyattn_call &call, const QueryBlock &rows, int64_t groups, int64_t begin, int64_t end,
-             void *partial, void *memory) {
-    with_rows(call, rows.heads * rows.rows,
-              [&](auto m) { forward_blocks<decltype(m)>(call, rows, groups, begin, end, partial, memory); });
+void forward(const anyattn_call &call, const BlockSet &set, int64_t begin, int64_t end, void *partial, void *memory) {
+    // The last rows of a long sequence are computed like its others, whichever blocks they share a task with.
+    const bool is_long = sequence(call, set.first.b).n_q > kBlockQ;
+    with_rows(call, is_long ? kBlockQ : set.first.heads * set.first.rows,
+              [&](auto m) { forward_blocks<decltype(m)>(call, set, begin, end, partial, memory); });
 }
 
-int64_t groups(const anyattn_call &call, int64_t rows) {
+int64_t blocks_at_once(const anyattn_call &call, int64_t rows) {
+    return with_rows(call, rows, [&](auto m) { return most_blocks<decltype(m)>(call); });
+}
+
+int64_t groups_at_once(const anyattn_call &call, int64_t rows) {
     return with_rows(call, rows, [&](auto m) { return most_groups<decltype(m)>(call); });
 }
 
@@ -112,8 +117,9 @@ void dbias(const anyattn_call &call, int64_t bias_b, int64_t bias_h, int64_t blo
 int64_t dbias_block_k(const anyattn_call &) { return kKeys; }
 
 constexpr Kernels table(const char *name) {
-    return {name,   scratch,           partial_stride, partial_in_place, forward, groups,        merge,
-            finish, partial_row_bytes, backward,       reduce,           dbias,   dbias_block_k, peak};
+    return {name,           scratch,        partial_stride, partial_in_place, forward,
+            blocks_at_once, groups_at_once, merge,          finish,           partial_row_bytes,
+            backward,       reduce,         dbias,          dbias_block_k,    peak};
 }
 
 }  // namespace
