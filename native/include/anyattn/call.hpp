@@ -58,7 +58,7 @@ struct Call : Settings {
     ConstArray sink;  // (nheads)
     Table seqused_q, seqused_k;  // (batch): rows and keys in use
     Table leftpad_k, offset;  // (batch): first key in use; position of row 0
-    int64_t max_seqlen_q = 0, max_seqlen_k = 0;  // packed: a bound for the workspace; 0: the longest sequence
+    int64_t max_seqlen_q = 0, max_seqlen_k = 0;  // packed or paged: no sequence is longer; 0: the longest, or all pages
     bool batch_invariant = false;  // a sequence's gradients do not depend on how many others there are
 
     double dropout_p = 0;

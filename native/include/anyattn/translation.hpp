@@ -75,7 +75,7 @@ class Translation {
         call.head_dim_v = v.shape[v.rank - 1];
         call.cu_seqlens_k = settings_.cu_seqlens_k.data;
         if (paged) {
-            pages(k);
+            pages(k, longest);
         } else {
             call.total_k = packed ? k.shape[0] : 0;
             call.batch_k = packed ? 0 : k.shape[0];
@@ -211,13 +211,13 @@ class Translation {
         return longest;
     }
 
-    void pages(const ConstArray &k) {
+    void pages(const ConstArray &k, int64_t longest) {
         const Table &table = settings_.block_table;
         call.block_table = table.data;
         call.num_pages = k.shape[0];
         call.page_size = k.shape[1];
         call.max_pages = call.batch > 0 ? table.size / call.batch : 0;
-        call.seqlen_k = multiply(call.max_pages, call.page_size);
+        call.seqlen_k = longest ? longest : multiply(call.max_pages, call.page_size);
         expect_size("block_table", table, multiply(call.max_pages, call.batch), "batch * max_pages");
     }
 
