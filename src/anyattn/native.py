@@ -12,8 +12,8 @@ def get_include() -> str:
     """The folder of `anyattn.h` (C99) and `anyattn.hpp` (C++17), to compile with `-I`.
 
     Both describe the same library: the attention of this package on host memory, forward and backward, packed sequences
-    and KV caches. A CMake project finds them with `find_package(anyattn CONFIG)` where the package's folder
-    (`anyattn.__path__[0]`) is in `CMAKE_PREFIX_PATH`, and links `anyattn::anyattn`.
+    and KV caches. A CMake project whose `CMAKE_PREFIX_PATH` names the folder above this one finds everything with
+    `find_package(anyattn CONFIG)`, and links `anyattn::anyattn`.
 
     Returns:
         The path of the folder.
