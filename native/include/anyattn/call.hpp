@@ -126,8 +126,8 @@ inline void put_arrays(const Call &from, anyattn_pass pass, Translation *to) {
     to->put_statistics("lse", from.lse, &call.lse, from.q);
     to->put_scores("bias", from.bias, &call.bias);
     to->put_scores("mask", from.mask, &call.mask);
-    to->put_heads("alibi_slopes", from.alibi_slopes, &call.alibi_slopes, true);
-    to->put_heads("sink", from.sink, &call.sink, false);
+    to->put_slopes("alibi_slopes", from.alibi_slopes, &call.alibi_slopes);
+    to->put_heads("sink", from.sink, &call.sink);
     if (pass == ANYATTN_FORWARD) return;
     to->put("dout", from.dout, &call.dout, out);
     to->put_statistics("dlse", from.dlse, &call.dlse, from.q);
@@ -135,7 +135,7 @@ inline void put_arrays(const Call &from, anyattn_pass pass, Translation *to) {
     to->put("dk", from.dk, &call.dk, from.k);
     to->put("dv", from.dv, &call.dv, from.v);
     to->put_scores("dbias", from.dbias, &call.dbias);
-    to->put_heads("dsink", from.dsink, &call.dsink, false);
+    to->put_heads("dsink", from.dsink, &call.dsink);
 }
 
 inline Translation translate(const Call &from, anyattn_pass pass) {

@@ -86,27 +86,16 @@ class Translation {
         put("v", v, &call.v, with_dim(k, call.head_dim_v));
     }
 
-    // An array of the same shape as another one; absent ones stay absent.
+    // An array of rows, of the same shape as another one. Packed ones have no batch axis.
     void put(const char *name, const ConstArray &from, anyattn_array *to, const ConstArray &expected) {
-        if (from.rank == 0 || status != Status::SUCCESS) return;
-        if (from.rank != expected.rank || std::memcmp(from.shape, expected.shape, sizeof from.shape) != 0) {
-            return wrong_shape(name, from, expected);
-        }
-        // packed arrays have no batch axis: theirs are the last three
-        for (int axis = 0; axis < from.rank; ++axis) to->stride[axis + (from.rank == 3)] = from.stride[axis];
-        to->data = from.data;
-        to->dtype = from.dtype;
+        place(name, from, to, expected, 4 - expected.rank);
     }
 
     // lse and dlse: the axes of q without its last, rows behind heads.
     void put_statistics(const char *name, const ConstArray &from, anyattn_array *to, const ConstArray &q) {
-        if (from.rank == 0 || status != Status::SUCCESS) return;
         const ConstArray expected =
             q.rank == 3 ? shaped({q.shape[1], q.shape[0]}) : shaped({q.shape[0], q.shape[2], q.shape[1]});
-        put(name, from, to, expected);
-        // here the rows are the third axis, whatever the rank
-        for (int axis = 0; axis < 4; ++axis) to->stride[axis] = 0;
-        for (int axis = 0; axis < from.rank; ++axis) to->stride[axis + 3 - from.rank] = from.stride[axis];
+        place(name, from, to, expected, 3 - expected.rank);
     }
 
     // bias, mask and dbias: any axis may have length 1, and is then repeated.
@@ -121,13 +110,13 @@ class Translation {
         put(name, from, to, expected);
     }
 
-    // (nheads), or (batch, nheads) with its batch axis first.
-    void put_heads(const char *name, const ConstArray &from, anyattn_array *to, bool per_batch) {
-        const bool both = per_batch && from.rank == 2;
-        put(name, from, to, both ? shaped({call.batch, call.nheads}) : shaped({call.nheads}));
-        if (!per_batch || both) return;
-        to->stride[1] = to->stride[0];
-        to->stride[0] = 0;
+    void put_slopes(const char *name, const ConstArray &from, anyattn_array *to) {
+        const ConstArray expected = from.rank == 2 ? shaped({call.batch, call.nheads}) : shaped({call.nheads});
+        place(name, from, to, expected, 2 - expected.rank);
+    }
+
+    void put_heads(const char *name, const ConstArray &from, anyattn_array *to) {
+        place(name, from, to, shaped({call.nheads}), 0);
     }
 
     void expect_rank(const char *name, const ConstArray &array, int rank) {
@@ -141,8 +130,8 @@ class Translation {
         if (cos.rank == 0 && sin.rank == 0) return;
         expect_rank("rotary_cos", cos, 2);
         expect_rank("rotary_sin", sin, 2);
-        put("rotary_cos", cos, &call.rotary_cos, cos);
-        put("rotary_sin", sin, &call.rotary_sin, cos);
+        place("rotary_cos", cos, &call.rotary_cos, cos, 0);
+        place("rotary_sin", sin, &call.rotary_sin, cos, 0);
         call.rotary_positions = cos.shape[0];
         call.rotary_dim = static_cast<int32_t>(multiply(2, cos.shape[1]));
         if (call.rotary_dim != multiply(2, cos.shape[1])) {
@@ -171,6 +160,17 @@ class Translation {
     Status status = Status::SUCCESS;
 
   private:
+    // Takes an array over if it has this shape; its strides go to the axes from `first` on. Absent ones stay absent.
+    void place(const char *name, const ConstArray &from, anyattn_array *to, const ConstArray &expected, int first) {
+        if (from.rank == 0 || status != Status::SUCCESS) return;
+        if (from.rank != expected.rank || std::memcmp(from.shape, expected.shape, sizeof from.shape) != 0) {
+            return wrong_shape(name, from, expected);
+        }
+        for (int axis = 0; axis < from.rank; ++axis) to->stride[first + axis] = from.stride[axis];
+        to->data = from.data;
+        to->dtype = from.dtype;
+    }
+
     void wrong_shape(const char *name, const ConstArray &found, const ConstArray &expected) {
         char shapes[2][96] = {};
         const ConstArray *const arrays[2] = {&found, &expected};
