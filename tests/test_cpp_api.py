@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -70,6 +71,15 @@ def test_a_header_needs_no_other(header: str, tmp_path: Path) -> None:
     program = tmp_path / "program"
     run(*CXX.split(), "-std=c++17", *STRICT, *sources, *link(), "-o", program)
     run(program)
+
+
+def test_readme(tmp_path: Path) -> None:
+    """Its program, compiled by its commands."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = {language: re.findall(rf"```{language}\n(.*?)```", readme, re.DOTALL) for language in ("cpp", "bash")}
+    (program,), (commands,) = blocks["cpp"], blocks["bash"]
+    (tmp_path / "program.cpp").write_text(program)
+    run("bash", "-euc", f"cd {shlex.quote(str(tmp_path))}\n{commands}\n./program", **TOOLS)
 
 
 def configure(source: Path, build: Path) -> subprocess.CompletedProcess[str]:

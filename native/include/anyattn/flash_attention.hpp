@@ -1,5 +1,5 @@
 // CuFlash-Attn's calls, on host memory: all arrays (batch, nheads, seqlen, head_dim) and contiguous, L the logsumexp
-// (batch, nheads, seqlen). `stream` has to be null.
+// (batch, nheads, seqlen), float32 for float16 arrays too. `stream` has to be null.
 #pragma once
 #include <cstdint>
 #include <utility>
@@ -15,7 +15,8 @@ ArrayOf<T> heads_first(T *data, int64_t batch, int64_t heads, int64_t seqlen, in
     return swap_axes<1, 2>(view(data, {batch, heads, seqlen, head_dim}));
 }
 
-inline Status check_seed(int64_t batch, int64_t heads, int64_t seqlen, int64_t head_dim, const float *L, void *stream) {
+inline Status check_arguments(int64_t batch, int64_t heads, int64_t seqlen, int64_t head_dim, const float *L,
+                              void *stream) {
     const std::pair<const char *, int64_t> sizes[] = {
         {"batch_size", batch}, {"num_heads", heads}, {"seq_len", seqlen}, {"head_dim", head_dim}};
     for (const auto &size : sizes) {
@@ -30,7 +31,7 @@ inline Status check_seed(int64_t batch, int64_t heads, int64_t seqlen, int64_t h
 template <class T>
 Status forward(const T *Q, const T *K, const T *V, T *O, float *L, int64_t batch, int64_t heads, int64_t seqlen,
                int64_t head_dim, float scale, bool causal, void *stream) {
-    const Status status = check_seed(batch, heads, seqlen, head_dim, L, stream);
+    const Status status = check_arguments(batch, heads, seqlen, head_dim, L, stream);
     if (status != Status::SUCCESS) return status;
     const auto array = [&](auto *data) { return heads_first(data, batch, heads, seqlen, head_dim); };
     Call call;
@@ -48,7 +49,7 @@ template <class T>
 Status backward(const T *Q, const T *K, const T *V, const T *O, const float *L, const T *dO, T *dQ, T *dK, T *dV,
                 int64_t batch, int64_t heads, int64_t seqlen, int64_t head_dim, float scale, bool causal,
                 void *stream) {
-    const Status status = check_seed(batch, heads, seqlen, head_dim, L, stream);
+    const Status status = check_arguments(batch, heads, seqlen, head_dim, L, stream);
     if (status != Status::SUCCESS) return status;
     const auto array = [&](auto *data) { return heads_first(data, batch, heads, seqlen, head_dim); };
     Call call;
