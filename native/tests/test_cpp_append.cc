@@ -106,6 +106,31 @@ TEST(rotary) {
     }
 }
 
+// Row i of q at its own position, or all rows at the first: the angle is 90 degrees from position 4 on.
+TEST(positions_of_queries) {
+    Floats cos(kSlots * 2, 1.f), sin(kSlots * 2, 0.f);
+    for (size_t n = 4 * 2; n < cos.size(); ++n) std::swap(cos[n], sin[n]);
+    const Floats queries = normal(kBatch * 2 * kHeads * kDim, 6);
+    const int32_t lengths[] = {3, 3};
+    for (bool one_position : {false, true}) {
+        Cache cache;
+        Floats rotated(queries.size());
+        anyattn::Append append;
+        append.k = cache.view(cache.k, false), append.v = cache.view(cache.v, false);
+        append.q = anyattn::view(queries.data(), {kBatch, 2, kHeads, kDim});
+        append.out = anyattn::view(rotated.data(), {kBatch, 2, kHeads, kDim});
+        append.rotary_cos = anyattn::view(cos.data(), {kSlots, 2});
+        append.rotary_sin = anyattn::view(sin.data(), {kSlots, 2});
+        append.cache_seqlens = lengths;
+        append.one_position = one_position;
+        CHECK(append.run() == Status::SUCCESS);
+        const size_t second = kHeads * kDim;  // row 1, at position 4 or 3
+        CHECK(rotated[0] == queries[0]);
+        CHECK(rotated[second] == (one_position ? queries[second] : -queries[second + 2]));
+        for (float value : cache.k) CHECK(std::isnan(value));
+    }
+}
+
 TEST(refusals) {
     Cache cache;
     const Floats rows(kBatch * kHeadsKv * kDim, 1.f);

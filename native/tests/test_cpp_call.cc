@@ -42,7 +42,9 @@ Array statistics(const anyattn_call &call, const anyattn_array &from) {
 Array scores(const anyattn_call &call, const anyattn_array &from) {
     Array array = described(from, {call.batch, call.nheads, call.seqlen_q, call.seqlen_k});
     for (int axis = 0; axis < array.rank; ++axis) {
-        if (array.stride[axis] == 0) array.shape[axis] = 1;
+        if (array.stride[axis] != 0) continue;
+        array.shape[axis] = 1;
+        array.stride[axis] = 12345;  // of an axis of length 1, it is not used
     }
     return array;
 }
@@ -114,7 +116,7 @@ Config medium(uint32_t seed) {
     config.seed = seed;
     config.batch = 3;
     config.seqlen_q = 66;
-    config.seqlen_k = 75;
+    config.seqlen_k = 76;  // not a whole number of pages
     config.nheads = 4;
     config.nheads_kv = 2;
     config.head_dim = 24;
@@ -194,6 +196,22 @@ TEST(slopes_of_heads) {
     CHECK(forward_matches(fixture.call));
 }
 
+// The caller's own loop runs all tasks, one after the other.
+TEST(parallel_for_of_the_caller) {
+    Fixture fixture(medium(1));
+    anyattn::Call call = cpp_call(fixture.call);
+    int loops = 0;
+    call.num_threads = 2;
+    call.parallel_for_user = &loops;
+    call.parallel_for = [](void *user, int64_t tasks, int32_t, anyattn_body body, void *context) {
+        ++*static_cast<int *>(user);
+        for (int64_t task = 0; task < tasks; ++task) body(context, task, 0);
+    };
+    CHECK(call.forward() == Status::SUCCESS);
+    CHECK(loops > 0);
+    CHECK(forward_matches(fixture.call));
+}
+
 // Tables come from whatever holds int32 values.
 TEST(tables) {
     const int32_t plain[] = {3, 1};
@@ -205,6 +223,20 @@ TEST(tables) {
     CHECK(Table().size < 0);
     vector.clear();
     CHECK(Table(vector).size == 0);
+}
+
+TEST(workspace_is_used) {
+    Fixture fixture(medium(1));
+    anyattn::Workspace workspace;
+    anyattn::Call call = cpp_call(fixture.call);
+    call.workspace = &workspace;
+    CHECK(call.forward() == Status::SUCCESS);
+    CHECK(workspace.reserve(call.workspace_bytes(ANYATTN_BACKWARD)) && workspace.size() > 0);
+    const std::vector<char> before(static_cast<size_t>(workspace.size()), 0x5a);
+    std::memcpy(workspace.data(), before.data(), before.size());
+    CHECK(call.backward() == Status::SUCCESS);
+    CHECK(std::memcmp(workspace.data(), before.data(), before.size()) != 0);
+    CHECK(backward_matches(fixture.call));
 }
 
 TEST(workspace_grows_and_stays) {
