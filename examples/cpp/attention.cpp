@@ -188,7 +188,9 @@ bool refusals() {
 }  // namespace
 
 int main() {
-    std::printf("anyattn %x on %s, %d threads\n", anyattn_version(), anyattn_target_name(0), anyattn_num_threads());
+    const uint32_t version = anyattn_version();
+    std::printf("anyattn %u.%u.%u, %d threads\n", version >> 16, version >> 8 & 255, version & 255,
+                anyattn_num_threads());
     bool good = passes();
     good = decoding() && good;
     good = half_precision() && good;
