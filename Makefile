@@ -12,7 +12,7 @@ BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-NATIVE := $(shell find native -name '*.cc' -o -name '*.h' | sort)
+NATIVE := $(shell find native examples -name '*.cc' -o -name '*.cpp' -o -name '*.c' -o -name '*.h' -o -name '*.hpp' | sort)
 PACKAGED := $(shell find src examples native -not -path '*/__pycache__*') pyproject.toml
 
 .PHONY: venv require-native demo test full bench lint format sanitize sanitize-python clean
@@ -69,7 +69,7 @@ sanitize: sanitize-address sanitize-thread sanitize-python
 # address includes the undefined-behaviour sanitizer.
 sanitize-%: $(VENV)/requirements
 	$(BIN)/cmake -S native -B build/$* -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
-		-DCMAKE_BUILD_TYPE=RelWithDebInfo -DANYATTN_SANITIZE=$* -DANYATTN_TESTS=ON
+		-DCMAKE_BUILD_TYPE=RelWithDebInfo -DANYATTN_SANITIZE=$* -DBUILD_TESTS=ON
 	$(BIN)/cmake --build build/$*
 	$(BIN)/ctest --test-dir build/$* --parallel 2 --output-on-failure --no-tests=error
 

@@ -26,8 +26,8 @@ TESTS = Caps(function=80, file=500)
 TABLES = Caps(function=80, file=1500)  # generated rows of tests/cases*.py
 
 PYTHON_FOLDERS = ("src", "tests", "scripts", "examples", "benchmarks", "docs")
-KERNEL_FOLDERS = ("native", "shaders")
-KERNEL_SUFFIXES = {".cc", ".cpp", ".h", ".inc", ".comp", ".glsl"}
+KERNEL_FOLDERS = ("native", "shaders", "examples")
+KERNEL_SUFFIXES = {".c", ".cc", ".cpp", ".h", ".hpp", ".inc", ".comp", ".glsl"}
 
 Function = tuple[str, int, int]  # name, first line, length
 

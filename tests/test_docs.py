@@ -12,6 +12,7 @@ import pytest
 import anyattn
 import anyattn.api
 import anyattn.dispatch
+import anyattn.native
 from anyattn.bench import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,7 +26,9 @@ def test_readme_block_runs(block: str) -> None:
     exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
 
 
-@pytest.mark.parametrize("module", [anyattn, anyattn.api, anyattn.dispatch], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module", [anyattn, anyattn.api, anyattn.dispatch, anyattn.native], ids=lambda module: module.__name__
+)
 def test_docstring_examples(module: object) -> None:
     failed, tried = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)  # type: ignore[arg-type]
     assert tried > 0

@@ -31,9 +31,10 @@ ALLOWED = {
     "dispatch": {"errors", "problem", "settings", "backends"},
     "frameworks": DEFINITION | {"settings", "dispatch", "backends"},
     "arguments": {"problem", "mask"},
+    "native": {"backends"},
     "api": {"arguments", "dispatch", "errors", "problem", "mask", "frameworks"},
 }
-LAZY = {("dispatch", "backends.cpu"), ("dispatch", "backends.numpy"), ("api", "frameworks")}
+LAZY = {("dispatch", "backends.cpu"), ("dispatch", "backends.numpy"), ("api", "frameworks"), ("native", "backends.cpu")}
 # May import any part; nothing below imports them.
 TOP = {"__init__", "__main__", "cli", "bench", "compat"}
 NUMPY_ONLY = {*ALLOWED, "__init__"} - {"frameworks"}

@@ -92,7 +92,8 @@ def test_with_a_compiler(tmp_path: Path) -> None:
     assert "-py3-none-" in built.name and not built.name.endswith("-any.whl")
     with zipfile.ZipFile(built) as archive:
         names = archive.namelist()
-    for part in ("anyattn/lib/", "anyattn/include/anyattn.h", "anyattnConfig.cmake", "anyattn/py.typed"):
+    parts = ("lib/", "include/anyattn.h", "include/anyattn.hpp", "anyattnConfig.cmake", "anyattnConfigVersion.cmake")
+    for part in (*parts, "examples/cpp/attention.cpp", "py.typed"):
         assert [name for name in names if part in name], part
     result = run_installed(built, tmp_path, CALL)
     assert result.returncode == 0, result.stderr

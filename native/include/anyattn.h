@@ -1,9 +1,22 @@
-/* anyattn: exact attention in O(N) memory on the host processor, forward and backward.
+/* anyattn: exact attention in O(N) memory on the host processor, forward and backward. C99; for C++ see anyattn.hpp.
  *
  * One struct describes a call. A zeroed struct with sizes, pointers and `scale` filled in is a plain dense call;
  * every other field switches a feature on. Fields are only ever appended, and `size` tells the library how much of
  * the struct its caller knows: nonzero bytes beyond what the library knows make the call UNSUPPORTED, never wrong.
- * Nothing is kept between calls. Every function is thread-safe. Device pointers are out of scope.
+ * Nothing is kept between calls. Every function is thread-safe. A call that is refused has written to nothing but
+ * `message`. All memory is the host's: a pointer into a device's memory cannot be told from one that points nowhere.
+ *
+ *     anyattn_call call = {.size = sizeof call};
+ *     call.batch = 1, call.seqlen_q = call.seqlen_k = 512, call.nheads = 8, call.nheads_kv = 2;
+ *     call.head_dim = call.head_dim_v = 64, call.scale = 0.125;
+ *     call.q = anyattn_contiguous(q, ANYATTN_FLOAT32, 512, 8, 64);       likewise k, v (2 heads) and out
+ *     call.lse = anyattn_contiguous(lse, ANYATTN_FLOAT32, 8, 512, 1);    wanted for the backward pass
+ *     call.flags = ANYATTN_HAS_RIGHT;                                    causal: no key behind a row's own
+ *     int32_t status = anyattn_forward(&call);
+ *
+ * Packed sequences: batch is the number of sequences, cu_seqlens_q and cu_seqlens_k their first rows and behind them
+ * total_q and total_k; seqlen_q and seqlen_k are the longest. Decoding: anyattn_append writes new rows into the cache,
+ * then anyattn_forward reads it with seqused_k = cache_seqlens + seqlen_new.
  *
  *     t_ij = scale <q_i, k_j>          s_ij = softcap(t_ij) + bias_ij - slope |p - c|
  *     lse_i = log sum_j exp(s_ij)      o_i = sum_j exp(s_ij - lse_i) v_j        j over the keys that row i may see
@@ -24,8 +37,9 @@
 extern "C" {
 #endif
 
-#define ANYATTN_VERSION 0x000100 /* 0.1.0 */
+#define ANYATTN_VERSION 0x000100 /* 0.1.0: one byte each */
 
+/* What every function that computes returns, as an int32_t; 0 is success. */
 typedef enum anyattn_status {
     ANYATTN_SUCCESS = 0,
     ANYATTN_INVALID_DIMENSION = 1, /* a size, a stride or the relation between sizes */
@@ -34,9 +48,11 @@ typedef enum anyattn_status {
     ANYATTN_INVALID_VALUE = 4, /* a scalar: scale, softcap, dropout, window, flags */
     ANYATTN_OUT_OF_RANGE = 5,  /* an entry of cu_seqlens, seqused, leftpad, block_table, cache_batch_idx */
     ANYATTN_UNSUPPORTED = 6,   /* fields or flags that this version does not know, a target that is not there */
-    ANYATTN_OUT_OF_MEMORY = 7
+    ANYATTN_OUT_OF_MEMORY = 7  /* `message` names the bytes */
 } anyattn_status;
 
+/* float64 arrays go with float64 alone. 16-bit ones may have float32 results, gradients and bias; their statistics
+ * (lse, dlse), alibi_slopes and sink are float32. */
 typedef enum anyattn_dtype {
     ANYATTN_NONE = 0,
     ANYATTN_FLOAT32 = 1,
@@ -65,7 +81,8 @@ typedef struct anyattn_array {
     int32_t reserved;
 } anyattn_array;
 
-/* body(context, task, worker) for every task in [0, tasks), worker in [0, num_threads). */
+/* body(context, task, worker) for every task in [0, tasks), worker in [0, num_threads). Where one is left out the call
+ * fails, its results half written. */
 typedef void (*anyattn_body)(void *context, int64_t task, int32_t worker);
 typedef void (*anyattn_parallel_for)(void *user, int64_t tasks, int32_t num_threads, anyattn_body body, void *context);
 
@@ -105,10 +122,11 @@ typedef struct anyattn_call {
     anyattn_array rotary_cos, rotary_sin; /* append: (positions, rotary_dim / 2) stride[0] */
     int64_t seqlen_new, rotary_positions;
 
-    const int32_t *cu_seqlens_q, *cu_seqlens_k; /* batch + 1 */
-    const int32_t *seqused_q, *seqused_k, *leftpad_k, *offset; /* batch */
+    const int32_t *cu_seqlens_q, *cu_seqlens_k; /* batch + 1: first row of each sequence, and the end of the last */
+    /* batch each: rows and keys in use, first key in use, position of row 0 (instead of what flags say) */
+    const int32_t *seqused_q, *seqused_k, *leftpad_k, *offset;
     const int32_t *block_table;     /* batch x max_pages */
-    const int32_t *cache_batch_idx; /* batch */
+    const int32_t *cache_batch_idx; /* batch: each sequence's entry of k and v */
     const int32_t *cache_seqlens;   /* batch; append writes behind these */
     const uint64_t *rng_state;      /* seed, offset */
 
@@ -116,15 +134,32 @@ typedef struct anyattn_call {
     int64_t workspace_bytes;
     anyattn_parallel_for parallel_for; /* null: an OpenMP runtime of this process, or an own pool */
     void *parallel_for_user;
-    char *message; /* what was wrong, in words; may be null */
+    char *message; /* room for what was wrong, in words; may be null */
     int64_t message_bytes;
 } anyattn_call;
 
 typedef enum anyattn_pass { ANYATTN_FORWARD = 0, ANYATTN_BACKWARD = 1, ANYATTN_APPEND = 2 } anyattn_pass;
 
+/* Strides of (n0, n1, n2, n3) elements without gaps, n0 being whatever there is. lse: n1 heads, n2 rows, n3 1. */
+static inline anyattn_array anyattn_contiguous(const void *data, int32_t dtype, int64_t n1, int64_t n2, int64_t n3) {
+    /* unsigned: sizes that overflow are refused by the library, not here */
+    const uint64_t row = (uint64_t)n3, plane = (uint64_t)n2 * row, block = (uint64_t)n1 * plane;
+    anyattn_array array;
+    array.data = (void *)data;
+    array.stride[0] = (int64_t)block;
+    array.stride[1] = (int64_t)plane;
+    array.stride[2] = (int64_t)row;
+    array.stride[3] = 1;
+    array.dtype = dtype;
+    array.reserved = 0;
+    return array;
+}
+
+/* ANYATTN_VERSION as this library was built. */
 ANYATTN_API uint32_t anyattn_version(void);
 /* sizeof(anyattn_call) as this library was built: how much of the struct it knows. */
 ANYATTN_API uint32_t anyattn_call_size(void);
+/* "success", "invalid dimension", ...: never null. What exactly was wrong is in anyattn_call.message. */
 ANYATTN_API const char *anyattn_error_string(int32_t status);
 
 /* Instruction sets compiled in, best first; null past the end. */
@@ -132,12 +167,14 @@ ANYATTN_API const char *anyattn_target_name(int32_t index);
 /* 1 where this machine and its operating system run that target. */
 ANYATTN_API int32_t anyattn_target_available(int32_t index);
 
-/* Bytes of workspace for one pass of this call, or a negative status. A function of sizes only. */
+/* Bytes of workspace for one pass (anyattn_pass) of this call, or a negative status. A function of sizes only: no array
+ * is read. Pointers to tables are looked at for being there; so are dk and dv's dtypes and strides. */
 ANYATTN_API int64_t anyattn_workspace(const anyattn_call *call, int32_t pass);
 
 /* Writes out and lse (lse may be absent). Rows outside every sequence: out 0, lse -inf. */
 ANYATTN_API int32_t anyattn_forward(const anyattn_call *call);
-/* Writes dq, dk, dv and, where present, dbias and dsink. */
+/* Reads out, lse and dout (and dlse, if present) beside the inputs, all as forward had them.
+ * Writes dq, dk, dv and, where present, dbias and dsink. */
 ANYATTN_API int32_t anyattn_backward(const anyattn_call *call);
 /* Writes new_k (rotated) and new_v into k and v at cache_seqlens; and q, rotated, into out if q is present. */
 ANYATTN_API int32_t anyattn_append(const anyattn_call *call);

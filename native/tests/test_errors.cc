@@ -142,6 +142,12 @@ TEST(scalars) {
         c.workspace = static_cast<char *>(c.q.data) + 4;
         c.workspace_bytes = 1 << 20;
     });
+    alignas(64) static char room[64];
+    check_refused(ANYATTN_BACKWARD, bad, "workspace_bytes is 64; needed: ", [](anyattn_call &c) {
+        c.workspace = room;
+        c.workspace_bytes = sizeof room;
+    });
+    for (char byte : room) CHECK(!byte);
     check_forward(ANYATTN_UNSUPPORTED, "size", [](anyattn_call &c) { c.size = 0xfffffff8u; });
     Fixture fixture({});
     for (uint32_t size : {0u, 4u, 13u}) {

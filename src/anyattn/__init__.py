@@ -22,6 +22,7 @@ from .api import (
 from .dispatch import Explanation, backend
 from .errors import UnsupportedProblem
 from .mask import Mask
+from .native import get_include, get_library
 
 __version__ = "0.1.0"
 
@@ -39,6 +40,8 @@ __all__ = [
     "explain",
     "flash_attention",
     "get_available_backends",
+    "get_include",
+    "get_library",
     "merge",
     "print_backend_info",
 ]

@@ -1,0 +1,59 @@
+"""Where C and C++ programs find anyattn: its headers and its library."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+HEADERS = ("anyattn.h", "anyattn.hpp")
+
+
+def get_include() -> str:
+    """The folder of `anyattn.h` (C99) and `anyattn.hpp` (C++17), to compile with `-I`.
+
+    Both describe the same library: the attention of this package on host memory, forward and backward, packed sequences
+    and KV caches. A CMake project whose `CMAKE_PREFIX_PATH` names the folder above this one finds everything with
+    `find_package(anyattn CONFIG)`, and links `anyattn::anyattn`.
+
+    Returns:
+        The path of the folder.
+
+    Raises:
+        RuntimeError: the headers are not installed, as the native library was not built.
+
+    >>> import os, anyattn
+    >>> os.path.exists(os.path.join(anyattn.get_include(), "anyattn.h"))
+    True
+    """
+    from .backends.cpu.library import LibraryError
+
+    for folder in sys.modules[__name__.partition(".")[0]].__path__:
+        path = Path(folder) / "include"
+        if all((path / name).exists() for name in HEADERS):
+            return str(path)
+    raise LibraryError(
+        "the headers of anyattn are not installed: no C++ compiler was found when the package was built "
+        "(install g++ or clang++ and reinstall)"
+    )
+
+
+def get_library() -> str:
+    """The native library in force, to link with: the file that Python itself loads.
+
+    A program built like this finds it again at run time:
+
+        g++ -std=c++17 program.cpp -I$INCLUDE $LIBRARY -Wl,-rpath,$(dirname $LIBRARY)
+
+    Returns:
+        The path of the shared library: the one that `ANYATTN_LIBRARY` names, or the one installed with the package.
+
+    Raises:
+        RuntimeError: it is missing, does not load, or is of another version.
+
+    >>> import os, anyattn
+    >>> "anyattn" in os.path.basename(anyattn.get_library())
+    True
+    """
+    from .backends.cpu import library
+
+    return str(library.load().path.resolve())
