@@ -40,6 +40,7 @@ class TorchAdapter:
         return Array(tuple(array.shape), tuple(array.stride()), dtype, str(array.device))
 
     def keys(self, arrays: Sequence[Tensor | None]) -> Hashable:
+        torch.get_num_threads()  # a new thread's first such call tells OpenMP what torch.set_num_threads said
         key: list[Any] = []
         for x in arrays:
             if x is None:
