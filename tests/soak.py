@@ -1,4 +1,4 @@
-"""Random problems for as long as you like: every feature, sizes up to 4,096, instruction sets in turn, forward and backward.
+"""Random problems for as long as you like: every feature, sizes to 4,096, instruction sets in turn, both directions.
 
 Each problem follows from its seed alone. It is checked against float64 within the budget of accuracy.py, must give the
 same bits on one thread and on two, may write nothing but its results, and memory must not grow.
@@ -17,13 +17,10 @@ import os
 import random
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any
-
-for _name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):  # before NumPy: the reference computes beside the engine
-    os.environ.setdefault(_name, "1")
 
 import numpy as np
 from cases import DTYPES, Case
@@ -33,7 +30,7 @@ from inputs import BROADCASTS, LAYOUTS, Inputs, build
 from test_matrix import bits, refused, run
 from test_properties import CONTENTS, LENGTHS
 
-from anyattn import accuracy
+from anyattn import accuracy, reference
 from anyattn.frameworks.numpy import NumpyAdapter
 
 LONGEST = 4096
@@ -134,7 +131,10 @@ def problems_of(case: Case, target: str, memory: Memory) -> list[str]:
             want = accuracy.expected_forward(problem, arrays)
         else:
             want = accuracy.expected_backward(problem, arrays, inputs.dout64, inputs.dlse64)
-        wrong += [f"{direction}: {line}" for line in accuracy.check(want, got)]
+        lines = accuracy.check(want, got)
+        if lines and case.dtype == "float64":
+            lines = accuracy.check(widened(want, inputs, direction), got)
+        wrong += [f"{direction}: {line}" for line in lines]
         wrong += [f"{direction}: {name} differs on two threads" for name in different(inputs, direction, target, got)]
     if inputs.bytes() != before:
         wrong.append("an input, or memory around it, was written")
@@ -143,6 +143,22 @@ def problems_of(case: Case, target: str, memory: Memory) -> list[str]:
     except AssertionError as error:
         wrong.append(str(error))
     return wrong
+
+
+def widened(want: dict[str, accuracy.Expected], inputs: Inputs, direction: str) -> dict[str, accuracy.Expected]:
+    """Budgets that count what the float64 reference itself is wrong by: scores of hundreds multiply its rounding.
+
+    It is seen where the dot products are summed in another order.
+    """
+    problem, arrays = inputs.canonical()
+    turned = arrays | {name: arrays[name][..., ::-1] for name in ("q", "k")}
+    if direction == "forward":
+        values = dict(zip(("out", "lse"), reference.forward(problem, turned), strict=True))
+    else:
+        values = vars(reference.backward(problem, turned, inputs.dout64, inputs.dlse64))
+        for name in ("dq", "dk"):
+            values[name] = values[name][..., ::-1]
+    return {name: replace(x, budget=x.budget + 2 * x.error(values[name])) for name, x in want.items()}
 
 
 def different(inputs: Inputs, direction: str, target: str, got: dict[str, Any]) -> list[str]:
@@ -191,7 +207,9 @@ class Run:
                 self.warm_mib = resident_mib()
             if now - told > 30:
                 told = now
-                say(f"{now:.0f} s: {count} problems, {self.failed} failed, {resident_mib():.0f} MiB, next seed {seed + 1}")
+                say(
+                    f"{now:.0f} s: {count} problems, {self.failed} failed, {resident_mib():.0f} MiB, next seed {seed + 1}"
+                )
         self.judge(count)
 
     def one(self, seed: int, target: str) -> None:
