@@ -207,9 +207,7 @@ class Run:
                 self.warm_mib = resident_mib()
             if now - told > 30:
                 told = now
-                say(
-                    f"{now:.0f} s: {count} problems, {self.failed} failed, {resident_mib():.0f} MiB, next seed {seed + 1}"
-                )
+                say(f"{now:.0f} s: seeds to {seed}, {self.failed} failed, {resident_mib():.0f} MiB")
         self.judge(count)
 
     def one(self, seed: int, target: str) -> None:

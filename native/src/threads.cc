@@ -103,9 +103,11 @@ bool parallel_for(const anyattn_call &call, int64_t tasks, int32_t threads, anya
             Pool *own = pool();
             if (own && own->run(region)) return true;
         } else if (!runtime->in_parallel()) {
-            // The whole team: a team that changes its size from region to region ends and starts threads.
-            OpenMpRegion team{{body, context, tasks, threads}, *runtime};
-            run_openmp(*runtime, openmp_body, &team, threads);
+            // The whole team: a team that changes its size from region to region ends and starts threads. But no more
+            // than there are tasks, where the caller wants more than the runtime has: without them it ends the process.
+            const bool usual = threads <= runtime->max_threads() || tasks >= threads;
+            OpenMpRegion team{{body, context, tasks, usual ? threads : static_cast<int32_t>(tasks)}, *runtime};
+            run_openmp(*runtime, openmp_body, &team, team.region.workers);
             return true;
         }
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -51,9 +52,15 @@ class TorchAdapter:
 
     def empty(self, shape: Sequence[int], dtype: str, like: Tensor) -> Tensor:
         wanted = DTYPES[dtype]
-        if like.dtype is wanted:  # faster so, and a tuple of sizes is slower to parse
-            return like.new_empty(*shape)
-        return torch.empty(*shape, dtype=wanted, device=like.device)
+        try:
+            if like.dtype is wanted:  # faster so, and a tuple of sizes is slower to parse
+                return like.new_empty(*shape)
+            return torch.empty(*shape, dtype=wanted, device=like.device)
+        except RuntimeError as error:
+            if like.device.type != "cpu":  # there torch says it in an exception of its own
+                raise
+            size = math.prod(shape) * wanted.itemsize
+            raise MemoryError(f"no memory for {size} bytes: {tuple(shape)} of {dtype}") from error
 
     def pointer(self, array: Tensor) -> int:
         return array.data_ptr()
