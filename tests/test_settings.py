@@ -1,4 +1,4 @@
-"""Environment variables: nonsense raises with the variable, what came and what is accepted; `anyattn info` says it too."""
+"""Environment variables: nonsense raises and names the variable, what came and what is accepted; so does info."""
 
 from __future__ import annotations
 

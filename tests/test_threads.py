@@ -67,6 +67,9 @@ def serial() -> str:
         "interrupted",
         "unloaded",
         "exit_from_a_thread",
+        "no_memory_numpy",
+        "no_memory_torch",
+        "no_memory_for_scratch",
         "one_processor",
     ],
 )
