@@ -172,7 +172,7 @@ def _data_loader(method: str) -> str:
 
     busy_torch()
     found = [compute(framework="torch")]
-    for _ in range(2):
+    for _ in range(2 if method == "fork" else 1):
         loader = DataLoader(Digests(), batch_size=None, num_workers=2, multiprocessing_context=method)  # type: ignore[arg-type]
         found += list(loader)
     return one(*found, compute(framework="torch"))
@@ -298,9 +298,9 @@ def python_threads() -> str:
             todo = [case for case in cases if framework == "numpy" or case.dtype != "bfloat16"]
             for case, got in zip(todo, pool.map(compute, todo, [framework] * 8), strict=True):
                 one(alone[cases.index(case)], got)
-        before = threads()
         list(pool.map(compute, cases * 3))
-        assert threads() == before
+        callers, each = 8 + 1, max(1, library.load().num_threads())
+        assert threads() <= 2 + callers * each + each  # OpenMP's for each caller, our own, and faulthandler's
     return compute()
 
 

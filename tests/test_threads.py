@@ -17,6 +17,7 @@ pytestmark = [
 ]
 
 FOLDER = Path(__file__).parent
+MANY = ("beside_torch", "fork_both", "python_threads", "inside_openmp")
 SETTINGS = ("OMP_", "GOMP_", "KMP_", "ANYATTN_NUM_THREADS", "ANYATTN_CPU_TARGET", "ANYATTN_BACKEND")
 
 
@@ -77,13 +78,15 @@ def test_beside_others(name: str, serial: str) -> None:
     assert digest(name) == serial
 
 
-@pytest.mark.parametrize("threads", ["1", "2", "3"])
-@pytest.mark.parametrize("name", ["beside_torch", "fork_both", "python_threads", "inside_openmp"])
+@pytest.mark.parametrize(
+    ("name", "threads"),
+    [("python_threads", "1"), ("python_threads", "2"), *((name, "3") for name in MANY)],
+)
 def test_any_number_of_threads(name: str, threads: str, serial: str) -> None:
     assert digest(name, ANYATTN_NUM_THREADS=threads) == serial
 
 
-@pytest.mark.parametrize("value", ["3", "3,2", " 3 , 1", "+3"])
+@pytest.mark.parametrize("value", ["3", " 3 , 2"])
 def test_omp_num_threads(value: str, serial: str) -> None:
     """Nested levels too: the first number is ours."""
     assert digest("three_by_omp_num_threads", OMP_NUM_THREADS=value) == serial
