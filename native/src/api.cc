@@ -88,6 +88,11 @@ int32_t finish(const anyattn_call &call, bool all_tasks) {
                   "parallel_for left a task out, or passed a worker outside [0, num_threads)");
 }
 
+int64_t workspace_bytes(const anyattn_call &call, const Kernels &kernels, int32_t pass) {
+    if (pass == ANYATTN_FORWARD) return forward_workspace(call, kernels);
+    return pass == ANYATTN_BACKWARD ? backward_workspace(call, kernels) : 0;
+}
+
 int32_t run_kernels(const anyattn_call &call, int32_t pass) {
     const Kernels *kernels;
     if (const int32_t status = choose_target(call, &kernels)) return status;
@@ -100,7 +105,8 @@ int32_t run_kernels(const anyattn_call &call, int32_t pass) {
     if (needed > 0 && !call.workspace && !workspace.data()) return out_of_memory(call, "workspace", needed);
 
     const int32_t threads = threads_of(call, pass);
-    const int64_t scratch_bytes = (kernels->scratch(call, pass) + 63) / 64 * 64;
+    const int64_t scratch_bytes = pass == ANYATTN_FORWARD ? forward_scratch(call, *kernels)
+                                                          : (kernels->scratch(call, pass) + 63) / 64 * 64;
     const Scratch scratch(scratch_bytes * threads);
     if (scratch_bytes > 0 && !scratch.data()) return out_of_memory(call, "scratch", scratch_bytes * threads);
 

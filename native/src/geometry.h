@@ -2,6 +2,7 @@
 // instruction set compile this for themselves, hence the anonymous namespace.
 #pragma once
 #include "anyattn.h"
+#include "kernels.h"
 
 namespace {
 
@@ -58,6 +59,12 @@ inline int64_t key_end(const anyattn_call &call, const Sequence &s, int64_t i) {
     if (call.flags & ANYATTN_HAS_RIGHT) end = min64(end, s.leftpad + p + call.right + 1);
     if (call.chunk > 0) end = min64(end, s.leftpad + call.chunk * (floor_div(p, call.chunk) + 1));
     return end;
+}
+
+// Rows [index * kBlockQ, ...) of head h.
+inline anyattn::QueryBlock query_block(const Sequence &s, int64_t h, int64_t index) {
+    const int64_t i0 = index * anyattn::kBlockQ;
+    return {s.index, h, 1, i0, min64(anyattn::kBlockQ, s.n_q - i0)};
 }
 
 }  // namespace

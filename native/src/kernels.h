@@ -7,6 +7,11 @@ namespace anyattn {
 // Query rows of one forward or backward block, on every target: tasks must not depend on the instruction set.
 constexpr int64_t kBlockQ = 64;
 
+// Query rows [i0, i0 + rows) of heads [h, h + heads) of sequence b: heads of one KV head, at most kBlockQ rows in all.
+struct QueryBlock {
+    int64_t b, h, heads, i0, rows;
+};
+
 // Where the backward of one (sequence, KV head, split) accumulates: rows of `stride` values in the compute type.
 struct Partial {
     void *dk, *dv;
@@ -22,8 +27,13 @@ struct Kernels {
     int64_t (*partial_stride)(const anyattn_call &, int64_t dim);
     // True if dk and dv themselves can be the partial (compute type, whole vectors, no accumulate).
     bool (*partial_in_place)(const anyattn_call &);
-    // Rows [block * kBlockQ, ...) of sequence b, head h.
-    void (*forward)(const anyattn_call &, int64_t b, int64_t h, int64_t block, void *scratch);
+    // out and lse from keys [begin, end), which are all that the block may see; or, given a partial, what they
+    // contribute: memory of partial_row_bytes for each row.
+    void (*forward)(const anyattn_call &, const QueryBlock &, int64_t begin, int64_t end, void *partial, void *scratch);
+    // Adds a partial of the same block, in place; writes out and lse from the sum of all.
+    void (*merge)(const anyattn_call &, const QueryBlock &, void *into, const void *from);
+    void (*finish)(const anyattn_call &, const QueryBlock &, const void *partial);
+    int64_t (*partial_row_bytes)(const anyattn_call &);
     // Query blocks {split, split + splits, ...} of the group's heads, counted h-major: dq written, dk and dv
     // accumulated into the zeroed partial, sink_partial[h * blocks + block] += its part of dsink (may be null).
     void (*backward)(const anyattn_call &, int64_t b, int64_t h_kv, int64_t split, int64_t splits, const Partial &,

@@ -13,10 +13,16 @@ struct Run {
     char *workspace;
     char *scratch;  // scratch_bytes for each thread
     int64_t scratch_bytes;
+
+    char *scratch_of(int32_t worker) const { return scratch + worker * scratch_bytes; }
 };
 
 // -1: more than 63 bits.
-int64_t workspace_bytes(const anyattn_call &call, const Kernels &kernels, int32_t pass);
+int64_t forward_workspace(const anyattn_call &call, const Kernels &kernels);
+int64_t backward_workspace(const anyattn_call &call, const Kernels &kernels);
+
+// What one worker needs.
+int64_t forward_scratch(const anyattn_call &call, const Kernels &kernels);
 
 // False if the caller's parallel_for did not run every task.
 bool run_forward(const Run &run);

@@ -64,4 +64,28 @@ inline void clear_row(const anyattn_array &array, int64_t entry, int64_t row, in
     for (int64_t h = head0; h < head0 + heads; ++h) std::memset(element(array, entry, row, h), 0, bytes);
 }
 
+// body(entry, row, h) for every allocated row of q that belongs to no sequence.
+template <class Body>
+bool for_unused_rows(const anyattn_call &call, int32_t threads, const Body &body) {
+    if (!call.seqused_q && !call.cu_seqlens_q) return true;
+    const Rows rows = rows_q(call);
+    const int64_t inside = rows.blocks() * call.nheads;
+    return run_tasks(call, threads, inside + blocks_of(rows.outside()), [&](int64_t task, int32_t) {
+        if (task < inside) {
+            const int64_t block = task / call.nheads;
+            const Sequence s = sequence(call, rows.sequence_of(block));
+            const int64_t begin = (block - rows.first_block(s.index)) * kBlockQ;
+            const int64_t end = min64(begin + kBlockQ, rows.allocated(s.index));
+            for (int64_t i = max64(begin, s.n_q); i < end; ++i) {
+                body(call.cu_seqlens_q ? 0 : s.index, s.row_q + i, task % call.nheads);
+            }
+            return;
+        }
+        const int64_t index = (task - inside) * kBlockQ;
+        for (int64_t i = index; i < min64(index + kBlockQ, rows.outside()); ++i) {
+            for (int64_t h = 0; h < call.nheads; ++h) body(0, rows.outside_row(i), h);
+        }
+    });
+}
+
 }  // namespace anyattn

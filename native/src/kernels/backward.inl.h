@@ -65,13 +65,11 @@ template <class M>
 void prepare_rows(const Block<typename M::C> &block, const TileScratch<M> &w) {
     const anyattn_call &call = block.call;
     constexpr int width = panel<typename M::C>;
-    const Rows q = query_rows(call.q, call, block.s, block.h, block.i0);
-    const Rows dout = query_rows(call.dout, call, block.s, block.h, block.i0);
+    const RowTable q = block.table(call.q), dout = block.table(call.dout);
     for (int p = 0; p < block.panels; ++p) {
         const int64_t n = block.panel_rows(p);
-        M::pack(w.q + p * w.q_size, {q.row(p * width), q.stride, q.dtype}, n, call.head_dim,
-                M::query_factor(call.scale));
-        M::pack(w.dout + p * w.dout_size, {dout.row(p * width), dout.stride, dout.dtype}, n, call.head_dim_v, 1);
+        M::pack(w.q + p * w.q_size, q.row + p * width, q.dtype, n, call.head_dim, M::query_factor(call.scale));
+        M::pack(w.dout + p * w.dout_size, dout.row + p * width, dout.dtype, n, call.head_dim_v, 1);
     }
     row_statistics(block, w.lse, w.delta);
 }
@@ -128,7 +126,7 @@ struct Range {
 template <class M, class Out>
 Range fill_gradients(const Block<typename M::C> &block, const TileScratch<M> &w, const typename M::Keys &keys,
                      const typename M::Keys &values, int p, int64_t j0, int64_t j1, typename M::C scale, bool capped,
-                     const typename Out::Gradients &gradients) {
+                     const typename Out::Gradients &gradients, const Ahead &ahead) {
     using C = typename M::C;
     using V = typename M::V;
     const anyattn_call &call = block.call;
@@ -140,13 +138,13 @@ Range fill_gradients(const Block<typename M::C> &block, const TileScratch<M> &w,
     C *S = w.S + p * w.tile + range.first * panel<C>, *T = w.T + p * w.tile + range.first * panel<C>;
     C *steep = capped ? w.steep : nullptr;
     V top[kPanelVectors] = {};
-    const int vectors = block.panel_vectors(p);
-    M::scores(values, range.first, n, call.head_dim_v, w.dout + p * w.dout_size, vectors, T, top);
-    M::scores(keys, range.first, n, call.head_dim, w.q + p * w.q_size, vectors, S, top);
+    const int rows = block.panel_rows(p);
+    M::scores(values, range.first, n, call.head_dim_v, w.dout + p * w.dout_size, rows, T, top, Ahead{});
+    M::scores(keys, range.first, n, call.head_dim, w.q + p * w.q_size, rows, S, top, ahead);
     const C factor = score_tile(block, p, first, n, M::score_factor(call.scale), w.added, steep, S, top);
     if (w.keep) keep_tile(w.keep, block, p, first, n);
     const int64_t row = p * panel<C>;
-    gradient_pass<Out>(S, T, n, vectors, factor, scale, steep, w.keep, w.lse + row, w.delta + row,
+    gradient_pass<Out>(S, T, n, block.panel_vectors(p), factor, scale, steep, w.keep, w.lse + row, w.delta + row,
                        Out::from(gradients, range.first));
     return range;
 }
@@ -171,7 +169,7 @@ struct BackwardScratch {
 // Part of dsink: a row without keys has lse = sink, weight 1.
 template <class C>
 double sink_gradient(const Block<C> &block, const C *lse, const C *delta) {
-    const double sink = double(block.sink());
+    const double sink = double(block.sink(0));
     double sum = 0;
     if (!(sink > -infinity(0.0))) return sum;
     for (int i = 0; i < block.rows; ++i) {
@@ -191,7 +189,7 @@ void backward_block(const Block<typename M::C> &block, const BackwardScratch<M> 
     if (sink_partial) *sink_partial += sink_gradient(block, tiles.lse, tiles.delta);
     const Rows q = query_rows(call.q, call, block.s, block.h, block.i0);
     const Rows dout = query_rows(call.dout, call, block.s, block.h, block.i0);
-    const Rows dq = query_rows(call.dq, call, block.s, block.h, block.i0);
+    const RowTable dq = block.table(call.dq);
     const auto q_rows = M::load_rows(q, block.rows, call.head_dim, w.q_rows);
     const auto dout_rows = M::load_rows(dout, block.rows, call.head_dim_v, w.dout_rows);
     const KeyRows k = key_rows(call.k, call, block.s, block.h_kv), v = key_rows(call.v, call, block.s, block.h_kv);
@@ -201,10 +199,12 @@ void backward_block(const Block<typename M::C> &block, const BackwardScratch<M> 
         const int64_t j1 = min64(j0 + kKeys, block.end), n = j1 - j0;
         const auto keys = M::load_keys(k, j0, n, call.head_dim, kSumDim | kSumKeys, tiles.k);
         const auto values = M::load_keys(v, j0, n, call.head_dim_v, kSumDim, tiles.v);
+        const Ahead next = next_tile<M>(block, k, v, j1);
         for (int p = 0; p < block.panels; ++p) {
             const auto part = M::panel_of(gradients, p);
-            const Range r = fill_gradients<M, M>(block, tiles, keys, values, p, j0, j1, C(call.scale), true, part);
-            M::accumulate_dq(part, keys, r.first, r.n, call.head_dim, block.panel_vectors(p), w.dq + p * w.dq_size);
+            const Range r = fill_gradients<M, M>(block, tiles, keys, values, p, j0, j1, C(call.scale), true, part,
+                                                 p == 0 ? next : Ahead{});
+            M::accumulate_dq(part, keys, r.first, r.n, call.head_dim, block.panel_rows(p), w.dq + p * w.dq_size);
         }
         M::accumulate_dv(gradients, n, dout_rows, block.rows, call.head_dim_v,
                          static_cast<C *>(partial.dv) + j0 * partial.dv_stride, partial.dv_stride);
@@ -212,9 +212,8 @@ void backward_block(const Block<typename M::C> &block, const BackwardScratch<M> 
                          static_cast<C *>(partial.dk) + j0 * partial.dk_stride, partial.dk_stride);
     }
     for (int p = 0; p < block.panels; ++p) {
-        const Rows rows{dq.row(p * panel<C>), dq.stride, dq.dtype};
-        unpack_panel(rows, w.dq + p * w.dq_size, block.panel_rows(p), call.head_dim, (const C *)nullptr,
-                     call.flags & ANYATTN_ACCUMULATE);
+        unpack_panel(dq.row + p * panel<C>, dq.dtype, w.dq + p * w.dq_size, block.panel_rows(p), call.head_dim,
+                     (const C *)nullptr, call.flags & ANYATTN_ACCUMULATE);
     }
 }
 
@@ -226,7 +225,7 @@ void backward_group(const anyattn_call &call, int64_t b, int64_t h_kv, int64_t s
     Arena arena{static_cast<char *>(memory), 0};
     const BackwardScratch<M> w(call, arena);
     for (int64_t at = split; at < group * blocks; at += splits) {
-        const Block<typename M::C> block(call, s, h_kv * group + at / blocks, at % blocks);
+        const Block<typename M::C> block(call, query_block(s, h_kv * group + at / blocks, at % blocks));
         backward_block<M>(block, w, partial, sink_partial ? sink_partial + at : nullptr);
     }
 }

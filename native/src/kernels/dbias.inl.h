@@ -55,7 +55,7 @@ void add_block(const Block<typename M::C> &block, const DbiasTile &tile, const D
         const auto values = M::load_keys(v, j0, n, call.head_dim_v, kSumDim, w.tiles.v);
         for (int p = 0; p < block.panels; ++p) {
             const auto ds = Out::panel_of({w.tiles.S, w.tiles.T}, p);
-            const Range r = fill_gradients<M, Out>(block, w.tiles, keys, values, p, j0, j0 + n, C(1), false, ds);
+            const Range r = fill_gradients<M, Out>(block, w.tiles, keys, values, p, j0, j0 + n, C(1), false, ds, Ahead{});
             double *sum = w.sum + (j0 + r.first - tile.j0) * tile.key_step() + p * panel<C> * tile.row_step();
             sum_tile(sum, Out::from(ds, r.first).ds, r.n, block.panel_rows(p), tile.key_step(), tile.row_step());
         }
@@ -94,7 +94,7 @@ void dbias_tile(const anyattn_call &call, int64_t bias_b, int64_t bias_h, int64_
         const int64_t i_end = tile.summed(2) ? s.n_q : min64(s.n_q, tile.i0 + tile.rows);
         for (int64_t h = bias_h; h < h_end; ++h) {
             for (int64_t i = tile.i0; i < i_end; i += kBlockQ) {
-                add_block(Block<C>(call, s, h, i / kBlockQ), tile, w);
+                add_block(Block<C>(call, query_block(s, h, i / kBlockQ)), tile, w);
             }
         }
     }

@@ -164,14 +164,12 @@ inline Rows row_values(const anyattn_array &array, const anyattn_call &call, con
 struct KeyRows {
     Rows rows;
     const int32_t *pages;  // null: not paged
-    int64_t page_size, page_stride;
+    int64_t page_size, page_stride, count;
 
     const char *row(int64_t j) const {
         if (!pages) return rows.row(j);
         return rows.row(j % page_size) + pages[j / page_size] * page_stride;
     }
-    // Whether the rows [j, j + n) follow each other.
-    bool together(int64_t j, int64_t n) const { return !pages || n == 0 || j / page_size == (j + n - 1) / page_size; }
 };
 
 inline KeyRows key_rows(const anyattn_array &array, const anyattn_call &call, const Sequence &s, int64_t h_kv) {
@@ -181,48 +179,95 @@ inline KeyRows key_rows(const anyattn_array &array, const anyattn_call &call, co
     if (!call.cu_seqlens_k && !call.block_table) offset += s.batch_k * array.stride[0];
     const Rows rows{static_cast<char *>(array.data) + offset * size, array.stride[1] * size, array.dtype};
     const int32_t *pages = call.block_table ? call.block_table + s.index * call.max_pages : nullptr;
-    return {rows, pages, call.page_size, array.stride[0] * size};
+    return {rows, pages, call.page_size, array.stride[0] * size, s.n_k};
 }
 
+template <int N>
+struct Int {
+    static constexpr int value = N;
+};
+
+// body(Int<T>()) for the dtype T of keys and values, which the compute type follows from.
+template <class C, class Body>
+ANYATTN_INLINE void with_dtype([[maybe_unused]] int32_t dtype, const Body &body) {
+    if constexpr (sizeof(C) == 8) {
+        body(Int<ANYATTN_FLOAT64>());
+    } else {
+        if (dtype == ANYATTN_FLOAT32) return body(Int<ANYATTN_FLOAT32>());
+        if (dtype == ANYATTN_FLOAT16) return body(Int<ANYATTN_FLOAT16>());
+        body(Int<ANYATTN_BFLOAT16>());
+    }
+}
+
+ANYATTN_INLINE void prefetch(const char *p) { __builtin_prefetch(p); }
+
+// The rows of keys and values that come next, asked for piece by piece while others are multiplied: rows that lie far
+// apart are found by no prefetcher of the processor.
+struct Ahead {
+    const KeyRows *k, *v;
+    int64_t j, n, k_bytes, v_bytes;
+
+    void fetch(int64_t first, int64_t count) const {
+        for (int64_t r = first; r < min64(first + count, n); ++r) {
+            const char *key = k->row(j + r), *value = v->row(j + r);
+            for (int64_t d = 0; d < k_bytes; d += 64) prefetch(key + d);
+            for (int64_t d = 0; d < v_bytes; d += 64) prefetch(value + d);
+        }
+    }
+};
+
 // n values to the compute type, and zeros up to a whole vector.
-template <class C>
-ANYATTN_INLINE void copy_row(C *to, const char *from, int32_t dtype, int64_t n) {
-    const int64_t size = dtype_size(dtype);
-    for (int64_t d = 0; d < n; d += lanes<C>) store(to + d, load_part<C>(from + d * size, dtype, n - d));
+template <class C, int T>
+ANYATTN_INLINE void copy_row(C *to, const char *from, int64_t n) {
+    int64_t d = 0;
+    for (; d + lanes<C> <= n; d += lanes<C>) store(to + d, load_whole(from + d * dtype_size(T), T, C()));
+    if (d < n) store(to + d, load_part<C>(from + d * dtype_size(T), T, n - d));
 }
 
 template <class C>
 ANYATTN_NOINLINE void copy_keys(C *to, int64_t stride, const KeyRows &keys, int64_t j, int64_t n, int64_t dim) {
-    for (int64_t i = 0; i < n; ++i) copy_row(to + i * stride, keys.row(j + i), keys.rows.dtype, dim);
+    with_dtype<C>(keys.rows.dtype, [&](auto t) {
+        for (int64_t i = 0; i < n; ++i) copy_row<C, decltype(t)::value>(to + i * stride, keys.row(j + i), dim);
+    });
 }
 
 template <class C>
 ANYATTN_NOINLINE void copy_rows(C *to, int64_t stride, const Rows &rows, int64_t n, int64_t dim) {
-    for (int64_t i = 0; i < n; ++i) copy_row(to + i * stride, rows.row(i), rows.dtype, dim);
+    with_dtype<C>(rows.dtype, [&](auto t) {
+        for (int64_t i = 0; i < n; ++i) copy_row<C, decltype(t)::value>(to + i * stride, rows.row(i), dim);
+    });
 }
 
-// Elements [d, d + lanes) of `count` rows, one vector each. Not inlined: that would copy it for every row.
+// `left` elements (at most a vector) from `offset` bytes on of `count` rows. Not inlined: that would copy it for every
+// row.
 template <class C>
-ANYATTN_NOINLINE void load_tile(typename Lanes<C>::V *r, const char *row, int64_t stride, int32_t dtype, int64_t count,
-                                int64_t left) {
-    for (int64_t x = 0; x < count; ++x) r[x] = load_part<C>(row + x * stride, dtype, left);
+ANYATTN_NOINLINE void load_tile(typename Lanes<C>::V *r, const char *const *rows, int64_t offset, int32_t dtype,
+                                int64_t count, int64_t left) {
+    for (int64_t x = 0; x < count; ++x) r[x] = load_part<C>(rows[x] + offset, dtype, left);
 }
 
 template <class C>
-ANYATTN_NOINLINE void store_tile(char *row, int64_t stride, int32_t dtype, const typename Lanes<C>::V *r, int64_t count,
-                                 int64_t left, bool add) {
-    for (int64_t x = 0; x < count; ++x, row += stride) {
+ANYATTN_NOINLINE void store_tile(char *const *rows, int64_t offset, int32_t dtype, const typename Lanes<C>::V *r,
+                                 int64_t count, int64_t left, bool add) {
+    for (int64_t x = 0; x < count; ++x) {
         typename Lanes<C>::V value = r[x];
-        if (add) value += load_part<C>(row, dtype, left);
-        store_part(row, dtype, value, left);
+        if (add) value += load_part<C>(rows[x] + offset, dtype, left);
+        store_part(rows[x] + offset, dtype, value, left);
     }
 }
 
-// Rows [0, n) times factor as columns: packed[d][lane], zero in the lanes beyond n.
+// The rows of a block in q, out, dout or dq: those of several heads lie wherever they lie.
+struct RowTable {
+    char *row[kBlockQ];
+    int32_t dtype;
+};
+
+// n rows times factor as columns: packed[d][lane], zero in the lanes beyond n.
 template <class C>
-ANYATTN_NOINLINE void pack_panel(C *packed, const Rows &rows, int64_t n, int64_t dim, C factor) {
+ANYATTN_NOINLINE void pack_panel(C *packed, const char *const *rows, int32_t dtype, int64_t n, int64_t dim, C factor) {
     using V = typename Lanes<C>::V;
     constexpr int width = lanes<C>;
+    const int64_t size = dtype_size(dtype);
     const auto finish = [&](V *r, int64_t d, int c) {
         transpose<C>(r);
         ANYATTN_UNROLL
@@ -230,27 +275,28 @@ ANYATTN_NOINLINE void pack_panel(C *packed, const Rows &rows, int64_t n, int64_t
     };
     for (int c = 0; c < panel<C>; c += width) {
         int64_t d = 0;
-        for (; rows.dtype == dtype_of<C> && c + width <= n && d + width <= dim; d += width) {
+        for (; dtype == dtype_of<C> && c + width <= n && d + width <= dim; d += width) {
             V r[width];
             ANYATTN_UNROLL
-            for (int x = 0; x < width; ++x) r[x] = load<V>(rows.at(c + x, d));
+            for (int x = 0; x < width; ++x) r[x] = load<V>(rows[c + x] + d * size);
             finish(r, d, c);
         }
         for (; d < dim; d += width) {
             V r[width] = {};
-            load_tile<C>(r, rows.at(c, d), rows.stride, rows.dtype, min64(width, n - c), dim - d);
+            load_tile<C>(r, rows + c, d * size, dtype, min64(width, n - c), dim - d);
             finish(r, d, c);
         }
     }
 }
 
-// The way back: columns times one factor per lane (null: 1) into rows, added to what is there if `add`.
+// The way back: columns times one factor per lane (null: 1) into n rows, added to what is there if `add`.
 template <class C>
-ANYATTN_NOINLINE void unpack_panel(const Rows &rows, const C *packed, int64_t n, int64_t dim, const C *factors,
-                                   bool add) {
+ANYATTN_NOINLINE void unpack_panel(char *const *rows, int32_t dtype, const C *packed, int64_t n, int64_t dim,
+                                   const C *factors, bool add) {
     using V = typename Lanes<C>::V;
     constexpr int width = lanes<C>;
-    const bool plain = rows.dtype == dtype_of<C> && !add;
+    const int64_t size = dtype_size(dtype);
+    const bool plain = dtype == dtype_of<C> && !add;
     for (int c = 0; c < n; c += width) {
         const V factor = factors ? load<V>(factors + c) : splat(C(1));
         for (int64_t d = 0; d < dim; d += width) {
@@ -260,9 +306,9 @@ ANYATTN_NOINLINE void unpack_panel(const Rows &rows, const C *packed, int64_t n,
             transpose<C>(r);
             if (plain && c + width <= n && d + width <= dim) {
                 ANYATTN_UNROLL
-                for (int x = 0; x < width; ++x) store(rows.at(c + x, d), r[x]);
+                for (int x = 0; x < width; ++x) store(rows[c + x] + d * size, r[x]);
             } else {
-                store_tile<C>(rows.at(c, d), rows.stride, rows.dtype, r, min64(width, n - c), dim - d, add);
+                store_tile<C>(rows + c, d * size, dtype, r, min64(width, n - c), dim - d, add);
             }
         }
     }

@@ -3,7 +3,6 @@
 // Every loop keeps its accumulators in registers and adds them to memory at the end: sums of sums lose less than one
 // long sum. `Plain` and its siblings are all that knows how operands are laid out.
 #pragma once
-#include "kernels.h"
 #include "load.inl.h"
 
 namespace anyattn {
@@ -20,11 +19,6 @@ constexpr int64_t kChain = 32;
 constexpr int64_t kChain = 16;  // every product is rounded too
 #endif
 
-template <int N>
-struct Int {
-    static constexpr int value = N;
-};
-
 // body(Int<M>(), i) for register tiles of M rows that cover [0, n).
 template <class Body>
 ANYATTN_INLINE void for_tiles(int64_t n, const Body &body) {
@@ -33,6 +27,11 @@ ANYATTN_INLINE void for_tiles(int64_t n, const Body &body) {
     for (; n - i >= 4; i += 4) body(Int<4>(), i);
     for (; n - i >= 2; i += 2) body(Int<2>(), i);
     for (; n - i >= 1; i += 1) body(Int<1>(), i);
+}
+
+template <class C>
+constexpr int vectors_of(int rows) {
+    return (rows + lanes<C> - 1) / lanes<C>;
 }
 
 // body(Int<N>()) for the N vectors that hold the queries of a panel: short blocks do not pay for whole panels.
@@ -192,10 +191,12 @@ struct Plain {
         C *p, *ds;
     };
 
+    static constexpr int tile_keys = kKeys;
+
     static int64_t packed_size(int64_t dim) { return round_up(dim, lanes<C>) * panel<C>; }
 
-    static void pack(Packed *packed, const Rows &rows, int64_t n, int64_t dim, C factor) {
-        pack_panel(packed, rows, n, dim, factor);
+    static void pack(Packed *packed, const char *const *rows, int32_t dtype, int64_t n, int64_t dim, C factor) {
+        pack_panel(packed, rows, dtype, n, dim, factor);
     }
     // What packed queries are multiplied by, and what is left for their products to be in log2 units.
     static C query_factor(double scale) { return C(scale * kLog2e); }
@@ -203,27 +204,35 @@ struct Plain {
 
     static int64_t key_buffer(int64_t dim, int) { return kKeys * round_up(dim, lanes<C>) * (int64_t)sizeof(C); }
 
-    // The rows themselves where they can be read in place, else copies.
+    // The rows themselves where they can be read in place, else copies: rows far apart would evict each other from L1.
+    static bool in_place(const KeyRows &keys, int64_t dim) {
+        return keys.rows.dtype == dtype_of<C> && !keys.pages && keys.rows.stride == dim * (int64_t)sizeof(C);
+    }
+
     static Keys load_keys(const KeyRows &keys, int64_t j, int64_t n, int64_t dim, int, char *buffer) {
-        const Rows &rows = keys.rows;
-        if (rows.dtype == dtype_of<C> && keys.together(j, n)) {
-            return {reinterpret_cast<const C *>(keys.row(j)), rows.stride / (int64_t)sizeof(C)};
-        }
+        if (in_place(keys, dim)) return {reinterpret_cast<const C *>(keys.row(j)), dim};
         C *copy = reinterpret_cast<C *>(buffer);
         const int64_t stride = round_up(dim, lanes<C>);
         copy_keys(copy, stride, keys, j, n, dim);
         return {copy, stride};
     }
 
-    static void scores(const Keys &keys, int64_t first, int64_t n, int64_t dim, const Packed *q, int vectors, C *S,
-                       V *top) {
+    static void scores(const Keys &keys, int64_t first, int64_t n, int64_t dim, const Packed *q, int rows, C *S, V *top,
+                       const Ahead &ahead) {
         const C *k = keys.data + first * keys.stride;
-        for_width(vectors, [&](auto width) {
+        for_width(vectors_of<C>(rows), [&](auto width) {
             for_tiles(n, [&](auto m, int64_t j) {
+                ahead.fetch(j, decltype(m)::value);
                 multiply_keys<C, decltype(m)::value, decltype(width)::value>(k + j * keys.stride, keys.stride, dim, q,
                                                                              S + j * panel<C>, top);
             });
         });
+    }
+
+    static void clean(C *) {}
+    static int64_t out_size(int64_t dim) { return packed_size(dim); }
+    static void unpack(char *const *rows, int32_t dtype, const C *out, int64_t n, int64_t dim, const C *factors) {
+        unpack_panel(rows, dtype, out, n, dim, factors, false);
     }
 
     // Rows j and j + 1 of P, vector c, into the tile that add_values reads (the score tile).
@@ -232,10 +241,10 @@ struct Plain {
         store(S + (j + 1) * panel<C> + c * lanes<C>, p1);
     }
 
-    static void accumulate(const Keys &keys, int64_t first, int64_t n, int64_t dim, const C *P, int vectors, C *O,
+    static void accumulate(const Keys &keys, int64_t first, int64_t n, int64_t dim, const C *P, int rows, C *O,
                            const C *alpha) {
         const C *v = keys.data + first * keys.stride;
-        for_width(vectors, [&](auto width) {
+        for_width(vectors_of<C>(rows), [&](auto width) {
             for_tiles(dim, [&](auto m, int64_t d) {
                 add_values<C, decltype(m)::value, decltype(width)::value>(v + d, keys.stride, P, n, O + d * panel<C>,
                                                                           alpha);
@@ -304,9 +313,9 @@ struct Plain {
                               int64_t stride) {
         accumulate_rows(g.p, n, dout, count, dim, out, stride);
     }
-    static void accumulate_dq(const Gradients &g, const Keys &k, int64_t first, int64_t n, int64_t dim, int vectors,
+    static void accumulate_dq(const Gradients &g, const Keys &k, int64_t first, int64_t n, int64_t dim, int rows,
                               C *dq) {
-        accumulate(k, first, n, dim, g.ds + first * panel<C>, vectors, dq, nullptr);
+        accumulate(k, first, n, dim, g.ds + first * panel<C>, rows, dq, nullptr);
     }
 };
 

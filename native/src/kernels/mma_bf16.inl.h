@@ -116,13 +116,13 @@ ANYATTN_NOINLINE void pair_queries(Pair *pairs, int64_t stride, const Rows &rows
 }
 
 // Rows as columns of pairs, [d / 2][lane], every sign flipped where factor is negative.
-ANYATTN_NOINLINE void pack_pairs(Pair *packed, const Rows &rows, int64_t n, int64_t dim, float factor) {
+ANYATTN_NOINLINE void pack_pairs(Pair *packed, const char *const *rows, int64_t n, int64_t dim, float factor) {
     const __m512i signs = _mm512_set1_epi16(factor < 0 ? (short)0x8000 : 0);
     for (int c = 0; c < panel<float>; c += 16) {
         for (int64_t d = 0; d < dim; d += 32) {
             F32 r[16] = {};
             for (int x = 0; x < 16 && c + x < n; ++x) {
-                r[x] = (F32)_mm512_xor_si512(load_pairs(rows.at(c + x, d), dim - d), signs);
+                r[x] = (F32)_mm512_xor_si512(load_pairs(rows[c + x] + 2 * d, dim - d), signs);
             }
             transpose<float>(r);
             ANYATTN_UNROLL
@@ -151,9 +151,17 @@ struct Dot {
         int64_t stride;
     };
 
+    static constexpr int tile_keys = kKeys;
+
     static int64_t packed_size(int64_t dim) { return round_up(dim, 32) / 2 * panel<float>; }
-    static void pack(Packed *packed, const Rows &rows, int64_t n, int64_t dim, float factor) {
+    static void pack(Packed *packed, const char *const *rows, int32_t, int64_t n, int64_t dim, float factor) {
         pack_pairs(packed, rows, n, dim, factor);
+    }
+    static void clean(float *) {}
+    static int64_t out_size(int64_t dim) { return Plain<float>::out_size(dim); }
+    static void unpack(char *const *rows, int32_t dtype, const float *out, int64_t n, int64_t dim,
+                       const float *factors) {
+        Plain<float>::unpack(rows, dtype, out, n, dim, factors);
     }
     // Queries stay as they are but for the sign: the maximum of products times a factor >= 0 is that of the scores.
     static float query_factor(double scale) { return scale < 0 ? -1.0f : 1.0f; }
@@ -169,10 +177,13 @@ struct Dot {
         return rows_bytes(dim) + pairs;
     }
 
+    static bool in_place(const KeyRows &, int64_t) { return false; }
+
     static Keys load_keys(const KeyRows &keys, int64_t j, int64_t n, int64_t dim, int use, char *buffer) {
         Keys result{keys.row(j), keys.rows.stride, nullptr, round_up(dim, 16)};
-        // A pair must not reach into the next row, nor a row into the next page.
-        if ((use & kSumDim) && (dim % 2 || !keys.together(j, n))) {
+        // Rows far apart would evict each other from L1; and a pair must not reach into the next row.
+        const bool dense = !keys.pages && keys.rows.stride == 2 * dim && dim % 2 == 0;
+        if ((use & kSumDim) && !dense) {
             result.rows = buffer;
             result.stride = round_up(dim, 32) * 2;
             for (int64_t r = 0; r < n; ++r) {
@@ -190,11 +201,12 @@ struct Dot {
         return result;
     }
 
-    static void scores(const Keys &keys, int64_t first, int64_t n, int64_t dim, const Packed *q, int vectors, float *S,
-                       V *top) {
+    static void scores(const Keys &keys, int64_t first, int64_t n, int64_t dim, const Packed *q, int rows, float *S,
+                       V *top, const Ahead &ahead) {
         const char *k = keys.rows + first * keys.stride;
-        for_width(vectors, [&](auto width) {
+        for_width(vectors_of<float>(rows), [&](auto width) {
             for_tiles(n, [&](auto m, int64_t j) {
+                ahead.fetch(j, decltype(m)::value);
                 multiply_key_pairs<decltype(m)::value, decltype(width)::value>(
                     k + j * keys.stride, keys.stride, (dim + 1) / 2, q, S + j * panel<float>, top);
             });
@@ -209,10 +221,10 @@ struct Dot {
     }
 
     // Keys in pairs from `first`, which is even.
-    static void accumulate(const Keys &keys, int64_t first, int64_t n, int64_t dim, const void *P, int vectors,
-                           float *O, const float *alpha) {
+    static void accumulate(const Keys &keys, int64_t first, int64_t n, int64_t dim, const void *P, int rows, float *O,
+                           const float *alpha) {
         const Pair *v = keys.pairs + first / 2 * keys.pair_stride;
-        for_width(vectors, [&](auto width) {
+        for_width(vectors_of<float>(rows), [&](auto width) {
             for_tiles(dim, [&](auto m, int64_t d) {
                 add_value_pairs<decltype(m)::value, decltype(width)::value>(
                     v + d, keys.pair_stride, static_cast<const Pair *>(P), (n + 1) / 2, O + d * panel<float>, alpha);
@@ -276,9 +288,9 @@ struct Dot {
                               float *out, int64_t stride) {
         accumulate_rows(g.p, n, dout, count, dim, out, stride);
     }
-    static void accumulate_dq(const Gradients &g, const Keys &k, int64_t first, int64_t n, int64_t dim, int vectors,
+    static void accumulate_dq(const Gradients &g, const Keys &k, int64_t first, int64_t n, int64_t dim, int rows,
                               float *dq) {
-        accumulate(k, first, n, dim, from(g, first).ds_keys, vectors, dq, nullptr);
+        accumulate(k, first, n, dim, from(g, first).ds_keys, rows, dq, nullptr);
     }
 };
 

@@ -1,5 +1,6 @@
 // Dropout: Philox4x32 with 7 rounds (Salmon et al., SC 2011), one counter per query lane and 8 keys.
 #pragma once
+#include "kernels.h"
 #include "vector.inl.h"
 
 namespace anyattn {
@@ -34,23 +35,23 @@ ANYATTN_INLINE void store_kept(double *to, U32 kept, double value) {
     for (int i = 0; i < lanes<float>; ++i) to[i] = kept[i] ? value : 0.0;
 }
 
-// What the entries of one tile count by.
+// What the entries of one tile count by: queries and heads lane by lane, keys row by row.
 struct DropoutCounter {
     uint64_t seed;
-    uint32_t offset, head, query, threshold;  // query: of lane 0
-    int64_t key;                              // of row 0
+    uint32_t offset, threshold;
+    int64_t key;  // of row 0
+    int64_t width;
+    alignas(64) uint32_t query[kBlockQ], head[kBlockQ];
 };
 
-// keep[key][lane] = value where the entry survives, else 0, for n keys.
+// keep[key][lane] = value where the entry survives, else 0, for n keys and `width` lanes.
 template <class C>
 ANYATTN_NOINLINE void fill_keep(C *keep, const DropoutCounter &d, int64_t n, C value) {
     const Lanes<float>::I threshold = (Lanes<float>::I)splat(d.threshold);
-    U32 lane{};
-    for (int i = 0; i < lanes<float>; ++i) lane[i] = (uint32_t)i;
     for (int64_t group = d.key / 8; group * 8 < d.key + n; ++group) {
-        for (int c = 0; c < panel<C>; c += lanes<float>) {
-            const U32 query = lane + splat(d.query + (uint32_t)c);
-            const Counter bits = philox({{splat((uint32_t)group), query, splat(d.head), splat(d.offset)}}, d.seed);
+        for (int64_t c = 0; c < d.width; c += lanes<float>) {
+            const U32 query = load<U32>(d.query + c), head = load<U32>(d.head + c);
+            const Counter bits = philox({{splat((uint32_t)group), query, head, splat(d.offset)}}, d.seed);
             ANYATTN_UNROLL
             for (int x = 0; x < 8; ++x) {
                 const int64_t j = group * 8 + x - d.key;

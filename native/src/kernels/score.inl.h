@@ -6,78 +6,121 @@
 namespace anyattn {
 namespace {
 
-// Up to kBlockQ query rows of one head of one sequence, and what turns products into scores there.
+// Query rows of one sequence that are computed together, and what turns products into scores there. Row r of the block
+// is row i0 + r % per_head of head h + r / per_head; several heads share their keys.
 template <class Compute>
 struct Block {
     using C = Compute;
     const anyattn_call &call;
     Sequence s;
     int64_t h, h_kv, i0;
-    int rows, panels;
+    int per_head, rows, panels;
     int64_t begin, end;  // keys that any of the rows may see
-    C cap, slope;  // 0: off; log2 units
-    bool scored;  // something other than intervals acts on scores
+    C cap;               // 0: off; log2 units
+    bool sloped, scored;  // scored: something other than intervals acts on scores
+    alignas(64) C slope[kBlockQ], place[kBlockQ];  // of each row: in log2 units; r % per_head
 
-    Block(const anyattn_call &a, const Sequence &sequence, int64_t head, int64_t block)
-        : call(a), s(sequence), h(head), h_kv(head / (a.nheads / a.nheads_kv)), i0(block * kBlockQ) {
-        rows = (int)min64(kBlockQ, s.n_q - i0);
+    Block(const anyattn_call &a, const QueryBlock &q)
+        : call(a), s(sequence(a, q.b)), h(q.h), h_kv(q.h / (a.nheads / a.nheads_kv)), i0(q.i0) {
+        per_head = (int)q.rows;
+        rows = (int)(q.heads * q.rows);
         panels = (rows + panel<C> - 1) / panel<C>;
         begin = key_begin(call, s, i0);
-        end = key_end(call, s, i0 + rows - 1);
+        end = key_end(call, s, i0 + per_head - 1);
         // Limits that leave tanh's argument and its product finite in float.
         const double limited = call.softcap < 1e-30 ? 1e-30 : call.softcap > 1e30 ? 1e30 : call.softcap;
         cap = call.softcap > 0 ? C(limited * kLog2e) : 0;
-        slope = 0;
-        if (call.alibi_slopes.data) slope = C(kLog2e) * head_value(call.alibi_slopes, s.index, h);
-        scored = cap != 0 || slope != 0 || call.bias.data || call.mask.data;
+        sloped = call.alibi_slopes.data;
+        scored = cap != 0 || sloped || call.bias.data || call.mask.data;
+        if (sloped) set_slopes();
     }
+
+    void set_slopes() {
+        for (int r = 0; r < kBlockQ; ++r) {
+            const bool first = r % per_head == 0, used = r < rows;
+            place[r] = C(r % per_head);
+            slope[r] = !used ? C(0) : !first ? slope[r - 1]
+                                             : C(kLog2e) * head_value(call.alibi_slopes, s.index, head(r));
+        }
+    }
+
+    int64_t head(int r) const { return h + r / per_head; }
+    int64_t row(int r) const { return i0 + r % per_head; }
 
     static C head_value(const anyattn_array &array, int64_t i, int64_t j) {
         const int64_t at = i * array.stride[0] + j * array.stride[1];
         return load_scalar<C>(static_cast<char *>(array.data) + at * dtype_size(array.dtype), array.dtype);
     }
-    // Sink logit of this head, natural units; -inf: none.
-    C sink() const { return call.sink.data ? head_value(call.sink, h, 0) : -infinity(C()); }
+    // Sink logit of row r, natural units; -inf: none.
+    C sink(int r) const { return call.sink.data ? head_value(call.sink, head(r), 0) : -infinity(C()); }
+
+    // The block's rows of q, out, dout or dq.
+    RowTable table(const anyattn_array &array) const {
+        RowTable result;
+        result.dtype = array.dtype;
+        for (int r = 0; r < rows; r += per_head) {
+            const Rows of_head = query_rows(array, call, s, head(r), i0);
+            for (int i = 0; i < per_head; ++i) result.row[r + i] = of_head.row(i);
+        }
+        return result;
+    }
 
     int panel_rows(int p) const { return (int)min64(panel<C>, rows - p * panel<C>); }
-    int panel_vectors(int p) const { return (panel_rows(p) + lanes<C> - 1) / lanes<C>; }
+    int panel_vectors(int p) const { return vectors_of<C>(panel_rows(p)); }
+    // The first and last row of their sequence among those of a panel.
+    int64_t first_row(int p) const { return rows == per_head ? i0 + p * panel<C> : i0; }
+    int64_t last_row(int p) const {
+        return rows == per_head ? first_row(p) + panel_rows(p) - 1 : i0 + per_head - 1;
+    }
     // Keys of a panel's rows inside [j0, j1), from an even distance to j0 on.
     int64_t panel_begin(int p, int64_t j0) const {
-        const int64_t first = key_begin(call, s, i0 + p * panel<C>);
+        const int64_t first = key_begin(call, s, first_row(p));
         return first <= j0 ? j0 : j0 + (first - j0) / 2 * 2;
     }
-    int64_t panel_end(int p, int64_t j1) const {
-        return min64(j1, key_end(call, s, i0 + p * panel<C> + panel_rows(p) - 1));
-    }
+    int64_t panel_end(int p, int64_t j1) const { return min64(j1, key_end(call, s, last_row(p))); }
     // Whether some row of the panel may not see some key of [j0, j1).
     bool edge(int p, int64_t j0, int64_t j1) const {
-        const int64_t first = i0 + p * panel<C>;
-        return j0 < key_begin(call, s, first + panel_rows(p) - 1) || j1 > key_end(call, s, first);
+        return j0 < key_begin(call, s, last_row(p)) || j1 > key_end(call, s, first_row(p));
     }
 };
 
-// added[key][lane] from an array of (row, key) for keys [j, j + n) and `rows` rows; Merge(new, old) is stored.
+// The tile of keys that begins at j, to be asked for ahead; nothing where it will be read in place.
+template <class M>
+Ahead next_tile(const Block<typename M::C> &block, const KeyRows &k, const KeyRows &v, int64_t j) {
+    const anyattn_call &call = block.call;
+    if (M::in_place(k, call.head_dim) && M::in_place(v, call.head_dim_v)) return {};
+    return {&k, &v, j, min64(M::tile_keys, block.end - j), call.head_dim * dtype_size(k.rows.dtype),
+            call.head_dim_v * dtype_size(v.rows.dtype)};
+}
+
+// added[key][lane] from an array of (row, key) for keys [j, j + n) of panel p; Merge(new, old) is stored.
 template <class C, class Merge>
-ANYATTN_INLINE void spread(C *added, const char *data, const anyattn_array &array, int64_t rows, int64_t n,
+ANYATTN_INLINE void spread(C *added, const Block<C> &block, int p, const anyattn_array &array, int64_t j, int64_t n,
                            const Merge &merge) {
     using V = typename Lanes<C>::V;
     constexpr int width = lanes<C>;
-    const int64_t size = dtype_size(array.dtype), row = array.stride[2] * size;
-    for (int c = 0; c < panel<C>; c += width) {
-        C *column = added + c;
-        for (int64_t j = 0; j < n; j += width) {
+    const int64_t size = dtype_size(array.dtype);
+    const int count = block.panel_rows(p);
+    const char *rows[panel<C>];
+    for (int x = 0; x < count; ++x) {
+        const int r = p * panel<C> + x;
+        const int64_t at = block.s.index * array.stride[0] + block.head(r) * array.stride[1] +
+                           block.row(r) * array.stride[2] + j * array.stride[3];
+        rows[x] = static_cast<const char *>(array.data) + at * size;
+    }
+    for (int c = 0; c < count; c += width) {
+        for (int64_t k = 0; k < n; k += width) {
             V r[width] = {};
             if (array.stride[3]) {
-                load_tile<C>(r, data + c * row + j * size, row, array.dtype, min64(width, rows - c), n - j);
+                load_tile<C>(r, rows + c, k * size, array.dtype, min64(width, count - c), n - k);
             } else {
-                for (int64_t x = 0; x < min64(width, rows - c); ++x) {
-                    r[x] = splat(load_scalar<C>(data + (c + x) * row, array.dtype));
+                for (int64_t x = 0; x < min64(width, count - c); ++x) {
+                    r[x] = splat(load_scalar<C>(rows[c + x], array.dtype));
                 }
             }
             transpose<C>(r);
-            const int64_t count = min64(width, n - j);
-            for (int64_t x = 0; x < count; ++x) {
-                C *to = column + (j + x) * panel<C>;
+            for (int64_t x = 0; x < min64(width, n - k); ++x) {
+                C *to = added + c + (k + x) * panel<C>;
                 store(to, merge(r[x], load<V>(to)));
             }
         }
@@ -89,20 +132,13 @@ template <class C>
 ANYATTN_NOINLINE void fill_added(C *added, const Block<C> &block, int p, int64_t j, int64_t n) {
     using V = typename Lanes<C>::V;
     const anyattn_call &call = block.call;
-    const auto element = [&](const anyattn_array &array) {
-        const int64_t i = block.i0 + p * panel<C>;
-        const int64_t at =
-            block.s.index * array.stride[0] + block.h * array.stride[1] + i * array.stride[2] + j * array.stride[3];
-        return static_cast<const char *>(array.data) + at * dtype_size(array.dtype);
-    };
-    const int64_t rows = block.panel_rows(p);
     if (call.bias.data) {
-        spread(added, element(call.bias), call.bias, rows, n, [](V bias, V) { return bias; });
+        spread(added, block, p, call.bias, j, n, [](V bias, V) { return bias; });
     } else {
         __builtin_memset(added, 0, (size_t)(n * panel<C> * (int64_t)sizeof(C)));
     }
     if (!call.mask.data) return;
-    spread(added, element(call.mask), call.mask, rows, n,
+    spread(added, block, p, call.mask, j, n,
            [](V seen, V bias) { return seen == V{} ? splat(-infinity(C())) : bias; });
 }
 
@@ -111,24 +147,21 @@ template <class C>
 ANYATTN_NOINLINE void lane_bounds(const Block<C> &block, int p, int64_t j, int64_t n, C *low, C *high) {
     const int rows = block.panel_rows(p);
     for (int x = 0; x < panel<C>; ++x) {
-        const int64_t i = block.i0 + p * panel<C> + (x < rows ? x : 0);
+        const int64_t i = block.row(p * panel<C> + (x < rows ? x : 0));
         low[x] = C(min64(n, max64(0, key_begin(block.call, block.s, i) - j)));
         high[x] = x < rows ? C(min64(n, max64(0, key_end(block.call, block.s, i) - j))) : C(0);
     }
 }
 
-// |p - c| of each lane for key j: exact up to the one rounding where it does not fit C.
+// |first + place| of each lane: exact up to the one rounding where it does not fit C.
 template <class C>
-ANYATTN_INLINE typename Lanes<C>::V distance(int64_t p0, int64_t c) {
-    using V = typename Lanes<C>::V;
-    V lane;
-    const int64_t first = p0 - c;
-    if (first > -(INT64_C(1) << 22) && first < INT64_C(1) << 22) {
-        for (int i = 0; i < lanes<C>; ++i) lane[i] = C(i);
-        return absolute(lane + splat(C(first)));
+ANYATTN_INLINE typename Lanes<C>::V distance(typename Lanes<C>::V place, int64_t first) {
+    if (first > -(INT64_C(1) << 22) && first < INT64_C(1) << 22) return absolute(place + splat(C(first)));
+    for (int i = 0; i < lanes<C>; ++i) {
+        const int64_t signed_distance = first + (int64_t)place[i];
+        place[i] = C(signed_distance < 0 ? -signed_distance : signed_distance);
     }
-    for (int i = 0; i < lanes<C>; ++i) lane[i] = C(first + i < 0 ? -(first + i) : first + i);
-    return lane;
+    return place;
 }
 
 template <class C>
@@ -144,7 +177,7 @@ ANYATTN_NOINLINE void score_pass(const Block<C> &block, int p, int64_t j, int64_
     using V = typename Lanes<C>::V;
     constexpr int width = lanes<C>;
     const int vectors = block.panel_vectors(p);
-    const int64_t p0 = block.i0 + p * panel<C> + block.s.offset, c0 = j - block.s.leftpad;
+    const int64_t apart = block.i0 + block.s.offset - (j - block.s.leftpad);  // positions of row i0 and key j
     const C per_cap = block.cap != 0 ? 1 / block.cap : 0;
     for (int c = 0; c < vectors; ++c) top[c] = splat(-infinity(C()));
     for (int64_t r = 0; r < n; ++r) {
@@ -160,7 +193,10 @@ ANYATTN_NOINLINE void score_pass(const Block<C> &block, int p, int64_t j, int64_
                 const V bias = load<V>(added + at), hidden = splat(-infinity(C()));
                 s = bias == hidden ? hidden : s + bias * splat(C(kLog2e));
             }
-            if (block.slope != 0) s -= distance<C>(p0 + c * width, c0 + r) * splat(block.slope);
+            if (block.sloped) {
+                const int64_t lane = p * panel<C> + c * width;
+                s -= distance<C>(load<V>(block.place + lane), apart - r) * load<V>(block.slope + lane);
+            }
             if (bounds) {
                 const V row = splat(C(r));
                 s = row >= load<V>(bounds->low + c * width) ? s : splat(-infinity(C()));
@@ -189,10 +225,13 @@ ANYATTN_INLINE C score_tile(const Block<C> &block, int p, int64_t j, int64_t n, 
 template <class C>
 ANYATTN_INLINE void keep_tile(C *keep, const Block<C> &block, int p, int64_t j, int64_t n) {
     const anyattn_call &call = block.call;
-    const int64_t query = block.i0 + p * panel<C> + call.query_start;
-    const DropoutCounter counter{
-        call.rng_state[0], (uint32_t)call.rng_state[1], (uint32_t)(block.s.index * call.nheads + block.h),
-        (uint32_t)query,   call.dropout_threshold,      j + call.key_start};
+    DropoutCounter counter{call.rng_state[0], (uint32_t)call.rng_state[1], call.dropout_threshold, j + call.key_start,
+                           round_up(block.panel_rows(p), lanes<float>), {}, {}};
+    for (int x = 0; x < counter.width; ++x) {
+        const int r = p * panel<C> + x;
+        counter.query[x] = (uint32_t)(block.row(r) + call.query_start);
+        counter.head[x] = (uint32_t)(block.s.index * call.nheads + block.head(r));
+    }
     fill_keep(keep, counter, n, C(1 / (1 - call.dropout_threshold / 65536.0)));
 }
 

@@ -1,6 +1,7 @@
 // The table of kernels of one instruction set: picks the arithmetic for the dtypes of a call.
 #pragma once
 #include "dbias.inl.h"
+#include "few.inl.h"
 #include "forward.inl.h"
 #include "peak.inl.h"
 #if defined(__AVX512BF16__)
@@ -29,8 +30,10 @@ int64_t scratch(const anyattn_call &call, int32_t pass) {
         using M = decltype(m);
         Arena arena{nullptr, 0};
         if (pass == ANYATTN_FORWARD) {
+            Arena few{nullptr, 0};
             ForwardScratch<M>(call, arena);
-            return arena.used;
+            ForwardScratch<Few<typename M::C>>(call, few);
+            return max64(arena.used, few.used);
         }
         BackwardScratch<M>(call, arena);
         Arena second{nullptr, 0};
@@ -51,8 +54,34 @@ bool partial_in_place(const anyattn_call &call) {
            call.head_dim_v % width == 0 && !(call.flags & ANYATTN_ACCUMULATE);
 }
 
-void forward(const anyattn_call &call, int64_t b, int64_t h, int64_t block, void *memory) {
-    with_mma(call, ANYATTN_FORWARD, [&](auto m) { forward_block<decltype(m)>(call, b, h, block, memory); });
+void forward(const anyattn_call &call, const QueryBlock &rows, int64_t begin, int64_t end, void *partial,
+             void *memory) {
+    with_mma(call, ANYATTN_FORWARD, [&](auto m) {
+        using M = decltype(m);
+        using C = typename M::C;
+        const bool few = rows.heads * rows.rows <= kFewRows<C>;
+        (few ? forward_block<Few<C>> : forward_block<M>)(call, rows, begin, end, partial, memory);
+    });
+}
+
+// body(C()) for the compute type of a call.
+template <class Body>
+auto with_compute(const anyattn_call &call, const Body &body) {
+    return call.q.dtype == ANYATTN_FLOAT64 ? body(double()) : body(float());
+}
+
+void merge(const anyattn_call &call, const QueryBlock &rows, void *into, const void *from) {
+    with_compute(call, [&](auto c) { merge_partial<decltype(c)>(call, rows, into, from); });
+}
+
+void finish(const anyattn_call &call, const QueryBlock &rows, const void *partial) {
+    with_compute(call, [&](auto c) { finish_partial<decltype(c)>(call, rows, partial); });
+}
+
+int64_t partial_row_bytes(const anyattn_call &call) {
+    return with_compute(call, [&](auto c) {
+        return ForwardPartial<decltype(c)>::row_size(call) * (int64_t)sizeof(c);
+    });
 }
 
 void backward(const anyattn_call &call, int64_t b, int64_t h_kv, int64_t split, int64_t splits, const Partial &partial,
@@ -75,7 +104,7 @@ void dbias(const anyattn_call &call, int64_t bias_b, int64_t bias_h, int64_t blo
 int64_t dbias_block_k(const anyattn_call &) { return kKeys; }
 
 constexpr Kernels table(const char *name) {
-    return {name, scratch, partial_stride, partial_in_place, forward, backward, reduce, dbias, dbias_block_k, peak};
+    return {name, scratch, partial_stride, partial_in_place, forward, merge, finish, partial_row_bytes, backward, reduce, dbias, dbias_block_k, peak};
 }
 
 }  // namespace

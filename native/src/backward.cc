@@ -1,7 +1,5 @@
 #include "schedule.h"
 
-#include <limits>
-
 #include "tasks.h"
 
 namespace anyattn {
@@ -52,43 +50,6 @@ Layout layout(const anyattn_call &call, const Kernels &kernels) {
     return l;
 }
 
-// Rows of one head that lie in a sequence's allocation and not in the sequence: out 0, lse -inf.
-void clear_out(const anyattn_call &call, int64_t entry, int64_t row, int64_t head) {
-    clear_row(call.out, entry, row, head, 1, call.head_dim_v);
-    if (!call.lse.data) return;
-    char *lse = element(call.lse, entry, head, row);
-    if (call.lse.dtype == ANYATTN_FLOAT64) {
-        const double empty = -std::numeric_limits<double>::infinity();
-        std::memcpy(lse, &empty, sizeof empty);
-    } else {
-        const float empty = -std::numeric_limits<float>::infinity();
-        std::memcpy(lse, &empty, sizeof empty);
-    }
-}
-
-// body(b, h, block, worker), the blocks of one head side by side, the last (with causal masks the longest) first; and
-// outside(row, h) for packed rows of no sequence.
-template <class Body, class Outside>
-bool for_query_blocks(const Run &run, int64_t heads, const Body &body, const Outside &outside) {
-    const Rows rows = rows_q(run.call);
-    const int64_t inside = rows.blocks() * heads;
-    return run_tasks(run.call, run.threads, inside + blocks_of(rows.outside()), [&](int64_t task, int32_t worker) {
-        if (task < inside) {
-            const int64_t b = rows.sequence_of(task / heads);
-            const int64_t first = rows.first_block(b), width = rows.first_block(b + 1) - first;
-            const int64_t within = task - first * heads;
-            body(b, within / width, width - 1 - within % width, worker);
-            return;
-        }
-        const int64_t index = (task - inside) * kBlockQ;
-        for (int64_t i = index; i < min64(index + kBlockQ, rows.outside()); ++i) {
-            for (int64_t h = 0; h < heads; ++h) outside(rows.outside_row(i), h);
-        }
-    });
-}
-
-char *scratch_of(const Run &run, int32_t worker) { return run.scratch + worker * run.scratch_bytes; }
-
 Partial partial_of(const Run &run, const Layout &l, const Sequence &s, int64_t h_kv, int64_t split) {
     const anyattn_call &call = run.call;
     if (l.in_place) {
@@ -138,23 +99,17 @@ bool accumulate_splits(const Run &run, const Layout &l) {
         if (s.n_q == 0) return;
         double *sink = sink_partial(run, l, s.index);
         if (sink) sink += h_kv * group * blocks_of(s.n_q);
-        run.kernels.backward(call, s.index, h_kv, split, l.splits, partial, sink, scratch_of(run, worker));
+        run.kernels.backward(call, s.index, h_kv, split, l.splits, partial, sink, run.scratch_of(worker));
     });
 }
 
 // dq of the rows that no sequence uses.
 bool clear_dq(const Run &run) {
     const anyattn_call &call = run.call;
-    if ((call.flags & ANYATTN_ACCUMULATE) || !(call.seqused_q || call.cu_seqlens_q)) return true;
-    const auto inside = [&](int64_t b, int64_t h, int64_t block, int32_t) {
-        const Sequence s = sequence(call, b);
-        const int64_t end = min64((block + 1) * kBlockQ, rows_q(call).allocated(b));
-        for (int64_t i = max64(block * kBlockQ, s.n_q); i < end; ++i) {
-            clear_row(call.dq, call.cu_seqlens_q ? 0 : b, s.row_q + i, h, 1, call.head_dim);
-        }
-    };
-    const auto outside = [&](int64_t row, int64_t h) { clear_row(call.dq, 0, row, h, 1, call.head_dim); };
-    return for_query_blocks(run, call.nheads, inside, outside);
+    if (call.flags & ANYATTN_ACCUMULATE) return true;
+    return for_unused_rows(call, run.threads, [&](int64_t entry, int64_t row, int64_t h) {
+        clear_row(call.dq, entry, row, h, 1, call.head_dim);
+    });
 }
 
 void clear_keys(const anyattn_call &call, int64_t entry, int64_t begin, int64_t end, int64_t h0, int64_t heads) {
@@ -220,7 +175,7 @@ bool write_dbias(const Run &run) {
     return run_tasks(call, run.threads, tasks, [&](int64_t task, int32_t worker) {
         const int64_t j = task % blocks_k, i = task / blocks_k % blocks_q;
         const int64_t bh = task / blocks_k / blocks_q;
-        run.kernels.dbias(call, bh / heads, bh % heads, i, j, scratch_of(run, worker));
+        run.kernels.dbias(call, bh / heads, bh % heads, i, j, run.scratch_of(worker));
     });
 }
 
@@ -247,20 +202,7 @@ bool write_dsink(const Run &run, const Layout &l) {
 
 }  // namespace
 
-int64_t workspace_bytes(const anyattn_call &call, const Kernels &kernels, int32_t pass) {
-    return pass == ANYATTN_BACKWARD ? layout(call, kernels).bytes : 0;
-}
-
-bool run_forward(const Run &run) {
-    const anyattn_call &call = run.call;
-    const auto inside = [&](int64_t b, int64_t h, int64_t block, int32_t worker) {
-        const Sequence s = sequence(call, b);
-        const int64_t begin = block * kBlockQ, end = min64(begin + kBlockQ, rows_q(call).allocated(b));
-        if (begin < s.n_q) run.kernels.forward(call, b, h, block, scratch_of(run, worker));
-        for (int64_t i = max64(begin, s.n_q); i < end; ++i) clear_out(call, call.cu_seqlens_q ? 0 : b, s.row_q + i, h);
-    };
-    return for_query_blocks(run, call.nheads, inside, [&](int64_t row, int64_t h) { clear_out(call, 0, row, h); });
-}
+int64_t backward_workspace(const anyattn_call &call, const Kernels &kernels) { return layout(call, kernels).bytes; }
 
 bool run_backward(const Run &run) {
     const Layout l = layout(run.call, run.kernels);

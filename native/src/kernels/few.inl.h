@@ -1,0 +1,202 @@
+// Matrix products for a few query rows, as in decoding: lanes lie along the head dimension, every key and value is read
+// once, where it lies, and asked for ahead. The speed of memory is the limit. The same shapes as mma.inl.h.
+#pragma once
+#include "mma.inl.h"
+
+namespace anyattn {
+namespace {
+
+// More rows than this fill the lanes of a vector half.
+template <class C>
+constexpr int kFewRows = lanes<C> / 2;
+constexpr int kFewKeys = 32;  // of a tile; they stay in L1 from their scores to their values
+// Bytes of keys (and of values) to ask for ahead, and the rows that may be.
+constexpr int64_t kAheadBytes = 4096;
+constexpr int kAheadRows = 32;
+// Registers for sums of values.
+constexpr int kFewSums = kVectorBytes == 64 ? 16 : 8;
+
+// Lane i: the sum of r[i]. Each round adds the two halves of all numbers; see transpose.
+template <class C, int N = lanes<C>>
+ANYATTN_INLINE typename Lanes<C>::V sum_each(typename Lanes<C>::V *r) {
+    if constexpr (N == 1) {
+        return r[0];
+    } else {
+        ANYATTN_UNROLL
+        for (int i = 0; i < N / 2; ++i) {
+            r[i] = interleave_low(r[i], r[i + N / 2]) + interleave_high(r[i], r[i + N / 2]);
+        }
+        return sum_each<C, N / 2>(r);
+    }
+}
+
+// S[j][0 .. R) = <key j, Q[0 .. R)> for lanes / R keys.
+template <class C, int T, int R>
+ANYATTN_NOINLINE void few_scores(const char *const *keys, int64_t ahead, const C *Q, int64_t stride, int64_t dim,
+                                 C *S) {
+    using V = typename Lanes<C>::V;
+    constexpr int width = lanes<C>, K = width / R, size = dtype_size(T);
+    V acc[width];
+    ANYATTN_UNROLL
+    for (int i = 0; i < width; ++i) acc[i] = V{};
+    const auto add = [&](int64_t d, const auto &load_key) {
+        V q[R];
+        ANYATTN_UNROLL
+        for (int r = 0; r < R; ++r) q[r] = load<V>(Q + r * stride + d);
+        ANYATTN_UNROLL
+        for (int i = 0; i < K; ++i) {
+            const V k = load_key(keys[i] + d * size);
+            prefetch(keys[i + ahead] + d * size);
+            ANYATTN_UNROLL
+            for (int r = 0; r < R; ++r) acc[i * R + r] = k * q[r] + acc[i * R + r];
+        }
+    };
+    int64_t d = 0;
+    for (; d + width <= dim; d += width) add(d, [](const char *p) { return load_whole(p, T, C()); });
+    if (d < dim) add(d, [&](const char *p) { return load_part<C>(p, T, dim - d); });
+    alignas(64) C sums[width];
+    store(sums, sum_each<C>(acc));
+    ANYATTN_UNROLL
+    for (int i = 0; i < K; ++i) __builtin_memcpy(S + i * panel<C>, sums + i * R, R * sizeof(C));
+}
+
+// O[r][..] = alpha[r] O[r][..] + sum over n keys of P[j][r] value j[..], for R rows and N vectors (of which the last may
+// have fewer than all of its `left` elements).
+template <class C, int T, int R, int N, bool whole>
+ANYATTN_NOINLINE void few_values(const char *const *values, int64_t ahead, int64_t offset, int64_t left, const C *P,
+                                 int64_t n, C *O, int64_t stride, const C *alpha) {
+    using V = typename Lanes<C>::V;
+    constexpr int width = lanes<C>, size = dtype_size(T);
+    V acc[R][N];
+    clear<C>(acc);
+    for (int64_t j = 0; j < n; ++j) {
+        V v[N];
+        ANYATTN_UNROLL
+        for (int x = 0; x < N; ++x) {
+            const char *at = values[j] + offset + x * width * size;
+            v[x] = whole ? load_whole(at, T, C()) : load_part<C>(at, T, left - x * width);
+            prefetch(values[j + ahead] + offset + x * width * size);
+        }
+        ANYATTN_UNROLL
+        for (int r = 0; r < R; ++r) {
+            const V p = splat(P[j * panel<C> + r]);
+            ANYATTN_UNROLL
+            for (int x = 0; x < N; ++x) acc[r][x] = p * v[x] + acc[r][x];
+        }
+    }
+    ANYATTN_UNROLL
+    for (int r = 0; r < R; ++r) {
+        ANYATTN_UNROLL
+        for (int x = 0; x < N; ++x) {
+            C *o = O + r * stride + x * width;
+            store(o, load<V>(o) * splat(alpha[r]) + acc[r][x]);
+        }
+    }
+}
+
+template <class Compute>
+struct Few {
+    using C = Compute;
+    using V = typename Lanes<C>::V;
+    using Packed = C;
+    static constexpr int tile_keys = kFewKeys;
+
+    // A table of rows, and behind it those to ask for while they are read: the last is repeated past the end.
+    struct Keys {
+        const char *const *rows;
+        int64_t ahead;
+        int32_t dtype;
+    };
+
+    // body(Int<R>()) for the smallest R = 1, 2, 4, ... that is not less than `rows`.
+    template <int R = 1, class Body>
+    static ANYATTN_INLINE void for_rows(int rows, const Body &body) {
+        if constexpr (R >= kFewRows<C>) {
+            body(Int<R>());
+        } else {
+            if (rows <= R) return body(Int<R>());
+            for_rows<2 * R>(rows, body);
+        }
+    }
+
+    static int64_t packed_size(int64_t dim) { return kFewRows<C> * round_up(dim, lanes<C>); }
+    static void pack(C *packed, const char *const *rows, int32_t dtype, int64_t n, int64_t dim, C factor) {
+        const int64_t stride = round_up(dim, lanes<C>), size = dtype_size(dtype);
+        for (int64_t r = 0; r < kFewRows<C>; ++r) {
+            for (int64_t d = 0; d < dim; d += lanes<C>) {
+                const V q = r < n ? load_part<C>(rows[r] + d * size, dtype, dim - d) * splat(factor) : V{};
+                store(packed + r * stride + d, q);
+            }
+        }
+    }
+    static C query_factor(double scale) { return Plain<C>::query_factor(scale); }
+    static C score_factor(double scale) { return Plain<C>::score_factor(scale); }
+
+    // Lanes without a row hold no products: nothing there may be NaN.
+    static void clean(C *S) { __builtin_memset(S, 0, sizeof(C) * panel<C> * (kFewKeys + lanes<C>)); }
+
+    static bool in_place(const KeyRows &, int64_t) { return true; }
+    static int64_t key_buffer(int64_t, int) { return (kFewKeys + lanes<C> + kAheadRows) * (int64_t)sizeof(char *); }
+
+    static Keys load_keys(const KeyRows &keys, int64_t j, int64_t n, int64_t dim, int, char *buffer) {
+        const char **rows = reinterpret_cast<const char **>(buffer);
+        const int64_t ahead = max64(4, min64(kAheadRows, kAheadBytes / (dim * dtype_size(keys.rows.dtype))));
+        const int64_t total = n + lanes<C> + ahead, there = min64(total, keys.count - j);
+        for (int64_t r = 0; r < there; ++r) rows[r] = keys.row(j + r);
+        for (int64_t r = there; r < total; ++r) rows[r] = rows[there - 1];
+        return {rows, ahead, keys.rows.dtype};
+    }
+
+    static void scores(const Keys &keys, int64_t first, int64_t n, int64_t dim, const C *q, int count, C *S, V *top,
+                       const Ahead &) {
+        const char *const *rows = keys.rows + first;
+        for_rows(count, [&](auto r) {
+            with_dtype<C>(keys.dtype, [&](auto t) {
+                constexpr int R = decltype(r)::value;
+                for (int64_t j = 0; j < n; j += lanes<C> / R) {
+                    few_scores<C, decltype(t)::value, R>(rows + j, keys.ahead, q, round_up(dim, lanes<C>), dim,
+                                                         S + j * panel<C>);
+                }
+            });
+        });
+        V highest = splat(-infinity(C()));
+        for (int64_t j = 0; j < n; ++j) highest = larger(highest, load<V>(S + j * panel<C>));
+        top[0] = highest;
+    }
+
+    static ANYATTN_INLINE void store_p(C *S, int64_t j, int c, V p0, V p1) { Plain<C>::store_p(S, j, c, p0, p1); }
+
+    static void accumulate(const Keys &keys, int64_t first, int64_t n, int64_t dim, const C *P, int count, C *O,
+                           const C *alpha) {
+        constexpr int width = lanes<C>;
+        const int64_t stride = round_up(dim, width);
+        for_rows(count, [&](auto r) {
+            with_dtype<C>(keys.dtype, [&](auto t) {
+                constexpr int R = decltype(r)::value, T = decltype(t)::value, N = kFewSums / R;
+                const auto add = [&](auto vectors, auto whole, int64_t d) {
+                    few_values<C, T, R, decltype(vectors)::value, decltype(whole)::value>(
+                        keys.rows + first, keys.ahead, d * dtype_size(T), dim - d, P, n, O + d, stride, alpha);
+                };
+                int64_t d = 0;
+                for (; d + N * width <= dim; d += N * width) add(Int<N>(), Int<true>(), d);
+                for (; d + width <= dim; d += width) add(Int<1>(), Int<true>(), d);
+                if (d < dim) add(Int<1>(), Int<false>(), d);
+            });
+        });
+    }
+
+    static int64_t out_size(int64_t dim) { return packed_size(dim); }
+    // alpha null: 1.
+    static void unpack(char *const *rows, int32_t dtype, const C *out, int64_t n, int64_t dim, const C *alpha) {
+        const int64_t stride = round_up(dim, lanes<C>), size = dtype_size(dtype);
+        for (int64_t r = 0; r < n; ++r) {
+            const V factor = splat(alpha ? alpha[r] : C(1));
+            for (int64_t d = 0; d < dim; d += lanes<C>) {
+                store_part(rows[r] + d * size, dtype, load<V>(out + r * stride + d) * factor, dim - d);
+            }
+        }
+    }
+};
+
+}  // namespace
+}  // namespace anyattn
