@@ -16,6 +16,7 @@ import resource
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -302,6 +303,20 @@ def python_threads() -> str:
         callers, each = 8 + 1, max(1, library.load().num_threads())
         assert threads() <= 2 + callers * each + each  # OpenMP's for each caller, our own, and faulthandler's
     return compute()
+
+
+def short_lived_threads() -> str:
+    """What a Python thread was given goes with it: threads of OpenMP, scratch, plans."""
+    busy_torch()
+    found = [compute(framework="torch")]
+    before = threads()
+    for _ in range(30):
+        thread = threading.Thread(target=lambda: found.append(compute(framework="torch")))
+        thread.start()
+        thread.join()
+    while threads() > before:  # they end behind our back; the watchdog ends a wait for nothing
+        time.sleep(0.01)
+    return one(*found)
 
 
 def python_threads_and_reloads() -> str:

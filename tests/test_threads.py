@@ -63,6 +63,7 @@ def serial() -> str:
         "fork_beside_a_caller",
         "fork_beside_a_caller_with_torch",
         "python_threads",
+        "short_lived_threads",
         "python_threads_and_reloads",
         "inside_openmp",
         "interrupted",
