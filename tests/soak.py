@@ -172,11 +172,14 @@ def different(inputs: Inputs, direction: str, target: str, got: dict[str, Any]) 
 
 
 def resident_mib() -> float:
-    """What the process holds once everything free was given back."""
+    """What the process holds once everything free was given back; 0 where the system does not say."""
+    status = Path("/proc/self/statm")
+    if not status.exists():
+        return 0.0
     gc.collect()
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    pages = int(status.read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
@@ -190,13 +193,6 @@ class Run:
     memory: Memory = field(default_factory=Memory)
     failed: int = 0
     warm_mib: float = 0.0
-
-    def __post_init__(self) -> None:
-        original = NumpyAdapter.empty
-        memory = self.memory
-        NumpyAdapter.empty = lambda self, shape, dtype, like: memory.empty(  # type: ignore[method-assign]
-            shape, original(self, (0,) * len(shape), dtype, like).dtype
-        )
 
     def loop(self) -> None:
         targets, start, told = cpu_targets(), time.monotonic(), 0.0
@@ -229,17 +225,26 @@ class Run:
         sys.exit(1 if self.failed or growth > GROWTH_MIB else 0)
 
 
+def guarded(state: Run) -> Run:
+    """From here on, results and workspaces of NumPy come from the run's memory."""
+    original = NumpyAdapter.empty
+    NumpyAdapter.empty = lambda self, shape, dtype, like: state.memory.empty(  # type: ignore[method-assign]
+        shape, original(self, (0,) * len(shape), dtype, like).dtype
+    )
+    return state
+
+
 def say(*lines: str) -> None:
     sys.stdout.write("\n  ".join(lines) + "\n")
     sys.stdout.flush()
 
 
 def work(first: int, seconds: float, current: Synchronized[int]) -> None:
-    Run(first, seconds, current).loop()
+    guarded(Run(first, seconds, current)).loop()
 
 
 def only(seed: int) -> int:
-    state = Run(seed, 0, multiprocessing.Value("q", seed))
+    state = guarded(Run(seed, 0, multiprocessing.Value("q", seed)))
     for target in cpu_targets():
         state.one(seed, target)
     say(f"{draw(seed)!r}: {state.failed} of {len(cpu_targets())} instruction sets failed")
