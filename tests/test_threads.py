@@ -1,4 +1,4 @@
-"""A good citizen among other threads and processes: see scenarios.py for what happens in each child process."""
+"""A good citizen among other threads and processes: scenarios.py and scenarios_memory.py are what the children do."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def fresh(*command: str, **environment: str) -> subprocess.CompletedProcess[str]
     )
 
 
-def digest(name: str, **environment: str) -> str:
-    result = fresh("scenarios.py", name, **environment)
+def digest(name: str, script: str = "scenarios.py", **environment: str) -> str:
+    result = fresh(script, name, **environment)
     assert result.returncode == 0, result.stderr
     return result.stdout.splitlines()[-1]
 
@@ -63,15 +63,13 @@ def serial() -> str:
         "fork_beside_a_caller",
         "fork_beside_a_caller_with_torch",
         "python_threads",
+        "first_calls_at_once",
         "short_lived_threads",
         "python_threads_and_reloads",
         "inside_openmp",
         "interrupted",
         "unloaded",
         "exit_from_a_thread",
-        "no_memory_numpy",
-        "no_memory_torch",
-        "no_memory_for_scratch",
         "one_processor",
     ],
 )
@@ -91,3 +89,8 @@ def test_any_number_of_threads(name: str, threads: str, serial: str) -> None:
 def test_omp_num_threads(value: str, serial: str) -> None:
     """Nested levels too: the first number is ours."""
     assert digest("three_by_omp_num_threads", OMP_NUM_THREADS=value) == serial
+
+
+@pytest.mark.parametrize("name", ["no_memory_numpy", "no_memory_torch", "no_memory_for_scratch"])
+def test_no_memory(name: str, serial: str) -> None:
+    assert digest(name, "scenarios_memory.py") == serial
