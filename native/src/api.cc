@@ -105,8 +105,8 @@ int32_t run_kernels(const anyattn_call &call, int32_t pass) {
     if (needed > 0 && !call.workspace && !workspace.data()) return out_of_memory(call, "workspace", needed);
 
     const int32_t threads = threads_of(call, pass);
-    const int64_t scratch_bytes = pass == ANYATTN_FORWARD ? forward_scratch(call, *kernels)
-                                                          : (kernels->scratch(call, pass) + 63) / 64 * 64;
+    const int64_t scratch_bytes =
+        pass == ANYATTN_FORWARD ? forward_scratch(call, *kernels) : (kernels->scratch(call, pass) + 63) / 64 * 64;
     const Scratch scratch(scratch_bytes * threads);
     if (scratch_bytes > 0 && !scratch.data()) return out_of_memory(call, "scratch", scratch_bytes * threads);
 

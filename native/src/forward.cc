@@ -11,35 +11,47 @@ namespace anyattn {
 namespace {
 
 // Keys of a cut.
-constexpr int64_t kChunkKeys = 1024;
+constexpr int64_t kChunkKeys = 512;
+// Tasks that a thread should have before heads are put together.
+constexpr int64_t kTasksOfThread = 4;
 // Limits of sums of sizes, far from overflow.
 constexpr double kMostBytes = 4e18;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Whether chunks are tasks of their own. In a call with long sequences there are tasks enough, and partials of every
+// row would take too much memory: there, a task adds up the chunks of its block.
+bool chunks_are_tasks(const anyattn_call &call) { return call.seqlen_q <= kBlockQ; }
+
 // How the rows of one sequence become tasks.
 struct Cuts {
     Sequence s;
-    int64_t group;            // heads that share keys
-    int64_t heads;            // of a block
-    int64_t blocks;           // of all rows and heads
-    int64_t begin, end;       // keys that any row may see; short sequences
+    int64_t group;  // heads that share keys
+    int64_t heads;  // of a block
+    int64_t groups;  // KV heads of a task
+    int64_t blocks;  // tasks for all rows and heads
+    int64_t begin, end;  // keys that any row may see; short sequences
     int64_t chunks;
     bool packed;
 
-    Cuts(const anyattn_call &call, int64_t b) : s(sequence(call, b)), group(call.nheads / call.nheads_kv) {
+    Cuts(const Run &run, int64_t b) : s(sequence(run.call, b)), group(run.call.nheads / run.call.nheads_kv) {
+        const anyattn_call &call = run.call;
         packed = s.n_q > 0 && s.n_q <= kBlockQ;
-        heads = 1;
-        chunks = 1;
+        heads = groups = chunks = 1;
         blocks = blocks_of(s.n_q) * call.nheads;
         begin = end = 0;
         if (!packed) return;
         const int64_t blocks_of_group = ceil_div(group, min64(group, kBlockQ / s.n_q));
         heads = ceil_div(group, blocks_of_group);
-        blocks = call.nheads_kv * ceil_div(group, heads);
         begin = key_begin(call, s, 0);
         end = max64(begin, key_end(call, s, s.n_q - 1));
         chunks = max64(1, ceil_div(end - begin, kChunkKeys));
+        // Which KV heads a task takes is felt by no result: it may depend on the threads there are.
+        const int64_t tasks = call.batch * blocks_of_group * call.nheads_kv * chunks;
+        const int64_t spare = chunks_are_tasks(call) ? tasks / (kTasksOfThread * run.threads) : 1;
+        groups = max64(1, min64(spare, run.kernels.groups(call, heads * s.n_q)));
+        groups = ceil_div(call.nheads_kv, ceil_div(call.nheads_kv, groups));
+        blocks = ceil_div(call.nheads_kv, groups) * blocks_of_group;
     }
 
     // The blocks of one head side by side, the last (with causal masks the longest) first.
@@ -50,7 +62,10 @@ struct Cuts {
         }
         const int64_t of_group = ceil_div(group, heads);
         const int64_t first = index % of_group * heads;
-        return {s.index, index / of_group * group + first, min64(heads, group - first), 0, s.n_q};
+        return {s.index, index / of_group * groups * group + first, min64(heads, group - first), 0, s.n_q};
+    }
+    int64_t groups_of(const QueryBlock &block, const anyattn_call &call) const {
+        return min64(groups, call.nheads_kv - block.h / group);
     }
 };
 
@@ -65,22 +80,18 @@ int64_t most_chunks(const anyattn_call &call) {
     return max64(1, ceil_div(keys, kChunkKeys));
 }
 
-// Whether chunks are tasks of their own. In a call with long sequences there are tasks enough, and partials of every
-// row would take too much memory: there, a task adds up the chunks of its block.
-bool chunks_are_tasks(const anyattn_call &call) { return call.seqlen_q <= kBlockQ; }
-
 // All tasks: those of sequence b begin at first[b], its partial rows at rows[b].
 struct Tasks {
     const anyattn_call &call;
     std::vector<int64_t> first, rows;
 
-    explicit Tasks(const anyattn_call &c) : call(c) {
+    explicit Tasks(const Run &run) : call(run.call) {
         first.reserve(static_cast<size_t>(call.batch) + 1);
         rows.reserve(static_cast<size_t>(call.batch) + 1);
         first.push_back(0);
         rows.push_back(0);
         for (int64_t b = 0; b < call.batch; ++b) {
-            const Cuts cuts(call, b);
+            const Cuts cuts(run, b);
             const bool split = chunks_are_tasks(call) && cuts.chunks > 1;
             first.push_back(first.back() + cuts.blocks * (chunks_are_tasks(call) ? cuts.chunks : 1));
             rows.push_back(rows.back() + (split ? cuts.chunks * call.nheads * cuts.s.n_q : 0));
@@ -100,9 +111,9 @@ struct Tasks {
     }
     int64_t first_of(int64_t b) const { return first[static_cast<size_t>(b)]; }
 
-    // Where the partial of a block and chunk begins, in rows.
-    int64_t row_of(const Cuts &cuts, const QueryBlock &block, int64_t chunk) const {
-        return rows[static_cast<size_t>(block.b)] + (chunk * call.nheads + block.h) * cuts.s.n_q;
+    // Where the partial of a block's first head begins, in rows.
+    int64_t row_of(const QueryBlock &block, int64_t chunk) const {
+        return rows[static_cast<size_t>(block.b)] + (chunk * call.nheads + block.h) * block.rows;
     }
 };
 
@@ -113,7 +124,8 @@ void run_chunks(const Run &run, const Cuts &cuts, const QueryBlock &block, int32
     char *into = scratch + run.scratch_bytes - 2 * bytes, *from = into + bytes;
     for (int64_t c = 0; c < cuts.chunks; ++c) {
         const int64_t begin = cuts.begin + c * kChunkKeys, end = min64(begin + kChunkKeys, cuts.end);
-        run.kernels.forward(run.call, block, begin, end, c == 0 ? into : from, scratch);
+        char *partial = c == 0 ? into : from;
+        run.kernels.forward(run.call, block, 1, begin, end, partial, scratch);
         if (c > 0) run.kernels.merge(run.call, block, into, from);
     }
     run.kernels.finish(run.call, block, into);
@@ -121,9 +133,8 @@ void run_chunks(const Run &run, const Cuts &cuts, const QueryBlock &block, int32
 
 void run_task(const Run &run, const Tasks &tasks, int64_t task, int32_t worker) {
     const int64_t b = tasks.sequence_of(task);
-    const Cuts cuts(run.call, b);
+    const Cuts cuts(run, b);
     const int64_t index = task - tasks.first_of(b);
-    // The heads of a chunk side by side: often they share pages of memory.
     const QueryBlock block = cuts.block(index % cuts.blocks);
     if (cuts.chunks > 1 && !chunks_are_tasks(run.call)) return run_chunks(run, cuts, block, worker);
     char *partial = nullptr;
@@ -135,22 +146,22 @@ void run_task(const Run &run, const Tasks &tasks, int64_t task, int32_t worker) 
         const int64_t chunk = index / cuts.blocks;
         begin += chunk * kChunkKeys;
         end = min64(end, begin + kChunkKeys);
-        partial = run.workspace + tasks.row_of(cuts, block, chunk) * run.kernels.partial_row_bytes(run.call);
+        partial = run.workspace + tasks.row_of(block, chunk) * run.kernels.partial_row_bytes(run.call);
     }
-    run.kernels.forward(run.call, block, begin, end, partial, run.scratch_of(worker));
+    const int64_t groups = cuts.groups_of(block, run.call);
+    run.kernels.forward(run.call, block, groups, begin, end, partial, run.scratch_of(worker));
 }
 
-// One task for every block of every sequence with partials.
+// One task for every head of every sequence with partials: its rows are a block here.
 bool merge_chunks(const Run &run, const Tasks &tasks) {
     const anyattn_call &call = run.call;
     if (!tasks.partial()) return true;
     const int64_t bytes = run.kernels.partial_row_bytes(call);
     return run_tasks(call, run.threads, call.batch * call.nheads, [&](int64_t task, int32_t) {
-        const Cuts cuts(call, task / call.nheads);
-        const int64_t index = task % call.nheads;
-        if (cuts.chunks == 1 || index >= cuts.blocks) return;
-        const QueryBlock block = cuts.block(index);
-        const auto partial = [&](int64_t chunk) { return run.workspace + tasks.row_of(cuts, block, chunk) * bytes; };
+        const Cuts cuts(run, task / call.nheads);
+        if (cuts.chunks == 1) return;
+        const QueryBlock block = query_block(cuts.s, task % call.nheads, 0);
+        const auto partial = [&](int64_t chunk) { return run.workspace + tasks.row_of(block, chunk) * bytes; };
         for (int64_t c = 1; c < cuts.chunks; ++c) run.kernels.merge(call, block, partial(0), partial(c));
         run.kernels.finish(call, block, partial(0));
     });
@@ -189,7 +200,7 @@ int64_t forward_scratch(const anyattn_call &call, const Kernels &kernels) {
 
 bool run_forward(const Run &run) {
     const anyattn_call &call = run.call;
-    const Tasks tasks(call);
+    const Tasks tasks(run);
     const auto clear = [&](int64_t entry, int64_t row, int64_t h) { clear_out(call, entry, row, h); };
     return run_tasks(call, run.threads, tasks.count(),
                      [&](int64_t task, int32_t worker) { run_task(run, tasks, task, worker); }) &&

@@ -27,13 +27,17 @@ struct Kernels {
     int64_t (*partial_stride)(const anyattn_call &, int64_t dim);
     // True if dk and dv themselves can be the partial (compute type, whole vectors, no accumulate).
     bool (*partial_in_place)(const anyattn_call &);
-    // out and lse from keys [begin, end), which are all that the block may see; or, given a partial, what they
-    // contribute: memory of partial_row_bytes for each row.
-    void (*forward)(const anyattn_call &, const QueryBlock &, int64_t begin, int64_t end, void *partial, void *scratch);
+    // out and lse of a block, and of the same heads of the next groups - 1 KV heads, from keys [begin, end), which are
+    // all that they may see. Given a partial: what those keys contribute, row by row; the rows of a head follow those of
+    // the head before it.
+    void (*forward)(const anyattn_call &, const QueryBlock &, int64_t groups, int64_t begin, int64_t end, void *partial,
+                    void *scratch);
+    // KV heads that such a task gains from when it reads them together.
+    int64_t (*groups)(const anyattn_call &, int64_t rows);
     // Adds a partial of the same block, in place; writes out and lse from the sum of all.
     void (*merge)(const anyattn_call &, const QueryBlock &, void *into, const void *from);
     void (*finish)(const anyattn_call &, const QueryBlock &, const void *partial);
-    int64_t (*partial_row_bytes)(const anyattn_call &);
+    int64_t (*partial_row_bytes)(const anyattn_call &);  // of a partial
     // Query blocks {split, split + splits, ...} of the group's heads, counted h-major: dq written, dk and dv
     // accumulated into the zeroed partial, sink_partial[h * blocks + block] += its part of dsink (may be null).
     void (*backward)(const anyattn_call &, int64_t b, int64_t h_kv, int64_t split, int64_t splits, const Partial &,

@@ -126,7 +126,7 @@ struct Range {
 template <class M, class Out>
 Range fill_gradients(const Block<typename M::C> &block, const TileScratch<M> &w, const typename M::Keys &keys,
                      const typename M::Keys &values, int p, int64_t j0, int64_t j1, typename M::C scale, bool capped,
-                     const typename Out::Gradients &gradients, const Ahead &ahead) {
+                     const typename Out::Gradients &gradients, Ahead &ahead) {
     using C = typename M::C;
     using V = typename M::V;
     const anyattn_call &call = block.call;
@@ -139,7 +139,8 @@ Range fill_gradients(const Block<typename M::C> &block, const TileScratch<M> &w,
     C *steep = capped ? w.steep : nullptr;
     V top[kPanelVectors] = {};
     const int rows = block.panel_rows(p);
-    M::scores(values, range.first, n, call.head_dim_v, w.dout + p * w.dout_size, rows, T, top, Ahead{});
+    Ahead none{};
+    M::scores(values, range.first, n, call.head_dim_v, w.dout + p * w.dout_size, rows, T, top, none);
     M::scores(keys, range.first, n, call.head_dim, w.q + p * w.q_size, rows, S, top, ahead);
     const C factor = score_tile(block, p, first, n, M::score_factor(call.scale), w.added, steep, S, top);
     if (w.keep) keep_tile(w.keep, block, p, first, n);
@@ -199,11 +200,11 @@ void backward_block(const Block<typename M::C> &block, const BackwardScratch<M> 
         const int64_t j1 = min64(j0 + kKeys, block.end), n = j1 - j0;
         const auto keys = M::load_keys(k, j0, n, call.head_dim, kSumDim | kSumKeys, tiles.k);
         const auto values = M::load_keys(v, j0, n, call.head_dim_v, kSumDim, tiles.v);
-        const Ahead next = next_tile<M>(block, k, v, j1);
+        Ahead next = next_tile(call, &k, &v, 1, j1, min64(j1 + kKeys, block.end));
         for (int p = 0; p < block.panels; ++p) {
             const auto part = M::panel_of(gradients, p);
-            const Range r = fill_gradients<M, M>(block, tiles, keys, values, p, j0, j1, C(call.scale), true, part,
-                                                 p == 0 ? next : Ahead{});
+            const Range r =
+                fill_gradients<M, M>(block, tiles, keys, values, p, j0, j1, C(call.scale), true, part, next);
             M::accumulate_dq(part, keys, r.first, r.n, call.head_dim, block.panel_rows(p), w.dq + p * w.dq_size);
         }
         M::accumulate_dv(gradients, n, dout_rows, block.rows, call.head_dim_v,

@@ -49,13 +49,14 @@ void add_block(const Block<typename M::C> &block, const DbiasTile &tile, const D
     if (begin >= end) return;
     prepare_rows(block, w.tiles);
     const KeyRows k = key_rows(call.k, call, block.s, block.h_kv), v = key_rows(call.v, call, block.s, block.h_kv);
+    Ahead none{};
     for (int64_t j0 = begin; j0 < end; j0 += kKeys) {
         const int64_t n = min64(kKeys, end - j0);
         const auto keys = M::load_keys(k, j0, n, call.head_dim, kSumDim, w.tiles.k);
         const auto values = M::load_keys(v, j0, n, call.head_dim_v, kSumDim, w.tiles.v);
         for (int p = 0; p < block.panels; ++p) {
             const auto ds = Out::panel_of({w.tiles.S, w.tiles.T}, p);
-            const Range r = fill_gradients<M, Out>(block, w.tiles, keys, values, p, j0, j0 + n, C(1), false, ds, Ahead{});
+            const Range r = fill_gradients<M, Out>(block, w.tiles, keys, values, p, j0, j0 + n, C(1), false, ds, none);
             double *sum = w.sum + (j0 + r.first - tile.j0) * tile.key_step() + p * panel<C> * tile.row_step();
             sum_tile(sum, Out::from(ds, r.first).ds, r.n, block.panel_rows(p), tile.key_step(), tile.row_step());
         }

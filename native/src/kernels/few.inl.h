@@ -10,9 +10,6 @@ namespace {
 template <class C>
 constexpr int kFewRows = lanes<C> / 2;
 constexpr int kFewKeys = 32;  // of a tile; they stay in L1 from their scores to their values
-// Bytes of keys (and of values) to ask for ahead, and the rows that may be.
-constexpr int64_t kAheadBytes = 4096;
-constexpr int kAheadRows = 32;
 // Registers for sums of values.
 constexpr int kFewSums = kVectorBytes == 64 ? 16 : 8;
 
@@ -30,41 +27,43 @@ ANYATTN_INLINE typename Lanes<C>::V sum_each(typename Lanes<C>::V *r) {
     }
 }
 
+// S[j][r] = the sum of acc[j R + r], for lanes / R keys j.
+template <class C, int R>
+ANYATTN_INLINE void store_sums(C *S, typename Lanes<C>::V *acc) {
+    alignas(64) C sums[lanes<C>];
+    store(sums, sum_each<C>(acc));
+    ANYATTN_UNROLL
+    for (int i = 0; i < lanes<C> / R; ++i) __builtin_memcpy(S + i * panel<C>, sums + i * R, R * sizeof(C));
+}
+
 // S[j][0 .. R) = <key j, Q[0 .. R)> for lanes / R keys.
 template <class C, int T, int R>
-ANYATTN_NOINLINE void few_scores(const char *const *keys, int64_t ahead, const C *Q, int64_t stride, int64_t dim,
-                                 C *S) {
+ANYATTN_NOINLINE void few_scores(const char *const *keys, const C *Q, int64_t stride, int64_t dim, C *S) {
     using V = typename Lanes<C>::V;
     constexpr int width = lanes<C>, K = width / R, size = dtype_size(T);
     V acc[width];
+    const int64_t whole = dim / width * width;
+    // Key by key: memory is read in order.
     ANYATTN_UNROLL
-    for (int i = 0; i < width; ++i) acc[i] = V{};
-    const auto add = [&](int64_t d, const auto &load_key) {
-        V q[R];
-        ANYATTN_UNROLL
-        for (int r = 0; r < R; ++r) q[r] = load<V>(Q + r * stride + d);
-        ANYATTN_UNROLL
-        for (int i = 0; i < K; ++i) {
-            const V k = load_key(keys[i] + d * size);
-            prefetch(keys[i + ahead] + d * size);
+    for (int i = 0; i < K; ++i) {
+        V sum[R] = {};
+        const auto add = [&](V k, int64_t d) {
             ANYATTN_UNROLL
-            for (int r = 0; r < R; ++r) acc[i * R + r] = k * q[r] + acc[i * R + r];
-        }
-    };
-    int64_t d = 0;
-    for (; d + width <= dim; d += width) add(d, [](const char *p) { return load_whole(p, T, C()); });
-    if (d < dim) add(d, [&](const char *p) { return load_part<C>(p, T, dim - d); });
-    alignas(64) C sums[width];
-    store(sums, sum_each<C>(acc));
-    ANYATTN_UNROLL
-    for (int i = 0; i < K; ++i) __builtin_memcpy(S + i * panel<C>, sums + i * R, R * sizeof(C));
+            for (int r = 0; r < R; ++r) sum[r] = k * load<V>(Q + r * stride + d) + sum[r];
+        };
+        for (int64_t d = 0; d < whole; d += width) add(load_whole(keys[i] + d * size, T, C()), d);
+        if (whole < dim) add(load_part<C>(keys[i] + whole * size, T, dim - whole), whole);
+        ANYATTN_UNROLL
+        for (int r = 0; r < R; ++r) acc[i * R + r] = sum[r];
+    }
+    store_sums<C, R>(S, acc);
 }
 
 // O[r][..] = alpha[r] O[r][..] + sum over n keys of P[j][r] value j[..], for R rows and N vectors (of which the last may
 // have fewer than all of its `left` elements).
 template <class C, int T, int R, int N, bool whole>
-ANYATTN_NOINLINE void few_values(const char *const *values, int64_t ahead, int64_t offset, int64_t left, const C *P,
-                                 int64_t n, C *O, int64_t stride, const C *alpha) {
+ANYATTN_NOINLINE void few_values(const char *const *values, int64_t offset, int64_t left, const C *P, int64_t n, C *O,
+                                 int64_t stride, const C *alpha) {
     using V = typename Lanes<C>::V;
     constexpr int width = lanes<C>, size = dtype_size(T);
     V acc[R][N];
@@ -75,7 +74,6 @@ ANYATTN_NOINLINE void few_values(const char *const *values, int64_t ahead, int64
         for (int x = 0; x < N; ++x) {
             const char *at = values[j] + offset + x * width * size;
             v[x] = whole ? load_whole(at, T, C()) : load_part<C>(at, T, left - x * width);
-            prefetch(values[j + ahead] + offset + x * width * size);
         }
         ANYATTN_UNROLL
         for (int r = 0; r < R; ++r) {
@@ -101,10 +99,9 @@ struct Few {
     using Packed = C;
     static constexpr int tile_keys = kFewKeys;
 
-    // A table of rows, and behind it those to ask for while they are read: the last is repeated past the end.
+    // A table of rows: the last is repeated past the end.
     struct Keys {
         const char *const *rows;
-        int64_t ahead;
         int32_t dtype;
     };
 
@@ -135,33 +132,34 @@ struct Few {
     // Lanes without a row hold no products: nothing there may be NaN.
     static void clean(C *S) { __builtin_memset(S, 0, sizeof(C) * panel<C> * (kFewKeys + lanes<C>)); }
 
-    static bool in_place(const KeyRows &, int64_t) { return true; }
-    static int64_t key_buffer(int64_t, int) { return (kFewKeys + lanes<C> + kAheadRows) * (int64_t)sizeof(char *); }
+    static int64_t key_buffer(int64_t, int) { return (kFewKeys + lanes<C>)*(int64_t)sizeof(char *); }
 
-    static Keys load_keys(const KeyRows &keys, int64_t j, int64_t n, int64_t dim, int, char *buffer) {
+    static Keys load_keys(const KeyRows &keys, int64_t j, int64_t n, int64_t, int, char *buffer) {
         const char **rows = reinterpret_cast<const char **>(buffer);
-        const int64_t ahead = max64(4, min64(kAheadRows, kAheadBytes / (dim * dtype_size(keys.rows.dtype))));
-        const int64_t total = n + lanes<C> + ahead, there = min64(total, keys.count - j);
-        for (int64_t r = 0; r < there; ++r) rows[r] = keys.row(j + r);
-        for (int64_t r = there; r < total; ++r) rows[r] = rows[there - 1];
-        return {rows, ahead, keys.rows.dtype};
+        for (int64_t r = 0; r < n; ++r) rows[r] = keys.row(j + r);
+        for (int64_t r = n; r < n + lanes<C>; ++r) rows[r] = rows[n - 1];
+        return {rows, keys.rows.dtype};
     }
 
     static void scores(const Keys &keys, int64_t first, int64_t n, int64_t dim, const C *q, int count, C *S, V *top,
-                       const Ahead &) {
+                       Ahead &ahead) {
         const char *const *rows = keys.rows + first;
         for_rows(count, [&](auto r) {
             with_dtype<C>(keys.dtype, [&](auto t) {
                 constexpr int R = decltype(r)::value;
                 for (int64_t j = 0; j < n; j += lanes<C> / R) {
-                    few_scores<C, decltype(t)::value, R>(rows + j, keys.ahead, q, round_up(dim, lanes<C>), dim,
-                                                         S + j * panel<C>);
+                    ahead.fetch(lanes<C> / R);
+                    few_scores<C, decltype(t)::value, R>(rows + j, q, round_up(dim, lanes<C>), dim, S + j * panel<C>);
                 }
             });
         });
-        V highest = splat(-infinity(C()));
-        for (int64_t j = 0; j < n; ++j) highest = larger(highest, load<V>(S + j * panel<C>));
-        top[0] = highest;
+        top[0] = highest(S, n);
+    }
+
+    static V highest(const C *S, int64_t n) {
+        V top = splat(-infinity(C()));
+        for (int64_t j = 0; j < n; ++j) top = larger(top, load<V>(S + j * panel<C>));
+        return top;
     }
 
     static ANYATTN_INLINE void store_p(C *S, int64_t j, int c, V p0, V p1) { Plain<C>::store_p(S, j, c, p0, p1); }
@@ -175,7 +173,7 @@ struct Few {
                 constexpr int R = decltype(r)::value, T = decltype(t)::value, N = kFewSums / R;
                 const auto add = [&](auto vectors, auto whole, int64_t d) {
                     few_values<C, T, R, decltype(vectors)::value, decltype(whole)::value>(
-                        keys.rows + first, keys.ahead, d * dtype_size(T), dim - d, P, n, O + d, stride, alpha);
+                        keys.rows + first, d * dtype_size(T), dim - d, P, n, O + d, stride, alpha);
                 };
                 int64_t d = 0;
                 for (; d + N * width <= dim; d += N * width) add(Int<N>(), Int<true>(), d);
@@ -186,9 +184,13 @@ struct Few {
     }
 
     static int64_t out_size(int64_t dim) { return packed_size(dim); }
-    // alpha null: 1.
     static void unpack(char *const *rows, int32_t dtype, const C *out, int64_t n, int64_t dim, const C *alpha) {
-        const int64_t stride = round_up(dim, lanes<C>), size = dtype_size(dtype);
+        write_rows(rows, dtype, out, round_up(dim, lanes<C>), n, dim, alpha);
+    }
+    // alpha null: 1.
+    static void write_rows(char *const *rows, int32_t dtype, const C *out, int64_t stride, int64_t n, int64_t dim,
+                           const C *alpha) {
+        const int64_t size = dtype_size(dtype);
         for (int64_t r = 0; r < n; ++r) {
             const V factor = splat(alpha ? alpha[r] : C(1));
             for (int64_t d = 0; d < dim; d += lanes<C>) {

@@ -1,34 +1,73 @@
 // out and lse of one block of query rows: online softmax over tiles of keys.
 // Milakov and Gimelshein (2018); Dao, "FlashAttention-2" (2023), algorithm 1.
 #pragma once
+#include <new>
+
 #include "score.inl.h"
 
 namespace anyattn {
 namespace {
 
+// A task reads runs of about this many bytes before it goes to another place, and keeps what it has of each head within
+// the second limit, to be in L2.
+constexpr int64_t kRunBytes = 4096, kStateBytes = 256 * 1024;
+
+// What one block has so far.
+template <class M>
+struct ForwardState {
+    using C = typename M::C;
+    typename M::Packed *q;
+    C *out, *m, *l;  // sums of values; per row: maximum, sum of weights
+
+    static int64_t panels() { return kBlockQ / panel<C>; }
+    static int64_t q_size(const anyattn_call &call) { return M::packed_size(call.head_dim); }
+    static int64_t out_size(const anyattn_call &call) { return M::out_size(call.head_dim_v); }
+
+    ForwardState(const anyattn_call &call, Arena &arena) {
+        q = arena.take<typename M::Packed>(q_size(call) * panels());
+        out = arena.take<C>(out_size(call) * panels());
+        m = arena.take<C>(kBlockQ);
+        l = arena.take<C>(kBlockQ);
+    }
+};
+
+template <class M>
+int64_t most_groups(const anyattn_call &call) {
+    const auto bytes = [](const anyattn_array &array, int64_t dim) { return max64(1, dim * dtype_size(array.dtype)); };
+    const auto apart = [](const anyattn_array &array) { return array.stride[2] > array.stride[1]; };
+    if (apart(call.k) || apart(call.v)) return 1;
+    Arena arena{nullptr, 0};
+    ForwardState<M>(call, arena);
+    const int64_t run = kRunBytes / min64(bytes(call.k, call.head_dim), bytes(call.v, call.head_dim_v));
+    return max64(1, min64(call.nheads_kv, min64(run, kStateBytes / arena.used)));
+}
+
+// What the blocks of a task share.
 template <class M>
 struct ForwardScratch {
     using C = typename M::C;
-    int64_t packed_size, out_size;  // of one panel
-    typename M::Packed *q;
-    C *out, *S, *added, *keep;
-    C *m, *l, *alpha;  // per row: maximum, sum, rescale of this tile
+    C *S, *added, *keep, *alpha;  // alpha: rescale of this tile, per row
     char *k, *v;
+    KeyRows *k_rows, *v_rows;
+    Block<C> *blocks;
+    ForwardState<M> *states;
 
-    ForwardScratch(const anyattn_call &call, Arena &arena) {
+    ForwardScratch(const anyattn_call &call, int64_t groups, Arena &arena) {
         const int64_t tile = kTileKeys * panel<C>;
-        packed_size = M::packed_size(call.head_dim);
-        out_size = M::out_size(call.head_dim_v);
-        q = arena.take<typename M::Packed>(packed_size * (kBlockQ / panel<C>));
-        out = arena.take<C>(out_size * (kBlockQ / panel<C>));
         S = arena.take<C>(tile);
         added = call.bias.data || call.mask.data ? arena.take<C>(tile) : nullptr;
         keep = call.dropout_threshold ? arena.take<C>(tile) : nullptr;
-        m = arena.take<C>(kBlockQ);
-        l = arena.take<C>(kBlockQ);
         alpha = arena.take<C>(kBlockQ);
         k = arena.take<char>(M::key_buffer(call.head_dim, kSumDim));
         v = arena.take<char>(M::key_buffer(call.head_dim_v, kSumKeys));
+        k_rows = arena.take<KeyRows>(groups);
+        v_rows = arena.take<KeyRows>(groups);
+        blocks = arena.take<Block<C>>(groups);
+        states = arena.take<ForwardState<M>>(groups);
+        for (int64_t g = 0; g < groups; ++g) {
+            const ForwardState<M> state(call, arena);
+            if (arena.base) new (states + g) ForwardState<M>(state);
+        }
     }
 };
 
@@ -105,70 +144,97 @@ ANYATTN_NOINLINE void finish_rows(const Block<C> &block, C *m, C *l, C *alpha) {
     }
 }
 
-// out, m and l of keys [begin, end), unfinished.
 template <class M>
-void attend(const Block<typename M::C> &block, const ForwardScratch<M> &w, int64_t begin, int64_t end) {
+void start(const Block<typename M::C> &block, const ForwardState<M> &state) {
     using C = typename M::C;
-    using V = typename M::V;
     const anyattn_call &call = block.call;
     const RowTable q = block.table(call.q);
     for (int p = 0; p < block.panels; ++p) {
-        M::pack(w.q + p * w.packed_size, q.row + p * panel<C>, q.dtype, block.panel_rows(p), call.head_dim,
+        M::pack(state.q + p * state.q_size(call), q.row + p * panel<C>, q.dtype, block.panel_rows(p), call.head_dim,
                 M::query_factor(call.scale));
     }
-    __builtin_memset(w.out, 0, (size_t)(block.panels * w.out_size * (int64_t)sizeof(C)));
+    __builtin_memset(state.out, 0, (size_t)(block.panels * state.out_size(call) * (int64_t)sizeof(C)));
     for (int i = 0; i < kBlockQ; ++i) {
-        w.m[i] = -infinity(C());
-        w.l[i] = 0;
+        state.m[i] = -infinity(C());
+        state.l[i] = 0;
     }
-    M::clean(w.S);
-    const KeyRows k = key_rows(call.k, call, block.s, block.h_kv), v = key_rows(call.v, call, block.s, block.h_kv);
-    for (int64_t j0 = begin; j0 < end; j0 += M::tile_keys) {
-        const int64_t j1 = min64(j0 + M::tile_keys, end);
-        const auto keys = M::load_keys(k, j0, j1 - j0, call.head_dim, kSumDim, w.k);
-        const auto values = M::load_keys(v, j0, j1 - j0, call.head_dim_v, kSumKeys, w.v);
-        const Ahead next = next_tile<M>(block, k, v, j1);
-        for (int p = 0; p < block.panels; ++p) {
-            const int64_t first = block.panel_begin(p, j0), n = block.panel_end(p, j1) - first, row = p * panel<C>;
-            if (n <= 0) continue;
-            const int rows = block.panel_rows(p);
-            V top[kPanelVectors];
-            for (V &x : top) x = splat(-infinity(C()));
-            M::scores(keys, first - j0, n, call.head_dim, w.q + p * w.packed_size, rows, w.S, top,
-                      p == 0 ? next : Ahead{});
-            const C factor =
-                score_tile(block, p, first, n, M::score_factor(call.scale), w.added, (C *)nullptr, w.S, top);
-            if (w.keep) keep_tile(w.keep, block, p, first, n);
-            softmax_pass<M>(w.S, n, block.panel_vectors(p), factor, top, w.keep, w.m + row, w.l + row, w.alpha + row);
-            M::accumulate(values, first - j0, n, call.head_dim_v, w.S, rows, w.out + p * w.out_size, w.alpha + row);
+}
+
+// Adds the keys [j0, j1): one tile.
+template <class M>
+void attend(const Block<typename M::C> &block, const ForwardState<M> &state, const ForwardScratch<M> &w,
+            const KeyRows &k, const KeyRows &v, int64_t j0, int64_t j1, Ahead &next) {
+    using C = typename M::C;
+    using V = typename M::V;
+    const anyattn_call &call = block.call;
+    const auto keys = M::load_keys(k, j0, j1 - j0, call.head_dim, kSumDim, w.k);
+    const auto values = M::load_keys(v, j0, j1 - j0, call.head_dim_v, kSumKeys, w.v);
+    for (int p = 0; p < block.panels; ++p) {
+        const int64_t first = block.panel_begin(p, j0), n = block.panel_end(p, j1) - first, row = p * panel<C>;
+        if (n <= 0) continue;
+        const int rows = block.panel_rows(p);
+        V top[kPanelVectors];
+        for (V &x : top) x = splat(-infinity(C()));
+        M::scores(keys, first - j0, n, call.head_dim, state.q + p * state.q_size(call), rows, w.S, top, next);
+        const C factor = score_tile(block, p, first, n, M::score_factor(call.scale), w.added, (C *)nullptr, w.S, top);
+        if (w.keep) keep_tile(w.keep, block, p, first, n);
+        softmax_pass<M>(w.S, n, block.panel_vectors(p), factor, top, w.keep, state.m + row, state.l + row,
+                        w.alpha + row);
+        M::accumulate(values, first - j0, n, call.head_dim_v, w.S, rows, state.out + p * state.out_size(call),
+                      w.alpha + row);
+    }
+}
+
+// Writes the rows of a block: out and lse, or the partial.
+template <class M>
+void write_block(const Block<typename M::C> &block, const ForwardState<M> &state, typename M::C *alpha,
+                 const ForwardPartial<typename M::C> *partial) {
+    using C = typename M::C;
+    const anyattn_call &call = block.call;
+    RowTable out;
+    if (partial) {
+        out.dtype = dtype_of<C>;
+        for (int r = 0; r < block.rows; ++r) {
+            partial->m(r) = state.m[r];
+            partial->l(r) = state.l[r];
+            out.row[r] = reinterpret_cast<char *>(partial->out(r));
         }
+    } else {
+        finish_rows(block, state.m, state.l, alpha);
+        out = block.table(call.out);
+    }
+    for (int p = 0; p < block.panels; ++p) {
+        M::unpack(out.row + p * panel<C>, out.dtype, state.out + p * state.out_size(call), block.panel_rows(p),
+                  call.head_dim_v, partial ? nullptr : alpha + p * panel<C>);
     }
 }
 
 template <class M>
-void forward_block(const anyattn_call &call, const QueryBlock &rows, int64_t begin, int64_t end, void *partial,
-                   void *memory) {
+void forward_blocks(const anyattn_call &call, const QueryBlock &rows, int64_t groups, int64_t begin, int64_t end,
+                    void *partial, void *memory) {
     using C = typename M::C;
-    const Block<C> block(call, rows);
     Arena arena{static_cast<char *>(memory), 0};
-    const ForwardScratch<M> w(call, arena);
-    attend(block, w, begin, end);
-    RowTable out;
-    if (partial) {
-        const ForwardPartial<C> target(call, partial);
-        out.dtype = dtype_of<C>;
-        for (int r = 0; r < block.rows; ++r) {
-            target.m(r) = w.m[r];
-            target.l(r) = w.l[r];
-            out.row[r] = reinterpret_cast<char *>(target.out(r));
-        }
-    } else {
-        finish_rows(block, w.m, w.l, w.alpha);
-        out = block.table(call.out);
+    const ForwardScratch<M> w(call, groups, arena);
+    const int64_t group = call.nheads / call.nheads_kv;
+    for (int64_t g = 0; g < groups; ++g) {
+        const Block<C> &block =
+            *new (w.blocks + g) Block<C>(call, {rows.b, rows.h + g * group, rows.heads, rows.i0, rows.rows});
+        w.k_rows[g] = key_rows(call.k, call, block.s, block.h_kv);
+        w.v_rows[g] = key_rows(call.v, call, block.s, block.h_kv);
+        start(block, w.states[g]);
     }
-    for (int p = 0; p < block.panels; ++p) {
-        M::unpack(out.row + p * panel<C>, out.dtype, w.out + p * w.out_size, block.panel_rows(p), call.head_dim_v,
-                  partial ? nullptr : w.alpha + p * panel<C>);
+    M::clean(w.S);
+    for (int64_t j0 = begin; j0 < end; j0 += M::tile_keys) {
+        const int64_t j1 = min64(j0 + M::tile_keys, end);
+        Ahead next = next_tile(call, w.k_rows, w.v_rows, groups, j1, min64(j1 + M::tile_keys, end));
+        for (int64_t g = 0; g < groups; ++g) {
+            attend(w.blocks[g], w.states[g], w, w.k_rows[g], w.v_rows[g], j0, j1, next);
+        }
+    }
+    for (int64_t g = 0; g < groups; ++g) {
+        const int64_t first = g * group * rows.rows * ForwardPartial<C>::row_size(call);
+        const ForwardPartial<C> target(call, static_cast<C *>(partial) + (partial ? first : 0));
+        write_block(w.blocks[g], w.states[g], w.alpha, partial ? &target : nullptr);
     }
 }
 

@@ -164,7 +164,7 @@ inline Rows row_values(const anyattn_array &array, const anyattn_call &call, con
 struct KeyRows {
     Rows rows;
     const int32_t *pages;  // null: not paged
-    int64_t page_size, page_stride, count;
+    int64_t page_size, page_stride;
 
     const char *row(int64_t j) const {
         if (!pages) return rows.row(j);
@@ -179,7 +179,7 @@ inline KeyRows key_rows(const anyattn_array &array, const anyattn_call &call, co
     if (!call.cu_seqlens_k && !call.block_table) offset += s.batch_k * array.stride[0];
     const Rows rows{static_cast<char *>(array.data) + offset * size, array.stride[1] * size, array.dtype};
     const int32_t *pages = call.block_table ? call.block_table + s.index * call.max_pages : nullptr;
-    return {rows, pages, call.page_size, array.stride[0] * size, s.n_k};
+    return {rows, pages, call.page_size, array.stride[0] * size};
 }
 
 template <int N>
@@ -199,19 +199,23 @@ ANYATTN_INLINE void with_dtype([[maybe_unused]] int32_t dtype, const Body &body)
     }
 }
 
-ANYATTN_INLINE void prefetch(const char *p) { __builtin_prefetch(p); }
-
-// The rows of keys and values that come next, asked for piece by piece while others are multiplied: rows that lie far
-// apart are found by no prefetcher of the processor.
+// The tile of keys and values that comes next, asked for piece by piece while this one is multiplied, in the order in
+// which it lies in memory if heads lie side by side: in that order the processor reads ahead on its own.
 struct Ahead {
-    const KeyRows *k, *v;
-    int64_t j, n, k_bytes, v_bytes;
+    const KeyRows *k, *v;  // of each head
+    int64_t heads, j, end, k_bytes, v_bytes;
+    int64_t head = 0;
 
-    void fetch(int64_t first, int64_t count) const {
-        for (int64_t r = first; r < min64(first + count, n); ++r) {
-            const char *key = k->row(j + r), *value = v->row(j + r);
-            for (int64_t d = 0; d < k_bytes; d += 64) prefetch(key + d);
-            for (int64_t d = 0; d < v_bytes; d += 64) prefetch(value + d);
+    // Another `count` rows of a head.
+    void fetch(int64_t count) {
+        for (; count > 0 && j < end; --count) {
+            const char *key = k[head].row(j), *value = v[head].row(j);
+            for (int64_t x = 0; x < k_bytes; x += 64) __builtin_prefetch(key + x, 0, 2);
+            for (int64_t x = 0; x < v_bytes; x += 64) __builtin_prefetch(value + x, 0, 2);
+            if (++head == heads) {
+                head = 0;
+                ++j;
+            }
         }
     }
 };

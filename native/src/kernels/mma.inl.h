@@ -177,8 +177,12 @@ ANYATTN_NOINLINE void add_queries(const C *P, int64_t panel_stride, const C *B, 
 enum KeyUse { kSumDim = 1, kSumKeys = 2 };
 
 template <class Compute>
+struct Few;
+
+template <class Compute>
 struct Plain {
     using C = Compute;
+    using Few = anyattn::Few<C>;  // the same for a few rows
     using V = typename Lanes<C>::V;
     using Packed = C;  // element of packed queries and of what weights dK and dV
 
@@ -205,12 +209,9 @@ struct Plain {
     static int64_t key_buffer(int64_t dim, int) { return kKeys * round_up(dim, lanes<C>) * (int64_t)sizeof(C); }
 
     // The rows themselves where they can be read in place, else copies: rows far apart would evict each other from L1.
-    static bool in_place(const KeyRows &keys, int64_t dim) {
-        return keys.rows.dtype == dtype_of<C> && !keys.pages && keys.rows.stride == dim * (int64_t)sizeof(C);
-    }
-
     static Keys load_keys(const KeyRows &keys, int64_t j, int64_t n, int64_t dim, int, char *buffer) {
-        if (in_place(keys, dim)) return {reinterpret_cast<const C *>(keys.row(j)), dim};
+        const bool dense = !keys.pages && keys.rows.stride == dim * (int64_t)sizeof(C);
+        if (dense && keys.rows.dtype == dtype_of<C>) return {reinterpret_cast<const C *>(keys.row(j)), dim};
         C *copy = reinterpret_cast<C *>(buffer);
         const int64_t stride = round_up(dim, lanes<C>);
         copy_keys(copy, stride, keys, j, n, dim);
@@ -218,11 +219,11 @@ struct Plain {
     }
 
     static void scores(const Keys &keys, int64_t first, int64_t n, int64_t dim, const Packed *q, int rows, C *S, V *top,
-                       const Ahead &ahead) {
+                       Ahead &ahead) {
         const C *k = keys.data + first * keys.stride;
         for_width(vectors_of<C>(rows), [&](auto width) {
             for_tiles(n, [&](auto m, int64_t j) {
-                ahead.fetch(j, decltype(m)::value);
+                ahead.fetch(decltype(m)::value);
                 multiply_keys<C, decltype(m)::value, decltype(width)::value>(k + j * keys.stride, keys.stride, dim, q,
                                                                              S + j * panel<C>, top);
             });

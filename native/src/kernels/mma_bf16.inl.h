@@ -115,9 +115,11 @@ ANYATTN_NOINLINE void pair_queries(Pair *pairs, int64_t stride, const Rows &rows
     pair_rows(pairs, stride, n, dim, [&](int64_t r) { return rows.row(r); });
 }
 
+ANYATTN_INLINE __m512i sign_flips(float factor) { return _mm512_set1_epi16(factor < 0 ? (short)0x8000 : 0); }
+
 // Rows as columns of pairs, [d / 2][lane], every sign flipped where factor is negative.
 ANYATTN_NOINLINE void pack_pairs(Pair *packed, const char *const *rows, int64_t n, int64_t dim, float factor) {
-    const __m512i signs = _mm512_set1_epi16(factor < 0 ? (short)0x8000 : 0);
+    const __m512i signs = sign_flips(factor);
     for (int c = 0; c < panel<float>; c += 16) {
         for (int64_t d = 0; d < dim; d += 32) {
             F32 r[16] = {};
@@ -131,7 +133,10 @@ ANYATTN_NOINLINE void pack_pairs(Pair *packed, const char *const *rows, int64_t 
     }
 }
 
+struct FewDot;
+
 struct Dot {
+    using Few = FewDot;
     using C = float;
     using V = F32;
     using Packed = Pair;
@@ -177,8 +182,6 @@ struct Dot {
         return rows_bytes(dim) + pairs;
     }
 
-    static bool in_place(const KeyRows &, int64_t) { return false; }
-
     static Keys load_keys(const KeyRows &keys, int64_t j, int64_t n, int64_t dim, int use, char *buffer) {
         Keys result{keys.row(j), keys.rows.stride, nullptr, round_up(dim, 16)};
         // Rows far apart would evict each other from L1; and a pair must not reach into the next row.
@@ -202,11 +205,11 @@ struct Dot {
     }
 
     static void scores(const Keys &keys, int64_t first, int64_t n, int64_t dim, const Packed *q, int rows, float *S,
-                       V *top, const Ahead &ahead) {
+                       V *top, Ahead &ahead) {
         const char *k = keys.rows + first * keys.stride;
         for_width(vectors_of<float>(rows), [&](auto width) {
             for_tiles(n, [&](auto m, int64_t j) {
-                ahead.fetch(j, decltype(m)::value);
+                ahead.fetch(decltype(m)::value);
                 multiply_key_pairs<decltype(m)::value, decltype(width)::value>(
                     k + j * keys.stride, keys.stride, (dim + 1) / 2, q, S + j * panel<float>, top);
             });

@@ -16,7 +16,7 @@ struct Block {
     int64_t h, h_kv, i0;
     int per_head, rows, panels;
     int64_t begin, end;  // keys that any of the rows may see
-    C cap;               // 0: off; log2 units
+    C cap;  // 0: off; log2 units
     bool sloped, scored;  // scored: something other than intervals acts on scores
     alignas(64) C slope[kBlockQ], place[kBlockQ];  // of each row: in log2 units; r % per_head
 
@@ -39,8 +39,9 @@ struct Block {
         for (int r = 0; r < kBlockQ; ++r) {
             const bool first = r % per_head == 0, used = r < rows;
             place[r] = C(r % per_head);
-            slope[r] = !used ? C(0) : !first ? slope[r - 1]
-                                             : C(kLog2e) * head_value(call.alibi_slopes, s.index, head(r));
+            slope[r] = !used    ? C(0)
+                       : !first ? slope[r - 1]
+                                : C(kLog2e) * head_value(call.alibi_slopes, s.index, head(r));
         }
     }
 
@@ -69,9 +70,7 @@ struct Block {
     int panel_vectors(int p) const { return vectors_of<C>(panel_rows(p)); }
     // The first and last row of their sequence among those of a panel.
     int64_t first_row(int p) const { return rows == per_head ? i0 + p * panel<C> : i0; }
-    int64_t last_row(int p) const {
-        return rows == per_head ? first_row(p) + panel_rows(p) - 1 : i0 + per_head - 1;
-    }
+    int64_t last_row(int p) const { return rows == per_head ? first_row(p) + panel_rows(p) - 1 : i0 + per_head - 1; }
     // Keys of a panel's rows inside [j0, j1), from an even distance to j0 on.
     int64_t panel_begin(int p, int64_t j0) const {
         const int64_t first = key_begin(call, s, first_row(p));
@@ -84,13 +83,11 @@ struct Block {
     }
 };
 
-// The tile of keys that begins at j, to be asked for ahead; nothing where it will be read in place.
-template <class M>
-Ahead next_tile(const Block<typename M::C> &block, const KeyRows &k, const KeyRows &v, int64_t j) {
-    const anyattn_call &call = block.call;
-    if (M::in_place(k, call.head_dim) && M::in_place(v, call.head_dim_v)) return {};
-    return {&k, &v, j, min64(M::tile_keys, block.end - j), call.head_dim * dtype_size(k.rows.dtype),
-            call.head_dim_v * dtype_size(v.rows.dtype)};
+// The tile of keys [j, j + n) of `heads` heads, to be asked for ahead.
+inline Ahead next_tile(const anyattn_call &call, const KeyRows *k, const KeyRows *v, int64_t heads, int64_t j,
+                       int64_t end) {
+    return {
+        k, v, heads, j, end, call.head_dim * dtype_size(k->rows.dtype), call.head_dim_v * dtype_size(v->rows.dtype)};
 }
 
 // added[key][lane] from an array of (row, key) for keys [j, j + n) of panel p; Merge(new, old) is stored.
@@ -138,8 +135,7 @@ ANYATTN_NOINLINE void fill_added(C *added, const Block<C> &block, int p, int64_t
         __builtin_memset(added, 0, (size_t)(n * panel<C> * (int64_t)sizeof(C)));
     }
     if (!call.mask.data) return;
-    spread(added, block, p, call.mask, j, n,
-           [](V seen, V bias) { return seen == V{} ? splat(-infinity(C())) : bias; });
+    spread(added, block, p, call.mask, j, n, [](V seen, V bias) { return seen == V{} ? splat(-infinity(C())) : bias; });
 }
 
 // Per lane, the rows of the tile [j, j + n) that its query may see; none in lanes without a query.
@@ -225,8 +221,13 @@ ANYATTN_INLINE C score_tile(const Block<C> &block, int p, int64_t j, int64_t n, 
 template <class C>
 ANYATTN_INLINE void keep_tile(C *keep, const Block<C> &block, int p, int64_t j, int64_t n) {
     const anyattn_call &call = block.call;
-    DropoutCounter counter{call.rng_state[0], (uint32_t)call.rng_state[1], call.dropout_threshold, j + call.key_start,
-                           round_up(block.panel_rows(p), lanes<float>), {}, {}};
+    DropoutCounter counter{call.rng_state[0],
+                           (uint32_t)call.rng_state[1],
+                           call.dropout_threshold,
+                           j + call.key_start,
+                           round_up(block.panel_rows(p), lanes<float>),
+                           {},
+                           {}};
     for (int x = 0; x < counter.width; ++x) {
         const int r = p * panel<C> + x;
         counter.query[x] = (uint32_t)(block.row(r) + call.query_start);

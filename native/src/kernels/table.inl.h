@@ -5,7 +5,7 @@
 #include "forward.inl.h"
 #include "peak.inl.h"
 #if defined(__AVX512BF16__)
-#include "mma_bf16.inl.h"
+#include "few_bf16.inl.h"
 #endif
 
 namespace anyattn {
@@ -31,8 +31,9 @@ int64_t scratch(const anyattn_call &call, int32_t pass) {
         Arena arena{nullptr, 0};
         if (pass == ANYATTN_FORWARD) {
             Arena few{nullptr, 0};
-            ForwardScratch<M>(call, arena);
-            ForwardScratch<Few<typename M::C>>(call, few);
+            using F = typename M::Few;
+            ForwardScratch<M>(call, most_groups<M>(call), arena);
+            ForwardScratch<F>(call, most_groups<F>(call), few);
             return max64(arena.used, few.used);
         }
         BackwardScratch<M>(call, arena);
@@ -54,14 +55,23 @@ bool partial_in_place(const anyattn_call &call) {
            call.head_dim_v % width == 0 && !(call.flags & ANYATTN_ACCUMULATE);
 }
 
-void forward(const anyattn_call &call, const QueryBlock &rows, int64_t begin, int64_t end, void *partial,
-             void *memory) {
-    with_mma(call, ANYATTN_FORWARD, [&](auto m) {
+// body(M()) for the M that computes the forward pass of a block of so many rows.
+template <class Body>
+auto with_rows(const anyattn_call &call, int64_t rows, const Body &body) {
+    return with_mma(call, ANYATTN_FORWARD, [&](auto m) {
         using M = decltype(m);
-        using C = typename M::C;
-        const bool few = rows.heads * rows.rows <= kFewRows<C>;
-        (few ? forward_block<Few<C>> : forward_block<M>)(call, rows, begin, end, partial, memory);
+        return rows <= kFewRows<typename M::C> ? body(typename M::Few()) : body(m);
     });
+}
+
+void forward(const anyattn_call &call, const QueryBlock &rows, int64_t groups, int64_t begin, int64_t end,
+             void *partial, void *memory) {
+    with_rows(call, rows.heads * rows.rows,
+              [&](auto m) { forward_blocks<decltype(m)>(call, rows, groups, begin, end, partial, memory); });
+}
+
+int64_t groups(const anyattn_call &call, int64_t rows) {
+    return with_rows(call, rows, [&](auto m) { return most_groups<decltype(m)>(call); });
 }
 
 // body(C()) for the compute type of a call.
@@ -79,9 +89,7 @@ void finish(const anyattn_call &call, const QueryBlock &rows, const void *partia
 }
 
 int64_t partial_row_bytes(const anyattn_call &call) {
-    return with_compute(call, [&](auto c) {
-        return ForwardPartial<decltype(c)>::row_size(call) * (int64_t)sizeof(c);
-    });
+    return with_compute(call, [&](auto c) { return ForwardPartial<decltype(c)>::row_size(call) * (int64_t)sizeof(c); });
 }
 
 void backward(const anyattn_call &call, int64_t b, int64_t h_kv, int64_t split, int64_t splits, const Partial &partial,
@@ -104,7 +112,8 @@ void dbias(const anyattn_call &call, int64_t bias_b, int64_t bias_h, int64_t blo
 int64_t dbias_block_k(const anyattn_call &) { return kKeys; }
 
 constexpr Kernels table(const char *name) {
-    return {name, scratch, partial_stride, partial_in_place, forward, merge, finish, partial_row_bytes, backward, reduce, dbias, dbias_block_k, peak};
+    return {name,   scratch,           partial_stride, partial_in_place, forward, groups,        merge,
+            finish, partial_row_bytes, backward,       reduce,           dbias,   dbias_block_k, peak};
 }
 
 }  // namespace
