@@ -9,13 +9,15 @@ JOBS ?= auto
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+SECONDS ?= 60
+SOAK_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find native examples -name '*.cc' -o -name '*.cpp' -o -name '*.c' -o -name '*.h' -o -name '*.hpp' | sort)
 PACKAGED := $(shell find src examples native -not -path '*/__pycache__*') pyproject.toml
 
-.PHONY: venv require-native demo test full bench lint format sanitize sanitize-python clean
+.PHONY: venv require-native demo test full soak bench lint format sanitize sanitize-python clean
 .DEFAULT_GOAL := test
 
 venv: $(VENV)/installed
@@ -43,6 +45,11 @@ test: require-native
 
 full: require-native
 	ANYATTN_REQUIRE=cpu $(BIN)/python -m pytest tests -n $(JOBS) -m "full or not full" --hypothesis-profile=full $(PYTEST_ARGS)
+	$(MAKE) soak
+
+# Random problems for so many seconds; SOAK_ARGS="--seed N" draws others.
+soak: require-native
+	ANYATTN_REQUIRE=cpu $(BIN)/python tests/soak.py --seconds $(SECONDS) $(SOAK_ARGS)
 
 # An install without a working compiler succeeds on purpose; here a missing native library is a failure.
 require-native: venv

@@ -5,6 +5,8 @@
 namespace anyattn {
 
 const OpenMp *find_openmp() { return nullptr; }
+void hold_openmp() {}
+void release_openmp(bool) {}
 void run_openmp(const OpenMp &, void (*)(void *), void *, int32_t) {}
 
 }  // namespace anyattn
@@ -13,7 +15,6 @@ void run_openmp(const OpenMp &, void (*)(void *), void *, int32_t) {}
 
 #include <dlfcn.h>
 
-#include <atomic>
 #include <cstring>
 #include <mutex>
 #include <new>
@@ -88,7 +89,7 @@ bool bind(void *library, const char *name, F **function) {
 }
 
 // RTLD_NOLOAD: nothing is loaded, but the runtime stays while we hold it.
-const OpenMp *bind_runtime(const char *path) {
+OpenMp *bind_runtime(const char *path) {
     void *library = dlopen(path, RTLD_LAZY | RTLD_NOLOAD);
     if (!library) return nullptr;
     OpenMp runtime{};
@@ -110,29 +111,43 @@ const OpenMp *bind_runtime(const char *path) {
     return new (std::nothrow) OpenMp(runtime);
 }
 
-std::atomic<const OpenMp *> found{nullptr};
-std::atomic<uint64_t> searched_at{0};
+// Taken before the system's list of libraries is read, whose own lock a child would find held by a thread it lacks.
 std::mutex search_mutex;
+OpenMp *found = nullptr;
+uint64_t searched_at = 0;
 char found_path[4096];
+
+const OpenMp *find_locked() {
+    const uint64_t loads = load_count();
+    if (loads == searched_at) return found;
+    Candidate best{};
+    search(&best);
+    // Tables of runtimes that were found before stay: other threads may be using them.
+    if (best.score > 0 && std::strcmp(best.path, found_path) != 0) {
+        if (OpenMp *runtime = bind_runtime(best.path)) {
+            std::strcpy(found_path, best.path);
+            found = runtime;
+        }
+    }
+    searched_at = loads;
+    return found;
+}
 
 }  // namespace
 
 const OpenMp *find_openmp() {
-    const uint64_t loads = load_count();
-    if (loads == searched_at.load(std::memory_order_acquire)) return found.load(std::memory_order_acquire);
     const std::lock_guard<std::mutex> lock(search_mutex);
-    Candidate best{};
-    best.score = 0;
-    search(&best);
-    // Tables of runtimes that were found before stay: other threads may be using them.
-    if (best.score > 0 && std::strcmp(best.path, found_path) != 0) {
-        if (const OpenMp *runtime = bind_runtime(best.path)) {
-            std::strcpy(found_path, best.path);
-            found.store(runtime, std::memory_order_release);
-        }
-    }
-    searched_at.store(loads, std::memory_order_release);
-    return found.load(std::memory_order_acquire);
+    return find_locked();
+}
+
+void hold_openmp() {
+    search_mutex.lock();
+    find_locked();
+}
+
+void release_openmp(bool child) {
+    if (child && found) found->inherited = true;
+    search_mutex.unlock();
 }
 
 namespace {

@@ -6,7 +6,8 @@
 namespace anyattn {
 
 struct OpenMp {
-    char name[16];  // "libgomp", "libomp", "libiomp5"
+    char name[16];   // "libgomp", "libomp", "libiomp5"
+    bool inherited;  // it was there before this process was forked: its settings hold, its threads are gone
     int (*thread_num)();
     int (*max_threads)();
     int (*in_parallel)();
@@ -18,6 +19,10 @@ struct OpenMp {
 
 // The runtime in this process now, or null. Cheap: the search runs again only after a library was loaded.
 const OpenMp *find_openmp();
+
+// Around a fork: nobody searches meanwhile, and what the child has from its parent is marked.
+void hold_openmp();
+void release_openmp(bool child);
 
 // body(context) once on each thread of a team of at most `threads`.
 void run_openmp(const OpenMp &runtime, void (*body)(void *), void *context, int32_t threads);

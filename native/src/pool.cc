@@ -1,10 +1,11 @@
 #include "pool.h"
 
 #include <chrono>
-#include <system_error>
+#include <exception>
 #include <thread>
 
 #if !defined(_WIN32)
+#include <pthread.h>
 #include <signal.h>
 #endif
 
@@ -78,7 +79,7 @@ bool Pool::run(Region &region) {
     return true;
 }
 
-// Where the system gives no more threads, those that are there do the work.
+// Where the system gives no more threads, or no memory for them, those that are there do the work.
 void Pool::grow(int32_t threads) {
     if (size_ >= threads) return;
     const BlockedSignals blocked;
@@ -88,11 +89,14 @@ void Pool::grow(int32_t threads) {
             std::thread(&Pool::thread_main, this, worker, generation_.load()).detach();
             size_ = worker;
         }
-    } catch (const std::system_error &) {
+    } catch (const std::exception &) {
     }
 }
 
 void Pool::thread_main(int32_t worker, uint64_t seen) {
+#if defined(__linux__)
+    pthread_setname_np(pthread_self(), "anyattn");  // for those who look at a process's threads
+#endif
     for (;;) {
         wait_for_region(seen);
         seen = generation_.load();

@@ -1,33 +1,37 @@
 #include "threads.h"
 
 #include <atomic>
+#include <cstdlib>
 #include <new>
-#include <thread>
 
 #include "openmp.h"
 #include "pool.h"
+#include "processors.h"
 
 #if !defined(_WIN32)
 #include <pthread.h>
-#endif
-#if defined(__linux__)
-#include <sched.h>
 #endif
 
 namespace anyattn {
 namespace {
 
 std::atomic<Pool *> own_pool{nullptr};
-std::atomic<bool> forked{false};
 
 // The threads of the parent do not exist in a forked child, but its runtimes believe that they do: they hang.
 #if !defined(_WIN32)
-void after_fork() {
+void before_fork() { hold_openmp(); }
+void in_parent() { release_openmp(false); }
+void in_child() {
     own_pool.store(nullptr);
-    forked.store(true);
+    release_openmp(true);
 }
-const int fork_handler = pthread_atfork(nullptr, nullptr, after_fork);
+const int fork_handlers = pthread_atfork(before_fork, in_parent, in_child);
 #endif
+
+const OpenMp *usable_openmp() {
+    const OpenMp *runtime = find_openmp();
+    return runtime && !runtime->inherited ? runtime : nullptr;
+}
 
 Pool *pool() {
     Pool *current = own_pool.load(std::memory_order_acquire);
@@ -38,20 +42,10 @@ Pool *pool() {
     return current;
 }
 
-int32_t processors() {
-#if defined(__linux__)
-    for (int32_t cpus = 1024; cpus <= 1 << 18; cpus *= 4) {
-        cpu_set_t *set = CPU_ALLOC(static_cast<size_t>(cpus));
-        if (!set) break;
-        const size_t bytes = CPU_ALLOC_SIZE(static_cast<size_t>(cpus));
-        const int count = sched_getaffinity(0, bytes, set) == 0 ? CPU_COUNT_S(bytes, set) : 0;
-        CPU_FREE(set);
-        if (count > 0) return count;
-    }
-#endif
-    const unsigned count = std::thread::hardware_concurrency();
-    return count > 0 ? static_cast<int32_t>(count) : 1;
-}
+// Without an OpenMP runtime, its variable speaks for it: read when the library is loaded, as a runtime does.
+const int32_t wanted_threads = omp_num_threads(std::getenv("OMP_NUM_THREADS"));
+
+int32_t own_threads() { return wanted_threads > 0 ? wanted_threads : processors(); }
 
 struct OpenMpRegion {
     Region region;
@@ -90,12 +84,12 @@ bool run_caller(const anyattn_call &call, int64_t tasks, int32_t threads, anyatt
 
 int32_t default_threads() {
     const OpenMp *runtime = find_openmp();
-    const int32_t count = runtime ? runtime->max_threads() : processors();
+    const int32_t count = runtime ? runtime->max_threads() : own_threads();
     return count < 1 ? 1 : count > kMaxThreads ? kMaxThreads : count;
 }
 
 const char *runtime_name() {
-    const OpenMp *runtime = forked.load() ? nullptr : find_openmp();
+    const OpenMp *runtime = usable_openmp();
     return runtime ? runtime->name : "anyattn";
 }
 
@@ -103,15 +97,17 @@ bool parallel_for(const anyattn_call &call, int64_t tasks, int32_t threads, anya
     if (tasks <= 0) return true;
     if (threads > 1 && tasks > 1) {
         if (call.parallel_for) return run_caller(call, tasks, threads, body, context);
-        const OpenMp *runtime = forked.load(std::memory_order_relaxed) ? nullptr : find_openmp();
+        const OpenMp *runtime = usable_openmp();
         if (!runtime) {
             Region region(body, context, tasks, tasks < threads ? static_cast<int32_t>(tasks) : threads);
             Pool *own = pool();
             if (own && own->run(region)) return true;
         } else if (!runtime->in_parallel()) {
-            // The whole team: a team that changes its size from region to region ends and starts threads.
-            OpenMpRegion team{{body, context, tasks, threads}, *runtime};
-            run_openmp(*runtime, openmp_body, &team, threads);
+            // The whole team: a team that changes its size from region to region ends and starts threads. But no more
+            // than there are tasks, where the caller wants more than the runtime has: without them it ends the process.
+            const bool usual = threads <= runtime->max_threads() || tasks >= threads;
+            OpenMpRegion team{{body, context, tasks, usual ? threads : static_cast<int32_t>(tasks)}, *runtime};
+            run_openmp(*runtime, openmp_body, &team, team.region.workers);
             return true;
         }
     }

@@ -23,7 +23,6 @@ logger.addHandler(logging.NullHandler())
 
 _named: ContextVar[tuple[str, ...]] = ContextVar("anyattn_backend", default=())
 _backends: dict[str, Backend] = {}
-_lock = threading.Lock()
 _passed_over: set[tuple[str, Variant]] = set()
 _warned = False
 
@@ -59,11 +58,8 @@ def backend(*names: str) -> Iterator[None]:
 
 def get(name: str) -> Backend:
     """The backend of that name; created at first use."""
-    found = _backends.get(name)
-    if found is None:
-        with _lock:
-            found = _backends.setdefault(name, _create(name))
-    return found
+    # Without a lock, which a forked child might find held: of two that are created at once, one is kept.
+    return _backends.get(name) or _backends.setdefault(name, _create(name))
 
 
 def _create(name: str) -> Backend:
@@ -80,7 +76,23 @@ def _create(name: str) -> Backend:
 
 def named(argument: str | None) -> tuple[str, ...]:
     """The backends that the caller ("cpu,numpy"), a context manager or the environment named; (): automatic."""
-    return tuple(argument.split(",")) if argument else _named.get() or settings.current().backend
+    return tuple(argument.split(",")) if argument else _named.get() or _from_settings("backend")
+
+
+def _from_settings(which: str) -> tuple[str, ...]:
+    """The backends that ANYATTN_BACKEND or ANYATTN_REQUIRE names."""
+    names: tuple[str, ...] = getattr(settings.current(), which)
+    for name in names:
+        if name not in NAMES:
+            variable, _, meaning = settings.VARIABLES[which]
+            raise ValueError(f"{variable}={','.join(names)!r}: expected {', '.join(NAMES)} ({meaning}); got {name!r}")
+    return names
+
+
+def check_settings() -> None:
+    """Raises ValueError where the environment names a backend that does not exist."""
+    for which in ("backend", "require"):
+        _from_settings(which)
 
 
 def choose(problem: Problem, names: tuple[str, ...]) -> Backend:
@@ -120,7 +132,7 @@ def available() -> list[str]:
 
 
 def _check_required() -> None:
-    for name in settings.current().require:
+    for name in _from_settings("require"):
         missing = get(name).available()
         if missing:
             raise RuntimeError(f"ANYATTN_REQUIRE names {name}, which is not available: {missing}")
@@ -144,16 +156,16 @@ class _Cache(threading.local):
 
     def __init__(self) -> None:
         self.entries: dict[Hashable, tuple[Problem, Plan]] = {}
-        self.generation = 0
+        self.generation = _generation
 
 
+_generation = object()  # another one whenever the settings may have changed
 _cache = _Cache()
-_generation = 0
 
 
 def lookup(key: Hashable, names: tuple[str, ...], build: Callable[[], Problem]) -> tuple[Problem, Plan]:
     """The validated problem and its plan, found by a raw tuple of metadata; built at the first such call."""
-    if _cache.generation != _generation or len(_cache.entries) >= CACHE_SIZE:
+    if _cache.generation is not _generation or len(_cache.entries) >= CACHE_SIZE:
         _cache.entries.clear()
         _cache.generation = _generation
     found = _cache.entries.get((key, names))
@@ -167,5 +179,5 @@ def lookup(key: Hashable, names: tuple[str, ...], build: Callable[[], Problem]) 
 def forget() -> None:
     """Drops every cached plan and backend."""
     global _generation
-    _generation += 1
+    _generation = object()
     _backends.clear()

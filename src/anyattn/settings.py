@@ -14,9 +14,11 @@ VARIABLES = {
     "require": ("ANYATTN_REQUIRE", "", "backends that must be available: missing ones raise at the first call"),
     "cpu_target": ("ANYATTN_CPU_TARGET", "", "instruction set of the native engine; empty: the best of this machine"),
     "num_threads": ("ANYATTN_NUM_THREADS", "0", "threads of the native engine; 0: the OpenMP runtime's or all cores"),
+    "omp_num_threads": ("OMP_NUM_THREADS", "", "OpenMP's own: threads at each level of nesting; the first is ours"),
     "library": ("ANYATTN_LIBRARY", "", "path of the native library; empty: the one installed with the package"),
     "check": ("ANYATTN_CHECK", "0", "1: check values in device memory too, at the price of a synchronisation"),
 }
+MOST_THREADS = 4096  # of the native engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,29 +29,27 @@ class Settings:
     require: tuple[str, ...]
     cpu_target: str
     num_threads: int
+    omp_num_threads: tuple[int, ...]
     library: str
     check: bool
 
 
-_current: Settings | None = None
+# One entry, and no lock: dictionaries are safe among threads, and a forked child finds no lock that is held.
+_current: dict[str, Settings] = {}
 _listeners: list[Callable[[], None]] = []
 
 
 def current() -> Settings:
     """The settings in force."""
-    global _current
-    if _current is None:
-        _current = _read()
-    return _current
+    return _current.get("settings") or _current.setdefault("settings", _read())
 
 
 def reload() -> Settings:
     """Reads the environment again; everything that was derived from the old settings is forgotten."""
-    global _current
-    _current = _read()
+    _current["settings"] = fresh = _read()
     for listener in _listeners:
         listener()
-    return _current
+    return fresh
 
 
 def on_reload(listener: Callable[[], None]) -> Callable[[], None]:
@@ -67,13 +67,16 @@ def describe() -> dict[str, tuple[str, str]]:
 
 def _read() -> Settings:
     raw = {name: os.environ.get(variable, default).strip() for name, (variable, default, _) in VARIABLES.items()}
+    num_threads = _number("num_threads", raw["num_threads"] or "0", 0, MOST_THREADS)
     return Settings(
         backend=_names(raw["backend"]),
         require=_names(raw["require"]),
         cpu_target=raw["cpu_target"],
-        num_threads=_count("num_threads", raw["num_threads"]),
+        num_threads=num_threads,
+        # who says how many threads needs no OpenMP to say it
+        omp_num_threads=() if num_threads else _levels("omp_num_threads", raw["omp_num_threads"]),
         library=raw["library"],
-        check=_count("check", raw["check"]) != 0,
+        check=_number("check", raw["check"] or "0", 0, 1) != 0,
     )
 
 
@@ -81,12 +84,23 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def _count(name: str, text: str) -> int:
-    if text == "":
-        return 0
-    if not text.isdigit() or int(text) > 4096:
-        raise ValueError(f"{VARIABLES[name][0]}={text!r}: expected an integer from 0 to 4096 ({VARIABLES[name][2]})")
+def _number(name: str, text: str, least: int, most: int) -> int:
+    if not (text.isascii() and text.isdigit() and least <= int(text) <= most):
+        raise _nonsense(name, text, f"an integer from {least} to {most} ({VARIABLES[name][2]})")
     return int(text)
+
+
+def _levels(name: str, text: str) -> tuple[int, ...]:
+    """The OpenMP runtimes only warn and go on with a number of their own."""
+    numbers = [part.strip().removeprefix("+") for part in text.split(",")] if text else []
+    if all(number.isascii() and number.isdigit() and 1 <= int(number) <= MOST_THREADS for number in numbers):
+        return tuple(int(number) for number in numbers)
+    other = f"ANYATTN_NUM_THREADS overrides {VARIABLES[name][0]} here"
+    raise _nonsense(name, text, f"integers from 1 to {MOST_THREADS}, separated by commas; {other}")
+
+
+def _nonsense(name: str, text: str, expected: str) -> ValueError:
+    return ValueError(f"{VARIABLES[name][0]}={text!r}: expected {expected}")
 
 
 def _text(value: object) -> str:

@@ -119,4 +119,5 @@ def _cpu() -> dict[str, Any]:
 
 
 def _settings() -> dict[str, Any]:
+    dispatch.check_settings()
     return {name: {"value": value, "meaning": meaning} for name, (value, meaning) in settings.describe().items()}

@@ -33,7 +33,7 @@ def forward(adapter: Adapter, arrays: Arrays, options: Options, backend: str | N
     call.out = adapter.empty(problem.out_shape, problem.dtype, q)
     call.lse = adapter.empty(problem.lse_shape, problem.compute_dtype, q)
     if plan.forward_bytes:
-        call.workspace = adapter.empty((plan.forward_bytes,), "uint8", q)
+        call.workspace = _workspace(adapter, plan.forward_bytes, q)
     plan.forward(call)
     return call.out, call.lse
 
@@ -68,9 +68,16 @@ def backward(
     if problem.sink is not None and want_dsink:
         call.dsink = adapter.empty(problem.sink.shape, problem.sink.dtype, q)
     if plan.backward_bytes:
-        call.workspace = adapter.empty((plan.backward_bytes,), "uint8", q)
+        call.workspace = _workspace(adapter, plan.backward_bytes, q)
     plan.backward(call)
     return call.dq, call.dk, call.dv, call.dbias, call.dsink
+
+
+def _workspace(adapter: Adapter, size: int, like: Any) -> Any:
+    try:
+        return adapter.empty((size,), "uint8", like)
+    except MemoryError as error:
+        raise MemoryError(f"no memory for {size} bytes of workspace") from error
 
 
 def check(adapter: Adapter, arrays: Arrays, options: Options, backend: str | None) -> None:

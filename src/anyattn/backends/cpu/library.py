@@ -52,13 +52,17 @@ class Library:
         return [name for index, name in enumerate(compiled) if self._dll.anyattn_target_available(index)]
 
     def target_index(self) -> int:
-        """The `target` field of calls: 0 for the best, else 1 + the index of the one that the settings name."""
+        """The `target` field of calls: 0 for the best, else 1 + the index of the one that the settings name.
+
+        Raises:
+            ValueError: there is no such instruction set here.
+        """
         wanted = settings.current().cpu_target
         if not wanted:
             return 0
         if wanted not in self.targets():
             accepted = ", ".join(self.targets())
-            raise LibraryError(f"ANYATTN_CPU_TARGET is {wanted!r}; this machine and library have {accepted}")
+            raise ValueError(f"ANYATTN_CPU_TARGET={wanted!r}: expected one of {accepted} (this machine and library)")
         index = 0
         while self._dll.anyattn_target_name(index) != wanted.encode():
             index += 1
@@ -66,6 +70,7 @@ class Library:
 
     def target(self) -> str:
         """The instruction set in force."""
+        self.target_index()  # it exists
         return settings.current().cpu_target or self.targets()[0]
 
     def num_threads(self) -> int:
@@ -94,16 +99,15 @@ def load() -> Library:
 @cache
 def _load(named: str) -> Library:
     path = Path(named) if named else _find()
+    what = f"the native library {path}{' (ANYATTN_LIBRARY)' if named else ''}"
     try:
         library = Library(path)
     except (OSError, AttributeError) as error:
-        raise LibraryError(f"the native library {path} does not load: {error}") from error
+        raise LibraryError(f"{what} does not load: {error}") from error
     if library.version() != VERSION:
-        raise LibraryError(f"the native library {path} has version {library.version():#x}; expected {VERSION:#x}")
+        raise LibraryError(f"{what} has version {library.version():#x}; expected {VERSION:#x}")
     if library.call_size() != SIZE:
-        raise LibraryError(
-            f"the native library {path} has a call struct of {library.call_size()} bytes; expected {SIZE}"
-        )
+        raise LibraryError(f"{what} has a call struct of {library.call_size()} bytes; expected {SIZE}")
     return library
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -40,6 +41,7 @@ class TorchAdapter:
         return Array(tuple(array.shape), tuple(array.stride()), dtype, str(array.device))
 
     def keys(self, arrays: Sequence[Tensor | None]) -> Hashable:
+        torch.get_num_threads()  # a new thread's first such call tells OpenMP what torch.set_num_threads said
         key: list[Any] = []
         for x in arrays:
             if x is None:
@@ -50,9 +52,15 @@ class TorchAdapter:
 
     def empty(self, shape: Sequence[int], dtype: str, like: Tensor) -> Tensor:
         wanted = DTYPES[dtype]
-        if like.dtype is wanted:  # faster so, and a tuple of sizes is slower to parse
-            return like.new_empty(*shape)
-        return torch.empty(*shape, dtype=wanted, device=like.device)
+        try:
+            if like.dtype is wanted:  # faster so, and a tuple of sizes is slower to parse
+                return like.new_empty(*shape)
+            return torch.empty(*shape, dtype=wanted, device=like.device)
+        except RuntimeError as error:
+            if like.device.type != "cpu":  # there torch says it in an exception of its own
+                raise
+            size = math.prod(shape) * wanted.itemsize
+            raise MemoryError(f"no memory for {size} bytes: {tuple(shape)} of {dtype}") from error
 
     def pointer(self, array: Tensor) -> int:
         return array.data_ptr()

@@ -1,0 +1,286 @@
+"""Random problems for as long as you like: every feature, sizes to 4,096, instruction sets in turn, both directions.
+
+Each problem follows from its seed alone. It is checked against float64 within the budget of accuracy.py, must give the
+same bits on one thread and on two, may write nothing but its results, and memory must not grow.
+
+    python tests/soak.py --seconds 3600           (make soak SECONDS=3600)
+    python tests/soak.py --only 1234              one problem, on every instruction set
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import multiprocessing
+import os
+import random
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from multiprocessing.sharedctypes import Synchronized
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from cases import DTYPES, Case
+from conftest import Memory
+from engines import Engine, cpu_targets
+from inputs import BROADCASTS, LAYOUTS, Inputs, build
+from test_matrix import bits, refused, run
+from test_properties import CONTENTS, LENGTHS
+
+from anyattn import accuracy, reference
+from anyattn.frameworks.numpy import NumpyAdapter
+
+LONGEST = 4096
+# Scores of all heads together: the reference computes a million of them, forward and backward, in half a second.
+SCORES = 2**20
+LARGE = 50  # one problem in so many is a single head with as many rows and keys as it drew
+# What may stay behind: scratch that a thread keeps (8 MiB), plans, and holes in the heap.
+GROWTH_MIB = 24
+WARM_UP = 200  # problems
+LEAST = 1e-300
+
+
+def draw(seed: int) -> Case:
+    """Any call that is allowed, with bounded work."""
+    rng = random.Random(seed)
+    lengths, dtype = rng.choice(LENGTHS), rng.choice(DTYPES)
+    broadcasts = ("",) if "varlen" in lengths else ("", "", *BROADCASTS)
+    batch, kv, group, rows, keys = bounded(rng)
+    return Case(
+        name=f"seed{seed}",
+        batch=batch,
+        seqlen_q=rows,
+        seqlen_k=keys,
+        nheads_kv=kv,
+        group=group,
+        head_dim=head_dim(rng),
+        head_dim_v=head_dim(rng),
+        dtype=dtype,
+        causal=rng.random() < 0.5,
+        window=rng.choice((None, None, (side(rng), side(rng)))),
+        chunk=rng.choice((0, 0, 0, rng.randint(1, 80), rng.randint(80, 2000))),
+        alignment=rng.choice(("bottom-right", "top-left")),
+        offset=rng.choice(("", "", "int", "each")),
+        lengths=lengths,
+        mask=rng.choice(broadcasts),
+        bias=rng.choice(broadcasts),
+        bias_dtype=rng.choice(("", "float64" if dtype == "float64" else "float32")),
+        alibi=rng.choice(("", "h", "bh")),
+        softcap=rng.choice((0.0, 0.0, 0.7, 20.0)),
+        sink=rng.random() < 0.5,
+        dropout_p=rng.choice((0.0, 0.0, 0.1, 0.8)),
+        scale=rng.choice((None, None, 0.0, rng.uniform(-1, 1))),
+        layout=rng.choice(LAYOUTS),
+        dlse=rng.random() < 0.5,
+        content=rng.choice(CONTENTS),
+        page_size=rng.choice((0, 1, 16, rng.randint(1, 300))),
+        seed=rng.getrandbits(32),
+    )
+
+
+def bounded(rng: random.Random) -> tuple[int, int, int, int, int]:
+    """batch, nheads_kv, group, seqlen_q, seqlen_k: long sequences have few heads, and two long ones one head."""
+    batch, kv, group = rng.choice((0, 1, 1, 2, 3, 5)), rng.choice((1, 1, 2, 3)), rng.choice((1, 1, 2, 4, 8))
+    rows, keys = size(rng), size(rng)
+    if rng.randrange(LARGE) == 0:
+        return min(batch, 1), 1, 1, rows, keys
+    while batch * kv * group * rows * keys > SCORES:
+        if batch * kv * group > 1:
+            batch, kv, group = (max(1, n // 2) for n in (batch, kv, group))
+        elif rows > keys:
+            keys //= 2
+        else:
+            rows //= 2
+    return batch, kv, group, rows, keys
+
+
+def size(rng: random.Random) -> int:
+    """A few, short, about a multiple of a tile's sides, or anything."""
+    kind = rng.randrange(4)
+    if kind == 3:
+        return rng.randint(1, 16)
+    if kind == 0:
+        return rng.randint(0, 130)
+    if kind == 1:
+        step = rng.choice((8, 16, 64, 128, 256))
+        return min(LONGEST, max(0, step * rng.randint(1, LONGEST // step) + rng.choice((-1, 0, 0, 1))))
+    return int(2 ** rng.uniform(0, 12))
+
+
+def head_dim(rng: random.Random) -> int:
+    return rng.choice((rng.randint(1, 40), rng.randint(1, 260), 32, 64, 64, 80, 96, 128, 192, 256))
+
+
+def side(rng: random.Random) -> int | None:
+    return rng.choice((None, 0, rng.randint(0, 100), rng.randint(0, LONGEST)))
+
+
+def problems_of(case: Case, target: str, memory: Memory) -> list[str]:
+    """[] or a line for everything that is wrong."""
+    inputs = build(case)
+    inputs.arguments["batch_invariant"] = case.seed % 5 == 0
+    before = inputs.bytes()
+    problem, arrays = inputs.canonical()
+    wrong = []
+    for direction in ("forward", "backward"):
+        engine = Engine("cpu", target)
+        engine.use(1)
+        if refused(inputs, direction, engine):
+            continue
+        got = run(inputs, direction, engine)
+        if direction == "forward":
+            want = accuracy.expected_forward(problem, arrays)
+        else:
+            want = accuracy.expected_backward(problem, arrays, inputs.dout64, inputs.dlse64)
+        want = {name: replace(x, value=flushed(x.value)) for name, x in want.items()}
+        lines = accuracy.check(want, got)
+        if lines and case.dtype == "float64":
+            lines = accuracy.check(widened(want, inputs, direction), {name: flushed(x) for name, x in got.items()})
+        wrong += [f"{direction}: {line}" for line in lines]
+        wrong += [f"{direction}: {name} differs on two threads" for name in different(inputs, direction, target, got)]
+    if inputs.bytes() != before:
+        wrong.append("an input, or memory around it, was written")
+    try:
+        memory.check()
+    except AssertionError as error:
+        wrong.append(str(error))
+    return wrong
+
+
+def widened(want: dict[str, accuracy.Expected], inputs: Inputs, direction: str) -> dict[str, accuracy.Expected]:
+    """Budgets that count what the float64 reference itself is wrong by: scores of hundreds multiply its rounding.
+
+    It is seen where the dot products are summed in another order.
+    """
+    problem, arrays = inputs.canonical()
+    turned = arrays | {name: arrays[name][..., ::-1] for name in ("q", "k")}
+    if direction == "forward":
+        values = dict(zip(("out", "lse"), reference.forward(problem, turned), strict=True))
+    else:
+        values = vars(reference.backward(problem, turned, inputs.dout64, inputs.dlse64))
+        for name in ("dq", "dk"):
+            values[name] = values[name][..., ::-1]
+    wider = {}
+    for name, x in want.items():
+        error = x.error(flushed(values[name]))
+        assert np.isfinite(error), f"the reference disagrees with itself about {name}"
+        wider[name] = replace(x, budget=x.budget + 2 * error)
+    return wider
+
+
+def flushed(x: Any) -> Any:
+    """Products near the least float64 are 0 or not as they were rounded: 0 stands for all of them."""
+    return x if x is None else np.where(np.abs(x) < LEAST, 0.0, x)
+
+
+def different(inputs: Inputs, direction: str, target: str, got: dict[str, Any]) -> list[str]:
+    engine = Engine("cpu", target)
+    engine.use(2)
+    again = run(inputs, direction, engine)
+    return [name for name, x in got.items() if x is not None and not np.array_equal(bits(x), bits(again[name]))]
+
+
+def resident_mib() -> float:
+    """What the process holds once everything free was given back; 0 where the system does not say."""
+    status = Path("/proc/self/statm")
+    if not status.exists():
+        return 0.0
+    gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+    pages = int(status.read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+@dataclass
+class Run:
+    """A run so far."""
+
+    first: int
+    seconds: float
+    current: Synchronized[int]
+    memory: Memory = field(default_factory=Memory)
+    failed: int = 0
+    warm_mib: float = 0.0
+
+    def loop(self) -> None:
+        targets, start, told = cpu_targets(), time.monotonic(), 0.0
+        count = 0
+        while (now := time.monotonic() - start) < self.seconds:
+            seed = self.first + count
+            self.current.value = seed
+            self.one(seed, targets[count % len(targets)])
+            count += 1
+            if count == WARM_UP:
+                self.warm_mib = resident_mib()
+            if now - told > 30:
+                told = now
+                say(f"{now:.0f} s: seeds to {seed}, {self.failed} failed, {resident_mib():.0f} MiB")
+        self.judge(count)
+
+    def one(self, seed: int, target: str) -> None:
+        case = draw(seed)
+        try:
+            wrong = problems_of(case, target, self.memory)
+        except Exception as error:
+            wrong = [f"{type(error).__name__}: {error}"]
+        if wrong:
+            self.failed += 1
+            say(f"FAILED on {target}: {case!r}", *wrong, f"alone: python tests/soak.py --only {seed}")
+
+    def judge(self, count: int) -> None:
+        growth = resident_mib() - self.warm_mib if self.warm_mib else 0.0
+        say(f"{count} problems, {self.failed} failed; memory grew by {growth:.1f} MiB after the first {WARM_UP}")
+        sys.exit(1 if self.failed or growth > GROWTH_MIB else 0)
+
+
+def guarded(state: Run) -> Run:
+    """From here on, results and workspaces of NumPy come from the run's memory."""
+    original = NumpyAdapter.empty
+    NumpyAdapter.empty = lambda self, shape, dtype, like: state.memory.empty(  # type: ignore[method-assign]
+        shape, original(self, (0,) * len(shape), dtype, like).dtype
+    )
+    return state
+
+
+def say(*lines: str) -> None:
+    sys.stdout.write("\n  ".join(lines) + "\n")
+    sys.stdout.flush()
+
+
+def work(first: int, seconds: float, current: Synchronized[int]) -> None:
+    guarded(Run(first, seconds, current)).loop()
+
+
+def only(seed: int) -> int:
+    state = guarded(Run(seed, 0, multiprocessing.Value("q", seed)))
+    for target in cpu_targets():
+        state.one(seed, target)
+    say(f"{draw(seed)!r}: {state.failed} of {len(cpu_targets())} instruction sets failed")
+    return 1 if state.failed else 0
+
+
+def main() -> int:
+    """In a process of its own, so that a crash has a seed too."""
+    parser = argparse.ArgumentParser(description="random problems against float64")
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=0, help="of the first problem")
+    parser.add_argument("--only", type=int, metavar="SEED", help="this problem alone")
+    arguments = parser.parse_args()
+    if arguments.only is not None:
+        return only(arguments.only)
+    context = multiprocessing.get_context("spawn")
+    current = context.Value("q", arguments.seed)
+    process = context.Process(target=work, args=(arguments.seed, arguments.seconds, current))
+    process.start()
+    process.join()
+    if process.exitcode not in (0, 1):
+        say(f"CRASHED with status {process.exitcode}: python tests/soak.py --only {current.value}")
+    return 0 if process.exitcode == 0 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""The soak itself: its problems are bounded and have every feature, and what is wrong is told with its seed."""
+
+from __future__ import annotations
+
+import multiprocessing
+from typing import Any
+
+import pytest
+import soak
+from cases import DTYPES
+from conftest import Memory
+from engines import engines
+from inputs import BROADCASTS, LAYOUTS
+from test_properties import CONTENTS, LENGTHS
+
+CASES = [soak.draw(seed) for seed in range(2000)]
+
+
+def test_a_seed_is_a_problem() -> None:
+    assert [soak.draw(seed) for seed in range(50)] == CASES[:50]
+    assert len(set(CASES)) == len(CASES)
+
+
+def test_sizes_are_large_and_bounded() -> None:
+    for case in CASES:
+        heads = case.batch * case.nheads_kv * case.group
+        assert max(case.seqlen_q, case.seqlen_k) <= soak.LONGEST
+        assert heads <= 1 or heads * case.seqlen_q * case.seqlen_k <= soak.SCORES
+    assert max(case.seqlen_q * case.seqlen_k for case in CASES) > soak.LONGEST**2 / 2
+    for size in ("seqlen_q", "seqlen_k"):
+        lengths = {getattr(case, size) for case in CASES}
+        assert {0, 1, soak.LONGEST} <= lengths and len(lengths) > 500
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("dtype", set(DTYPES)),
+        ("lengths", set(LENGTHS)),
+        ("layout", set(LAYOUTS)),
+        ("content", set(CONTENTS)),
+        ("bias", {"", *BROADCASTS}),
+        ("mask", {"", *BROADCASTS}),
+        ("offset", {"", "int", "each"}),
+        ("alibi", {"", "h", "bh"}),
+        ("group", {1, 2, 4, 8}),
+        ("sink", {True, False}),
+        ("causal", {True, False}),
+        ("dlse", {True, False}),
+    ],
+)
+def test_every_feature_is_drawn(field: str, values: set[Any]) -> None:
+    assert {getattr(case, field) for case in CASES} == values
+
+
+@pytest.mark.skipif(not any(engine.backend == "cpu" for engine in engines()), reason="the native engine's")
+def test_what_is_wrong_is_told_with_its_seed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seed = next(seed for seed, case in enumerate(CASES) if case.batch * case.seqlen_q * case.seqlen_k > 100)
+    state = soak.Run(seed, 0, multiprocessing.Value("q", seed), Memory())
+    target = soak.cpu_targets()[0]
+    state.one(seed, target)
+    assert state.failed == 0 and capsys.readouterr().out == ""
+    calls, right = [0], soak.run
+
+    def wrong(*arguments: Any) -> Any:
+        """The second call of each direction is the one on two threads."""
+        got = right(*arguments)
+        calls[0] += 1
+        if calls[0] == 2:
+            got["out"].flat[0] += 1
+        return got
+
+    monkeypatch.setattr(soak, "run", wrong)
+    state.one(seed, target)
+    told = capsys.readouterr().out
+    assert state.failed == 1 and "out differs on two threads" in told and f"--only {seed}" in told
+    calls[0] = 1
+    state.one(seed, target)
+    assert state.failed == 2 and "forward: out: error" in capsys.readouterr().out
