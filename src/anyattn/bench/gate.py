@@ -1,0 +1,201 @@
+"""The correctness gate: no speed of a wrong result. Results against float64, on all rows or, of large cases, on some.
+
+Written here row by row, so that a case of any size can be checked; the tests hold it to `reference.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .. import philox
+from .cases import Case
+from .inputs import SEED, Inputs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Float = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+# Of the largest value: P and dt may be rounded to the dtype of the inputs.
+TOLERANCE = {"float64": 1e-9, "float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}
+SPREAD = (0.9, 1.1)  # accepted mean of the squared deviations from an average over dropout, in standard deviations
+ALL_ROWS = 2**21  # up to so many scores everything is compared
+ROWS = 24  # else so many rows of a head
+BACKWARD_SCORES = 2**22  # at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Some rows (forward) or all rows (backward) of one query head of one sequence."""
+
+    b: int
+    h: int
+    rows: Ints
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Of some rows of one head: probabilities, dropout factors, dt/ds, and the inputs as float64."""
+
+    p: Float
+    d: Float
+    slope: Float | float
+    q: Float
+    k: Float
+    v: Float
+    do: Float
+
+
+def scores(inputs: Inputs, b: int, h: int, rows: Ints, drop: bool) -> Scores:
+    """The definition of attention on these rows; `drop`: with the dropout of SEED."""
+    case, sequence = inputs.case, inputs.sequence(b)
+    q, do = (_float64(x[rows, h]) for x in (sequence.q, sequence.dout))
+    k, v = (_float64(x[:, h // case.group]) for x in (sequence.k, sequence.v))
+    n_q, n_k = len(sequence.q), len(k)
+    t: Any = case.head_dim**-0.5 * (q @ k.T)
+    slope: Float | float = 1.0
+    if case.softcap:
+        tanh = np.tanh(t / case.softcap)
+        t, slope = case.softcap * tanh, 1.0 - tanh**2
+    lo, hi = case.bounds(n_q, n_k)
+    keys = np.arange(n_k)
+    seen = (lo[rows, None] <= keys) & (keys < hi[rows, None])
+    hidden = case.hidden(n_q, n_k)
+    if hidden is not None:
+        seen &= ~hidden[rows if len(hidden) > 1 else slice(None)]
+    if inputs.bias is not None:
+        bias = inputs.bias[0, h if inputs.bias.shape[1] > 1 else 0]
+        t = t + _float64(bias[rows] if bias.shape[0] > 1 else bias)
+    if inputs.alibi_slopes is not None:
+        t = t - float(inputs.alibi_slopes[h]) * np.abs(rows[:, None] + n_k - n_q - keys)
+    t = np.where(seen, t, -np.inf)
+    sink = -np.inf if inputs.sink is None else float(inputs.sink[h])
+    top = np.maximum(t.max(axis=1, initial=-np.inf), sink)
+    top = np.where(np.isfinite(top), top, 0.0)[:, None]
+    e = np.exp(t - top)
+    total = e.sum(axis=1, keepdims=True) + np.exp(sink - top)
+    p = e / np.where(total > 0, total, 1.0)
+    d = np.ones((1, 1))
+    if drop and case.dropout_p:
+        kept = philox.keep(np.array([SEED, 0]), case.dropout_p, b * case.nheads + h, rows, keys)
+        d = kept * philox.keep_scale(case.dropout_p)
+    return Scores(p, d, slope, q, k, v, do)
+
+
+def wrong(inputs: Inputs, results: list[Tensor], own_dropout: bool = False) -> str | None:
+    """None, or how results (out, or dq, dk and dv, in the layouts of the inputs) differ from float64.
+
+    `own_dropout`: other entries were dropped than the definition's, so only averages and spread can be compared.
+    """
+    case = inputs.case
+    expected = [tuple(x.shape) for x in ((inputs.q, inputs.k, inputs.v) if case.backward else (inputs.dout,))]
+    if [tuple(x.shape) for x in results] != expected:
+        return f"shapes {[tuple(x.shape) for x in results]} are not {expected}"
+    if own_dropout:
+        return _wrong_spread(inputs, results[0])
+    pairs = _backward_pairs(inputs, results) if case.backward else _forward_pairs(inputs, results[0])
+    errors: dict[str, float] = {}
+    largest: dict[str, float] = {}
+    for name, got, want in pairs:
+        if not np.isfinite(got).all():
+            return f"{name} is not finite"
+        errors[name] = max(errors.get(name, 0.0), float(np.abs(got - want).max(initial=0.0)))
+        largest[name] = max(largest.get(name, 0.0), float(np.abs(want).max(initial=0.0)))
+    tolerance = TOLERANCE[case.dtype]
+    for name, error in errors.items():
+        if not error <= tolerance * largest[name]:
+            return f"{name}: error {error:.1e} of {largest[name]:.1e} exceeds {tolerance:.0e}"
+    return None
+
+
+def largest_error(inputs: Inputs, out: Tensor) -> float:
+    """Largest absolute error of a forward's result."""
+    return max(float(np.abs(got - want).max(initial=0.0)) for _, got, want in _forward_pairs(inputs, out))
+
+
+def _forward_pairs(inputs: Inputs, out: Tensor) -> Iterator[tuple[str, Float, Float]]:
+    for place in _places(inputs.case):
+        s = scores(inputs, place.b, place.h, place.rows, drop=True)
+        got = _rows(inputs, out, place.b)[place.rows, place.h]
+        yield "out", _float64(got), (s.p * s.d) @ s.v
+
+
+def _backward_pairs(inputs: Inputs, results: list[Tensor]) -> Iterator[tuple[str, Float, Float]]:
+    """dq, dk and dv of whole heads: a key's gradients need every row."""
+    case = inputs.case
+    sizes = list(case.sequences())
+    for b, h_kv in _kv_heads(case):
+        n_q, n_k = sizes[b]
+        dk, dv = np.zeros((n_k, case.head_dim)), np.zeros((n_k, case.head_dim_v))
+        got = [_rows(inputs, x, b) for x in results]
+        step = max(1, BACKWARD_SCORES // max(1, n_k))
+        for h in range(h_kv * case.group, (h_kv + 1) * case.group):
+            for start in range(0, n_q, step):
+                rows = np.arange(start, min(n_q, start + step))
+                s = scores(inputs, b, h, rows, drop=True)
+                dp = s.d * (s.do @ s.v.T)
+                ds = s.p * (dp - (s.p * dp).sum(axis=1, keepdims=True))
+                dt = case.head_dim**-0.5 * ds * s.slope
+                dk += dt.T @ s.q
+                dv += (s.p * s.d).T @ s.do
+                yield "dq", _float64(got[0][rows, h]), dt @ s.k
+        yield "dk", _float64(got[1][:, h_kv]), dk
+        yield "dv", _float64(got[2][:, h_kv]), dv
+
+
+def _wrong_spread(inputs: Inputs, out: Tensor) -> str | None:
+    """Over a provider's own dropout, out_i has mean sum_j P_ij v_j and variance p / (1 - p) sum_j P_ij^2 v_j^2."""
+    odds = inputs.case.dropout_p / (1.0 - inputs.case.dropout_p)
+    squares = []
+    for place in _places(inputs.case):
+        s = scores(inputs, place.b, place.h, place.rows, drop=False)
+        got = _float64(_rows(inputs, out, place.b)[place.rows, place.h])
+        squares.append((got - s.p @ s.v) ** 2 / (odds * (s.p**2 @ s.v**2)))
+    mean = float(np.concatenate([x.ravel() for x in squares]).mean())
+    if not SPREAD[0] <= mean <= SPREAD[1]:
+        return f"dropout: the spread is {mean:.2f} of what it must be"
+    return None
+
+
+def _places(case: Case) -> Iterator[Place]:
+    """All rows of every head, or some of the first, a middle and the last head of some sequences."""
+    sizes = list(case.sequences())
+    total = sum(n_q * n_k for n_q, n_k in sizes) * case.nheads
+    few = total > ALL_ROWS
+    rng = np.random.default_rng(0)
+    for b in _some(len(sizes), few):
+        n_q = sizes[b][0]
+        for h in _some(case.nheads, few):
+            rows = np.arange(n_q)
+            if few and n_q > ROWS:
+                rows = np.unique(np.concatenate([[0, n_q - 1], rng.integers(0, n_q, ROWS)]))
+            yield Place(b, h, rows)
+
+
+def _kv_heads(case: Case) -> Iterator[tuple[int, int]]:
+    """(sequence, KV head): all, or the first and the last."""
+    sizes = list(case.sequences())
+    few = sum(n_q * n_k for n_q, n_k in sizes) * case.nheads > ALL_ROWS
+    found = [(b, h) for b in range(len(sizes)) for h in range(case.nheads_kv)]
+    yield from dict.fromkeys([found[0], found[-1]]) if few else found
+
+
+def _some(count: int, few: bool) -> list[int]:
+    return sorted({0, count // 2, count - 1}) if few else list(range(count))
+
+
+def _rows(inputs: Inputs, array: Tensor, b: int) -> Tensor:
+    if not inputs.case.packed:
+        return array[b]
+    start, end = (int(x) for x in inputs.cu_seqlens[b : b + 2])
+    return array[start:end]
+
+
+def _float64(x: Any) -> Float:
+    return np.asarray(x.detach().double().numpy())
