@@ -54,8 +54,8 @@ class Case:
         defaults = {"seqlen_k": self.seqlen_q, "nheads_kv": self.nheads, "head_dim_v": self.head_dim}
         for name, value in defaults.items():
             object.__setattr__(self, name, getattr(self, name) or value)
+        object.__setattr__(self, "lengths", tuple(self.lengths))
         if self.lengths:
-            object.__setattr__(self, "lengths", tuple(self.lengths))
             object.__setattr__(self, "batch", len(self.lengths))
             object.__setattr__(self, "seqlen_q", max(self.lengths))
             object.__setattr__(self, "seqlen_k", max(self.lengths))
@@ -155,6 +155,11 @@ class Case:
             * max((n_q * n_k for n_q, n_k in self.sequences()), default=0)
             * (1 if self.lengths else self.batch)
         )
+
+    @property
+    def reads_memory(self) -> bool:
+        """Few rows and many keys: reading K and V is the work."""
+        return self.seqlen_q < 64 <= self.seqlen_k // 16 and not self.packed
 
     @property
     def label(self) -> str:

@@ -92,13 +92,18 @@ def _first(kind: str) -> dict[str, float]:
     return {name: float(value) for name, value in json.loads(result.stdout).items()}
 
 
-def features(seconds: float = 4.0, seqlen: int = 2048) -> dict[str, Any]:
-    """Feature -> seconds at (1, 8, seqlen, 64) float32, all in turns, so that each can be put beside the plain call."""
+def features(seconds: float = 4.0, seqlen: int = 2048) -> dict[str, dict[str, Any]]:
+    """dtype -> feature -> seconds at (1, 8, seqlen, 64), in turns, so that each can be put beside the plain call."""
+    return {dtype: _features(dtype, seconds, seqlen) for dtype in ("float32", "bfloat16")}
+
+
+def _features(dtype: str, seconds: float, seqlen: int) -> dict[str, Any]:
     import torch
 
     from .. import attention
 
-    q, k, v = (torch.randn(1, seqlen, 8, 64) for _ in range(3))
+    kind = getattr(torch, dtype)
+    q, k, v = (torch.randn(1, seqlen, 8, 64).to(kind) for _ in range(3))
     slopes, sink = 2.0 ** -torch.arange(1.0, 9.0), torch.zeros(8)
     off: dict[str, Any] = {"softcap": 0.0, "chunk": 0, "window": None, "dropout_p": 0.0, "bias": None, "mask": None}
     options: dict[str, dict[str, Any]] = {
@@ -109,8 +114,8 @@ def features(seconds: float = 4.0, seqlen: int = 2048) -> dict[str, Any]:
         "alibi": {"alibi_slopes": slopes},
         "sink": {"sink": sink},
         "mask of ones": {"mask": torch.ones(1, 1, seqlen, seqlen, dtype=torch.bool)},
-        "dense bias": {"bias": torch.zeros(1, 8, seqlen, seqlen)},
-        "key bias": {"bias": torch.zeros(1, 1, 1, seqlen)},
+        "dense bias": {"bias": torch.zeros(1, 8, seqlen, seqlen, dtype=kind)},
+        "key bias": {"bias": torch.zeros(1, 1, 1, seqlen, dtype=kind)},
         "dropout 0.1": {"dropout_p": 0.1, "seed": 1},
     }
     functions: Functions = {name: _bound(attention, (q, k, v), given) for name, given in options.items()}

@@ -94,5 +94,5 @@ def check(inputs: Inputs, prepared: Prepared) -> str | None:
 
 
 def _ceilings(case: Case, stream: ceilings.Stream | None) -> dict[str, float | None]:
-    read = stream.read() if stream is not None and case.cache else None
+    read = stream.read() if stream is not None and case.reads_memory else None
     return {"peak_flops": ceilings.flops(case.dtype), "stream_bytes": read}

@@ -25,7 +25,12 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     add("--quick", action="store_true", help="a few cases and everything else in short, below two minutes")
     add("--suite", default="", metavar="A,B", help="suites and sections (see --list); default: all but quick")
     add("--filter", default="", metavar="PATTERN", help="only cases with all of these words in suite, name or label")
-    add("--peers", default="", metavar="A,B", help="beside ours only providers with one of these words in their name")
+    add(
+        "--peers",
+        default="",
+        metavar="A,B",
+        help="beside ours only providers with one of these words in their name, or none",
+    )
     add("--threads", type=int, default=0, metavar="N", help="of every provider (default: as the engine finds them)")
     add("--target", default="", metavar="NAME", help="instruction set of the native engine (`anyattn info` lists them)")
     add("--seconds", type=float, default=0.0, help=f"about so long for each case (default: 1, quick: {QUICK_SECONDS})")
@@ -173,7 +178,7 @@ def _print(results: dict[str, Any]) -> None:
         if rich:
             _rich(part)
         else:
-            print(f"{part.title}\n{table(part.header, part.rows)}\n")
+            print(f"{part.title}\n{table(part.header, part.rows, left=True)}\n")
     for line in notes(results):
         print(line)
 

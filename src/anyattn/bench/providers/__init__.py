@@ -32,7 +32,7 @@ def by_name(name: str) -> Provider:
 
 
 def choose(words: Iterable[str]) -> tuple[Provider, ...]:
-    """Ours and every provider in whose name one of the words occurs; no words: all.
+    """Ours and every provider in whose name one of the words occurs; no words: all; "none": ours alone.
 
     Raises:
         ValueError: no provider has that word in its name.
@@ -40,6 +40,8 @@ def choose(words: Iterable[str]) -> tuple[Provider, ...]:
     wanted = [word.strip().lower() for word in words if word.strip()]
     if not wanted:
         return PROVIDERS
+    if wanted == ["none"]:
+        return PROVIDERS[:1]
     for word in wanted:
         if not any(word in provider.name.lower() for provider in PROVIDERS):
             names = ", ".join(provider.name for provider in PROVIDERS)

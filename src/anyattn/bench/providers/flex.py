@@ -51,9 +51,11 @@ class Flex:
 
 def _compiled(inputs: Inputs) -> Prepared:
     import torch
+    import torch._inductor.config
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     case = inputs.case
+    torch._inductor.config.compile_threads = 1
     torch._dynamo.reset()  # after eight recompilations it would silently take an unfused path
     attend: Any = torch.compile(flex_attention, dynamic=False)
     q, k, v = (inputs.heads_first(name) for name in ("q", "k", "v"))

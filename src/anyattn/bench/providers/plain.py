@@ -8,7 +8,7 @@ import numpy as np
 
 from ..cases import Case
 from ..inputs import Inputs
-from .base import LIMIT_BYTES, Prepared, Refused, differentiate, per_sequence, refuse, swapped
+from .base import LIMIT_BYTES, Prepared, Refused, differentiate, installed, per_sequence, refuse, swapped
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,6 +73,7 @@ class NumpyPlain:
         case = inputs.case
         _check(case)
         refuse(case, backward=case.backward, **{case.dtype: case.dtype != "float32"})
+        _limit_threads(threads)
         return per_sequence(inputs, self._dense) if case.packed else self._dense(inputs)
 
     def _dense(self, inputs: Inputs) -> Prepared:
@@ -108,6 +109,18 @@ class NumpyPlain:
             return swapped([torch.from_numpy(out.reshape(*whole[:3], case.head_dim_v))])
 
         return Prepared(run, results)
+
+
+def _limit_threads(threads: int) -> None:
+    """NumPy's matrix products take all cores otherwise."""
+    import os
+
+    if not installed("threadpoolctl"):
+        from threadpoolctl import ThreadpoolController
+
+        ThreadpoolController().select(internal_api="openblas").limit(limits=threads)
+    elif threads != os.cpu_count():
+        raise Refused(f"no way to give it {threads} threads: pip install threadpoolctl")
 
 
 def _check(case: Case) -> None:
