@@ -18,7 +18,7 @@ import torch
 
 import anyattn
 from anyattn import cli, settings
-from anyattn.bench import gate, markdown, plots, precision, providers, report, run, suites
+from anyattn.bench import gate, goals, markdown, memory, overhead, plots, precision, providers, report, run, suites
 from anyattn.bench.cases import Case, from_json
 from anyattn.bench.inputs import Inputs
 from anyattn.bench.providers import Prepared, Refused
@@ -242,6 +242,16 @@ def test_who_is_absent_is_named() -> None:
     assert set(results["cases"][0]["seconds"]) == {"anyattn"}
 
 
+def test_a_failure_is_told_and_the_rest_goes_on() -> None:
+    class Broken(Fake):
+        def prepare(self, inputs: Inputs, threads: int) -> Prepared:
+            raise RuntimeError("out of order")
+
+    row = run.run_case(small(LARGE), [Broken(nudged(0, 0.0)), OURS], 1, 0.0)
+    assert row["refused"] == {"fake": "RuntimeError: out of order"}
+    assert set(row["seconds"]) == {"anyattn"}
+
+
 def test_a_refusal_is_told_with_its_reason() -> None:
     results = run.run(plan(cases=[replace(small(LARGE), softcap=2.0)]))
     assert results["cases"][0]["refused"] == {"torch SDPA": "no softcap"}
@@ -302,6 +312,61 @@ def test_committed_results_are_read(tmp_path: Path) -> None:
     assert all(table.rows for table in report.tables(results))
     assert list(report.notes(results))
     assert plots.plot(results, tmp_path / "committed.png")
+
+
+def imagined(target: str) -> dict[str, Any]:
+    """What a run of everything would have measured, with every provider at a second and ours at half of one."""
+
+    def timings(names: Any) -> dict[str, Any]:
+        return {name: {"median": 1.0} for name in names} | {"anyattn": {"median": 0.5}}
+
+    peers = [provider.name for provider in providers.PROVIDERS]
+    cases = [
+        asdict(case)
+        | {"flops": case.flops, "kv_bytes": case.kv_bytes, "seconds": timings(peers)}
+        | {"peak_flops": 4 * case.flops, "stream_bytes": 4 * case.kv_bytes}
+        for case in suites.select(["bars"])
+    ]
+    features = ("plain", "all off", "softcap", "alibi", "sink", "dropout 0.1")
+    calls = ("torch SDPA", "anyattn, gradients recorded")
+    return {
+        "machine": {"cpu_target": target, "threads": 2},
+        "cases": cases,
+        "features": {dtype: timings(features) for dtype in ("float32", "bfloat16")},
+        "small_calls": {str(shape): timings(calls) for shape in overhead.SMALL},
+        "citizen": timings(("attention", "attention after", "mm", "mm after")),
+        "memory": [asdict(case) | {"label": case.label, "mib": {"anyattn": 100.0}} for case in memory.cases()],
+    }
+
+
+@pytest.mark.parametrize("target", ["avx512bf16", "avx2"])
+def test_every_goal_finds_its_row(target: str) -> None:
+    found = goals.goals(imagined(target))
+    assert not [goal for goal in found if goal.value is None]
+    values = {(goal.workload, goal.quantity): goal for goal in found}
+    shares = [goal for goal in found if goal.quantity in ("share", "of stream read")]
+    assert shares
+    assert all(goal.value == 0.5 for goal in shares)
+    assert all(goal.value == 2.0 for goal in found if goal.quantity in ("torch SDPA", "OpenVINO", "flex_attention"))
+    if target != "avx2":
+        assert values["sink bfloat16", "over plain"].verdict == "aim"
+        assert values["forward float32 dense", "share"].verdict == "MISSED"
+        assert values["decode 32:8 float32, B=8", "torch SDPA (packed)"].verdict == "must"
+        assert "MISSED" in {goal.verdict for goal in found if goal.workload.startswith("extra memory")}
+    assert report.goals_table(imagined(target))
+
+
+def test_what_was_not_measured_is_no_goal_reached() -> None:
+    empty = {"machine": {"cpu_target": "avx512"}, "cases": []}
+    assert {goal.verdict for goal in goals.goals(empty)} == {"not measured"}
+    assert report.goals_table(empty) is None
+
+
+def test_memory_is_measured_in_a_process_of_its_own() -> None:
+    case = replace(LARGE, seqlen_q=256, seqlen_k=256)
+    assert isinstance(memory.peak("anyattn", case, 1), float)
+    assert memory.peak("torch SDPA (packed)", case, 1) is None
+    assert memory.peak("torch SDPA", replace(case, softcap=1.0), 1) == "no softcap"
 
 
 def test_timing_takes_turns() -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from . import goals
 from .memory import LENGTHS
 from .providers import Provider
 
@@ -95,8 +96,34 @@ def tables(results: Results) -> Iterator[Table]:
     for name, section in _SECTIONS.items():
         if results.get(name):
             yield from section(results[name])
+    reached = goals_table(results)
+    if reached:
+        yield reached
 
 
+def goals_table(results: Results) -> Table | None:
+    """The CPU goals beside what was measured; None where nothing of it was."""
+    found = [goal for goal in goals.goals(results) if goal.value is not None]
+    rows = []
+    for goal in found:
+        show = "{:.0%}".format if goal.quantity in _SHARES else "{:.2f}".format
+        aim = "" if goal.aim is None else show(goal.aim)
+        sign = "<= " if goal.at_most else ""
+        rows.append(
+            (goal.workload, goal.quantity, show(goal.value), sign + show(goal.must), aim and sign + aim, goal.verdict)
+        )
+    return Table("goals", ("workload", "quantity", "measured", "must", "aim", "reached"), rows) if rows else None
+
+
+_SHARES = {
+    "share",
+    "of neighbours",
+    "of stream read",
+    "of contiguous",
+    "of the dense rate",
+    "of the speed without",
+    "over plain",
+}
 _CASES = ("case", "provider", "ms", "spread", "GFLOP/s", "of peak", "GB/s", "of read", "anyattn is")
 
 

@@ -72,8 +72,11 @@ def run_case(
         try:
             prepared = provider.prepare(inputs, threads)
             problem = None if prepared is None else check(inputs, prepared)
-        except (Refused, NotImplementedError) as error:
-            refused[provider.name] = str(error)
+        except Refused as reason:
+            refused[provider.name] = str(reason)
+            continue
+        except Exception as error:  # another library's failure is no reason to measure nothing
+            refused[provider.name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             continue
         if problem:
             wrong[provider.name] = problem
