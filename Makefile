@@ -33,7 +33,7 @@ $(VENV)/installed: $(VENV)/requirements $(PACKAGED)
 
 # A peer that has no wheel here is left out, and the benchmark names it.
 $(VENV)/bench: $(VENV)/requirements requirements/bench.txt
-	grep -v '^\#' requirements/bench.txt | while read -r peer; do \
+	grep -v '^#' requirements/bench.txt | while read -r peer; do \
 		$(PIP) install --quiet "$$peer" || echo "not installed: $$peer"; done
 	touch $@
 

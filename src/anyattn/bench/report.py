@@ -124,20 +124,20 @@ _SHARES = {
     "of the speed without",
     "over plain",
 }
-_CASES = ("case", "provider", "ms", "spread", "GFLOP/s", "of peak", "GB/s", "of read", "anyattn is")
+_CASES = ("case", "ms", "spread", "GFLOP/s", "of peak", "GB/s", "of read", "anyattn is")
 
 
 def _case(row: Results) -> Iterator[tuple[str, ...]]:
-    """A line for each provider; GB/s of K and V where reading them is the work."""
+    """A line with the case and one for each provider; GB/s of K and V where reading them is the work."""
     name = row["label"] if row["label"].startswith(row["name"]) else f"{row['name']}: {row['label']}"
+    yield (name, *[""] * (len(_CASES) - 1))
     ours = row["seconds"].get(OURS, {}).get("median")
     for provider, timing in row["seconds"].items():
         median = timing["median"]
         rate, read = row["flops"] / median, row.get("kv_bytes", 0) / median
         stream, peak = row.get("stream_bytes"), row["peak_flops"]
         yield (
-            name,
-            provider,
+            f"  {provider}",
             f"{median * 1e3:.3f}",
             f"{(timing['high'] - timing['low']) / median:.0%}",
             f"{rate / 1e9:.1f}",
@@ -146,7 +146,6 @@ def _case(row: Results) -> Iterator[tuple[str, ...]]:
             f"{read / stream:.0%}" if stream else "",
             f"{median / ours:.2f}x" if ours and provider != OURS else "",
         )
-        name = ""
 
 
 def _features(section: Results) -> Iterator[Table]:

@@ -178,7 +178,7 @@ def _print(results: dict[str, Any]) -> None:
         if rich:
             _rich(part)
         else:
-            print(f"{part.title}\n{table(part.header, part.rows, left=True)}\n")
+            print(f"{part.title}\n{table(part.header, part.rows)}\n")
     for line in notes(results):
         print(line)
 
@@ -187,9 +187,11 @@ def _rich(part: Any) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    shown = Table(title=part.title, title_justify="left")
+    shown = Table(box=None, padding=(0, 1, 0, 0), header_style="underline")
     for index, name in enumerate(part.header):
-        shown.add_column(name, justify="left" if index == 0 else "right", no_wrap=index > 0)
+        shown.add_column(name, justify="right" if index else "left", no_wrap=index > 0)
     for row in part.rows:
-        shown.add_row(*row, style="bold" if "anyattn" in row else None)
-    Console().print(shown)
+        shown.add_row(*row, style="bold" if row[0].strip() == "anyattn" else None)
+    console = Console()
+    console.print(f"\n{part.title}", style="bold", markup=False, highlight=False)
+    console.print(shown)
