@@ -113,7 +113,7 @@ def test_the_gate_agrees_with_the_definition(case: Case) -> None:
     """In float64, the NumPy backend is the definition to 1e-9, and the gate's own formulas are too."""
     exact = Inputs(replace(case, dtype="float64", suite="", cache=False, page_size=0))
     with anyattn.backend("numpy"):
-        assert passes(providers.by_name("anyattn"), exact)
+        assert answer(providers.by_name("anyattn"), gate.Gate(exact)) == "right"
 
 
 PRESENT = [
@@ -126,7 +126,8 @@ def test_providers_pass_the_gate_or_refuse(case: Case) -> None:
     """Ours refuses nothing; the others are right about whatever they do not refuse."""
     inputs = Inputs(case)
     torch.manual_seed(0)  # torch draws its own dropout
-    answers = {provider.name: answer(provider, inputs) for provider in PRESENT}
+    expected = gate.Gate(inputs)
+    answers = {provider.name: answer(provider, expected) for provider in PRESENT}
     assert answers["anyattn"] == "right"
     assert not [text for text in answers.values() if text.startswith("wrong")], answers
 
@@ -134,25 +135,18 @@ def test_providers_pass_the_gate_or_refuse(case: Case) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("case", [case for case in SMALL if case.window or case.softcap], ids=of)
 def test_compiled_flex_attention_passes_the_gate(case: Case) -> None:
-    assert not answer(providers.by_name("flex_attention"), Inputs(case)).startswith("wrong")
+    assert not answer(providers.by_name("flex_attention"), gate.Gate(Inputs(case))).startswith("wrong")
 
 
-def answer(provider: Any, inputs: Inputs) -> str:
+def answer(provider: Any, expected: gate.Gate) -> str:
     try:
-        prepared = provider.prepare(inputs, 1)
+        prepared = provider.prepare(expected.inputs, 1)
     except Refused as reason:
         return f"refused: {reason}"
     if prepared is None:
         return "does not arise"
-    problem = run.check(inputs, prepared)
+    problem = run.check(expected, prepared)
     return f"wrong: {problem}" if problem else "right"
-
-
-def passes(provider: Any, inputs: Inputs) -> bool:
-    prepared = provider.prepare(inputs, 1)
-    problem = run.check(inputs, prepared)
-    assert problem is None, problem
-    return True
 
 
 class Fake:
@@ -208,15 +202,16 @@ def test_the_gate_refuses_what_is_no_result(change: Any) -> None:
 def test_the_gate_refuses_wrong_dropout(change: Any) -> None:
     """Of other random bits than ours, averages and spread are still checked."""
     inputs = Inputs(Case("dropout", 1, 4, 256, 64, dropout_p=0.1))
+    expected = gate.Gate(inputs)
     ours = providers.by_name("anyattn").prepare(inputs, 1)
     assert ours is not None
     out = ours.results(ours.run())
-    assert gate.wrong(inputs, out, own_dropout=True) is None
-    assert "spread" in str(gate.wrong(inputs, change(out), own_dropout=True))
+    assert expected.wrong(out, own_dropout=True) is None
+    assert "spread" in str(expected.wrong(change(out), own_dropout=True))
     plain = Inputs(replace(inputs.case, dropout_p=0.0))
     without = providers.by_name("torch SDPA").prepare(plain, 1)
     assert without is not None
-    assert "spread" in str(gate.wrong(inputs, without.results(without.run()), own_dropout=True))
+    assert "spread" in str(expected.wrong(without.results(without.run()), own_dropout=True))
 
 
 def plan(**changes: Any) -> run.Plan:
@@ -403,11 +398,11 @@ def test_list_measures_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     ],
 )
 def test_bench_says_what_is_wrong(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    before = settings.current()
+    before, threads = settings.current(), torch.get_num_threads()
     status, _, err = bench(arguments, capsys)
     assert status == 2
     assert message in err
-    assert settings.current() == before
+    assert (settings.current(), torch.get_num_threads()) == (before, threads)
 
 
 def test_bench_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +26,8 @@ Ints = npt.NDArray[np.int64]
 # Of the largest value: P and dt may be rounded to the dtype of the inputs.
 TOLERANCE = {"float64": 1e-9, "float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}
 SPREAD = (0.8, 1.25)  # accepted mean of squared deviations from the average over dropout, in units of the variance
-ALL_ROWS = 2**21  # up to so many scores everything is compared
+ALL_SCORES = 2**21  # up to so many everything is compared
+ALL_BYTES = 2**26  # of K and V
 ROWS = 24  # else so many rows of a head
 BACKWARD_SCORES = 2**22  # at a time
 
@@ -88,52 +90,70 @@ def scores(inputs: Inputs, b: int, h: int, rows: Ints, drop: bool) -> Scores:
     return Scores(p, d, slope, q, k, v, do)
 
 
-def wrong(inputs: Inputs, results: list[Tensor], own_dropout: bool = False) -> str | None:
-    """None, or how results (out, or dq, dk and dv, in the layouts of the inputs) differ from float64.
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """A part of one result: what rows of one head of one sequence must be."""
 
-    `own_dropout`: other entries were dropped than the definition's, so only averages and spread can be compared.
-    """
-    case = inputs.case
-    expected = [tuple(x.shape) for x in ((inputs.q, inputs.k, inputs.v) if case.backward else (inputs.dout,))]
-    if [tuple(x.shape) for x in results] != expected:
-        return f"shapes {[tuple(x.shape) for x in results]} are not {expected}"
-    if own_dropout:
-        return _wrong_spread(inputs, results[0])
-    pairs = _backward_pairs(inputs, results) if case.backward else _forward_pairs(inputs, results[0])
-    errors: dict[str, float] = {}
-    largest: dict[str, float] = {}
-    for name, got, want in pairs:
-        if not np.isfinite(got).all():
-            return f"{name} is not finite"
-        errors[name] = max(errors.get(name, 0.0), float(np.abs(got - want).max(initial=0.0)))
-        largest[name] = max(largest.get(name, 0.0), float(np.abs(want).max(initial=0.0)))
-    tolerance = TOLERANCE[case.dtype]
-    for name, error in errors.items():
-        if not error <= tolerance * largest[name]:
-            return f"{name}: error {error:.1e} of {largest[name]:.1e} exceeds {tolerance:.0e}"
-    return None
+    name: str
+    result: int  # index in the list of results
+    b: int
+    place: tuple[Any, int]  # rows, head
+    want: Float
 
 
-def largest_error(inputs: Inputs, out: Tensor) -> float:
-    """Largest absolute error of a forward's result."""
-    return max(float(np.abs(got - want).max(initial=0.0)) for _, got, want in _forward_pairs(inputs, out))
+class Gate:
+    """Float64 values of a case, computed once; then any number of providers' results against them."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        self.inputs = inputs
+
+    @cached_property
+    def expected(self) -> list[Expected]:
+        return list(_backward(self.inputs) if self.inputs.case.backward else _forward(self.inputs))
+
+    def wrong(self, results: list[Tensor], own_dropout: bool = False) -> str | None:
+        """None, or how results (out, or dq, dk and dv, in the layouts of the inputs) differ from float64.
+
+        `own_dropout`: other entries were dropped than the definition's, so only averages and spread can be compared.
+        """
+        inputs = self.inputs
+        arrays = (inputs.q, inputs.k, inputs.v) if inputs.case.backward else (inputs.dout,)
+        shapes = [tuple(x.shape) for x in arrays]
+        if [tuple(x.shape) for x in results] != shapes:
+            return f"shapes {[tuple(x.shape) for x in results]} are not {shapes}"
+        if own_dropout:
+            return _wrong_spread(inputs, results[0])
+        tolerance, errors = TOLERANCE[inputs.case.dtype], self.errors(results)
+        for name, (error, largest) in errors.items():
+            if not error <= tolerance * largest:  # NaN too
+                return f"{name}: error {error:.1e} of {largest:.1e} exceeds {tolerance:.0e}"
+        return None
+
+    def errors(self, results: list[Tensor]) -> dict[str, tuple[float, float]]:
+        """Result -> largest absolute error (NaN where it is not finite) and largest value."""
+        found: dict[str, tuple[float, float]] = {}
+        for part in self.expected:
+            got = _float64(_rows(self.inputs, results[part.result], part.b)[part.place])
+            error = float(np.abs(got - part.want).max(initial=0.0))
+            before, largest = found.get(part.name, (0.0, 0.0))
+            largest = max(largest, float(np.abs(part.want).max(initial=0.0)))
+            found[part.name] = (float(np.maximum(before, error)), largest)
+        return found
 
 
-def _forward_pairs(inputs: Inputs, out: Tensor) -> Iterator[tuple[str, Float, Float]]:
+def _forward(inputs: Inputs) -> Iterator[Expected]:
     for place in _places(inputs.case):
         s = scores(inputs, place.b, place.h, place.rows, drop=True)
-        got = _rows(inputs, out, place.b)[place.rows, place.h]
-        yield "out", _float64(got), (s.p * s.d) @ s.v
+        yield Expected("out", 0, place.b, (place.rows, place.h), (s.p * s.d) @ s.v)
 
 
-def _backward_pairs(inputs: Inputs, results: list[Tensor]) -> Iterator[tuple[str, Float, Float]]:
+def _backward(inputs: Inputs) -> Iterator[Expected]:
     """dq, dk and dv of whole heads: a key's gradients need every row."""
     case = inputs.case
     sizes = list(case.sequences())
     for b, h_kv in _kv_heads(case):
         n_q, n_k = sizes[b]
         dk, dv = np.zeros((n_k, case.head_dim)), np.zeros((n_k, case.head_dim_v))
-        got = [_rows(inputs, x, b) for x in results]
         step = max(1, BACKWARD_SCORES // max(1, n_k))
         for h in range(h_kv * case.group, (h_kv + 1) * case.group):
             for start in range(0, n_q, step):
@@ -144,9 +164,9 @@ def _backward_pairs(inputs: Inputs, results: list[Tensor]) -> Iterator[tuple[str
                 dt = case.head_dim**-0.5 * ds * s.slope
                 dk += dt.T @ s.q
                 dv += (s.p * s.d).T @ s.do
-                yield "dq", _float64(got[0][rows, h]), dt @ s.k
-        yield "dk", _float64(got[1][:, h_kv]), dk
-        yield "dv", _float64(got[2][:, h_kv]), dv
+                yield Expected("dq", 0, b, (rows, h), dt @ s.k)
+        yield Expected("dk", 1, b, (slice(None), h_kv), dk)
+        yield Expected("dv", 2, b, (slice(None), h_kv), dv)
 
 
 def _wrong_spread(inputs: Inputs, out: Tensor) -> str | None:
@@ -166,8 +186,7 @@ def _wrong_spread(inputs: Inputs, out: Tensor) -> str | None:
 def _places(case: Case) -> Iterator[Place]:
     """All rows of every head, or some of the first, a middle and the last head of some sequences."""
     sizes = list(case.sequences())
-    total = sum(n_q * n_k for n_q, n_k in sizes) * case.nheads
-    few = total > ALL_ROWS
+    few = _large(case)
     rng = np.random.default_rng(0)
     for b in _some(len(sizes), few):
         n_q = sizes[b][0]
@@ -181,9 +200,14 @@ def _places(case: Case) -> Iterator[Place]:
 def _kv_heads(case: Case) -> Iterator[tuple[int, int]]:
     """(sequence, KV head): all, or the first and the last."""
     sizes = list(case.sequences())
-    few = sum(n_q * n_k for n_q, n_k in sizes) * case.nheads > ALL_ROWS
+    few = _large(case)
     found = [(b, h) for b in range(len(sizes)) for h in range(case.nheads_kv)]
     yield from dict.fromkeys([found[0], found[-1]]) if few else found
+
+
+def _large(case: Case) -> bool:
+    """Whether only a part is compared."""
+    return sum(n_q * n_k for n_q, n_k in case.sequences()) * case.nheads > ALL_SCORES or case.kv_bytes > ALL_BYTES
 
 
 def _some(count: int, few: bool) -> list[int]:

@@ -65,13 +65,14 @@ def run_case(
 ) -> Row:
     """One row: seconds of every provider that is right, and why the others were not timed."""
     inputs = Inputs(case)
+    expected = gate.Gate(inputs)
     functions: dict[str, Callable[[], Any]] = {}
     refused: dict[str, str] = {}
     wrong: dict[str, str] = {}
     for provider in providers:
         try:
             prepared = provider.prepare(inputs, threads)
-            problem = None if prepared is None else check(inputs, prepared)
+            problem = None if prepared is None else check(expected, prepared)
         except Refused as reason:
             refused[provider.name] = str(reason)
             continue
@@ -91,9 +92,9 @@ def run_case(
     return row | {"seconds": {name: asdict(timing) for name, timing in timings.items()}}
 
 
-def check(inputs: Inputs, prepared: Prepared) -> str | None:
+def check(expected: gate.Gate, prepared: Prepared) -> str | None:
     """None, or why this provider's result must not be timed."""
-    return gate.wrong(inputs, prepared.results(prepared.run()), prepared.own_dropout)
+    return expected.wrong(prepared.results(prepared.run()), prepared.own_dropout)
 
 
 def _ceilings(case: Case, stream: ceilings.Stream | None) -> dict[str, float | None]:

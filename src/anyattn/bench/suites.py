@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from itertools import product
 
 from .cases import Case
 
@@ -112,16 +113,13 @@ def seeds() -> list[Case]:
     """The tables of the projects that anyattn grew from. Where two cores would need minutes, batch times heads is less
     (the name tells both); the speed of attention does not depend on it once every core has work."""
     found = []
-    for backward in (False, True):
-        for causal in (True, False):
-            for seqlen in (1024, 2048, 4096, 8192, 16384):
-                heads = 128 * 1024**2 // seqlen**2 or 1  # as much work as 4 x 32 heads of 1024
-                name, shape = f"fused-attention B4 H32 D64 N{seqlen}", (1, heads, seqlen, 64)
-                if heads != 128:
-                    name += f" ({heads} of 128 heads)"
-                    found.append(Case(name, *shape, causal=causal, backward=backward))
-                else:
-                    found.append(Case(name, 4, 32, seqlen, 64, causal=causal, backward=backward))
+    for dtype, backward, causal in product(("float32", "float16"), (False, True), (True, False)):
+        for seqlen in (1024, 2048, 4096, 8192, 16384):
+            heads = max(1, 128 * 1024**2 // seqlen**2)  # about as much work as 4 x 32 heads of 1024
+            batch = 4 if heads == 128 else 1
+            name = f"fused-attention B4 H32 D64 N{seqlen}" + (f" ({heads} of 128 heads)" if heads < 128 else "")
+            shape = (batch, heads // batch, seqlen, 64)
+            found.append(Case(name, *shape, dtype=dtype, causal=causal, backward=backward))
     for seqlen in (128, 256, 512, 1024, 2048, 4096):
         batch = min(16, max(1, 16 * 1024**2 // seqlen**2))
         name = f"B16 H8 D64 N{seqlen}" + (f" (batch {batch})" if batch < 16 else "")

@@ -125,7 +125,10 @@ def _apply(threads: int) -> int:
 
 @contextlib.contextmanager
 def _environment(arguments: argparse.Namespace) -> Iterator[None]:
-    """--threads and --target as settings, for this process and for those that it starts."""
+    """--threads and --target as settings, here and in processes that are started; afterwards all is as before."""
+    import torch
+
+    torch_threads = torch.get_num_threads()
     names = settings.VARIABLES
     wanted = {names["cpu_target"][0]: arguments.target}
     if arguments.threads > 0:
@@ -143,6 +146,7 @@ def _environment(arguments: argparse.Namespace) -> Iterator[None]:
             else:
                 os.environ[name] = value
         settings.reload()
+        torch.set_num_threads(torch_threads)
 
 
 def _list(plan: Any) -> None:
