@@ -161,7 +161,7 @@ def quick() -> list[Case]:
         Case("packed varlen", 0, 8, 0, 64, lengths=VARLEN[:6]),
         Case("dropout", 1, 8, 1024, 64, dropout_p=0.1),
         Case("Gemma-2 softcap", 1, 8, 1024, 256, nheads_kv=4, causal=True, softcap=50.0),
-        *(case for case in lengths() if not case.backward and 256 <= case.seqlen_q <= 2048),
+        *(case for case in lengths() if not case.backward and 512 <= case.seqlen_q <= 2048),
     ]
 
 

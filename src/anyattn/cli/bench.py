@@ -14,7 +14,7 @@ from typing import Any
 from .. import settings
 from .table import table
 
-QUICK_SECONDS = 0.5
+QUICK_SECONDS = 0.3
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
