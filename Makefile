@@ -33,6 +33,12 @@ $(VENV)/installed: $(VENV)/requirements $(PACKAGED)
 	$(PIP) install --quiet --no-deps --no-build-isolation .
 	touch $@
 
+# A peer that has no wheel here is left out, and the benchmark names it.
+$(VENV)/bench: $(VENV)/requirements requirements/bench.txt
+	grep -v '^#' requirements/bench.txt | while read -r peer; do \
+		$(PIP) install --quiet "$$peer" || echo "not installed: $$peer"; done
+	touch $@
+
 $(VENV)/lint: $(VENV)/requirements requirements/lint.txt
 	$(PIP) install --quiet -r requirements/lint.txt
 	touch $@
@@ -56,7 +62,7 @@ require-native: venv
 	@ANYATTN_REQUIRE=cpu $(BIN)/python -m anyattn info || \
 		{ echo "To see why: $(PIP) install -v --no-deps --no-build-isolation ."; exit 1; }
 
-bench: require-native
+bench: require-native $(VENV)/bench
 	$(BIN)/python -m anyattn bench --json build/bench.json --plot build/bench.png $(BENCH_ARGS)
 
 lint: $(VENV)/lint

@@ -1,64 +1,190 @@
-"""What is measured: named shapes, their useful work and their inputs."""
+"""What is measured: one description for every workload, and its useful work and memory traffic."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ..mask import Mask
 
+ITEMSIZE = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+BIASES = ("", "full", "key")  # (1, nheads, seqlen_q, seqlen_k) or (1, 1, 1, seqlen_k)
+MASKS = ("", "padding", "documents")  # keys beyond 3/4 of a sequence hidden; four documents that see themselves alone
+
+Ints = npt.NDArray[np.int64]
+
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One workload; lengths of q and k are equal. `backward`: gradients of q, k and v from a saved forward."""
+    """One workload. Masks are aligned to the bottom right. Zeros mean: seqlen_k as seqlen_q, nheads_kv as nheads,
+    head_dim_v as head_dim.
+
+    `lengths`: packed sequences, of rows and keys alike, instead of batch and seqlen_q. `cache`: k and v are a KV cache,
+    in pages of `page_size` if that is not 0. `backward`: gradients of q, k and v from a saved forward.
+    """
 
     name: str
     batch: int
     nheads: int
-    seqlen: int
+    seqlen_q: int
     head_dim: int
-    nheads_kv: int = 0  # 0: nheads
+    seqlen_k: int = 0
+    nheads_kv: int = 0
+    head_dim_v: int = 0
     dtype: str = "float32"
     causal: bool = False
+    window: tuple[int | None, int | None] | None = None
+    softcap: float = 0.0
+    alibi: bool = False
+    sink: bool = False
+    dropout_p: float = 0.0
+    bias: str = ""
+    mask: str = ""
+    lengths: tuple[int, ...] = ()
+    cache: bool = False
+    page_size: int = 0
     backward: bool = False
+    suite: str = ""
+
+    def __post_init__(self) -> None:
+        defaults = {"seqlen_k": self.seqlen_q, "nheads_kv": self.nheads, "head_dim_v": self.head_dim}
+        for name, value in defaults.items():
+            object.__setattr__(self, name, getattr(self, name) or value)
+        object.__setattr__(self, "lengths", tuple(self.lengths))
+        if self.lengths:
+            object.__setattr__(self, "batch", len(self.lengths))
+            object.__setattr__(self, "seqlen_q", max(self.lengths))
+            object.__setattr__(self, "seqlen_k", max(self.lengths))
+        if self.window is not None:
+            object.__setattr__(self, "window", tuple(self.window))
+
+    @property
+    def packed(self) -> bool:
+        return bool(self.lengths)
+
+    @property
+    def group(self) -> int:
+        return self.nheads // self.nheads_kv
+
+    @property
+    def interval(self) -> Mask:
+        left, right = self.window or (None, None)
+        return Mask(left, 0 if self.causal else right)
+
+    def sequences(self) -> Iterator[tuple[int, int]]:
+        """(rows, keys) of every sequence."""
+        yield from (
+            zip(self.lengths, self.lengths, strict=True)
+            if self.lengths
+            else [(self.seqlen_q, self.seqlen_k)] * self.batch
+        )
+
+    def bounds(self, n_q: int, n_k: int) -> tuple[Ints, Ints]:
+        """First and one-past-last key of each row."""
+        lo, hi = self.interval.bounds(np.arange(n_q) + n_k - n_q, n_k)
+        return lo, np.maximum(lo, hi)
+
+    def hidden(self, n_q: int, n_k: int) -> npt.NDArray[np.bool_] | None:
+        """(n_q, n_k) or (1, n_k): what the boolean mask hides, or None without one."""
+        keys = np.arange(n_k)
+        if self.mask == "padding":
+            return np.asarray(keys[None] >= n_k - n_k // 4)
+        if self.mask == "documents":
+            size = -(-n_k // 4)
+            return np.asarray((np.arange(n_q)[:, None] + n_k - n_q) // size != keys // size)
+        return None
+
+    @property
+    def pairs(self) -> float:
+        """Unmasked (row, key) pairs of one head, over the batch."""
+        total = 0.0
+        for n_q, n_k in self.sequences():
+            lo, hi = self.bounds(n_q, n_k)
+            hidden = self.hidden(n_q, n_k)
+            if hidden is None:
+                total += float((hi - lo).sum())
+            else:
+                seen = np.concatenate([np.zeros((len(hidden), 1), np.int64), np.cumsum(~hidden, axis=1)], axis=1)
+                row = np.arange(n_q) if len(hidden) > 1 else np.zeros(n_q, np.int64)
+                total += float((seen[row, hi] - seen[row, lo]).sum())
+        return total
 
     @property
     def flops(self) -> float:
-        """Floating-point operations over unmasked (row, key) pairs only: 4 D a pair forward, 10 D backward."""
-        lo, hi = Mask(right=0 if self.causal else None).bounds(np.arange(self.seqlen), self.seqlen)
-        pairs = float((hi - lo).sum()) * self.batch * self.nheads
-        return pairs * self.head_dim * (10 if self.backward else 4)
+        """Floating-point operations over unmasked pairs only: 2 (D + Dv) a pair forward, 6 D + 4 Dv backward."""
+        d, dv = self.head_dim, self.head_dim_v
+        return self.pairs * self.nheads * (6 * d + 4 * dv if self.backward else 2 * (d + dv))
 
-    def arrays(self) -> list[npt.NDArray[np.float32]]:
-        """q, k, v, dout: unit normal, (batch, seqlen, nheads, head_dim)."""
-        rng = np.random.default_rng(0)
-        heads = (self.nheads, self.nheads_kv or self.nheads, self.nheads_kv or self.nheads, self.nheads)
-        return [rng.standard_normal((self.batch, self.seqlen, h, self.head_dim), np.float32) for h in heads]
+    @property
+    def kv_bytes(self) -> float:
+        """K and V once, as far as any row sees them: what decoding has to read."""
+        keys = 0
+        for n_q, n_k in self.sequences():
+            lo, hi = self.bounds(n_q, n_k)
+            keys += int(hi.max(initial=0) - lo.min(initial=0))
+        return float(keys * self.nheads_kv * (self.head_dim + self.head_dim_v) * ITEMSIZE[self.dtype])
+
+    @property
+    def bytes(self) -> float:
+        """Every input read once and every result written once; the least that any implementation moves."""
+        rows = sum(n_q for n_q, _ in self.sequences()) * self.nheads
+        q, out = rows * self.head_dim * ITEMSIZE[self.dtype], rows * self.head_dim_v * ITEMSIZE[self.dtype]
+        scores = self.score_bytes
+        if self.backward:  # q, dq; out, dout; k, v and their gradients; lse
+            return 2.0 * (q + out + self.kv_bytes) + 4 * rows + scores
+        return q + out + self.kv_bytes + scores
+
+    @property
+    def score_bytes(self) -> float:
+        """The bias and the boolean mask."""
+        per_head = self.seqlen_q * self.seqlen_k
+        bias = {"": 0, "full": self.nheads * per_head, "key": self.seqlen_k}[self.bias] * ITEMSIZE[self.dtype]
+        mask = {"": 0, "padding": self.seqlen_k, "documents": per_head}[self.mask]
+        return float(bias + mask)
+
+    @property
+    def matrix_bytes(self) -> float:
+        """One whole matrix of float32 scores: what the plain formula stores, more than once."""
+        return (
+            4.0
+            * self.nheads
+            * max((n_q * n_k for n_q, n_k in self.sequences()), default=0)
+            * (1 if self.lengths else self.batch)
+        )
+
+    @property
+    def reads_memory(self) -> bool:
+        """Few rows and many keys: reading K and V is the work."""
+        return self.seqlen_q < 64 <= self.seqlen_k // 16 and not self.packed
 
     @property
     def label(self) -> str:
-        size = f"({self.batch}, {self.nheads}, {self.seqlen}, {self.head_dim})"
-        return f"{size} {self.dtype}{' causal' if self.causal else ''} {'backward' if self.backward else 'forward'}"
+        heads = f"{self.nheads}" + (f":{self.nheads_kv}" if self.group > 1 else "")
+        lengths = f"{self.seqlen_q}" + (f"x{self.seqlen_k}" if self.seqlen_k != self.seqlen_q else "")
+        dims = f"{self.head_dim}" + (f"/{self.head_dim_v}" if self.head_dim_v != self.head_dim else "")
+        left = None if self.window is None else self.window[0]
+        flags = {
+            "packed": self.packed,
+            "causal": self.causal,
+            f"window {left}": self.window is not None,
+            f"softcap {self.softcap:g}": self.softcap,
+            "alibi": self.alibi,
+            "sink": self.sink,
+            f"dropout {self.dropout_p:g}": self.dropout_p,
+            f"bias {self.bias}": self.bias,
+            f"mask {self.mask}": self.mask,
+            "cache": self.cache and not self.page_size,
+            f"pages of {self.page_size}": self.page_size,
+        }
+        words = [f"({self.batch}, {heads}, {lengths}, {dims})", self.dtype, *(text for text, on in flags.items() if on)]
+        return " ".join([*words, "backward" if self.backward else "forward"])
 
 
-def quick() -> list[Case]:
-    """The shapes that the README quotes."""
-    shapes = [(1, 8, 512, 64), (1, 8, 2048, 64), (1, 16, 2048, 128), (4, 12, 512, 32)]
-    return [
-        Case(f"{shape}", *shape, dtype=dtype, causal=causal, backward=backward)
-        for dtype in ("float32", "bfloat16")
-        for backward in (False, True)
-        for causal in (False, True)
-        for shape in shapes
-    ]
-
-
-def lengths() -> list[Case]:
-    """Speed against length."""
-    return [
-        Case(f"length {seqlen}", 1, 8, seqlen, 64, causal=True, backward=backward)
-        for backward in (False, True)
-        for seqlen in (128, 256, 512, 1024, 2048, 4096)
-    ]
+def from_json(row: dict[str, Any]) -> Case:
+    """The case of a row of results (what else the row holds is ignored)."""
+    names = {field.name for field in fields(Case)}
+    return Case(**{name: value for name, value in row.items() if name in names})

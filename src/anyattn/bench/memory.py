@@ -1,4 +1,4 @@
-"""Peak extra memory of one forward and backward: `python -m anyattn.bench.memory PROVIDER SEQLEN`, a process each."""
+"""Peak extra memory of a call, each in a process of its own: `python -m anyattn.bench.memory PROVIDER CASE THREADS`."""
 
 from __future__ import annotations
 
@@ -6,37 +6,106 @@ import json
 import resource
 import subprocess
 import sys
+from collections.abc import Iterable
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
-from .cases import Case
-from .providers import providers
+from .cases import ITEMSIZE, Case, from_json
+from .inputs import Inputs
+from .providers import Provider, Refused, by_name
 
 STATUS = Path("/proc/self/status")
 LENGTHS = (1024, 2048, 4096, 8192)
+MIB = 2.0**20
+QUICK = ("anyattn", "torch SDPA", "softmax(QK^T)V")
 
 
-def peak(provider: str, seqlen: int) -> dict[str, float]:
-    """MiB above the inputs, forward and then backward too, at (1, 8, seqlen, 64) float32."""
-    command = [sys.executable, "-m", __name__, provider, str(seqlen)]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    return {name: float(value) for name, value in json.loads(result.stdout).items()}
+def cases() -> list[Case]:
+    """Forward, and forward with backward, against length; then the features that others pay for with a matrix."""
+    base = Case("memory", 1, 8, 4096, 64)
+    by_length = [
+        replace(base, seqlen_q=n, seqlen_k=n, causal=True, backward=backward, name=f"memory {n}")
+        for n in LENGTHS
+        for backward in (False, True)
+    ]
+    return [
+        *by_length,
+        *(replace(base, dtype=dtype) for dtype in ("float32", "float16", "bfloat16")),
+        replace(base, dtype="bfloat16", backward=True),
+        replace(base, causal=True, window=(255, 0)),
+        replace(base, dropout_p=0.1),
+        replace(base, alibi=True),
+        replace(base, head_dim_v=32),
+        Case("memory", 1, 32, 1, 128, seqlen_k=32768, nheads_kv=8, cache=True),
+    ]
+
+
+def measure(providers: Iterable[Provider], threads: int, quick: bool = False) -> list[dict[str, Any]]:
+    """One row for each case: provider -> MiB beyond inputs and results."""
+    chosen = [case for case in cases() if not quick or case.name == "memory 4096"]
+    if quick:
+        providers = [provider for provider in providers if provider.name in QUICK]
+    rows = []
+    for case in chosen:
+        used, refused = {}, {}
+        for provider in providers:
+            answer = peak(provider.name, case, threads)
+            if isinstance(answer, float):
+                used[provider.name] = answer
+            elif answer:
+                refused[provider.name] = answer
+        rows.append(asdict(case) | {"label": case.label, "mib": used, "refused": refused})
+    return rows
+
+
+def peak(provider: str, case: Case, threads: int) -> float | str | None:
+    """MiB beyond inputs and results, or why there is no figure; None where the provider has no such variant."""
+    command = [sys.executable, "-m", __name__, provider, json.dumps(asdict(case)), str(threads)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        return (result.stderr.strip().splitlines() or [f"exit status {result.returncode}"])[-1]
+    answer = json.loads(result.stdout)
+    return float(answer) if isinstance(answer, int | float) else answer
+
+
+def results_mib(case: Case) -> float:
+    """Out (float32 lse beside it) and, backward, the gradients."""
+    rows = case.batch * case.seqlen_q * case.nheads
+    keys = case.batch * case.seqlen_k * case.nheads_kv
+    d, dv, size = case.head_dim, case.head_dim_v, ITEMSIZE[case.dtype]
+    forward = rows * (dv * size + 4)
+    return (forward + (rows * d + keys * (d + dv)) * size * case.backward) / MIB
 
 
 def _main() -> None:
     import torch
 
-    name, seqlen = sys.argv[1], int(sys.argv[2])
-    provider = next(p for p in providers() if p.name == name)
-    tiny = Case("warm-up", 1, 8, 64, 64, causal=True, backward=True)
-    provider.prepare(tiny)()
-    q, k, v, dout = (torch.from_numpy(x) for x in Case("memory", 1, 8, seqlen, 64).arrays())
-    for x in (q, k, v):
-        x.requires_grad_()
-    before = _reset()
-    out = provider.attend(q, k, v, True)
-    forward = _peak() - before
-    out.backward(dout)
-    sys.stdout.write(json.dumps({"forward": forward, "backward": _peak() - before}))
+    name, case, threads = sys.argv[1], from_json(json.loads(sys.argv[2])), int(sys.argv[3])
+    torch.set_num_threads(threads)
+    sys.stdout.write(json.dumps(_measured(by_name(name), case, threads)))
+
+
+def _measured(provider: Provider, case: Case, threads: int) -> float | str | None:
+    """Libraries and threads are there before, from a small call; masks and layouts that a provider needs count."""
+    try:
+        tiny = replace(case, seqlen_q=min(64, case.seqlen_q), seqlen_k=64)
+        warm = provider.prepare(Inputs(tiny), threads)
+        if warm is None:
+            return None
+        warm.run()
+        inputs = Inputs(case)
+        for array in ("q", "k", "v", "dout"):
+            inputs.heads_first(array)
+        before = _reset()
+        prepared = provider.prepare(inputs, threads)
+        assert prepared is not None
+        kept = prepared.run()
+        used = _peak() - before
+        del kept
+    except (Refused, NotImplementedError) as error:
+        return str(error)
+    return used - results_mib(case)
 
 
 def _reset() -> float:

@@ -1,37 +1,40 @@
-"""Largest error against float64 at (1, 8, 512, 64), unit normal, ten seeds, on the same inputs for every provider."""
+"""Largest error against float64 at (1, 8, 512, 64), unit normal, on the same inputs for every provider."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
-import numpy as np
+from . import gate
+from .cases import Case
+from .inputs import Inputs
+from .providers import by_name
 
-from .providers import providers
+CASE = Case("accuracy", 1, 8, 512, 64)
+SEEDS = 10
+NAMES = ("anyattn", "torch SDPA", "softmax(QK^T)V")
+DTYPES = ("float32", "float16", "bfloat16")
 
-SHAPE = (1, 512, 8, 64)  # (batch, seqlen, nheads, head_dim)
-SEEDS = range(10)
 
-
-def errors(dtype: str, causal: bool = False) -> dict[str, list[float]]:
-    """Provider -> largest absolute error of each seed, on inputs rounded to `dtype`."""
-    import torch
-
-    found: dict[str, list[float]] = {}
-    exact = providers()[-1]
-    for seed in SEEDS:
-        rng = np.random.default_rng(seed)
-        q, k, v = (torch.from_numpy(rng.standard_normal(SHAPE)).to(getattr(torch, dtype)) for _ in range(3))
-        want = exact.attend(q.double(), k.double(), v.double(), causal)
-        for provider in providers():
-            error = (provider.attend(q, k, v, causal).double() - want).abs().max()
-            found.setdefault(provider.name, []).append(float(error))
+def errors(case: Case, seeds: int, threads: int) -> dict[str, list[float]]:
+    """Provider -> largest absolute error of each seed, on inputs rounded to the case's dtype."""
+    found: dict[str, list[float]] = {name: [] for name in NAMES}
+    for seed in range(seeds):
+        inputs = Inputs(case, seed)
+        expected = gate.Gate(inputs)
+        for name in NAMES:
+            prepared = by_name(name).prepare(inputs, threads)
+            assert prepared is not None
+            out = prepared.results(prepared.run())[0]
+            found[name].append(expected.errors([out])["out"][0])
     return found
 
 
-def summary() -> list[dict[str, Any]]:
+def summary(threads: int, quick: bool = False) -> list[dict[str, Any]]:
     """One row per dtype: the median over the seeds of every provider's largest error."""
-    return [
-        {"dtype": dtype, "errors": {name: median(values) for name, values in errors(dtype).items()}}
-        for dtype in ("float32", "float16", "bfloat16")
-    ]
+    rows = []
+    for dtype in DTYPES:
+        values = errors(replace(CASE, dtype=dtype), 2 if quick else SEEDS, threads)
+        rows.append({"dtype": dtype, "errors": {name: median(x) for name, x in values.items()}})
+    return rows

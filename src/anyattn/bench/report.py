@@ -1,4 +1,4 @@
-"""Results as JSON with the machine's header, as a table, and as plots drawn from the JSON."""
+"""Results as JSON with the machine's header, and as tables."""
 
 from __future__ import annotations
 
@@ -7,26 +7,44 @@ import importlib.metadata
 import json
 import os
 import platform
-import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from . import goals
+from .memory import LENGTHS
+from .providers import Provider
 
 Results = dict[str, Any]
+OURS = "anyattn"
 
 
-def header() -> Results:
+class Table(NamedTuple):
+    """Text, ready to be laid out."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+
+
+def header(threads: int, providers: Iterable[Provider] = ()) -> Results:
     """What a reader needs to judge the figures."""
     from ..backends.cpu import library
 
+    packages = dict.fromkeys(["anyattn", "numpy", "torch", *(provider.package for provider in providers)])
+    try:
+        target: str | None = library.load().target()
+    except library.LibraryError:
+        target = None
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "processor": _processor(),
         "cores": os.cpu_count(),
+        "threads": threads,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in ("anyattn", "numpy", "torch")},
-        "cpu_target": library.load().target(),
+        "versions": {name: _version(name) for name in packages},
+        "cpu_target": target,
     }
 
 
@@ -46,55 +64,158 @@ def _version(name: str) -> str | None:
         return None
 
 
-def table(rows: Iterable[Results]) -> str:
-    """Useful GFLOP/s of every provider, their share of the measured ceiling, and our ratio to each of the others."""
-    lines = [f"{'case':44} {'provider':16} {'ms':>9} {'GFLOP/s':>9} {'of peak':>7} {'anyattn is':>11}"]
-    for row in rows:
-        ours = row["seconds"].get("anyattn", {}).get("median")
-        for name, timing in row["seconds"].items():
-            ratio = f"{timing['median'] / ours:.2f}x" if ours and name != "anyattn" else ""
-            rate = row["flops"] / timing["median"]
-            shown = f"{timing['median'] * 1e3:9.3f} {rate / 1e9:9.1f} {rate / row['peak_flops']:7.0%} {ratio:>11}"
-            lines.append(f"{row['label']:44} {name:16} {shown}")
-        lines.extend(f"{row['label']:44} {name:16} refused: {why}" for name, why in row["refused"].items())
-    return "\n".join(lines)
-
-
 def write(results: Results, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def plot(results: Results, path: Path) -> None:
-    """Speed against length, forward and backward, and peak extra memory against length."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
-    for axis, backward in zip(axes, (False, True), strict=False):
-        rows = [row for row in results["cases"] if row["name"].startswith("length") and row["backward"] == backward]
-        for name in rows[0]["seconds"] if rows else ():
-            points = [(row["seqlen"], row["flops"] / row["seconds"][name]["median"] / 1e9) for row in rows]
-            axis.plot(*zip(*points, strict=True), marker="o", label=name)
-        axis.set(title=f"{'backward' if backward else 'forward'}, causal float32, 8 heads of 64", ylim=(0, None))
-        axis.set(ylabel="useful GFLOP/s")
-    for name, points in results["memory"].items():
-        lengths = [int(length) for length in points]
-        axes[2].plot(lengths, [used["backward"] for used in points.values()], marker="o", label=name)
-    axes[2].set(title="peak extra memory, forward and backward", ylabel="MiB", yscale="log")
-    for axis in axes:
-        axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter("{x:.0f}")
-        axis.set_xlabel("sequence length")
-        axis.legend()
+def notes(results: Results) -> Iterator[str]:
+    """The machine, who is absent and why, and what was wrong or refused, each reason once."""
     machine = results["machine"]
-    figure.suptitle(f"{machine['processor']}, {machine['cores']} cores, {machine['date']}", fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items() if number)
+    threads = machine.get("threads", machine["cores"])
+    yield f"{machine['processor']}, {machine['cores']} cores, {threads} threads, {machine['cpu_target']}, {versions}"
+    for name, reason in results.get("absent", {}).items():
+        yield f"absent: {name}: {reason}"
+    for row in results["cases"]:
+        for name, problem in row.get("wrong", {}).items():
+            yield f"WRONG, not timed: {name}: {row['label']}: {problem}"
+    counted: dict[tuple[str, str], int] = {}
+    for row in results["cases"]:
+        for key in row["refused"].items():
+            counted[key] = counted.get(key, 0) + 1
+    for (name, reason), count in counted.items():
+        yield f"refused: {name}: {reason} ({count} case{'s' if count > 1 else ''})"
 
 
-def progress(text: str) -> None:
-    sys.stderr.write(f"\r{text:78}")
-    sys.stderr.flush()
+def tables(results: Results) -> Iterator[Table]:
+    """Every section that was measured."""
+    for suite in dict.fromkeys(row.get("suite", "") for row in results["cases"]):
+        rows = [row for row in results["cases"] if row.get("suite", "") == suite]
+        yield Table(suite or "cases", _CASES, [line for row in rows for line in _case(row)])
+    for name, section in _SECTIONS.items():
+        if results.get(name):
+            yield from section(results[name])
+    reached = goals_table(results)
+    if reached:
+        yield reached
+
+
+def goals_table(results: Results) -> Table | None:
+    """The CPU goals beside what was measured; None where nothing of it was."""
+    found = [goal for goal in goals.goals(results) if goal.value is not None]
+    rows = []
+    for goal in found:
+        show = "{:.0%}".format if goal.quantity in _SHARES else "{:.2f}".format
+        aim = "" if goal.aim is None else show(goal.aim)
+        sign = "<= " if goal.at_most else ""
+        rows.append(
+            (goal.workload, goal.quantity, show(goal.value), sign + show(goal.must), aim and sign + aim, goal.verdict)
+        )
+    return Table("goals", ("workload", "quantity", "measured", "must", "aim", "reached"), rows) if rows else None
+
+
+_SHARES = {
+    "share",
+    "of neighbours",
+    "of stream read",
+    "of contiguous",
+    "of the dense rate",
+    "of the speed without",
+    "over plain",
+}
+_CASES = ("case", "ms", "spread", "GFLOP/s", "of peak", "GB/s", "of read", "anyattn is")
+
+
+def _case(row: Results) -> Iterator[tuple[str, ...]]:
+    """A line with the case and one for each provider; GB/s of K and V where reading them is the work."""
+    name = row["label"] if row["label"].startswith(row["name"]) else f"{row['name']}: {row['label']}"
+    yield (name, *[""] * (len(_CASES) - 1))
+    ours = row["seconds"].get(OURS, {}).get("median")
+    for provider, timing in row["seconds"].items():
+        median = timing["median"]
+        rate, read = row["flops"] / median, row.get("kv_bytes", 0) / median
+        stream, peak = row.get("stream_bytes"), row["peak_flops"]
+        yield (
+            f"  {provider}",
+            f"{median * 1e3:.3f}",
+            f"{(timing['high'] - timing['low']) / median:.0%}",
+            f"{rate / 1e9:.1f}",
+            f"{rate / peak:.0%}" if peak else "",
+            f"{read / 1e9:.1f}" if stream else "",
+            f"{read / stream:.0%}" if stream else "",
+            f"{median / ours:.2f}x" if ours and provider != OURS else "",
+        )
+
+
+def _features(section: Results) -> Iterator[Table]:
+    for dtype, timings in section.items():
+        plain = timings["plain"]["median"]
+        rows = [
+            (name, f"{timing['median'] * 1e3:.3f}", f"{timing['median'] / plain - 1:+.1%}")
+            for name, timing in timings.items()
+        ]
+        yield Table(f"features, (1, 8, 2048, 64) {dtype} forward", ("feature", "ms", "over plain"), rows)
+
+
+def _small(section: Results) -> Iterator[Table]:
+    for shape, timings in section.items():
+        rows = [(name, f"{timing['median'] * 1e6:.1f}") for name, timing in timings.items()]
+        yield Table(f"small calls, {shape} float32 forward", ("call", "us"), rows)
+
+
+def _first(section: Results) -> Iterator[Table]:
+    columns = ("import", "first", "second")
+    rows = [(kind, *(f"{times[name] * 1e3:.1f}" for name in columns)) for kind, times in section.items()]
+    yield Table("a fresh process, ms", ("arrays", "import anyattn", "first call", "second call"), rows)
+
+
+def _citizen(section: Results) -> Iterator[Table]:
+    rows = []
+    for name, title in (("attention", "attention (1, 8, 512, 64)"), ("mm", "torch.mm (512)")):
+        alone, after = section[name]["median"], section[f"{name} after"]["median"]
+        rows.append((title, f"{alone * 1e3:.3f}", f"{after * 1e3:.3f}", f"{after / alone:.2f}x"))
+    yield Table("beside a torch operation, ms", ("operation", "alone", "right after the other", "ratio"), rows)
+
+
+def _memory(section: Any) -> Iterator[Table]:
+    names = list(dict.fromkeys(name for row in memory_rows(section) for name in row["mib"]))
+    rows = [
+        (row["label"], *(f"{row['mib'][name]:.1f}" if name in row["mib"] else "-" for name in names))
+        for row in memory_rows(section)
+    ]
+    yield Table("peak MiB beyond inputs and results", ("case", *names), rows)
+
+
+def _accuracy(section: list[Results]) -> Iterator[Table]:
+    names = list(section[0]["errors"])
+    rows = [(row["dtype"], *(f"{row['errors'][name]:.1e}" for name in names)) for row in section]
+    yield Table("largest error against float64, (1, 8, 512, 64)", ("dtype", *names), rows)
+
+
+_SECTIONS = {
+    "features": _features,
+    "small_calls": _small,
+    "first_call": _first,
+    "citizen": _citizen,
+    "memory": _memory,
+    "accuracy": _accuracy,
+}
+
+
+def memory_rows(section: Any) -> list[Results]:
+    """Rows of the memory section; results of version 0.1 have provider -> length -> MiB with the results in it."""
+    if isinstance(section, list):
+        return section
+    return [
+        {
+            "label": f"(1, 8, {n}, 64) float32 causal {direction}",
+            "seqlen_q": n,
+            "causal": True,
+            "dtype": "float32",
+            "backward": direction == "backward",
+            "mib": {name: used[str(n)][direction] for name, used in section.items()},
+        }
+        for n in LENGTHS
+        for direction in ("forward", "backward")
+    ]

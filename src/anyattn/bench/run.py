@@ -1,54 +1,102 @@
-"""Runs the benchmark: correctness gate first, then timing in turns, then memory; returns what the report writes."""
+"""Runs the benchmark: correctness gate first, then timing in turns, then what is not a case."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..backends.cpu import library
-from ..backends.cpu.backend import DTYPES
-from . import memory, precision, report
-from .cases import Case, lengths, quick
-from .providers import Run, correct, providers
+from . import ceilings, citizen, gate, memory, overhead, precision, report
+from .cases import Case
+from .inputs import Inputs
+from .providers import Prepared, Provider, Refused
 from .timing import measure
 
-
-def run(pattern: str = "", seconds: float = 1.0, whole: bool = True) -> dict[str, Any]:
-    """Every case whose label contains `pattern`, about `seconds` each; `whole`: accuracy and memory too."""
-    cases = [case for case in (*quick(), *lengths()) if pattern in f"{case.name} {case.label}"]
-    rows = []
-    for number, case in enumerate(cases, 1):
-        report.progress(f"[{number}/{len(cases)}] {case.label}")
-        rows.append(run_case(case, seconds))
-    measured: dict[str, Any] = {}
-    if whole:
-        for provider in providers():
-            report.progress(f"memory of {provider.name}")
-            measured[provider.name] = {str(n): memory.peak(provider.name, n) for n in memory.LENGTHS}
-    report.progress("\n")
-    accuracy = precision.summary() if whole else []
-    return {"machine": report.header(), "cases": rows, "memory": measured, "accuracy": accuracy}
+Row = dict[str, Any]
+Progress = Callable[[str], None]
 
 
-def ceiling(dtype: str) -> float:
-    """What registers alone would allow in this dtype, now; float16 is computed in float32."""
-    native = library.load()
-    return native.peak_flops(DTYPES["float32" if dtype == "float16" else dtype])
+@dataclass(frozen=True)
+class Plan:
+    """What to measure. `seconds`: for each case; `quick`: sections measure less."""
+
+    cases: list[Case]
+    sections: tuple[str, ...]
+    providers: tuple[Provider, ...]
+    threads: int
+    seconds: float = 1.0
+    quick: bool = False
+    progress: Progress = field(default=lambda text: None)
+
+    @property
+    def steps(self) -> int:
+        """How often `progress` is called."""
+        return len(self.cases) + len(self.sections)
 
 
-def run_case(case: Case, seconds: float) -> dict[str, Any]:
+# Besides the suites of cases. Each takes the plan and the providers that are there.
+SECTIONS: dict[str, Callable[[Plan, tuple[Provider, ...]], Any]] = {
+    "features": lambda plan, present: overhead.features(plan.seconds * (1 if plan.quick else 4)),
+    "small_calls": lambda plan, present: overhead.small_calls(plan.seconds),
+    "first_call": lambda plan, present: overhead.first_call(1 if plan.quick else 3),
+    "citizen": lambda plan, present: citizen.measure(plan.seconds),
+    "memory": lambda plan, present: memory.measure(present, plan.threads, plan.quick),
+    "accuracy": lambda plan, present: precision.summary(plan.threads, plan.quick),
+}
+
+
+def run(plan: Plan) -> dict[str, Any]:
+    """Everything that was measured, ready for JSON."""
+    absent = {p.name: reason for p in plan.providers if (reason := p.absent())}
+    present = tuple(p for p in plan.providers if p.name not in absent)
+    results: dict[str, Any] = {"machine": report.header(plan.threads, plan.providers), "absent": absent, "cases": []}
+    stream = ceilings.Stream()
+    for case in plan.cases:
+        plan.progress(f"{case.name}: {case.label}")
+        results["cases"].append(run_case(case, present, plan.threads, plan.seconds, stream))
+    for name in plan.sections:
+        plan.progress(name)
+        results[name] = SECTIONS[name](plan, present)
+    return results
+
+
+def run_case(
+    case: Case, providers: Iterable[Provider], threads: int, seconds: float, stream: ceilings.Stream | None = None
+) -> Row:
     """One row: seconds of every provider that is right, and why the others were not timed."""
-    functions: dict[str, Run] = {}
+    inputs = Inputs(case)
+    expected = gate.Gate(inputs)
+    functions: dict[str, Callable[[], Any]] = {}
     refused: dict[str, str] = {}
-    for provider in providers():
-        function = provider.prepare(case)
-        wrong = correct(case, function())
-        if wrong:
-            refused[provider.name] = wrong
-        else:
-            functions[provider.name] = function
-    peak = ceiling(case.dtype)
+    wrong: dict[str, str] = {}
+    for provider in providers:
+        try:
+            prepared = provider.prepare(inputs, threads)
+            problem = None if prepared is None else check(expected, prepared)
+        except Refused as reason:
+            refused[provider.name] = str(reason)
+            continue
+        except Exception as error:  # another library's failure is no reason to measure nothing
+            refused[provider.name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            continue
+        if problem:
+            wrong[provider.name] = problem
+        elif prepared is not None:
+            functions[provider.name] = prepared.run
+    before = _ceilings(case, stream)
     timings = measure(functions, seconds) if functions else {}
-    peak = max(peak, ceiling(case.dtype))
-    row = asdict(case) | {"label": case.label, "flops": case.flops, "refused": refused, "peak_flops": peak}
+    after = _ceilings(case, stream)
+    row = asdict(case) | {"label": case.label, "flops": case.flops, "bytes": case.bytes, "kv_bytes": case.kv_bytes}
+    row |= {name: ceilings.best(before[name], after[name]) for name in before}
+    row |= {"refused": refused, "wrong": wrong}
     return row | {"seconds": {name: asdict(timing) for name, timing in timings.items()}}
+
+
+def check(expected: gate.Gate, prepared: Prepared) -> str | None:
+    """None, or why this provider's result must not be timed."""
+    return expected.wrong(prepared.results(prepared.run()), prepared.own_dropout)
+
+
+def _ceilings(case: Case, stream: ceilings.Stream | None) -> dict[str, float | None]:
+    read = stream.read() if stream is not None and case.reads_memory else None
+    return {"peak_flops": ceilings.flops(case.dtype), "stream_bytes": read}

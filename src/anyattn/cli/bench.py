@@ -1,39 +1,201 @@
-"""`anyattn bench`: how fast, beside PyTorch's attention and plain attention, after a correctness gate."""
+"""`anyattn bench`: how fast, beside what people use today, after a correctness gate and under measured ceilings."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from .. import settings
+from .table import table
+
+QUICK_SECONDS = 0.3
+
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = subparsers.add_parser(
-        "bench", help="measure speed, memory and accuracy (needs torch)"
+        "bench", help="measure speed, memory and accuracy beside other libraries (needs torch)"
     )
-    parser.add_argument("pattern", nargs="?", default="", help="only cases whose label contains this")
-    parser.add_argument("--seconds", type=float, default=1.0, help="about so long for each case (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
-    parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help="draw speed and memory against length (needs matplotlib)"
+    add = parser.add_argument
+    add("--quick", action="store_true", help="a few cases and everything else in short, below two minutes")
+    add("--suite", default="", metavar="A,B", help="suites and sections (see --list); default: all but quick")
+    add("--filter", default="", metavar="PATTERN", help="only cases with all of these words in suite, name or label")
+    add(
+        "--peers",
+        default="",
+        metavar="A,B",
+        help="beside ours only providers with one of these words in their name, or none",
     )
+    add("--threads", type=int, default=0, metavar="N", help="of every provider (default: as the engine finds them)")
+    add("--target", default="", metavar="NAME", help="instruction set of the native engine (`anyattn info` lists them)")
+    add("--seconds", type=float, default=0.0, help=f"about so long for each case (default: 1, quick: {QUICK_SECONDS})")
+    add("--json", type=Path, metavar="FILE", help="write everything that was measured")
+    add("--plot", type=Path, metavar="FILE", help="draw a PNG, or into a folder one for each plot (needs matplotlib)")
+    add("--list", action="store_true", help="list suites, cases, sections and providers, and measure nothing")
     return parser
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Status 0; 1 where our own results were wrong or refused, 2 for arguments that fit nothing."""
     if find_spec("torch") is None:
         sys.stderr.write("anyattn bench needs torch: pip install torch\n")
         return 1
-    from ..bench import report
+    if arguments.plot and find_spec("matplotlib") is None:
+        sys.stderr.write("--plot needs matplotlib: pip install matplotlib\n")
+        return 1
+    with _environment(arguments):
+        try:
+            plan = _plan(arguments)
+        except ValueError as error:
+            sys.stderr.write(f"anyattn bench: {error}\n")
+            return 2
+        if arguments.list:
+            _list(plan)
+            return 0
+        return _measure(plan, arguments)
+
+
+def _measure(plan: Any, arguments: argparse.Namespace) -> int:
+    from dataclasses import replace
+
+    from ..bench import plots, report
     from ..bench.run import run as measure
 
-    results = measure(arguments.pattern, arguments.seconds, whole=not arguments.pattern)
-    print(report.table(results["cases"]))
+    with _progress(plan.steps) as progress:
+        results = measure(replace(plan, progress=progress))
+    _print(results)
     if arguments.json:
         report.write(results, arguments.json)
     if arguments.plot:
-        report.plot(results, arguments.plot)
-    wrong = [row for row in results["cases"] if "anyattn" in row["refused"]]
-    return 1 if wrong else 0
+        for path in plots.plot(results, arguments.plot):
+            print(f"wrote {path}")
+    ours = [row for row in results["cases"] if report.OURS not in row["seconds"]]
+    return 1 if ours else 0
+
+
+def _plan(arguments: argparse.Namespace) -> Any:
+    """ValueError where something that was named does not exist."""
+    from ..bench.providers import choose
+    from ..bench.run import SECTIONS, Plan
+    from ..bench.suites import DEFAULT, SUITES, select
+
+    threads = _apply(arguments.threads)
+    named = [name.strip() for name in arguments.suite.split(",") if name.strip()]
+    for name in named:
+        if name not in SUITES and name not in SECTIONS:
+            raise ValueError(f"no suite or section {name!r}; there are: {', '.join((*SUITES, *SECTIONS))}")
+    suites = [name for name in named if name in SUITES] if named else ["quick"] if arguments.quick else list(DEFAULT)
+    sections = [name for name in named if name in SECTIONS] if named else [] if arguments.filter else list(SECTIONS)
+    cases = select(suites, arguments.filter)
+    if suites and not cases:
+        raise ValueError(f"no case of {', '.join(suites)} matches {arguments.filter!r}; --list shows them")
+    if arguments.seconds < 0:
+        raise ValueError(f"--seconds must be >= 0; got {arguments.seconds}")
+    seconds = arguments.seconds or (QUICK_SECONDS if arguments.quick else 1.0)
+    providers = choose(arguments.peers.split(","))
+    return Plan(cases, tuple(sections), providers, threads, seconds, arguments.quick)
+
+
+def _apply(threads: int) -> int:
+    """The same number of threads for everyone; ValueError for a number or an instruction set that cannot be."""
+    import torch
+
+    from ..backends.cpu import library
+
+    if threads < 0 or threads > 4096:
+        raise ValueError(f"--threads must be 1 to 4096 (0: as the engine finds them); got {threads}")
+    if threads:
+        torch.set_num_threads(threads)
+    try:
+        native = library.load()
+        native.target_index()
+        threads = threads or native.num_threads()
+    except library.LibraryError as error:
+        if settings.current().cpu_target:
+            raise ValueError(str(error)) from error
+        threads = threads or torch.get_num_threads()
+    torch.set_num_threads(threads)
+    return threads
+
+
+@contextlib.contextmanager
+def _environment(arguments: argparse.Namespace) -> Iterator[None]:
+    """--threads and --target as settings, here and in processes that are started; afterwards all is as before."""
+    import torch
+
+    torch_threads = torch.get_num_threads()
+    names = settings.VARIABLES
+    wanted = {names["cpu_target"][0]: arguments.target}
+    if arguments.threads > 0:
+        wanted |= {names["num_threads"][0]: str(arguments.threads), "OMP_NUM_THREADS": str(arguments.threads)}
+    wanted = {name: value for name, value in wanted.items() if value}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    settings.reload()
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+        settings.reload()
+        torch.set_num_threads(torch_threads)
+
+
+def _list(plan: Any) -> None:
+    rows = [(case.suite, case.name, case.label) for case in plan.cases]
+    print(table(("suite", "case", "(batch, nheads, seqlen, head_dim)"), rows, left=True))
+    print(f"\nsections: {', '.join(plan.sections)}\nproviders:")
+    for provider in plan.providers:
+        print(f"  {provider.name}: {provider.absent() or 'installed'}")
+
+
+@contextlib.contextmanager
+def _progress(steps: int) -> Iterator[Callable[[str], None]]:
+    """A bar on a terminal's error stream, where rich is installed; else one line that is written over."""
+    if not sys.stderr.isatty():
+        yield lambda text: None
+    elif find_spec("rich") is None:
+        yield lambda text: (sys.stderr.write(f"\r{text[:78]:78}\r"), sys.stderr.flush(), None)[-1]
+    else:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        columns = (BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("", total=steps, completed=-1)
+            yield lambda text: bar.update(task, description=text, advance=1)
+
+
+def _print(results: dict[str, Any]) -> None:
+    from ..bench.report import notes, tables
+
+    rich = find_spec("rich") is not None and sys.stdout.isatty()
+    for part in tables(results):
+        if rich:
+            _rich(part)
+        else:
+            print(f"{part.title}\n{table(part.header, part.rows)}\n")
+    for line in notes(results):
+        print(line)
+
+
+def _rich(part: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(box=None, padding=(0, 1, 0, 0), header_style="underline")
+    for index, name in enumerate(part.header):
+        shown.add_column(name, justify="right" if index else "left", no_wrap=index > 0)
+    for row in part.rows:
+        shown.add_row(*row, style="bold" if row[0].strip() == "anyattn" else None)
+    console = Console()
+    console.print(f"\n{part.title}", style="bold", markup=False, highlight=False)
+    console.print(shown)

@@ -1,0 +1,139 @@
+"""Plots, drawn from the JSON of results: speed against length, a roofline, memory against length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .report import OURS, Results, memory_rows
+
+INCHES = (6.4, 4.4)
+
+
+def plot(results: Results, path: Path) -> list[Path]:
+    """One picture with every panel if `path` ends with a picture's suffix, else a folder with one for each."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = {name: draw for name, draw in PANELS.items() if DATA[name](results)}
+    if not path.suffix:
+        return [_save(results, {name: draw}, path / f"{name}.png", pyplot) for name, draw in panels.items()]
+    return [_save(results, panels, path, pyplot)] if panels else []
+
+
+def _save(results: Results, panels: dict[str, Any], path: Path, pyplot: Any) -> Path:
+    width, height = INCHES
+    columns = min(2, len(panels))
+    lines = -(-len(panels) // columns)
+    figure, axes = pyplot.subplots(
+        lines, columns, figsize=(width * columns, height * lines), layout="constrained", squeeze=False
+    )
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis, draw in zip(axes.flat, panels.values(), strict=False):
+        draw(results, axis)
+        axis.grid(alpha=0.2)
+        axis.legend(fontsize=8)
+    machine = results["machine"]
+    threads = machine.get("threads", machine["cores"])
+    figure.suptitle(
+        f"{machine['processor']}, {threads} threads, {machine['cpu_target']}, {machine['date']}", fontsize=9
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    return path
+
+
+def _lengths(results: Results, backward: bool) -> list[Results]:
+    return [row for row in results["cases"] if row["name"].startswith("length") and row["backward"] == backward]
+
+
+def _speed(backward: bool) -> Callable[[Results, Any], None]:
+    def draw(results: Results, axis: Any) -> None:
+        rows = _lengths(results, backward)
+        for name in dict.fromkeys(name for row in rows for name in row["seconds"]):
+            mine = [row for row in rows if name in row["seconds"]]
+            x = [row.get("seqlen_q", row.get("seqlen")) for row in mine]
+            axis.plot(x, [row["flops"] / row["seconds"][name]["median"] / 1e9 for row in mine], **_style(name))
+        peaks = [row["peak_flops"] / 1e9 for row in rows if row["peak_flops"]]
+        if peaks:
+            axis.axhline(max(peaks), color="gray", linestyle=":", label="registers only")
+        title = f"{'backward' if backward else 'forward'}, causal float32, 8 heads of 64"
+        axis.set(title=title, ylabel="useful GFLOP/s", xlabel="sequence length", ylim=(0, None))
+        _lengths_axis(axis)
+
+    return draw
+
+
+def _roofline(results: Results, axis: Any) -> None:
+    """Each case at its arithmetic intensity, below the two measured ceilings."""
+    import numpy as np
+
+    rows = _intense(results)
+    colors = {"float32": "C0", "bfloat16": "C1", "float16": "C2", "float64": "C3"}
+    stream = max((row["stream_bytes"] for row in rows if row.get("stream_bytes")), default=None)
+    x = np.geomspace(0.25, 4096, 64)
+    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+        mine = [row for row in rows if row["dtype"] == dtype]
+        for backward, marker in ((False, "o"), (True, "^")):
+            points = [
+                (row["flops"] / row["bytes"], row["flops"] / row["seconds"][OURS]["median"] / 1e9)
+                for row in mine
+                if row["backward"] == backward
+            ]
+            if points:
+                label = f"{dtype} {'backward' if backward else 'forward'}"
+                style = {"color": colors[dtype], "marker": marker, "linestyle": "", "alpha": 0.6, "label": label}
+                axis.plot(*zip(*points, strict=True), **style)
+        peak = max((row["peak_flops"] for row in mine if row["peak_flops"]), default=None)
+        if peak:
+            roof = np.minimum(x * stream, peak) if stream else np.full_like(x, peak)
+            axis.plot(x, roof / 1e9, color=colors[dtype], linewidth=1)
+    axis.set(title=f"{OURS}: every case below the measured ceilings", xscale="log", yscale="log")
+    axis.set(xlabel="useful operations per byte that has to move", ylabel="useful GFLOP/s")
+
+
+def _memory(results: Results, axis: Any) -> None:
+    rows = _memory_by_length(results)
+    for name in dict.fromkeys(name for row in rows for name in row["mib"]):
+        mine = [row for row in rows if name in row["mib"]]
+        axis.plot([row["seqlen_q"] for row in mine], [max(row["mib"][name], 0.1) for row in mine], **_style(name))
+    axis.set(title="peak extra memory, forward and backward, causal float32", ylabel="MiB", yscale="log")
+    axis.set(xlabel="sequence length")
+    _lengths_axis(axis)
+
+
+def _memory_by_length(results: Results) -> list[Results]:
+    rows = memory_rows(results.get("memory") or [])
+    return [row for row in rows if row["causal"] and row["backward"] and row["dtype"] == "float32"]
+
+
+def _intense(results: Results) -> list[Results]:
+    return [row for row in results["cases"] if row.get("bytes") and OURS in row["seconds"]]
+
+
+def _style(name: str) -> dict[str, Any]:
+    return {"label": name, "marker": "o", "linewidth": 2.2 if name == OURS else 1.2, "markersize": 4}
+
+
+def _lengths_axis(axis: Any) -> None:
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter("{x:.0f}")
+
+
+PANELS: dict[str, Callable[[Results, Any], None]] = {
+    "forward": _speed(False),
+    "backward": _speed(True),
+    "roofline": _roofline,
+    "memory": _memory,
+}
+DATA: dict[str, Callable[[Results], Any]] = {
+    "forward": lambda results: _lengths(results, False),
+    "backward": lambda results: _lengths(results, True),
+    "roofline": _intense,
+    "memory": _memory_by_length,
+}

@@ -1,0 +1,69 @@
+"""Ours."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ..inputs import SEED, Inputs
+from .base import Prepared, differentiate
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Anyattn:
+    """The public functions on torch tensors: `attention`, `attention_varlen`, `attention_with_kvcache`."""
+
+    name = "anyattn"
+    package = "anyattn"
+
+    def absent(self) -> str | None:
+        return None
+
+    def prepare(self, inputs: Inputs, threads: int) -> Prepared:
+        """The engine follows the settings and torch, so `threads` is already in force."""
+        case = inputs.case
+        if case.cache:
+            return Prepared(self._cached(inputs), lambda out: [out])
+        if not case.backward:
+            arrays = (inputs.q, inputs.k, inputs.v)
+            return Prepared(lambda: self.attend(inputs, *arrays), lambda out: [out])
+        run = differentiate([inputs.q, inputs.k, inputs.v], lambda *arrays: self.attend(inputs, *arrays), inputs.dout)
+        return Prepared(run, list)
+
+    def attend(self, inputs: Inputs, q: Tensor, k: Tensor, v: Tensor) -> Any:
+        from ... import attention, attention_varlen
+
+        case, options = inputs.case, _options(inputs)
+        if case.dropout_p:
+            options |= {"dropout_p": case.dropout_p, "seed": SEED}
+        if case.packed:
+            longest = case.seqlen_q
+            return attention_varlen(q, k, v, inputs.cu_seqlens, inputs.cu_seqlens, longest, longest, **options)
+        return attention(q, k, v, **options)
+
+    def _cached(self, inputs: Inputs) -> Any:
+        import torch
+
+        from ... import attention_with_kvcache
+
+        case, options = inputs.case, _options(inputs)
+        k, v = inputs.pages if case.page_size else (inputs.k, inputs.v)
+        options["block_table"] = inputs.block_table if case.page_size else None
+        options["cache_seqlens"] = torch.full((case.batch,), case.seqlen_k, dtype=torch.int32)
+        return lambda: attention_with_kvcache(inputs.q, k, v, **options)
+
+
+def _options(inputs: Inputs) -> dict[str, Any]:
+    """What the case asks for; what it does not is left out, as a user's call leaves it out."""
+    case = inputs.case
+    given = {
+        "causal": case.causal or None,
+        "window": case.window,
+        "softcap": case.softcap or None,
+        "bias": inputs.bias,
+        "mask": inputs.mask,
+        "alibi_slopes": inputs.alibi_slopes,
+        "sink": inputs.sink,
+    }
+    return {name: value for name, value in given.items() if value is not None}

@@ -1,0 +1,100 @@
+"""torch's compiled flex_attention, forward. Compiling takes seconds for each shape, so it is timed where it is the
+natural peer (windows, softcap) and elsewhere only within what is left of a budget of compile time."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from ..cases import Case
+from ..inputs import Inputs
+from .base import Prepared, Refused, refuse, swapped
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+COMPILE_SECONDS = 240.0
+
+
+class Flex:
+    name = "flex_attention"
+    package = "torch"
+
+    def __init__(self) -> None:
+        self._spent = 0.0
+
+    def absent(self) -> str | None:
+        import shutil
+
+        compilers = ("c++", "g++", "clang++")
+        if not any(shutil.which(name) for name in compilers):
+            return "torch.compile needs a C++ compiler"
+        try:
+            from torch.nn.attention import flex_attention  # noqa: F401
+        except ImportError as error:
+            return str(error)
+        return None
+
+    def prepare(self, inputs: Inputs, threads: int) -> Prepared | None:
+        case = inputs.case
+        if not (case.window or case.softcap) or case.packed or case.backward:
+            return None
+        refuse(case, sink=case.sink, dropout=case.dropout_p, bias_here=case.bias, pages_here=case.page_size)
+        if self._spent > COMPILE_SECONDS:
+            raise Refused(f"its compile budget of {COMPILE_SECONDS:.0f} s is spent")
+        start = time.perf_counter()
+        prepared = _compiled(inputs)
+        prepared.run()  # compiles
+        self._spent += time.perf_counter() - start
+        return prepared
+
+
+def _compiled(inputs: Inputs) -> Prepared:
+    import torch
+    import torch._inductor.config
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    case = inputs.case
+    torch._inductor.config.compile_threads = 1
+    torch._dynamo.reset()  # after eight recompilations it would silently take an unfused path
+    attend: Any = torch.compile(flex_attention, dynamic=False)
+    q, k, v = (inputs.heads_first(name) for name in ("q", "k", "v"))
+    visible = _visible(case)
+    mask = None if visible is None else create_block_mask(visible, None, None, case.seqlen_q, case.seqlen_k, "cpu")
+    change = _change(inputs)
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            out: Tensor = attend(q, k, v, score_mod=change, block_mask=mask, enable_gqa=case.group > 1)
+            return out
+
+    return Prepared(run, lambda out: swapped([out]))
+
+
+def _visible(case: Case) -> Any:
+    interval, shift = case.interval, case.seqlen_k - case.seqlen_q
+    left, right = interval.left, interval.right
+    if case.mask:
+        raise Refused("no boolean mask here")
+    if left is None and right is None:
+        return None
+    if right is None:
+        return lambda b, h, i, j: i + shift - j <= left
+    if left is None:
+        return lambda b, h, i, j: j - (i + shift) <= right
+    return lambda b, h, i, j: (i + shift - j <= left) & (j - (i + shift) <= right)
+
+
+def _change(inputs: Inputs) -> Any:
+    import torch
+
+    case, slopes = inputs.case, inputs.alibi_slopes
+    shift, cap = case.seqlen_k - case.seqlen_q, case.softcap
+    if not cap and slopes is None:
+        return None
+
+    def change(s: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
+        s = cap * torch.tanh(s / cap) if cap else s
+        return s if slopes is None else s - slopes[h] * (i + shift - j).abs()
+
+    return change

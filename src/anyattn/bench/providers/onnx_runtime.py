@@ -1,0 +1,142 @@
+"""ONNX Runtime's fused attention: com.microsoft MultiHeadAttention, and GroupQueryAttention for fewer KV heads."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..cases import Case
+from ..inputs import Inputs
+from .base import Prepared, Refused, installed, refuse
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class OnnxRuntime:
+    name = "ONNX Runtime"
+    package = "onnxruntime"
+
+    def absent(self) -> str | None:
+        return installed("onnxruntime", "onnx")
+
+    def prepare(self, inputs: Inputs, threads: int) -> Prepared:
+        case = inputs.case
+        refuse(
+            case,
+            backward=case.backward,
+            packed_sequences=case.packed,
+            pages=case.page_size,
+            dropout=case.dropout_p,
+            sink_here=case.sink,
+            **{f"{case.dtype} kernel": case.dtype != "float32"},
+        )
+        if case.group > 1:
+            return _decode(inputs, threads) if case.seqlen_q == 1 else _grouped(inputs, threads)
+        return _multi_head(inputs, threads)
+
+
+def _multi_head(inputs: Inputs, threads: int) -> Prepared:
+    case = inputs.case
+    refuse(case, window=case.window, softcap=case.softcap)
+    if case.causal and case.seqlen_q not in (1, case.seqlen_k):
+        raise Refused("no causal mask aligned to the last key")
+    feeds = {name: _flat(inputs, name) for name in ("q", "k", "v")}
+    names = ["q", "k", "v"]
+    hidden = inputs.mask
+    if inputs.additive is not None or hidden is not None:
+        size = (1, case.nheads, case.seqlen_q, case.seqlen_k)
+        bias = np.zeros(size, np.float32) if inputs.additive is None else inputs.additive.expand(size).numpy()
+        feeds["bias"] = np.ascontiguousarray(bias if hidden is None else np.where(hidden.numpy(), bias, -np.inf))
+        names = ["q", "k", "v", "", "", "bias"]
+    causal = int(case.causal and case.seqlen_q == case.seqlen_k)
+    attributes = {"num_heads": case.nheads, "unidirectional": causal}
+    session = _session("MultiHeadAttention", names, feeds, ["o"], attributes, threads)
+    return Prepared(lambda: session.run(None, feeds), lambda returned: _unflat(case, returned[0]))
+
+
+def _grouped(inputs: Inputs, threads: int) -> Prepared:
+    """Prefill; the operator is causal, and it has no other bidirectional form."""
+    case = inputs.case
+    left, right = case.window or (None, None)
+    if not case.causal and right != 0:
+        raise Refused("grouped heads only with a causal mask")
+    refuse(
+        case,
+        bias_here=case.bias,
+        ALiBi=case.alibi,
+        mask_here=case.mask,
+        lengths_of_q_and_k_that_differ=case.seqlen_q != case.seqlen_k,
+        head_dim_v=case.head_dim != case.head_dim_v,
+    )
+    feeds = {name: _flat(inputs, name) for name in ("q", "k", "v")}
+    feeds["last"] = np.full(case.batch, case.seqlen_k - 1, np.int32)
+    feeds["total"] = np.array(case.seqlen_k, np.int32)
+    names = ["q", "k", "v", "", "", "last", "total"]
+    attributes: dict[str, Any] = {"num_heads": case.nheads, "kv_num_heads": case.nheads_kv}
+    if left is not None:
+        attributes["local_window_size"] = left + 1
+    if case.softcap:
+        attributes["softcap"] = case.softcap
+    session = _session("GroupQueryAttention", names, feeds, ["o", "k_out", "v_out"], attributes, threads)
+    return Prepared(lambda: session.run(["o"], feeds), lambda returned: _unflat(case, returned[0]))
+
+
+def _decode(inputs: Inputs, threads: int) -> Prepared:
+    """One row against a cache that the operator appends to in place: the last key is the new one."""
+    import onnxruntime
+
+    case = inputs.case
+    refuse(case, window=case.window, bias_here=case.bias, mask_here=case.mask, ALiBi=case.alibi, softcap=case.softcap)
+    feeds = {name: _flat(inputs, name) for name in ("q", "k", "v")}
+    feeds |= {name: np.ascontiguousarray(feeds[name][:, -1:]) for name in ("k", "v")}
+    feeds |= {f"{name}_cache": inputs.heads_first(name).numpy() for name in ("k", "v")}
+    feeds["last"] = np.full(case.batch, case.seqlen_k - 1, np.int32)
+    feeds["total"] = np.array(case.seqlen_k, np.int32)
+    names = ["q", "k", "v", "k_cache", "v_cache", "last", "total"]
+    attributes = {"num_heads": case.nheads, "kv_num_heads": case.nheads_kv}
+    session = _session("GroupQueryAttention", names, feeds, ["o", "k_out", "v_out"], attributes, threads)
+    binding = session.io_binding()
+    values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(x) for name, x in feeds.items()}
+    for name, value in values.items():
+        binding.bind_ortvalue_input(name, value)
+    binding.bind_output("o")
+    binding.bind_ortvalue_output("k_out", values["k_cache"])
+    binding.bind_ortvalue_output("v_out", values["v_cache"])
+
+    def run() -> Any:
+        session.run_with_iobinding(binding)
+        return binding
+
+    return Prepared(run, lambda bound: _unflat(case, bound.get_outputs()[0].numpy()))
+
+
+def _flat(inputs: Inputs, name: str) -> Any:
+    """(batch, seqlen, nheads * head_dim)"""
+    return getattr(inputs, name).flatten(2).numpy()
+
+
+def _unflat(case: Case, out: Any) -> list[Tensor]:
+    import torch
+
+    return [torch.from_numpy(out).reshape(case.batch, case.seqlen_q, case.nheads, case.head_dim_v)]
+
+
+def _session(
+    operator: str, names: list[str], feeds: dict[str, Any], outputs: list[str], attributes: dict[str, Any], threads: int
+) -> Any:
+    """A graph of one node."""
+    import onnxruntime
+    from onnx import TensorProto, helper
+
+    types = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.int32): TensorProto.INT32}
+    node = helper.make_node(operator, names, outputs, domain="com.microsoft", **attributes)
+    given = [helper.make_tensor_value_info(name, types[x.dtype], list(x.shape)) for name, x in feeds.items()]
+    returned = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs]
+    graph = helper.make_graph([node], "attention", given, returned)
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

@@ -1,0 +1,93 @@
+"""OpenVINO's ScaledDotProductAttention, float32, and bfloat16 by its precision hint."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..inputs import Inputs
+from .base import LIMIT_BYTES, Prepared, Refused, installed, refuse
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+HINTS = {"float32": "f32", "bfloat16": "bf16"}
+
+
+class OpenVino:
+    """Inputs and results are float32 in memory under the hint too, as its users have them."""
+
+    name = "OpenVINO"
+    package = "openvino"
+
+    def absent(self) -> str | None:
+        return installed("openvino")
+
+    def prepare(self, inputs: Inputs, threads: int) -> Prepared:
+        case = inputs.case
+        refuse(
+            case,
+            backward=case.backward,
+            packed_sequences=case.packed,
+            pages=case.page_size,
+            grouped_heads=case.group > 1,
+            dropout=case.dropout_p,
+            softcap=case.softcap,
+            sink=case.sink,
+            **{case.dtype: case.dtype not in HINTS},
+        )
+        import torch
+
+        request, tensors = _request(inputs, threads)
+
+        def run() -> Any:
+            assert tensors  # the request reads this memory and does not keep it
+            request.infer()
+            return request
+
+        def results(done: Any) -> list[Tensor]:
+            return [torch.from_numpy(done.get_output_tensor().data).transpose(1, 2)]
+
+        return Prepared(run, results)
+
+
+def _request(inputs: Inputs, threads: int) -> tuple[Any, list[Any]]:
+    """An inference request, and the tensors whose memory it reads."""
+    import openvino
+    from openvino import opset13
+
+    case = inputs.case
+    arrays = {name: inputs.heads_first(name).float().numpy() for name in ("q", "k", "v")}
+    causal = case.causal and case.window is None and case.seqlen_q == case.seqlen_k and not (case.bias or case.mask)
+    if case.alibi or not causal:
+        mask = _mask(inputs)
+        causal = False
+        if mask is not None:
+            arrays["mask"] = mask
+    parameters = [opset13.parameter(x.shape, x.dtype, name=name) for name, x in arrays.items()]
+    node = opset13.scaled_dot_product_attention(*parameters, causal=causal)
+    properties = {
+        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": HINTS[case.dtype],
+        "NUM_STREAMS": 1,
+    }
+    compiled = openvino.Core().compile_model(openvino.Model([node], parameters, "attention"), "CPU", properties)
+    request = compiled.create_infer_request()
+    tensors = [openvino.Tensor(x, shared_memory=True) for x in arrays.values()]
+    for index, tensor in enumerate(tensors):
+        request.set_input_tensor(index, tensor)
+    return request, [*tensors, *arrays.values()]
+
+
+def _mask(inputs: Inputs) -> Any:
+    """float32 (1, nheads or 1, seqlen_q, seqlen_k), or None."""
+    case = inputs.case
+    additive, visible = inputs.additive, inputs.visible
+    if additive is None and visible is None:
+        return None
+    size = (1, 1 if additive is None else additive.shape[1], case.seqlen_q, case.seqlen_k)
+    if 4 * np.prod(size) > LIMIT_BYTES:
+        raise Refused(f"its mask would take {4 * np.prod(size) / 2**30:.1f} GiB")
+    mask = np.zeros(size, np.float32) if additive is None else additive.float().expand(size).numpy()
+    return np.ascontiguousarray(mask if visible is None else np.where(visible.numpy(), mask, np.float32(-np.inf)))

@@ -1,0 +1,129 @@
+"""softmax(QK^T)V as the formula says, with the whole matrix of scores in memory: in torch and in NumPy."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..cases import Case
+from ..inputs import Inputs
+from .base import LIMIT_BYTES, Prepared, Refused, differentiate, installed, per_sequence, refuse, swapped
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class TorchPlain:
+    """In torch, with autograd."""
+
+    name = "softmax(QK^T)V"
+    package = "torch"
+
+    def absent(self) -> str | None:
+        return None
+
+    def prepare(self, inputs: Inputs, threads: int) -> Prepared:
+        _check(inputs.case)
+        return per_sequence(inputs, self._dense) if inputs.case.packed else self._dense(inputs)
+
+    def _dense(self, inputs: Inputs) -> Prepared:
+        arrays = [inputs.heads_first(name) for name in ("q", "k", "v")]
+        hidden = None if inputs.visible is None else ~inputs.visible
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return _torch(inputs, q, k, v, hidden)
+
+        if inputs.case.backward:
+            return Prepared(differentiate(arrays, attend, inputs.heads_first("dout")), swapped)
+        return Prepared(lambda: attend(*arrays), lambda out: swapped([out]))
+
+
+def _torch(inputs: Inputs, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> Tensor:
+    import torch
+
+    case = inputs.case
+    if case.group > 1:
+        k, v = (x.repeat_interleave(case.group, dim=1) for x in (k, v))
+    s = (q * case.head_dim**-0.5) @ k.transpose(-1, -2)
+    if case.softcap:
+        s = case.softcap * torch.tanh(s / case.softcap)
+    if inputs.additive is not None:
+        s = s + inputs.additive
+    if hidden is not None:
+        s = s.masked_fill(hidden, -torch.inf)
+    if inputs.sink is not None:
+        logit = inputs.sink.to(s.dtype)[None, :, None, None].expand(*s.shape[:3], 1)
+        s = torch.cat([s, logit], dim=-1)
+    p = s.softmax(-1)
+    out: Tensor = (p if inputs.sink is None else p[..., :-1]) @ v
+    return out
+
+
+class NumpyPlain:
+    """In NumPy, float32, forward."""
+
+    name = "NumPy"
+    package = "numpy"
+
+    def absent(self) -> str | None:
+        return None
+
+    def prepare(self, inputs: Inputs, threads: int) -> Prepared:
+        case = inputs.case
+        _check(case)
+        refuse(case, backward=case.backward, **{case.dtype: case.dtype != "float32"})
+        _limit_threads(threads)
+        return per_sequence(inputs, self._dense) if case.packed else self._dense(inputs)
+
+    def _dense(self, inputs: Inputs) -> Prepared:
+        import torch
+
+        case = inputs.case
+        q, k, v = (inputs.heads_first(name).numpy() for name in ("q", "k", "v"))
+        # the query heads of a KV head as rows of one product
+        rows = (case.batch, case.nheads_kv, case.group * case.seqlen_q)
+        q = q.reshape(*rows, case.head_dim)
+        additive = None if inputs.additive is None else inputs.additive.numpy()
+        hidden = None if inputs.visible is None else ~inputs.visible.numpy()
+        sink = None if inputs.sink is None else inputs.sink.numpy()[:, None, None]
+        whole = (case.batch, case.nheads, case.seqlen_q, case.seqlen_k)
+
+        def run() -> Any:
+            s = np.matmul(q * np.float32(case.head_dim**-0.5), k.swapaxes(-1, -2)).reshape(whole)
+            if case.softcap:
+                s = np.float32(case.softcap) * np.tanh(s / np.float32(case.softcap))
+            if additive is not None:
+                s += additive
+            if hidden is not None:
+                np.copyto(s, -np.inf, where=hidden)
+            top = s.max(axis=-1, keepdims=True)
+            top = top if sink is None else np.maximum(top, sink)
+            s -= top
+            np.exp(s, out=s)
+            total = s.sum(axis=-1, keepdims=True)
+            s /= total if sink is None else total + np.exp(sink - top)
+            return np.matmul(s.reshape(*rows, case.seqlen_k), v)
+
+        def results(out: Any) -> list[Tensor]:
+            return swapped([torch.from_numpy(out.reshape(*whole[:3], case.head_dim_v))])
+
+        return Prepared(run, results)
+
+
+def _limit_threads(threads: int) -> None:
+    """NumPy's matrix products take all cores otherwise."""
+    import os
+
+    if not installed("threadpoolctl"):
+        from threadpoolctl import ThreadpoolController
+
+        ThreadpoolController().select(internal_api="openblas").limit(limits=threads)
+    elif threads != os.cpu_count():
+        raise Refused(f"no way to give it {threads} threads: pip install threadpoolctl")
+
+
+def _check(case: Case) -> None:
+    refuse(case, dropout_here=case.dropout_p, pages=case.page_size)
+    if case.matrix_bytes > LIMIT_BYTES:
+        raise Refused(f"its matrix of scores would take {case.matrix_bytes / 2**30:.1f} GiB")
