@@ -5,16 +5,21 @@
 namespace anyattn {
 namespace {
 
-// Tasks that the backward aims at where sequences and heads are few.
+// Tasks that the backward aims at where sequences and heads are few, and the least work that a split is worth.
 constexpr int64_t kBackwardTasks = 16;
+constexpr double kSplitFlops = 1e8;
 
 int64_t backward_splits(const anyattn_call &call) {
     const int64_t heads = call.batch * call.nheads_kv;
     // The order of sums follows from the splits: it depends on the batch unless there is one split always.
     if (call.flags & ANYATTN_BATCH_INVARIANT) return 1;
     if (heads == 0 || heads >= kBackwardTasks) return 1;
-    const int64_t blocks = blocks_of(call.seqlen_q) * (call.nheads / call.nheads_kv);
-    return max64(1, min64((kBackwardTasks + heads - 1) / heads, blocks));
+    const int64_t rows = call.seqlen_q * (call.nheads / call.nheads_kv);
+    const double flops = 5.0 * double(rows) * double(call.seqlen_k) * double(call.head_dim + call.head_dim_v);
+    if (flops < 2 * kSplitFlops) return 1;
+    const int64_t worth =
+        flops < kBackwardTasks * kSplitFlops ? static_cast<int64_t>(flops / kSplitFlops) : kBackwardTasks;
+    return max64(1, min64((kBackwardTasks + heads - 1) / heads, worth));
 }
 
 // Parts of the backward's workspace, in bytes from its start. A function of sizes only.

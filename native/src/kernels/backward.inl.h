@@ -130,7 +130,9 @@ Range fill_gradients(const Block<typename M::C> &block, const TileScratch<M> &w,
     using C = typename M::C;
     using V = typename M::V;
     const anyattn_call &call = block.call;
-    const int64_t first = block.panel_begin(p, j0), n = max64(0, block.panel_end(p, j1) - first);
+    const int64_t first = block.panel_begin(p, j0), keys_in_sight = max64(0, block.panel_end(p, j1) - first);
+    const MaskUse use = mask_use(block, p, first, keys_in_sight);
+    const int64_t n = use == kSeesNone ? 0 : keys_in_sight;
     const Range range{n > 0 ? first - j0 : 0, n};
     Out::clear(gradients, 0, range.first);
     Out::clear(gradients, range.first + round_up(n, 2), j1 - j0);
@@ -142,7 +144,7 @@ Range fill_gradients(const Block<typename M::C> &block, const TileScratch<M> &w,
     Ahead none{};
     M::scores(values, range.first, n, call.head_dim_v, w.dout + p * w.dout_size, rows, T, top, none);
     M::scores(keys, range.first, n, call.head_dim, w.q + p * w.q_size, rows, S, top, ahead);
-    const C factor = score_tile(block, p, first, n, M::score_factor(call.scale), w.added, steep, S, top);
+    const C factor = score_tile(block, p, first, n, use, M::score_factor(call.scale), w.added, steep, S, top);
     if (w.keep) keep_tile(w.keep, block, p, first, n);
     const int64_t row = p * panel<C>;
     gradient_pass<Out>(S, T, n, block.panel_vectors(p), factor, scale, steep, w.keep, w.lse + row, w.delta + row,

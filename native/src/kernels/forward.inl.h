@@ -174,12 +174,14 @@ void attend(const Block<typename M::C> &block, const ForwardState<M> &state, con
     const anyattn_call &call = block.call;
     for (int p = 0; p < block.panels; ++p) {
         const int64_t first = block.panel_begin(p, j0), n = block.panel_end(p, j1) - first, row = p * panel<C>;
-        if (n <= 0) continue;
+        const MaskUse use = n > 0 ? mask_use(block, p, first, n) : kSeesNone;
+        if (use == kSeesNone) continue;
         const int rows = block.panel_rows(p);
         V top[kPanelVectors];
         for (V &x : top) x = splat(-infinity(C()));
         M::scores(keys, first - j0, n, call.head_dim, state.q + p * state.q_size(call), rows, w.S, top, next);
-        const C factor = score_tile(block, p, first, n, M::score_factor(call.scale), w.added, (C *)nullptr, w.S, top);
+        const C factor =
+            score_tile(block, p, first, n, use, M::score_factor(call.scale), w.added, (C *)nullptr, w.S, top);
         if (w.keep) keep_tile(w.keep, block, p, first, n);
         softmax_pass<M>(w.S, n, block.panel_vectors(p), factor, top, w.keep, state.m + row, state.l + row,
                         w.alpha + row);

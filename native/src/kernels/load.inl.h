@@ -65,10 +65,10 @@ ANYATTN_INLINE void narrow_float16(char *p, F32 x) {
 #endif
 
 template <class C>
-ANYATTN_NOINLINE typename Lanes<C>::V widen_bytes(const char *p) {
-    typename Lanes<C>::V x{};
-    for (int i = 0; i < lanes<C>; ++i) x[i] = p[i] != 0;
-    return x;
+ANYATTN_INLINE typename Lanes<C>::V widen_bytes(const char *p) {
+    const auto wide = __builtin_convertvector(load<typename Lanes<C>::Bytes>(p), typename Lanes<C>::I);
+    const typename Lanes<C>::V zero{};
+    return wide != 0 ? zero + C(1) : zero;
 }
 
 // One whole vector. The tag chooses the compute type; bytes (masks) become 0 and 1.

@@ -17,7 +17,7 @@ struct Block {
     int per_head, rows, panels;
     int64_t begin, end;  // keys that any of the rows may see
     C cap;  // 0: off; log2 units
-    bool sloped, scored;  // scored: something other than intervals acts on scores
+    bool sloped, scored;  // scored: something other than intervals and the mask acts on scores
     alignas(64) C slope[kBlockQ], place[kBlockQ];  // of each row: in log2 units; r % per_head
 
     Block(const anyattn_call &a, const QueryBlock &q)
@@ -31,7 +31,7 @@ struct Block {
         const double limited = call.softcap < 1e-30 ? 1e-30 : call.softcap > 1e30 ? 1e30 : call.softcap;
         cap = call.softcap > 0 ? C(limited * kLog2e) : 0;
         sloped = call.alibi_slopes.data;
-        scored = cap != 0 || sloped || call.bias.data || call.mask.data;
+        scored = cap != 0 || sloped || call.bias.data;
         if (sloped) set_slopes();
     }
 
@@ -51,6 +51,12 @@ struct Block {
     static C head_value(const anyattn_array &array, int64_t i, int64_t j) {
         const int64_t at = i * array.stride[0] + j * array.stride[1];
         return load_scalar<C>(static_cast<char *>(array.data) + at * dtype_size(array.dtype), array.dtype);
+    }
+    // The entry of row r and key j in a bias or mask.
+    const char *element(const anyattn_array &array, int r, int64_t j) const {
+        const int64_t at =
+            s.index * array.stride[0] + head(r) * array.stride[1] + row(r) * array.stride[2] + j * array.stride[3];
+        return static_cast<const char *>(array.data) + at * dtype_size(array.dtype);
     }
     // Sink logit of row r, natural units; -inf: none.
     C sink(int r) const { return call.sink.data ? head_value(call.sink, head(r), 0) : -infinity(C()); }
@@ -100,10 +106,7 @@ ANYATTN_INLINE void spread(C *added, const Block<C> &block, int p, const anyattn
     const int count = block.panel_rows(p);
     const char *rows[panel<C>];
     for (int x = 0; x < count; ++x) {
-        const int r = p * panel<C> + x;
-        const int64_t at = block.s.index * array.stride[0] + block.head(r) * array.stride[1] +
-                           block.row(r) * array.stride[2] + j * array.stride[3];
-        rows[x] = static_cast<const char *>(array.data) + at * size;
+        rows[x] = block.element(array, p * panel<C> + x, j);
     }
     for (int c = 0; c < count; c += width) {
         for (int64_t k = 0; k < n; k += width) {
@@ -124,9 +127,30 @@ ANYATTN_INLINE void spread(C *added, const Block<C> &block, int p, const anyattn
     }
 }
 
+// What a boolean mask does to a tile.
+enum MaskUse { kSeesNone, kSeesSome, kSeesAll };
+
+template <class C>
+ANYATTN_NOINLINE MaskUse mask_use(const Block<C> &block, int p, int64_t j, int64_t n) {
+    const anyattn_array &mask = block.call.mask;
+    if (!mask.data) return kSeesAll;
+    const int64_t count = mask.stride[3] ? n : 1;
+    bool some = false, all = true;
+    for (int x = 0; x < block.panel_rows(p); ++x) {
+        const char *row = block.element(mask, p * panel<C> + x, j);
+        for (int64_t i = 0; i < count; ++i) {
+            some |= row[i] != 0;
+            all &= row[i] != 0;
+        }
+        if (some && !all) return kSeesSome;
+        if (mask.stride[1] == 0 && mask.stride[2] == 0) break;  // every row is the same
+    }
+    return all ? kSeesAll : kSeesNone;
+}
+
 // Bias in natural units, -inf where the boolean mask hides a key. `added` has n rows.
 template <class C>
-ANYATTN_NOINLINE void fill_added(C *added, const Block<C> &block, int p, int64_t j, int64_t n) {
+ANYATTN_NOINLINE void fill_added(C *added, const Block<C> &block, int p, int64_t j, int64_t n, MaskUse use) {
     using V = typename Lanes<C>::V;
     const anyattn_call &call = block.call;
     if (call.bias.data) {
@@ -134,7 +158,7 @@ ANYATTN_NOINLINE void fill_added(C *added, const Block<C> &block, int p, int64_t
     } else {
         __builtin_memset(added, 0, (size_t)(n * panel<C> * (int64_t)sizeof(C)));
     }
-    if (!call.mask.data) return;
+    if (use == kSeesAll) return;
     spread(added, block, p, call.mask, j, n, [](V seen, V bias) { return seen == V{} ? splat(-infinity(C())) : bias; });
 }
 
@@ -206,13 +230,14 @@ ANYATTN_NOINLINE void score_pass(const Block<C> &block, int p, int64_t j, int64_
 
 // Runs what this tile needs of the above; returns what its products must still be multiplied by.
 template <class C>
-ANYATTN_INLINE C score_tile(const Block<C> &block, int p, int64_t j, int64_t n, C factor, C *added, C *steep, C *S,
-                            typename Lanes<C>::V *top) {
-    const bool edge = block.edge(p, j, j + n);
-    if (!edge && !block.scored) return factor;
+ANYATTN_INLINE C score_tile(const Block<C> &block, int p, int64_t j, int64_t n, MaskUse use, C factor, C *added,
+                            C *steep, C *S, typename Lanes<C>::V *top) {
+    const bool edge = block.edge(p, j, j + n), masked = use == kSeesSome;
+    if (!edge && !block.scored && !masked) return factor;
     Bounds<C> bounds;
     if (edge) lane_bounds(block, p, j, n, bounds.low, bounds.high);
-    if (added) fill_added(added, block, p, j, n);
+    if (!block.call.bias.data && !masked) added = nullptr;
+    if (added) fill_added(added, block, p, j, n, use);
     score_pass(block, p, j, n, factor, added, steep, edge ? &bounds : nullptr, S, top);
     return C(1);
 }

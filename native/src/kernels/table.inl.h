@@ -48,9 +48,11 @@ int64_t partial_stride(const anyattn_call &call, int64_t dim) { return round_up(
 bool partial_in_place(const anyattn_call &call) {
     const int32_t dtype = call.q.dtype == ANYATTN_FLOAT64 ? ANYATTN_FLOAT64 : ANYATTN_FLOAT32;
     const int64_t width = lanes_of(call);
-    // Rows that are multiples of a page apart share few places in the caches: better a dense copy.
-    const auto crowded = [&](const anyattn_array &array) { return array.stride[1] * dtype_size(dtype) % 4096 == 0; };
-    if (crowded(call.dk) || crowded(call.dv)) return false;
+    // Rows far apart by a power of two share few places in the caches: better a dense copy.
+    const auto crowded = [&](const anyattn_array &array, int64_t dim) {
+        return array.stride[1] != dim && array.stride[1] * dtype_size(dtype) % 1024 == 0;
+    };
+    if (crowded(call.dk, call.head_dim) || crowded(call.dv, call.head_dim_v)) return false;
     return call.dk.dtype == dtype && call.dv.dtype == dtype && call.head_dim % width == 0 &&
            call.head_dim_v % width == 0 && !(call.flags & ANYATTN_ACCUMULATE);
 }

@@ -39,6 +39,7 @@ struct Lanes<float> {
     typedef int32_t I __attribute__((vector_size(kVectorBytes)));
     typedef uint32_t U __attribute__((vector_size(kVectorBytes)));
     typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
+    typedef int8_t Bytes __attribute__((vector_size(kVectorBytes / 4)));
 };
 
 template <>
@@ -48,6 +49,7 @@ struct Lanes<double> {
     typedef int64_t I __attribute__((vector_size(kVectorBytes)));
     typedef uint64_t U __attribute__((vector_size(kVectorBytes)));
     typedef float Single __attribute__((vector_size(kVectorBytes / 2)));
+    typedef int8_t Bytes __attribute__((vector_size(kVectorBytes / 8)));
 };
 
 using F32 = Lanes<float>::V;
