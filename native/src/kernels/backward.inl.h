@@ -126,7 +126,7 @@ struct Range {
 template <class M, class Out>
 Range fill_gradients(const Block<typename M::C> &block, const TileScratch<M> &w, const typename M::Keys &keys,
                      const typename M::Keys &values, int p, int64_t j0, int64_t j1, typename M::C scale, bool capped,
-                     const typename Out::Gradients &gradients, Ahead &ahead) {
+                     const typename Out::Gradients &gradients, TileAhead &ahead) {
     using C = typename M::C;
     using V = typename M::V;
     const anyattn_call &call = block.call;
@@ -141,7 +141,7 @@ Range fill_gradients(const Block<typename M::C> &block, const TileScratch<M> &w,
     C *steep = capped ? w.steep : nullptr;
     V top[kPanelVectors] = {};
     const int rows = block.panel_rows(p);
-    Ahead none{};
+    TileAhead none{};
     M::scores(values, range.first, n, call.head_dim_v, w.dout + p * w.dout_size, rows, T, top, none);
     M::scores(keys, range.first, n, call.head_dim, w.q + p * w.q_size, rows, S, top, ahead);
     const C factor = score_tile(block, p, first, n, use, M::score_factor(call.scale), w.added, steep, S, top);
@@ -202,7 +202,7 @@ void backward_block(const Block<typename M::C> &block, const BackwardScratch<M> 
         const int64_t j1 = min64(j0 + kKeys, block.end), n = j1 - j0;
         const auto keys = M::load_keys(k, j0, n, call.head_dim, kSumDim | kSumKeys, tiles.k);
         const auto values = M::load_keys(v, j0, n, call.head_dim_v, kSumDim, tiles.v);
-        Ahead next = next_tile(call, &k, &v, 1, j1, min64(j1 + kKeys, block.end));
+        TileAhead next = next_tile(call, &k, &v, 1, j1, min64(j1 + kKeys, block.end));
         for (int p = 0; p < block.panels; ++p) {
             const auto part = M::panel_of(gradients, p);
             const Range r =

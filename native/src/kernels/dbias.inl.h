@@ -49,7 +49,7 @@ void add_block(const Block<typename M::C> &block, const DbiasTile &tile, const D
     if (begin >= end) return;
     prepare_rows(block, w.tiles);
     const KeyRows k = key_rows(call.k, call, block.s, block.h_kv), v = key_rows(call.v, call, block.s, block.h_kv);
-    Ahead none{};
+    TileAhead none{};
     for (int64_t j0 = begin; j0 < end; j0 += kKeys) {
         const int64_t n = min64(kKeys, end - j0);
         const auto keys = M::load_keys(k, j0, n, call.head_dim, kSumDim, w.tiles.k);

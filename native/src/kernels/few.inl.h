@@ -38,7 +38,7 @@ ANYATTN_INLINE void store_sums(C *S, typename Lanes<C>::V *acc) {
 
 // S[j][0 .. R) = <key j, Q[0 .. R)> for lanes / R keys.
 template <class C, int T, int R>
-ANYATTN_NOINLINE void few_scores(const char *const *keys, const C *Q, int64_t stride, int64_t dim, C *S) {
+ANYATTN_NOINLINE void few_scores(const char *const *keys, const C *Q, int64_t stride, int64_t dim, C *S, Ahead &ahead) {
     using V = typename Lanes<C>::V;
     constexpr int width = lanes<C>, K = width / R, size = dtype_size(T);
     V acc[width];
@@ -46,6 +46,7 @@ ANYATTN_NOINLINE void few_scores(const char *const *keys, const C *Q, int64_t st
     // Key by key: memory is read in order.
     ANYATTN_UNROLL
     for (int i = 0; i < K; ++i) {
+        ahead.fetch();
         V sum[R] = {};
         const auto add = [&](V k, int64_t d) {
             ANYATTN_UNROLL
@@ -60,15 +61,20 @@ ANYATTN_NOINLINE void few_scores(const char *const *keys, const C *Q, int64_t st
 }
 
 // O[r][..] = alpha[r] O[r][..] + sum over n keys of P[j][r] value j[..], for R rows and N vectors (of which the last may
-// have fewer than all of its `left` elements).
+// have fewer than all of its `left` elements). Asks ahead for one row `every` so many.
 template <class C, int T, int R, int N, bool whole>
 ANYATTN_NOINLINE void few_values(const char *const *values, int64_t offset, int64_t left, const C *P, int64_t n, C *O,
-                                 int64_t stride, const C *alpha) {
+                                 int64_t stride, const C *alpha, Ahead &ahead, int64_t every) {
     using V = typename Lanes<C>::V;
     constexpr int width = lanes<C>, size = dtype_size(T);
     V acc[R][N];
     clear<C>(acc);
+    int64_t wait = every;
     for (int64_t j = 0; j < n; ++j) {
+        if (--wait == 0) {
+            ahead.fetch();
+            wait = every;
+        }
         V v[N];
         ANYATTN_UNROLL
         for (int x = 0; x < N; ++x) {
@@ -142,14 +148,14 @@ struct Few {
     }
 
     static void scores(const Keys &keys, int64_t first, int64_t n, int64_t dim, const C *q, int count, C *S, V *top,
-                       Ahead &ahead) {
+                       TileAhead &ahead) {
         const char *const *rows = keys.rows + first;
         for_rows(count, [&](auto r) {
             with_dtype<C>(keys.dtype, [&](auto t) {
                 constexpr int R = decltype(r)::value;
                 for (int64_t j = 0; j < n; j += lanes<C> / R) {
-                    ahead.fetch(lanes<C> / R);
-                    few_scores<C, decltype(t)::value, R>(rows + j, q, round_up(dim, lanes<C>), dim, S + j * panel<C>);
+                    few_scores<C, decltype(t)::value, R>(rows + j, q, round_up(dim, lanes<C>), dim, S + j * panel<C>,
+                                                         ahead.k);
                 }
             });
         });
@@ -165,15 +171,16 @@ struct Few {
     static ANYATTN_INLINE void store_p(C *S, int64_t j, int c, V p0, V p1) { Plain<C>::store_p(S, j, c, p0, p1); }
 
     static void accumulate(const Keys &keys, int64_t first, int64_t n, int64_t dim, const C *P, int count, C *O,
-                           const C *alpha) {
+                           const C *alpha, TileAhead &ahead) {
         constexpr int width = lanes<C>;
         const int64_t stride = round_up(dim, width);
         for_rows(count, [&](auto r) {
             with_dtype<C>(keys.dtype, [&](auto t) {
                 constexpr int R = decltype(r)::value, T = decltype(t)::value, N = kFewSums / R;
+                const int64_t every = max64(1, dim / (N * width));
                 const auto add = [&](auto vectors, auto whole, int64_t d) {
                     few_values<C, T, R, decltype(vectors)::value, decltype(whole)::value>(
-                        keys.rows + first, d * dtype_size(T), dim - d, P, n, O + d, stride, alpha);
+                        keys.rows + first, d * dtype_size(T), dim - d, P, n, O + d, stride, alpha, ahead.v, every);
                 };
                 int64_t d = 0;
                 for (; d + N * width <= dim; d += N * width) add(Int<N>(), Int<true>(), d);

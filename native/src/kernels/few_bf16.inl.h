@@ -12,12 +12,14 @@ ANYATTN_INLINE F32 multiply_vectors(__m512i a, __m512i b, F32 acc) {
 
 // S[j][0 .. R) = <key j, Q[0 .. R)> for 16 / R keys.
 template <int R>
-ANYATTN_NOINLINE void few_score_pairs(const char *const *keys, const Pair *Q, int64_t stride, int64_t dim, float *S) {
+ANYATTN_NOINLINE void few_score_pairs(const char *const *keys, const Pair *Q, int64_t stride, int64_t dim, float *S,
+                                      Ahead &ahead) {
     constexpr int K = 16 / R;
     F32 acc[16];
     const int64_t whole = dim / 32 * 32;
     ANYATTN_UNROLL
     for (int i = 0; i < K; ++i) {
+        ahead.fetch();
         F32 sum[R] = {};
         const auto add = [&](__m512i k, int64_t d) {
             ANYATTN_UNROLL
@@ -37,13 +39,18 @@ ANYATTN_NOINLINE void few_score_pairs(const char *const *keys, const Pair *Q, in
 // last may be fewer. Each 32 columns are two vectors: what unpacking leaves in the low and in the high halves.
 template <int R, int N, bool whole>
 ANYATTN_NOINLINE void few_value_pairs(const char *const *values, int64_t offset, int64_t left, const Pair *P, int64_t n,
-                                      float *O, int64_t stride, const float *alpha) {
+                                      float *O, int64_t stride, const float *alpha, Ahead &ahead, int64_t every) {
     F32 acc[R][2 * N] = {};
+    int64_t wait = every;
     const auto load_value = [&](int64_t j, int x) {
         const char *at = values[j] + offset + 64 * x;
         return whole ? _mm512_loadu_si512(at) : load_pairs(at, left - 32 * x);
     };
     for (int64_t j = 0; j < n; j += 2, P += panel<float>) {
+        if (--wait == 0) {
+            ahead.fetch(2);
+            wait = every;
+        }
         __m512i v[2 * N];
         ANYATTN_UNROLL
         for (int x = 0; x < N; ++x) {
@@ -84,12 +91,11 @@ struct FewDot : Few<float> {
     static float score_factor(double scale) { return Dot::score_factor(scale); }
 
     static void scores(const Keys &keys, int64_t first, int64_t n, int64_t dim, const Pair *q, int count, float *S,
-                       V *top, Ahead &ahead) {
+                       V *top, TileAhead &ahead) {
         for_rows(count, [&](auto r) {
             constexpr int R = decltype(r)::value;
             for (int64_t j = 0; j < n; j += 16 / R) {
-                ahead.fetch(16 / R);
-                few_score_pairs<R>(keys.rows + first + j, q, round_up(dim, 32) / 2, dim, S + j * panel<float>);
+                few_score_pairs<R>(keys.rows + first + j, q, round_up(dim, 32) / 2, dim, S + j * panel<float>, ahead.k);
             }
         });
         top[0] = highest(S, n);
@@ -98,13 +104,14 @@ struct FewDot : Few<float> {
     static ANYATTN_INLINE void store_p(float *S, int64_t j, int c, V p0, V p1) { Dot::store_p(S, j, c, p0, p1); }
 
     static void accumulate(const Keys &keys, int64_t first, int64_t n, int64_t dim, const void *P, int count, float *O,
-                           const float *alpha) {
+                           const float *alpha, TileAhead &ahead) {
         for_rows(count, [&](auto r) {
             constexpr int R = decltype(r)::value, N = kFewSums / R / 2;
+            const int64_t every = max64(1, dim / (N * 32));
             const auto add = [&](auto groups, auto whole, int64_t d) {
-                few_value_pairs<R, decltype(groups)::value, decltype(whole)::value>(keys.rows + first, 2 * d, dim - d,
-                                                                                    static_cast<const Pair *>(P), n,
-                                                                                    O + d, round_up(dim, 32), alpha);
+                few_value_pairs<R, decltype(groups)::value, decltype(whole)::value>(
+                    keys.rows + first, 2 * d, dim - d, static_cast<const Pair *>(P), n, O + d, round_up(dim, 32), alpha,
+                    ahead.v, every);
             };
             int64_t d = 0;
             for (; d + N * 32 <= dim; d += N * 32) add(Int<N>(), Int<true>(), d);

@@ -168,7 +168,7 @@ void start(const Block<typename M::C> &block, const ForwardState<M> &state) {
 // Adds the keys [j0, j1): one tile.
 template <class M>
 void attend(const Block<typename M::C> &block, const ForwardState<M> &state, const ForwardScratch<M> &w,
-            const typename M::Keys &keys, const typename M::Keys &values, int64_t j0, int64_t j1, Ahead &next) {
+            const typename M::Keys &keys, const typename M::Keys &values, int64_t j0, int64_t j1, TileAhead &next) {
     using C = typename M::C;
     using V = typename M::V;
     const anyattn_call &call = block.call;
@@ -186,7 +186,7 @@ void attend(const Block<typename M::C> &block, const ForwardState<M> &state, con
         softmax_pass<M>(w.S, n, block.panel_vectors(p), factor, top, w.keep, state.m + row, state.l + row,
                         w.alpha + row);
         M::accumulate(values, first - j0, n, call.head_dim_v, w.S, rows, state.out + p * state.out_size(call),
-                      w.alpha + row);
+                      w.alpha + row, next);
     }
 }
 
@@ -238,7 +238,7 @@ void forward_blocks(const anyattn_call &call, const BlockSet &set, int64_t begin
     M::clean(w.S);
     for (int64_t j0 = begin; j0 < end; j0 += M::tile_keys) {
         const int64_t j1 = min64(j0 + M::tile_keys, end);
-        Ahead next = next_tile(call, w.k_rows, w.v_rows, set.groups, j1, min64(j1 + M::tile_keys, end));
+        TileAhead next = next_tile(call, w.k_rows, w.v_rows, set.groups, j1, min64(j1 + M::tile_keys, end));
         for (int64_t i = 0; i < set.count();) {
             const int64_t g = i / set.shared();
             const auto keys = M::load_keys(w.k_rows[g], j0, j1 - j0, call.head_dim, kSumDim, w.k);

@@ -199,25 +199,30 @@ ANYATTN_INLINE void with_dtype([[maybe_unused]] int32_t dtype, const Body &body)
     }
 }
 
-// The tile of keys and values that comes next, asked for piece by piece while this one is multiplied, in the order in
-// which it lies in memory if heads lie side by side: in that order the processor reads ahead on its own.
+// Rows of the tile of keys (or values) that comes next, asked for one by one while this tile is multiplied: never many at
+// once, since the loads of the multiplication would wait behind them; and in the order in which they lie in memory if heads
+// lie side by side, since in that order the processor reads ahead on its own.
 struct Ahead {
-    const KeyRows *k, *v;  // of each head
-    int64_t heads, j, end, k_bytes, v_bytes;
+    const KeyRows *rows;  // of each head
+    int64_t heads, j, end, bytes;
     int64_t head = 0;
 
-    // Another `count` rows of a head.
-    void fetch(int64_t count) {
-        for (; count > 0 && j < end; --count) {
-            const char *key = k[head].row(j), *value = v[head].row(j);
-            for (int64_t x = 0; x < k_bytes; x += 64) __builtin_prefetch(key + x, 0, 2);
-            for (int64_t x = 0; x < v_bytes; x += 64) __builtin_prefetch(value + x, 0, 2);
-            if (++head == heads) {
-                head = 0;
-                ++j;
-            }
+    ANYATTN_INLINE void fetch() {
+        if (j >= end) return;
+        const char *row = rows[head].row(j);
+        for (int64_t x = 0; x < bytes; x += 64) __builtin_prefetch(row + x, 0, 2);
+        if (++head == heads) {
+            head = 0;
+            ++j;
         }
     }
+    void fetch(int64_t count) {
+        for (; count > 0; --count) fetch();
+    }
+};
+
+struct TileAhead {
+    Ahead k, v;
 };
 
 // n values to the compute type, and zeros up to a whole vector.

@@ -219,11 +219,12 @@ struct Plain {
     }
 
     static void scores(const Keys &keys, int64_t first, int64_t n, int64_t dim, const Packed *q, int rows, C *S, V *top,
-                       Ahead &ahead) {
+                       TileAhead &ahead) {
         const C *k = keys.data + first * keys.stride;
         for_width(vectors_of<C>(rows), [&](auto width) {
             for_tiles(n, [&](auto m, int64_t j) {
-                ahead.fetch(decltype(m)::value);
+                ahead.k.fetch(decltype(m)::value);
+                ahead.v.fetch(decltype(m)::value);
                 multiply_keys<C, decltype(m)::value, decltype(width)::value>(k + j * keys.stride, keys.stride, dim, q,
                                                                              S + j * panel<C>, top);
             });
@@ -243,7 +244,7 @@ struct Plain {
     }
 
     static void accumulate(const Keys &keys, int64_t first, int64_t n, int64_t dim, const C *P, int rows, C *O,
-                           const C *alpha) {
+                           const C *alpha, TileAhead &) {
         const C *v = keys.data + first * keys.stride;
         for_width(vectors_of<C>(rows), [&](auto width) {
             for_tiles(dim, [&](auto m, int64_t d) {
@@ -316,7 +317,8 @@ struct Plain {
     }
     static void accumulate_dq(const Gradients &g, const Keys &k, int64_t first, int64_t n, int64_t dim, int rows,
                               C *dq) {
-        accumulate(k, first, n, dim, g.ds + first * panel<C>, rows, dq, nullptr);
+        TileAhead none{};
+        accumulate(k, first, n, dim, g.ds + first * panel<C>, rows, dq, nullptr, none);
     }
 };
 

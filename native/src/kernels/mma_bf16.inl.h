@@ -205,11 +205,12 @@ struct Dot {
     }
 
     static void scores(const Keys &keys, int64_t first, int64_t n, int64_t dim, const Packed *q, int rows, float *S,
-                       V *top, Ahead &ahead) {
+                       V *top, TileAhead &ahead) {
         const char *k = keys.rows + first * keys.stride;
         for_width(vectors_of<float>(rows), [&](auto width) {
             for_tiles(n, [&](auto m, int64_t j) {
-                ahead.fetch(decltype(m)::value);
+                ahead.k.fetch(decltype(m)::value);
+                ahead.v.fetch(decltype(m)::value);
                 multiply_key_pairs<decltype(m)::value, decltype(width)::value>(
                     k + j * keys.stride, keys.stride, (dim + 1) / 2, q, S + j * panel<float>, top);
             });
@@ -226,7 +227,7 @@ struct Dot {
     // Keys in pairs from `first`, which is even. A last key alone must not bring its neighbour, which these queries may
     // not see: 0 times infinity is not 0.
     static void accumulate(const Keys &keys, int64_t first, int64_t n, int64_t dim, const void *P, int rows, float *O,
-                           const float *alpha) {
+                           const float *alpha, TileAhead &) {
         Pair *v = keys.pairs + first / 2 * keys.pair_stride, *last = v + n / 2 * keys.pair_stride;
         Pair *saved = keys.pairs + kKeys / 2 * keys.pair_stride;
         if (n % 2) {
@@ -302,7 +303,8 @@ struct Dot {
     }
     static void accumulate_dq(const Gradients &g, const Keys &k, int64_t first, int64_t n, int64_t dim, int rows,
                               float *dq) {
-        accumulate(k, first, n, dim, from(g, first).ds_keys, rows, dq, nullptr);
+        TileAhead none{};
+        accumulate(k, first, n, dim, from(g, first).ds_keys, rows, dq, nullptr, none);
     }
 };
 

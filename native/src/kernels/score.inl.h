@@ -89,11 +89,11 @@ struct Block {
     }
 };
 
-// The tile of keys [j, j + n) of `heads` heads, to be asked for ahead.
-inline Ahead next_tile(const anyattn_call &call, const KeyRows *k, const KeyRows *v, int64_t heads, int64_t j,
-                       int64_t end) {
-    return {
-        k, v, heads, j, end, call.head_dim * dtype_size(k->rows.dtype), call.head_dim_v * dtype_size(v->rows.dtype)};
+// The tile of keys [j, end) of `heads` heads.
+inline TileAhead next_tile(const anyattn_call &call, const KeyRows *k, const KeyRows *v, int64_t heads, int64_t j,
+                           int64_t end) {
+    return {{k, heads, j, end, call.head_dim * dtype_size(k->rows.dtype)},
+            {v, heads, j, end, call.head_dim_v * dtype_size(v->rows.dtype)}};
 }
 
 // added[key][lane] from an array of (row, key) for keys [j, j + n) of panel p; Merge(new, old) is stored.
