@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import Any
 
 QUOTED = ("(1, 8, 2048, 64)", "(1, 16, 2048, 128)")
+WORKLOADS = (
+    *("GQA 32:8 prefill", "decode B=1", "decode B=8", "decode pages of 16", "32 rows", "window 256", "window 1024"),
+    *("varlen", "dense bias", "mask documents", "dropout", "backward few heads", "backward GQA"),
+)
 
 
 def accuracy(results: dict[str, Any]) -> str:
@@ -38,9 +42,23 @@ def speed(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def workloads(results: dict[str, Any]) -> str:
+    """Milliseconds of ours, and how many times longer each of the others takes."""
+    rows = [row for row in results["cases"] if row["name"] in WORKLOADS and "anyattn" in row["seconds"]]
+    others = sorted({name for row in rows for name in row["seconds"]} - {"anyattn"}, reverse=True)
+    lines = [f"| workload | ms | {' | '.join(others)} |", "|---" * (len(others) + 2) + "|"]
+    for row in rows:
+        seconds = {name: timing["median"] for name, timing in row["seconds"].items()}
+        ours = seconds["anyattn"]
+        ratios = [f"{seconds[name] / ours:.1f}x" if name in seconds else "" for name in others]
+        lines.append(f"| {row['name']}: {row['label']} | {ours * 1e3:.1f} | {' | '.join(ratios)} |")
+    return "\n".join(lines)
+
+
 def fill(text: str, results: dict[str, Any]) -> str:
     """The text with everything between `<!-- NAME:begin -->` and `<!-- NAME:end -->` written anew."""
-    for name, section in (("accuracy", accuracy(results)), ("speed", speed(results))):
+    sections = {"accuracy": accuracy(results), "speed": speed(results), "workloads": workloads(results)}
+    for name, section in sections.items():
         pattern = re.compile(f"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
         text = pattern.sub(rf"\g<1>{section}\n\g<2>", text)
     return text
