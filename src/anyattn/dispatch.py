@@ -15,7 +15,7 @@ from .backends.base import Backend, Plan
 from .errors import UnsupportedProblem
 from .problem import Problem, Variant
 
-NAMES = ("cpu", "numpy")  # automatic order
+NAMES = ("cpu", "triton", "numpy")  # automatic order
 CACHE_SIZE = 1024
 
 logger = logging.getLogger("anyattn")
@@ -67,6 +67,10 @@ def _create(name: str) -> Backend:
         from .backends.cpu.backend import CpuBackend
 
         return CpuBackend()
+    if name == "triton":
+        from .backends.triton.backend import TritonBackend
+
+        return TritonBackend()
     if name == "numpy":
         from .backends.numpy import NumpyBackend
 
@@ -104,7 +108,7 @@ def choose(problem: Problem, names: tuple[str, ...]) -> Backend:
     _check_required()
     refusals: dict[str, list[str]] = {}
     for name in names or NAMES:
-        reasons = refuse(get(name), problem)
+        reasons = refuse(get(name), problem, named=bool(names))
         if not reasons:
             if not names:
                 _tell(problem, refusals)
@@ -113,15 +117,17 @@ def choose(problem: Problem, names: tuple[str, ...]) -> Backend:
     raise UnsupportedProblem(str(problem), refusals)
 
 
-def refuse(candidate: Backend, problem: Problem) -> list[str]:
-    """[] or why this backend does not compute the problem."""
+def refuse(candidate: Backend, problem: Problem, *, named: bool = True) -> list[str]:
+    """[] or why this backend does not compute the problem; `named`: the caller asks for this one."""
     missing = candidate.available()
-    return [missing] if missing else candidate.supports(problem)
+    if missing:
+        return [missing]
+    return candidate.supports(problem) or ([] if named else candidate.avoids(problem))
 
 
 def explain(problem: Problem, names: tuple[str, ...]) -> Explanation:
     """What `choose` would do, with every backend's reasons."""
-    reasons = {name: refuse(get(name), problem) for name in names or NAMES}
+    reasons = {name: refuse(get(name), problem, named=bool(names)) for name in names or NAMES}
     chosen = next((name for name, refusal in reasons.items() if not refusal), None)
     return Explanation(str(problem), chosen, reasons)
 

@@ -95,6 +95,9 @@ class Backend(Protocol):
     def supports(self, problem: Problem) -> list[str]:
         """[] or the reasons against. May look at sizes, never at values in device memory."""
 
+    def avoids(self, problem: Problem) -> list[str]:
+        """[] or why automatic choice passes over this backend although it supports the problem."""
+
     def plan(self, problem: Problem) -> Plan:
         """Cheap; compiled parts are cached by problem.variant."""
 

@@ -51,6 +51,9 @@ class CpuBackend:
             reasons.append("has no backward through a KV cache (block_table, cache_batch_idx)")
         return reasons
 
+    def avoids(self, problem: Problem) -> list[str]:
+        return []
+
     def plan(self, problem: Problem) -> CpuPlan:
         return CpuPlan(library.load(), problem)
 

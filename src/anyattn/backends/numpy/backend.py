@@ -45,6 +45,9 @@ class NumpyBackend:
             return [f"computes in host memory only; q is on {problem.device}"]
         return []
 
+    def avoids(self, problem: Problem) -> list[str]:
+        return []
+
     def plan(self, problem: Problem) -> NumpyPlan:
         return NumpyPlan(problem)
 

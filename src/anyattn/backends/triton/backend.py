@@ -1,0 +1,75 @@
+"""TritonBackend: what runs on a GPU through torch's device, or in Triton's interpreter on host memory."""
+
+from __future__ import annotations
+
+import re
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+from ...kvcache import Append
+from ...problem import Problem
+from ..base import Call
+from .device import interpreted
+
+if TYPE_CHECKING:
+    from .plan import TritonPlan
+
+OLDEST = (3, 6)
+LARGEST_HEAD_DIM = 512
+DEVICES = ("cuda", "xpu")
+
+
+class TritonBackend:
+    """NVIDIA, AMD and Intel GPUs."""
+
+    name = "triton"
+
+    def available(self) -> str | None:
+        return self._missing
+
+    @cached_property
+    def _missing(self) -> str | None:
+        try:
+            found = version("triton")
+        except PackageNotFoundError:
+            return "Triton is not installed: pip install triton (it comes with torch for GPUs)"
+        numbers = tuple(int(part) for part in re.findall(r"\d+", found)[:2])
+        if numbers < OLDEST:
+            return f"Triton {found} is too old: {'.'.join(map(str, OLDEST))} or later is needed (torch 2.10 brings it)"
+        if interpreted():
+            return None
+        try:
+            import torch
+        except ImportError:
+            return "torch, through which GPUs are reached, is not installed"
+        if not any(hasattr(torch, kind) and getattr(torch, kind).is_available() for kind in DEVICES):
+            return "torch sees no GPU (TRITON_INTERPRET=1 runs the kernels in Triton's interpreter, slowly)"
+        return None
+
+    def supports(self, problem: Problem) -> list[str]:
+        reasons = []
+        kind = problem.device.split(":")[0]
+        accepted = ("cpu",) if interpreted() else DEVICES
+        if kind not in accepted:
+            where = "in host memory, as TRITON_INTERPRET is set" if interpreted() else "on cuda and xpu devices"
+            reasons.append(f"computes {where}; q is on {problem.device}")
+        if problem.dtype == "float64":
+            reasons.append("has no float64; the cpu and numpy backends do")
+        width = max(problem.head_dim, problem.head_dim_v)
+        if width > LARGEST_HEAD_DIM:
+            reasons.append(f"takes head_dim and head_dim_v up to {LARGEST_HEAD_DIM}; got {width}")
+        if problem.dout is not None:
+            reasons.append("has no backward yet")
+        return reasons
+
+    def avoids(self, problem: Problem) -> list[str]:
+        return ["runs in Triton's interpreter, which is slow: only if named"] if interpreted() else []
+
+    def plan(self, problem: Problem) -> TritonPlan:
+        from .plan import TritonPlan
+
+        return TritonPlan(problem)
+
+    def append(self, append: Append, call: Call) -> None:
+        raise NotImplementedError

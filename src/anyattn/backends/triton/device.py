@@ -1,0 +1,43 @@
+"""Which GPU a tensor lies on, as far as tuning and launching need to know. The interpreter counts as a device of its own."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cache
+
+INTERPRETER = "interpreter"
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """Architecture (sm_90, gfx942, xpu, interpreter), multiprocessors, bytes of L2 cache."""
+
+    arch: str
+    processors: int
+    l2_bytes: int
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, which reads TRITON_INTERPRET itself when they are first imported."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+@cache
+def device(name: str) -> Device:
+    """The device of that torch name, "cuda:0"."""
+    if interpreted():
+        return Device(INTERPRETER, 4, 2**20)
+    import torch
+
+    kind, _, number = name.partition(":")
+    index = int(number or 0)
+    if kind == "xpu":
+        properties = torch.xpu.get_device_properties(index)
+        return Device("xpu", int(properties.max_compute_units), 2**24)
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        arch = properties.gcnArchName.split(":")[0]
+    else:
+        arch = f"sm_{properties.major}{properties.minor}"
+    return Device(arch, int(properties.multi_processor_count), int(properties.L2_cache_size))

@@ -1,0 +1,38 @@
+"""Tile sizes as data: by architecture, dtype, head_dim and phase, with one heuristic for what is not in the table."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from .device import INTERPRETER
+
+
+class Config(NamedTuple):
+    """One way to run a kernel."""
+
+    tile_q: int
+    tile_k: int
+    num_warps: int = 4
+    num_stages: int = 2
+
+
+def chunks(size: int) -> tuple[int, int]:
+    """A dimension as one or two powers of two, each at least 16 (0: not needed): 96 is 64 + 32, 100 is 128."""
+    first = max(16, 1 << (size.bit_length() - 1))
+    if size <= first:
+        return first, 0
+    second = max(16, 1 << (size - first - 1).bit_length())
+    return (2 * first, 0) if second == first else (first, second)
+
+
+def forward(arch: str, dtype: str, width: int) -> Config:
+    """For a tile of rows; width: the larger of the padded head_dim and head_dim_v."""
+    if arch == INTERPRETER:
+        return Config(64, 64)
+    if dtype == "float32":
+        return Config(32, 32) if width <= 128 else Config(16, 16)
+    if width <= 64:
+        return Config(128, 64, 4, 3)
+    if width <= 128:
+        return Config(128, 64, 8, 3)
+    return Config(64, 64, 8, 2) if width <= 256 else Config(32, 32, 8, 1)
