@@ -9,6 +9,8 @@ import os
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
+# Triton's kernels run here in its interpreter; it reads this when they are first imported.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -75,6 +77,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Engines vary fastest, so that what a case expects is computed once for all of them."""
     if "engine" in metafunc.fixturenames:
         metafunc.parametrize("engine", engines(), ids=str, indirect=True)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """An interpreted engine takes the cases that are small enough for it."""
+    wanted = [item for item in items if not _too_large(item)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
+    items[:] = wanted
+
+
+def _too_large(item: pytest.Item) -> bool:
+    given = getattr(item, "callspec", None) and item.callspec.params  # type: ignore[attr-defined]
+    return bool(given) and "case" in given and "engine" in given and given["engine"].omits(given["case"])
 
 
 @pytest.fixture

@@ -6,7 +6,11 @@ import os
 from dataclasses import dataclass
 from functools import cache
 
+from cases import INTERPRETER
+
 from anyattn import dispatch, settings
+from anyattn.backends.triton.device import interpreted
+from anyattn.problem import Problem
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +19,22 @@ class Engine:
 
     backend: str
     target: str = ""
+
+    @property
+    def interpreted(self) -> bool:
+        """A tile takes milliseconds."""
+        return self.backend == "triton" and interpreted()
+
+    def may_refuse(self, problem: Problem) -> bool:
+        """What no engine of this kind computes."""
+        if problem.dout is not None and (problem.paged or problem.cache_batch_idx is not None):
+            return self.backend != "numpy"
+        if self.backend == "triton":
+            return problem.dtype == "float64" or max(problem.head_dim, problem.head_dim_v) > 512
+        return False
+
+    def omits(self, case: object) -> bool:
+        return self.interpreted and case not in INTERPRETER
 
     def __str__(self) -> str:
         return f"{self.backend}-{self.target}" if self.target else self.backend

@@ -85,7 +85,7 @@ def refused(inputs: Inputs, direction: str, engine: Engine) -> bool:
     reasons = dispatch.refuse(dispatch.get(engine.backend), problem)
     if not reasons:
         return False
-    assert direction == "backward" and problem.paged, f"{engine} must compute this: {reasons}"
+    assert engine.may_refuse(problem), f"{engine} must compute this: {reasons}"
     with pytest.raises(anyattn.UnsupportedProblem) as caught:
         run(inputs, direction, engine)
     assert all(reason in str(caught.value) for reason in reasons)

@@ -27,7 +27,7 @@ def interpreted() -> bool:
 def device(name: str) -> Device:
     """The device of that torch name, "cuda:0"."""
     if interpreted():
-        return Device(INTERPRETER, 4, 2**20)
+        return Device(INTERPRETER, 16, 2**20)
     import torch
 
     kind, _, number = name.partition(":")

@@ -39,8 +39,8 @@ def attention_forward(
     q, k, v, out, lse, bias, mask, heads, tables, sizes, interval, scalars, dropout, schedule,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr,
     E1: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr, PACK: tl.constexpr, SPLIT: tl.constexpr,
-    TOP_LEFT: tl.constexpr, LOWER: tl.constexpr, HOLES: tl.constexpr, NEGATIVE: tl.constexpr, LAST_FIRST: tl.constexpr,
-    PRECISION: tl.constexpr,
+    TOP_LEFT: tl.constexpr, LOWER: tl.constexpr, HOLES: tl.constexpr, NEGATIVE: tl.constexpr, PRECISION: tl.constexpr,
+    LAST_FIRST: tl.constexpr,
 ):  # fmt: skip
     tile, b, head, row_q, length = place(tl.program_id(0), tables, sizes, schedule, PACK, TILE_Q, LAST_FIRST)
     split = tl.program_id(1)

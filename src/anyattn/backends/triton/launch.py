@@ -124,6 +124,7 @@ class Kernel:
     """A kernel with its template, ready to launch. Compiled at the first launch, once per device and alignment."""
 
     def __init__(self, function: Any, template: Template, grid: tuple[int, int], options: dict[str, Any]) -> None:
+        assert tuple(template.constants) == tuple(function.arg_names[len(template.arguments) :])
         self.function, self.template, self.grid, self.options = function, template, grid, options
         self._compiled: dict[tuple[int, bool], Any] = {}
 

@@ -1,28 +1,29 @@
-"""Plans: a Problem as templates of kernel arguments."""
+"""Plans: which kernels compute a Problem, in which tiles, and with how much workspace."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
-from ...problem import Array, Problem
+from ...problem import Problem
 from ..base import Call
 from . import tuning
-from .device import device
+from .arguments import common, contiguous, statistics, view
+from .decode import combine_splits
+from .device import Device, device
 from .forward import attention_forward
-from .launch import Address, Kernel, Template, f32, i32, i64, stride
+from .launch import Address, Kernel, Template, i32, i64
 from .tuning import Config, chunks
-from .views import Dense, Dropout, Heads, Interval, Scalars, Schedule, Sizes, Tables, View
-from ... import philox
+from .views import Schedule, View
 
 
 class TritonPlan:
-    """The kernels of one problem."""
-
-    forward_bytes = 0
-    backward_bytes = 0
+    """The kernels of one problem, in the order in which they run."""
 
     def __init__(self, problem: Problem) -> None:
-        self._forward = [forward_kernel(problem)] if problem.dout is None else []
+        self._forward: list[Kernel] = []
+        self.forward_bytes = self.backward_bytes = 0
+        if problem.dout is None:
+            self._forward, self.forward_bytes = forward_kernels(problem)
 
     def forward(self, call: Call) -> None:
         for kernel in self._forward:
@@ -32,38 +33,48 @@ class TritonPlan:
         raise NotImplementedError
 
 
-def forward_kernel(problem: Problem) -> Kernel:
-    (d0, d1), (e0, e1) = chunks(problem.head_dim), chunks(problem.head_dim_v)
-    config = tuning.forward(device(problem.device).arch, problem.dtype, max(d0 + d1, e0 + e1))
-    pack = False
-    tiles, pairs = rows_of_tiles(problem, config, pack)
-    schedule = Schedule(i32(tiles), i32(1), i32(1), i64(0), i64(0))
-    arguments = (
-        *(view(name, getattr(problem, name)) for name in ("q", "k", "v")),
-        view("out", contiguous(problem.out_shape, problem.dtype)),
-        statistics("lse", problem.lse_shape),
-        *common(problem),
-        schedule,
+class Shape(NamedTuple):
+    """How a forward is cut: `pack`: a tile holds the heads of a group; `splits` of the keys."""
+
+    config: Config
+    pack: bool
+    splits: int
+
+
+def forward_kernels(problem: Problem) -> tuple[list[Kernel], int]:
+    """(kernels, bytes of workspace)."""
+    shape = forward_shape(problem, device(problem.device))
+    if shape.splits == 1:
+        return [forward_kernel(problem, shape)], 0
+    count = 1
+    for size in problem.out_shape[:-1]:
+        count *= size
+    out_bytes = 4 * shape.splits * count * problem.head_dim_v
+    parts = (Address("workspace", "float32"), Address("workspace", "float32", out_bytes))
+    return [
+        forward_kernel(problem, shape, parts),
+        combine_kernel(problem, shape, parts, count),
+    ], out_bytes + 4 * shape.splits * count
+
+
+def forward_shape(problem: Problem, gpu: Device) -> Shape:
+    """From sizes alone; batch_invariant: from nothing that other sequences may change."""
+    width = max(sum(chunks(problem.head_dim)), sum(chunks(problem.head_dim_v)))
+    config = tuning.forward(gpu.arch, problem.dtype, width)
+    if problem.batch_invariant:
+        return Shape(config, False, 1)
+    pack = problem.group > 1 and tuning.fill(problem.seqlen_q, config.tile_q) < 0.9 * tuning.fill(
+        problem.seqlen_q * problem.group, config.tile_q
     )
-    interval = problem.interval
-    constants = {
-        "HEAD_DIM": problem.head_dim,
-        "HEAD_DIM_V": problem.head_dim_v,
-        **{"D0": d0, "D1": d1, "E0": e0, "E1": e1},
-        **{"TILE_Q": config.tile_q, "TILE_K": config.tile_k, "PACK": pack, "SPLIT": False},
-        "TOP_LEFT": problem.alignment == "top-left",
-        "LOWER": interval.left is not None or interval.chunk > 0 or problem.leftpad_k is not None,
-        "HOLES": any(bound is not None and bound < 0 for bound in (interval.left, interval.right)),
-        "NEGATIVE": problem.scale < 0,
-        "LAST_FIRST": interval.right is not None,
-        "PRECISION": "ieee",
-    }
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
-    return Kernel(attention_forward, Template(arguments, constants), (tiles * pairs, 1), options)
+    rows = problem.seqlen_q * (problem.group if pack else 1)
+    if rows <= tuning.DECODE_ROWS:
+        config = tuning.decode(gpu.arch, problem.dtype, width, rows)
+    tiles, pairs = tiles_and_pairs(problem, config, pack)
+    return Shape(config, pack, tuning.splits(tiles * pairs, -(-problem.seqlen_k // config.tile_k), gpu.processors))
 
 
-def rows_of_tiles(problem: Problem, config: Config, pack: bool) -> tuple[int, int]:
-    """(tiles of rows per pair, pairs): a pair is a (sequence, head), packed a head for all sequences."""
+def tiles_and_pairs(problem: Problem, config: Config, pack: bool) -> tuple[int, int]:
+    """(tiles of rows per pair, pairs): a pair is a (sequence, head); packed sequences share one numbering of tiles."""
     heads, packed = (problem.nheads_kv, problem.group) if pack else (problem.nheads, 1)
     if problem.packed_q:
         rows = problem.q.shape[0]
@@ -71,75 +82,60 @@ def rows_of_tiles(problem: Problem, config: Config, pack: bool) -> tuple[int, in
     return -(-problem.seqlen_q * packed // config.tile_q), heads * problem.batch
 
 
-def common(problem: Problem) -> tuple[Any, ...]:
-    """bias, mask, heads, tables, sizes, interval, scalars and dropout, as every kernel takes them."""
+def forward_kernel(problem: Problem, shape: Shape, parts: tuple[Address, Address] | None = None) -> Kernel:
+    """`parts`: where splits write (out, lse)."""
+    config = shape.config
+    tiles, pairs = tiles_and_pairs(problem, config, shape.pack)
+    out = view("out", contiguous(problem.out_shape, problem.dtype))
+    lse = statistics("lse", problem.lse_shape)
+    steps = (0, 0)
+    if parts:
+        out, lse = View(parts[0], *out[1:]), View(parts[1], *lse[1:])
+        count = problem.lse_shape[0] * lse.batch.value if lse.batch.value else problem.nheads * problem.q.shape[0]
+        steps = (count * problem.head_dim_v, count)
+    schedule = Schedule(i32(tiles), i32(1), i32(shape.splits), *(i64(step) for step in steps))
+    inputs = [view(name, getattr(problem, name)) for name in ("q", "k", "v")]
+    arguments = (*inputs, out, lse, *common(problem), schedule)
+    constants = {
+        **dims(problem),
+        **{"TILE_Q": config.tile_q, "TILE_K": config.tile_k, "PACK": shape.pack, "SPLIT": shape.splits > 1},
+        **flags(problem),
+        "LAST_FIRST": problem.interval.right is not None,
+    }
+    return Kernel(attention_forward, Template(arguments, constants), (tiles * pairs, shape.splits), options(config))
+
+
+def combine_kernel(problem: Problem, shape: Shape, parts: tuple[Address, Address], count: int) -> Kernel:
+    e0, e1 = chunks(problem.head_dim_v)
+    seqlen_q = problem.lse_shape[-1]
+    arguments = (
+        *parts,
+        Address("out", problem.dtype),
+        Address("lse", "float32"),
+        *(i32(x) for x in (count, problem.nheads, max(seqlen_q, 1), shape.splits)),
+    )
+    constants = {"HEAD_DIM_V": problem.head_dim_v, "E0": e0, "E1": e1, "TILE": tuning.COMBINE_ROWS}
+    return Kernel(combine_splits, Template(arguments, constants), (-(-count // tuning.COMBINE_ROWS), 1), {})
+
+
+def dims(problem: Problem) -> dict[str, int]:
+    """Head sizes and their chunks."""
+    (d0, d1), (e0, e1) = chunks(problem.head_dim), chunks(problem.head_dim_v)
+    sizes = {"HEAD_DIM": problem.head_dim, "HEAD_DIM_V": problem.head_dim_v}
+    return {**sizes, "D0": d0, "D1": d1, "E0": e0, "E1": e1}
+
+
+def flags(problem: Problem) -> dict[str, Any]:
+    """Constants of the mask, the scores and the products. HOLES: keys that no row sees may lie between those seen."""
     interval = problem.interval
-    left, right, chunk = (
-        None if bound is None else i64(bound) for bound in (interval.left, interval.right, interval.chunk or None)
-    )
-    softcap = f32(problem.softcap) if problem.softcap > 0 else None
-    dropout = None
-    if problem.dropout_threshold:
-        factor = philox.keep_scale(problem.dropout_p)
-        dropout = Dropout(Address("rng_state", "int64"), i32(problem.dropout_threshold), f32(factor))
-    return (
-        dense("bias", problem.bias),
-        dense("mask", problem.mask),
-        heads(problem),
-        tables(problem),
-        sizes(problem),
-        Interval(left, right, chunk),
-        Scalars(f32(problem.scale), softcap),
-        dropout,
-    )
+    return {
+        "TOP_LEFT": problem.alignment == "top-left",
+        "LOWER": interval.left is not None or interval.chunk > 0 or problem.leftpad_k is not None,
+        "HOLES": any(bound is not None and bound < 0 for bound in (interval.left, interval.right)),
+        "NEGATIVE": problem.scale < 0,
+        "PRECISION": "ieee",
+    }
 
 
-def view(name: str, array: Array) -> View:
-    batch, row, head, _ = array.strides4()
-    return View(Address(name, array.dtype), *(stride(x) for x in (batch, row, head)))
-
-
-def statistics(name: str, shape: tuple[int, ...]) -> View:
-    """lse, dlse and delta: contiguous (batch, nheads, row) or packed (nheads, row); rows lie side by side."""
-    batch = 0 if len(shape) == 2 else shape[1] * shape[2]
-    return View(Address(name, "float32"), i64(batch), i64(1), i64(shape[-1]))
-
-
-def dense(name: str, array: Array | None) -> Dense | None:
-    if array is None:
-        return None
-    steps = [0 if size == 1 else step for size, step in zip(array.shape, array.strides, strict=True)]
-    return Dense(Address(name, array.dtype), *(i64(step) for step in steps))
-
-
-def heads(problem: Problem) -> Heads:
-    slopes, sink = problem.alibi_slopes, problem.sink
-    step = slopes.strides[0] if slopes is not None and len(slopes.shape) == 2 else 0
-    return Heads(
-        None if slopes is None else Address("alibi_slopes", "float32"),
-        i64(step),
-        None if sink is None else Address("sink", "float32"),
-    )
-
-
-def tables(problem: Problem) -> Tables:
-    names = Tables._fields[:-1]
-    given = [None if getattr(problem, name) is None else Address(name, "int32") for name in names]
-    return Tables(*given, i64(0 if problem.block_table is None else problem.block_table.shape[1]))
-
-
-def sizes(problem: Problem) -> Sizes:
-    rows_k = problem.k.shape[0 if problem.packed_k else 1]
-    entries = 1 if problem.packed_k else problem.k.shape[0]
-    return Sizes(
-        *(i32(x) for x in (problem.batch, problem.seqlen_q, problem.seqlen_k, problem.nheads, problem.group)),
-        *(i32(x) for x in (problem.q.shape[0] if problem.packed_q else 0, rows_k, entries, problem.page_size)),
-    )
-
-
-def contiguous(shape: tuple[int, ...], dtype: str) -> Array:
-    steps, step = [], 1
-    for size in reversed(shape):
-        steps.append(step)
-        step *= max(size, 1)
-    return Array(shape, tuple(reversed(steps)), dtype)
+def options(config: Config) -> dict[str, Any]:
+    return {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}

@@ -16,6 +16,10 @@ class Config(NamedTuple):
     num_stages: int = 2
 
 
+DECODE_ROWS = 64  # rows of a (sequence, KV head) up to which its keys are what costs
+COMBINE_ROWS = 16
+
+
 def chunks(size: int) -> tuple[int, int]:
     """A dimension as one or two powers of two, each at least 16 (0: not needed): 96 is 64 + 32, 100 is 128."""
     first = max(16, 1 << (size.bit_length() - 1))
@@ -36,3 +40,31 @@ def forward(arch: str, dtype: str, width: int) -> Config:
     if width <= 128:
         return Config(128, 64, 8, 3)
     return Config(64, 64, 8, 2) if width <= 256 else Config(32, 32, 8, 1)
+
+
+def decode(arch: str, dtype: str, width: int, rows: int) -> Config:
+    """For few rows: as many as there are, to a power of two."""
+    tile_q = max(16, 1 << (rows - 1).bit_length())
+    if arch == INTERPRETER:
+        return Config(tile_q, 64)
+    if dtype == "float32" or width > 256:
+        return Config(min(tile_q, 32), 32, 4, 1)
+    return Config(tile_q, 64, 4, 3 if width <= 128 else 2)
+
+
+def fill(rows: int, tile: int) -> float:
+    """The share of a tile's rows that are used."""
+    return rows / (-(-rows // tile) * tile) if rows else 1.0
+
+
+def splits(programs: int, tiles: int, processors: int) -> int:
+    """Into how many parts the keys are cut, so that every processor has work: the fewest within 85 % of the best.
+
+    programs: without splits; tiles: of keys, at most. As in FlashAttention's heuristics for decoding.
+    """
+    if programs == 0 or programs >= 0.8 * processors or tiles <= 4:
+        return 1
+    counts = range(1, min(128, tiles, processors) + 1)
+    shares = [programs * n / processors / -(-programs * n // processors) for n in counts]
+    best = max(shares)
+    return next(n for n, share in zip(counts, shares, strict=True) if share >= 0.85 * best)
