@@ -26,18 +26,18 @@ def combine_splits(
     l = tl.zeros([TILE], tl.float32)
     acc0 = tl.zeros([TILE, E0], tl.float32)
     acc1 = tl.zeros([TILE, E1 if E1 > 0 else 1], tl.float32)
-    for split in range(0, splits):
-        first = split.to(tl.int64) * rows
-        x = tl.load(part_lse + first + place, mask=inside, other=float("-inf")) * LOG2E
+    lses, parts = part_lse + place, part_out + n * HEAD_DIM_V
+    step = rows.to(tl.int64)
+    for _ in range(0, splits):
+        x = tl.load(lses, mask=inside, other=float("-inf")) * LOG2E
         m_new = tl.maximum(m, x)
         finite = tl.where(m_new == float("-inf"), 0.0, m_new)
         rescale, weight = tl.exp2(m - finite), tl.exp2(x - finite)
         l = l * rescale + weight
-        parts = part_out + (first + n) * HEAD_DIM_V
         acc0 = acc0 * rescale[:, None] + weight[:, None] * load(parts, inside, True, 0, E0, HEAD_DIM_V)
         if E1 > 0:
             acc1 = acc1 * rescale[:, None] + weight[:, None] * load(parts, inside, True, E0, E1, HEAD_DIM_V)
-        m = m_new
+        m, lses, parts = m_new, lses + step, parts + step * HEAD_DIM_V
     factor = 1.0 / tl.where(l > 0, l, 1.0)
     outs = out + n * HEAD_DIM_V
     store(outs, acc0 * factor[:, None], inside, 0, E0, HEAD_DIM_V)
