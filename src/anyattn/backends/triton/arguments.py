@@ -38,10 +38,10 @@ def view(name: str, array: Array) -> View:
     return View(Address(name, array.dtype), *(stride(x) for x in (batch, row, head)))
 
 
-def statistics(name: str, shape: tuple[int, ...]) -> View:
-    """lse, dlse and delta: contiguous (batch, nheads, row) or packed (nheads, row); rows lie side by side."""
-    batch = 0 if len(shape) == 2 else shape[1] * shape[2]
-    return View(Address(name, "float32"), i64(batch), i64(1), i64(shape[-1]))
+def statistics(name: str, array: Array) -> View:
+    """lse, dlse and delta: (batch, nheads, row) or packed (nheads, row)."""
+    *batch, head, row = array.strides
+    return View(Address(name, "float32"), i64(batch[0] if batch else 0), i64(row), i64(head))
 
 
 def dense(name: str, array: Array | None) -> Dense | None:

@@ -52,8 +52,8 @@ class TritonBackend:
         width = max(problem.head_dim, problem.head_dim_v)
         if width > LARGEST_HEAD_DIM:
             reasons.append(f"takes head_dim and head_dim_v up to {LARGEST_HEAD_DIM}; got {width}")
-        if problem.dout is not None:
-            reasons.append("has no backward yet")
+        if problem.dout is not None and (problem.paged or problem.cache_batch_idx is not None):
+            reasons.append("has no backward through a KV cache (block_table, cache_batch_idx)")
         return reasons
 
     def avoided(self) -> str | None:

@@ -68,6 +68,7 @@ class Template:
         strides = [leaf.value for part in self._parts for leaf in part.leaves if isinstance(leaf, Number) and leaf.stride]
         self.aligned_strides = all(value % ALIGNMENT == 0 for value in strides)
         self.addresses = [leaf for part in self._parts for leaf in part.leaves if isinstance(leaf, Address)]
+        self.names = {leaf.name for leaf in self.addresses}
 
     def values(self, pointers: dict[Address, Any]) -> list[Any]:
         """What the launcher takes."""

@@ -20,17 +20,22 @@ class TritonPlan:
     """The kernels of one problem, in the order in which they run."""
 
     def __init__(self, problem: Problem) -> None:
-        self._forward: list[Kernel] = []
         self.forward_bytes = self.backward_bytes = 0
         if problem.dout is None:
-            self._forward, self.forward_bytes = forward_kernels(problem)
+            self._kernels, self.forward_bytes = forward_kernels(problem)
+        else:
+            from .plan_backward import backward_kernels
+
+            self._kernels, self.backward_bytes = backward_kernels(problem)
 
     def forward(self, call: Call) -> None:
-        for kernel in self._forward:
+        for kernel in self._kernels:
             kernel.run(call)
 
     def backward(self, call: Call) -> None:
-        raise NotImplementedError
+        for kernel in self._kernels:
+            if all(getattr(call, name) is not None for name in kernel.template.names):  # dbias, dsink: where wanted
+                kernel.run(call)
 
 
 class Shape(NamedTuple):
@@ -87,7 +92,7 @@ def forward_kernel(problem: Problem, shape: Shape, parts: tuple[Address, Address
     config = shape.config
     tiles, pairs = tiles_and_pairs(problem, config, shape.pack)
     out = view("out", contiguous(problem.out_shape, problem.dtype))
-    lse = statistics("lse", problem.lse_shape)
+    lse = statistics("lse", contiguous(problem.lse_shape, "float32"))
     steps = (0, 0)
     if parts:
         out, lse = View(parts[0], *out[1:]), View(parts[1], *lse[1:])

@@ -53,8 +53,9 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def narrow(x, dtype: tl.constexpr):
-    """float32 rounded to dtype, nearest and ties to even."""
+    """Rounded to dtype, nearest and ties to even."""
     if INTERPRETED and dtype == tl.bfloat16:
+        x = x.to(tl.float32)
         bits = x.to(tl.uint32, bitcast=True)
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
         x = tl.where(x == x, rounded, x)

@@ -18,6 +18,8 @@ class Config(NamedTuple):
 
 DECODE_ROWS = 64  # rows of a (sequence, KV head) up to which its keys are what costs
 COMBINE_ROWS = 16
+DELTA_ROWS = 64
+SUM_ELEMENTS = 1024
 
 
 def chunks(size: int) -> tuple[int, int]:
@@ -50,6 +52,26 @@ def decode(arch: str, dtype: str, width: int, rows: int) -> Config:
     if dtype == "float32" or width > 256:
         return Config(min(tile_q, 32), 32, 4, 1)
     return Config(tile_q, 64, 4, 3 if width <= 128 else 2)
+
+
+def backward(arch: str, dtype: str, width: int) -> tuple[Config, Config]:
+    """For dk and dv, whose program owns tile_k keys; and for dq, whose program owns tile_q rows."""
+    if arch == INTERPRETER:
+        return Config(64, 64), Config(64, 64)
+    if dtype == "float32":
+        small = Config(32, 32) if width <= 128 else Config(16, 16)
+        return small, small
+    if width <= 64:
+        return Config(64, 128, 8, 3), Config(128, 64, 4, 3)
+    if width <= 128:
+        return Config(32, 128, 8, 2), Config(64, 64, 4, 2)
+    return (Config(32, 32, 8, 1),) * 2 if width <= 256 else (Config(16, 16, 8, 1),) * 2
+
+
+def bias(arch: str, dtype: str, width: int) -> Config:
+    """For dbias, whose program owns a tile of scores."""
+    _, dq = backward(arch, dtype, width)
+    return dq
 
 
 def fill(rows: int, tile: int) -> float:
