@@ -11,13 +11,17 @@ DEMO_ARGS ?=
 BENCH_ARGS ?=
 SECONDS ?= 60
 SOAK_ARGS ?=
+GPU_ARGS ?=
+# Backends whose absence fails a test run; Triton's kernels run in its interpreter there. It has wheels for Linux alone.
+REQUIRE := cpu$(if $(filter Linux,$(shell uname -s)),$(comma)triton)
 
+comma := ,
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find native examples -name '*.cc' -o -name '*.cpp' -o -name '*.c' -o -name '*.h' -o -name '*.hpp' | sort)
 PACKAGED := $(shell find src examples native -not -path '*/__pycache__*') pyproject.toml
 
-.PHONY: venv require-native demo test full soak bench lint format sanitize sanitize-python clean
+.PHONY: venv require-native demo test full soak gpu bench lint format sanitize sanitize-python clean
 .DEFAULT_GOAL := test
 
 venv: $(VENV)/installed
@@ -47,10 +51,10 @@ demo: venv
 	$(BIN)/python -m anyattn demo $(DEMO_ARGS)
 
 test: require-native
-	ANYATTN_REQUIRE=cpu $(BIN)/python -m pytest tests -n $(JOBS) $(PYTEST_ARGS)
+	ANYATTN_REQUIRE=$(REQUIRE) $(BIN)/python -m pytest tests -n $(JOBS) $(PYTEST_ARGS)
 
 full: require-native
-	ANYATTN_REQUIRE=cpu $(BIN)/python -m pytest tests -n $(JOBS) -m "full or not full" --hypothesis-profile=full $(PYTEST_ARGS)
+	ANYATTN_REQUIRE=$(REQUIRE) $(BIN)/python -m pytest tests -n $(JOBS) -m "full or not full" --hypothesis-profile=full $(PYTEST_ARGS)
 	$(MAKE) soak
 
 # Random problems for so many seconds; SOAK_ARGS="--seed N" draws others.
@@ -61,6 +65,12 @@ soak: require-native
 require-native: venv
 	@ANYATTN_REQUIRE=cpu $(BIN)/python -m anyattn info || \
 		{ echo "To see why: $(PIP) install -v --no-deps --no-build-isolation ."; exit 1; }
+
+# On a machine with a GPU, with the Python whose torch reaches it (PYTHON=...): nothing is installed, so the package is
+# run from the checkout. Results go to build/gpu.json.
+gpu:
+	mkdir -p build
+	ANYATTN_BACKEND=triton PYTHONPATH=src $(PYTHON) scripts/gpu.py --json build/gpu.json $(GPU_ARGS)
 
 bench: require-native $(VENV)/bench
 	$(BIN)/python -m anyattn bench --json build/bench.json --plot build/bench.png $(BENCH_ARGS)
