@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
-from cases import INTERPRETER
+from cases import INTERPRETED_ENTRIES, Case, small
 
 from anyattn import dispatch, settings
 from anyattn.backends.triton.device import interpreted
@@ -33,8 +34,13 @@ class Engine:
             return problem.dtype == "float64" or max(problem.head_dim, problem.head_dim_v) > 512
         return False
 
-    def omits(self, case: object) -> bool:
-        return self.interpreted and case not in INTERPRETER
+    def omits(self, parameters: dict[str, Any]) -> bool:
+        """Whether a test with these parameters is too long for this engine, or about a dtype that it does not have."""
+        case = parameters.get("case")
+        if isinstance(case, Case):
+            return self.interpreted and not small([case], INTERPRETED_ENTRIES)
+        dtype = parameters.get("dtype", getattr(parameters.get("setup"), "dtype", ""))
+        return self.backend == "triton" and dtype == "float64"
 
     def __str__(self) -> str:
         return f"{self.backend}-{self.target}" if self.target else self.backend

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from . import settings
 from .backends.base import Backend, Plan
 from .errors import UnsupportedProblem
+from .kvcache import Append
 from .problem import Problem, Variant
 
 NAMES = ("cpu", "triton", "numpy")  # automatic order
@@ -119,10 +120,29 @@ def choose(problem: Problem, names: tuple[str, ...]) -> Backend:
 
 def refuse(candidate: Backend, problem: Problem, *, named: bool = True) -> list[str]:
     """[] or why this backend does not compute the problem; `named`: the caller asks for this one."""
-    missing = candidate.available()
-    if missing:
-        return [missing]
-    return candidate.supports(problem) or ([] if named else candidate.avoids(problem))
+    return _unfit(candidate, named) or candidate.supports(problem)
+
+
+def choose_append(append: Append, names: tuple[str, ...]) -> Backend:
+    """The first backend that appends to this cache; the attention behind it may use another.
+
+    Raises:
+        UnsupportedProblem: none does, among those named if any are.
+    """
+    _check_required()
+    refusals: dict[str, list[str]] = {}
+    for name in names or NAMES:
+        candidate = get(name)
+        refusals[name] = _unfit(candidate, bool(names)) or candidate.supports_append(append)
+        if not refusals[name]:
+            return candidate
+    raise UnsupportedProblem(f"an append to a {append.k.shape} cache on {append.q.device}", refusals)
+
+
+def _unfit(candidate: Backend, named: bool) -> list[str]:
+    """Reasons that no problem changes."""
+    reason = candidate.available() or (None if named else candidate.avoided())
+    return [reason] if reason else []
 
 
 def explain(problem: Problem, names: tuple[str, ...]) -> Explanation:

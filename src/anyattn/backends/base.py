@@ -95,11 +95,14 @@ class Backend(Protocol):
     def supports(self, problem: Problem) -> list[str]:
         """[] or the reasons against. May look at sizes, never at values in device memory."""
 
-    def avoids(self, problem: Problem) -> list[str]:
-        """[] or why automatic choice passes over this backend although it supports the problem."""
+    def avoided(self) -> str | None:
+        """None, or why automatic choice passes over this backend: only who names it gets it."""
 
     def plan(self, problem: Problem) -> Plan:
         """Cheap; compiled parts are cached by problem.variant."""
+
+    def supports_append(self, append: Append) -> list[str]:
+        """[] or the reasons against."""
 
     def append(self, append: Append, call: Call) -> None:
         """Writes call.new_k (rotated) and call.new_v into the cache call.k, call.v; rotated call.q into call.out."""

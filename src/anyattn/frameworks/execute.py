@@ -11,7 +11,6 @@ from typing import Any
 
 from .. import dispatch, settings
 from ..backends.base import Adapter, Call
-from ..errors import UnsupportedProblem
 from ..kvcache import ARRAYS as APPEND_ARRAYS
 from ..kvcache import Append, check_append, make_append, room
 from ..problem import INPUTS, SAVED, TABLES, Array, Options, Problem, make_problem
@@ -109,7 +108,7 @@ def append(
     """
     described = _describe(adapter, APPEND_ARRAYS, tuple(arrays.get(name) for name in APPEND_ARRAYS))
     problem = make_append(described, interleaved=interleaved, by_row=by_row)
-    engine = _append_backend(problem, dispatch.named(backend))
+    engine = dispatch.choose_append(problem, dispatch.named(backend))
     if problem.q.device == "cpu" or settings.current().check:
         tables = {name: arrays.get(name) for name in ("cache_seqlens", "cache_batch_idx", "block_table")}
         check_append(room(problem), {name: None if x is None else adapter.numpy(x) for name, x in tables.items()})
@@ -119,17 +118,6 @@ def append(
         call.out = adapter.empty(problem.q.shape, problem.q.dtype, arrays["q"])
     engine.append(problem, call)
     return call.out if problem.rotary_dim else arrays["q"]
-
-
-def _append_backend(problem: Append, names: tuple[str, ...]) -> Any:
-    """The first backend, of those named if any are, that is available; the attention behind it may use another."""
-    for name in names or dispatch.NAMES:
-        if dispatch.get(name).available() is None:
-            return dispatch.get(name)
-    raise UnsupportedProblem(
-        f"an append to a {problem.k.shape} cache",
-        {name: [dispatch.get(name).available() or ""] for name in names},
-    )
 
 
 def _describe(adapter: Adapter, names: tuple[str, ...], arrays: Arrays) -> dict[str, Array | None]:

@@ -51,11 +51,14 @@ class CpuBackend:
             reasons.append("has no backward through a KV cache (block_table, cache_batch_idx)")
         return reasons
 
-    def avoids(self, problem: Problem) -> list[str]:
-        return []
+    def avoided(self) -> str | None:
+        return None
 
     def plan(self, problem: Problem) -> CpuPlan:
         return CpuPlan(library.load(), problem)
+
+    def supports_append(self, append: Append) -> list[str]:
+        return [] if append.q.device == "cpu" else [f"writes to host memory only; q is on {append.q.device}"]
 
     def append(self, append: Append, call: Call) -> None:
         native = library.load()

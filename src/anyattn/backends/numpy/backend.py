@@ -45,11 +45,14 @@ class NumpyBackend:
             return [f"computes in host memory only; q is on {problem.device}"]
         return []
 
-    def avoids(self, problem: Problem) -> list[str]:
-        return []
+    def avoided(self) -> str | None:
+        return None
 
     def plan(self, problem: Problem) -> NumpyPlan:
         return NumpyPlan(problem)
+
+    def supports_append(self, append: Append) -> list[str]:
+        return [] if append.q.device == "cpu" else [f"writes to host memory only; q is on {append.q.device}"]
 
     def append(self, append: Append, call: Call) -> None:
         given = {name: getattr(call, name) for name in ARRAYS}

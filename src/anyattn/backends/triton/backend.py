@@ -48,14 +48,7 @@ class TritonBackend:
         return None
 
     def supports(self, problem: Problem) -> list[str]:
-        reasons = []
-        kind = problem.device.split(":")[0]
-        accepted = ("cpu",) if interpreted() else DEVICES
-        if kind not in accepted:
-            where = "in host memory, as TRITON_INTERPRET is set" if interpreted() else "on cuda and xpu devices"
-            reasons.append(f"computes {where}; q is on {problem.device}")
-        if problem.dtype == "float64":
-            reasons.append("has no float64; the cpu and numpy backends do")
+        reasons = _misplaced(problem.device) + _without(problem.dtype)
         width = max(problem.head_dim, problem.head_dim_v)
         if width > LARGEST_HEAD_DIM:
             reasons.append(f"takes head_dim and head_dim_v up to {LARGEST_HEAD_DIM}; got {width}")
@@ -63,13 +56,30 @@ class TritonBackend:
             reasons.append("has no backward through a KV cache (block_table, cache_batch_idx)")
         return reasons
 
-    def avoids(self, problem: Problem) -> list[str]:
-        return ["runs in Triton's interpreter, which is slow: only if named"] if interpreted() else []
+    def avoided(self) -> str | None:
+        return "runs in Triton's interpreter, which is slow: only if named" if interpreted() else None
 
     def plan(self, problem: Problem) -> TritonPlan:
         from .plan import TritonPlan
 
         return TritonPlan(problem)
 
+    def supports_append(self, append: Append) -> list[str]:
+        return _misplaced(append.q.device) + _without(append.q.dtype)
+
     def append(self, append: Append, call: Call) -> None:
-        raise NotImplementedError
+        from .append import kernels
+
+        for kernel in kernels(append):
+            kernel.run(call)
+
+
+def _misplaced(device: str) -> list[str]:
+    """Reasons against arrays there."""
+    if interpreted():
+        return [] if device == "cpu" else [f"computes in host memory, as TRITON_INTERPRET is set; q is on {device}"]
+    return [] if device.split(":")[0] in DEVICES else [f"computes on {' and '.join(DEVICES)} devices; q is on {device}"]
+
+
+def _without(dtype: str) -> list[str]:
+    return ["has no float64; the cpu and numpy backends do"] if dtype == "float64" else []

@@ -25,12 +25,14 @@ def interpreted() -> bool:
 
 @cache
 def device(name: str) -> Device:
-    """The device of that torch name, "cuda:0"."""
+    """The device of that torch name, "cuda:0"; an architecture's name stands for a card that is not here."""
+    kind, _, number = name.partition(":")
+    if kind.startswith(("sm_", "gfx")):
+        return Device(kind, 128, 2**25)
     if interpreted():
         return Device(INTERPRETER, 16, 2**20)
     import torch
 
-    kind, _, number = name.partition(":")
     index = int(number or 0)
     if kind == "xpu":
         properties = torch.xpu.get_device_properties(index)
