@@ -27,7 +27,8 @@ os.environ.pop("TRITON_INTERPRET", None)  # read when the kernels are imported
 import triton
 from triton.backends.compiler import GPUTarget
 
-from anyattn.backends.triton.plan import backward_kernels, forward_kernels
+from anyattn.backends.triton.plan import forward_kernels
+from anyattn.backends.triton.plan_backward import backward_kernels
 from anyattn.problem import Array, Options, Problem, make_problem
 
 TABLE = Path(__file__).resolve().parent.parent / "tests" / "aot.json"
@@ -158,10 +159,9 @@ def _array(shape: tuple[int, ...], dtype: str, device: str) -> Array:
 def resources(built: Any) -> dict[str, int]:
     """What the machine code says."""
     if "cubin" in built.asm:
-        usage = _cuobjdump(built.asm["cubin"], "--dump-resource-usage")
+        usage = _usage(built.asm["cubin"])
         registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
-        code = _cuobjdump(built.asm["cubin"], "--dump-sass")
-        matrix = len(re.findall(r"\b(?:UTCHMMA|HGMMA|HMMA|QGMMA)\b", code))
+        matrix = len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", built.asm["ptx"]))
         return {"registers": registers, "spills": stack + local, "shared": built.metadata.shared, "matrix": matrix}
     code = built.asm["amdgcn"]
     counts = {key: re.search(rf"\.{key}:\s*(\d+)", code) for key in ("vgpr_count", "agpr_count", "vgpr_spill_count")}
@@ -170,14 +170,15 @@ def resources(built: Any) -> dict[str, int]:
     return {"registers": vgpr + agpr, "spills": 4 * spills, "shared": built.metadata.shared, "matrix": matrix}
 
 
-def _cuobjdump(binary: bytes, flag: str) -> str:
+def _usage(cubin: bytes) -> str:
     import triton.backends.nvidia as nvidia
 
     tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary)
+        file.write(cubin)
         file.flush()
-        return subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
+        command = [tool, "--dump-resource-usage", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def report(found: dict[str, dict[str, dict[str, int]]]) -> int:

@@ -71,7 +71,7 @@ def attention_forward(
             t * TILE_K, m, l, acc0, acc1, q0, q1, k, v, row, seq, low, high, kv_head, bias, mask, heads, tables, sizes,
             scalars, dropout, HEAD_DIM, HEAD_DIM_V, D0, D1, E0, E1, TILE_K, False, LOWER, HOLES, NEGATIVE, PRECISION,
         )  # fmt: skip
-    for n in range(0, full - begin + end - edge):
+    for n in tl.range(0, full - begin + end - edge, num_stages=1):
         t = tl.where(n < full - begin, begin + n, edge + n - (full - begin))
         m, l, acc0, acc1 = visit(
             t * TILE_K, m, l, acc0, acc1, q0, q1, k, v, row, seq, low, high, kv_head, bias, mask, heads, tables, sizes,
