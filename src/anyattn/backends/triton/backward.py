@@ -181,7 +181,7 @@ def row_bounds(j, seq, interval):
 
 @triton.jit
 def row_tiles(first, last, seq, interval, TILE: tl.constexpr):
-    """Numbers of row tiles for key slots first..last: edges [begin, full), full tiles [full, edge), edges [edge, end)."""
+    """Tiles of rows for key slots first..last: edges [begin, full), full tiles [full, edge), edges [edge, end)"""
     low_first, _ = row_bounds(tl.maximum(first, seq.leftpad), seq, interval)
     low_last, _ = row_bounds(last, seq, interval)
     _, high_first = row_bounds(first, seq, interval)
@@ -376,7 +376,10 @@ def tile_gradient(
         first, last = row_bounds(j, seq, interval)
         keys = keys & (first < last)
     kv_head = own.row.head // terms.sizes.group
-    k_rows, v_rows = rows_at(k, seq.index, kv_head, seq.row_k + start, r), rows_at(v, seq.index, kv_head, seq.row_k + start, r)
+    k_rows, v_rows = (
+        rows_at(k, seq.index, kv_head, seq.row_k + start, r),
+        rows_at(v, seq.index, kv_head, seq.row_k + start, r),
+    )
     k0 = load(k_rows, keys, EDGE, 0, D0, HEAD_DIM)
     zero = tl.zeros([own.q0.shape[0], TILE_K], tl.float32)
     s = dot(own.q0, tl.trans(k0), zero, PRECISION)

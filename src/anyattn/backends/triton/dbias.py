@@ -18,7 +18,7 @@ from .tiles import LOG2E, bounds, narrow, sequence
 
 
 class Walk(NamedTuple):
-    """Counts of batch entries, heads, tiles of rows and tiles of keys: those that programs own and those that one adds."""
+    """Counts of batch entries, heads, tiles of rows and of keys: those that programs own and those that one adds."""
 
     heads: Any
     rows: Any
