@@ -74,9 +74,14 @@ def _guarded(_memory: Memory) -> Iterator[None]:
 
 @pytest.hookimpl(trylast=True)
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Engines vary fastest, so that what a case expects is computed once for all of them."""
+    """Engines vary fastest, so that what a case expects is computed once for all of them.
+
+    An interpreted engine joins the modules that say INTERPRETED: those about the formula, not about size or speed.
+    """
     if "engine" in metafunc.fixturenames:
-        metafunc.parametrize("engine", engines(), ids=str, indirect=True)
+        slow_too = getattr(metafunc.module, "INTERPRETED", False)
+        found = [engine for engine in engines() if slow_too or not engine.interpreted]
+        metafunc.parametrize("engine", found, ids=str, indirect=True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -17,6 +17,8 @@ from inputs import Inputs, build
 import anyattn
 from anyattn import accuracy, dispatch
 
+INTERPRETED = True
+
 
 @lru_cache(maxsize=2)
 def inputs_of(case: Case) -> Inputs:

@@ -38,9 +38,9 @@ def combine_splits(
         if E1 > 0:
             acc1 = acc1 * rescale[:, None] + weight[:, None] * load(parts, inside, True, E0, E1, HEAD_DIM_V)
         m, lses, parts = m_new, lses + step, parts + step * HEAD_DIM_V
-    factor = 1.0 / tl.where(l > 0, l, 1.0)
+    factor = 1.0 / tl.where(l != 0, l, 1.0)
     outs = out + n * HEAD_DIM_V
     store(outs, acc0 * factor[:, None], inside, 0, E0, HEAD_DIM_V)
     if E1 > 0:
         store(outs, acc1 * factor[:, None], inside, E0, E1, HEAD_DIM_V)
-    tl.store(lse + place, tl.where(l > 0, (m + tl.log2(l)) * LN2, float("-inf")), mask=inside)
+    tl.store(lse + place, tl.where(l != 0, (m + tl.log2(l)) * LN2, float("-inf")), mask=inside)

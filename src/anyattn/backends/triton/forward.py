@@ -40,7 +40,7 @@ def attention_forward(
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr,
     E1: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr, PACK: tl.constexpr, SPLIT: tl.constexpr,
     TOP_LEFT: tl.constexpr, LOWER: tl.constexpr, HOLES: tl.constexpr, NEGATIVE: tl.constexpr, PRECISION: tl.constexpr,
-    LAST_FIRST: tl.constexpr,
+    LAST_FIRST: tl.constexpr, EDGE_STAGES: tl.constexpr,
 ):  # fmt: skip
     tile, b, head, row_q, length = place(tl.program_id(0), tables, sizes, schedule, PACK, TILE_Q, LAST_FIRST)
     split = tl.program_id(1)
@@ -71,7 +71,7 @@ def attention_forward(
             t * TILE_K, m, l, acc0, acc1, q0, q1, k, v, row, seq, low, high, kv_head, bias, mask, heads, tables, sizes,
             scalars, dropout, HEAD_DIM, HEAD_DIM_V, D0, D1, E0, E1, TILE_K, False, LOWER, HOLES, NEGATIVE, PRECISION,
         )  # fmt: skip
-    for n in tl.range(0, full - begin + end - edge, num_stages=1):
+    for n in tl.range(0, full - begin + end - edge, num_stages=EDGE_STAGES):
         t = tl.where(n < full - begin, begin + n, edge + n - (full - begin))
         m, l, acc0, acc1 = visit(
             t * TILE_K, m, l, acc0, acc1, q0, q1, k, v, row, seq, low, high, kv_head, bias, mask, heads, tables, sizes,
@@ -170,8 +170,8 @@ def finish(
     E0: tl.constexpr, E1: tl.constexpr,
 ):  # fmt: skip
     """Writes out and lse; rows that are not in use get 0 and -inf. A split's part lies behind those of the others."""
-    some = used & (l > 0)
-    factor = tl.where(some, 1.0 / tl.where(l > 0, l, 1.0), 0.0)
+    some = used & (l != 0)  # NaN stays NaN
+    factor = tl.where(some, 1.0 / tl.where(l != 0, l, 1.0), 0.0)
     if dropout is not None:
         factor = factor * dropout.factor
     row = (row_q + i).to(tl.int64)

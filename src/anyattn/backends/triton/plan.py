@@ -98,7 +98,8 @@ def forward_kernel(problem: Problem, shape: Shape, parts: tuple[Address, Address
         out, lse = View(parts[0], *out[1:]), View(parts[1], *lse[1:])
         count = problem.lse_shape[0] * lse.batch.value if lse.batch.value else problem.nheads * problem.q.shape[0]
         steps = (count * problem.head_dim_v, count)
-    schedule = Schedule(i32(tiles), i32(1), i32(shape.splits), *(i64(step) for step in steps))
+    section = tuning.section(pairs, key_bytes(problem), device(problem.device).l2_bytes)
+    schedule = Schedule(i32(tiles), i32(section), i32(shape.splits), *(i64(step) for step in steps))
     inputs = [view(name, getattr(problem, name)) for name in ("q", "k", "v")]
     arguments = (*inputs, out, lse, *common(problem), schedule)
     constants = {
@@ -106,8 +107,14 @@ def forward_kernel(problem: Problem, shape: Shape, parts: tuple[Address, Address
         **{"TILE_Q": config.tile_q, "TILE_K": config.tile_k, "PACK": shape.pack, "SPLIT": shape.splits > 1},
         **flags(problem),
         "LAST_FIRST": problem.interval.right is not None,
+        "EDGE_STAGES": config.edge_stages,
     }
     return Kernel(attention_forward, Template(arguments, constants), (tiles * pairs, shape.splits), options(config))
+
+
+def key_bytes(problem: Problem) -> int:
+    """Of k and v of one KV head of one sequence."""
+    return problem.seqlen_k * (problem.head_dim + problem.head_dim_v) * (4 if problem.dtype == "float32" else 2)
 
 
 def combine_kernel(problem: Problem, shape: Shape, parts: tuple[Address, Address], count: int) -> Kernel:

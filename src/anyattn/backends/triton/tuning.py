@@ -8,14 +8,34 @@ from .device import INTERPRETER
 
 
 class Config(NamedTuple):
-    """One way to run a kernel."""
+    """One way to run a kernel. Loops over edge tiles have stages of their own: 1, and Hopper's spill nothing."""
 
     tile_q: int
     tile_k: int
     num_warps: int = 4
     num_stages: int = 2
+    edge_stages: int = 1
 
 
+# 16-bit forward by the widest head that a row serves (compiled with Triton 3.9: no spills but those that tests/aot.json
+# lists). Where a card is not named its family's row holds; sm_7x has no matrix instructions in Triton.
+FORWARD: dict[str, tuple[tuple[int, Config], ...]] = {
+    "sm_7": ((64, Config(32, 32, 4, 1)), (512, Config(16, 16, 4, 1))),
+    "sm_9": (
+        (64, Config(128, 128, 8, 2)),
+        (128, Config(128, 128, 8, 2)),
+        (256, Config(64, 64, 8, 2)),
+        (512, Config(16, 32, 4, 1)),
+    ),
+    "sm_": (
+        (64, Config(128, 64, 8, 2, 2)),
+        (128, Config(128, 64, 8, 2, 2)),
+        (256, Config(64, 32, 4, 2, 2)),
+        (512, Config(16, 32, 4, 1)),
+    ),
+    "gfx9": ((128, Config(128, 64, 4, 1)), (256, Config(64, 32, 4, 1)), (512, Config(16, 32, 4, 1))),
+    "": ((64, Config(64, 32, 4, 1)), (128, Config(32, 32, 4, 1)), (512, Config(16, 16, 4, 1))),
+}
 DECODE_ROWS = 64  # rows of a (sequence, KV head) up to which its keys are what costs
 COMBINE_ROWS = 16
 DELTA_ROWS = 64
@@ -36,12 +56,9 @@ def forward(arch: str, dtype: str, width: int) -> Config:
     if arch == INTERPRETER:
         return Config(64, 64)
     if dtype == "float32":
-        return Config(32, 32) if width <= 128 else Config(16, 16)
-    if width <= 64:
-        return Config(128, 64, 4, 3)
-    if width <= 128:
-        return Config(128, 64, 8, 3)
-    return Config(64, 64, 8, 2) if width <= 256 else Config(32, 32, 8, 1)
+        return Config(32, 32, 4, 1) if width <= 64 else Config(16, 32, 4, 1)
+    family = next(name for name in FORWARD if arch.startswith(name))
+    return next(config for widest, config in FORWARD[family] if width <= widest)
 
 
 def decode(arch: str, dtype: str, width: int, rows: int) -> Config:
@@ -120,3 +137,8 @@ def splits(programs: int, tiles: int, processors: int) -> int:
     shares = [programs * n / processors / -(-programs * n // processors) for n in counts]
     best = max(shares)
     return next(n for n, share in zip(counts, shares, strict=True) if share >= 0.85 * best)
+
+
+def section(pairs: int, pair_bytes: int, l2_bytes: int) -> int:
+    """How many heads take turns tile by tile: the longest tiles of all of them first, while their keys stay in L2."""
+    return max(1, min(pairs, l2_bytes // 2 // max(pair_bytes, 1)))
