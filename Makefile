@@ -12,16 +12,17 @@ BENCH_ARGS ?=
 SECONDS ?= 60
 SOAK_ARGS ?=
 GPU_ARGS ?=
+comma := ,
 # Backends whose absence fails a test run; Triton's kernels run in its interpreter there. It has wheels for Linux alone.
 REQUIRE := cpu$(if $(filter Linux,$(shell uname -s)),$(comma)triton)
+AOT_ARGS ?=
 
-comma := ,
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find native examples -name '*.cc' -o -name '*.cpp' -o -name '*.c' -o -name '*.h' -o -name '*.hpp' | sort)
 PACKAGED := $(shell find src examples native -not -path '*/__pycache__*') pyproject.toml
 
-.PHONY: venv require-native demo test full soak gpu bench lint format sanitize sanitize-python clean
+.PHONY: venv require-native demo test full soak gpu aot bench lint format sanitize sanitize-python clean
 .DEFAULT_GOAL := test
 
 venv: $(VENV)/installed
@@ -71,6 +72,10 @@ require-native: venv
 gpu:
 	mkdir -p build
 	ANYATTN_BACKEND=triton PYTHONPATH=src $(PYTHON) scripts/gpu.py --json build/gpu.json $(GPU_ARGS)
+
+# Every Triton kernel, compiled for GPUs that need not be here; AOT_ARGS=--write enters it into tests/aot.json.
+aot: venv
+	$(BIN)/python scripts/aot.py --all $(AOT_ARGS)
 
 bench: require-native $(VENV)/bench
 	$(BIN)/python -m anyattn bench --json build/bench.json --plot build/bench.png $(BENCH_ARGS)

@@ -55,15 +55,16 @@ def attention_backward_delta(
     """delta of every row; 0 where a row is not in use."""
     tile, b, head, row_q, length = place(tl.program_id(0), tables, sizes, schedule, False, TILE_Q, False)
     seq = sequence(b, row_q, length, tables, sizes, TOP_LEFT)
-    i = tile * TILE_Q + tl.arange(0, TILE_Q)
+    r = tl.arange(0, TILE_Q)
+    i, first = tile * TILE_Q + r, row_q + tile * TILE_Q
     used = i < seq.n_q
-    out_rows, do_rows = rows_at(out, b, row_q + i, head), rows_at(dout, b, row_q + i, head)
+    out_rows, do_rows = rows_at(out, b, head, first, r), rows_at(dout, b, head, first, r)
     total = row_sums(out_rows, do_rows, used, 0, E0, HEAD_DIM_V)
     if E1 > 0:
         total += row_sums(out_rows, do_rows, used, E0, E1, HEAD_DIM_V)
     if dlse is not None:
-        total -= tl.load(rows_at(dlse, b, row_q + i, head), mask=used, other=0.0)
-    tl.store(rows_at(delta, b, row_q + i, head), total, mask=i < length)
+        total -= tl.load(rows_at(dlse, b, head, first, r), mask=used, other=0.0)
+    tl.store(rows_at(delta, b, head, first, r), total, mask=i < length)
 
 
 @triton.jit
@@ -74,9 +75,10 @@ def row_sums(out_rows, do_rows, used, START: tl.constexpr, WIDTH: tl.constexpr, 
 
 
 @triton.jit
-def rows_at(view, b, row, head):
-    """Addresses of rows."""
-    return view.pointer + b.to(tl.int64) * view.batch + row.to(tl.int64) * view.row + head.to(tl.int64) * view.head
+def rows_at(view, b, head, first, i):
+    """Addresses of rows first + i: 64-bit for the tile, as narrow as the stride inside, which saves registers."""
+    base = view.pointer + b.to(tl.int64) * view.batch + head.to(tl.int64) * view.head + first.to(tl.int64) * view.row
+    return base + i * view.row
 
 
 @triton.jit
@@ -97,10 +99,11 @@ def attention_backward_dkv(
     seq = sequence(b, row_q, rows, tables, sizes, TOP_LEFT)
     begin, full, edge, end = row_tiles(start, start + TILE_K - 1, seq, interval, TILE_Q)
 
-    j = start + tl.arange(0, TILE_K)
+    r = tl.arange(0, TILE_K)
+    j = start + r
     low, high = row_bounds(j, seq, interval)
     keys = low < high  # memory of keys that no row sees may hold NaN
-    k_rows, v_rows = rows_at(k, b, row_k + j, kv_head), rows_at(v, b, row_k + j, kv_head)
+    k_rows, v_rows = rows_at(k, b, kv_head, row_k + start, r), rows_at(v, b, kv_head, row_k + start, r)
     k0 = load(k_rows, keys, True, 0, D0, HEAD_DIM)
     v0 = load(v_rows, keys, True, 0, E0, HEAD_DIM_V)
     k1, v1 = k0, v0
@@ -126,7 +129,7 @@ def attention_backward_dkv(
                 t * TILE_Q, h, dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, dout, lse, delta, j, start, seq, interval, terms,
                 HEAD_DIM, HEAD_DIM_V, D0, D1, E0, E1, TILE_Q, TILE_K, True, LOWER, PRECISION,
             )  # fmt: skip
-    dk_rows, dv_rows = rows_at(dk, b, row_k + j, kv_head), rows_at(dv, b, row_k + j, kv_head)
+    dk_rows, dv_rows = rows_at(dk, b, kv_head, row_k + start, r), rows_at(dv, b, kv_head, row_k + start, r)
     factor = 1.0 if dropout is None else dropout.factor
     store(dk_rows, dk0 * scalars.scale, j < length, 0, D0, HEAD_DIM)
     store(dv_rows, dv0 * factor, j < length, 0, E0, HEAD_DIM_V)
@@ -178,7 +181,7 @@ def row_bounds(j, seq, interval):
 
 @triton.jit
 def row_tiles(first, last, seq, interval, TILE: tl.constexpr):
-    """Numbers of row tiles for key slots first..last: edges [begin, full), full tiles [full, edge), edges [edge, end)."""
+    """Tiles of rows for key slots first..last: edges [begin, full), full tiles [full, edge), edges [edge, end)"""
     low_first, _ = row_bounds(tl.maximum(first, seq.leftpad), seq, interval)
     low_last, _ = row_bounds(last, seq, interval)
     _, high_first = row_bounds(first, seq, interval)
@@ -199,23 +202,24 @@ def visit_rows(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows; scores are transposed, (tile_k, tile_q)."""
-    i = start_q + tl.arange(0, TILE_Q)
+    r, first = tl.arange(0, TILE_Q), seq.row_q + start_q
+    i = start_q + r
     used = i < seq.n_q
-    first, last = bounds(i, seq, interval)
+    low, high = bounds(i, seq, interval)
     position = i.to(tl.int64) + seq.offset + seq.leftpad
-    row = Rows(i[None, :], h, first[None, :], last[None, :], position[None, :], used[None, :])
-    q_rows, do_rows = rows_at(q, seq.index, seq.row_q + i, h), rows_at(dout, seq.index, seq.row_q + i, h)
+    row = Rows(i[None, :], h, low[None, :], high[None, :], position[None, :], used[None, :])
+    q_rows, do_rows = rows_at(q, seq.index, h, first, r), rows_at(dout, seq.index, h, first, r)
     q0 = load(q_rows, used, EDGE, 0, D0, HEAD_DIM)
     s = dot(k0, tl.trans(q0), tl.zeros([TILE_K, TILE_Q], tl.float32), PRECISION)
     if D1 > 0:
         q1 = load(q_rows, used, EDGE, D0, D1, HEAD_DIM)
         s = dot(k1, tl.trans(q1), s, PRECISION)
-    top = row_lse(lse, seq, i, h, used, EDGE)
+    top = row_lse(rows_at(lse, seq.index, h, first, r), used, EDGE)
     p, slope = probabilities(s, top[None, :], row, j[:, None], start, seq.index, terms, EDGE, LOWER)
     keep = p > 0
     dropped = p
     if terms.dropout is not None:
-        turned = Rows(i[:, None], h, first, last, position, used)
+        turned = Rows(i[:, None], h, low, high, position, used)
         keep = tl.trans(kept(terms.dropout, turned, start, seq.index, terms.sizes, TILE_K))
         dropped = tl.where(keep, p, 0.0)
     dropped = narrow(dropped, k0.dtype)
@@ -226,7 +230,7 @@ def visit_rows(
         do1 = narrow(load(do_rows, used, EDGE, E0, E1, HEAD_DIM_V), k0.dtype)
         dv1 = dot(dropped, do1, dv1, PRECISION)
         dp = dot(v1, tl.trans(do1), dp, PRECISION)
-    shift = tl.load(rows_at(delta, seq.index, seq.row_q + i, h), mask=used, other=0.0)
+    shift = tl.load(rows_at(delta, seq.index, h, first, r), mask=used, other=0.0)
     dt = narrow(score_gradient(p, dp, shift[None, :], keep, terms) * slope, k0.dtype)
     dk0 = dot(dt, q0, dk0, PRECISION)
     if D1 > 0:
@@ -235,9 +239,9 @@ def visit_rows(
 
 
 @triton.jit
-def row_lse(lse, seq, i, h, used, EDGE: tl.constexpr):
+def row_lse(pointers, used, EDGE: tl.constexpr):
     """log2(e) lse of rows, +inf where there is no key, so that P is 0."""
-    value = tl.load(rows_at(lse, seq.index, seq.row_q + i, h), mask=used, other=float("-inf")) * LOG2E
+    value = tl.load(pointers, mask=used, other=float("-inf")) * LOG2E
     if EDGE:
         value = tl.where(value == float("-inf"), float("inf"), value)
     return value
@@ -297,11 +301,12 @@ def attention_backward_dq(
             t * TILE_K, dq0, dq1, own, k, v, low, high, seq, interval, terms,
             HEAD_DIM, HEAD_DIM_V, D0, D1, E0, E1, TILE_K, True, LOWER, HOLES, PRECISION,
         )  # fmt: skip
-    i = start_q + tl.arange(0, TILE_Q)
-    dq_rows = rows_at(dq, b, row_q + i, head)
-    store(dq_rows, dq0 * scalars.scale, i < length, 0, D0, HEAD_DIM)
+    r = tl.arange(0, TILE_Q)
+    owned = start_q + r < length
+    dq_rows = rows_at(dq, b, head, row_q + start_q, r)
+    store(dq_rows, dq0 * scalars.scale, owned, 0, D0, HEAD_DIM)
     if D1 > 0:
-        store(dq_rows, dq1 * scalars.scale, i < length, D0, D1, HEAD_DIM)
+        store(dq_rows, dq1 * scalars.scale, owned, D0, D1, HEAD_DIM)
 
 
 class Own(NamedTuple):
@@ -321,9 +326,10 @@ def own_rows(
     start_q, q, dout, lse, delta, head, seq, sizes, interval, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, TILE_Q: tl.constexpr,
 ):  # fmt: skip
-    i = start_q + tl.arange(0, TILE_Q)
+    r, first = tl.arange(0, TILE_Q), seq.row_q + start_q
+    i = start_q + r
     used = i < seq.n_q
-    q_rows, do_rows = rows_at(q, seq.index, seq.row_q + i, head), rows_at(dout, seq.index, seq.row_q + i, head)
+    q_rows, do_rows = rows_at(q, seq.index, head, first, r), rows_at(dout, seq.index, head, first, r)
     q0 = load(q_rows, used, True, 0, D0, HEAD_DIM)
     do0 = narrow(load(do_rows, used, True, 0, E0, HEAD_DIM_V), q0.dtype)
     q1, do1 = q0, do0
@@ -331,8 +337,8 @@ def own_rows(
         q1 = load(q_rows, used, True, D0, D1, HEAD_DIM)
     if E1 > 0:
         do1 = narrow(load(do_rows, used, True, E0, E1, HEAD_DIM_V), q0.dtype)
-    top = row_lse(lse, seq, i, head, used, True)
-    shift = tl.load(rows_at(delta, seq.index, seq.row_q + i, head), mask=used, other=0.0)
+    top = row_lse(rows_at(lse, seq.index, head, first, r), used, True)
+    shift = tl.load(rows_at(delta, seq.index, head, first, r), mask=used, other=0.0)
     return Own(rows_of(i, i, head, seq, sizes, interval, False), q0, q1, do0, do1, top[:, None], shift[:, None])
 
 
@@ -363,13 +369,17 @@ def tile_gradient(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dS of a tile (tile_q, tile_k), the derivative of the cap, and the keys that it read."""
-    j = start + tl.arange(0, TILE_K)
+    r = tl.arange(0, TILE_K)
+    j = start + r
     keys = (j >= low) & (j < high)  # outside, memory may hold NaN
     if HOLES and EDGE:
         first, last = row_bounds(j, seq, interval)
         keys = keys & (first < last)
     kv_head = own.row.head // terms.sizes.group
-    k_rows, v_rows = rows_at(k, seq.index, seq.row_k + j, kv_head), rows_at(v, seq.index, seq.row_k + j, kv_head)
+    k_rows, v_rows = (
+        rows_at(k, seq.index, kv_head, seq.row_k + start, r),
+        rows_at(v, seq.index, kv_head, seq.row_k + start, r),
+    )
     k0 = load(k_rows, keys, EDGE, 0, D0, HEAD_DIM)
     zero = tl.zeros([own.q0.shape[0], TILE_K], tl.float32)
     s = dot(own.q0, tl.trans(k0), zero, PRECISION)

@@ -18,7 +18,7 @@ from .tiles import LOG2E, bounds, narrow, sequence
 
 
 class Walk(NamedTuple):
-    """Counts of batch entries, heads, tiles of rows and tiles of keys: those that programs own and those that one adds."""
+    """Counts of batch entries, heads, tiles of rows and of keys: those that programs own and those that one adds."""
 
     heads: Any
     rows: Any
@@ -53,13 +53,13 @@ def attention_backward_dbias(
         b = own_batch + n // (walk.add_keys * walk.add_rows * walk.add_heads)
         seq = sequence(b, b * 0, sizes.seqlen_q, tables, sizes, TOP_LEFT)
         last = tl.minimum(start_q + TILE_Q, seq.n_q) - 1
-        low, _ = bounds(start_q, seq, interval)
-        _, high = bounds(last, seq, interval)
+        low, _high = bounds(start_q, seq, interval)
+        _low, high = bounds(last, seq, interval)
         if (start_q <= last) & (start < high) & (start + TILE_K > low):
             own = own_rows(
                 start_q, q, dout, lse, delta, head, seq, sizes, interval, HEAD_DIM, HEAD_DIM_V, D0, D1, E0, E1, TILE_Q
             )
-            ds, _, _, _ = tile_gradient(
+            ds, _slope, _k0, _k1 = tile_gradient(
                 start, own, k, v, low, high, seq, interval, terms,
                 HEAD_DIM, HEAD_DIM_V, D0, D1, E0, E1, TILE_K, True, LOWER, HOLES, PRECISION,
             )  # fmt: skip

@@ -17,6 +17,7 @@ from triton.compiler import ASTSource
 from ..base import Call
 from .device import interpreted
 
+LARGEST_STRIDE = 2**23  # times the rows of a tile, at most 128, and plus the dimensions: below 2^31
 ALIGNMENT = 16  # bytes of addresses and elements of strides: what vector loads need
 TYPES = {
     "float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int32": "i32", "int64": "i64", "bool": "u8",
@@ -55,7 +56,8 @@ def f32(value: float) -> Number:
 
 
 def stride(value: int) -> Number:
-    return Number("i64", value, True)
+    """32 bits wherever offsets inside a tile fit into them."""
+    return Number("i32" if abs(value) < LARGEST_STRIDE else "i64", value, True)
 
 
 class Template:

@@ -1,4 +1,4 @@
-"""Plans of the backward: delta, then dk and dv by tiles of keys, dq by tiles of rows, dbias and dsink where asked for."""
+"""Plans of the backward: delta, dk and dv by tiles of keys, dq by tiles of rows; dbias and dsink where asked for."""
 
 from __future__ import annotations
 

@@ -88,18 +88,48 @@ def decode(arch: str, dtype: str, width: int, rows: int) -> Config:
     return Config(tile_q, 64, 4, 3 if width <= 128 else 2)
 
 
+# 16-bit backward: (dk and dv, whose program owns tile_k keys; dq, whose program owns tile_q rows). On NVIDIA's cards
+# the first keeps addresses on the stack outside its loops; tests/aot.json says what spills, and what inside a loop.
+BACKWARD: dict[str, tuple[tuple[int, tuple[Config, Config]], ...]] = {
+    "sm_7": (
+        (64, (Config(32, 32, 4, 1), Config(32, 32, 4, 1))),
+        (512, (Config(16, 16, 4, 1), Config(16, 16, 4, 1))),
+    ),
+    "sm_9": (
+        (64, (Config(64, 128, 8, 2), Config(128, 64, 8, 2))),
+        (128, (Config(32, 128, 8, 2), Config(128, 64, 8, 2))),
+        (256, (Config(32, 32, 8, 1), Config(32, 32, 8, 1))),
+        (512, (Config(16, 16, 8, 1), Config(16, 16, 8, 1))),
+    ),
+    "sm_": (
+        (64, (Config(64, 128, 8, 2), Config(64, 64, 4, 2))),
+        (128, (Config(64, 64, 8, 2), Config(64, 64, 8, 2))),
+        (256, (Config(32, 32, 8, 1), Config(32, 32, 8, 1))),
+        (512, (Config(16, 16, 8, 1), Config(16, 16, 8, 1))),
+    ),
+    "gfx9": (
+        (64, (Config(64, 64, 4, 1), Config(64, 64, 4, 1))),
+        (128, (Config(32, 64, 4, 1), Config(64, 64, 4, 1))),
+        (256, (Config(32, 32, 4, 1), Config(32, 32, 4, 1))),
+        (512, (Config(16, 16, 4, 1), Config(16, 16, 4, 1))),
+    ),
+    "": (
+        (64, (Config(32, 32, 8, 1), Config(32, 32, 4, 1))),
+        (128, (Config(16, 32, 4, 1), Config(32, 32, 8, 1))),
+        (512, (Config(16, 16, 4, 1), Config(16, 16, 4, 1))),
+    ),
+}
+
+
 def backward(arch: str, dtype: str, width: int) -> tuple[Config, Config]:
     """For dk and dv, whose program owns tile_k keys; and for dq, whose program owns tile_q rows."""
     if arch == INTERPRETER:
         return Config(64, 64), Config(64, 64)
     if dtype == "float32":
-        small = Config(32, 32) if width <= 128 else Config(16, 16)
+        small = Config(32, 32, 8, 1) if width <= 64 else Config(16, 16, 4, 1)
         return small, small
-    if width <= 64:
-        return Config(64, 128, 8, 3), Config(128, 64, 4, 3)
-    if width <= 128:
-        return Config(32, 128, 8, 2), Config(64, 64, 4, 2)
-    return (Config(32, 32, 8, 1),) * 2 if width <= 256 else (Config(16, 16, 8, 1),) * 2
+    family = next(name for name in BACKWARD if arch.startswith(name))
+    return next(configs for widest, configs in BACKWARD[family] if width <= widest)
 
 
 def bias(arch: str, dtype: str, width: int) -> Config:

@@ -1,0 +1,84 @@
+"""What the code that Triton compiled for a GPU says: registers, spills, shared memory, matrix instructions."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+MATRIX_PTX = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
+MATRIX_AMD = re.compile(r"\b(?:v_mfma|v_wmma)")
+SPILL_NVIDIA = re.compile(r"^(?:LDL|STL)\b")
+SPILL_AMD = re.compile(r"^(?:scratch|buffer)_(?:load|store)\w* .*(?:Spill|Reload)")
+SASS = re.compile(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][^;]*);")
+
+
+def resources(built: Any) -> dict[str, int]:
+    """registers per thread; bytes of spills; spill instructions inside innermost loops; bytes of shared memory; matrix
+    instructions."""
+    nvidia = "cubin" in built.asm
+    registers, spills = _nvidia(built.asm["cubin"]) if nvidia else _amd(built.asm["amdgcn"])
+    hot = 0
+    if spills:
+        loops = innermost(sass(built.asm["cubin"])) if nvidia else innermost(built.asm["amdgcn"].splitlines())
+        hot = sum(bool((SPILL_NVIDIA if nvidia else SPILL_AMD).match(line.strip())) for loop in loops for line in loop)
+    matrix = MATRIX_PTX.findall(built.asm["ptx"]) if nvidia else MATRIX_AMD.findall(built.asm["amdgcn"])
+    return {
+        "registers": registers,
+        "spills": spills,
+        "spills_in_loops": hot,
+        "shared": int(built.metadata.shared),
+        "matrix": len(matrix),
+    }
+
+
+def _nvidia(cubin: bytes) -> tuple[int, int]:
+    usage = cuobjdump(cubin, "--dump-resource-usage")
+    registers, stack, local = (int(_found(rf"{key}:(\d+)", usage)) for key in ("REG", "STACK", "LOCAL"))
+    return registers, stack + local
+
+
+def _amd(code: str) -> tuple[int, int]:
+    vgpr, agpr, spilled = (
+        int(_found(rf"\.{key}:\s*(\d+)", code)) for key in ("vgpr_count", "agpr_count", "vgpr_spill_count")
+    )
+    return vgpr + agpr, 4 * spilled
+
+
+def _found(pattern: str, text: str) -> str:
+    """The group of the first match; "0" where a kind of register does not exist."""
+    match = re.search(pattern, text)
+    return match[1] if match else "0"
+
+
+def sass(cubin: bytes) -> list[str]:
+    """Instructions, each branch target as a line ".L_0x<address>:" before its instruction."""
+    found = SASS.findall(cuobjdump(cubin, "--dump-sass"))
+    lines = []
+    for address, text in found:
+        lines += [f".L_0x{int(address, 16):x}:", re.sub(r"^BRA.*?0x([0-9a-f]+).*", r"branch .L_0x\1", text)]
+    return lines
+
+
+def innermost(lines: list[str]) -> list[list[str]]:
+    """The bodies of loops that hold no other loop: from the target of a backward branch to the branch."""
+    labels = {line.split(":")[0].strip(): at for at, line in enumerate(lines) if re.match(r"\s*\.L\w+:", line)}
+    loops = []
+    for at, line in enumerate(lines):
+        match = re.match(r"\s*(?:s_c?branch\w*|branch)\s+(\.L\w+)", line)
+        if match and labels.get(match[1], at) < at:
+            loops.append((labels[match[1]], at))
+    inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    return [lines[first : last + 1] for first, last in inner]
+
+
+def cuobjdump(cubin: bytes, flag: str) -> str:
+    from triton.backends import nvidia
+
+    tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
