@@ -2,7 +2,7 @@
 
     python scripts/gpu.py --json build/gpu.json [--part tests|speed|decode|latency]
 
-Needs torch with a GPU, Triton and NumPy; nothing else. Each part takes at most some minutes. Times are medians over CUDA
+Needs torch with a GPU, Triton and NumPy; nothing else. Each part takes some minutes. Times are medians over device
 events; every time is measured beside torch's own attention in the same process, and only after the results agree.
 """
 

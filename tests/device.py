@@ -46,7 +46,7 @@ def to_numpy(array: torch.Tensor | None) -> np.ndarray | None:
 
 
 def compare(case: Case, device: str, backend: str = "triton") -> list[str]:
-    """What is wrong with a case, forward and backward; ["refused"] where the backend says that it does not compute it."""
+    """What is wrong with a case, forward and backward; ["refused"] where the backend refuses it."""
     inputs = build(replace(case, layout="bshd") if case.layout == "reversed" else case)
     given: dict[str, Any] = {**inputs.arguments, "backend": backend}
     for name, value in given.items():
@@ -57,9 +57,7 @@ def compare(case: Case, device: str, backend: str = "triton") -> list[str]:
     problem, arrays = inputs.canonical()
     try:
         out, lse = anyattn.attention_forward(**given)
-        wrong = accuracy.check(
-            accuracy.expected_forward(problem, arrays), {"out": to_numpy(out), "lse": to_numpy(lse)}
-        )
+        wrong = accuracy.check(accuracy.expected_forward(problem, arrays), {"out": to_numpy(out), "lse": to_numpy(lse)})
         if problem.paged:
             return wrong
         dout = to_device(inputs.dout, device)

@@ -1,4 +1,4 @@
-"""Kernels compiled for GPUs that are not here, against the committed table of registers, spills and matrix instructions."""
+"""Kernels compiled for GPUs that are not here: no new spill, no matrix instruction lost against the committed table."""
 
 from __future__ import annotations
 
