@@ -140,7 +140,7 @@ def test_launching_without_a_gpu(tmp_path: Path) -> None:
     assert len(got["launches"]) == 4 and first["grid"] == [128, 1, 1] and first["stream"] == got["stream"]
     addresses = [value for kind, value in last["arguments"] if kind.startswith("*")]
     assert addresses == got["pointers"]
-    assert ["fp32", 0.125] in last["arguments"] and ["i64", 8 * 1024 * 64] in last["arguments"]
+    assert ["fp32", 0.125] in last["arguments"] and ["i32", 8 * 1024 * 64] in last["arguments"]
 
 
 def test_devices_of_other_names() -> None:

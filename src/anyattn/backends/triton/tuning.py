@@ -35,18 +35,18 @@ FORWARD: dict[str, tuple[tuple[int, Config], ...]] = {
     ),
     "sm_12": (
         (64, Config(128, 64, 8, 2, 2)),
-        (128, Config(128, 32, 8, 2, 2)),
-        (256, Config(64, 32, 8, 2, 2)),
+        (128, Config(64, 32, 4, 2, 2)),
+        (256, Config(32, 32, 8, 2, 2)),
         (512, Config(16, 32, 4, 1)),
     ),
     "sm_": (
         (64, Config(128, 64, 8, 2, 2)),
         (128, Config(128, 64, 8, 2, 2)),
-        (256, Config(64, 32, 8, 2, 2)),
+        (256, Config(32, 32, 8, 2, 2)),
         (512, Config(16, 32, 4, 1)),
     ),
     "gfx9": ((128, Config(128, 64, 4, 1)), (256, Config(64, 32, 4, 1)), (512, Config(16, 32, 4, 1))),
-    "gfx11": ((64, Config(64, 32, 4, 1)), (128, Config(32, 32, 8, 1)), (512, Config(16, 16, 4, 1))),
+    "gfx11": ((64, Config(64, 32, 4, 1)), (128, Config(32, 16, 4, 1)), (512, Config(16, 16, 4, 1))),
     "": ((64, Config(64, 32, 4, 1)), (256, Config(32, 32, 4, 1)), (512, Config(16, 16, 4, 1))),
 }
 DECODE_ROWS = 64  # rows of a (sequence, KV head) up to which its keys are what costs
