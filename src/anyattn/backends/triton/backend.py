@@ -18,6 +18,15 @@ if TYPE_CHECKING:
 OLDEST = (3, 6)
 LARGEST_HEAD_DIM = 512
 DEVICES = ("cuda", "xpu")
+# What is known of each card, for `anyattn info`. Compiled: tests/aot.json; expected: nothing has been seen to fail.
+EVIDENCE = {
+    "tested": ("Triton's interpreter",),
+    "compiled": (
+        *("sm_70", "sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"),
+        *("gfx908", "gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201"),
+    ),
+    "expected": ("other cards of NVIDIA and AMD", "Intel's (xpu)"),
+}
 
 
 class TritonBackend:
@@ -69,9 +78,9 @@ class TritonBackend:
 
     def append(self, append: Append, call: Call) -> None:
         from .append import kernels
+        from .launch import run_all
 
-        for kernel in kernels(append):
-            kernel.run(call)
+        run_all(kernels(append), call, append.q.device)
 
 
 def _misplaced(device: str) -> list[str]:

@@ -167,6 +167,20 @@ class Kernel:
         return found
 
 
+def run_all(kernels: Sequence[Kernel], call: Call, device: str) -> None:
+    """In order, on the device of that torch name, whichever is current."""
+    kind, _, number = device.partition(":")
+    if interpreted() or not number or int(number) == triton.runtime.driver.active.get_current_device():
+        for kernel in kernels:
+            kernel.run(call)
+        return
+    import torch
+
+    with getattr(torch, kind).device(int(number)):
+        for kernel in kernels:
+            kernel.run(call)
+
+
 _cache: dict[Any, Any] = {}
 
 

@@ -11,7 +11,7 @@ from .arguments import common, statistics, view
 from .decode import combine_splits
 from .device import Device, device
 from .forward import attention_forward
-from .launch import Address, Kernel, Template, i32, i64
+from .launch import Address, Kernel, Template, i32, i64, run_all
 from .tuning import Config, chunks
 from .views import Schedule, View
 
@@ -20,6 +20,7 @@ class TritonPlan:
     """The kernels of one problem, in the order in which they run."""
 
     def __init__(self, problem: Problem) -> None:
+        self._device = problem.device
         self.forward_bytes = self.backward_bytes = 0
         if problem.dout is None:
             self._kernels, self.forward_bytes = forward_kernels(problem)
@@ -33,13 +34,15 @@ class TritonPlan:
             kernel.warmup()
 
     def forward(self, call: Call) -> None:
-        for kernel in self._kernels:
-            kernel.run(call)
+        run_all(self._kernels, call, self._device)
 
     def backward(self, call: Call) -> None:
-        for kernel in self._kernels:
-            if all(getattr(call, name) is not None for name in kernel.template.names):  # dbias, dsink: where wanted
-                kernel.run(call)
+        wanted = [
+            kernel
+            for kernel in self._kernels
+            if all(getattr(call, name) is not None for name in kernel.template.names)  # dbias, dsink: where wanted
+        ]
+        run_all(wanted, call, self._device)
 
 
 class Shape(NamedTuple):
