@@ -1,4 +1,4 @@
-"""Kernels compiled for GPUs that are not here, against the committed table of registers, spills and matrix instructions."""
+"""Kernels compiled for GPUs that are not here, against the committed table of what their machine code needs."""
 
 from __future__ import annotations
 
