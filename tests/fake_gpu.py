@@ -1,4 +1,4 @@
-"""Launching without a GPU: kernels are really compiled, for a card that is not here; a driver that only records takes them.
+"""Launching without a GPU: kernels are compiled for a card that is not here, and a driver takes them that only records.
 
 A script, as it needs a process in which Triton's interpreter is off. Prints JSON for test_triton.
 """
@@ -44,10 +44,12 @@ class Launcher:
     def __init__(self, source: Any, metadata: Any) -> None:
         self.signature = list(source.signature.values())
 
-    def __call__(self, *given: Any) -> None:
-        grid, stream, arguments = given[:3], given[3], given[-len(self.signature) :]
+    def __call__(self, *call: Any) -> None:
+        grid, stream, arguments = call[:3], call[3], call[-len(self.signature) :]
         pairs = list(zip(_flat(self.signature), _flat(arguments), strict=True))
-        launches.append({"grid": grid, "stream": stream, "arguments": [pair for pair in pairs if pair[0] != "constexpr"]})
+        launches.append(
+            {"grid": grid, "stream": stream, "arguments": [pair for pair in pairs if pair[0] != "constexpr"]}
+        )
 
 
 class Driver:
@@ -81,7 +83,8 @@ def main() -> None:
     call.q = torch.zeros(call.q.numel() + 1, dtype=torch.float16)[1:].view(call.q.shape)
     plan.forward(call)
     pointers = [x.data_ptr() for x in (call.q, call.k, call.v, call.out, call.lse)]
-    print(json.dumps({"loads": [before, len(loads)], "launches": launches, "pointers": pointers, "stream": STREAM}))
+    found = {"loads": [before, len(loads)], "launches": launches, "pointers": pointers, "stream": STREAM}
+    sys.stdout.write(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ ALLOWED = {
     "frameworks": DEFINITION | {"settings", "dispatch", "backends"},
     "arguments": {"problem", "mask"},
     "native": {"backends"},
+    "planning": {"api", "arguments", "dispatch"},
     "api": {"arguments", "dispatch", "errors", "problem", "mask", "frameworks"},
 }
 LAZY = {

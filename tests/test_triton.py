@@ -1,4 +1,4 @@
-"""What is special to the Triton backend: what it refuses, when it is chosen, how it launches, what its tiles may not change."""
+"""What is special to the Triton backend: what it refuses, when it is chosen, how it launches, any size of its tiles."""
 
 from __future__ import annotations
 
@@ -39,16 +39,14 @@ def test_automatic_choice_never_takes_the_interpreter() -> None:
 
 def test_refusals_name_what_is_accepted() -> None:
     wide = np.ones((1, 4, 2, 513), np.float32)
-    with pytest.raises(anyattn.UnsupportedProblem, match="head_dim and head_dim_v up to 512; got 513"):
+    with pytest.raises(anyattn.UnsupportedProblem, match=r"head_dim and head_dim_v up to 512; got 513"):
         anyattn.attention(wide, wide, wide, backend="triton")
     double = X.astype(np.float64)
     with pytest.raises(anyattn.UnsupportedProblem, match="has no float64"):
         anyattn.attention(double, double, double, backend="triton")
     cache = np.zeros((1, 8, 2, 8))
-    with pytest.raises(anyattn.UnsupportedProblem, match="an append to a (?s:.)*has no float64"):
-        anyattn.attention_with_kvcache(
-            double, cache, cache, k=double, v=double, cache_seqlens=0, backend="triton"
-        )
+    with pytest.raises(anyattn.UnsupportedProblem, match=r"an append to a (?s:.)*has no float64"):
+        anyattn.attention_with_kvcache(double, cache, cache, k=double, v=double, cache_seqlens=0, backend="triton")
 
 
 def test_elsewhere_than_on_a_gpu_is_refused_with_a_reason() -> None:
@@ -61,7 +59,7 @@ def test_elsewhere_than_on_a_gpu_is_refused_with_a_reason() -> None:
 @pytest.mark.parametrize("name", ["everything", "varlen_window_alibi", "chunk_window", "paged_odd_page_f16"])
 def test_any_tile_size(name: str, config: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Full tiles and edges on both sides, several of each."""
-    monkeypatch.setattr(tuning, "forward", lambda *_: tuning.Config(*config))
+    monkeypatch.setattr(tuning, "forward", lambda *_, **__: tuning.Config(*config))
     inputs = build(named(name))
     problem, arrays = inputs.canonical()
     assert not accuracy.check(accuracy.expected_forward(problem, arrays), forward(inputs.arguments))
@@ -116,7 +114,9 @@ def test_splits_fill_the_processors() -> None:
     assert tuning.splits(8, 6, 132) <= 6
 
 
-@pytest.mark.parametrize(("size", "want"), [(1, (16, 0)), (64, (64, 0)), (96, (64, 32)), (100, (128, 0)), (300, (256, 64))])
+@pytest.mark.parametrize(
+    ("size", "want"), [(1, (16, 0)), (64, (64, 0)), (96, (64, 32)), (100, (128, 0)), (300, (256, 64))]
+)
 def test_chunks_of_a_dimension(size: int, want: tuple[int, int]) -> None:
     assert tuning.chunks(size) == want
 
@@ -133,9 +133,7 @@ def test_launching_without_a_gpu(tmp_path: Path) -> None:
     """Compiled once per plan's class and alignment; every address, size and stride is where the kernel expects it."""
     script = Path(__file__).parent / "fake_gpu.py"
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
-    result = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, env=environment, check=True
-    )
+    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment, check=True)
     got = json.loads(result.stdout.splitlines()[-1])
     assert got["loads"] == [1, 2], "equal plans share a kernel; an address that is not aligned needs another"
     first, *_, last = got["launches"]
@@ -149,3 +147,11 @@ def test_devices_of_other_names() -> None:
     from anyattn.backends.triton.device import device
 
     assert device("sm_90") == Device("sm_90", 128, 2**25)
+
+
+@pytest.mark.parametrize("name", ["plain", "expanded", "everything_bf16", "paged_varlen", "wide_heads"])
+def test_cases_on_a_device(name: str) -> None:
+    """What `make gpu` runs on a card, here on host memory."""
+    from device import compare
+
+    assert compare(named(name), "cpu") == (["refused"] if name == "wide_heads" else [])

@@ -13,16 +13,14 @@ from .api import (
     attention_forward,
     attention_varlen,
     attention_with_kvcache,
-    explain,
     flash_attention,
-    get_available_backends,
     merge,
-    print_backend_info,
 )
 from .dispatch import Explanation, backend
 from .errors import UnsupportedProblem
 from .mask import Mask
 from .native import get_include, get_library
+from .planning import explain, get_available_backends, print_backend_info, warmup
 
 __version__ = "0.1.0"
 
@@ -44,4 +42,5 @@ __all__ = [
     "get_library",
     "merge",
     "print_backend_info",
+    "warmup",
 ]

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 from .. import dispatch, settings
-from ..backends.base import Adapter, Call
+from ..backends.base import Adapter, Call, contiguous
 from ..kvcache import ARRAYS as APPEND_ARRAYS
-from ..kvcache import Append, check_append, make_append, room
+from ..kvcache import check_append, make_append, room
 from ..problem import INPUTS, SAVED, TABLES, Array, Options, Problem, make_problem
 from ..sequences import check_tables
 
@@ -86,6 +86,19 @@ def check(adapter: Adapter, arrays: Arrays, options: Options, backend: str | Non
         key, dispatch.named(backend), lambda: make_problem(_describe(adapter, INPUTS, arrays), options)
     )
     _check_values(adapter, problem, arrays)
+
+
+def warmup(adapter: Adapter, arrays: Arrays, options: Options, backend: str | None, *, backward: bool) -> None:
+    """Compiles what `forward` and, if asked for, `backward` need for these arrays, and runs nothing."""
+    described = _describe(adapter, INPUTS, arrays)
+    names = dispatch.named(backend)
+    problem = make_problem(described, options)
+    dispatch.choose(problem, names).plan(problem).warmup()
+    if backward:
+        out = contiguous(problem.out_shape, problem.dtype, problem.device)
+        lse = contiguous(problem.lse_shape, problem.compute_dtype, problem.device)
+        problem = make_problem({**described, "out": out, "dout": out, "lse": lse}, options)
+        dispatch.choose(problem, names).plan(problem).warmup()
 
 
 def explain(adapter: Adapter, arrays: Arrays, options: Options, backend: str | None) -> dispatch.Explanation:

@@ -22,6 +22,9 @@ class NumpyPlan:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
 
+    def warmup(self) -> None:
+        pass
+
     # NaN and infinities of the caller go through in silence, as on every backend
     @np.errstate(all="ignore")
     def forward(self, call: Call) -> None:

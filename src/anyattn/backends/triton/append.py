@@ -9,7 +9,8 @@ import triton.language as tl
 
 from ...kvcache import Append
 from ...problem import Array
-from .arguments import contiguous, view
+from ..base import contiguous
+from .arguments import view
 from .launch import Address, Kernel, Template, i32, i64
 from .tiles import clamp, narrow
 

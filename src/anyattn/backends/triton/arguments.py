@@ -64,7 +64,8 @@ def heads(problem: Problem) -> Heads:
 def tables(problem: Problem) -> Tables:
     names = Tables._fields[:-1]
     given = [None if getattr(problem, name) is None else Address(name, "int32") for name in names]
-    return Tables(*given, i64(0 if problem.block_table is None else problem.block_table.shape[1]))
+    pages = problem.block_table
+    return Tables._make([*given, i64(0 if pages is None else pages.shape[1])])
 
 
 def sizes(problem: Problem) -> Sizes:
@@ -74,11 +75,3 @@ def sizes(problem: Problem) -> Sizes:
         *(i32(x) for x in (problem.batch, problem.seqlen_q, problem.seqlen_k, problem.nheads, problem.group)),
         *(i32(x) for x in (problem.q.shape[0] if problem.packed_q else 0, rows_k, entries, problem.page_size)),
     )
-
-
-def contiguous(shape: tuple[int, ...], dtype: str) -> Array:
-    steps, step = [], 1
-    for size in reversed(shape):
-        steps.append(step)
-        step *= max(size, 1)
-    return Array(shape, tuple(reversed(steps)), dtype)

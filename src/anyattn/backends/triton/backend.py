@@ -78,7 +78,11 @@ def _misplaced(device: str) -> list[str]:
     """Reasons against arrays there."""
     if interpreted():
         return [] if device == "cpu" else [f"computes in host memory, as TRITON_INTERPRET is set; q is on {device}"]
-    return [] if device.split(":")[0] in DEVICES else [f"computes on {' and '.join(DEVICES)} devices; q is on {device}"]
+    return (
+        []
+        if device.split(":", maxsplit=1)[0] in DEVICES
+        else [f"computes on {' and '.join(DEVICES)} devices; q is on {device}"]
+    )
 
 
 def _without(dtype: str) -> list[str]:

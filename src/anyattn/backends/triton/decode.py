@@ -1,6 +1,6 @@
-"""Few rows and many keys: the group's heads share a tile, several programs share the keys, and their parts are combined.
+"""Few rows and many keys: the group's heads share a tile, programs share the keys, and their parts are combined.
 
-    lse = log(sum_s exp(lse_s))      out = sum_s exp(lse_s - lse) out_s
+lse = log(sum_s exp(lse_s))      out = sum_s exp(lse_s - lse) out_s
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""Which GPU a tensor lies on, as far as tuning and launching need to know. The interpreter counts as a device of its own."""
+"""Which GPU a tensor lies on, as far as tuning needs to know. The interpreter counts as a device of its own."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 INTERPRETER = "interpreter"
 
@@ -34,12 +35,11 @@ def device(name: str) -> Device:
     import torch
 
     index = int(number or 0)
+    properties: Any
     if kind == "xpu":
         properties = torch.xpu.get_device_properties(index)
         return Device("xpu", int(properties.max_compute_units), 2**24)
     properties = torch.cuda.get_device_properties(index)
-    if torch.version.hip:
-        arch = properties.gcnArchName.split(":")[0]
-    else:
-        arch = f"sm_{properties.major}{properties.minor}"
+    capability = f"sm_{properties.major}{properties.minor}"
+    arch = properties.gcnArchName.split(":")[0] if torch.version.hip else capability
     return Device(arch, int(properties.multi_processor_count), int(properties.L2_cache_size))

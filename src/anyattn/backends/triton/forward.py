@@ -1,9 +1,10 @@
 """Forward: a program owns a tile of rows and visits the tiles of keys that they see, keeping
 
-    m' = max(m, max_j x_j)      l' = l 2^(m - m') + sum_j 2^(x_j - m')      acc' = acc 2^(m - m') + sum_j 2^(x_j - m') v_j
+    m' = max(m, max_j x_j)                        l' = l 2^(m - m') + sum_j 2^(x_j - m')
+    acc' = acc 2^(m - m') + sum_j 2^(x_j - m') v_j
 
-with x = log2(e) s. Full tiles come first, without a mask; then those through which an edge of the mask runs. Dimensions
-are cut into two chunks of powers of two, so 96 is 64 + 32 and not 128.
+with x = log2(e) s. Full tiles come first, without a mask; then those through which an edge of the mask runs.
+Dimensions are cut into two chunks of powers of two, so 96 is 64 + 32 and not 128.
 
 With PACK a tile holds (row, head of the group) pairs, so that keys are read once per KV head: decoding. With SPLIT
 several programs share the keys of a tile of rows and write partial results, which decode.py combines.

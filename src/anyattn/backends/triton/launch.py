@@ -20,7 +20,7 @@ from .device import interpreted
 LARGEST_STRIDE = 2**23  # times the rows of a tile, at most 128, and plus the dimensions: below 2^31
 ALIGNMENT = 16  # bytes of addresses and elements of strides: what vector loads need
 TYPES = {
-    "float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int32": "i32", "int64": "i64", "bool": "u8", "uint8": "u8",
+    "float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int32": "i32", "int64": "i64", "bool": "u8",
 }  # fmt: skip
 
 
@@ -67,7 +67,9 @@ class Template:
         self.arguments = tuple(arguments)
         self.constants = constants
         self._parts = [_Part(argument) for argument in arguments]
-        strides = [leaf.value for part in self._parts for leaf in part.leaves if isinstance(leaf, Number) and leaf.stride]
+        strides = [
+            leaf.value for part in self._parts for leaf in part.leaves if isinstance(leaf, Number) and leaf.stride
+        ]
         self.aligned_strides = all(value % ALIGNMENT == 0 for value in strides)
         self.addresses = [leaf for part in self._parts for leaf in part.leaves if isinstance(leaf, Address)]
         self.names = {leaf.name for leaf in self.addresses}
@@ -110,11 +112,11 @@ class _Part:
         values = self._values.copy()
         for at, leaf in self._slots:
             values[at] = pointers[leaf]
-        return self.kind._make(values) if self.kind else values[0]  # type: ignore[attr-defined]
+        return self.kind._make(values) if self.kind else values[0]
 
     def signature(self) -> Any:
         kinds = [_kind(leaf) for leaf in self.leaves]
-        return self.kind._make(kinds) if self.kind else kinds[0]  # type: ignore[attr-defined]
+        return self.kind._make(kinds) if self.kind else kinds[0]
 
 
 def _kind(leaf: Leaf) -> str:
@@ -146,16 +148,23 @@ class Kernel:
         with np.errstate(all="ignore"):  # infinities and the wrapping integers of Philox
             self.function[self.grid](*self.template.values(pointers))
 
+    def warmup(self) -> None:
+        """Compiles it for the current device and arrays that are aligned."""
+        if not interpreted() and 0 not in self.grid:
+            self._compile(triton.runtime.driver.active.get_current_device(), self.template.aligned_strides)
+
     def _launch(self, addresses: dict[Address, int]) -> None:
         active = triton.runtime.driver.active
         device = active.get_current_device()
         aligned = self.template.aligned_strides and all(address % ALIGNMENT == 0 for address in addresses.values())
-        kernel = self._compiled.get((device, aligned))
-        if kernel is None:
-            kernel = self._compiled[device, aligned] = compiled(self, device, aligned)
+        kernel = self._compiled.get((device, aligned)) or self._compile(device, aligned)
         stream = active.get_current_stream(device)
         values = self.template.values(addresses)
         kernel.run(*self.grid, 1, stream, kernel.function, kernel.packed_metadata, None, None, None, *values)
+
+    def _compile(self, device: int, aligned: bool) -> Any:
+        self._compiled[device, aligned] = found = compiled(self, device, aligned)
+        return found
 
 
 _cache: dict[Any, Any] = {}

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from ...problem import Problem
-from ..base import Call
+from ..base import Call, contiguous
 from . import tuning
-from .arguments import common, contiguous, statistics, view
+from .arguments import common, statistics, view
 from .decode import combine_splits
 from .device import Device, device
 from .forward import attention_forward
@@ -27,6 +27,10 @@ class TritonPlan:
             from .plan_backward import backward_kernels
 
             self._kernels, self.backward_bytes = backward_kernels(problem)
+
+    def warmup(self) -> None:
+        for kernel in self._kernels:
+            kernel.warmup()
 
     def forward(self, call: Call) -> None:
         for kernel in self._kernels:
@@ -65,7 +69,9 @@ def forward_kernels(problem: Problem) -> tuple[list[Kernel], int]:
 def forward_shape(problem: Problem, gpu: Device) -> Shape:
     """From sizes alone; batch_invariant: from nothing that other sequences may change."""
     width = max(sum(chunks(problem.head_dim)), sum(chunks(problem.head_dim_v)))
-    config = tuning.forward(gpu.arch, problem.dtype, width)
+    dense = problem.bias is not None or problem.mask is not None
+    heavy = dense or problem.packed_q or problem.dropout_threshold > 0
+    config = tuning.forward(gpu.arch, problem.dtype, width, heavy=heavy)
     if problem.batch_invariant:
         return Shape(config, False, 1)
     pack = problem.group > 1 and tuning.fill(problem.seqlen_q, config.tile_q) < 0.9 * tuning.fill(

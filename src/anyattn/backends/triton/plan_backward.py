@@ -6,8 +6,9 @@ import math
 from typing import NamedTuple
 
 from ...problem import Array, Problem
+from ..base import contiguous
 from . import tuning
-from .arguments import common, contiguous, dense, sizes, statistics, tables, view
+from .arguments import common, dense, sizes, statistics, tables, view
 from .backward import attention_backward_delta, attention_backward_dkv, attention_backward_dq
 from .dbias import Walk, attention_backward_dbias, attention_backward_dsink, sum_parts
 from .device import Device, device

@@ -33,7 +33,7 @@ class Sequence(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Rows of a tile: index in the sequence, query head, interval of keys, position relative to key 0, in use or not."""
+    """Rows of a tile: index in the sequence, query head, interval of keys, position against key 0, in use or not."""
 
     index: Any
     head: Any
@@ -58,7 +58,7 @@ def narrow(x, dtype: tl.constexpr):
         x = x.to(tl.float32)
         bits = x.to(tl.uint32, bitcast=True)
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
-        x = tl.where(x == x, rounded, x)
+        x = tl.where(x != x, x, rounded)  # noqa: PLR0124 (NaN)
     return x.to(dtype)
 
 
@@ -236,7 +236,7 @@ def capped(s, scalars):
 
 @triton.jit
 def scores(t, row, j, start, b, bias, mask, heads, EDGE: tl.constexpr, LOWER: tl.constexpr):
-    """Scores times log2(e), -inf where not seen. t: scaled and capped products; j: keys; start: about where they are."""
+    """Scores times log2(e), -inf where not seen. t: scaled and capped products; j: keys, from about start."""
     keep = row.used
     if EDGE:
         keep = seen(row, j, EDGE, LOWER)

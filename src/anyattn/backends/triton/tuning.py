@@ -27,14 +27,27 @@ FORWARD: dict[str, tuple[tuple[int, Config], ...]] = {
         (256, Config(64, 64, 8, 2)),
         (512, Config(16, 32, 4, 1)),
     ),
+    "sm_10": (
+        (64, Config(128, 64, 8, 2)),
+        (128, Config(128, 64, 8, 2)),
+        (256, Config(64, 32, 8, 2)),
+        (512, Config(16, 32, 4, 1)),
+    ),
+    "sm_12": (
+        (64, Config(128, 64, 8, 2, 2)),
+        (128, Config(128, 32, 8, 2, 2)),
+        (256, Config(64, 32, 8, 2, 2)),
+        (512, Config(16, 32, 4, 1)),
+    ),
     "sm_": (
         (64, Config(128, 64, 8, 2, 2)),
         (128, Config(128, 64, 8, 2, 2)),
-        (256, Config(64, 32, 4, 2, 2)),
+        (256, Config(64, 32, 8, 2, 2)),
         (512, Config(16, 32, 4, 1)),
     ),
     "gfx9": ((128, Config(128, 64, 4, 1)), (256, Config(64, 32, 4, 1)), (512, Config(16, 32, 4, 1))),
-    "": ((64, Config(64, 32, 4, 1)), (128, Config(32, 32, 4, 1)), (512, Config(16, 16, 4, 1))),
+    "gfx11": ((64, Config(64, 32, 4, 1)), (128, Config(32, 32, 8, 1)), (512, Config(16, 16, 4, 1))),
+    "": ((64, Config(64, 32, 4, 1)), (256, Config(32, 32, 4, 1)), (512, Config(16, 16, 4, 1))),
 }
 DECODE_ROWS = 64  # rows of a (sequence, KV head) up to which its keys are what costs
 COMBINE_ROWS = 16
@@ -51,14 +64,18 @@ def chunks(size: int) -> tuple[int, int]:
     return (2 * first, 0) if second == first else (first, second)
 
 
-def forward(arch: str, dtype: str, width: int) -> Config:
-    """For a tile of rows; width: the larger of the padded head_dim and head_dim_v."""
+def forward(arch: str, dtype: str, width: int, *, heavy: bool = False) -> Config:
+    """For a tile of rows; width: the larger of the padded head_dim and head_dim_v.
+
+    heavy: a bias, a mask, dropout or packed sequences, which hold more in registers: half the keys.
+    """
     if arch == INTERPRETER:
         return Config(64, 64)
     if dtype == "float32":
         return Config(32, 32, 4, 1) if width <= 64 else Config(16, 32, 4, 1)
     family = next(name for name in FORWARD if arch.startswith(name))
-    return next(config for widest, config in FORWARD[family] if width <= widest)
+    config = next(config for widest, config in FORWARD[family] if width <= widest)
+    return config._replace(tile_k=max(32, config.tile_k // 2)) if heavy else config
 
 
 def decode(arch: str, dtype: str, width: int, rows: int) -> Config:
