@@ -127,7 +127,7 @@ def bias_kernels(problem: Problem, bias: Array, walk: BiasWalk, used: int) -> li
     steps = dense("dbias", contiguous(bias.shape, bias.dtype))
     assert steps is not None
     target = Dense(parts if walk.parts > 1 else result, *steps[1:])
-    counts = Walk(*(i32(x) for x in (*walk.own[1:], *walk.add, walk.parts)), i64(walk.elements))
+    counts = Walk._make([*(i32(x) for x in (*walk.own[1:], *walk.add, walk.parts)), i64(walk.elements)])
     constants = {**dims(problem), "TILE_Q": config.tile_q, "TILE_K": config.tile_k}
     constants |= {name: flags(problem)[name] for name in ("TOP_LEFT", "LOWER", "HOLES", "PRECISION")}
     constants |= {"ADD_ROWS": bias.shape[2] == 1, "ADD_KEYS": bias.shape[3] == 1}
