@@ -215,8 +215,8 @@ def worse(found: dict[str, Kernels], table: dict[str, Kernels]) -> Iterator[str]
                 yield f"{name} {kernel}: not in the table (--write)"
                 continue
             for key in ("spills", "spills_in_loops"):
-                if now[key] > before[key]:
-                    yield f"{name} {kernel}: {key} {now[key]}, {before[key]} before"
+                if now.get(key, 0) > before.get(key, 0):
+                    yield f"{name} {kernel}: {key} {now[key]}, {before.get(key, 0)} before"
             if before["matrix"] and not now["matrix"]:
                 yield f"{name} {kernel}: lost its matrix instructions"
 

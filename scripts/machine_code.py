@@ -12,26 +12,24 @@ MATRIX_PTX = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
 MATRIX_AMD = re.compile(r"\b(?:v_mfma|v_wmma)")
 SPILL_NVIDIA = re.compile(r"^(?:LDL|STL)\b")
 SPILL_AMD = re.compile(r"^(?:scratch|buffer)_(?:load|store)\w* .*(?:Spill|Reload)")
+UNREADABLE = 70  # sm_70: Triton's disassembler has forgotten it
 SASS = re.compile(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][^;]*);")
 
 
 def resources(built: Any) -> dict[str, int]:
-    """registers per thread; bytes of spills; spill instructions inside innermost loops; bytes of shared memory; matrix
-    instructions."""
+    """registers per thread; bytes of spills and, where the code can be read, instructions for them in innermost loops;
+    bytes of shared memory; matrix instructions."""
     nvidia = "cubin" in built.asm
     registers, spills = _nvidia(built.asm["cubin"]) if nvidia else _amd(built.asm["amdgcn"])
+    matrix = MATRIX_PTX.findall(built.asm["ptx"]) if nvidia else MATRIX_AMD.findall(built.asm["amdgcn"])
+    numbers = {"registers": registers, "spills": spills, "shared": int(built.metadata.shared), "matrix": len(matrix)}
+    if built.metadata.target.arch == UNREADABLE:
+        return numbers
     hot = 0
     if spills:
-        loops = innermost(sass(built.asm["cubin"])) if nvidia else innermost(built.asm["amdgcn"].splitlines())
-        hot = sum(bool((SPILL_NVIDIA if nvidia else SPILL_AMD).match(line.strip())) for loop in loops for line in loop)
-    matrix = MATRIX_PTX.findall(built.asm["ptx"]) if nvidia else MATRIX_AMD.findall(built.asm["amdgcn"])
-    return {
-        "registers": registers,
-        "spills": spills,
-        "spills_in_loops": hot,
-        "shared": int(built.metadata.shared),
-        "matrix": len(matrix),
-    }
+        lines, spill = (sass(built.asm["cubin"]), SPILL_NVIDIA) if nvidia else (_lines(built.asm["amdgcn"]), SPILL_AMD)
+        hot = sum(bool(spill.match(line)) for loop in innermost(lines) for line in loop)
+    return numbers | {"spills_in_loops": hot}
 
 
 def _nvidia(cubin: bytes) -> tuple[int, int]:
@@ -53,6 +51,10 @@ def _found(pattern: str, text: str) -> str:
     return match[1] if match else "0"
 
 
+def _lines(code: str) -> list[str]:
+    return [line.strip() for line in code.splitlines()]
+
+
 def sass(cubin: bytes) -> list[str]:
     """Instructions, each branch target as a line ".L_0x<address>:" before its instruction."""
     found = SASS.findall(cuobjdump(cubin, "--dump-sass"))
@@ -64,10 +66,10 @@ def sass(cubin: bytes) -> list[str]:
 
 def innermost(lines: list[str]) -> list[list[str]]:
     """The bodies of loops that hold no other loop: from the target of a backward branch to the branch."""
-    labels = {line.split(":")[0].strip(): at for at, line in enumerate(lines) if re.match(r"\s*\.L\w+:", line)}
+    labels = {line.partition(":")[0]: at for at, line in enumerate(lines) if re.match(r"\.L\w+:", line)}
     loops = []
     for at, line in enumerate(lines):
-        match = re.match(r"\s*(?:s_c?branch\w*|branch)\s+(\.L\w+)", line)
+        match = re.match(r"(?:s_c?branch\w*|branch)\s+(\.L\w+)", line)
         if match and labels.get(match[1], at) < at:
             loops.append((labels[match[1]], at))
     inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]

@@ -1,4 +1,4 @@
-"""Kernels compiled for GPUs that are not here: no new spill, no matrix instruction lost against the committed table."""
+"""Kernels compiled for GPUs that are not here, against the committed table of what their machine code needs."""
 
 from __future__ import annotations
 
