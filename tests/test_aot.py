@@ -65,6 +65,12 @@ def test_kernels_must_fit_and_use_matrix_instructions(aot: Any) -> None:
     assert not list(aot.faults({name: {"combine_splits": GOOD | {"matrix": 0}}}))
 
 
+def test_only_named_variants_spill_inside_loops(aot: Any) -> None:
+    numbers = {"attention_forward": GOOD | {"spills_in_loops": 3}}
+    assert "3 instructions for spills" in next(aot.faults({"sm_90/bfloat16/128/causal/forward": numbers}))
+    assert not list(aot.faults({"sm_90/bfloat16/128/mask/forward": numbers}))
+
+
 def test_spills_are_counted_in_innermost_loops_only(aot: Any) -> None:
     from machine_code import SPILL_AMD, innermost
 
