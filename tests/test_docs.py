@@ -12,6 +12,7 @@ import pytest
 import anyattn
 import anyattn.api
 import anyattn.dispatch
+import anyattn.heads_first
 import anyattn.native
 from anyattn.bench import markdown
 
@@ -27,7 +28,9 @@ def test_readme_block_runs(block: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", [anyattn, anyattn.api, anyattn.dispatch, anyattn.native], ids=lambda module: module.__name__
+    "module",
+    [anyattn, anyattn.api, anyattn.dispatch, anyattn.heads_first, anyattn.native],
+    ids=lambda module: module.__name__,
 )
 def test_docstring_examples(module: object) -> None:
     failed, tried = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)  # type: ignore[arg-type]

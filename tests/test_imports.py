@@ -33,8 +33,15 @@ ALLOWED = {
     "arguments": {"problem", "mask"},
     "native": {"backends"},
     "api": {"arguments", "dispatch", "errors", "problem", "mask", "frameworks"},
+    "heads_first": {"arguments", "frameworks"},
 }
-LAZY = {("dispatch", "backends.cpu"), ("dispatch", "backends.numpy"), ("api", "frameworks"), ("native", "backends.cpu")}
+LAZY = {
+    ("dispatch", "backends.cpu"),
+    ("dispatch", "backends.numpy"),
+    ("api", "frameworks"),
+    ("heads_first", "frameworks"),
+    ("native", "backends.cpu"),
+}
 # May import any part; nothing below imports them.
 TOP = {"__init__", "__main__", "cli", "bench", "compat"}
 NUMPY_ONLY = {*ALLOWED, "__init__"} - {"frameworks"}
