@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .... import api
-from ...calls import window
 from ..layers.rotary import RotaryEmbedding
 from ..utils.generation import InferenceParams
 from ._inner import CrossAttention as CrossAttention
@@ -130,9 +129,9 @@ class MHA(nn.Module):
         else:
             self.Wqkv = packed(width, width + kv_dim, bias=qkv_bias, **factory)
         if self.dwconv and self.num_heads == self.num_heads_kv and not self.cross_attn:
-            self.dwconv_qkv = _convolution(width + kv_dim, factory)
+            self.dwconv_qkv = Convolution(width + kv_dim, factory)
         elif self.dwconv:
-            self.dwconv_q, self.dwconv_kv = _convolution(width, factory), _convolution(kv_dim, factory)
+            self.dwconv_q, self.dwconv_kv = Convolution(width, factory), Convolution(kv_dim, factory)
         self.out_proj = nn.Linear(width, width, bias=out_bias, **factory)
 
     def allocate_inference_cache(self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -162,17 +161,116 @@ class MHA(nn.Module):
             inference_params: for generation; the new keys and values are written behind those in the cache.
             kwargs: for the inner attention: causal, and for cross-attention cu_seqlens_k and max_seqlen_k.
         """
-        self._check_call(x_kv, key_padding_mask, cu_seqlens, max_seqlen, mixer_subset, inference_params, kwargs)
+        self._check_call(x_kv, key_padding_mask, cu_seqlens, max_seqlen, mixer_subset, inference_params)
+        if inference_params is not None and kwargs:
+            raise ValueError(f"inference_params takes the module's own options; got {', '.join(kwargs)}")
         if self.use_flash_attn:
             kwargs |= {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
         else:
             kwargs |= {"key_padding_mask": key_padding_mask}
-        q, kv, x = self._queries_keys_values(x, x_kv, mixer_subset, inference_params)
+        if self.cross_attn:
+            q, kv, x = self._cross(x, x_kv, mixer_subset)
+        else:
+            q, kv, x = self._own(x, inference_params)
         if inference_params is not None:
-            context = self._generate(q, kv, inference_params)
-        elif kv is None:  # q is qkv
+            context = self._generate(*((q, kv) if kv is not None else (q[:, :, 0], q[:, :, 1:])), inference_params)
+        elif kv is None:
             context = self._attend(self.inner_attn, q, **kwargs)
         else:
             context = self._attend(self.inner_cross_attn, q, kv, **kwargs)
         out: Tensor = self.out_proj(context.flatten(-2))
         return (out, x) if self.return_residual else out
+
+    def _check_call(
+        self,
+        x_kv: Tensor | None,
+        key_padding_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        max_seqlen: int | None,
+        mixer_subset: Any,
+        inference_params: InferenceParams | None,
+    ) -> None:
+        packed = cu_seqlens is not None or max_seqlen is not None
+        if packed and (cu_seqlens is None or max_seqlen is None):
+            raise ValueError("cu_seqlens and max_seqlen must be given together")
+        if packed and (not self.use_flash_attn or self.dwconv or self.rotary_emb_dim):
+            raise ValueError("cu_seqlens needs use_flash_attn=True, no dwconv and rotary_emb_dim 0")
+        if key_padding_mask is not None and self.use_flash_attn:
+            raise ValueError("key_padding_mask needs use_flash_attn=False; or unpad the batch and give cu_seqlens")
+        if not self.cross_attn and (x_kv is not None or mixer_subset is not None):
+            raise ValueError("x_kv and mixer_subset need cross_attn=True")
+        if inference_params is not None and (packed or key_padding_mask is not None or self.dwconv):
+            raise ValueError("inference_params excludes cu_seqlens, key_padding_mask and dwconv")
+        if inference_params is not None and self.layer_idx is None:
+            raise ValueError("inference_params needs layer_idx in the constructor")
+
+    def _own(self, x: Tensor, inference_params: InferenceParams | None) -> tuple[Tensor, Tensor | None, Tensor]:
+        """(qkv, None, x), or with fewer KV heads (q, kv, x); rotated."""
+        qkv, x = self.Wqkv(x) if self.return_residual else (self.Wqkv(x), x)
+        offset, longest = 0, None
+        if inference_params is not None:
+            lengths, longest = inference_params.lengths_per_sample, inference_params.max_seqlen
+            offset = inference_params.seqlen_offset if lengths is None else lengths[: len(x)]
+        if self.num_heads == self.num_heads_kv:
+            qkv = self.dwconv_qkv(qkv) if self.dwconv else qkv
+            qkv = qkv.unflatten(-1, (3, self.num_heads, self.head_dim))
+            return self.rotary_emb(qkv, None, offset, longest) if self.rotary_emb_dim else qkv, None, x
+        q, kv = self._split(qkv[..., : self.embed_dim], qkv[..., self.embed_dim :])
+        if self.rotary_emb_dim:
+            q, kv = self.rotary_emb(q, kv, offset, longest)
+        return q, kv, x
+
+    def _cross(self, x: Tensor, x_kv: Tensor | None, mixer_subset: Any) -> tuple[Tensor, Tensor, Tensor]:
+        kv = self.Wkv(x if x_kv is None else x_kv)
+        if self.return_residual:
+            kv, seen = kv
+            x = seen if x_kv is None else x
+        q, kv = self._split(self.Wq(x if mixer_subset is None else x[:, mixer_subset]), kv)
+        return q, kv, x
+
+    def _split(self, q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor]:
+        if self.dwconv:
+            q, kv = self.dwconv_q(q), self.dwconv_kv(kv)
+        heads = (self.num_heads, self.head_dim)
+        return q.unflatten(-1, heads), kv.unflatten(-1, (2, self.num_heads_kv, self.head_dim))
+
+    def _attend(self, inner: nn.Module, *tensors: Tensor, **kwargs: Any) -> Tensor:
+        if self.checkpointing:
+            context: Tensor = checkpoint(inner, *tensors, use_reentrant=False, **kwargs)
+        else:
+            context = inner(*tensors, **kwargs)
+        return context
+
+    def _generate(self, q: Tensor, kv: Tensor, inference_params: InferenceParams) -> Tensor:
+        """Writes kv, rotated already, behind the keys of the cache, and attends to all of it."""
+        assert self.layer_idx is not None
+        caches = inference_params.key_value_memory_dict
+        if self.layer_idx not in caches:
+            size = (inference_params.max_batch_size, inference_params.max_seqlen)
+            caches[self.layer_idx] = self.allocate_inference_cache(*size, kv.dtype)
+        first = inference_params.batch_size_offset
+        cache = caches[self.layer_idx][first : first + len(q)]
+        lengths, inner = inference_params.lengths_per_sample, self.inner_cross_attn
+        context: Tensor = api.attention_with_kvcache(
+            q,
+            cache[:, :, 0],
+            cache[:, :, 1],
+            k=kv[:, :, 0],
+            v=kv[:, :, 1],
+            cache_seqlens=inference_params.seqlen_offset if lengths is None else lengths[: len(q)],
+            causal=inner.causal,
+            window=[None if side < 0 else side for side in getattr(inner, "window_size", (-1, -1))],
+            scale=inner.softmax_scale,
+            alibi_slopes=getattr(inner, "alibi_slopes", None),
+        )
+        return context
+
+
+class Convolution(nn.Conv1d):
+    """Causal and depthwise, over the sequence of (batch, seqlen, width)."""
+
+    def __init__(self, width: int, factory: dict[str, Any]) -> None:
+        super().__init__(width, width, kernel_size=3, padding=2, groups=width, **factory)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.transpose(1, 2))[..., :-2].transpose(1, 2).contiguous()
