@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
+from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from importlib.metadata import Distribution, DistributionFinder
 from importlib.util import find_spec
@@ -29,6 +29,7 @@ NAMES = {
     "flash_attention_amd": {"flash_attention_amd": "flash_attention_amd"},
     "flash_attn_triton": {"flash_attn_triton": "flash_attn_triton"},
 }
+FLASH_ATTN_VERSION = "2.8.3"  # flash_attn.__version__, which must not be imported to tell it
 PACKAGE = __name__.rpartition(".")[0]
 
 
@@ -134,7 +135,7 @@ def _check_free(root: str) -> None:
         )
 
 
-class Finder(MetaPathFinder, DistributionFinder):
+class Finder(DistributionFinder):
     """Finds the installed names, before every other finder, and the distribution that flash_attn's callers look up."""
 
     def __init__(self) -> None:
@@ -184,10 +185,11 @@ class FlashAttnDistribution(Distribution):
     """The metadata of flash-attn, without files."""
 
     def read_text(self, filename: str) -> str | None:
-        """METADATA alone."""
-        from .flash_attn import __version__
-
-        return f"Metadata-Version: 2.1\nName: flash-attn\nVersion: {__version__}\n" if filename == "METADATA" else None
+        """Name, version and import name."""
+        return {
+            "METADATA": f"Metadata-Version: 2.1\nName: flash-attn\nVersion: {FLASH_ATTN_VERSION}\n",
+            "top_level.txt": "flash_attn\n",
+        }.get(filename)
 
     def locate_file(self, path: Any) -> Any:
         """Nothing is installed."""

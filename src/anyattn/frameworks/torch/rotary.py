@@ -39,7 +39,8 @@ class RotateInPlace(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(positions, *tables)
         ctx.interleaved, ctx.parts = interleaved, parts
-        return _turn(x, positions, interleaved, parts, tables)
+        # detached: as a view of its base, the result could not be used once another part of the base is rotated
+        return _turn(x, positions, interleaved, parts, tables).detach()
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
