@@ -6,6 +6,9 @@
 (1, 4, 2, 8)
 """
 
+from importlib import import_module
+from types import ModuleType
+
 from .api import (
     Gradients,
     attention,
@@ -47,3 +50,10 @@ __all__ = [
     "print_backend_info",
     "sdpa",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """`anyattn.nn` and `anyattn.compat` are imported when they are first asked for: the former needs torch."""
+    if name in ("compat", "nn"):
+        return import_module(f".{name}", __name__)  # not `from . import`, which asks here again
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

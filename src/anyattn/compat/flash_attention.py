@@ -37,7 +37,7 @@ def flash_attention_forward(
     _check_blocks(Bc, Br)
     q, k, v = _rows(use_half, Q, K, V)
     out, lse = api.attention(q, k, v, return_lse=True)
-    O = out.transpose(1, 2).to(Q.dtype)
+    O: Tensor = out.transpose(1, 2).to(Q.dtype)
     if not return_stats:
         return O
     with torch.no_grad():
@@ -93,4 +93,5 @@ def _row_maxima(q: Tensor, k: Tensor) -> Tensor:
     keys = k.to(wide).transpose(-1, -2)
     keys = keys.repeat_interleave(q.shape[1] // keys.shape[1], 1)
     blocks = [(rows.to(wide) @ keys).amax(-1) for rows in q.split(ROWS, dim=2)]
-    return torch.cat(blocks, -1) * q.shape[-1] ** -0.5
+    scale: float = q.shape[-1] ** -0.5
+    return torch.cat(blocks, -1) * scale

@@ -1,6 +1,6 @@
 """The flash_attention_amd package: its function and its module, on every machine, with gradients.
 
-Both are flash_attn's, as its documentation has it: causal is aligned to the bottom right, and windows are (left, right).
+Both mean what flash_attn means: causal is aligned to the bottom right, windows are (left, right).
 """
 
 from __future__ import annotations

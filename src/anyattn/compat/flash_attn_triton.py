@@ -12,11 +12,18 @@ from torch import Tensor
 
 from .. import api
 from . import flash_attn
-from .flash_attn import flash_attn_varlen_func as flash_attn_varlen_func
-from .flash_attn import flash_attn_varlen_qkvpacked_func as flash_attn_varlen_qkvpacked_func
-from .flash_attn import flash_attn_with_kvcache as flash_attn_with_kvcache
+from .flash_attn import flash_attn_varlen_func, flash_attn_varlen_qkvpacked_func, flash_attn_with_kvcache
 
 __version__ = "0.1.1"  # whose signatures these are
+
+__all__ = [
+    "FlashAttention",
+    "flash_attn_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
+]
 
 
 def flash_attn_func(
@@ -83,9 +90,7 @@ class FlashAttention(torch.nn.Module):
         self.dropout_p = attention_dropout
         self.softmax_scale = softmax_scale
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, causal: bool = False, attn_bias: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool = False, attn_bias: Tensor | None = None) -> Tensor:
         """attn_bias is added to the scaled scores (batch, nheads, seqlen_q, seqlen_k); it has a gradient."""
         dropout_p = self.dropout_p if self.training else 0.0
         out: Tensor = api.attention(

@@ -155,7 +155,9 @@ class Finder(DistributionFinder):
         found = find_spec(name)
         if found is None:
             return None
-        return ModuleSpec(fullname, Alias(name), origin=found.origin, is_package=found.submodule_search_locations is not None)
+        return ModuleSpec(
+            fullname, Alias(name), origin=found.origin, is_package=found.submodule_search_locations is not None
+        )
 
     def find_distributions(self, context: Any = None) -> Iterator[Distribution]:
         """flash-attn, in the version of the interface that is served."""

@@ -92,4 +92,5 @@ def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -
     >>> torch.equal(pad_input(rows, indices, 2, 2), x * mask[:, :, None])
     True
     """
-    return index_put_first_axis(hidden_states, indices, batch * seqlen).unflatten(0, (batch, seqlen))
+    padded = index_put_first_axis(hidden_states, indices, batch * seqlen)
+    return padded.reshape(batch, seqlen, *hidden_states.shape[1:])

@@ -17,7 +17,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: 
 
         (a, b) -> (a cos - b sin, a sin + b cos)
 
-    for the pairs (0, 1), (2, 3), ... if interleaved, else (0, d/2), (1, d/2 + 1), ... of the first rotary_dim = d values;
+    for the pairs (0, 1), (2, 3), ... if interleaved, else (0, d/2), (1, d/2 + 1), ... of the first d = rotary_dim;
     cos and sin are (length, rotary_dim / 2). Computed in float32 (float64 for float64), differentiable in all three.
     """
     half: int = cos.shape[-1]
@@ -50,9 +50,7 @@ class RotateInPlace(torch.autograd.Function):
         return dx, None, None, None, *[None] * len(tables)
 
 
-def _turn(
-    x: Tensor, positions: Tensor, interleaved: bool, parts: Sequence[Part], tables: Sequence[Tensor]
-) -> Tensor:
+def _turn(x: Tensor, positions: Tensor, interleaved: bool, parts: Sequence[Part], tables: Sequence[Tensor]) -> Tensor:
     for part, cos, sin in zip(parts, tables[0::2], tables[1::2], strict=True):
         x[:, :, part] = rotate(x[:, :, part], cos, sin, positions, interleaved)
     return x
@@ -118,3 +116,20 @@ def readable(x: Tensor) -> bool:
 def frequencies(dim: int, base: float, device: torch.device | str | None = None) -> Tensor:
     """base ** (-2 i / dim), float32 (dim / 2,)."""
     return 1.0 / base ** (torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
+
+
+class Tables:
+    """(cos, sin) of the angles p * base ** (-2 i / dim), float32, kept between calls and grown on demand."""
+
+    def __init__(self, dim: int, base: float) -> None:
+        self.dim, self.base = dim, base
+        self.cos = self.sin = torch.empty(0, dim // 2)
+
+    def get(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Two tables of at least `length` positions."""
+        if self.cos.shape[0] < length or self.cos.device != device:
+            with torch.inference_mode(False):  # the next call may be one of training
+                rows = torch.arange(max(length, 2 * self.cos.shape[0]), device=device, dtype=torch.float32)
+                angles = torch.outer(rows, frequencies(self.dim, self.base, device))
+                self.cos, self.sin = angles.cos(), angles.sin()
+        return self.cos, self.sin

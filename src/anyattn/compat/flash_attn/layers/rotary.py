@@ -5,6 +5,8 @@ Written in place, a leaf that requires a gradient is accepted too, as there.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -40,7 +42,7 @@ apply_rotary_emb_func = apply_rotary_emb
 
 
 def apply_rotary_emb_torch(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
-    """Row i of x (batch, seqlen, nheads, head_dim) by row i of cos and sin (seqlen or batch, seqlen, rotary_dim / 2)."""
+    """Row i of x (batch, seqlen, nheads, head_dim) by row i of cos, sin (seqlen or batch, seqlen, rotary_dim / 2)."""
     batch, seqlen = x.shape[:2]
     if cos.shape[:-1] not in ((seqlen,), (batch, seqlen)):
         raise ValueError(
@@ -78,7 +80,12 @@ def apply_rotary_emb_qkv_(
             )
         parts: list[rotary.Part] = [0, 1]
     else:
-        if qkv.ndim != 4 or num_heads_q is None or not 0 < num_heads_q < qkv.shape[2] or (qkv.shape[2] - num_heads_q) % 2:
+        if (
+            qkv.ndim != 4
+            or num_heads_q is None
+            or not 0 < num_heads_q < qkv.shape[2]
+            or (qkv.shape[2] - num_heads_q) % 2
+        ):
             raise ValueError(
                 "qkv with 4 dimensions must be (batch, seqlen, num_heads_q + 2 * num_heads_k, head_dim); "
                 f"got {tuple(qkv.shape)}, num_heads_q {num_heads_q}"
@@ -88,7 +95,9 @@ def apply_rotary_emb_qkv_(
     if (cos_k is None) != (sin_k is None):
         raise ValueError("cos_k and sin_k must be given together")
     cos, sin, positions = prepare(qkv[:, :, parts[0]], cos, sin, seqlen_offsets)
-    cos_k, sin_k = (cos, sin) if cos_k is None or sin_k is None else prepare(qkv[:, :, parts[1]], cos_k, sin_k, seqlen_offsets)[:2]
+    cos_k, sin_k = (
+        (cos, sin) if cos_k is None or sin_k is None else prepare(qkv[:, :, parts[1]], cos_k, sin_k, seqlen_offsets)[:2]
+    )
     return rotary.rotate_in_place(qkv, positions, interleaved, parts, (cos, sin, cos_k, sin_k))
 
 
@@ -191,7 +200,7 @@ class RotaryEmbedding(nn.Module):
         self._update_cos_sin_cache(max_seqlen, qkv.device, qkv.dtype)
         cos, sin, cos_k, sin_k = self._cos_cached, self._sin_cached, self._cos_k_cached, self._sin_k_cached
         assert cos is not None and sin is not None
-        flags = {"interleaved": self.interleaved, "seqlen_offsets": seqlen_offset}
+        flags: dict[str, Any] = {"interleaved": self.interleaved, "seqlen_offsets": seqlen_offset}
         if kv is None:
             return apply_rotary_emb_qkv_(qkv, cos, sin, cos_k, sin_k, num_heads_q=num_heads_q, **flags)
         q = apply_rotary_emb(qkv, cos, sin, inplace=True, **flags)

@@ -83,10 +83,15 @@ class FlashSelfAttention(Flash):
             causal: instead of the module's.
             cu_seqlens: (batch + 1,), int32. max_seqlen: needed with it.
         """
+        options = self._options(causal)
+        out: Tensor
         if cu_seqlens is None:
-            return flash_attn_qkvpacked_func(qkv, **self._options(causal))
-        needed("cu_seqlens", max_seqlen=max_seqlen)
-        return flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, max_seqlen, **self._options(causal))
+            out = flash_attn_qkvpacked_func(qkv, **options)
+        elif max_seqlen is None:
+            raise ValueError("cu_seqlens needs max_seqlen too")
+        else:
+            out = flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, max_seqlen, **options)
+        return out
 
 
 class FlashCrossAttention(Flash):
@@ -122,11 +127,15 @@ class FlashCrossAttention(Flash):
             causal: instead of the module's.
             cu_seqlens, max_seqlen: of q; cu_seqlens_k, max_seqlen_k: of k and v.
         """
+        options = self._options(causal)
+        out: Tensor
         if cu_seqlens is None:
-            return flash_attn_kvpacked_func(q, kv, **self._options(causal))
-        needed("cu_seqlens", max_seqlen=max_seqlen, cu_seqlens_k=cu_seqlens_k, max_seqlen_k=max_seqlen_k)
-        lengths = (cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k)
-        return flash_attn_varlen_kvpacked_func(q, kv, *lengths, **self._options(causal))
+            out = flash_attn_kvpacked_func(q, kv, **options)
+        elif max_seqlen is None or cu_seqlens_k is None or max_seqlen_k is None:
+            raise ValueError("cu_seqlens needs max_seqlen, cu_seqlens_k and max_seqlen_k too")
+        else:
+            out = flash_attn_varlen_kvpacked_func(q, kv, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, **options)
+        return out
 
 
 class SelfAttention(Inner):
@@ -145,7 +154,7 @@ class SelfAttention(Inner):
 
         key_padding_mask: (batch, seqlen), bool, True: keep.
         """
-        return _masked(self, *qkv.unbind(2), causal, key_padding_mask, offset=0)
+        return _masked(self, qkv.unbind(2), causal, key_padding_mask, None)
 
 
 class CrossAttention(Inner):
@@ -164,22 +173,18 @@ class CrossAttention(Inner):
         key_padding_mask: (batch, seqlen_k), bool, True: keep.
         """
         offset = None if key_padding_mask is None else key_padding_mask.sum(-1) - q.shape[1]
-        return _masked(self, q, *kv.unbind(2), causal, key_padding_mask, offset)
+        return _masked(self, (q, *kv.unbind(2)), causal, key_padding_mask, offset)
 
 
 def _masked(
     module: Inner,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    qkv: tuple[Tensor, ...],
     causal: bool | None,
     key_padding_mask: Tensor | None,
-    offset: int | Tensor | None,
+    offset: Tensor | None,
 ) -> Tensor:
     out: Tensor = api.attention(
-        q,
-        k,
-        v,
+        *qkv,
         causal=module.causal if causal is None else causal,
         scale=module.softmax_scale,
         dropout_p=module.dropout_p(),
@@ -187,9 +192,3 @@ def _masked(
         offset=offset,
     )
     return out
-
-
-def needed(by: str, **arguments: Any) -> None:
-    for name, value in arguments.items():
-        if value is None:
-            raise ValueError(f"{by} needs {name} too; got None")

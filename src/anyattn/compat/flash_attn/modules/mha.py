@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -10,23 +9,20 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .... import api
+from ....nn import alibi_slopes as get_alibi_slopes
 from ..layers.rotary import RotaryEmbedding
 from ..utils.generation import InferenceParams
-from ._inner import CrossAttention as CrossAttention
-from ._inner import FlashCrossAttention as FlashCrossAttention
-from ._inner import FlashSelfAttention as FlashSelfAttention
-from ._inner import SelfAttention as SelfAttention
+from ._inner import CrossAttention, FlashCrossAttention, FlashSelfAttention, SelfAttention
 
-
-def get_alibi_slopes(nheads: int) -> list[float]:
-    """ALiBi's slopes (Press et al., 2022): 2 ** (-8 (h + 1) / nheads) for a power of two, else filled up from the next.
-
-    >>> get_alibi_slopes(4)
-    [0.25, 0.0625, 0.015625, 0.00390625]
-    """
-    whole = 2 ** int(math.log2(nheads))
-    slopes = [2.0 ** (-8.0 * (h + 1) / whole) for h in range(whole)]
-    return slopes if whole == nheads else slopes + get_alibi_slopes(2 * whole)[0::2][: nheads - whole]
+__all__ = [
+    "MHA",
+    "CrossAttention",
+    "FlashCrossAttention",
+    "FlashSelfAttention",
+    "LinearResidual",
+    "SelfAttention",
+    "get_alibi_slopes",
+]
 
 
 class LinearResidual(nn.Linear):
@@ -169,15 +165,14 @@ class MHA(nn.Module):
         else:
             kwargs |= {"key_padding_mask": key_padding_mask}
         if self.cross_attn:
-            q, kv, x = self._cross(x, x_kv, mixer_subset)
+            tensors, x = self._cross(x, x_kv, mixer_subset)
         else:
-            q, kv, x = self._own(x, inference_params)
+            tensors, x = self._own(x, inference_params)
         if inference_params is not None:
-            context = self._generate(*((q, kv) if kv is not None else (q[:, :, 0], q[:, :, 1:])), inference_params)
-        elif kv is None:
-            context = self._attend(self.inner_attn, q, **kwargs)
+            context = self._generate(tensors, inference_params)
         else:
-            context = self._attend(self.inner_cross_attn, q, kv, **kwargs)
+            inner = self.inner_attn if len(tensors) == 1 else self.inner_cross_attn
+            context = self._attend(inner, *tensors, **kwargs)
         out: Tensor = self.out_proj(context.flatten(-2))
         return (out, x) if self.return_residual else out
 
@@ -204,29 +199,29 @@ class MHA(nn.Module):
         if inference_params is not None and self.layer_idx is None:
             raise ValueError("inference_params needs layer_idx in the constructor")
 
-    def _own(self, x: Tensor, inference_params: InferenceParams | None) -> tuple[Tensor, Tensor | None, Tensor]:
-        """(qkv, None, x), or with fewer KV heads (q, kv, x); rotated."""
+    def _own(self, x: Tensor, inference_params: InferenceParams | None) -> tuple[tuple[Tensor, ...], Tensor]:
+        """((qkv,), x), or with fewer KV heads ((q, kv), x); rotated."""
         qkv, x = self.Wqkv(x) if self.return_residual else (self.Wqkv(x), x)
-        offset, longest = 0, None
+        offset: int | Tensor = 0
+        longest = None
         if inference_params is not None:
             lengths, longest = inference_params.lengths_per_sample, inference_params.max_seqlen
             offset = inference_params.seqlen_offset if lengths is None else lengths[: len(x)]
         if self.num_heads == self.num_heads_kv:
             qkv = self.dwconv_qkv(qkv) if self.dwconv else qkv
             qkv = qkv.unflatten(-1, (3, self.num_heads, self.head_dim))
-            return self.rotary_emb(qkv, None, offset, longest) if self.rotary_emb_dim else qkv, None, x
+            return (self.rotary_emb(qkv, None, offset, longest) if self.rotary_emb_dim else qkv,), x
         q, kv = self._split(qkv[..., : self.embed_dim], qkv[..., self.embed_dim :])
         if self.rotary_emb_dim:
             q, kv = self.rotary_emb(q, kv, offset, longest)
-        return q, kv, x
+        return (q, kv), x
 
-    def _cross(self, x: Tensor, x_kv: Tensor | None, mixer_subset: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def _cross(self, x: Tensor, x_kv: Tensor | None, mixer_subset: Any) -> tuple[tuple[Tensor, ...], Tensor]:
         kv = self.Wkv(x if x_kv is None else x_kv)
         if self.return_residual:
             kv, seen = kv
             x = seen if x_kv is None else x
-        q, kv = self._split(self.Wq(x if mixer_subset is None else x[:, mixer_subset]), kv)
-        return q, kv, x
+        return self._split(self.Wq(x if mixer_subset is None else x[:, mixer_subset]), kv), x
 
     def _split(self, q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor]:
         if self.dwconv:
@@ -241,9 +236,10 @@ class MHA(nn.Module):
             context = inner(*tensors, **kwargs)
         return context
 
-    def _generate(self, q: Tensor, kv: Tensor, inference_params: InferenceParams) -> Tensor:
-        """Writes kv, rotated already, behind the keys of the cache, and attends to all of it."""
+    def _generate(self, tensors: tuple[Tensor, ...], inference_params: InferenceParams) -> Tensor:
+        """Writes k, rotated already, and v behind those of the cache, and attends to all of it."""
         assert self.layer_idx is not None
+        q, kv = tensors if len(tensors) == 2 else (tensors[0][:, :, 0], tensors[0][:, :, 1:])
         caches = inference_params.key_value_memory_dict
         if self.layer_idx not in caches:
             size = (inference_params.max_batch_size, inference_params.max_seqlen)
