@@ -6,7 +6,7 @@ New keys are appended token by token, each as a sequence of its own, so that one
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,13 @@ from ...frameworks.torch.kvcache import rotate
 from ..calls import Bounds, rows_of
 from ..inputs import FP8
 
-Rotary = tuple["Tensor | None", "Tensor | None", bool]  # cos, sin, interleaved
+
+class Rotary(NamedTuple):
+    """The tables (positions, rotary_dim / 2), and which values are pairs."""
+
+    cos: Tensor | None
+    sin: Tensor | None
+    interleaved: bool
 
 
 @dataclass
@@ -32,10 +38,10 @@ class NewKeys:
     rotary_seqlens: Tensor | None
 
     def append(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, bounds: Bounds, **options: Any
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, bounds: Bounds, options: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
         """Writes the keys, unless attention with `options` would raise; returns q, rotated, and the keys in use."""
-        cu_seqlens_q = options.get("cu_seqlens_q")
+        cu_seqlens_q = options["cu_seqlens_q"]
         batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
         first = self.cache_seqlens
         if isinstance(first, int):
@@ -59,7 +65,7 @@ class NewKeys:
         if used.shape != (batch,) or first.shape != (batch,):
             raise ValueError(f"k must have q's batch {batch}; got {used.shape[0]} sequences of new keys")
         new_k, new_v = (x.flatten(0, 1) if self.cu_seqlens is None else x[inside] for x in (k, self.v))
-        _append((q, k_cache, v_cache, new_k, new_v), sequence, first[sequence] + row, {**options, "seqused_k": used})
+        _append((q, k_cache, v_cache, new_k, new_v), sequence, first[sequence] + row, options | {"seqused_k": used})
         return q, used
 
     def _check_absent(self) -> None:
@@ -73,14 +79,14 @@ class NewKeys:
 def _append(arrays: tuple[Tensor, ...], sequence: Tensor, slots: Tensor, options: dict[str, Any]) -> None:
     q, k_cache, v_cache, new_k, new_v = (_as_words(x) for x in arrays)
     pages, entries = options["block_table"], options["cache_batch_idx"]
-    appended = {
+    appended: dict[str, Any] = {
         "q": new_k[:, None], "k": k_cache, "v": v_cache, "new_k": new_k[:, None], "new_v": new_v[:, None],
-        "rotary_cos": None, "rotary_sin": None, "cache_seqlens": slots,
-        "block_table": None if pages is None else pages[sequence],
-        "cache_batch_idx": sequence if entries is None else entries[sequence],
+        "rotary_cos": None, "rotary_sin": None, "cache_seqlens": slots, "cache_batch_idx": None, "block_table": None,
     }  # fmt: skip
-    if pages is not None and entries is None:
-        appended["cache_batch_idx"] = None
+    if pages is None:
+        appended["cache_batch_idx"] = sequence if entries is None else entries[sequence]
+    else:
+        appended["block_table"] = pages[sequence]
 
     def check(_: Tensor | None) -> None:
         given, chosen, _, backend = explicit(q, k_cache, v_cache, **options)
@@ -125,8 +131,6 @@ def _rotate(x: Tensor, rotary: Rotary, first: Tensor, cu_seqlens: Tensor | None,
         low, high = (int(bound) for bound in positions.aminmax())
         if low < 0 or high >= cos.shape[0]:
             raise ValueError(f"rotary_cos has {cos.shape[0]} positions; this call needs {low} to {high}")
-    return (
-        rotate(x, cos, sin, positions, interleaved)
-        if cu_seqlens is None
-        else rotate(x[None], cos, sin, positions, interleaved)[0]
-    )
+    if cu_seqlens is None:
+        return rotate(x, cos, sin, positions, interleaved)
+    return rotate(x[None], cos, sin, positions, interleaved)[0]

@@ -23,7 +23,7 @@ from ...api import attention_with_kvcache
 from ..calls import integer, only_speed, window_bounds
 from ..combine import combine
 from ..inputs import FP8, attend_extended
-from ._kvcache import NewKeys
+from ._kvcache import NewKeys, Rotary
 
 
 def flash_attn_func(
@@ -205,7 +205,7 @@ def flash_attn_with_kvcache(
     sm_margin: int = 0,
     return_softmax_lse: bool = False,
 ) -> Any:
-    """Attention to a KV cache after appending k and v to it in place; see flash_attn 2's, whose arguments mean the same.
+    """Attention to a KV cache after appending k and v to it in place; arguments as flash_attn 2's, and besides:
 
     Args:
         page_table: int32 (batch, max_pages), flash_attn 2's block_table.
@@ -231,38 +231,35 @@ def flash_attn_with_kvcache(
     assert v_cache.stride(-1) == 1, "v_cache must have contiguous last dimension"
     only_speed(num_splits, 256)
     if scheduler_metadata is not None and scheduler_metadata.dtype is not torch.int32:
-        raise TypeError(
-            f"scheduler_metadata must be int32, from get_scheduler_metadata; got {scheduler_metadata.dtype}"
-        )
+        raise TypeError(f"scheduler_metadata must be get_scheduler_metadata's; got {scheduler_metadata.dtype}")
     packed = cu_seqlens_q is not None
     rows = q.shape[0 if packed else 1] if max_seqlen_q is None else integer("max_seqlen_q", max_seqlen_q)
     slots = k_cache.shape[1] * (1 if page_table is None else page_table.shape[1])
-    options = {
+    bounds = window_bounds(window_size, causal, (slots - 1, rows - 1))
+    options: dict[str, Any] = {
         "scale": softmax_scale, "softcap": max(softcap, 0.0), "chunk": attention_chunk, "leftpad_k": cache_leftpad,
         "block_table": page_table, "cache_batch_idx": cache_batch_idx,
     }  # fmt: skip
-    bounds = window_bounds(window_size, causal, (slots - 1, rows - 1))
-    rotary = None if rotary_cos is None and rotary_sin is None else (rotary_cos, rotary_sin, rotary_interleaved)
+    rotary = None if rotary_cos is None and rotary_sin is None else Rotary(rotary_cos, rotary_sin, rotary_interleaved)
     descales = (q_descale, k_descale, v_descale)
     beyond = (cu_seqlens_q, cu_seqlens_k_new, rotary_seqlens, qv, *descales)
     with torch.no_grad():
-        if any(x is not None for x in beyond) or q.dtype is FP8 or (rotary and attention_chunk):
-            new = NewKeys(k, v, cu_seqlens_k_new, cache_seqlens, rotary, rotary_seqlens)
-            packing = {"cu_seqlens_q": cu_seqlens_q, "max_seqlen_q": rows} if packed else {}
-            q, used = new.append(q, k_cache, v_cache, bounds, **options, **packing)
-            options |= {"bounds": bounds, "seqused_k": used, **packing}
-            out, lse = attend_extended(q, k_cache, v_cache, qv=qv, descales=descales, **options)
-        else:
+        if all(x is None for x in beyond) and q.dtype is not FP8 and not (rotary and attention_chunk):
             options |= {"window": bounds, "cache_seqlens": cache_seqlens, "k": k, "v": v, "return_lse": True}
             options |= {"rotary_cos": rotary_cos, "rotary_sin": rotary_sin, "rotary_interleaved": rotary_interleaved}
             out, lse = attention_with_kvcache(q, k_cache, v_cache, **options)
+        else:
+            options |= {"cu_seqlens_q": cu_seqlens_q, "max_seqlen_q": rows if packed else None}
+            new = NewKeys(k, v, cu_seqlens_k_new, cache_seqlens, rotary, rotary_seqlens)
+            q, options["seqused_k"] = new.append(q, k_cache, v_cache, bounds, options)
+            out, lse = attend_extended(q, k_cache, v_cache, qv=qv, descales=descales, bounds=bounds, **options)
     return (out, lse, lse.new_empty(0), lse.new_empty(0)) if return_softmax_lse else out
 
 
 def flash_attn_combine(
     out_partial: Tensor, lse_partial: Tensor, out: Tensor | None = None, out_dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) over all keys from results over parts of them: lse = log sum exp(lse_s), out weighted by exp(lse_s - lse).
+    """(out, lse) over all keys from those over parts: lse = log sum exp(lse_s), out = sum exp(lse_s - lse) out_s.
 
     out_partial: (num_splits, batch, seqlen, nheads, head_dim) or (num_splits, total, nheads, head_dim); lse_partial:
     the same less head_dim (heads last). out: a buffer to write; out_dtype: default out_partial's. lse is float32,
