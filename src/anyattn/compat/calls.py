@@ -71,7 +71,8 @@ def window_bounds(window_size: Any, causal: bool, limits: tuple[int, int]) -> Bo
 
 def store(into: Tensor | None, value: Tensor) -> Tensor:
     """The value, written to a buffer of the caller's if there is one."""
-    return value if into is None else into.copy_(value)
+    with torch.no_grad():
+        return value if into is None else into.copy_(value)
 
 
 def only_speed(num_splits: Any, most: int) -> None:

@@ -88,7 +88,7 @@ def _append(arrays: tuple[Tensor, ...], sequence: Tensor, slots: Tensor, options
     else:
         appended["block_table"] = pages[sequence]
 
-    def check(_: Tensor | None) -> None:
+    def check(used: Tensor | None) -> None:
         given, chosen, _, backend = explicit(q, k_cache, v_cache, **options)
         functional.check(given, chosen, backend)
 

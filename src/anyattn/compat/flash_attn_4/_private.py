@@ -1,4 +1,4 @@
-"""What is below flash_attn 4's functions: `_flash_attn_fwd` and `_flash_attn_bwd`, which torch imports, and refusals."""
+"""What is below flash_attn 4's functions: refusals, and `_flash_attn_fwd`, `_flash_attn_bwd`, which torch imports."""
 
 from __future__ import annotations
 
@@ -198,8 +198,7 @@ def _flash_attn_bwd(
     arguments |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "deterministic": deterministic}
     arguments |= {"seqused_q": seqused_q, "seqused_k": seqused_k, "dlse": dlse}
     arguments |= {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
-    bounds = window_bounds((window_size_left, window_size_right), causal)
-    *grads, _, dsink = gradients(dout, q, k, v, out, lse, bounds=bounds, **arguments)
-    with torch.no_grad():
-        results = tuple(store(buffer, gradient) for buffer, gradient in zip((dq, dk, dv), grads, strict=True))
+    arguments["bounds"] = window_bounds((window_size_left, window_size_right), causal)
+    *grads, _, dsink = gradients(dout, q, k, v, out, lse, **arguments)
+    results = tuple(store(buffer, gradient) for buffer, gradient in zip((dq, dk, dv), grads, strict=True))
     return results if dsink is None else (*results, dsink)
