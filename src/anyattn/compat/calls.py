@@ -71,10 +71,20 @@ def window_bounds(window_size: Any, causal: bool, limits: tuple[int, int]) -> Bo
 
 def store(into: Tensor | None, value: Tensor) -> Tensor:
     """The value, written to a buffer of the caller's if there is one."""
-    return value if into is None else into.copy_(value)
+    with torch.no_grad():
+        return value if into is None else into.copy_(value)
 
 
 def only_speed(num_splits: Any, most: int) -> None:
     """Checks the one argument that only steers a GPU's speed, and that callers get wrong."""
     if not 0 <= integer("num_splits", num_splits) <= most:
         raise ValueError(f"num_splits must be 0 (automatic) to {most}; got {num_splits}")
+
+
+def rows_of(cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor, Tensor]:
+    """For each row of a packed array: its sequence, its index there, and whether it belongs to any."""
+    rows = torch.arange(total, device=cu_seqlens.device)
+    sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), rows, right=True)
+    inside = (rows >= cu_seqlens[0]) & (rows < cu_seqlens[-1])
+    sequence = sequence.clamp(max=max(cu_seqlens.shape[0] - 2, 0))
+    return sequence, rows - cu_seqlens[sequence], inside

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from ...api import attention_with_kvcache
 from ..calls import attend, only_speed, window_bounds
+from . import _ops as _ops
 from ._private import (
     Scores,
     _flash_attn_backward,
@@ -190,7 +191,7 @@ def flash_attn_varlen_kvpacked_func(
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
     k, v = _unpack("kv", kv, 4)
-    return flash_attn_varlen_func(q, k, v, *lengths, *options)
+    return flash_attn_varlen_func(q, k, v, *(*lengths, *options))
 
 
 def flash_attn_varlen_qkvpacked_func(
@@ -217,7 +218,7 @@ def flash_attn_varlen_qkvpacked_func(
     lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
     q, k, v = _unpack("qkv", qkv, 4)
-    return flash_attn_varlen_func(q, k, v, *lengths, *options)
+    return flash_attn_varlen_func(q, k, v, *(*lengths, *options))
 
 
 def flash_attn_with_kvcache(
@@ -278,8 +279,8 @@ def flash_attn_with_kvcache(
         out, lse = attention_with_kvcache(
             q, k_cache, v_cache, k=k, v=v, cache_seqlens=cache_seqlens, cache_batch_idx=cache_batch_idx,
             block_table=block_table, leftpad_k=cache_leftpad, rotary_cos=rotary_cos, rotary_sin=rotary_sin,
-            rotary_interleaved=rotary_interleaved, window=(left, right), scale=softmax_scale, softcap=max(softcap, 0.0), alibi_slopes=alibi_slopes,
-            return_lse=True,
+            rotary_interleaved=rotary_interleaved, window=(left, right), scale=softmax_scale,
+            softcap=max(softcap, 0.0), alibi_slopes=alibi_slopes, return_lse=True,
         )  # fmt: skip
     return (out, lse.masked_fill(lse == -torch.inf, torch.inf)) if return_softmax_lse else out
 
