@@ -74,10 +74,8 @@ def attention(
         key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     options: dict[str, Any] = {"scale": scaling, "softcap": softcap or 0.0, "sink": s_aux, "dropout_p": dropout}
-    pattern: Pattern | None = getattr(attention_mask, ATTRIBUTE, None)
-    if pattern is None and (attention_mask is None or attention_mask.ndim == 2):
-        causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-        pattern = _default(q, k, attention_mask, causal, sliding_window, kwargs)
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    pattern = _pattern(q, k, attention_mask, causal, sliding_window, kwargs)
     if pattern is not None and pattern.cu_seqlens_q is not None:
         if position_bias is not None:
             raise ValueError("position_bias cannot be combined with packed sequences")
@@ -91,23 +89,28 @@ def attention(
     return api.attention(q, k, v, bias=bias, mask=attention_mask, **options), None
 
 
-def _default(
-    q: Tensor, k: Tensor, padding: Tensor | None, causal: bool, sliding_window: int | None, kwargs: dict[str, Any]
-) -> Pattern:
-    """What a mask that is None or a plain padding mask means, to transformers' SDPA and FlashAttention both.
+def _pattern(
+    q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, sliding_window: int | None, kwargs: dict[str, Any]
+) -> Pattern | None:
+    """What the mask says; None: it is dense and says everything itself.
 
-    Keys beyond the rows are the unused end of a static cache, but for a single row, which sees them all.
+    A mask that is None or came without a Pattern means what it means to transformers' SDPA and FlashAttention: keys
+    beyond the rows are the unused end of a static cache, but for a single row, which sees them all.
     """
-    seqlen_q, seqlen_k = q.shape[1], k.shape[1]
-    causal = causal and seqlen_q > 1
-    left = None if sliding_window is None else sliding_window - 1
-    right = 0 if causal else left
-    if padding is not None:
-        return Pattern(left, right, seqlen_k - seqlen_q, padded=True)
+    found: Pattern | None = getattr(mask, ATTRIBUTE, None)
+    if found is None and mask is not None and mask.ndim != 2:
+        return None
+    if found is None:
+        behind = k.shape[1] - q.shape[1]
+        causal = causal and q.shape[1] > 1
+        left = None if sliding_window is None else sliding_window - 1
+        found = Pattern(left, 0 if causal else left, 0 if causal and mask is None else behind, mask is not None)
+    if found.padded or found.cu_seqlens_q is not None:
+        return found
     begins_q, begins_k = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
     if begins_q is None or begins_k is None:
         begins_q = begins_k = _begins(kwargs.get("position_ids"), q, k)
-    return Pattern(left, right, 0 if causal else seqlen_k - seqlen_q, False, begins_q, begins_k)
+    return found._replace(cu_seqlens_q=begins_q, cu_seqlens_k=begins_k)
 
 
 def _begins(position_ids: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
