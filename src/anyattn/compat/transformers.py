@@ -15,12 +15,13 @@ start anew): these are kept apart even where a cache was created, as transformer
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
 
 from .. import api
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 MaskFunction = Callable[..., Any]
 ATTRIBUTE = "anyattn_pattern"  # of the mask tensors that `mask` makes
@@ -58,7 +59,6 @@ def attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
-    cache: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls: query (batch, nheads, seqlen_q, head_dim), out (batch, seqlen_q, nheads, head_dim_v).
@@ -70,8 +70,8 @@ def attention(
         raise ValueError('output_attentions=True needs attn_implementation="eager": the weights are never in memory')
     if kwargs.get("sinks") is not None:
         raise ValueError("sinks of more than one value per head are not supported: use attn_implementation='eager'")
-    if cache is not None:  # continuous batching
-        key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
+    if kwargs.get("cache") is not None:
+        raise ValueError("continuous batching has caches of its own: transformers accepts few implementations there")
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     options: dict[str, Any] = {"scale": scaling, "softcap": softcap or 0.0, "sink": s_aux, "dropout_p": dropout}
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
@@ -115,8 +115,6 @@ def _pattern(
 
 def _begins(position_ids: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
     """cu_seqlens of position_ids that start anew inside a batch of one, or None."""
-    import torch
-
     if torch.compiler.is_compiling() or position_ids is None or q.shape[0] != 1 or q.shape[1] != k.shape[1]:
         return None
     if position_ids.shape != q.shape[:2]:
@@ -127,8 +125,6 @@ def _begins(position_ids: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
 
 def _cumulative(starts: Tensor) -> Tensor:
     """cu_seqlens from (batch, seqlen - 1): whether a sequence starts at the next row. Each row 0 starts one."""
-    from torch.nn.functional import pad
-
     begins = pad(starts, (1, 0), value=True).flatten().nonzero().flatten()
     return pad(begins, (0, 1), value=starts.shape[0] * (starts.shape[1] + 1)).int()
 
@@ -152,7 +148,6 @@ def mask(
     **kwargs: Any,
 ) -> Tensor | None:
     """What models ask for a mask: None, the padding (batch, kv_length) with a Pattern, or a dense boolean mask."""
-    import torch
     from transformers import masking_utils
 
     function = mask_function or masking_utils.causal_mask_function
@@ -178,7 +173,7 @@ def mask(
         padding = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
     else:
         missing = max(kv_offset + kv_length - padding.shape[1], 0)
-        padding = torch.nn.functional.pad(padding, (0, missing))[:, kv_offset : kv_offset + kv_length]
+        padding = pad(padding, (0, missing))[:, kv_offset : kv_offset + kv_length]
     in_reach = padding if right is None else padding[:, : offset + q_length + right]
     padded = attention_mask is not None and not bool(in_reach.all())
     whole = kv_length == offset + q_length and (offset == 0 or q_length == 1)
