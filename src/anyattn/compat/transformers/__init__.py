@@ -10,12 +10,15 @@ transformers makes for SDPA, and so does every mask under torch.compile, where f
 
 Results are those of "eager", but for rows of padding, which no one reads, and for packed sequences (position_ids that
 start anew): these are kept apart even where a cache was created, as transformers does for FlashAttention alone.
+
+`install_flash_attention_2` is for models that are hard-wired to "flash_attention_2".
 """
 
 from .attention import attention
+from .flash_attention_2 import install_flash_attention_2, uninstall_flash_attention_2
 from .masks import Pattern, mask
 
-__all__ = ["Pattern", "attention", "mask", "register"]
+__all__ = ["Pattern", "attention", "install_flash_attention_2", "mask", "register", "uninstall_flash_attention_2"]
 
 
 def register() -> None:
