@@ -73,8 +73,9 @@ def attention(
     window = (_bound("left_window_size", left_window_size), _bound("right_window_size", right_window_size))
     arguments |= {"causal": bool(is_causal), "window": window, **_scores(attn_mask, k.shape[1], q.dtype)}
     wide = np.dtype(np.float64) if softmax_precision == DOUBLE else q.dtype
-    out = api.attention(*(x.astype(wide, copy=False) for x in (q, k, v)), **arguments).astype(q.dtype, copy=False)
-    Y: Array = out.reshape(*out.shape[:2], -1) if Q.ndim == 3 else out.swapaxes(1, 2)
+    out: Array = api.attention(*(x.astype(wide, copy=False) for x in (q, k, v)), **arguments)
+    out = out.astype(q.dtype, copy=False)
+    Y = out.reshape(*out.shape[:2], -1) if Q.ndim == 3 else out.swapaxes(1, 2)
     return Y, k.swapaxes(1, 2), v.swapaxes(1, 2)
 
 
