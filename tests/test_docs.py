@@ -11,6 +11,9 @@ import pytest
 
 import anyattn
 import anyattn.api
+import anyattn.compat.onnx
+import anyattn.compat.torch
+import anyattn.compat.xformers
 import anyattn.dispatch
 import anyattn.heads_first
 import anyattn.native
@@ -29,7 +32,16 @@ def test_readme_block_runs(block: str) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    [anyattn, anyattn.api, anyattn.dispatch, anyattn.heads_first, anyattn.native],
+    [
+        anyattn,
+        anyattn.api,
+        anyattn.compat.onnx,
+        anyattn.compat.torch,
+        anyattn.compat.xformers,
+        anyattn.dispatch,
+        anyattn.heads_first,
+        anyattn.native,
+    ],
     ids=lambda module: module.__name__,
 )
 def test_docstring_examples(module: object) -> None:

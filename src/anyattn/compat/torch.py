@@ -18,15 +18,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+
+import torch.nn.attention
+
+from ..frameworks.torch.aten import Override
 
 
 def register() -> None:
     """Tells torch's registry of flash implementations, if this torch has one, about "anyattn"; activates nothing."""
-    import torch.nn.attention
-
     if hasattr(torch.nn.attention, "register_flash_attention_impl"):
-        torch.nn.attention.register_flash_attention_impl("anyattn", register_fn=_override)
+        torch.nn.attention.register_flash_attention_impl("anyattn", register_fn=Override)
 
 
 @contextmanager
@@ -39,17 +40,11 @@ def use_anyattn() -> Iterator[None]:
     ...     torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True).shape
     torch.Size([1, 2, 16, 8])
     """
-    handle = _override()
+    handle = Override()
     try:
         yield
     finally:
         handle.remove()
-
-
-def _override() -> Any:
-    from ..frameworks.torch.aten import Override
-
-    return Override()
 
 
 register()
