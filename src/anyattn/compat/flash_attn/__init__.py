@@ -1,5 +1,6 @@
 """The surface of flash_attn 2.8 on anyattn, forward and backward; each submodule has its name there."""
 
+from ..installation import FLASH_ATTN_VERSION
 from .flash_attn_interface import (
     flash_attn_func,
     flash_attn_kvpacked_func,
@@ -10,7 +11,7 @@ from .flash_attn_interface import (
     flash_attn_with_kvcache,
 )
 
-__version__ = "2.8.3"  # whose signatures these are; programs compare it
+__version__ = FLASH_ATTN_VERSION  # whose signatures these are; programs compare it
 
 __all__ = [
     "flash_attn_func",

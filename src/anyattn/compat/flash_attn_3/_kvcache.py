@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...arguments import explicit
 from ...frameworks.torch import functional
-from ...frameworks.torch.kvcache import rotate
+from ...frameworks.torch.rotary import rotate
 from ..calls import Bounds, rows_of
 from ..inputs import FP8
 
