@@ -35,7 +35,14 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def eager(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, window: Any = (-1, -1), keep: Any = None, alibi: Any = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    window: Any = (-1, -1),
+    keep: Any = None,
+    alibi: Any = None,
 ) -> Tensor:
     """Attention of (batch, seqlen, nheads, head_dim) with all scores in memory, aligned to the bottom right."""
     k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))

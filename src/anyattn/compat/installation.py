@@ -41,7 +41,8 @@ class Installation:
 
     def uninstall(self) -> None:
         """Takes back these names; what was hidden under them is there again. A second call does nothing."""
-        uninstall(*self.names)
+        if self.names:
+            uninstall(*self.names)
         self.names = ()
 
     def __enter__(self) -> Installation:
