@@ -250,6 +250,13 @@ def test_the_private_backward_honours_every_argument(name: str, varlen: bool) ->
         torch.testing.assert_close(one, other, **TOLERANCE)
 
 
+def test_no_parameter_of_the_private_backward_is_forgotten() -> None:
+    tested = {*GRADIENTS, "dout", "q", "k", "v", "out", "softmax_lse", "dq", "dk", "dv"}
+    varlen = {"cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "zero_tensors"}
+    assert set(inspect.signature(interface._flash_attn_backward).parameters) == tested
+    assert set(inspect.signature(interface._flash_attn_varlen_backward).parameters) == tested | varlen
+
+
 def test_the_private_state_replays_the_dropout() -> None:
     q, k, v = dense()
     torch.manual_seed(3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -72,6 +73,20 @@ def test_two_values_are_returned() -> None:
     assert flash_attn_4.flash_attn_func(q, k, v, qv, return_lse=True)[1].shape == (2, 5, 4)
 
 
+REFUSED, TESTED = "refused", "tested here"
+BACKWARD: dict[str, Any] = {
+    **dict.fromkeys(("q", "k", "v", "out", "dout", "lse", "dlse", "dq", "dk", "dv"), TESTED),
+    **dict.fromkeys(("softmax_scale", "causal", "softcap", "window_size_left", "window_size_right"), TESTED),
+    **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "learnable_sink"), TESTED),
+    **dict.fromkeys(("max_seqlen_q", "max_seqlen_k"), TESTED),
+    **dict.fromkeys(("score_mod", "score_mod_bwd", "mask_mod", "aux_tensors", "aux_scalars"), REFUSED),
+    "block_sparse_tensors": REFUSED,
+    **dict.fromkeys(("m_block_size", "n_block_size", "num_threads"), 32),
+    **dict.fromkeys(("num_stages_Q", "num_stages_dO", "AtomLayoutMSdP", "AtomLayoutNdKV", "AtomLayoutMdQ"), 1),
+    **dict.fromkeys(("pack_gqa", "SdP_swapAB", "dKV_swapAB", "dQ_swapAB", "V_in_regs", "deterministic"), True),
+}
+
+
 @pytest.mark.parametrize("sink", [False, True], ids=["plain", "sink"])
 def test_gradients_flow_through_lse(sink: bool) -> None:
     q, k, v = dense()
@@ -84,11 +99,33 @@ def test_gradients_flow_through_lse(sink: bool) -> None:
     for one, other in zip(*grads, strict=True):
         torch.testing.assert_close(one, other, **TOLERANCE)
     options: dict[str, Any] = {"causal": True, "softcap": 2.0, "learnable_sink": logits}
-    arrays = [x.detach() for x in (q, k, v, out, dout, lse)]
-    below = interface._flash_attn_bwd(*arrays, **options, dlse=dlse, deterministic=True)
+    arrays = [x.detach() for x in (q, k, v, out, dout)]
+    below = interface._flash_attn_bwd(*arrays, lse.detach(), **options, dlse=dlse)
     assert len(below) == len(leaves)
-    for one, other in zip(below, grads[1], strict=True):
-        torch.testing.assert_close(one.double(), other, rtol=1e-6, atol=1e-7)
+    assert set(BACKWARD) == set(inspect.signature(interface._flash_attn_bwd).parameters)
+    for name, value in BACKWARD.items():
+        if value is REFUSED:
+            with pytest.raises(NotImplementedError, match=f"^{name} is not supported"):
+                interface._flash_attn_bwd(*arrays, lse.detach(), **options, **{name: object()})
+    speed = {name: value for name, value in BACKWARD.items() if isinstance(value, int)}
+    again = interface._flash_attn_bwd(*arrays, lse.detach(), **options, dlse=dlse, **speed)
+    for one, two, other in zip(below, again, grads[1], strict=True):
+        torch.testing.assert_close(one, other, **TOLERANCE)
+        assert torch.equal(one, two)
+
+
+def test_backward_of_rows_and_keys_in_use() -> None:
+    q, k, v = (x.flatten(0, 1).detach().requires_grad_() for x in dense())
+    tables = {"cu_seqlens_q": ints(0, 5, 10), "cu_seqlens_k": ints(0, 7, 14)}
+    tables |= {"seqused_q": ints(2, 5), "seqused_k": ints(7, 3)}
+    out, lse = flash_attn_4.flash_attn_varlen_func(q, k, v, **tables, return_lse=True)
+    want = torch.autograd.grad(out, (q, k, v), out.detach())
+    arrays = [x.detach() for x in (q, k, v, out, out, lse)]
+    for longest in ({}, {"max_seqlen_q": 5, "max_seqlen_k": torch.tensor(7)}):
+        for one, other in zip(interface._flash_attn_bwd(*arrays, **tables, **longest), want, strict=True):
+            assert torch.equal(one, other)
+    with pytest.raises(ValueError, match="max_seqlen"):
+        interface._flash_attn_bwd(*arrays, **tables, max_seqlen_q=5, max_seqlen_k=2)
 
 
 def seen(left: int | None, right: int | None, rows: int = 5, keys: int = 7) -> Tensor:
@@ -236,8 +273,8 @@ def test_combine_of_attention_over_parts_is_attention() -> None:
         *(torch.stack(x) for x in zip(*((o, l.mT) for o, l in parts), strict=True))
     )
     want, want_lse = plain(q, k, v)
-    torch.testing.assert_close(out, want.detach(), rtol=1e-6, atol=1e-6)  # the merge itself is in float32
-    torch.testing.assert_close(lse.double(), want_lse.mT.detach(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(out, want.detach(), **TOLERANCE)
+    torch.testing.assert_close(lse, want_lse.mT.detach(), **TOLERANCE)
 
 
 def test_combine_leaves_out_rows_that_are_not_in_use() -> None:
