@@ -55,6 +55,11 @@ def integer(name: str, value: Any) -> int:
         raise TypeError(f"{name} must be an integer; got {value!r}") from None
 
 
+def maximum(name: str, value: Any) -> int | None:
+    """A longest length, which may be unknown."""
+    return None if value is None else integer(name, value)
+
+
 def pair(name: str, value: Any) -> tuple[int, int]:
     """Two integers from a tuple, a list or a tensor."""
     if len(value) != 2:

@@ -1,4 +1,4 @@
-"""torch.ops.flash_attn: the four functions below autograd as operators, under the names that the real package registers.
+"""torch.ops.flash_attn: the four functions below autograd as operators, under the real package's names.
 
 They are composite: tracing goes through them to anyattn's own operators, whose fakes serve, and what is compiled never
 sees an operator that mutates. Registered only where the real package is not installed, since it would find its names

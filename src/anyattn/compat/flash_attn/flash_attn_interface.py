@@ -30,7 +30,6 @@ from torch import Tensor
 
 from ...api import attention_with_kvcache
 from ..calls import attend, only_speed, window_bounds
-from . import _ops as _ops
 from ._private import (
     Scores,
     _flash_attn_backward,

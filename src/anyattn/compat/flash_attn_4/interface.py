@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calls import integer, only_speed
+from ..calls import only_speed
 from ..combine import combine, used_rows
 from ._private import Result, _flash_attn_bwd, _flash_attn_fwd, attend_4, refuse
 
@@ -140,8 +140,7 @@ def flash_attn_varlen_func(
     options["deterministic"] = deterministic
     options |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "block_table": page_table}
     options |= {"seqused_q": seqused_q, "seqused_k": seqused_k}
-    for name, length in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        options[name] = None if length is None else integer(name, length)
+    options |= {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
     return attend_4(q, k, v, qv, causal, window_size, return_lse, **options)
 
 
