@@ -147,13 +147,15 @@ def test_packed_by_cu_seqlens(calls: list[dict[str, Any]]) -> None:
     assert {call["function"] for call in calls} == {"attention_varlen"}
 
 
-@pytest.mark.parametrize("name", ["mistral", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("side", ["", "left"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt_oss"])
 @pytest.mark.parametrize("cache_class", ["DynamicCache", "StaticCache"])
-def test_prefill_in_chunks(name: str, cache_class: str) -> None:
+def test_prefill_in_chunks(name: str, cache_class: str, side: str) -> None:
     """Several rows behind a cache: their positions come from it, with padding and window."""
     import transformers
 
-    model, given = built(name), models.inputs(MODELS[name], "left")
+    model, given = built(name), models.inputs(MODELS[name], side)
+    ids, valid = given["input_ids"], given["attention_mask"]
     both = []
     for implementation in ("eager", "anyattn"):
         model.set_attn_implementation(implementation)
@@ -161,11 +163,41 @@ def test_prefill_in_chunks(name: str, cache_class: str) -> None:
         past = getattr(transformers, cache_class)(config=model.config, **size)
         parts = []
         for begin, end in ((0, 4), (4, 10), (10, 11), (11, SEQLEN)):
-            piece = {"input_ids": given["input_ids"][:, begin:end], "attention_mask": given["attention_mask"][:, :end]}
+            mask = valid[:, :end] if side else None
             with torch.no_grad():
-                parts.append(model(**piece, past_key_values=past, use_cache=True).logits)
-        both.append(torch.cat(parts, 1)[given["attention_mask"].bool()])
+                parts.append(model(input_ids=ids[:, begin:end], attention_mask=mask, past_key_values=past).logits)
+        both.append(torch.cat(parts, 1)[valid.bool()])
     torch.testing.assert_close(*both, **TOLERANCE)
+
+
+def test_bfloat16() -> None:
+    """No further from the model in double precision than eager in bfloat16 is."""
+    model, ids = MODELS["llama"].build(), models.tokens()
+    exact = models.logits(model.double(), "eager", input_ids=ids)
+    model = model.bfloat16()
+    eager, got = (
+        float((models.logits(model, kind, input_ids=ids) - exact).abs().max()) for kind in ("eager", "anyattn")
+    )
+    assert got <= 2 * eager
+
+
+def test_gradient_checkpointing() -> None:
+    model, given = MODELS["mistral"].build(), models.inputs(MODELS["mistral"], "left")
+    given |= {"labels": given["input_ids"].masked_fill(given["attention_mask"].roll(1, -1) == 0, -100)}
+    want = models.gradients(model, "anyattn", **given)
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    got = models.gradients(model, "anyattn", **given)
+    for key, value in want.items():
+        assert torch.equal(got[key], value)
+
+
+def test_beam_search() -> None:
+    model, given = built("gemma2"), models.inputs(MODELS["gemma2"], "left")
+    both = []
+    for implementation in ("eager", "anyattn"):
+        model.set_attn_implementation(implementation)
+        both.append(model.generate(**given, max_new_tokens=8, do_sample=False, num_beams=3, pad_token_id=0))
+    assert torch.equal(*both)
 
 
 def test_holes_in_the_padding() -> None:

@@ -51,7 +51,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """aten::_scaled_dot_product_flash_attention_for_cpu_backward: (grad_query, grad_key, grad_value)."""
     arrays, options = _call(query, key, value, dropout_p, is_causal, attn_mask, scale)
-    saved = (out.transpose(1, 2), logsumexp.contiguous(), grad_out.transpose(1, 2), None)
+    saved = (out.transpose(1, 2), logsumexp, grad_out.transpose(1, 2), None)
     saved = ops.contiguous_rows(saved, ("out", "lse", "dout", "dlse"))
     dq, dk, dv, _, _ = execute.backward(adapter, saved, arrays, options, None, want_dbias=False)
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
