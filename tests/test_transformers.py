@@ -221,6 +221,15 @@ def test_custom_dense_mask(dtype: torch.dtype, calls: list[dict[str, Any]]) -> N
     assert calls
 
 
+def test_position_bias_and_float_mask() -> None:
+    """T5's bias beside a mask of the caller's own."""
+    q, k, v, bias, mask = (torch.randn(2, 4, 6, n, generator=torch.Generator().manual_seed(n)) for n in (8, 8, 8, 6, 6))
+    mask = mask * 2
+    got, _ = adapter.attention(torch.nn.Module(), q, k, v, mask, scaling=1.0, position_bias=bias)
+    scores = q @ k.transpose(-1, -2) + bias + mask
+    torch.testing.assert_close(got, (scores.softmax(-1) @ v).transpose(1, 2), **TOLERANCE)
+
+
 def test_unknown_mask_functions_become_dense_masks() -> None:
     """Here Llama 4's chunks, and a function that overlays another."""
     from transformers import LlamaConfig, masking_utils
