@@ -230,6 +230,27 @@ def test_position_bias_and_float_mask() -> None:
     torch.testing.assert_close(got, (scores.softmax(-1) @ v).transpose(1, 2), **TOLERANCE)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 6])
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "full"])
+def test_padding_mask_without_a_pattern(rows: int, is_causal: bool) -> None:
+    """What is left of a mask that something copied: the arguments tell the rest, as they do to FlashAttention."""
+    q, k, v = (torch.randn(2, 4, n, 8, generator=torch.Generator().manual_seed(i)) for i, n in enumerate((rows, 6, 6)))
+    padding = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])
+    arguments = {"is_causal": is_causal, "sliding_window": 3}
+    got, _ = adapter.attention(torch.nn.Module(), q, k, v, padding, **arguments)
+    distance = torch.arange(6 - rows, 6)[:, None] - torch.arange(6)
+    seen = (distance < 3) & (distance >= 0 if is_causal else distance > -3) & padding.bool()[:, None, None]
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen).nan_to_num()
+    torch.testing.assert_close(got, want.transpose(1, 2), **TOLERANCE)
+
+
+def test_positions_that_skip_are_one_sequence() -> None:
+    model = built("llama")
+    given = {"input_ids": models.tokens(1, 5), "position_ids": torch.tensor([[0, 1, 5, 6, 9]])}
+    want, got = (models.logits(model, kind, **given, use_cache=True) for kind in ("eager", "anyattn"))
+    torch.testing.assert_close(got, want, **TOLERANCE)
+
+
 def test_unknown_mask_functions_become_dense_masks() -> None:
     """Here Llama 4's chunks, and a function that overlays another."""
     from transformers import LlamaConfig, masking_utils
