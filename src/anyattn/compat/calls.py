@@ -55,6 +55,11 @@ def integer(name: str, value: Any) -> int:
         raise TypeError(f"{name} must be an integer; got {value!r}") from None
 
 
+def maximum(name: str, value: Any) -> int | None:
+    """A longest length, which may be unknown."""
+    return None if value is None else integer(name, value)
+
+
 def pair(name: str, value: Any) -> tuple[int, int]:
     """Two integers from a tuple, a list or a tensor."""
     if len(value) != 2:
@@ -71,7 +76,8 @@ def window_bounds(window_size: Any, causal: bool, limits: tuple[int, int]) -> Bo
 
 def store(into: Tensor | None, value: Tensor) -> Tensor:
     """The value, written to a buffer of the caller's if there is one."""
-    return value if into is None else into.copy_(value)
+    with torch.no_grad():
+        return value if into is None else into.copy_(value)
 
 
 def only_speed(num_splits: Any, most: int) -> None:

@@ -21,8 +21,8 @@ def combine(
     """
     if out_partial.ndim not in (4, 5) or lse_partial.shape != out_partial.shape[:-1]:
         raise ValueError(
-            "out_partial must be (num_splits, batch, seqlen, nheads, head_dim) or (num_splits, total, nheads, head_dim) "
-            f"and lse_partial that less head_dim; got {tuple(out_partial.shape)} and {tuple(lse_partial.shape)}"
+            "out_partial must be (num_splits, batch, seqlen, nheads, head_dim) or (num_splits, total, nheads, head_dim)"
+            f", lse_partial that less head_dim; got {tuple(out_partial.shape)} and {tuple(lse_partial.shape)}"
         )
     with torch.no_grad():
         if used is not None:

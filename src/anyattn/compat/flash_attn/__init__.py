@@ -1,5 +1,6 @@
 """The surface of flash_attn 2.8 on anyattn, forward and backward; each submodule has its name there."""
 
+from . import _ops as _ops
 from .flash_attn_interface import (
     flash_attn_func,
     flash_attn_kvpacked_func,

@@ -144,9 +144,8 @@ def _check_return_softmax(return_softmax: bool, dropout_p: float) -> None:
 def _backward(tensors: tuple[Tensor, ...], into: tuple[Tensor | None, ...], arguments: dict[str, Any]) -> Tensor:
     """Writes dq, dk and dv where they are given; returns sum(dout * out) in lse's shape."""
     dout, _, _, _, out, _ = tensors
-    with torch.no_grad():
-        for buffer, gradient in zip(into, gradients(*tensors, **arguments)[:3], strict=True):
-            store(buffer, gradient)
+    for buffer, gradient in zip(into, gradients(*tensors, **arguments)[:3], strict=True):
+        store(buffer, gradient)
     return (dout.float() * out.float()).sum(-1).transpose(-1, -2).contiguous()
 
 

@@ -33,7 +33,8 @@ def dropped_scores(q: Tensor, k: Tensor, v: Tensor, *, bounds: Bounds, **argumen
     prepared = [None if x is None else x.detach() for x in ops.contiguous_rows(functional.prepare(arrays, seed))]
     given = {name: x for name, x in zip(INPUTS, prepared, strict=True) if x is not None}
     problem = make_problem({name: adapter.describe(x) for name, x in given.items()}, options)
-    rows, keys = (round_multiple(length, 128) for length in (problem.seqlen_q, problem.seqlen_k))
+    lengths = (options.max_seqlen_q or problem.seqlen_q, options.max_seqlen_k or problem.seqlen_k)
+    rows, keys = (round_multiple(length, 128) for length in lengths)
     scores = q.new_zeros((problem.batch, problem.nheads, rows, keys))
     for head in reference.heads(problem, {name: adapter.numpy(x) for name, x in given.items()}):
         top = head.s.max(axis=1, initial=-np.inf, keepdims=True)

@@ -49,9 +49,13 @@ class NewKeys:
         if self.k is None or self.v is None:
             self._check_absent()
             return q, first
-        if first is None:
-            raise ValueError("cache_seqlens is None: appending k and v needs it")
+        if first is None or first.shape != (batch,):
+            shape = None if first is None else tuple(first.shape)
+            raise ValueError(f"cache_seqlens must be an int or ({batch},) where k and v are appended; got {shape}")
         k = self.k
+        sequences = k.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+        if sequences != batch:
+            raise ValueError(f"k must have q's batch {batch}; got {sequences} sequences of new keys")
         if self.rotary is not None:
             start = first if self.rotary_seqlens is None else self.rotary_seqlens
             by_row = bounds != (None, None) or options["chunk"] > 0
@@ -62,8 +66,6 @@ class NewKeys:
         sequence, row, inside = _tokens(k, self.cu_seqlens)
         lengths = k.shape[1] if self.cu_seqlens is None else self.cu_seqlens.diff()
         used = first + lengths
-        if used.shape != (batch,) or first.shape != (batch,):
-            raise ValueError(f"k must have q's batch {batch}; got {used.shape[0]} sequences of new keys")
         new_k, new_v = (x.flatten(0, 1) if self.cu_seqlens is None else x[inside] for x in (k, self.v))
         _append((q, k_cache, v_cache, new_k, new_v), sequence, first[sequence] + row, options | {"seqused_k": used})
         return q, used
@@ -88,7 +90,7 @@ def _append(arrays: tuple[Tensor, ...], sequence: Tensor, slots: Tensor, options
     else:
         appended["block_table"] = pages[sequence]
 
-    def check(_: Tensor | None) -> None:
+    def check(used: Tensor | None) -> None:
         given, chosen, _, backend = explicit(q, k_cache, v_cache, **options)
         functional.check(given, chosen, backend)
 

@@ -1,4 +1,4 @@
-"""What is below flash_attn 4's functions: `_flash_attn_fwd` and `_flash_attn_bwd`, which torch imports, and refusals."""
+"""What is below flash_attn 4's functions: refusals, and `_flash_attn_fwd`, `_flash_attn_bwd`, which torch imports."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calls import Bounds, gradients, integer, only_speed, store
+from ..calls import Bounds, gradients, integer, maximum, only_speed, store
 from ..inputs import Descales, attend_extended
 
 Result = tuple[Tensor, "Tensor | None"]
@@ -64,6 +64,7 @@ def attend_4(
             raise TypeError("q and k may be None only together, where qv is given")
         q, k, qv = qv, v, None
     bounds = window_bounds(window_size, causal)
+    arguments |= {name: maximum(name, arguments.get(name)) for name in ("max_seqlen_q", "max_seqlen_k")}
     arguments |= {"bounds": bounds, "softcap": softcap or 0.0, "return_lse": return_lse}
     out, lse = attend_extended(q, k, v, qv=qv, descales=descales, **arguments)
     inputs = (q, k, v, qv, arguments.get("sink"))
@@ -194,12 +195,11 @@ def _flash_attn_bwd(
         aux_scalars=aux_scalars,
         block_sparse_tensors=block_sparse_tensors,
     )
-    arguments: dict[str, Any] = {"scale": softmax_scale, "softcap": softcap, "sink": learnable_sink}
-    arguments |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "deterministic": deterministic}
-    arguments |= {"seqused_q": seqused_q, "seqused_k": seqused_k, "dlse": dlse}
-    arguments |= {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
-    bounds = window_bounds((window_size_left, window_size_right), causal)
-    *grads, _, dsink = gradients(dout, q, k, v, out, lse, bounds=bounds, **arguments)
-    with torch.no_grad():
-        results = tuple(store(buffer, gradient) for buffer, gradient in zip((dq, dk, dv), grads, strict=True))
+    *grads, _, dsink = gradients(
+        dout, q, k, v, out, lse, dlse=dlse, bounds=window_bounds((window_size_left, window_size_right), causal),
+        scale=softmax_scale, softcap=softcap, sink=learnable_sink, deterministic=deterministic,
+        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_q=seqused_q, seqused_k=seqused_k,
+        max_seqlen_q=maximum("max_seqlen_q", max_seqlen_q), max_seqlen_k=maximum("max_seqlen_k", max_seqlen_k),
+    )  # fmt: skip
+    results = tuple(map(store, (dq, dk, dv), grads))
     return results if dsink is None else (*results, dsink)

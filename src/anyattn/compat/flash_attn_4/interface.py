@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calls import integer, only_speed
+from ..calls import only_speed
 from ..combine import combine, used_rows
 from ._private import Result, _flash_attn_bwd, _flash_attn_fwd, attend_4, refuse
 
@@ -72,7 +72,8 @@ def flash_attn_func(
         block_sparse_tensors_bwd=block_sparse_tensors_bwd,
     )
     only_speed(num_splits, 256)
-    options = {"scale": softmax_scale, "softcap": softcap, "sink": learnable_sink, "deterministic": deterministic}
+    options: dict[str, Any] = {"scale": softmax_scale, "softcap": softcap, "sink": learnable_sink}
+    options["deterministic"] = deterministic
     return attend_4(q, k, v, qv, causal, window_size, return_lse, **options)
 
 
@@ -135,11 +136,11 @@ def flash_attn_varlen_func(
         block_sparse_tensors=block_sparse_tensors,
     )
     only_speed(num_splits, 256)
-    options = {"scale": softmax_scale, "softcap": softcap, "sink": learnable_sink, "deterministic": deterministic}
+    options: dict[str, Any] = {"scale": softmax_scale, "softcap": softcap, "sink": learnable_sink}
+    options["deterministic"] = deterministic
     options |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "block_table": page_table}
     options |= {"seqused_q": seqused_q, "seqused_k": seqused_k}
-    for name, length in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        options[name] = None if length is None else integer(name, length)
+    options |= {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
     return attend_4(q, k, v, qv, causal, window_size, return_lse, **options)
 
 
@@ -155,7 +156,7 @@ def flash_attn_combine(
 ) -> Result:
     """(out, lse) over all keys from those over parts, as flash_attn 3's; lse is None with return_lse=False.
 
-    cu_seqlens: int32 (batch + 1,), of a packed out_partial; seqused: (batch,), rows in use. Rows outside are 0 and -inf.
+    cu_seqlens: int32 (batch + 1,), of a packed out_partial; seqused: (batch,), rows in use. Others are 0 and -inf.
     virtual_batch_idx, an order of work, has no effect on results. No gradients.
 
     >>> import torch
