@@ -324,6 +324,18 @@ def test_hook_in_multihead_attention(training: bool, calls: list[str]) -> None:
     torch.nn.attention.activate_flash_attention_impl("anyattn")
 
 
+@torch.no_grad()
+def test_hook_in_inference(calls: list[str]) -> None:
+    """Where torch would take a fast path of its own, and takes it again afterwards."""
+    layer, x = torch.nn.TransformerEncoderLayer(16, 4, batch_first=True, dtype=torch.float64).eval(), normal(2, 6, 16)
+    got = layer(x)
+    assert calls == ["forward"]
+    torch.nn.attention.restore_flash_attention_impl()
+    assert torch.backends.mha.get_fastpath_enabled()
+    close([got], [layer(x)])
+    torch.nn.attention.activate_flash_attention_impl("anyattn")
+
+
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (2, 1)], ids=str)
 def test_hook_in_varlen_attention(window: tuple[int, int], compiled: bool, calls: list[str]) -> None:

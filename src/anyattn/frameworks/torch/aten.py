@@ -162,7 +162,10 @@ _KERNELS = {
 
 
 class Override:
-    """Our kernels in place of torch's, until `remove`."""
+    """Our kernels in place of torch's, until `remove`.
+
+    Meanwhile nn.MultiheadAttention does not take its inference fast path, which computes attention with no such kernel.
+    """
 
     def __init__(self) -> None:
         self.library: Any = torch.library.Library("aten", "IMPL")
@@ -170,8 +173,11 @@ class Override:
             warnings.filterwarnings("ignore", message="(?s).*Overriding a previously registered kernel")
             for name, kernel in _KERNELS.items():
                 self.library.impl(name, kernel, "CPU")
+        self.fastpath = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
 
     def remove(self) -> None:
         if self.library is not None:
             self.library._destroy()
             self.library = None
+            torch.backends.mha.set_fastpath_enabled(self.fastpath)
