@@ -23,6 +23,17 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
 GEMMA = {"attn_logit_softcapping": 2.0, "sliding_window": WINDOW, "query_pre_attn_scalar": 8}
 ENCODER_DECODER = {"vocab_size": VOCABULARY, "d_model": 32, "decoder_start_token_id": 0, "pad_token_id": 0}
+MODERNBERT = {"local_attention": 6, "global_attn_every_n_layers": 2, "pad_token_id": 0, "bos_token_id": 1}
+MODERNBERT |= {"eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+DEEPSEEK = {  # head_dim 12, head_dim_v 6
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 6,
+    "first_k_dense_replace": 2,
+}
 T5 = {"d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
 WHISPER = {
     "num_mel_bins": 6,
@@ -78,6 +89,8 @@ MODELS = {
     "qwen3": Model("Qwen3Config", "Qwen3ForCausalLM", GROUPED),
     "gpt_oss": Model("GptOssConfig", "GptOssForCausalLM", GROUPED | EXPERTS | {"sliding_window": WINDOW}),
     "phimoe": Model("PhimoeConfig", "PhimoeForCausalLM", GROUPED | EXPERTS | {"sliding_window": WINDOW}),
+    "deepseek": Model("DeepseekV3Config", "DeepseekV3ForCausalLM", SMALL | DEEPSEEK),
+    "modernbert": Model("ModernBertConfig", "ModernBertForMaskedLM", SMALL | MODERNBERT, "encoder"),
     "bert": Model("BertConfig", "BertForMaskedLM", SMALL | NO_DROPOUT, "encoder"),
     "t5": Model("T5Config", "T5ForConditionalGeneration", ENCODER_DECODER | T5, "encoder-decoder"),
     "whisper": Model("WhisperConfig", "WhisperForConditionalGeneration", ENCODER_DECODER | WHISPER, "speech"),

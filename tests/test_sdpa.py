@@ -324,6 +324,51 @@ def test_hook_in_multihead_attention(training: bool, calls: list[str]) -> None:
     torch.nn.attention.activate_flash_attention_impl("anyattn")
 
 
+@torch.no_grad()
+def test_hook_in_inference(calls: list[str]) -> None:
+    """Where torch would take a fast path of its own, and takes it again afterwards."""
+    layer, x = torch.nn.TransformerEncoderLayer(16, 4, batch_first=True, dtype=torch.float64).eval(), normal(2, 6, 16)
+    got = layer(x)
+    assert calls == ["forward"]
+    torch.nn.attention.restore_flash_attention_impl()
+    assert torch.backends.mha.get_fastpath_enabled()
+    close([got], [layer(x)])
+    torch.nn.attention.activate_flash_attention_impl("anyattn")
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (2, 1)], ids=str)
+def test_hook_in_varlen_attention(window: tuple[int, int], compiled: bool, calls: list[str]) -> None:
+    """torch.nn.attention.varlen, which has no CPU kernel of its own."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    inputs = leaves(((9, 4, 8), (11, 2, 8), (11, 2, 8)), torch.float32)
+    begins = torch.tensor([0, 3, 9], dtype=torch.int32), torch.tensor([0, 5, 11], dtype=torch.int32)
+    bounds = tuple(None if side < 0 else side for side in window)
+    want = results(lambda *x: anyattn.attention_varlen(*x, *begins, window=bounds, scale=0.3), inputs)
+    calls.clear()
+
+    def program(*x: Tensor) -> Tensor:
+        out: Tensor = varlen_attn(*x, *begins, 6, 6, window_size=window, scale=0.3, enable_gqa=True)
+        return out
+
+    equal(results(torch.compile(program, fullgraph=True, backend="aot_eager") if compiled else program, inputs), want)
+    assert calls == ["forward", "backward"]
+
+
+@pytest.mark.usefixtures("calls")
+def test_hook_in_paged_varlen_attention() -> None:
+    from torch.nn.attention.varlen import AuxRequest, varlen_attn
+
+    q, pages = normal(3, 4, 8), normal(5, 4, 4, 8, seed=1)
+    begins, used = torch.tensor([0, 1, 3], dtype=torch.int32), torch.tensor([6, 3], dtype=torch.int32)
+    table = torch.tensor([[4, 0], [2, 1]], dtype=torch.int32)
+    paged = {"seqused_k": used, "block_table": table}
+    out, lse = varlen_attn(q, pages, pages, begins, None, 2, 8, return_aux=AuxRequest(lse=True), **paged)
+    want = anyattn.attention_varlen(q, pages, pages, begins, None, **paged, return_lse=True)
+    equal([out, lse], list(want))
+
+
 def test_context_manager() -> None:
     x = normal(1, 2, 5, 8)
     before = F.scaled_dot_product_attention(x, x, x)

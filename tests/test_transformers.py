@@ -147,13 +147,15 @@ def test_packed_by_cu_seqlens(calls: list[dict[str, Any]]) -> None:
     assert {call["function"] for call in calls} == {"attention_varlen"}
 
 
-@pytest.mark.parametrize("name", ["mistral", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("side", ["", "left"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt_oss"])
 @pytest.mark.parametrize("cache_class", ["DynamicCache", "StaticCache"])
-def test_prefill_in_chunks(name: str, cache_class: str) -> None:
+def test_prefill_in_chunks(name: str, cache_class: str, side: str) -> None:
     """Several rows behind a cache: their positions come from it, with padding and window."""
     import transformers
 
-    model, given = built(name), models.inputs(MODELS[name], "left")
+    model, given = built(name), models.inputs(MODELS[name], side)
+    ids, valid = given["input_ids"], given["attention_mask"]
     both = []
     for implementation in ("eager", "anyattn"):
         model.set_attn_implementation(implementation)
@@ -161,11 +163,41 @@ def test_prefill_in_chunks(name: str, cache_class: str) -> None:
         past = getattr(transformers, cache_class)(config=model.config, **size)
         parts = []
         for begin, end in ((0, 4), (4, 10), (10, 11), (11, SEQLEN)):
-            piece = {"input_ids": given["input_ids"][:, begin:end], "attention_mask": given["attention_mask"][:, :end]}
+            mask = valid[:, :end] if side else None
             with torch.no_grad():
-                parts.append(model(**piece, past_key_values=past, use_cache=True).logits)
-        both.append(torch.cat(parts, 1)[given["attention_mask"].bool()])
+                parts.append(model(input_ids=ids[:, begin:end], attention_mask=mask, past_key_values=past).logits)
+        both.append(torch.cat(parts, 1)[valid.bool()])
     torch.testing.assert_close(*both, **TOLERANCE)
+
+
+def test_bfloat16() -> None:
+    """No further from the model in double precision than eager in bfloat16 is."""
+    model, ids = MODELS["llama"].build(), models.tokens()
+    exact = models.logits(model.double(), "eager", input_ids=ids)
+    model = model.bfloat16()
+    eager, got = (
+        float((models.logits(model, kind, input_ids=ids) - exact).abs().max()) for kind in ("eager", "anyattn")
+    )
+    assert got <= 2 * eager
+
+
+def test_gradient_checkpointing() -> None:
+    model, given = MODELS["mistral"].build(), models.inputs(MODELS["mistral"], "left")
+    given |= {"labels": given["input_ids"].masked_fill(given["attention_mask"].roll(1, -1) == 0, -100)}
+    want = models.gradients(model, "anyattn", **given)
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    got = models.gradients(model, "anyattn", **given)
+    for key, value in want.items():
+        assert torch.equal(got[key], value)
+
+
+def test_beam_search() -> None:
+    model, given = built("gemma2"), models.inputs(MODELS["gemma2"], "left")
+    both = []
+    for implementation in ("eager", "anyattn"):
+        model.set_attn_implementation(implementation)
+        both.append(model.generate(**given, max_new_tokens=8, do_sample=False, num_beams=3, pad_token_id=0))
+    assert torch.equal(*both)
 
 
 def test_holes_in_the_padding() -> None:
@@ -187,6 +219,36 @@ def test_custom_dense_mask(dtype: torch.dtype, calls: list[dict[str, Any]]) -> N
     got = models.logits(model, "anyattn", input_ids=models.tokens(), attention_mask=mask)
     torch.testing.assert_close(got, want, **TOLERANCE)
     assert calls
+
+
+def test_position_bias_and_float_mask() -> None:
+    """T5's bias beside a mask of the caller's own."""
+    q, k, v, bias, mask = (torch.randn(2, 4, 6, n, generator=torch.Generator().manual_seed(n)) for n in (8, 8, 8, 6, 6))
+    mask = mask * 2
+    got, _ = adapter.attention(torch.nn.Module(), q, k, v, mask, scaling=1.0, position_bias=bias)
+    scores = q @ k.transpose(-1, -2) + bias + mask
+    torch.testing.assert_close(got, (scores.softmax(-1) @ v).transpose(1, 2), **TOLERANCE)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 6])
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "full"])
+def test_padding_mask_without_a_pattern(rows: int, is_causal: bool) -> None:
+    """What is left of a mask that something copied: the arguments tell the rest, as they do to FlashAttention."""
+    q, k, v = (torch.randn(2, 4, n, 8, generator=torch.Generator().manual_seed(i)) for i, n in enumerate((rows, 6, 6)))
+    padding = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])
+    arguments = {"is_causal": is_causal, "sliding_window": 3}
+    got, _ = adapter.attention(torch.nn.Module(), q, k, v, padding, **arguments)
+    distance = torch.arange(6 - rows, 6)[:, None] - torch.arange(6)
+    seen = (distance < 3) & (distance >= 0 if is_causal else distance > -3) & padding.bool()[:, None, None]
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen).nan_to_num()
+    torch.testing.assert_close(got, want.transpose(1, 2), **TOLERANCE)
+
+
+def test_positions_that_skip_are_one_sequence() -> None:
+    model = built("llama")
+    given = {"input_ids": models.tokens(1, 5), "position_ids": torch.tensor([[0, 1, 5, 6, 9]])}
+    want, got = (models.logits(model, kind, **given, use_cache=True) for kind in ("eager", "anyattn"))
+    torch.testing.assert_close(got, want, **TOLERANCE)
 
 
 def test_unknown_mask_functions_become_dense_masks() -> None:

@@ -75,14 +75,14 @@ def attention(
     wide = np.dtype(np.float64) if softmax_precision == DOUBLE else q.dtype
     out: Array = api.attention(*(x.astype(wide, copy=False) for x in (q, k, v)), **arguments)
     out = out.astype(q.dtype, copy=False)
-    Y = out.reshape(*out.shape[:2], -1) if Q.ndim == 3 else out.swapaxes(1, 2)
+    Y: Array = out.reshape(*out.shape[:2], -1) if Q.ndim == 3 else out.swapaxes(1, 2)
     return Y, k.swapaxes(1, 2), v.swapaxes(1, 2)
 
 
 def _heads(name: str, x: Array, heads: int | None) -> Array:
     """(batch, sequence, heads, head_size)."""
     if x.ndim == 4:
-        return x.swapaxes(1, 2)
+        return np.swapaxes(x, 1, 2)
     if x.ndim != 3 or not heads or x.shape[2] % heads:
         raise ValueError(f"{name} must have 4 dimensions, or 3 with q_num_heads and kv_num_heads; got {x.shape}")
     return x.reshape(*x.shape[:2], heads, -1)

@@ -11,7 +11,8 @@ or, where torch has no such registry as well,
 makes `F.scaled_dot_product_attention`, `nn.MultiheadAttention`, `nn.TransformerEncoderLayer` and what is built on them
 run on anyattn, eager or compiled, forward and backward. That holds for whatever torch gives to its flash kernel: on a
 CPU all but dropout, a head_dim_v that differs from head_dim, and a mask that requires a gradient; those stay with
-torch's math kernel, and `anyattn.sdpa` computes them. Other devices are not touched.
+torch's math kernel, and `anyattn.sdpa` computes them. A MultiheadAttention with need_weights=True calls neither.
+`torch.nn.attention.varlen`, which has no CPU kernel, gets one. Other devices are not touched.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def attention(
     bias = position_bias
     if pattern is not None:
         options |= {"window": (pattern.left, pattern.right), "offset": pattern.offset}
-        attention_mask = None if attention_mask is None or not pattern.padded else attention_mask[:, None, None]
+        attention_mask = None if attention_mask is None or not pattern.padded else attention_mask[:, None, None].bool()
     if attention_mask is not None and attention_mask.is_floating_point():
         bias, attention_mask = attention_mask if bias is None else bias + attention_mask, None
     return api.attention(q, k, v, bias=bias, mask=attention_mask, **options), None
@@ -79,13 +79,13 @@ def _pattern(
 
 
 def _begins(position_ids: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
-    """cu_seqlens of position_ids that start anew inside a batch of one, or None."""
+    """cu_seqlens of position_ids that come back to where they began, in a batch of one; or None."""
     if torch.compiler.is_compiling() or position_ids is None or q.shape[0] != 1 or q.shape[1] != k.shape[1]:
         return None
     if position_ids.shape != q.shape[:2]:
         return None
-    starts = position_ids[0].diff() != 1
-    return cumulative(starts[None]) if bool(starts.any()) else None
+    starts = position_ids[:, 1:] == position_ids[:, :1]
+    return cumulative(starts) if bool(starts.any()) else None
 
 
 def _packed(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, options: dict[str, Any]) -> Tensor:

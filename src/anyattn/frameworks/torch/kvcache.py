@@ -29,7 +29,7 @@ def append(
         cache = given[name]
         if cache is not None and cache.ndim and cache.stride(-1) != 1 and cache.shape[-1] != 1:
             raise ValueError(f"{name}_cache must be contiguous in its last dimension; got strides {cache.stride()}")
-    if not fastpath.plain(tuple(given.values()), any_strides=True):
+    if not fastpath.plain(tuple(given.values())):
         return _traced(given, interleaved=interleaved, by_row=by_row)
     prepared = {name: x if x is None or name in TABLES else rows(name, x) for name, x in given.items()}
     options: dict[str, Any] = {"interleaved": interleaved, "by_row": by_row, "backend": backend}
