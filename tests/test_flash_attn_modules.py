@@ -225,6 +225,16 @@ def test_mha(shape: str, flash: bool) -> None:
     same_gradients(mha, got, want, (x,))
 
 
+@pytest.mark.parametrize("shape", ["rotary", "grouped rotary"])
+def test_mha_compiled(shape: str) -> None:
+    """The rotation in place of two views of one projection too."""
+    mha, x = MHA(WIDTH, HEADS, **SHAPES[shape], use_flash_attn=True).double(), normal(2, 7, WIDTH).requires_grad_()
+    want = mha(x)
+    got = torch.compile(mha, fullgraph=True, backend="aot_eager")(x)
+    equal(got, want)
+    same_gradients(mha, got, want, (x,))
+
+
 def test_mha_with_window_alibi_and_packed_sequences() -> None:
     options: dict[str, Any] = {"num_heads_kv": 2, "causal": True, "use_alibi": True, "window_size": (3, -1)}
     mha, x = MHA(WIDTH, HEADS, **options, use_flash_attn=True).double(), normal(2, 7, WIDTH).requires_grad_()

@@ -213,6 +213,18 @@ def test_compiled_equals_eager() -> None:
     assert close(torch.compile(call, fullgraph=True, backend="aot_eager")(x, offsets), call(x, offsets))
 
 
+def test_compiled_in_place() -> None:
+    """It writes into its argument, and carries the gradient."""
+    (cos, sin), kv = tables(4), normal(2, 6, 2, 3, 8)
+    given, other = kv.clone().requires_grad_(), kv.clone().requires_grad_()
+    out = torch.compile(apply_rotary_emb_kv_, fullgraph=True, backend="aot_eager")(given, cos, sin)
+    want = apply_rotary_emb_kv_(other, cos, sin)
+    out.square().sum().backward()
+    want.square().sum().backward()
+    assert given.grad is not None and other.grad is not None
+    assert close(out, want) and close(given, other) and close(given.grad, other.grad)
+
+
 ROWS, TABLES = torch.zeros(1, 4, 2, 8), (torch.zeros(6, 4), torch.zeros(6, 4))
 REFUSED: dict[str, tuple[Any, str]] = {
     "rotary_dim": (lambda: apply_rotary_emb(ROWS[..., :6], *TABLES), "rotary_dim"),

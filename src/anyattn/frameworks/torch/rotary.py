@@ -65,6 +65,10 @@ def rotate_in_place(
     """
     if torch.is_grad_enabled() and any(table.requires_grad for table in tables):
         raise ValueError("cos and sin get no gradient where x is rotated in place: detach them")
+    if torch.compiler.is_compiling():  # Dynamo traces no Function that writes into a view
+        copy = _turn(x.clone(), positions, interleaved, parts, tables)
+        x.detach().copy_(copy.detach())
+        return copy
     turned: Tensor = RotateInPlace.apply(x, positions, interleaved, tuple(parts), *tables)
     return turned
 

@@ -161,7 +161,7 @@ class RotaryEmbedding(nn.Module):
             cached is not None
             and seqlen <= self._seq_len_cached
             and (cached.device, cached.dtype) == (torch.device(device or "cpu"), dtype)
-            and not (self.training and cached.is_inference())
+            and not (self.training and not torch.compiler.is_compiling() and cached.is_inference())
         ):
             return
         self._seq_len_cached = seqlen
