@@ -235,6 +235,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "floats": (lambda: apply_rotary_emb(ROWS, *TABLES, seqlen_offsets=torch.tensor([0.0])), "seqlen_offsets"),
     "no maximum": (lambda: apply_rotary_emb(ROWS[0], *TABLES, cu_seqlens=torch.tensor([0, 4])), "max_seqlen"),
     "small maximum": (lambda: apply_rotary_emb(ROWS[0], *TABLES, cu_seqlens=torch.tensor([0, 4]), max_seqlen=3), "3"),
+    "sequences": (
+        lambda: apply_rotary_emb(ROWS[0], *TABLES, False, False, torch.tensor([0, 1]), torch.tensor([0, 4]), 4),
+        "seqlen_offsets",
+    ),
     "packed": (lambda: apply_rotary_emb(ROWS[0], *TABLES), "seqlen, nheads"),
     "heads": (lambda: apply_rotary_emb_qkv_(ROWS, *TABLES), "num_heads_q"),
     "odd heads": (lambda: apply_rotary_emb_qkv_(torch.zeros(1, 4, 5, 8), *TABLES, num_heads_q=2), "num_heads_q"),

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import fastpath
+
 Part = int | slice | EllipsisType  # of dimension 2
 
 
@@ -107,14 +109,16 @@ def packed_positions(
     sequence = sequence.clamp(0, max(len(cu_seqlens) - 2, 0))
     if readable(cu_seqlens) and len(cu_seqlens) > 1 and int(cu_seqlens.diff().max()) > max_seqlen:
         raise ValueError(f"max_seqlen is {max_seqlen}; cu_seqlens holds a sequence of {int(cu_seqlens.diff().max())}")
-    first = positions(max_seqlen, offsets, length, cu_seqlens.device)[:, :1].flatten()  # checked: offsets, per sequence
-    first = first if len(first) == 1 else first[sequence]
+    if isinstance(offsets, Tensor) and offsets.shape != (len(cu_seqlens) - 1,):
+        raise ValueError(f"seqlen_offsets must be ({len(cu_seqlens) - 1},) like the sequences; got {tuple(offsets.shape)}")
+    positions(max_seqlen, offsets, length, cu_seqlens.device)  # raises where the longest leaves the tables
+    first = offsets[sequence] if isinstance(offsets, Tensor) else offsets
     return torch.where(inside, rows - cu_seqlens[sequence] + first, 0).clamp(0, length - 1), inside
 
 
 def readable(x: Tensor) -> bool:
-    """Whether x's values may be looked at: in host memory, and not while a graph is traced."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether x's values may be looked at: in host memory, and nothing traces or transforms."""
+    return x.device.type == "cpu" and fastpath.plain((x,), any_strides=True)
 
 
 def frequencies(dim: int, base: float, device: torch.device | str | None = None) -> Tensor:
