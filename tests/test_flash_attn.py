@@ -335,9 +335,12 @@ def test_compiled_is_eager_for_all_lengths() -> None:
 
 def test_compiled_packed_sequences() -> None:
     torch._dynamo.reset()
-    call = torch.compile(flash_attn_varlen_func, fullgraph=True, dynamic=True, backend="aot_eager")
-    got = call(*packed(), CU_Q, CU_K, 7, 8, causal=True, return_attn_probs=True)
-    want = flash_attn_varlen_func(*packed(), CU_Q, CU_K, 7, 8, causal=True, return_attn_probs=True)
+    compiled = torch.compile(flash_attn_varlen_func, fullgraph=True, dynamic=True, backend="aot_eager")
+    got, want = [], []
+    for call, results in ((compiled, got), (flash_attn_varlen_func, want)):
+        torch.manual_seed(3)
+        for dropout_p in (0.0, 0.3):
+            results.extend(call(*packed(), CU_Q, CU_K, 7, 8, dropout_p, causal=True, return_attn_probs=True))
     for one, other in zip(got, want, strict=True):
         assert torch.equal(one, other)
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from signatures import FLASH_ATTN_2, FLASH_ATTN_3, FLASH_ATTN_4
+from test_imports import fresh
 
 from anyattn.compat import flash_attn, flash_attn_3, flash_attn_4
 from anyattn.compat.flash_attn import _ops, _private, flash_attn_interface
@@ -56,6 +57,14 @@ def test_docstring_examples(module: ModuleType) -> None:
     failed, tried = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert tried > 0
     assert failed == 0
+
+
+def test_import_is_light_and_silent() -> None:
+    result = fresh(
+        "import sys, anyattn.compat.flash_attn, anyattn.compat.flash_attn_3, anyattn.compat.flash_attn_4\n"
+        "assert 'torch._dynamo' not in sys.modules and 'flash_attn' not in sys.modules"
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
 def test_names_that_are_not_functions() -> None:
