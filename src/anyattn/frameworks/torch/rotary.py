@@ -110,7 +110,9 @@ def packed_positions(
     if readable(cu_seqlens) and len(cu_seqlens) > 1 and int(cu_seqlens.diff().max()) > max_seqlen:
         raise ValueError(f"max_seqlen is {max_seqlen}; cu_seqlens holds a sequence of {int(cu_seqlens.diff().max())}")
     if isinstance(offsets, Tensor) and offsets.shape != (len(cu_seqlens) - 1,):
-        raise ValueError(f"seqlen_offsets must be ({len(cu_seqlens) - 1},) like the sequences; got {tuple(offsets.shape)}")
+        raise ValueError(
+            f"seqlen_offsets must be ({len(cu_seqlens) - 1},) like the sequences; got {tuple(offsets.shape)}"
+        )
     positions(max_seqlen, offsets, length, cu_seqlens.device)  # raises where the longest leaves the tables
     first = offsets[sequence] if isinstance(offsets, Tensor) else offsets
     return torch.where(inside, rows - cu_seqlens[sequence] + first, 0).clamp(0, length - 1), inside
