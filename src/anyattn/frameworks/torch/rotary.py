@@ -120,7 +120,7 @@ def packed_positions(
 
 def readable(x: Tensor) -> bool:
     """Whether x's values may be looked at: in host memory, and nothing traces or transforms."""
-    return x.device.type == "cpu" and fastpath.plain((x,), any_strides=True)
+    return x.device.type == "cpu" and fastpath.plain((x,))
 
 
 def frequencies(dim: int, base: float, device: torch.device | str | None = None) -> Tensor:
