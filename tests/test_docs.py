@@ -11,7 +11,11 @@ import pytest
 
 import anyattn
 import anyattn.api
+import anyattn.compat.onnx
+import anyattn.compat.torch
+import anyattn.compat.xformers
 import anyattn.dispatch
+import anyattn.heads_first
 import anyattn.native
 from anyattn.bench import markdown
 
@@ -27,7 +31,18 @@ def test_readme_block_runs(block: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", [anyattn, anyattn.api, anyattn.dispatch, anyattn.native], ids=lambda module: module.__name__
+    "module",
+    [
+        anyattn,
+        anyattn.api,
+        anyattn.compat.onnx,
+        anyattn.compat.torch,
+        anyattn.compat.xformers,
+        anyattn.dispatch,
+        anyattn.heads_first,
+        anyattn.native,
+    ],
+    ids=lambda module: module.__name__,
 )
 def test_docstring_examples(module: object) -> None:
     failed, tried = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)  # type: ignore[arg-type]

@@ -21,6 +21,7 @@ from .api import (
 )
 from .dispatch import Explanation, backend
 from .errors import UnsupportedProblem
+from .heads_first import sdpa
 from .mask import Mask
 from .native import get_include, get_library
 
@@ -44,4 +45,5 @@ __all__ = [
     "get_library",
     "merge",
     "print_backend_info",
+    "sdpa",
 ]

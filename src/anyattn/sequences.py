@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from .errors import CacheOverflow
 from .problem import Problem
 
 Table = npt.NDArray[np.int32]
@@ -69,6 +70,7 @@ def check_tables(problem: Problem, tables: Tables) -> None:
     rows_q = _check_cumulative("cu_seqlens_q", tables, problem.q.shape[0], problem.seqlen_q)
     rows_k = _check_cumulative("cu_seqlens_k", tables, problem.k.shape[0], problem.seqlen_k)
     _check_range("seqused_q", tables, 0, problem.seqlen_q if rows_q is None else rows_q)
+    _check_room(problem, tables.get("seqused_k"))
     _check_range("seqused_k", tables, 0, problem.seqlen_k if rows_k is None else rows_k)
     used = _used(tables, problem, rows_k)
     _check_range("leftpad_k", tables, 0, used)
@@ -114,6 +116,14 @@ def _check_range(name: str, tables: Tables, low: int, high: int | Lengths) -> No
         b = int(np.argmax(bad))
         limit = int(np.broadcast_to(high, table.shape)[b])
         raise ValueError(f"{name}[{b}] is {table[b]}; accepted are {low} to {limit}")
+
+
+def _check_room(problem: Problem, used: Table | None) -> None:
+    if problem.paged and used is not None and used.max(initial=0) > problem.seqlen_k:
+        raise CacheOverflow(
+            f"seqused_k (cache_seqlens and the new keys) is {used.max()}, but a row of block_table holds only "
+            f"{problem.seqlen_k} keys"
+        )
 
 
 def check_pages(pages: Table, used: Lengths, page_size: int, num_pages: int) -> None:

@@ -1,0 +1,1 @@
+"""Other packages' surfaces over anyattn: the same import names, signatures and results."""
