@@ -250,6 +250,13 @@ def test_the_private_backward_honours_every_argument(name: str, varlen: bool) ->
         torch.testing.assert_close(one, other, **TOLERANCE)
 
 
+def test_no_parameter_of_the_private_backward_is_forgotten() -> None:
+    tested = {*GRADIENTS, "dout", "q", "k", "v", "out", "softmax_lse", "dq", "dk", "dv"}
+    varlen = {"cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "zero_tensors"}
+    assert set(inspect.signature(interface._flash_attn_backward).parameters) == tested
+    assert set(inspect.signature(interface._flash_attn_varlen_backward).parameters) == tested | varlen
+
+
 def test_the_private_state_replays_the_dropout() -> None:
     q, k, v = dense()
     torch.manual_seed(3)
@@ -328,9 +335,12 @@ def test_compiled_is_eager_for_all_lengths() -> None:
 
 def test_compiled_packed_sequences() -> None:
     torch._dynamo.reset()
-    call = torch.compile(flash_attn_varlen_func, fullgraph=True, dynamic=True, backend="aot_eager")
-    got = call(*packed(), CU_Q, CU_K, 7, 8, causal=True, return_attn_probs=True)
-    want = flash_attn_varlen_func(*packed(), CU_Q, CU_K, 7, 8, causal=True, return_attn_probs=True)
+    compiled = torch.compile(flash_attn_varlen_func, fullgraph=True, dynamic=True, backend="aot_eager")
+    got, want = [], []
+    for call, results in ((compiled, got), (flash_attn_varlen_func, want)):
+        torch.manual_seed(3)
+        for dropout_p in (0.0, 0.3):
+            results.extend(call(*packed(), CU_Q, CU_K, 7, 8, dropout_p, causal=True, return_attn_probs=True))
     for one, other in zip(got, want, strict=True):
         assert torch.equal(one, other)
 

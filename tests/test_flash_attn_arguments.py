@@ -17,6 +17,8 @@ from torch import Tensor
 from anyattn.compat.flash_attn import flash_attn_interface as two
 from anyattn.compat.flash_attn_3 import flash_attn_interface as three
 from anyattn.compat.flash_attn_4 import interface as four
+from anyattn.frameworks.torch import functional
+from anyattn.problem import Options
 
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-11}
 STATE = torch.tensor([1234, 0])  # what plain() takes as seed 1234
@@ -218,6 +220,20 @@ def test_it_changes_speed_only(kind: str, name: str) -> None:
     want = call.out(call.tensors(), {})
     for value in SPEED[name]:
         assert torch.equal(call.out(call.tensors(), {name: value}), want)
+
+
+@pytest.mark.parametrize("kind, name", pairs({"deterministic"}))
+def test_determinism_is_asked_of_the_engine(kind: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, original = [], functional.attention
+
+    def attention(arrays: Any, options: Options, *rest: Any) -> Any:
+        asked.append(options.deterministic)
+        return original(arrays, options, *rest)
+
+    monkeypatch.setattr(functional, "attention", attention)
+    for value in (False, True):
+        CALLS[kind].out(CALLS[kind].tensors(), {name: value})
+    assert asked == [False, True]
 
 
 @pytest.mark.parametrize("kind, name", pairs(REFUSED))

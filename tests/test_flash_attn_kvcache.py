@@ -222,12 +222,15 @@ def test_compiled_is_eager(kind: str) -> None:
         {f"{name}_cache": torch.stack([setup.tensors()[f"{name}_cache"]] * 2) for name in "kv"} for _ in range(2)
     )
 
-    def layer(caches: dict[str, Tensor], n: int, lengths: Tensor) -> Tensor:
-        given = {**setup.tensors(), "cache_seqlens": lengths}
-        out: Tensor = setup.call("2", {**given, **{name: x[n] for name, x in caches.items()}})
-        return out
+    tensors = setup.tensors()
 
-    call = torch.compile(layer, dynamic=True, backend="aot_eager")
+    def layer(caches: dict[str, Tensor], n: int, lengths: Tensor) -> Tensor:
+        given = {**tensors, "cache_seqlens": lengths, **{name: x[n] for name, x in caches.items()}}
+        place = {"block_table": pages} if kind == "paged" else {"cache_batch_idx": entries}
+        return flash_attn.flash_attn_with_kvcache(**given, **place, causal=True)
+
+    pages, entries = PAGES, ints(4, 0, 2)
+    call = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
     for lengths in (ints(5, 0, 8), ints(8, 3, 9)):
         torch.testing.assert_close(call(compiled, 1, lengths), layer(eager, 1, lengths), **TOLERANCE)
     for name, cache in eager.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import inspect
 from types import ModuleType
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from signatures import FLASH_ATTN_2, FLASH_ATTN_3, FLASH_ATTN_4
+from test_imports import fresh
 
 from anyattn.compat import flash_attn, flash_attn_3, flash_attn_4
-from anyattn.compat.flash_attn import _ops, flash_attn_interface
+from anyattn.compat.flash_attn import _ops, _private, flash_attn_interface
 from anyattn.compat.flash_attn_3 import flash_attn_interface as flash_attn_interface_3
 from anyattn.compat.flash_attn_4 import interface
 
@@ -48,6 +50,21 @@ def test_packages_export_the_public_functions(package: ModuleType, table: dict[s
     assert set(package.__all__) == public
     for name in public:
         assert getattr(package, name).__doc__
+
+
+@pytest.mark.parametrize("module", [flash_attn_interface, _private, flash_attn_interface_3, interface])
+def test_docstring_examples(module: ModuleType) -> None:
+    failed, tried = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert tried > 0
+    assert failed == 0
+
+
+def test_import_is_light_and_silent() -> None:
+    result = fresh(
+        "import sys, anyattn.compat.flash_attn, anyattn.compat.flash_attn_3, anyattn.compat.flash_attn_4\n"
+        "assert 'torch._dynamo' not in sys.modules and 'flash_attn' not in sys.modules"
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
 def test_names_that_are_not_functions() -> None:

@@ -27,7 +27,7 @@ def combine(
     with torch.no_grad():
         if used is not None:
             lse_partial = lse_partial.masked_fill(~used.unsqueeze(-1), -torch.inf)
-        lse = torch.logsumexp(lse_partial.float(), dim=0)
+        lse = torch.logsumexp(lse_partial.to(torch.promote_types(lse_partial.dtype, torch.float32)), dim=0)
         weights = torch.exp(lse_partial - lse.masked_fill(lse == -torch.inf, 0.0)).unsqueeze(-1)
         merged = torch.where(weights > 0, weights * out_partial, 0.0).sum(0)
         return store(out, merged.to(out_dtype or out_partial.dtype)), lse

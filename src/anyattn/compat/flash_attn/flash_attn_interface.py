@@ -11,8 +11,8 @@ The same rules hold for all of them:
 * deterministic: run-to-run identity, which the CPU always gives.
 * return_attn_probs: (out, softmax_lse, S_dmask) instead of out. softmax_lse is float32, the natural logarithm, +inf for
   a row that sees no key (whose out is 0). S_dmask with dropout: (batch, nheads, seqlen_q, seqlen_k), lengths rounded up
-  to 128, exp(score - row maximum), negative where dropped; a slow, exact computation for tests, which breaks a compiled
-  graph. Without dropout it is an empty tensor. Neither has a gradient.
+  to 128, exp(score - row maximum), negative where dropped; a slow, exact computation for tests. Without dropout it is
+  an empty tensor. Neither has a gradient.
 
 What upstream refuses and this computes: float32 and float64, any head_dim, head_dim_v other than head_dim, tensors on a
 CPU, pages of any size. Strides are free; a copy is made where the last dimension is not contiguous.

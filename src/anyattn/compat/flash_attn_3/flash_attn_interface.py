@@ -155,12 +155,10 @@ def flash_attn_qkvpacked_func(
     >>> flash_attn_qkvpacked_func(torch.ones(1, 4, 8, 16), num_heads_q=4).shape
     torch.Size([1, 4, 4, 16])
     """
+    nheads_kv, odd = divmod(qkv.shape[2] - (num_heads_q or 0), 2)
     if qkv.ndim == 5 and qkv.shape[2] == 3 and num_heads_q in (None, qkv.shape[3]):
         q, k, v = qkv.unbind(2)
-    elif (
-        qkv.ndim == 4 and num_heads_q is not None and qkv.shape[2] > num_heads_q > 0 == (qkv.shape[2] - num_heads_q) % 2
-    ):
-        nheads_kv = (qkv.shape[2] - num_heads_q) // 2
+    elif qkv.ndim == 4 and num_heads_q is not None and nheads_kv > 0 and not odd:
         q, k, v = qkv.split([num_heads_q, nheads_kv, nheads_kv], dim=2)
     else:
         raise ValueError(
