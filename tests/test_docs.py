@@ -77,7 +77,7 @@ def _restored() -> Iterator[None]:
 @pytest.mark.parametrize("name", RUN)
 def test_page_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    namespace = {"__name__": "page"}
+    namespace: dict[str, object] = {"__name__": "page"}
     for language, block in blocks(PAGES[name]):
         file = re.match(r"# (\w+\.py)\n", block.lstrip("\n"))
         if language == "python" and file:
@@ -91,7 +91,8 @@ def test_page_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def check_console(block: str, folder: Path) -> None:
     """Each `$ python ...` prints the lines below it."""
-    path = os.pathsep.join([str(Path(anyattn.__file__).parents[1]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+    source = str(Path(anyattn.__file__).parents[1])
+    path = os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])])
     commands = re.findall(r"^\$ python (.*)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE)
     assert len(commands) == block.count("$ ") > 0
     for arguments, shown in commands:
@@ -108,8 +109,15 @@ def check_console(block: str, folder: Path) -> None:
 
 def test_links_of_the_guide_lead_somewhere() -> None:
     for path in (README, *PAGES.values()):
-        for target in re.findall(r"\]\(([^)#]+)", path.read_text(encoding="utf-8")):
+        for target, anchor in re.findall(r"\]\(([^)#]+)#?([^)]*)\)", BLOCKS.sub("", path.read_text(encoding="utf-8"))):
             assert target.startswith("https://") or (path.parent / target).exists(), f"{path.name}: {target}"
+            assert not anchor or anchor in anchors(path.parent / target), f"{path.name}: {target}#{anchor}"
+
+
+def anchors(path: Path) -> set[str]:
+    """Of the page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_every_page_is_in_the_index() -> None:
