@@ -5,8 +5,8 @@
     python scripts/aot.py --all --write          ... and entered into the table
 
 Fails where a kernel does not compile, wants more shared memory than there is, uses no matrix instructions on 16-bit
-inputs where the hardware has them, or spills inside a loop and is not excused by name (MAY_SPILL); and, with the version
-of Triton that the table is from, where it spills more than the table says or lost its matrix instructions.
+inputs where there are some, or spills inside a loop and is not excused by name (MAY_SPILL); and, with the version
+of Triton that the table is from, where it spills more than the table says.
 """
 
 from __future__ import annotations

@@ -126,7 +126,8 @@ def backward(arch: str, dtype: str, width: int) -> tuple[Config, Config]:
     if arch == INTERPRETER:
         return Config(64, 64), Config(64, 64)
     if dtype == "float32":
-        small = Config(32, 32, 8, 1) if width <= 64 else Config(16, 16, 4, 1)
+        warps = 4 if arch.startswith("gfx9") else 8
+        small = Config(32, 32, warps, 1) if width <= 64 else Config(16, 16, 4, 1)
         return small, small
     family = next(name for name in BACKWARD if arch.startswith(name))
     return next(configs for widest, configs in BACKWARD[family] if width <= widest)
