@@ -194,11 +194,11 @@ def describe(
         "dout": backward and (out, dtype),
         "lse": backward and (lse, "float32"),
     }
-    arrays = {name: _array(*what, arch) for name, what in given.items() if what}
+    arrays = {name: array(*what, arch) for name, what in given.items() if what}
     return make_problem(arrays, Options(**options))
 
 
-def _array(shape: tuple[int, ...], dtype: str, device: str) -> Array:
+def array(shape: tuple[int, ...], dtype: str, device: str) -> Array:
     steps = [1]
     for size in reversed(shape[1:]):
         steps.insert(0, steps[0] * size)

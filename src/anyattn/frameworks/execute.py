@@ -104,12 +104,12 @@ def warmup(adapter: Adapter, arrays: Arrays, options: Options, backend: str | No
     described = _describe(adapter, INPUTS, arrays)
     names = dispatch.named(backend)
     problem = make_problem(described, options)
-    dispatch.choose(problem, names).plan(problem).warmup()
+    dispatch.plan(problem, names).warmup()
     if backward:
         out = contiguous(problem.out_shape, problem.dtype, problem.device)
         lse = contiguous(problem.lse_shape, problem.compute_dtype, problem.device)
         problem = make_problem({**described, "out": out, "dout": out, "lse": lse}, options)
-        dispatch.choose(problem, names).plan(problem).warmup()
+        dispatch.plan(problem, names).warmup()
 
 
 def explain(adapter: Adapter, arrays: Arrays, options: Options, backend: str | None) -> dispatch.Explanation:

@@ -139,6 +139,11 @@ def bias(arch: str, dtype: str, width: int) -> Config:
     return dq
 
 
+def has_tf32(arch: str) -> bool:
+    """Whether float32 can be multiplied with fewer bits."""
+    return arch in (INTERPRETER, "xpu") or (arch.startswith("sm_") and not arch.startswith("sm_7"))
+
+
 def fill(rows: int, tile: int) -> float:
     """The share of a tile's rows that are used."""
     return rows / (-(-rows // tile) * tile) if rows else 1.0
