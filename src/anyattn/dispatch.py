@@ -15,7 +15,7 @@ from .backends.base import Backend, Plan
 from .errors import UnsupportedProblem
 from .problem import Problem, Variant
 
-NAMES = ("cpu", "numpy")  # automatic order
+NAMES = ("cpu", "vulkan", "numpy")  # automatic order
 CACHE_SIZE = 1024
 
 logger = logging.getLogger("anyattn")
@@ -67,6 +67,10 @@ def _create(name: str) -> Backend:
         from .backends.cpu.backend import CpuBackend
 
         return CpuBackend()
+    if name == "vulkan":
+        from .backends.vulkan.backend import VulkanBackend
+
+        return VulkanBackend()
     if name == "numpy":
         from .backends.numpy import NumpyBackend
 

@@ -1,0 +1,183 @@
+#version 450
+#extension GL_GOOGLE_include_directive : require
+#extension GL_EXT_control_flow_attributes : require
+#ifdef SHUFFLE
+#extension GL_KHR_shader_subgroup_shuffle : require
+#endif
+// The forward pass: an online softmax over the keys that a block of rows sees (Dao, FlashAttention-2, algorithm 1).
+//
+// A workgroup computes WORKGROUP / LANES * ROWS rows of one KV head: rows of all query heads that read it, those of one
+// query position next to each other, so that decoding fills a workgroup too. LANES invocations share a row: each keeps
+// every LANES-th vector of q and of the sum. With SPLIT the keys of a row are shared out to num_splits workgroups, and
+// combine.comp puts their results together.
+#include "include/tables.glsl"
+#include "include/storage.glsl"
+#include "include/mask.glsl"
+#include "include/score.glsl"
+#include "include/philox.glsl"
+#include "include/lanes.glsl"
+
+layout(std430, binding = 2) readonly buffer Q { STORED q_memory[]; };
+layout(std430, binding = 3) readonly buffer K { STORED k_memory[]; };
+layout(std430, binding = 4) readonly buffer V { STORED v_memory[]; };
+layout(std430, binding = 5) writeonly buffer Out { STORED out_memory[]; };
+layout(std430, binding = 6) writeonly buffer Lse { float lse_memory[]; };
+layout(std430, binding = 9) writeonly buffer Partial { vec4 partial_memory[]; };  // with SPLIT, instead of out
+
+const uint OWN = DIM / LANES, OWN_V = DIM_V / LANES;  // vectors of an invocation
+const uint SLOTS = WORKGROUP / LANES;                 // rows side by side
+
+#ifndef SHUFFLE
+shared float sums[LANES == 1 ? 1 : WORKGROUP * ROWS * KEYS];
+#endif
+
+struct Row {
+    ScoreRow line;
+    uint h;
+    bool used;
+    int begin, end;
+};
+
+uint lane;
+Row rows[ROWS];
+vec4 q[ROWS][OWN], acc[ROWS][OWN_V];
+float m[ROWS], l[ROWS];
+
+void load_rows(Sequence s, uint h_kv, uint first, uint count) {
+    uint slot = gl_LocalInvocationID.x / LANES;
+    [[unroll]] for (uint n = 0; n < ROWS; ++n) {
+        uint packed = first + n * SLOTS + slot;
+        rows[n].used = packed < count;
+        packed = min(packed, count - 1);
+        int i = int(packed / t.group);
+        uint h = h_kv * t.group + packed % t.group;
+        rows[n].h = h;
+        rows[n].line = score_row(s, i, h);
+        rows[n].begin = key_begin(s, i);
+        rows[n].end = key_end(s, i);
+        uint at = rows_at(s, h, t.q_head, t.q_batch, t.q_row) + i * t.q_row + lane;
+        [[unroll]] for (uint x = 0; x < OWN; ++x) q[n][x] = load4(q_memory[at + x * LANES]);
+        [[unroll]] for (uint x = 0; x < OWN_V; ++x) acc[n][x] = vec4(0);
+        m[n] = UNSEEN;
+        l[n] = 0.0;
+        if (has(SINK) && gl_WorkGroupID.z == 0) {
+            float sink = heads[s.index * t.nheads + h].y;
+            if (sink > MINUS_INFINITY) {
+                m[n] = sink * LOG2E;
+                l[n] = 1.0;
+            }
+        }
+    }
+}
+
+// Products of the rows with KEYS keys from j on; keys outside [begin, end) are not read.
+void products(Sequence s, uint k_at, int j, int begin, int end, out float x[ROWS][KEYS]) {
+    [[unroll]] for (uint c = 0; c < KEYS; ++c) {
+        uint at = key_at(s, k_at, t.k_batch, t.k_row, clamp(j + int(c), begin, end - 1)) + lane;
+        vec4 sum[ROWS];
+        [[unroll]] for (uint n = 0; n < ROWS; ++n) sum[n] = vec4(0);
+        [[unroll]] for (uint i = 0; i < OWN; ++i) {
+            vec4 key = load4(k_memory[at + i * LANES]);
+            [[unroll]] for (uint n = 0; n < ROWS; ++n) sum[n] = fma(q[n][i], key, sum[n]);
+        }
+        [[unroll]] for (uint n = 0; n < ROWS; ++n) x[n][c] = (sum[n].x + sum[n].y) + (sum[n].z + sum[n].w);
+    }
+    if (LANES == 1) return;
+#ifdef SHUFFLE
+    [[unroll]] for (uint n = 0; n < ROWS; ++n) [[unroll]] for (uint c = 0; c < KEYS; ++c) x[n][c] = sum_lanes(x[n][c]);
+#else
+    uint own = gl_LocalInvocationID.x, first = own - lane;
+    [[unroll]] for (uint n = 0; n < ROWS; ++n) [[unroll]] for (uint c = 0; c < KEYS; ++c) {
+        sums[(n * KEYS + c) * WORKGROUP + own] = x[n][c];
+    }
+    barrier();
+    [[unroll]] for (uint n = 0; n < ROWS; ++n) [[unroll]] for (uint c = 0; c < KEYS; ++c) {
+        float sum = 0.0;
+        [[unroll]] for (uint other = 0; other < LANES; ++other) sum += sums[(n * KEYS + c) * WORKGROUP + first + other];
+        x[n][c] = sum;
+    }
+    barrier();
+#endif
+}
+
+// Products become weights exp(s - m); m, l and acc follow.
+void softmax_step(Sequence s, uint n, int j, bool edge, inout float x[ROWS][KEYS]) {
+    float top = m[n];
+    [[unroll]] for (uint c = 0; c < KEYS; ++c) {
+        int key = j + int(c);
+        float ignored;
+        bool seen = !edge || (key >= rows[n].begin && key < rows[n].end);
+        x[n][c] = seen ? score(s, rows[n].line, key, x[n][c], ignored) : UNSEEN;
+        top = max(top, x[n][c]);
+    }
+    float rescale = exp2(m[n] - top);
+    m[n] = top;
+    l[n] *= rescale;
+    [[unroll]] for (uint i = 0; i < OWN_V; ++i) acc[n][i] *= rescale;
+    uvec4 words;
+    [[unroll]] for (uint c = 0; c < KEYS; ++c) {
+        x[n][c] = x[n][c] <= SEEN ? 0.0 : exp2(x[n][c] - top);
+        l[n] += x[n][c];
+        if (has(DROPOUT)) {
+            if (c % 8 == 0) words = dropout_words(s, rows[n].line.i, rows[n].h, j + int(c));
+            x[n][c] = kept(words, j + int(c)) ? x[n][c] * t.keep_scale : 0.0;
+        }
+    }
+}
+
+void add_values(Sequence s, uint v_at, int j, int begin, int end, float x[ROWS][KEYS]) {
+    [[unroll]] for (uint c = 0; c < KEYS; ++c) {
+        uint at = key_at(s, v_at, t.v_batch, t.v_row, clamp(j + int(c), begin, end - 1)) + lane;
+        [[unroll]] for (uint i = 0; i < OWN_V; ++i) {
+            vec4 value = load4(v_memory[at + i * LANES]);
+            [[unroll]] for (uint n = 0; n < ROWS; ++n) acc[n][i] = fma(vec4(x[n][c]), value, acc[n][i]);
+        }
+    }
+}
+
+void write_rows(Sequence s) {
+    [[unroll]] for (uint n = 0; n < ROWS; ++n) {
+        if (!rows[n].used) continue;
+        float scale = l[n] == 0.0 ? 0.0 : 1.0 / l[n];
+        int i = rows[n].line.i;
+        uint h = rows[n].h, at = rows_at(s, h, t.out_head, t.out_batch, t.out_row) + i * t.out_row + lane;
+        uint lse = lse_at(s, h) + i;
+        if (has(SPLIT)) {
+            at += gl_WorkGroupID.z * t.partial_split;
+            lse += gl_WorkGroupID.z * t.partial_lse_split;
+            [[unroll]] for (uint x = 0; x < OWN_V; ++x) partial_memory[at + x * LANES] = acc[n][x] * scale;
+        } else {
+            [[unroll]] for (uint x = 0; x < OWN_V; ++x) out_memory[at + x * LANES] = store4(acc[n][x] * scale);
+        }
+        if (lane == 0) lse_memory[lse] = l[n] == 0.0 ? MINUS_INFINITY : (m[n] + log2(l[n])) * LN2;
+    }
+}
+
+void main() {
+    uint h_kv = unit_head();
+    Sequence s = read_sequence(unit_batch());
+    uint count = uint(s.n_q * t.group), first = (launch.first_block + gl_WorkGroupID.x) * (SLOTS * ROWS);
+    if (first >= count) return;
+    lane = gl_LocalInvocationID.x % LANES;
+    load_rows(s, h_kv, first, count);
+    int first_row = int(first / t.group), last_row = int((min(first + SLOTS * ROWS, count) - 1) / t.group);
+    int begin = key_begin(s, first_row), end = key_end(s, last_row);
+    int full_begin = key_begin(s, last_row), full_end = key_end(s, first_row);  // seen by every row
+    // Steps begin at multiples of KEYS: so do the groups of dropout, and so does every split.
+    int start = begin / int(KEYS) * int(KEYS), stop = end;
+    if (has(SPLIT) && end > start) {
+        int steps = (end - start + int(KEYS) - 1) / int(KEYS), splits = int(launch.num_splits);
+        int share = (steps + splits - 1) / splits * int(KEYS);
+        start += int(gl_WorkGroupID.z) * share;
+        stop = min(end, start + share);
+    }
+    uint k_at = keys_at(s, h_kv, t.k_head, t.k_batch, t.k_row), v_at = keys_at(s, h_kv, t.v_head, t.v_batch, t.v_row);
+    for (int j = start; j < stop; j += int(KEYS)) {
+        float x[ROWS][KEYS];
+        products(s, k_at, j, begin, end, x);
+        bool edge = j < full_begin || j + int(KEYS) > full_end;
+        [[unroll]] for (uint n = 0; n < ROWS; ++n) softmax_step(s, n, j, edge, x);
+        add_values(s, v_at, j, begin, end, x);
+    }
+    write_rows(s);
+}

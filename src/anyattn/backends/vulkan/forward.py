@@ -1,0 +1,139 @@
+"""The forward pass of one problem: regions and pipeline are settled here, each call fills them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ...problem import TABLES, Array, Problem
+from ...sequences import sequences
+from ..base import Call
+from . import tables, tuning
+from .arrays import VECTOR, Region, lse_region, rows_region, score_region
+from .engine import Engine, Grid, Job, Launch, launches
+from .memory import Buffer
+
+ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "bool": 1}
+BINDINGS = ("tables", "heads", "q", "k", "v", "out", "lse", "bias", "mask", "partial")
+MINUS_INFINITY = 0xFF800000
+SCORES = ("bias", "mask")
+# operations for each score beyond its products with K and V
+SOFTMAX_OPERATIONS = 16
+
+
+def problem_regions(problem: Problem, dim: int, dim_v: int) -> dict[str, Region]:
+    """Where q, k, v, out, lse and, if given, bias and mask lie; dim and dim_v in vectors."""
+    itemsize = ITEMSIZE[problem.dtype]
+    regions = {
+        "q": rows_region(problem.q.shape, itemsize, VECTOR * dim),
+        "k": rows_region(problem.k.shape, itemsize, VECTOR * dim),
+        "v": rows_region(problem.v.shape, itemsize, VECTOR * dim_v),
+        "out": rows_region(problem.out_shape, itemsize, VECTOR * dim_v),
+        "lse": lse_region(problem.lse_shape),
+    }
+    for name in SCORES:
+        array: Array | None = getattr(problem, name)
+        if array is not None:
+            regions[name] = score_region(array.shape, ITEMSIZE[array.dtype])
+    return regions
+
+
+def problem_launches(problem: Problem, regions: Mapping[str, Region], limit: int) -> list[Launch]:
+    """See `engine.launches`; packed, paged and reordered sequences cannot be told apart in memory."""
+    query_heads = ("q", "out", "lse", "dq", "bias", "mask", "dout", "delta")
+    heads = {name: problem.group if name in query_heads else 1 for name in regions}
+    whole = problem.packed_q or problem.packed_k or problem.paged or problem.cache_batch_idx is not None
+    return launches(regions, heads, (problem.nheads_kv, problem.batch), limit, whole)
+
+
+class ForwardPlan:
+    """What does not change between calls."""
+
+    forward_bytes = 0
+    backward_bytes = 0
+
+    def __init__(self, engine: Engine, problem: Problem) -> None:
+        self.engine, self.problem = engine, problem
+        info = engine.device.info
+        self.config = tuning.forward_config(info, problem)
+        self.regions = problem_regions(problem, self.config.dim, self.config.dim_v)
+        self.launches = problem_launches(problem, self.regions, info.storage_range)
+        self.values = tables.problem_values(problem, self.regions)
+
+    def forward(self, call: Call) -> None:
+        problem, job = self.problem, Job(self.engine)
+        inputs = {name: numpy_view(call, name) for name in ("q", "k", "v", *SCORES)}
+        if 0 in problem.lse_shape:
+            return
+        with job:
+            buffers = {
+                name: job.upload(name, self.regions[name], array) for name, array in inputs.items() if array is not None
+            }
+            buffers |= upload_tables(job, problem, self.values, call)
+            for name in ("out", "lse"):
+                buffers[name] = job.buffer(self.regions[name].nbytes)
+            if problem.packed_q or problem.seqused_q is not None:  # rows outside every sequence
+                job.commands.fill(buffers["out"], self.regions["out"].nbytes, 0)
+                job.commands.fill(buffers["lse"], self.regions["lse"].nbytes, MINUS_INFINITY)
+            job.commands.barrier()
+            self._dispatch(job, buffers)
+            job.commands.barrier()
+            for name, array in (("out", call.out), ("lse", call.lse)):
+                job.download(name, buffers[name], self.regions[name], call.adapter.numpy(array))
+            job.finish()
+
+    def _dispatch(self, job: Job, buffers: Mapping[str, Buffer]) -> None:
+        problem, config = self.problem, self.config
+        pipeline = self.engine.pipelines.get(module_name("forward", config), config.constants(), unroll=config.unroll)
+        blocks = -(-problem.seqlen_q * problem.group // config.tile)
+        for launch in self.launches:
+            units = launch.heads[1] * launch.batches[1]
+            work = float(blocks * config.tile) * problem.seqlen_k * units * (8 * (config.dim + config.dim_v) + SOFTMAX_OPERATIONS)
+            slices = bind(problem, launch, self.regions, buffers, BINDINGS)
+            job.run(pipeline, launch, slices, Grid(blocks, units, work))
+
+
+def module_name(shader: str, config: tuning.Config) -> str:
+    """The .spv that holds this shader for the problem's dtype and the device's abilities."""
+    return f"{shader}_{'16' if config.half else 'f32'}{'_shuffle' if config.shuffle else ''}"
+
+
+def bind(
+    problem: Problem,
+    launch: Launch,
+    regions: Mapping[str, Region],
+    buffers: Mapping[str, Buffer],
+    names: tuple[str, ...],
+) -> list[tuple[Buffer, int, int] | None]:
+    """What each binding sees in a launch; a binding without an array sees the tables, which no shader then reads."""
+    slices: list[tuple[Buffer, int, int] | None] = []
+    for name in names:
+        buffer = buffers.get(name, buffers["tables"])
+        offset, size = 0, buffer.size
+        if name in buffers and name in regions:
+            region = regions[name]
+            step = 1 if name in ("k", "v", "dk", "dv") else problem.group
+            heads = (launch.heads[0] * step, launch.heads[1] * step)
+            offset, size = region.part(heads, launch.batches)
+        slices.append((buffer, offset, max(size, VECTOR)))
+    return slices
+
+
+def numpy_view(call: Call, name: str) -> npt.NDArray[Any] | None:
+    array = getattr(call, name)
+    return None if array is None else call.adapter.numpy(array)
+
+
+def upload_tables(job: Job, problem: Problem, values: tables.Values, call: Call) -> dict[str, Buffer]:
+    """The buffers of bindings 0 and 1."""
+    views = {name: numpy_view(call, name) for name in TABLES}
+    rest = [tables.sequence_rows(problem, list(sequences(problem, views))).ravel()]
+    if views["block_table"] is not None:
+        rest.append(views["block_table"].ravel())
+    rng_state = numpy_view(call, "rng_state") if problem.dropout_threshold else None
+    block = tables.pack(values, rng_state, np.concatenate(rest))
+    per_head = tables.head_rows(problem, numpy_view(call, "alibi_slopes"), numpy_view(call, "sink"))
+    return {"tables": job.upload_bytes(block), "heads": job.upload_bytes(per_head.ravel())}
