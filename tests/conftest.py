@@ -9,6 +9,7 @@ import os
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
+os.environ.setdefault("ANYATTN_VULKAN_SOFTWARE", "1")
 
 from collections.abc import Iterator, Sequence
 from typing import Any

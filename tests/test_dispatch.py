@@ -112,7 +112,7 @@ def test_required_backends_must_be_there(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_unknown_names_are_refused_with_the_accepted_ones() -> None:
-    with pytest.raises(ValueError, match="backend must be one of cpu, numpy; got 'cuda'"):
+    with pytest.raises(ValueError, match="backend must be one of cpu, vulkan, numpy; got 'cuda'"):
         anyattn.attention(X, X, X, backend="cuda")
     with pytest.raises(ValueError, match="got 'cuda'"), anyattn.backend("cuda"):
         pass

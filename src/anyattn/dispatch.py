@@ -15,7 +15,7 @@ from .backends.base import Backend, Plan
 from .errors import UnsupportedProblem
 from .problem import Problem, Variant
 
-NAMES = ("cpu", "vulkan", "numpy")  # automatic order
+NAMES = ("cpu", "vulkan", "numpy")
 CACHE_SIZE = 1024
 
 logger = logging.getLogger("anyattn")
@@ -107,8 +107,8 @@ def choose(problem: Problem, names: tuple[str, ...]) -> Backend:
     """
     _check_required()
     refusals: dict[str, list[str]] = {}
-    for name in names or NAMES:
-        reasons = refuse(get(name), problem)
+    for name in names or _automatic(problem):
+        reasons = refuse(get(name), problem, named=bool(names))
         if not reasons:
             if not names:
                 _tell(problem, refusals)
@@ -117,15 +117,21 @@ def choose(problem: Problem, names: tuple[str, ...]) -> Backend:
     raise UnsupportedProblem(str(problem), refusals)
 
 
-def refuse(candidate: Backend, problem: Problem) -> list[str]:
-    """[] or why this backend does not compute the problem."""
-    missing = candidate.available()
-    return [missing] if missing else candidate.supports(problem)
+def _automatic(problem: Problem) -> tuple[str, ...]:
+    """Vulkan first where it pays to go through a GPU, and not at all elsewhere: nothing is probed for small problems."""
+    return NAMES if get("vulkan").avoids(problem) else ("vulkan", *(name for name in NAMES if name != "vulkan"))
+
+
+def refuse(candidate: Backend, problem: Problem, *, named: bool = True) -> list[str]:
+    """[] or why this backend does not compute the problem; one that the caller did not name may have more reasons."""
+    missing = candidate.available(named=named)
+    return [missing] if missing else candidate.supports(problem) or ([] if named else candidate.avoids(problem))
 
 
 def explain(problem: Problem, names: tuple[str, ...]) -> Explanation:
     """What `choose` would do, with every backend's reasons."""
-    reasons = {name: refuse(get(name), problem) for name in names or NAMES}
+    order = names or _automatic(problem)
+    reasons = {name: refuse(get(name), problem, named=bool(names)) for name in order}
     chosen = next((name for name, refusal in reasons.items() if not refusal), None)
     return Explanation(str(problem), chosen, reasons)
 

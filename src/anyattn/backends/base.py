@@ -89,11 +89,14 @@ class Backend(Protocol):
 
     name: str
 
-    def available(self) -> str | None:
-        """None, or why this backend cannot run here."""
+    def available(self, *, named: bool = False) -> str | None:
+        """None, or why this backend cannot run here; `named`: the caller asked for it by name."""
 
     def supports(self, problem: Problem) -> list[str]:
         """[] or the reasons against. May look at sizes, never at values in device memory."""
+
+    def avoids(self, problem: Problem) -> list[str]:
+        """[] or why the automatic choice passes this backend over although it computes the problem."""
 
     def plan(self, problem: Problem) -> Plan:
         """Cheap; compiled parts are cached by problem.variant."""

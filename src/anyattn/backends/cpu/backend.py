@@ -36,7 +36,7 @@ class CpuBackend:
 
     name = "cpu"
 
-    def available(self) -> str | None:
+    def available(self, *, named: bool = False) -> str | None:
         try:
             library.load().target_index()
         except library.LibraryError as error:
@@ -50,6 +50,9 @@ class CpuBackend:
         if problem.dout is not None and (problem.paged or problem.cache_batch_idx is not None):
             reasons.append("has no backward through a KV cache (block_table, cache_batch_idx)")
         return reasons
+
+    def avoids(self, problem: Problem) -> list[str]:
+        return []
 
     def plan(self, problem: Problem) -> CpuPlan:
         return CpuPlan(library.load(), problem)

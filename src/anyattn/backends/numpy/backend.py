@@ -37,12 +37,15 @@ class NumpyBackend:
 
     name = "numpy"
 
-    def available(self) -> str | None:
+    def available(self, *, named: bool = False) -> str | None:
         return None
 
     def supports(self, problem: Problem) -> list[str]:
         if problem.device != "cpu":
             return [f"computes in host memory only; q is on {problem.device}"]
+        return []
+
+    def avoids(self, problem: Problem) -> list[str]:
         return []
 
     def plan(self, problem: Problem) -> NumpyPlan:

@@ -8,12 +8,13 @@ from ...problem import Problem
 from ..base import Call
 from . import device as devices
 from .api import VulkanError
-from .engine import Engine, engine
+from .engine import engine
 from .forward import ForwardPlan, problem_launches, problem_regions
 from .tuning import forward_config
 
 DTYPES = ("float32", "float16", "bfloat16")
 MAX_HEAD_DIM = 256
+CROSSOVER = 1e11  # operations from which the automatic choice takes a GPU, until `anyattn tune` has measured
 
 
 class VulkanBackend:
@@ -21,13 +22,13 @@ class VulkanBackend:
 
     name = "vulkan"
 
-    def available(self) -> str | None:
+    def available(self, *, named: bool = False) -> str | None:
         try:
             info = devices.instance().choose()
         except VulkanError as error:
             return str(error)
-        if info.software and not settings.current().vulkan_software:
-            return f"{info.name} runs on the CPU, where the native engine is faster; ANYATTN_VULKAN_SOFTWARE=1 takes it"
+        if info.software and not named and not settings.current().vulkan_software:
+            return f"{info.name} runs on the CPU, which the native engine uses better: name the backend to take it"
         return info.refusal() or None
 
     def supports(self, problem: Problem) -> list[str]:
@@ -56,6 +57,16 @@ class VulkanBackend:
             return [f"{largest} has {regions[largest].nbytes} bytes; {info.name} allocates {info.allocation} at most"]
         return []
 
+    def avoids(self, problem: Problem) -> list[str]:
+        """Transfers eat what a small problem gains; no device is looked at for one."""
+        if problem.device == "cpu" and operations(problem) < CROSSOVER:
+            return [f"{operations(problem):.2g} operations are fewer than pay for the transfers: {CROSSOVER:.2g}"]
+        missing = self.available(named=True)
+        if missing:
+            return [missing]
+        info = devices.instance().choose()
+        return [f"{info.name} runs on the CPU, which the native engine uses better"] if info.software else []
+
     def plan(self, problem: Problem) -> ForwardPlan:
         return ForwardPlan(engine(), problem)
 
@@ -63,4 +74,7 @@ class VulkanBackend:
         raise NotImplementedError("append")
 
 
-__all__ = ["Engine", "VulkanBackend"]
+def operations(problem: Problem) -> float:
+    """Multiplications and additions of a forward pass without a mask."""
+    pairs = float(problem.batch) * problem.nheads * problem.seqlen_q * problem.seqlen_k
+    return 2 * pairs * (problem.head_dim + problem.head_dim_v)
