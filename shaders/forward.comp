@@ -8,8 +8,8 @@
 //
 // A workgroup computes WORKGROUP / LANES * ROWS rows of one KV head: rows of all query heads that read it, those of one
 // query position next to each other, so that decoding fills a workgroup too. LANES invocations share a row: each keeps
-// every LANES-th vector of q and of the sum. With SPLIT the keys of a row are shared out to num_splits workgroups, and
-// combine.comp puts their results together.
+// every LANES-th vector of q and of the sum. With SPLIT a workgroup takes split_keys keys of its rows,
+// and combine.comp puts the results together.
 #include "include/tables.glsl"
 #include "include/storage.glsl"
 #include "include/mask.glsl"
@@ -56,8 +56,8 @@ void load_rows(Sequence s, uint h_kv, uint first, uint count) {
         rows[n].begin = key_begin(s, i);
         rows[n].end = key_end(s, i);
         uint at = rows_at(s, h, t.q_head, t.q_batch, t.q_row) + i * t.q_row + lane;
-        [[unroll]] for (uint x = 0; x < OWN; ++x) q[n][x] = load4(q_memory[at + x * LANES]);
-        [[unroll]] for (uint x = 0; x < OWN_V; ++x) acc[n][x] = vec4(0);
+        [[dont_unroll]] for (uint x = 0; x < OWN; ++x) q[n][x] = load4(q_memory[at + x * LANES]);
+        [[dont_unroll]] for (uint x = 0; x < OWN_V; ++x) acc[n][x] = vec4(0);
         m[n] = UNSEEN;
         l[n] = 0.0;
         if (has(SINK) && gl_WorkGroupID.z == 0) {
@@ -70,17 +70,26 @@ void load_rows(Sequence s, uint h_kv, uint first, uint count) {
     }
 }
 
-// Products of the rows with KEYS keys from j on; keys outside [begin, end) are not read.
-void products(Sequence s, uint k_at, int j, int begin, int end, out float x[ROWS][KEYS]) {
+// Where the keys [j, j + KEYS) lie; those outside [begin, end) are not read: their neighbour inside is.
+void find_keys(Sequence s, uint first, uint batch_stride, uint row_stride, int j, int begin, int end, out uint at[KEYS]) {
     [[unroll]] for (uint c = 0; c < KEYS; ++c) {
-        uint at = key_at(s, k_at, t.k_batch, t.k_row, clamp(j + int(c), begin, end - 1)) + lane;
-        vec4 sum[ROWS];
-        [[unroll]] for (uint n = 0; n < ROWS; ++n) sum[n] = vec4(0);
-        [[unroll]] for (uint i = 0; i < OWN; ++i) {
-            vec4 key = load4(k_memory[at + i * LANES]);
-            [[unroll]] for (uint n = 0; n < ROWS; ++n) sum[n] = fma(q[n][i], key, sum[n]);
+        at[c] = key_at(s, first, batch_stride, row_stride, clamp(j + int(c), begin, end - 1)) + lane;
+    }
+}
+
+// Products of the rows with KEYS keys.
+void products(uint at[KEYS], out float x[ROWS][KEYS]) {
+    vec4 sum[ROWS][KEYS];
+    [[unroll]] for (uint n = 0; n < ROWS; ++n) [[unroll]] for (uint c = 0; c < KEYS; ++c) sum[n][c] = vec4(0);
+    [[dont_unroll]] for (uint i = 0; i < OWN; ++i) {
+        [[unroll]] for (uint c = 0; c < KEYS; ++c) {
+            vec4 key = load4(k_memory[at[c] + i * LANES]);
+            [[unroll]] for (uint n = 0; n < ROWS; ++n) sum[n][c] = fma(q[n][i], key, sum[n][c]);
         }
-        [[unroll]] for (uint n = 0; n < ROWS; ++n) x[n][c] = (sum[n].x + sum[n].y) + (sum[n].z + sum[n].w);
+    }
+    [[unroll]] for (uint n = 0; n < ROWS; ++n) [[unroll]] for (uint c = 0; c < KEYS; ++c) {
+        vec4 parts = sum[n][c];
+        x[n][c] = (parts.x + parts.y) + (parts.z + parts.w);
     }
     if (LANES == 1) return;
 #ifdef SHUFFLE
@@ -100,8 +109,8 @@ void products(Sequence s, uint k_at, int j, int begin, int end, out float x[ROWS
 #endif
 }
 
-// Products become weights exp(s - m); m, l and acc follow.
-void softmax_step(Sequence s, uint n, int j, bool edge, inout float x[ROWS][KEYS]) {
+// Products become weights exp(s - m); m and l follow. Returns by what the sum so far must be multiplied.
+float softmax_step(Sequence s, uint n, int j, bool edge, inout float x[ROWS][KEYS]) {
     float top = m[n];
     [[unroll]] for (uint c = 0; c < KEYS; ++c) {
         int key = j + int(c);
@@ -113,7 +122,6 @@ void softmax_step(Sequence s, uint n, int j, bool edge, inout float x[ROWS][KEYS
     float rescale = exp2(m[n] - top);
     m[n] = top;
     l[n] *= rescale;
-    [[unroll]] for (uint i = 0; i < OWN_V; ++i) acc[n][i] *= rescale;
     uvec4 words;
     [[unroll]] for (uint c = 0; c < KEYS; ++c) {
         x[n][c] = x[n][c] <= SEEN ? 0.0 : exp2(x[n][c] - top);
@@ -123,15 +131,18 @@ void softmax_step(Sequence s, uint n, int j, bool edge, inout float x[ROWS][KEYS
             x[n][c] = kept(words, j + int(c)) ? x[n][c] * t.keep_scale : 0.0;
         }
     }
+    return rescale;
 }
 
-void add_values(Sequence s, uint v_at, int j, int begin, int end, float x[ROWS][KEYS]) {
-    [[unroll]] for (uint c = 0; c < KEYS; ++c) {
-        uint at = key_at(s, v_at, t.v_batch, t.v_row, clamp(j + int(c), begin, end - 1)) + lane;
-        [[unroll]] for (uint i = 0; i < OWN_V; ++i) {
-            vec4 value = load4(v_memory[at + i * LANES]);
-            [[unroll]] for (uint n = 0; n < ROWS; ++n) acc[n][i] = fma(vec4(x[n][c]), value, acc[n][i]);
+void add_values(uint at[KEYS], float rescale[ROWS], float x[ROWS][KEYS]) {
+    [[dont_unroll]] for (uint i = 0; i < OWN_V; ++i) {
+        vec4 sum[ROWS];
+        [[unroll]] for (uint n = 0; n < ROWS; ++n) sum[n] = acc[n][i] * rescale[n];
+        [[unroll]] for (uint c = 0; c < KEYS; ++c) {
+            vec4 value = load4(v_memory[at[c] + i * LANES]);
+            [[unroll]] for (uint n = 0; n < ROWS; ++n) sum[n] = fma(vec4(x[n][c]), value, sum[n]);
         }
+        [[unroll]] for (uint n = 0; n < ROWS; ++n) acc[n][i] = sum[n];
     }
 }
 
@@ -145,9 +156,9 @@ void write_rows(Sequence s) {
         if (has(SPLIT)) {
             at += gl_WorkGroupID.z * t.partial_split;
             lse += gl_WorkGroupID.z * t.partial_lse_split;
-            [[unroll]] for (uint x = 0; x < OWN_V; ++x) partial_memory[at + x * LANES] = acc[n][x] * scale;
+            [[dont_unroll]] for (uint x = 0; x < OWN_V; ++x) partial_memory[at + x * LANES] = acc[n][x] * scale;
         } else {
-            [[unroll]] for (uint x = 0; x < OWN_V; ++x) out_memory[at + x * LANES] = store4(acc[n][x] * scale);
+            [[dont_unroll]] for (uint x = 0; x < OWN_V; ++x) out_memory[at + x * LANES] = store4(acc[n][x] * scale);
         }
         if (lane == 0) lse_memory[lse] = l[n] == 0.0 ? MINUS_INFINITY : (m[n] + log2(l[n])) * LN2;
     }
@@ -165,19 +176,21 @@ void main() {
     int full_begin = key_begin(s, last_row), full_end = key_end(s, first_row);  // seen by every row
     // Steps begin at multiples of KEYS: so do the groups of dropout, and so does every split.
     int start = begin / int(KEYS) * int(KEYS), stop = end;
-    if (has(SPLIT) && end > start) {
-        int steps = (end - start + int(KEYS) - 1) / int(KEYS), splits = int(launch.num_splits);
-        int share = (steps + splits - 1) / splits * int(KEYS);
-        start += int(gl_WorkGroupID.z) * share;
-        stop = min(end, start + share);
+    if (has(SPLIT)) {
+        int split = int(gl_WorkGroupID.z) * launch.split_keys;
+        start = max(start, split);
+        stop = min(stop, split + launch.split_keys);
     }
     uint k_at = keys_at(s, h_kv, t.k_head, t.k_batch, t.k_row), v_at = keys_at(s, h_kv, t.v_head, t.v_batch, t.v_row);
     for (int j = start; j < stop; j += int(KEYS)) {
-        float x[ROWS][KEYS];
-        products(s, k_at, j, begin, end, x);
+        uint at[KEYS];
+        float x[ROWS][KEYS], rescale[ROWS];
+        find_keys(s, k_at, t.k_batch, t.k_row, j, begin, end, at);
+        products(at, x);
         bool edge = j < full_begin || j + int(KEYS) > full_end;
-        [[unroll]] for (uint n = 0; n < ROWS; ++n) softmax_step(s, n, j, edge, x);
-        add_values(s, v_at, j, begin, end, x);
+        [[unroll]] for (uint n = 0; n < ROWS; ++n) rescale[n] = softmax_step(s, n, j, edge, x);
+        find_keys(s, v_at, t.v_batch, t.v_row, j, begin, end, at);
+        add_values(at, rescale, x);
     }
     write_rows(s);
 }

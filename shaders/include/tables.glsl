@@ -33,8 +33,8 @@ layout(push_constant) uniform Launch {
     uint first_block, first_unit;
     uint first_head, nheads;  // KV heads
     uint first_batch;
-    uint num_splits;
-    uint reserved0, reserved1;
+    int split_keys;  // keys of one split
+    uint num_splits, reserved;
 } launch;
 
 // Features that change what is computed: FEATURES says which of them a module can do, t.features which are asked for.

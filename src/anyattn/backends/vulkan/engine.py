@@ -178,7 +178,7 @@ def launches(regions: Mapping[str, Region], heads: Mapping[str, int], sizes: tup
 
     `heads`: how many heads of an array belong to one KV head. `whole`: sequences cannot be told apart in memory.
     """
-    nheads, batch = sizes
+    nheads, batch = sizes[0], max(sizes[1], 1)
     tries = [(n, batch) for n in _halves(nheads)]
     tries += [] if whole else [(1, n) for n in _halves(batch)]
     for n_heads, n_batch in tries:

@@ -53,10 +53,11 @@ _BINARY: dict[int, Callable[[int, int], int]] = {
 }
 
 
-def freeze(module: bytes, constants: Mapping[int, int], *, unroll: bool = True) -> bytes:
+def freeze(module: bytes, constants: Mapping[int, int], *, unroll: bool = False) -> bytes:
     """The module with `constants` (by specialization id) in place; others keep their defaults.
 
-    unroll=False turns every hint to unroll a loop around: compilers for CPUs take long over unrolled loops.
+    Loops over the vectors of a row say that they are not to be unrolled, over which compilers for CPUs take long;
+    `unroll` turns those hints around.
     """
     words = np.frombuffer(module, "<u4").tolist()
     return _Freezer(words, constants, unroll).run()
@@ -122,8 +123,8 @@ class _Freezer:
         if op == SPEC_OP:
             value_or_none = self._fold(word[3], word[4:])
             return word if value_or_none is None else self._constant(word[1], word[2], value_or_none)
-        if op == LOOP_MERGE and not self.unroll:
-            return [*word[:3], word[3] & ~UNROLL | DONT_UNROLL, *word[4:]]
+        if op == LOOP_MERGE and self.unroll and word[3] & DONT_UNROLL:
+            return [*word[:3], word[3] & ~DONT_UNROLL | UNROLL, *word[4:]]
         if op == CONSTANT and len(word) == 4:
             self.values[word[2]] = word[3]
         elif op in (CONSTANT_TRUE, CONSTANT_FALSE):
