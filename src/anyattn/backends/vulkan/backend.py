@@ -10,7 +10,7 @@ from . import device as devices
 from .api import VulkanError
 from .engine import engine
 from .forward import ForwardPlan, problem_launches, problem_regions
-from .tuning import forward_config
+from .tuning import forward_config, split_keys
 
 DTYPES = ("float32", "float16", "bfloat16")
 MAX_HEAD_DIM = 256
@@ -50,7 +50,8 @@ class VulkanBackend:
         info = engine().device.info
         config = forward_config(info, problem)
         regions = problem_regions(problem, config.dim, config.dim_v)
-        if not problem_launches(problem, regions, info.storage_range):
+        splits = -(-problem.seqlen_k // split_keys(info, problem, config))
+        if not problem_launches(problem, regions, info.storage_range, max(1, splits)):
             return [f"one head of one array is larger than a binding of {info.name}: {info.storage_range} bytes"]
         largest = max(regions, key=lambda name: regions[name].nbytes)
         if regions[largest].nbytes > info.allocation:

@@ -132,9 +132,9 @@ class Job:
         """Dispatches the whole grid, in submissions of bounded length."""
         for first_block, blocks, first_unit, units in self._pieces(grid):
             push = PUSH.pack(
-                first_block, first_unit, launch.heads[0], launch.heads[1], launch.batches[0], grid.splits, 0, 0
+                *(first_block, first_unit, *launch.heads, launch.batches[0], grid.split_keys, grid.splits, 0)
             )
-            self.commands.dispatch(pipeline, slices, push, (blocks, units, grid.splits))
+            self.commands.dispatch(pipeline, slices, push, (blocks, units, grid.layers))
             self._pace(grid.operations * (blocks * units) / max(1, grid.blocks * grid.units))
 
     def _pieces(self, grid: Grid) -> Iterator[tuple[int, int, int, int]]:
@@ -171,19 +171,22 @@ class Grid:
     units: int
     operations: float
     splits: int = 1
+    split_keys: int = 0
+    layers: int = 1  # splits, where each has workgroups of its own
 
 
-def launches(regions: Mapping[str, Region], heads: Mapping[str, int], sizes: tuple[int, int], limit: int, whole: bool) -> list[Launch]:
+def launches(regions: Mapping[str, Region], heads: Mapping[str, int], sizes: tuple[int, int], limit: int, whole: bool, scales: Mapping[str, int]) -> list[Launch]:
     """Parts of (KV heads, sequences) whose every array fits into one binding of `limit` bytes; [] if none do.
 
     `heads`: how many heads of an array belong to one KV head. `whole`: sequences cannot be told apart in memory.
+    `scales`: how many times its size an array needs.
     """
     nheads, batch = sizes[0], max(sizes[1], 1)
     tries = [(n, batch) for n in _halves(nheads)]
     tries += [] if whole else [(1, n) for n in _halves(batch)]
     for n_heads, n_batch in tries:
         extents = [
-            region.extent(min(n_heads * heads[name], region.shape[0]), min(n_batch, region.shape[1])) * region.itemsize
+            region.part((0, n_heads * heads[name]), (0, n_batch))[1] * scales.get(name, 1)
             for name, region in regions.items()
         ]
         if max(extents, default=0) <= limit:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,9 @@ from .engine import Engine, Grid, Job, Launch, launches
 from .memory import Buffer
 
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "bool": 1}
-BINDINGS = ("tables", "heads", "q", "k", "v", "out", "lse", "bias", "mask", "partial")
+BINDINGS = ("tables", "heads", "q", "k", "v", "out", "lse", "bias", "mask")
+SPLIT_BINDINGS = ("tables", "heads", "q", "k", "v", "", "partial_lse", "bias", "mask", "partial")
+COMBINE_BINDINGS = ("tables", "", "", "", "", "out", "lse", "", "", "partial", "partial_lse")
 MINUS_INFINITY = 0xFF800000
 SCORES = ("bias", "mask")
 # operations for each score beyond its products with K and V
@@ -41,12 +44,13 @@ def problem_regions(problem: Problem, dim: int, dim_v: int) -> dict[str, Region]
     return regions
 
 
-def problem_launches(problem: Problem, regions: Mapping[str, Region], limit: int) -> list[Launch]:
+def problem_launches(problem: Problem, regions: Mapping[str, Region], limit: int, splits: int = 1) -> list[Launch]:
     """See `engine.launches`; packed, paged and reordered sequences cannot be told apart in memory."""
+    scales = {"out": splits * 4 // ITEMSIZE[problem.dtype], "lse": splits} if splits > 1 else {}
     query_heads = ("q", "out", "lse", "dq", "bias", "mask", "dout", "delta")
     heads = {name: problem.group if name in query_heads else 1 for name in regions}
     whole = problem.packed_q or problem.packed_k or problem.paged or problem.cache_batch_idx is not None
-    return launches(regions, heads, (problem.nheads_kv, problem.batch), limit, whole)
+    return launches(regions, heads, (problem.nheads_kv, problem.batch), limit, whole, scales)
 
 
 class ForwardPlan:
@@ -60,8 +64,13 @@ class ForwardPlan:
         info = engine.device.info
         self.config = tuning.forward_config(info, problem)
         self.regions = problem_regions(problem, self.config.dim, self.config.dim_v)
-        self.launches = problem_launches(problem, self.regions, info.storage_range)
+        self.split_keys = tuning.split_keys(info, problem, self.config)
+        self.splits = max(1, -(-problem.seqlen_k // self.split_keys))
+        self.launches = problem_launches(problem, self.regions, info.storage_range, self.splits)
         self.values = tables.problem_values(problem, self.regions)
+        if self.splits > 1:
+            self.config = replace(self.config, features=self.config.features | tables.SPLIT)
+            self.values |= self._partial_values()
 
     def forward(self, call: Call) -> None:
         problem, job = self.problem, Job(self.engine)
@@ -85,15 +94,43 @@ class ForwardPlan:
                 job.download(name, buffers[name], self.regions[name], call.adapter.numpy(array))
             job.finish()
 
-    def _dispatch(self, job: Job, buffers: Mapping[str, Buffer]) -> None:
+    def _partial_values(self) -> tables.Values:
+        """How far the results of two splits lie apart: as much as the largest launch needs."""
+        parts = {name: max(self._extent(name, launch) for launch in self.launches) for name in ("out", "lse")}
+        self.partial_bytes = {"partial": parts["out"] * 4 * self.splits, "partial_lse": parts["lse"] * 4 * self.splits}
+        features = int(self.values["features"]) | tables.SPLIT
+        return {"features": features, "partial_split": parts["out"] // VECTOR, "partial_lse_split": parts["lse"]}
+
+    def _extent(self, name: str, launch: Launch) -> int:
+        """Items of out or lse in a launch."""
+        region = self.regions[name]
+        return region.part((0, launch.heads[1] * self.problem.group), (0, launch.batches[1]))[1] // region.itemsize
+
+    def _dispatch(self, job: Job, buffers: dict[str, Buffer]) -> None:
         problem, config = self.problem, self.config
+        if self.splits > 1:
+            buffers |= {name: job.buffer(size) for name, size in self.partial_bytes.items()}
         pipeline = self.engine.pipelines.get(module_name("forward", config), config.constants(), unroll=config.unroll)
         blocks = -(-problem.seqlen_q * problem.group // config.tile)
+        per_score = 8 * (config.dim + config.dim_v) + SOFTMAX_OPERATIONS
         for launch in self.launches:
             units = launch.heads[1] * launch.batches[1]
-            work = float(blocks * config.tile) * problem.seqlen_k * units * (8 * (config.dim + config.dim_v) + SOFTMAX_OPERATIONS)
-            slices = bind(problem, launch, self.regions, buffers, BINDINGS)
-            job.run(pipeline, launch, slices, Grid(blocks, units, work))
+            work = float(blocks * config.tile) * problem.seqlen_k * units * per_score
+            names = BINDINGS if self.splits == 1 else SPLIT_BINDINGS
+            slices = bind(problem, launch, self.regions, buffers, names)
+            job.run(pipeline, launch, slices, Grid(blocks, units, work, self.splits, self.split_keys, self.splits))
+            if self.splits > 1:
+                self._combine(job, launch, buffers, units)
+
+    def _combine(self, job: Job, launch: Launch, buffers: Mapping[str, Buffer], units: int) -> None:
+        config, problem = replace(self.config, shuffle=False), self.problem
+        pipeline = self.engine.pipelines.get(module_name("combine", config), config.constants(), unroll=config.unroll)
+        vectors = problem.seqlen_q * problem.group * config.dim_v
+        slices = bind(problem, launch, self.regions, buffers, COMBINE_BINDINGS)
+        job.commands.barrier()
+        work = float(vectors) * units * self.splits * SOFTMAX_OPERATIONS
+        job.run(pipeline, launch, slices, Grid(-(-vectors // config.workgroup), units, work, self.splits))
+        job.commands.barrier()  # the next launch writes the same partial results
 
 
 def module_name(shader: str, config: tuning.Config) -> str:
@@ -111,6 +148,9 @@ def bind(
     """What each binding sees in a launch; a binding without an array sees the tables, which no shader then reads."""
     slices: list[tuple[Buffer, int, int] | None] = []
     for name in names:
+        if not name:
+            slices.append(None)
+            continue
         buffer = buffers.get(name, buffers["tables"])
         offset, size = 0, buffer.size
         if name in buffers and name in regions:

@@ -32,6 +32,7 @@ FEATURES = {
     **{"left": 1, "right": 2, "chunk": 4, "softcap": 8, "alibi": 16, "sink": 32, "dropout": 64, "paged": 128},
     **{"mask": 256, "bias_f32": 512, "bias_16": 1024, "split": 2048, "dlse": 4096},
 }
+SPLIT = FEATURES["split"]
 FARTHEST = 2**29  # offsets beyond would overflow the shaders' positions
 SOFTCAP_LIMITS = (1e-30, 1e30)  # leave tanh's argument and its product finite
 FLOAT_MAX = 3.4028234663852886e38
