@@ -175,7 +175,7 @@ void main() {
     int begin = key_begin(s, first_row), end = key_end(s, last_row);
     int full_begin = key_begin(s, last_row), full_end = key_end(s, first_row);  // seen by every row
     // Steps begin at multiples of KEYS: so do the groups of dropout, and so does every split.
-    int start = begin / int(KEYS) * int(KEYS), stop = end;
+    int start = begin / int(KEYS) * int(KEYS), stop = begin < end ? end : 0;
     if (has(SPLIT)) {
         int split = int(gl_WorkGroupID.z) * launch.split_keys;
         start = max(start, split);

@@ -61,6 +61,12 @@ class Launch:
 
     heads: tuple[int, int]
     batches: tuple[int, int]
+    whole: bool = False  # bindings cover every sequence of an array
+
+    def part(self, region: Region, heads: int) -> tuple[int, int]:
+        """(offset, bytes) of an array that has so many heads for each KV head."""
+        first, count = self.heads
+        return region.part((first * heads, count * heads), (0, region.shape[1]) if self.whole else self.batches)
 
 
 class Job:
@@ -185,13 +191,11 @@ def launches(regions: Mapping[str, Region], heads: Mapping[str, int], sizes: tup
     tries = [(n, batch) for n in _halves(nheads)]
     tries += [] if whole else [(1, n) for n in _halves(batch)]
     for n_heads, n_batch in tries:
-        extents = [
-            region.part((0, n_heads * heads[name]), (0, n_batch))[1] * scales.get(name, 1)
-            for name, region in regions.items()
-        ]
-        if max(extents, default=0) <= limit:
+        largest = Launch((0, n_heads), (0, n_batch), whole)
+        sizes_of = (largest.part(x, heads[name])[1] * scales.get(name, 1) for name, x in regions.items())
+        if max(sizes_of, default=0) <= limit:
             return [
-                Launch((h, min(n_heads, nheads - h)), (b, min(n_batch, batch - b)))
+                Launch((h, min(n_heads, nheads - h)), (b, min(n_batch, batch - b)), whole)
                 for h in range(0, nheads, n_heads)
                 for b in range(0, batch, n_batch)
             ]

@@ -104,7 +104,7 @@ class ForwardPlan:
     def _extent(self, name: str, launch: Launch) -> int:
         """Items of out or lse in a launch."""
         region = self.regions[name]
-        return region.part((0, launch.heads[1] * self.problem.group), (0, launch.batches[1]))[1] // region.itemsize
+        return launch.part(region, self.problem.group)[1] // region.itemsize
 
     def _dispatch(self, job: Job, buffers: dict[str, Buffer]) -> None:
         problem, config = self.problem, self.config
@@ -156,8 +156,7 @@ def bind(
         if name in buffers and name in regions:
             region = regions[name]
             step = 1 if name in ("k", "v", "dk", "dv") else problem.group
-            heads = (launch.heads[0] * step, launch.heads[1] * step)
-            offset, size = region.part(heads, launch.batches)
+            offset, size = launch.part(region, step)
         slices.append((buffer, offset, max(size, VECTOR)))
     return slices
 
