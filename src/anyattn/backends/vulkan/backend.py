@@ -5,7 +5,7 @@ from __future__ import annotations
 from ... import settings
 from ...kvcache import Append
 from ...problem import Problem
-from ..base import Call
+from ..base import Call, Plan
 from . import device as devices
 from .api import VulkanError
 from .engine import engine
@@ -68,7 +68,7 @@ class VulkanBackend:
         info = devices.instance().choose()
         return [f"{info.name} runs on the CPU, which the native engine uses better"] if info.software else []
 
-    def plan(self, problem: Problem) -> ForwardPlan:
+    def plan(self, problem: Problem) -> Plan:
         return ForwardPlan(engine(), problem)
 
     def append(self, append: Append, call: Call) -> None:
