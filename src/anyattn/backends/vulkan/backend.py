@@ -9,8 +9,7 @@ from ..base import Call, Plan, append_on_host
 from . import device as devices
 from .api import VulkanError
 from .engine import engine
-from .forward import ForwardPlan, problem_launches, problem_regions
-from .tuning import forward_config, split_keys
+from .forward import ForwardPlan, Setup
 
 DTYPES = ("float32", "float16", "bfloat16")
 MAX_HEAD_DIM = 256
@@ -48,14 +47,12 @@ class VulkanBackend:
     def _limits(self, problem: Problem) -> list[str]:
         """What the device at hand cannot hold."""
         info = engine().device.info
-        config = forward_config(info, problem)
-        regions = problem_regions(problem, config.dim, config.dim_v)
-        splits = -(-problem.seqlen_k // split_keys(info, problem, config))
-        if not problem_launches(problem, regions, info.storage_range, max(1, splits)):
+        setup = Setup.of(info, problem)
+        if not setup.launches:
             return [f"one head of one array is larger than a binding of {info.name}: {info.storage_range} bytes"]
-        largest = max(regions, key=lambda name: regions[name].nbytes)
-        if regions[largest].nbytes > info.allocation:
-            return [f"{largest} has {regions[largest].nbytes} bytes; {info.name} allocates {info.allocation} at most"]
+        name, region = max(setup.regions.items(), key=lambda item: item[1].nbytes)
+        if region.nbytes > info.allocation:
+            return [f"{name} has {region.nbytes} bytes; {info.name} allocates {info.allocation} at most"]
         return []
 
     def avoids(self, problem: Problem) -> list[str]:

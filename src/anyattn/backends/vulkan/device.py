@@ -257,15 +257,24 @@ class Device:
         return handle
 
 
-_open: dict[str, Any] = {}  # "instance" and "device"; a forked child starts anew
+_open: dict[str, Any] = {}  # "instance" and "device"
+_forked = False  # from a process that had opened a driver, whose threads are not here
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = _forked or bool(_open)
+    _open.clear()
 
 
 def instance() -> Instance:
     """The instance, made at first use.
 
     Raises:
-        VulkanError: no loader or no working driver.
+        VulkanError: no loader or no working driver, or one that did not come through a fork.
     """
+    if _forked:
+        raise VulkanError("this process was forked from one that used Vulkan: no driver survives that; use spawn")
     found: Instance = _open.get("instance") or _open.setdefault("instance", Instance())
     return found
 
@@ -289,4 +298,4 @@ def forget() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_open.clear)
+    os.register_at_fork(after_in_child=_after_fork)
