@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find native examples -name '*.cc' -o -name '*.cpp' -o -name '*.c' -o -name '*.h' -o -name '*.hpp' | sort)
 PACKAGED := $(shell find src examples native -not -path '*/__pycache__*') pyproject.toml
 
-.PHONY: venv require-native demo test full soak bench lint format sanitize sanitize-python clean
+.PHONY: venv require-native demo test full soak bench shaders lint format sanitize sanitize-python clean
 .DEFAULT_GOAL := test
 
 venv: $(VENV)/installed
@@ -65,11 +65,16 @@ require-native: venv
 bench: require-native $(VENV)/bench
 	$(BIN)/python -m anyattn bench --json build/bench.json --plot build/bench.png $(BENCH_ARGS)
 
+# Needs glslangValidator (Debian: glslang-tools); the binaries are committed, so nobody else does.
+shaders:
+	$(PYTHON) scripts/make_shaders.py
+
 lint: $(VENV)/lint
 	$(BIN)/ruff check --output-format=concise .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python scripts/check_sizes.py
+	$(BIN)/python scripts/make_shaders.py --check
 	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
 
 format: $(VENV)/lint

@@ -1,7 +1,7 @@
 """Compiles shaders/*.comp into src/anyattn/backends/vulkan/binaries, beside a manifest of what each was made from.
 
-    python scripts/make_shaders.py            compiles what has changed (needs glslangValidator)
-    python scripts/make_shaders.py --check    fails if a binary is older than its source; needs no compiler
+python scripts/make_shaders.py            compiles what has changed (needs glslangValidator)
+python scripts/make_shaders.py --check    fails if a binary is older than its source; needs no compiler
 """
 
 from __future__ import annotations

@@ -19,6 +19,10 @@ class Engine:
     def __str__(self) -> str:
         return f"{self.backend}-{self.target}" if self.target else self.backend
 
+    def computes(self, dtype: str) -> bool:
+        """GPUs compute float64 slowly or not at all: the Vulkan backend refuses it."""
+        return self.backend != "vulkan" or dtype != "float64"
+
     def use(self, threads: int = 0) -> None:
         """Makes this engine's settings those in force; plans are forgotten only where something changes."""
         wanted = {"ANYATTN_CPU_TARGET": self.target, "ANYATTN_NUM_THREADS": str(threads)}

@@ -95,7 +95,9 @@ def refused(inputs: Inputs, direction: str, engine: Engine) -> bool:
 
 def may_refuse(problem: Problem, direction: str, engine: Engine) -> bool:
     """What an engine need not compute."""
-    if engine.backend == "vulkan" and (problem.dtype == "float64" or max(problem.head_dim, problem.head_dim_v) > 256):
+    if not engine.computes(problem.dtype) or (
+        engine.backend == "vulkan" and max(problem.head_dim, problem.head_dim_v) > 256
+    ):
         return True
     return direction == "backward" and problem.paged
 

@@ -118,7 +118,7 @@ def choose(problem: Problem, names: tuple[str, ...]) -> Backend:
 
 
 def _automatic(problem: Problem) -> tuple[str, ...]:
-    """Vulkan first where it pays to go through a GPU, and not at all elsewhere: nothing is probed for small problems."""
+    """Vulkan first where it pays to go through a GPU; for small problems no device is even looked for."""
     return NAMES if get("vulkan").avoids(problem) else ("vulkan", *(name for name in NAMES if name != "vulkan"))
 
 

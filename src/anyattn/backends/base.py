@@ -8,7 +8,9 @@ from typing import Any, Protocol
 
 import numpy.typing as npt
 
-from ..kvcache import Append
+from .. import reference
+from ..dtypes import narrow, raw
+from ..kvcache import ARRAYS, Append
 from ..problem import Array, Problem
 
 
@@ -103,3 +105,13 @@ class Backend(Protocol):
 
     def append(self, append: Append, call: Call) -> None:
         """Writes call.new_k (rotated) and call.new_v into the cache call.k, call.v; rotated call.q into call.out."""
+
+
+def append_on_host(append: Append, call: Call) -> None:
+    """`Backend.append` as the definition has it, for a cache in host memory."""
+    given = {name: getattr(call, name) for name in ARRAYS}
+    arrays = {name: None if array is None else call.adapter.numpy(array) for name, array in given.items()}
+    q = reference.append(append, arrays)
+    if q is not None:
+        out = raw(call.adapter.numpy(call.out), append.q.dtype)
+        out[...] = narrow(q, append.q.dtype)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from ... import reference
-from ...dtypes import narrow, raw
-from ...kvcache import ARRAYS, Append
+from ...kvcache import Append
 from ...problem import Problem
-from ..base import Call
+from ..base import Call, append_on_host
 from .attention import backward, forward
 from .tiles import Arrays
 
@@ -52,9 +50,4 @@ class NumpyBackend:
         return NumpyPlan(problem)
 
     def append(self, append: Append, call: Call) -> None:
-        given = {name: getattr(call, name) for name in ARRAYS}
-        arrays = {name: None if array is None else call.adapter.numpy(array) for name, array in given.items()}
-        q = reference.append(append, arrays)
-        if q is not None:
-            out = raw(call.adapter.numpy(call.out), append.q.dtype)
-            out[...] = narrow(q, append.q.dtype)
+        append_on_host(append, call)

@@ -100,12 +100,8 @@ BufferCreateInfo = chained(
     12,
     *(("flags", u32), ("size", u64), ("usage", u32), ("sharing", u32), ("n_families", u32), ("families", pointer)),
 )
-ShaderModuleCreateInfo = chained(
-    "ShaderModuleCreateInfo", 16, ("flags", u32), ("size", size_t), ("code", pointer)
-)
-PipelineCacheCreateInfo = chained(
-    "PipelineCacheCreateInfo", 17, ("flags", u32), ("size", size_t), ("data", pointer)
-)
+ShaderModuleCreateInfo = chained("ShaderModuleCreateInfo", 16, ("flags", u32), ("size", size_t), ("code", pointer))
+PipelineCacheCreateInfo = chained("PipelineCacheCreateInfo", 17, ("flags", u32), ("size", size_t), ("data", pointer))
 StageCreateInfo = chained(
     "StageCreateInfo", 18, ("flags", u32), ("stage", u32), ("module", u64), ("name", char_p), ("constants", pointer)
 )
@@ -159,7 +155,13 @@ Limits = struct(
     *_u32s("maxComputeSharedMemorySize groups_x groups_y groups_z maxComputeWorkGroupInvocations"),
     *(("group_size", u32 * 3), ("drawing", u32 * 13), ("minMemoryMapAlignment", size_t)),
     *(("texel_alignment", u64), ("uniform_alignment", u64), ("minStorageBufferOffsetAlignment", u64)),
-    *(("framebuffer", u32 * 21), ("timestamps", u32), ("timestampPeriod", ctypes.c_float), ("rest", u32 * 13), ("copies", u64 * 3)),
+    *(
+        ("framebuffer", u32 * 21),
+        ("timestamps", u32),
+        ("timestampPeriod", ctypes.c_float),
+        ("rest", u32 * 13),
+        ("copies", u64 * 3),
+    ),
 )
 Properties = struct(
     "Properties",

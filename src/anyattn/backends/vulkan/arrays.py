@@ -53,7 +53,8 @@ class Region:
     def view(self, memory: npt.NDArray[np.uint8]) -> NDArray:
         """The array in mapped memory, as unsigned integers of its item's size."""
         strides = tuple(stride * self.itemsize for stride in self.strides)
-        return np.ndarray(self.shape, f"u{self.itemsize}", memory.data, 0, strides)
+        view: NDArray = np.ndarray(self.shape, f"u{self.itemsize}", memory.data, 0, strides)
+        return view
 
 
 def rows_region(shape: tuple[int, ...], itemsize: int, width: int) -> Region:
@@ -87,14 +88,14 @@ def _round(items: int, itemsize: int) -> int:
 
 def arranged(name: str, array: NDArray) -> NDArray:
     """A call's array as (head, batch, row, column), a view."""
-    raw = array.view(f"u{array.itemsize}") if array.dtype.kind != "u" else array
+    raw: NDArray = array.view(f"u{array.itemsize}") if array.dtype.kind != "u" else array
     if name in ("lse", "dlse", "delta"):
-        whole = raw if raw.ndim == 3 else raw[None]
-        return whole.transpose(1, 0, 2)[..., None]
+        whole: NDArray = raw if raw.ndim == 3 else raw[None]
+        return np.asarray(whole.transpose(1, 0, 2)[..., None])
     if name in ("bias", "mask", "dbias"):
-        return raw.transpose(1, 0, 2, 3)
+        return np.asarray(raw.transpose(1, 0, 2, 3))
     whole = raw if raw.ndim == 4 else raw[None]
-    return whole.transpose(2, 0, 1, 3)
+    return np.asarray(whole.transpose(2, 0, 1, 3))
 
 
 def write(region: Region, memory: npt.NDArray[np.uint8], values: NDArray) -> None:

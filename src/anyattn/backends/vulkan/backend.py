@@ -5,7 +5,7 @@ from __future__ import annotations
 from ... import settings
 from ...kvcache import Append
 from ...problem import Problem
-from ..base import Call
+from ..base import Call, Plan, append_on_host
 from . import device as devices
 from .api import VulkanError
 from .engine import engine
@@ -68,11 +68,11 @@ class VulkanBackend:
         info = devices.instance().choose()
         return [f"{info.name} runs on the CPU, which the native engine uses better"] if info.software else []
 
-    def plan(self, problem: Problem) -> ForwardPlan:
+    def plan(self, problem: Problem) -> Plan:
         return ForwardPlan(engine(), problem)
 
     def append(self, append: Append, call: Call) -> None:
-        raise NotImplementedError("append")
+        append_on_host(append, call)  # a cache in host memory is not sent back and forth for a row
 
 
 def operations(problem: Problem) -> float:

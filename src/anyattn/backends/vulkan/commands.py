@@ -83,7 +83,9 @@ class Commands:
         self._at_end = make(api.MemoryBarrier, source=WRITES, target=HOST_READS)
         self._submit_info = make(api.SubmitInfo, n_commands=1, commands=address(self._buffer))
 
-    def dispatch(self, pipeline: int, slices: Sequence[Slice | None], push: bytes, groups: tuple[int, int, int]) -> None:
+    def dispatch(
+        self, pipeline: int, slices: Sequence[Slice | None], push: bytes, groups: tuple[int, int, int]
+    ) -> None:
         """Runs so many workgroups; slice i is what binding i sees, None where the shader has no such binding."""
         if self._used == SETS:
             self.finish()

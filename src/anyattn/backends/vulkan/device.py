@@ -63,7 +63,7 @@ class Instance:
     def __init__(self) -> None:
         application = make(api.ApplicationInfo, name=b"anyattn", engine=b"anyattn", api=HIGHEST_API)
         extensions = self._portability()
-        names = (ctypes.c_char_p * 1)(*extensions or [None])
+        names = (ctypes.c_char_p * max(1, len(extensions)))(*extensions)
         layers = (ctypes.c_char_p * 1)(VALIDATION)
         validate = settings.current().vulkan_validate
         info = make(

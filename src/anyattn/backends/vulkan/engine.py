@@ -82,7 +82,9 @@ class Job:
         self.engine.device.lock.acquire()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             if kind is not None:
                 self.commands.abandon()
@@ -181,7 +183,14 @@ class Grid:
     layers: int = 1  # splits, where each has workgroups of its own
 
 
-def launches(regions: Mapping[str, Region], heads: Mapping[str, int], sizes: tuple[int, int], limit: int, whole: bool, scales: Mapping[str, int]) -> list[Launch]:
+def launches(
+    regions: Mapping[str, Region],
+    heads: Mapping[str, int],
+    sizes: tuple[int, int],
+    limit: int,
+    whole: bool,
+    scales: Mapping[str, int],
+) -> list[Launch]:
     """Parts of (KV heads, sequences) whose every array fits into one binding of `limit` bytes; [] if none do.
 
     `heads`: how many heads of an array belong to one KV head. `whole`: sequences cannot be told apart in memory.
@@ -195,7 +204,7 @@ def launches(regions: Mapping[str, Region], heads: Mapping[str, int], sizes: tup
         sizes_of = (largest.part(x, heads[name])[1] * scales.get(name, 1) for name, x in regions.items())
         if max(sizes_of, default=0) <= limit:
             return [
-                Launch((h, min(n_heads, nheads - h)), (b, min(n_batch, batch - b)), whole)
+                Launch((h, min(n_heads, nheads - h)), (b, min(n_batch, sizes[1] - b)), whole)
                 for h in range(0, nheads, n_heads)
                 for b in range(0, batch, n_batch)
             ]

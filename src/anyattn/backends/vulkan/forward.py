@@ -94,6 +94,9 @@ class ForwardPlan:
                 job.download(name, buffers[name], self.regions[name], call.adapter.numpy(array))
             job.finish()
 
+    def backward(self, call: Call) -> None:
+        raise NotImplementedError("a plan of the forward pass")
+
     def _partial_values(self) -> tables.Values:
         """How far the results of two splits lie apart: as much as the largest launch needs."""
         parts = {name: max(self._extent(name, launch) for launch in self.launches) for name in ("out", "lse")}

@@ -107,8 +107,11 @@ class Memory:
 
     def _type(self, allowed: int, staging: bool) -> int:
         """The first memory type that suits: best wish first."""
-        wishes = (VISIBLE | COHERENT | CACHED, VISIBLE | COHERENT) if staging else (DEVICE_LOCAL, 0)
-        wishes = (SHARED,) if self.unified else wishes
+        wishes: tuple[int, ...] = (DEVICE_LOCAL, 0)
+        if self.unified:
+            wishes = (SHARED,)
+        elif staging:
+            wishes = (VISIBLE | COHERENT | CACHED, VISIBLE | COHERENT)
         types = self.device.memory.types[: self.device.memory.n_types]
         for wish in wishes:
             for index, kind in enumerate(types):

@@ -1,4 +1,4 @@
-"""Compute pipelines: a committed SPIR-V module, frozen with a configuration's constants, compiled by the driver once."""
+"""Compute pipelines: a committed SPIR-V module, frozen with constants, that the driver compiles once."""
 
 from __future__ import annotations
 

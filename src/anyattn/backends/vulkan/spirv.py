@@ -1,7 +1,7 @@
 """Freezes specialization constants: the module that a driver sees has plain numbers, folded, and a fixed workgroup.
 
-Some compilers below a driver refuse specialization constants in places (matrix shapes, shared arrays), or ignore that of
-the workgroup's size; plain constants work everywhere. Source: SPIR-V specification 1.6, sections 3.42 and 2.9.
+Some compilers below a driver refuse specialization constants in places (matrix shapes, shared arrays) or ignore that
+of the workgroup's size; plain constants work everywhere. Source: SPIR-V specification 1.6, sections 3.42 and 2.9.
 """
 
 from __future__ import annotations
