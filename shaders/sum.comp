@@ -2,7 +2,7 @@
 #extension GL_GOOGLE_include_directive : require
 #extension GL_EXT_control_flow_attributes : require
 // sums[o] += terms [part * part_size, (part + 1) * part_size) of the launch.parts that belong to it, in float32 and in a
-// fixed order. A workgroup per sum.
+// fixed order. A workgroup per sum, from launch.first_head on.
 #include "include/tables.glsl"
 
 layout(std430, binding = 10) readonly buffer Terms { float terms[]; };
@@ -21,5 +21,5 @@ void main() {
         if (id < half_size) own[id] += own[id + half_size];
         barrier();
     }
-    if (id == 0) sums[index] += own[0];
+    if (id == 0) sums[launch.first_head + index] += own[0];
 }
