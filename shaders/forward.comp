@@ -74,28 +74,30 @@ float softmax_step(Sequence s, uint n, int j, bool edge, inout float x[ROWS][KEY
     }
     float rescale = exp2(m[n] - top);
     m[n] = top;
-    l[n] *= rescale;
+    float sum = 0.0;
     uvec4 words;
     [[unroll]] for (uint c = 0; c < KEYS; ++c) {
         x[n][c] = x[n][c] <= SEEN ? 0.0 : exp2(x[n][c] - top);
-        l[n] += x[n][c];
+        sum += x[n][c];
         if (has(DROPOUT)) {
             if (c % 8 == 0) words = dropout_words(s, rows[n].line.i, rows[n].h, j + int(c));
             x[n][c] = kept(words, j + int(c)) ? x[n][c] * t.keep_scale : 0.0;
         }
     }
+    l[n] = fma(l[n], rescale, sum);
     return rescale;
 }
 
+// The values of a step are added up before the sum of all, which rounds less often.
 void add_values(uint at[KEYS], float rescale[ROWS], float x[ROWS][KEYS]) {
     [[dont_unroll]] for (uint i = 0; i < OWN_V; ++i) {
         vec4 sum[ROWS];
-        [[unroll]] for (uint n = 0; n < ROWS; ++n) sum[n] = acc[n][i] * rescale[n];
+        [[unroll]] for (uint n = 0; n < ROWS; ++n) sum[n] = vec4(0);
         [[unroll]] for (uint c = 0; c < KEYS; ++c) {
             vec4 value = load4(v_memory[at[c] + i * LANES]);
             [[unroll]] for (uint n = 0; n < ROWS; ++n) sum[n] = fma(vec4(x[n][c]), value, sum[n]);
         }
-        [[unroll]] for (uint n = 0; n < ROWS; ++n) acc[n][i] = sum[n];
+        [[unroll]] for (uint n = 0; n < ROWS; ++n) acc[n][i] = fma(acc[n][i], vec4(rescale[n]), sum[n]);
     }
 }
 

@@ -38,7 +38,7 @@ bool mask_value(uint at) { return (mask_words[at >> 2] >> (8u * (at & 3u)) & 0xf
 
 // Score of an entry that the interval lets the row see. `tanh_value`: t / softcap.
 float score(Sequence s, ScoreRow row, int j, float product, out float tanh_value) {
-    float x = product * t.scale;
+    precise float x = product * t.scale;  // the same bits whatever else a module can do
     tanh_value = 0.0;
     if (has(SOFTCAP)) {
         tanh_value = accurate_tanh(x / t.softcap);

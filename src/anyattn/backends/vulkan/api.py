@@ -168,6 +168,16 @@ Properties = struct(
     *_u32s("api driver vendor device type"),
     *(("name", ctypes.c_char * 256), ("cache_uuid", ctypes.c_uint8 * 16), ("limits", Limits), ("sparse", u32 * 5)),
 )
+DEBUG_CALLBACK = ctypes.CFUNCTYPE(u32, u32, u32, pointer, pointer)
+DebugMessage = chained(
+    "DebugMessage", 1000128003, ("flags", u32), ("id_name", char_p), ("id", i32), ("text", char_p)
+)
+DebugMessengerCreateInfo = chained(
+    "DebugMessengerCreateInfo",
+    1000128004,
+    *_u32s("flags severities kinds"),
+    *(("callback", DEBUG_CALLBACK), ("user", pointer)),
+)
 Properties2 = chained("Properties2", 1000059001, ("properties", Properties))
 SubgroupProperties = chained("SubgroupProperties", 1000094000, *_u32s("size stages operations quad"))
 Maintenance3Properties = chained("Maintenance3Properties", 1000168000, ("descriptors", u32), ("allocation", u64))

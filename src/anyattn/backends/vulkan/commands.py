@@ -83,23 +83,18 @@ class Commands:
         self._at_end = make(api.MemoryBarrier, source=WRITES, target=HOST_READS)
         self._submit_info = make(api.SubmitInfo, n_commands=1, commands=address(self._buffer))
 
-    def dispatch(
-        self, pipeline: int, slices: Sequence[Slice | None], push: bytes, groups: tuple[int, int, int]
-    ) -> None:
-        """Runs so many workgroups; slice i is what binding i sees, None where the shader has no such binding."""
+    def dispatch(self, pipeline: int, slices: Sequence[Slice], push: bytes, groups: tuple[int, int, int]) -> None:
+        """Runs so many workgroups; slice i is what binding i sees."""
         if self._used == SETS:
             self.finish()
         self._start()
         device, set_index = self.device, self._used
         self._used += 1
-        count = 0
-        for binding, part in enumerate(slices):
-            if part is not None:
-                self._infos[count] = (part[0].handle, part[1], part[2])
-                write = self._writes[count]
-                write.set, write.binding = self._sets[set_index], binding
-                count += 1
-        self._update(device.handle, count, address(self._writes), 0, None)
+        for binding in range(STORAGE_BUFFERS):  # all of them: the layout says that a shader might read each
+            buffer, offset, size = slices[min(binding, len(slices) - 1)]
+            self._infos[binding] = (buffer.handle, offset, size)
+            self._writes[binding].set = self._sets[set_index]
+        self._update(device.handle, STORAGE_BUFFERS, address(self._writes), 0, None)
         self._bind_pipeline(self._buffer, COMPUTE_POINT, pipeline)
         at = address(self._sets) + 8 * set_index
         self._bind_sets(self._buffer, COMPUTE_POINT, self.layout.handle, 0, 1, at, 0, None)
@@ -139,6 +134,7 @@ class Commands:
         device.check(self._end_buffer(self._buffer), "vkEndCommandBuffer")
         device.check(self._submit(device.queue, 1, address(self._submit_info), self._fence), "vkQueueSubmit")
         self._wait_for_fence()
+        device.instance.check_messages()
         device.check(self._reset(device.handle, 1, address(self._fence)), "vkResetFences")
         self._recording, self._used, self.operations = False, 0, 0.0
 

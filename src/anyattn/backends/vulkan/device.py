@@ -22,6 +22,9 @@ COMPUTE_STAGE = 0x20
 COMPUTE_QUEUE, GRAPHICS_QUEUE = 2, 1
 STORAGE_BUFFERS = 12  # that one of our shaders binds at most
 PORTABILITY = "VK_KHR_portability_subset"
+PORTABILITY_ENUMERATION = b"VK_KHR_portability_enumeration"
+DEBUG_UTILS = b"VK_EXT_debug_utils"
+WARNINGS_AND_ERRORS, EVERY_KIND = 0x1100, 7
 VALIDATION = b"VK_LAYER_KHRONOS_validation"
 
 
@@ -61,14 +64,15 @@ class Instance:
     """The loader's instance and its devices."""
 
     def __init__(self) -> None:
+        self.messages: list[str] = []  # of the validation layer
+        validate = settings.current().vulkan_validate
         application = make(api.ApplicationInfo, name=b"anyattn", engine=b"anyattn", api=HIGHEST_API)
-        extensions = self._portability()
+        extensions = [*self._portability(), *([DEBUG_UTILS] if validate else [])]
         names = (ctypes.c_char_p * max(1, len(extensions)))(*extensions)
         layers = (ctypes.c_char_p * 1)(VALIDATION)
-        validate = settings.current().vulkan_validate
         info = make(
             api.InstanceCreateInfo,
-            flags=1 if extensions else 0,
+            flags=1 if PORTABILITY_ENUMERATION in extensions else 0,
             application=address(application),
             n_layers=1 if validate else 0,
             layers=ctypes.cast(layers, ctypes.c_void_p),
@@ -78,6 +82,8 @@ class Instance:
         self.handle = ctypes.c_void_p()
         create = api.global_function("vkCreateInstance", *[ctypes.c_void_p] * 3)
         check(create(address(info), None, address(self.handle)), "vkCreateInstance")
+        if validate:
+            self._listen()
         function = self.function("vkEnumeratePhysicalDevices", *[ctypes.c_void_p] * 3)
         self._physical = [ctypes.c_void_p(x) for x in api.enumerate_all(function, ctypes.c_void_p, self.handle)]
 
@@ -113,7 +119,28 @@ class Instance:
         """Drivers on top of another API (MoltenVK) are listed only for those who ask."""
         function = api.global_function("vkEnumerateInstanceExtensionProperties", api.char_p, *[ctypes.c_void_p] * 2)
         names = {x.name for x in api.enumerate_all(function, api.Extension, None)}
-        return [x for x in (b"VK_KHR_portability_enumeration",) if x in names]
+        return [x for x in (PORTABILITY_ENUMERATION,) if x in names]
+
+    def _listen(self) -> None:
+        """Errors and warnings of the validation layer go into `messages`."""
+
+        def note(severity: int, kinds: int, message: int, user: int) -> int:
+            self.messages.append(api.DebugMessage.from_address(message).text.decode(errors="replace"))
+            return 0
+
+        self._callback = api.DEBUG_CALLBACK(note)
+        info = make(
+            api.DebugMessengerCreateInfo, severities=WARNINGS_AND_ERRORS, kinds=EVERY_KIND, callback=self._callback
+        )
+        create = self.function("vkCreateDebugUtilsMessengerEXT", *[ctypes.c_void_p] * 4)
+        handle = api.u64()
+        check(create(self.handle, address(info), None, address(handle)), "vkCreateDebugUtilsMessengerEXT")
+
+    def check_messages(self) -> None:
+        """Raises VulkanError with what the validation layer has found."""
+        if self.messages:
+            found, self.messages = self.messages, []
+            raise VulkanError("\n".join(["the validation layer says:", *found]))
 
     def _describe(self, index: int) -> DeviceInfo:
         physical = self._physical[index]

@@ -136,7 +136,7 @@ class Job:
             array[...] = region.view(buffer.host)
         self._reads.clear()
 
-    def run(self, pipeline: int, launch: Launch, slices: Sequence[Slice | None], grid: Grid) -> None:
+    def run(self, pipeline: int, launch: Launch, slices: Sequence[Slice], grid: Grid) -> None:
         """Dispatches the whole grid, in submissions of bounded length."""
         for first_block, blocks, first_unit, units in self._pieces(grid):
             push = PUSH.pack(

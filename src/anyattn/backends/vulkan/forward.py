@@ -14,6 +14,7 @@ from ...sequences import sequences
 from ..base import Call
 from . import tables, tuning
 from .arrays import VECTOR, Region, lse_region, rows_region, score_region
+from .commands import Slice
 from .engine import Engine, Grid, Job, Launch, launches
 from .memory import Buffer
 
@@ -147,13 +148,10 @@ def bind(
     regions: Mapping[str, Region],
     buffers: Mapping[str, Buffer],
     names: tuple[str, ...],
-) -> list[tuple[Buffer, int, int] | None]:
-    """What each binding sees in a launch; a binding without an array sees the tables, which no shader then reads."""
-    slices: list[tuple[Buffer, int, int] | None] = []
+) -> list[Slice]:
+    """What each binding sees in a launch; one without an array sees the tables, which no shader then reads."""
+    slices: list[Slice] = []
     for name in names:
-        if not name:
-            slices.append(None)
-            continue
         buffer = buffers.get(name, buffers["tables"])
         offset, size = 0, buffer.size
         if name in buffers and name in regions:
