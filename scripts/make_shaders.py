@@ -28,10 +28,9 @@ def variants() -> dict[str, tuple[Path, tuple[str, ...]]]:
     """Binary -> its source and its definitions."""
     found = {}
     for source in sorted(SHADERS.glob("*.comp")):
-        text = everything(source)
         for storage, stored in STORAGES.items():
             for shuffle, shuffled in SHUFFLES.items():
-                if not shuffled or "SHUFFLE" in text:
+                if not shuffled or "SHUFFLE" in source.read_text(encoding="utf-8"):
                     found[f"{source.stem}_{storage}{shuffle}"] = (source, (*stored, *shuffled))
     return found
 

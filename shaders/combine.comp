@@ -21,13 +21,13 @@ void main() {
     if (i >= uint(s.n_q)) return;
     uint lse_index = lse_at(s, h) + i;
     float top = MINUS_INFINITY;
-    for (uint split = 0; split < launch.num_splits; ++split) {
+    for (uint split = 0; split < launch.parts; ++split) {
         top = max(top, partial_lse[lse_index + split * t.partial_lse_split]);
     }
     uint at = rows_at(s, h, t.out_head, t.out_batch, t.out_row) + i * t.out_row + x;
     float total = 0.0;
     vec4 sum = vec4(0);
-    for (uint split = 0; split < launch.num_splits; ++split) {
+    for (uint split = 0; split < launch.parts; ++split) {
         float lse = partial_lse[lse_index + split * t.partial_lse_split];
         if (lse == MINUS_INFINITY) continue;
         float weight = exp(lse - top);

@@ -8,7 +8,7 @@
 //
 // A workgroup computes WORKGROUP / LANES * ROWS rows of one KV head: rows of all query heads that read it, those of one
 // query position next to each other, so that decoding fills a workgroup too. LANES invocations share a row: each keeps
-// every LANES-th vector of q and of the sum. With SPLIT a workgroup takes split_keys keys of its rows,
+// every LANES-th vector of q and of the sum. With SPLIT a workgroup takes part_size keys of its rows,
 // and combine.comp puts the results together.
 #include "include/tables.glsl"
 #include "include/storage.glsl"
@@ -16,6 +16,7 @@
 #include "include/score.glsl"
 #include "include/philox.glsl"
 #include "include/lanes.glsl"
+#include "include/rows.glsl"
 
 layout(std430, binding = 2) readonly buffer Q { STORED q_memory[]; };
 layout(std430, binding = 3) readonly buffer K { STORED k_memory[]; };
@@ -24,38 +25,16 @@ layout(std430, binding = 5) writeonly buffer Out { STORED out_memory[]; };
 layout(std430, binding = 6) writeonly buffer Lse { float lse_memory[]; };
 layout(std430, binding = 9) writeonly buffer Partial { vec4 partial_memory[]; };  // with SPLIT, instead of out
 
-const uint OWN = DIM / LANES, OWN_V = DIM_V / LANES;  // vectors of an invocation
-const uint SLOTS = WORKGROUP / LANES;                 // rows side by side
-
-#ifndef SHUFFLE
-shared float sums[LANES == 1 ? 1 : WORKGROUP * ROWS * KEYS];
-#endif
-
-struct Row {
-    ScoreRow line;
-    uint h;
-    bool used;
-    int begin, end;
-};
-
-uint lane;
 Row rows[ROWS];
 vec4 q[ROWS][OWN], acc[ROWS][OWN_V];
 float m[ROWS], l[ROWS];
 
 void load_rows(Sequence s, uint h_kv, uint first, uint count) {
-    uint slot = gl_LocalInvocationID.x / LANES;
     [[unroll]] for (uint n = 0; n < ROWS; ++n) {
-        uint packed = first + n * SLOTS + slot;
-        rows[n].used = packed < count;
-        packed = min(packed, count - 1);
-        int i = int(packed / t.group);
-        uint h = h_kv * t.group + packed % t.group;
-        rows[n].h = h;
-        rows[n].line = score_row(s, i, h);
-        rows[n].begin = key_begin(s, i);
-        rows[n].end = key_end(s, i);
-        uint at = rows_at(s, h, t.q_head, t.q_batch, t.q_row) + i * t.q_row + lane;
+        rows[n] = packed_row(s, h_kv, first + n * SLOTS + slot(), 0, count);
+        int i = rows[n].line.i;
+        uint h = rows[n].h;
+        uint at = rows_at(s, h, t.q_head, t.q_batch, t.q_row) + i * t.q_row + lane();
         [[dont_unroll]] for (uint x = 0; x < OWN; ++x) q[n][x] = load4(q_memory[at + x * LANES]);
         [[dont_unroll]] for (uint x = 0; x < OWN_V; ++x) acc[n][x] = vec4(0);
         m[n] = UNSEEN;
@@ -70,13 +49,6 @@ void load_rows(Sequence s, uint h_kv, uint first, uint count) {
     }
 }
 
-// Where the keys [j, j + KEYS) lie; those outside [begin, end) are not read: their neighbour inside is.
-void find_keys(Sequence s, uint first, uint batch_stride, uint row_stride, int j, int begin, int end, out uint at[KEYS]) {
-    [[unroll]] for (uint c = 0; c < KEYS; ++c) {
-        at[c] = key_at(s, first, batch_stride, row_stride, clamp(j + int(c), begin, end - 1)) + lane;
-    }
-}
-
 // Products of the rows with KEYS keys.
 void products(uint at[KEYS], out float x[ROWS][KEYS]) {
     vec4 sum[ROWS][KEYS];
@@ -87,26 +59,7 @@ void products(uint at[KEYS], out float x[ROWS][KEYS]) {
             [[unroll]] for (uint n = 0; n < ROWS; ++n) sum[n][c] = fma(q[n][i], key, sum[n][c]);
         }
     }
-    [[unroll]] for (uint n = 0; n < ROWS; ++n) [[unroll]] for (uint c = 0; c < KEYS; ++c) {
-        vec4 parts = sum[n][c];
-        x[n][c] = (parts.x + parts.y) + (parts.z + parts.w);
-    }
-    if (LANES == 1) return;
-#ifdef SHUFFLE
-    [[unroll]] for (uint n = 0; n < ROWS; ++n) [[unroll]] for (uint c = 0; c < KEYS; ++c) x[n][c] = sum_lanes(x[n][c]);
-#else
-    uint own = gl_LocalInvocationID.x, first = own - lane;
-    [[unroll]] for (uint n = 0; n < ROWS; ++n) [[unroll]] for (uint c = 0; c < KEYS; ++c) {
-        sums[(n * KEYS + c) * WORKGROUP + own] = x[n][c];
-    }
-    barrier();
-    [[unroll]] for (uint n = 0; n < ROWS; ++n) [[unroll]] for (uint c = 0; c < KEYS; ++c) {
-        float sum = 0.0;
-        [[unroll]] for (uint other = 0; other < LANES; ++other) sum += sums[(n * KEYS + c) * WORKGROUP + first + other];
-        x[n][c] = sum;
-    }
-    barrier();
-#endif
+    sum_lanes(sum, x);
 }
 
 // Products become weights exp(s - m); m and l follow. Returns by what the sum so far must be multiplied.
@@ -153,7 +106,7 @@ void write_rows(Sequence s) {
         if (!rows[n].used) continue;
         float scale = l[n] == 0.0 ? 0.0 : 1.0 / l[n];
         int i = rows[n].line.i;
-        uint h = rows[n].h, at = rows_at(s, h, t.out_head, t.out_batch, t.out_row) + i * t.out_row + lane;
+        uint h = rows[n].h, at = rows_at(s, h, t.out_head, t.out_batch, t.out_row) + i * t.out_row + lane();
         uint lse = lse_at(s, h) + i;
         if (has(SPLIT)) {
             at += gl_WorkGroupID.z * t.partial_split;
@@ -162,7 +115,7 @@ void write_rows(Sequence s) {
         } else {
             [[dont_unroll]] for (uint x = 0; x < OWN_V; ++x) out_memory[at + x * LANES] = store4(acc[n][x] * scale);
         }
-        if (lane == 0) lse_memory[lse] = l[n] == 0.0 ? MINUS_INFINITY : (m[n] + log2(l[n])) * LN2;
+        if (lane() == 0) lse_memory[lse] = l[n] == 0.0 ? MINUS_INFINITY : (m[n] + log2(l[n])) * LN2;
     }
 }
 
@@ -171,7 +124,6 @@ void main() {
     Sequence s = read_sequence(unit_batch());
     uint count = uint(s.n_q * t.group), first = (launch.first_block + gl_WorkGroupID.x) * (SLOTS * ROWS);
     if (first >= count) return;
-    lane = gl_LocalInvocationID.x % LANES;
     load_rows(s, h_kv, first, count);
     int first_row = int(first / t.group), last_row = int((min(first + SLOTS * ROWS, count) - 1) / t.group);
     int begin = key_begin(s, first_row), end = key_end(s, last_row);
@@ -179,9 +131,9 @@ void main() {
     // Steps begin at multiples of KEYS: so do the groups of dropout, and so does every split.
     int start = begin / int(KEYS) * int(KEYS), stop = begin < end ? end : 0;
     if (has(SPLIT)) {
-        int split = int(gl_WorkGroupID.z) * launch.split_keys;
+        int split = int(gl_WorkGroupID.z) * launch.part_size;
         start = max(start, split);
-        stop = min(stop, split + launch.split_keys);
+        stop = min(stop, split + launch.part_size);
     }
     uint k_at = keys_at(s, h_kv, t.k_head, t.k_batch, t.k_row), v_at = keys_at(s, h_kv, t.v_head, t.v_batch, t.v_row);
     for (int j = start; j < stop; j += int(KEYS)) {

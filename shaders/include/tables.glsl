@@ -21,6 +21,10 @@ layout(std430, binding = 0) readonly buffer Tables {
     uint lse_head, lse_batch;  // lse, delta
     uint bias_head, bias_batch, bias_row, bias_key;
     uint mask_head, mask_batch, mask_row, mask_key;
+    uint dbias_head, dbias_batch, dbias_row, dbias_key;
+    int row_tiles, key_tiles;  // of dbias.comp, side by side
+    uint row_tile, key_tile;   // between the sums of two of them, where the bias has one row or key for all
+    int seqlen_k;
     uint partial_split, partial_lse_split;  // split keys: between the partial results of two splits
     int rest[];
 } t;
@@ -33,8 +37,9 @@ layout(push_constant) uniform Launch {
     uint first_block, first_unit;
     uint first_head, nheads;  // KV heads
     uint first_batch;
-    int split_keys;  // keys of one split
-    uint num_splits, reserved;
+    int part_size;  // keys, rows or turns of one part: split keys, or one of several dispatches that add up
+    uint parts;
+    int part;
 } launch;
 
 // Features that change what is computed: FEATURES says which of them a module can do, t.features which are asked for.

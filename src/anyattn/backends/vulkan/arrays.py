@@ -34,13 +34,20 @@ class Region:
     def nbytes(self) -> int:
         return self.items * self.itemsize
 
+    @property
+    def used(self) -> int:
+        """Items up to the last that is one of the array's."""
+        return self._used(*self.shape[:2])
+
     def extent(self, heads: int, batches: int) -> int:
-        """Items from the first of `heads` heads and `batches` sequences to behind the last."""
-        if 0 in (heads, batches, *self.shape):
-            return 0
+        """Items from the first of `heads` heads and `batches` sequences to where one may bind behind the last."""
+        return -(-self._used(heads, batches) * self.itemsize // ALIGNMENT) * ALIGNMENT // self.itemsize
+
+    def _used(self, heads: int, batches: int) -> int:
         sizes = (heads, batches, *self.shape[2:])
-        last = self.fill + sum((size - 1) * stride for size, stride in zip(sizes, self.strides, strict=True))
-        return -(-(last + 1) * self.itemsize // ALIGNMENT) * ALIGNMENT // self.itemsize
+        if 0 in sizes:
+            return 0
+        return 1 + self.fill + sum((size - 1) * stride for size, stride in zip(sizes, self.strides, strict=True))
 
     def part(self, heads: tuple[int, int], batches: tuple[int, int]) -> tuple[int, int]:
         """(offset, bytes) of heads and batches [first, first + count)."""
@@ -89,9 +96,11 @@ def _round(items: int, itemsize: int) -> int:
 def arranged(name: str, array: NDArray) -> NDArray:
     """A call's array as (head, batch, row, column), a view."""
     raw: NDArray = array.view(f"u{array.itemsize}") if array.dtype.kind != "u" else array
-    if name in ("lse", "dlse", "delta"):
+    if name in ("lse", "dlse"):
         whole: NDArray = raw if raw.ndim == 3 else raw[None]
         return np.asarray(whole.transpose(1, 0, 2)[..., None])
+    if name == "dsink":
+        return np.asarray(raw[None, None, None])
     if name in ("bias", "mask", "dbias"):
         return np.asarray(raw.transpose(1, 0, 2, 3))
     whole = raw if raw.ndim == 4 else raw[None]

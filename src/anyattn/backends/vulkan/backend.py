@@ -8,8 +8,10 @@ from ...problem import Problem
 from ..base import Call, Plan, append_on_host
 from . import device as devices
 from .api import VulkanError
+from .backward import BackwardPlan, backward_regions
 from .engine import engine
-from .forward import ForwardPlan, Setup
+from .forward import ForwardPlan, Setup, problem_launches
+from .tuning import backward_configs
 
 DTYPES = ("float32", "float16", "bfloat16")
 MAX_HEAD_DIM = 256
@@ -41,16 +43,21 @@ class VulkanBackend:
             if size > MAX_HEAD_DIM:
                 reasons.append(f"{name} {size} > {MAX_HEAD_DIM}")
         if problem.dout is not None:
-            reasons.append("has no backward yet")
+            reasons += _backward_reasons(problem)
         return reasons or self._limits(problem)
 
     def _limits(self, problem: Problem) -> list[str]:
         """What the device at hand cannot hold."""
         info = engine().device.info
-        setup = Setup.of(info, problem)
-        if not setup.launches:
+        if problem.dout is None:
+            setup = Setup.of(info, problem)
+            regions, launches = setup.regions, setup.launches
+        else:
+            regions = backward_regions(problem, backward_configs(info, problem))
+            launches = problem_launches(problem, regions, info.storage_range)
+        if not launches:
             return [f"one head of one array is larger than a binding of {info.name}: {info.storage_range} bytes"]
-        name, region = max(setup.regions.items(), key=lambda item: item[1].nbytes)
+        name, region = max(regions.items(), key=lambda item: item[1].nbytes)
         if region.nbytes > info.allocation:
             return [f"{name} has {region.nbytes} bytes; {info.name} allocates {info.allocation} at most"]
         return []
@@ -66,10 +73,21 @@ class VulkanBackend:
         return [f"{info.name} runs on the CPU, which the native engine uses better"] if info.software else []
 
     def plan(self, problem: Problem) -> Plan:
-        return ForwardPlan(engine(), problem)
+        return ForwardPlan(engine(), problem) if problem.dout is None else BackwardPlan(engine(), problem)
 
     def append(self, append: Append, call: Call) -> None:
         append_on_host(append, call)  # a cache in host memory is not sent back and forth for a row
+
+
+def _backward_reasons(problem: Problem) -> list[str]:
+    reasons = []
+    if problem.paged or problem.cache_batch_idx is not None:
+        reasons.append("has no backward through a KV cache (block_table, cache_batch_idx)")
+    for name in ("out", "dout"):
+        dtype = getattr(problem, name).dtype
+        if dtype != problem.dtype:
+            reasons.append(f"takes {name} in the dtype of q, {problem.dtype}; it is {dtype}")
+    return reasons
 
 
 def operations(problem: Problem) -> float:

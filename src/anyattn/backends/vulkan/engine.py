@@ -140,7 +140,7 @@ class Job:
         """Dispatches the whole grid, in submissions of bounded length."""
         for first_block, blocks, first_unit, units in self._pieces(grid):
             push = PUSH.pack(
-                *(first_block, first_unit, *launch.heads, launch.batches[0], grid.split_keys, grid.splits, 0)
+                *(first_block, first_unit, *launch.heads, launch.batches[0], grid.part_size, grid.parts, grid.part)
             )
             self.commands.dispatch(pipeline, slices, push, (blocks, units, grid.layers))
             self._pace(grid.operations * (blocks * units) / max(1, grid.blocks * grid.units))
@@ -173,14 +173,18 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Workgroups of a launch: blocks of rows or keys, units (a KV head of a sequence), splits; and its work."""
+    """Workgroups of a launch: blocks of rows or keys, units (a KV head of a sequence), layers; and its work.
+
+    What parts are is the shader's: split keys, each with workgroups of its own (layers), or dispatches that add up.
+    """
 
     blocks: int
     units: int
     operations: float
-    splits: int = 1
-    split_keys: int = 0
-    layers: int = 1  # splits, where each has workgroups of its own
+    parts: int = 1
+    part_size: int = 0
+    layers: int = 1
+    part: int = 0
 
 
 def launches(

@@ -25,6 +25,7 @@ SPLIT_BINDINGS = ("tables", "heads", "q", "k", "v", "", "partial_lse", "bias", "
 COMBINE_BINDINGS = ("tables", "", "", "", "", "out", "lse", "", "", "partial", "partial_lse")
 MINUS_INFINITY = 0xFF800000
 SCORES = ("bias", "mask")
+KV_ARRAYS = ("k", "v", "dk", "dv")  # have a head for each KV head
 # operations for each score beyond its products with K and V
 SOFTMAX_OPERATIONS = 16
 
@@ -49,8 +50,7 @@ def problem_regions(problem: Problem, dim: int, dim_v: int) -> dict[str, Region]
 def problem_launches(problem: Problem, regions: Mapping[str, Region], limit: int, splits: int = 1) -> list[Launch]:
     """See `engine.launches`; packed, paged and reordered sequences cannot be told apart in memory."""
     scales = {"out": splits * 4 // ITEMSIZE[problem.dtype], "lse": splits} if splits > 1 else {}
-    query_heads = ("q", "out", "lse", "dq", "bias", "mask", "dout", "delta")
-    heads = {name: problem.group if name in query_heads else 1 for name in regions}
+    heads = {name: 1 if name in KV_ARRAYS else problem.group for name in regions}
     whole = problem.packed_q or problem.packed_k or problem.paged or problem.cache_batch_idx is not None
     return launches(regions, heads, (problem.nheads_kv, problem.batch), limit, whole, scales)
 
@@ -175,7 +175,7 @@ def bind(
         offset, size = 0, buffer.size
         if name in buffers and name in regions:
             region = regions[name]
-            step = 1 if name in ("k", "v", "dk", "dv") else problem.group
+            step = 1 if name in KV_ARRAYS else problem.group
             offset, size = launch.part(region, step)
         slices.append((buffer, offset, max(size, VECTOR)))
     return slices

@@ -23,7 +23,8 @@ HEADER: tuple[tuple[str, str], ...] = (
     *((name, "i") for name in ("page_size", "max_pages", "pages_at", "rows_q")),
     *((f"{array}_{axis}", "I") for array in STRIDED for axis in ("head", "batch", "row")),
     *(("lse_head", "I"), ("lse_batch", "I")),
-    *((f"{array}_{axis}", "I") for array in ("bias", "mask") for axis in ("head", "batch", "row", "key")),
+    *((f"{array}_{axis}", "I") for array in ("bias", "mask", "dbias") for axis in ("head", "batch", "row", "key")),
+    *(("row_tiles", "i"), ("key_tiles", "i"), ("row_tile", "I"), ("key_tile", "I"), ("seqlen_k", "i")),
     *(("partial_split", "I"), ("partial_lse_split", "I")),
 )
 HEADER_STRUCT = struct.Struct("=" + "".join(kind for _, kind in HEADER))
@@ -68,6 +69,7 @@ def problem_values(problem: Problem, regions: Mapping[str, Region]) -> Values:
         "page_size": max(problem.page_size, 1),
         "max_pages": problem.block_table.shape[1] if problem.block_table is not None else 0,
         "pages_at": SEQUENCE_INTS * problem.batch,
+        "seqlen_k": problem.seqlen_k,
         "rows_q": problem.q.shape[0] if problem.packed_q else problem.seqlen_q,
     }
     for name, region in regions.items():
@@ -76,7 +78,7 @@ def problem_values(problem: Problem, regions: Mapping[str, Region]) -> Values:
             values |= dict(zip((f"{name}_head", f"{name}_batch", f"{name}_row"), strides, strict=True))
         elif name == "lse":
             values |= {"lse_head": region.strides[0], "lse_batch": region.strides[1]}
-        elif name in ("bias", "mask"):
+        elif name in ("bias", "mask", "dbias"):
             names = [f"{name}_{axis}" for axis in ("head", "batch", "row", "key")]
             values |= dict(zip(names, region.strides, strict=True))
     return values

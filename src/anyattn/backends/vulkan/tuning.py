@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from ...problem import Problem
 from .arrays import VECTOR
@@ -48,6 +49,8 @@ GENERIC_DIM = 16
 SOFTWARE_ITERATIONS = 60_000
 FEW_WORKGROUPS = 256  # below, keys are split until there are as many
 LEAST_SPLIT = 256
+UNBOUNDED = 2**30
+SHARED_TILES = 32
 
 
 def forward_config(info: DeviceInfo, problem: Problem) -> Config:
@@ -81,8 +84,58 @@ def split_keys(info: DeviceInfo, problem: Problem, config: Config) -> int:
     return max(LEAST_SPLIT, _round(-(-problem.seqlen_k * workgroups // FEW_WORKGROUPS), 8))
 
 
+def backward_configs(info: DeviceInfo, problem: Problem) -> dict[str, Config]:
+    """By shader; all with the same vectors of a row, so that they read the same memory."""
+    base = forward_config(info, problem)
+    if info.software:
+        own = base.rows
+    else:
+        lanes = min(_power_of_two(max(base.dim, base.dim_v) // 2), 16)
+        dim, dim_v = (_round(x, lanes) for x in (base.dim, base.dim_v))
+        shuffle = info.shuffle and info.subgroup >= lanes
+        base, own = replace(base, lanes=lanes, dim=dim, dim_v=dim_v, shuffle=shuffle), 2
+    alone = replace(base, lanes=1, rows=1, keys=1, shuffle=False)
+    return {
+        "dq": replace(base, rows=own, keys=4),
+        "dkdv": replace(base, rows=4, keys=own),
+        "dbias": replace(alone, rows=2, keys=4),
+        **dict.fromkeys(("delta", "sum", "store"), alone),
+    }
+
+
+def part_sizes(info: DeviceInfo, configs: Mapping[str, Config]) -> dict[str, int]:
+    """Keys for dq, rows for dkdv, turns for dbias, terms for sum that one dispatch adds up."""
+    if not info.software:
+        return dict.fromkeys(("dq", "dkdv", "dbias", "sum"), UNBOUNDED)
+    dq, dkdv = configs["dq"], configs["dkdv"]
+    dim, dim_v = dq.dim, dq.dim_v
+    return {
+        "dq": SOFTWARE_ITERATIONS // (2 * dim + dim_v + 1) * dq.keys,
+        "dkdv": SOFTWARE_ITERATIONS // (2 * (dim + dim_v) + 1) * dkdv.rows,
+        "dbias": SOFTWARE_ITERATIONS // (dim + dim_v + 1),
+        "sum": SOFTWARE_ITERATIONS * configs["sum"].workgroup,
+    }
+
+
+def bias_tiles(problem: Problem, config: Config) -> tuple[int, int]:
+    """Tiles of rows and of keys side by side in dbias.comp: all, or some where all rows (keys) share a bias."""
+    assert problem.bias is not None
+    rows, keys = problem.bias.shape[2:]
+    row_tiles, key_tiles = -(-problem.seqlen_q // config.rows), -(-problem.seqlen_k // config.keys)
+    if rows == 1:
+        row_tiles = min(row_tiles, SHARED_TILES)
+    if keys == 1:
+        key_tiles = min(key_tiles, SHARED_TILES)
+    return row_tiles, key_tiles
+
+
 def vectors(columns: int) -> int:
     return -(-columns // VECTOR)
+
+
+def _power_of_two(x: int) -> int:
+    """The largest up to x, at least 1."""
+    return 1 << max(x, 1).bit_length() - 1
 
 
 def _round(x: int, step: int) -> int:
