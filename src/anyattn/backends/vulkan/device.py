@@ -60,6 +60,28 @@ class DeviceInfo:
         return ""
 
 
+    def paths(self) -> dict[str, str]:
+        """Ways to compute -> why this device cannot take it; "" where it can."""
+        return {
+            "scalar": self.refusal(),
+            "subgroup shuffles": "" if self.shuffle else "the driver offers none in compute shaders",
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-ready, for `anyattn info`."""
+        paths = self.paths()
+        version = ".".join(map(str, self.api))
+        return {
+            "index": self.index,
+            "name": self.name,
+            "kind": self.kind,
+            "driver": f"{self.driver}, Vulkan {version}, subgroups of {self.subgroup}",
+            "memory": f"bindings of {self.storage_range} bytes, allocations of {self.allocation}",
+            "paths": ", ".join(name for name, reason in paths.items() if not reason),
+            "off": "; ".join(f"{name}: {reason}" for name, reason in paths.items() if reason),
+        }
+
+
 class Instance:
     """The loader's instance and its devices."""
 
