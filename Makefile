@@ -7,6 +7,8 @@ VENV ?= .venv
 TORCH_INDEX ?=
 JOBS ?= auto
 PYTEST_ARGS ?=
+# Backends that must be there: a missing one fails instead of going untested.
+REQUIRE ?= cpu
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 SECONDS ?= 60
@@ -47,19 +49,19 @@ demo: venv
 	$(BIN)/python -m anyattn demo $(DEMO_ARGS)
 
 test: require-native
-	ANYATTN_REQUIRE=cpu $(BIN)/python -m pytest tests -n $(JOBS) $(PYTEST_ARGS)
+	ANYATTN_REQUIRE=$(REQUIRE) $(BIN)/python -m pytest tests -n $(JOBS) $(PYTEST_ARGS)
 
 full: require-native
-	ANYATTN_REQUIRE=cpu $(BIN)/python -m pytest tests -n $(JOBS) -m "full or not full" --hypothesis-profile=full $(PYTEST_ARGS)
+	ANYATTN_REQUIRE=$(REQUIRE) $(BIN)/python -m pytest tests -n $(JOBS) -m "full or not full" --hypothesis-profile=full $(PYTEST_ARGS)
 	$(MAKE) soak
 
 # Random problems for so many seconds; SOAK_ARGS="--seed N" draws others.
 soak: require-native
-	ANYATTN_REQUIRE=cpu $(BIN)/python tests/soak.py --seconds $(SECONDS) $(SOAK_ARGS)
+	ANYATTN_REQUIRE=$(REQUIRE) $(BIN)/python tests/soak.py --seconds $(SECONDS) $(SOAK_ARGS)
 
 # An install without a working compiler succeeds on purpose; here a missing native library is a failure.
 require-native: venv
-	@ANYATTN_REQUIRE=cpu $(BIN)/python -m anyattn info || \
+	@ANYATTN_REQUIRE=$(REQUIRE) $(BIN)/python -m anyattn info || \
 		{ echo "To see why: $(PIP) install -v --no-deps --no-build-isolation ."; exit 1; }
 
 bench: require-native $(VENV)/bench

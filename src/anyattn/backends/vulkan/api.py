@@ -169,9 +169,7 @@ Properties = struct(
     *(("name", ctypes.c_char * 256), ("cache_uuid", ctypes.c_uint8 * 16), ("limits", Limits), ("sparse", u32 * 5)),
 )
 DEBUG_CALLBACK = ctypes.CFUNCTYPE(u32, u32, u32, pointer, pointer)
-DebugMessage = chained(
-    "DebugMessage", 1000128003, ("flags", u32), ("id_name", char_p), ("id", i32), ("text", char_p)
-)
+DebugMessage = chained("DebugMessage", 1000128003, ("flags", u32), ("id_name", char_p), ("id", i32), ("text", char_p))
 DebugMessengerCreateInfo = chained(
     "DebugMessengerCreateInfo",
     1000128004,

@@ -10,8 +10,8 @@ from . import device as devices
 from .api import VulkanError
 from .backward import BackwardPlan, backward_regions
 from .engine import engine
-from .forward import ForwardPlan, problem_launches, problem_regions
-from .tuning import backward_configs, forward_config, split_keys
+from .forward import ForwardPlan, Setup, problem_launches
+from .tuning import backward_configs
 
 DTYPES = ("float32", "float16", "bfloat16")
 MAX_HEAD_DIM = 256
@@ -49,18 +49,17 @@ class VulkanBackend:
     def _limits(self, problem: Problem) -> list[str]:
         """What the device at hand cannot hold."""
         info = engine().device.info
-        splits = 1
         if problem.dout is None:
-            config = forward_config(info, problem)
-            regions = problem_regions(problem, config.dim, config.dim_v)
-            splits = -(-problem.seqlen_k // split_keys(info, problem, config))
+            setup = Setup.of(info, problem)
+            regions, launches = setup.regions, setup.launches
         else:
             regions = backward_regions(problem, backward_configs(info, problem))
-        if not problem_launches(problem, regions, info.storage_range, max(1, splits)):
+            launches = problem_launches(problem, regions, info.storage_range)
+        if not launches:
             return [f"one head of one array is larger than a binding of {info.name}: {info.storage_range} bytes"]
-        largest = max(regions, key=lambda name: regions[name].nbytes)
-        if regions[largest].nbytes > info.allocation:
-            return [f"{largest} has {regions[largest].nbytes} bytes; {info.name} allocates {info.allocation} at most"]
+        name, region = max(regions.items(), key=lambda item: item[1].nbytes)
+        if region.nbytes > info.allocation:
+            return [f"{name} has {region.nbytes} bytes; {info.name} allocates {info.allocation} at most"]
         return []
 
     def avoids(self, problem: Problem) -> list[str]:

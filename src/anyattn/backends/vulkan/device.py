@@ -60,6 +60,28 @@ class DeviceInfo:
         return ""
 
 
+    def paths(self) -> dict[str, str]:
+        """Ways to compute -> why this device cannot take it; "" where it can."""
+        return {
+            "scalar": self.refusal(),
+            "subgroup shuffles": "" if self.shuffle else "the driver offers none in compute shaders",
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-ready, for `anyattn info`."""
+        paths = self.paths()
+        version = ".".join(map(str, self.api))
+        return {
+            "index": self.index,
+            "name": self.name,
+            "kind": self.kind,
+            "driver": f"{self.driver}, Vulkan {version}, subgroups of {self.subgroup}",
+            "memory": f"bindings of {self.storage_range} bytes, allocations of {self.allocation}",
+            "paths": ", ".join(name for name, reason in paths.items() if not reason),
+            "off": "; ".join(f"{name}: {reason}" for name, reason in paths.items() if reason),
+        }
+
+
 class Instance:
     """The loader's instance and its devices."""
 
@@ -257,15 +279,24 @@ class Device:
         return handle
 
 
-_open: dict[str, Any] = {}  # "instance" and "device"; a forked child starts anew
+_open: dict[str, Any] = {}  # "instance" and "device"
+_forked = False  # from a process that had opened a driver, whose threads are not here
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = _forked or bool(_open)
+    _open.clear()
 
 
 def instance() -> Instance:
     """The instance, made at first use.
 
     Raises:
-        VulkanError: no loader or no working driver.
+        VulkanError: no loader or no working driver, or one that did not come through a fork.
     """
+    if _forked:
+        raise VulkanError("this process was forked from one that used Vulkan: no driver survives that; use spawn")
     found: Instance = _open.get("instance") or _open.setdefault("instance", Instance())
     return found
 
@@ -289,4 +320,4 @@ def forget() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_open.clear)
+    os.register_at_fork(after_in_child=_after_fork)

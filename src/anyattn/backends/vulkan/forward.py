@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from ..base import Call
 from . import tables, tuning
 from .arrays import VECTOR, Region, lse_region, rows_region, score_region
 from .commands import Slice
+from .device import DeviceInfo
 from .engine import Engine, Grid, Job, Launch, launches
 from .memory import Buffer
 
@@ -54,6 +55,28 @@ def problem_launches(problem: Problem, regions: Mapping[str, Region], limit: int
     return launches(regions, heads, (problem.nheads_kv, problem.batch), limit, whole, scales)
 
 
+@dataclass(frozen=True)
+class Setup:
+    """How a device computes a problem. No launches: its arrays do not fit into the device's bindings."""
+
+    config: tuning.Config
+    regions: dict[str, Region]
+    split_keys: int
+    splits: int
+    launches: list[Launch]
+
+    @classmethod
+    def of(cls, info: DeviceInfo, problem: Problem) -> Setup:
+        config = tuning.forward_config(info, problem)
+        regions = problem_regions(problem, config.dim, config.dim_v)
+        split_keys = tuning.split_keys(info, problem, config)
+        splits = max(1, -(-problem.seqlen_k // split_keys))
+        launches = problem_launches(problem, regions, info.storage_range, splits)
+        if splits > 1:
+            config = replace(config, features=config.features | tables.SPLIT)
+        return cls(config, regions, split_keys, splits, launches)
+
+
 class ForwardPlan:
     """What does not change between calls."""
 
@@ -62,15 +85,11 @@ class ForwardPlan:
 
     def __init__(self, engine: Engine, problem: Problem) -> None:
         self.engine, self.problem = engine, problem
-        info = engine.device.info
-        self.config = tuning.forward_config(info, problem)
-        self.regions = problem_regions(problem, self.config.dim, self.config.dim_v)
-        self.split_keys = tuning.split_keys(info, problem, self.config)
-        self.splits = max(1, -(-problem.seqlen_k // self.split_keys))
-        self.launches = problem_launches(problem, self.regions, info.storage_range, self.splits)
+        setup = Setup.of(engine.device.info, problem)
+        self.config, self.regions, self.launches = setup.config, setup.regions, setup.launches
+        self.split_keys, self.splits = setup.split_keys, setup.splits
         self.values = tables.problem_values(problem, self.regions)
         if self.splits > 1:
-            self.config = replace(self.config, features=self.config.features | tables.SPLIT)
             self.values |= self._partial_values()
 
     def forward(self, call: Call) -> None:
