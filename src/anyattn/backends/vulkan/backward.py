@@ -221,7 +221,7 @@ class BackwardPlan:
             for part in range(-(-count // size)):
                 grid = Grid(blocks, 1, float(blocks) * count, count, size, 1, part)
                 launch = Launch((first - aligned, 1), (0, 1))
-                job.run(self._pipeline("sum"), launch, (*[None] * 10, parts_of, whole), grid)
+                job.run(self._pipeline("sum"), launch, (*[parts_of] * 11, whole), grid)
                 job.commands.barrier()
         return region, sums
 
@@ -241,6 +241,6 @@ class BackwardPlan:
             source = (sums, first * VECTOR * FLOAT, count * VECTOR * FLOAT)
             to = (target, first * VECTOR * 2, count * VECTOR * 2)
             grid = Grid(blocks, 1, float(count) * VECTOR, count)
-            job.run(self._pipeline("store"), WHOLE, (*[None] * 10, source, to), grid)
+            job.run(self._pipeline("store"), WHOLE, (*[source] * 11, to), grid)
         job.commands.barrier()
         return rounded, target
