@@ -59,7 +59,6 @@ class DeviceInfo:
             return f"{self.name} offers Vulkan {'.'.join(map(str, self.api))}; 1.1 is needed"
         return ""
 
-
     def paths(self) -> dict[str, str]:
         """Ways to compute -> why this device cannot take it; "" where it can."""
         return {
