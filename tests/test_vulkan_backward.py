@@ -19,7 +19,7 @@ from anyattn import accuracy, dispatch
 from anyattn.backends.vulkan import device as devices
 from anyattn.backends.vulkan import tuning
 from anyattn.backends.vulkan.backward import BackwardPlan
-from anyattn.backends.vulkan.engine import engine
+from anyattn.backends.vulkan.engine import current_engine as engine
 
 pytestmark = needs_vulkan
 
