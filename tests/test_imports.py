@@ -32,9 +32,17 @@ ALLOWED = {
     "frameworks": DEFINITION | {"settings", "dispatch", "backends"},
     "arguments": {"problem", "mask"},
     "native": {"backends"},
+    "vulkan": {"backends"},
     "api": {"arguments", "dispatch", "errors", "problem", "mask", "frameworks"},
 }
-LAZY = {("dispatch", "backends.cpu"), ("dispatch", "backends.numpy"), ("api", "frameworks"), ("native", "backends.cpu")}
+LAZY = {
+    ("dispatch", "backends.cpu"),
+    ("dispatch", "backends.vulkan"),
+    ("dispatch", "backends.numpy"),
+    ("api", "frameworks.vulkan"),
+    ("api", "frameworks"),
+    ("native", "backends.cpu"),
+}
 # May import any part; nothing below imports them.
 TOP = {"__init__", "__main__", "cli", "bench", "compat"}
 NUMPY_ONLY = {*ALLOWED, "__init__"} - {"frameworks"}

@@ -21,7 +21,8 @@ import anyattn
 from anyattn import accuracy, dispatch, settings
 from anyattn.backends.vulkan import api, forward, tuning
 from anyattn.backends.vulkan import device as devices
-from anyattn.backends.vulkan.engine import Job, engine
+from anyattn.backends.vulkan.engine import Job
+from anyattn.backends.vulkan.engine import current_engine as engine
 
 ROOT = Path(__file__).resolve().parent.parent
 VULKAN = Engine("vulkan")
@@ -261,7 +262,7 @@ def test_validation_layer() -> None:
         "import sys; sys.path.insert(0, 'tests')\n"
         "from dataclasses import replace\n"
         "import pytest, test_vulkan as t\n"
-        "from anyattn.backends.vulkan.engine import engine, Job\n"
+        "from anyattn.backends.vulkan.engine import current_engine as engine, Job\n"
         "from anyattn.backends.vulkan.api import VulkanError\n"
         "for case in t.CASES: t.check(case)\n"
         "with Job(engine()) as job:\n"

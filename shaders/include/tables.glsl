@@ -26,6 +26,7 @@ layout(std430, binding = 0) readonly buffer Tables {
     uint row_tile, key_tile;   // between the sums of two of them, where the bias has one row or key for all
     int seqlen_k;
     uint partial_split, partial_lse_split;  // split keys: between the partial results of two splits
+    int rotary_dim, interleaved;                        // append
     int rest[];
 } t;
 

@@ -8,8 +8,9 @@ from ...problem import Problem
 from ..base import Call, Plan, append_on_host
 from . import device as devices
 from .api import VulkanError
+from .append import append_on_device
 from .backward import BackwardPlan, backward_regions
-from .engine import engine
+from .engine import current_engine
 from .forward import ForwardPlan, Setup, problem_launches
 from .tuning import backward_configs
 
@@ -34,8 +35,11 @@ class VulkanBackend:
 
     def supports(self, problem: Problem) -> list[str]:
         reasons = []
-        if problem.device != "cpu":
-            reasons.append(f"takes arrays in host memory; q is on {problem.device}")
+        device = problem.device
+        if device != "cpu" and not device.startswith("vulkan"):
+            reasons.append(f"takes arrays in host memory or on a Vulkan device; q is on {device}")
+        if device.startswith("vulkan") and problem.dout is not None:
+            reasons.append("has no backward on device arrays")
         if problem.dtype not in DTYPES:
             reasons.append(f"computes {', '.join(DTYPES)}; q is {problem.dtype}")
         for name in ("head_dim", "head_dim_v"):
@@ -48,7 +52,7 @@ class VulkanBackend:
 
     def _limits(self, problem: Problem) -> list[str]:
         """What the device at hand cannot hold."""
-        info = engine().device.info
+        info = current_engine().device.info
         if problem.dout is None:
             setup = Setup.of(info, problem)
             regions, launches = setup.regions, setup.launches
@@ -73,10 +77,15 @@ class VulkanBackend:
         return [f"{info.name} runs on the CPU, which the native engine uses better"] if info.software else []
 
     def plan(self, problem: Problem) -> Plan:
-        return ForwardPlan(engine(), problem) if problem.dout is None else BackwardPlan(engine(), problem)
+        return (
+            ForwardPlan(current_engine(), problem) if problem.dout is None else BackwardPlan(current_engine(), problem)
+        )
 
     def append(self, append: Append, call: Call) -> None:
-        append_on_host(append, call)  # a cache in host memory is not sent back and forth for a row
+        if append.q.device == "cpu":
+            append_on_host(append, call)  # a cache in host memory is not sent back and forth for a row
+        else:
+            append_on_device(current_engine(), append, call)
 
 
 def _backward_reasons(problem: Problem) -> list[str]:

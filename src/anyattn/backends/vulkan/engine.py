@@ -41,7 +41,7 @@ class Engine:
 _engines: dict[Device, Engine] = {}
 
 
-def engine() -> Engine:
+def current_engine() -> Engine:
     """The engine on the device in use.
 
     Raises:
@@ -73,7 +73,7 @@ class Job:
     """One call on the device: holds its lock and gives the call's buffers back at the end."""
 
     def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+        self.engine = engine = current_engine() if engine.device.lost else engine
         self.commands = engine.commands
         self._taken: list[tuple[Buffer, bool]] = []
         self._reads: list[tuple[Buffer, Region, npt.NDArray[Any]]] = []
@@ -102,16 +102,16 @@ class Job:
     def upload(self, name: str, region: Region, array: npt.NDArray[Any]) -> Buffer:
         """A buffer that holds a call's array."""
         target = self.buffer(region.nbytes)
-        write(region, self._host(target, region.nbytes), arranged(name, array))
+        write(region, self.host(target, region.nbytes), arranged(name, array))
         return target
 
     def upload_bytes(self, data: bytes | npt.NDArray[Any]) -> Buffer:
         raw = np.frombuffer(data, np.uint8)
         target = self.buffer(raw.size)
-        self._host(target, raw.size)[: raw.size] = raw
+        self.host(target, raw.size)[: raw.size] = raw
         return target
 
-    def _host(self, target: Buffer, size: int) -> npt.NDArray[np.uint8]:
+    def host(self, target: Buffer, size: int) -> npt.NDArray[np.uint8]:
         """Mapped memory whose contents the target has before the first dispatch."""
         if target.host is not None:
             return target.host

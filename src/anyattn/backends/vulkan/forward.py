@@ -16,6 +16,7 @@ from . import tables, tuning
 from .arrays import VECTOR, Region, lse_region, rows_region, score_region
 from .commands import Slice
 from .device import DeviceInfo
+from .device_array import DeviceArray, device_width
 from .engine import Engine, Grid, Job, Launch, launches
 from .memory import Buffer
 
@@ -33,11 +34,14 @@ SOFTMAX_OPERATIONS = 16
 def problem_regions(problem: Problem, dim: int, dim_v: int) -> dict[str, Region]:
     """Where q, k, v, out, lse and, if given, bias and mask lie; dim and dim_v in vectors."""
     itemsize = ITEMSIZE[problem.dtype]
+    width, width_v = VECTOR * dim, VECTOR * dim_v
+    if problem.device != "cpu":
+        width, width_v = device_width(problem.head_dim), device_width(problem.head_dim_v)
     regions = {
-        "q": rows_region(problem.q.shape, itemsize, VECTOR * dim),
-        "k": rows_region(problem.k.shape, itemsize, VECTOR * dim),
-        "v": rows_region(problem.v.shape, itemsize, VECTOR * dim_v),
-        "out": rows_region(problem.out_shape, itemsize, VECTOR * dim_v),
+        "q": rows_region(problem.q.shape, itemsize, width),
+        "k": rows_region(problem.k.shape, itemsize, width),
+        "v": rows_region(problem.v.shape, itemsize, width_v),
+        "out": rows_region(problem.out_shape, itemsize, width_v),
         "lse": lse_region(problem.lse_shape),
     }
     for name in SCORES:
@@ -93,26 +97,33 @@ class ForwardPlan:
             self.values |= self._partial_values()
 
     def forward(self, call: Call) -> None:
-        problem, job = self.problem, Job(self.engine)
-        inputs = {name: numpy_view(call, name) for name in ("q", "k", "v", *SCORES)}
+        problem = self.problem
         if 0 in problem.lse_shape:
             return
-        with job:
-            buffers = {
-                name: job.upload(name, self.regions[name], array) for name, array in inputs.items() if array is not None
-            }
+        with Job(self.engine) as job:
+            buffers = {name: self._buffer(job, call, name) for name in ("q", "k", "v", *SCORES) if has(call, name)}
             buffers |= upload_tables(job, problem, self.values, call)
-            for name in ("out", "lse"):
-                buffers[name] = job.buffer(self.regions[name].nbytes)
+            buffers["lse"] = job.buffer(self.regions["lse"].nbytes)
+            on_device = isinstance(call.out, DeviceArray)
+            buffers["out"] = call.out.buffer if on_device else job.buffer(self.regions["out"].nbytes)
             if problem.packed_q or problem.seqused_q is not None:  # rows outside every sequence
                 job.commands.fill(buffers["out"], self.regions["out"].nbytes, 0)
                 job.commands.fill(buffers["lse"], self.regions["lse"].nbytes, MINUS_INFINITY)
             job.commands.barrier()
             self._dispatch(job, buffers)
             job.commands.barrier()
-            for name, array in (("out", call.out), ("lse", call.lse)):
-                job.download(name, buffers[name], self.regions[name], call.adapter.numpy(array))
+            for name, array in (("out", None if on_device else call.out), ("lse", call.lse)):
+                if array is not None:
+                    job.download(name, buffers[name], self.regions[name], call.adapter.numpy(array))
             job.finish()
+
+    def _buffer(self, job: Job, call: Call, name: str) -> Buffer:
+        """The call's array on the device: it is there already, or goes there."""
+        array = getattr(call, name)
+        if isinstance(array, DeviceArray):
+            array.check(job)
+            return array.buffer
+        return job.upload(name, self.regions[name], call.adapter.numpy(array))
 
     def backward(self, call: Call) -> None:
         raise NotImplementedError("a plan of the forward pass")
@@ -133,7 +144,7 @@ class ForwardPlan:
         problem, config = self.problem, self.config
         if self.splits > 1:
             buffers |= {name: job.buffer(size) for name, size in self.partial_bytes.items()}
-        pipeline = self.engine.pipelines.get(module_name("forward", config), config.constants(), unroll=config.unroll)
+        pipeline = job.engine.pipelines.get(module_name("forward", config), config.constants(), unroll=config.unroll)
         blocks = -(-problem.seqlen_q * problem.group // config.tile)
         per_score = 8 * (config.dim + config.dim_v) + SOFTMAX_OPERATIONS
         for launch in self.launches:
@@ -147,7 +158,7 @@ class ForwardPlan:
 
     def _combine(self, job: Job, launch: Launch, buffers: Mapping[str, Buffer], units: int) -> None:
         config, problem = replace(self.config, shuffle=False), self.problem
-        pipeline = self.engine.pipelines.get(module_name("combine", config), config.constants(), unroll=config.unroll)
+        pipeline = job.engine.pipelines.get(module_name("combine", config), config.constants(), unroll=config.unroll)
         vectors = problem.seqlen_q * problem.group * config.dim_v
         slices = bind(problem, launch, self.regions, buffers, COMBINE_BINDINGS)
         job.commands.barrier()
@@ -179,6 +190,10 @@ def bind(
             offset, size = launch.part(region, step)
         slices.append((buffer, offset, max(size, VECTOR)))
     return slices
+
+
+def has(call: Call, name: str) -> bool:
+    return getattr(call, name) is not None
 
 
 def numpy_view(call: Call, name: str) -> npt.NDArray[Any] | None:

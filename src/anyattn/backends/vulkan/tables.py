@@ -26,6 +26,7 @@ HEADER: tuple[tuple[str, str], ...] = (
     *((f"{array}_{axis}", "I") for array in ("bias", "mask", "dbias") for axis in ("head", "batch", "row", "key")),
     *(("row_tiles", "i"), ("key_tiles", "i"), ("row_tile", "I"), ("key_tile", "I"), ("seqlen_k", "i")),
     *(("partial_split", "I"), ("partial_lse_split", "I")),
+    *((name, "i") for name in ("rotary_dim", "interleaved")),
 )
 HEADER_STRUCT = struct.Struct("=" + "".join(kind for _, kind in HEADER))
 SEQUENCE_INTS = 8

@@ -58,7 +58,10 @@ def forward_config(info: DeviceInfo, problem: Problem) -> Config:
     dim, dim_v = vectors(problem.head_dim), vectors(problem.head_dim_v)
     features = feature_bits(problem)
     if info.software:
-        few = problem.seqlen_q * problem.seqlen_k * (problem.head_dim + problem.head_dim_v) * 2.0 < FEW_FLOPS
+        few = (
+            problem.device == "cpu"
+            and problem.seqlen_q * problem.seqlen_k * (problem.head_dim + problem.head_dim_v) * 2.0 < FEW_FLOPS
+        )
         if few:
             dim, dim_v = (_round(x, GENERIC_DIM) for x in (dim, dim_v))
             features = ALL_FEATURES
