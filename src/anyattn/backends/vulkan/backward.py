@@ -13,7 +13,7 @@ from ...problem import Problem
 from ..base import Call
 from . import tables, tuning
 from .arrays import ALIGNMENT, VECTOR, Region, lse_region, rows_region, score_region
-from .engine import Engine, Grid, Job, Launch
+from .engine import DevicePlan, Engine, Grid, Job, Launch
 from .forward import (
     SCORES,
     bind,
@@ -77,14 +77,12 @@ class Pass:
     operations: float
 
 
-class BackwardPlan:
+class BackwardPlan(DevicePlan):
     """What does not change between calls."""
 
-    forward_bytes = 0
-    backward_bytes = 0
-
     def __init__(self, engine: Engine, problem: Problem) -> None:
-        self.engine, self.problem = engine, problem
+        super().__init__(engine)
+        self.problem = problem
         info = engine.device.info
         self.configs = tuning.backward_configs(info, problem)
         self.part_sizes = tuning.part_sizes(info, self.configs)

@@ -55,6 +55,22 @@ def current_engine() -> Engine:
     return found
 
 
+class DevicePlan:
+    """A plan outlives its device: once that is lost, the device opened in its place computes."""
+
+    forward_bytes = 0
+    backward_bytes = 0
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    @property
+    def engine(self) -> Engine:
+        if self._engine.device.lost:
+            self._engine = current_engine()
+        return self._engine
+
+
 @dataclass(frozen=True, slots=True)
 class Launch:
     """KV heads and sequences [first, first + count) that are bound and computed together."""
@@ -73,7 +89,7 @@ class Job:
     """One call on the device: holds its lock and gives the call's buffers back at the end."""
 
     def __init__(self, engine: Engine) -> None:
-        self.engine = engine = current_engine() if engine.device.lost else engine
+        self.engine = engine
         self.commands = engine.commands
         self._taken: list[tuple[Buffer, bool]] = []
         self._reads: list[tuple[Buffer, Region, npt.NDArray[Any]]] = []

@@ -17,7 +17,7 @@ from .arrays import VECTOR, Region, lse_region, rows_region, score_region
 from .commands import Slice
 from .device import DeviceInfo
 from .device_array import DeviceArray, device_width
-from .engine import Engine, Grid, Job, Launch, launches
+from .engine import DevicePlan, Engine, Grid, Job, Launch, launches
 from .memory import Buffer
 
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "bool": 1}
@@ -81,14 +81,12 @@ class Setup:
         return cls(config, regions, split_keys, splits, launches)
 
 
-class ForwardPlan:
+class ForwardPlan(DevicePlan):
     """What does not change between calls."""
 
-    forward_bytes = 0
-    backward_bytes = 0
-
     def __init__(self, engine: Engine, problem: Problem) -> None:
-        self.engine, self.problem = engine, problem
+        super().__init__(engine)
+        self.problem = problem
         setup = Setup.of(engine.device.info, problem)
         self.config, self.regions, self.launches = setup.config, setup.regions, setup.launches
         self.split_keys, self.splits = setup.split_keys, setup.splits
