@@ -19,7 +19,7 @@ from anyattn import accuracy, dispatch
 from anyattn.backends.vulkan import device as devices
 from anyattn.backends.vulkan import tuning
 from anyattn.backends.vulkan.backward import BackwardPlan
-from anyattn.backends.vulkan.engine import current_engine as engine
+from anyattn.backends.vulkan.engine import current_engine
 
 pytestmark = needs_vulkan
 
@@ -110,11 +110,11 @@ def test_long_sequences_stay_below_the_iterations_of_a_software_driver() -> None
 def test_arrays_larger_than_a_binding(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
     """Parts of the heads, and of one head's sequences, are bound in turn; they add to one bias and one sink."""
     info = replace(devices.device().info, storage_range=limit)
-    monkeypatch.setattr(engine().device, "info", info)
+    monkeypatch.setattr(current_engine().device, "info", info)
     parts = {"batch": 3, "seqlen_q": 17, "seqlen_k": 21, "nheads_kv": 4, "group": 2, "sink": True}
     for case in (Case("b1", bias="b1", dtype="float16", **parts), Case("one", bias="one", mask="h1", **parts)):
         inputs = build(case)
-        assert len(BackwardPlan(engine(), inputs.canonical(backward=True)[0]).launches) > 1
+        assert len(BackwardPlan(current_engine(), inputs.canonical(backward=True)[0]).launches) > 1
         gradients(inputs)
 
 
@@ -122,7 +122,7 @@ def test_the_same_bits_in_any_batch_and_in_any_number_of_submissions(monkeypatch
     """Dropout aside, a sequence's gradients depend on itself alone; nothing depends on how the work is handed over."""
     inputs = build(replace(named("everything"), dropout_p=0.0, bias="", mask="", alibi="h", batch=3))
     first = gradients(inputs)
-    monkeypatch.setattr(engine(), "rate", 1e3)
+    monkeypatch.setattr(current_engine(), "rate", 1e3)
     again = gradients(inputs)
     assert all(np.array_equal(first[name], again[name]) for name in first if first[name] is not None)
     given = {"lse": None} | inputs.arguments
@@ -134,10 +134,10 @@ def test_the_same_bits_in_any_batch_and_in_any_number_of_submissions(monkeypatch
 
 def test_memory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """A device that does not share its memory: everything goes through mapped buffers beside it."""
-    monkeypatch.setattr(engine().memory, "unified", False)
-    engine().memory.trim()
+    monkeypatch.setattr(current_engine().memory, "unified", False)
+    current_engine().memory.trim()
     check(CASES[2])
-    engine().memory.trim()
+    current_engine().memory.trim()
 
 
 def test_what_has_no_backward_says_so() -> None:

@@ -50,7 +50,7 @@ SOFTWARE_ITERATIONS = 60_000
 FEW_WORKGROUPS = 256  # below, keys are split until there are as many
 LEAST_SPLIT = 256
 UNBOUNDED = 2**30
-SHARED_TILES = 32
+SHARED_TILES = 32  # side by side, where all rows or all keys share a bias: what is left to sum.comp
 
 
 def forward_config(info: DeviceInfo, problem: Problem) -> Config:
