@@ -38,7 +38,7 @@ def missing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cpu backend whose library did not build."""
     monkeypatch.delenv("ANYATTN_REQUIRE", raising=False)
     settings.reload()
-    monkeypatch.setattr(dispatch.get("cpu"), "available", lambda: "no library")
+    monkeypatch.setattr(dispatch.get("cpu"), "available", lambda **named: "no library")
     monkeypatch.setattr(dispatch, "_warned", False)
 
 
