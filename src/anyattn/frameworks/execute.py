@@ -6,7 +6,7 @@ tables int32, slopes and sink in the compute dtype, bias and mask with four dime
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 from .. import dispatch, settings
@@ -19,12 +19,20 @@ from ..sequences import check_tables
 
 _FIRST_TABLE = INPUTS.index(TABLES[0])
 _LAST_TABLE = _FIRST_TABLE + len(TABLES)
+_ABSENT = (None,) * (len(INPUTS) - 3)
 Arrays = tuple[Any, ...]
 
 
-def forward(adapter: Adapter, arrays: Arrays, options: Options, backend: str | None) -> tuple[Any, Any]:
-    """(out, lse), new and contiguous."""
-    problem, plan = find(adapter, arrays, options, backend)
+def full(arrays: Arrays) -> Arrays:
+    """All of INPUTS, from those or from q, k and v alone."""
+    return arrays if len(arrays) > 3 else (*arrays, *_ABSENT)
+
+
+def forward(
+    adapter: Adapter, arrays: Arrays, options: Options, backend: str | None, metadata: Hashable = None
+) -> tuple[Any, Any]:
+    """(out, lse), new and contiguous. metadata: of the arrays, where the caller has it already."""
+    problem, plan = find(adapter, arrays, options, backend, metadata)
     q = arrays[0]
     call = Call(adapter, *arrays)
     call.out = adapter.empty(problem.out_shape, problem.dtype, q)
@@ -41,17 +49,20 @@ def backward(
     arrays: Arrays,
     options: Options,
     backend: str | None,
+    metadata: Hashable = None,
     *,
     want_dbias: bool = True,
     want_dsink: bool = True,
 ) -> Arrays:
-    """(dq, dk, dv, dbias or None, dsink or None) from `saved` = (out, lse, dout, dlse or None)."""
+    """(dq, dk, dv, dbias or None, dsink or None) from `saved` = (out, lse, dout, dlse or None).
+
+    metadata: of (*arrays, *saved), where the caller has it already.
+    """
     names = dispatch.named(backend)
-    everything = (*arrays, *saved)
-    key = (options, adapter.keys(everything))
+    key = (options, metadata or adapter.keys((*arrays, *saved)), "backward")
     described = (*INPUTS, *SAVED)
     problem, plan = dispatch.lookup(
-        key, names, lambda: make_problem(_describe(adapter, described, everything), options)
+        key, names, lambda: make_problem(_describe(adapter, described, (*full(arrays), *saved)), options)
     )
     _check_values(adapter, problem, arrays)
     q = arrays[0]
@@ -129,12 +140,13 @@ def _describe(adapter: Adapter, names: tuple[str, ...], arrays: Arrays) -> dict[
     return {name: None if x is None else adapter.describe(x) for name, x in zip(names, arrays, strict=True)}
 
 
-def find(adapter: Adapter, arrays: Arrays, options: Options, backend: str | None) -> tuple[Problem, Plan]:
+def find(
+    adapter: Adapter, arrays: Arrays, options: Options, backend: str | None, metadata: Hashable = None
+) -> tuple[Problem, Plan]:
     """The forward pass that the arrays ask for, its tables checked, and its plan."""
-    key = (options, adapter.keys(arrays))
-    problem, plan = dispatch.lookup(
-        key, dispatch.named(backend), lambda: make_problem(_describe(adapter, INPUTS, arrays), options)
-    )
+    names = dispatch.named(backend)
+    key = (options, metadata or adapter.keys(arrays))
+    problem, plan = dispatch.lookup(key, names, lambda: make_problem(_describe(adapter, INPUTS, full(arrays)), options))
     _check_values(adapter, problem, arrays)
     return problem, plan
 
