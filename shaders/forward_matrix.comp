@@ -60,7 +60,7 @@ void load_rows(Sequence s, uint h_kv, uint first, uint count) {
             }
         }
     }
-    [[unroll]] for (uint base = 0; base < TILE_ROWS; base += KEYS) {
+    [[dont_unroll]] for (uint base = 0; base < TILE_ROWS; base += KEYS) {
         [[dont_unroll]] for (uint x = gl_LocalInvocationID.x; x < KEYS * DIM; x += WORKGROUP) {
             uint packed = min(first + base + x / DIM, count - 1), h = h_kv * t.group + packed % t.group;
             uint at = rows_at(s, h, t.q_head, t.q_batch, t.q_row) + packed / t.group * t.q_row;
@@ -68,13 +68,13 @@ void load_rows(Sequence s, uint h_kv, uint first, uint count) {
         }
         barrier();
         if (own_row() >= base && own_row() < base + KEYS) {
-            [[unroll]] for (uint i = 0; i < DIM / K_VECTORS; ++i) {
+            [[dont_unroll]] for (uint i = 0; i < DIM / K_VECTORS; ++i) {
                 coopMatLoad(q[i], tile, (own_row() - base) * TILE_STRIDE + i * K_VECTORS, TILE_STRIDE, BY_ROWS);
             }
         }
         barrier();
     }
-    [[unroll]] for (uint i = 0; i < DIM_V / N_VECTORS; ++i) acc[i] = SUM_TILE(0.0);
+    [[dont_unroll]] for (uint i = 0; i < DIM_V / N_VECTORS; ++i) acc[i] = SUM_TILE(0.0);
 }
 
 // Keys outside [begin, end) are not read: zeros stand for them.
@@ -95,9 +95,9 @@ void stage_values(Sequence s, uint first, int j, int begin, int end) {
 }
 
 void products() {
-    [[unroll]] for (uint c = 0; c < KEYS; c += N) {
+    [[dont_unroll]] for (uint c = 0; c < KEYS; c += N) {
         SUM_TILE sum = SUM_TILE(0.0);
-        [[unroll]] for (uint i = 0; i < DIM / K_VECTORS; ++i) {
+        [[dont_unroll]] for (uint i = 0; i < DIM / K_VECTORS; ++i) {
             RIGHT_TILE keys;
             coopMatLoad(keys, tile, c * TILE_STRIDE + i * K_VECTORS, TILE_STRIDE, BY_COLUMNS);
             sum = coopMatMulAdd(q[i], keys, sum);
@@ -140,11 +140,11 @@ void softmax_step(Sequence s, uint n, int j, bool edge) {
 void add_values() {
     SUM_TILE rescale;
     coopMatLoad(rescale, scores, own_row() * SCORE_STRIDE, SCORE_STRIDE, BY_ROWS);
-    [[unroll]] for (uint i = 0; i < DIM_V / N_VECTORS; ++i) acc[i] = acc[i] * rescale;
-    [[unroll]] for (uint c = 0; c < KEYS; c += K) {
+    [[dont_unroll]] for (uint i = 0; i < DIM_V / N_VECTORS; ++i) acc[i] = acc[i] * rescale;
+    [[dont_unroll]] for (uint c = 0; c < KEYS; c += K) {
         LEFT_TILE weight;
         coopMatLoad(weight, weights, own_row() * WEIGHT_STRIDE + c / 4, WEIGHT_STRIDE, BY_ROWS);
-        [[unroll]] for (uint i = 0; i < DIM_V / N_VECTORS; ++i) {
+        [[dont_unroll]] for (uint i = 0; i < DIM_V / N_VECTORS; ++i) {
             RIGHT_TILE values;
             coopMatLoad(values, tile, c * TILE_STRIDE + i * N_VECTORS, TILE_STRIDE, BY_ROWS);
             acc[i] = coopMatMulAdd(weight, values, acc[i]);
@@ -155,9 +155,9 @@ void add_values() {
 // KEYS columns of the sums at a time go through what held the scores.
 void write_rows(Sequence s) {
     [[unroll]] for (uint n = 0; n < ROWS; ++n) l[n] = sum_lanes(l[n]);
-    [[unroll]] for (uint first = 0; first < DIM_V * 4; first += KEYS) {
+    [[dont_unroll]] for (uint first = 0; first < DIM_V * 4; first += KEYS) {
         barrier();
-        [[unroll]] for (uint c = 0; c < KEYS && first + c < DIM_V * 4; c += N) {
+        [[dont_unroll]] for (uint c = 0; c < KEYS && first + c < DIM_V * 4; c += N) {
             coopMatStore(acc[(first + c) / N], scores, own_row() * SCORE_STRIDE + c, SCORE_STRIDE, BY_ROWS);
         }
         barrier();
