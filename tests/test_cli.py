@@ -173,7 +173,7 @@ def test_verify_fails_on_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch, capsy
 def test_verify_fails_where_a_named_backend_is_missing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(type(dispatch.get("numpy")), "available", lambda self: "gone fishing")
+    monkeypatch.setattr(type(dispatch.get("numpy")), "available", lambda self, **named: "gone fishing")
     assert main(["verify", "--backend", "numpy"]) == 1
     assert "gone fishing" in capsys.readouterr().out
 

@@ -101,9 +101,8 @@ class BackwardPlan(DevicePlan):
         return self.configs["dq"].path
 
     def shaders(self) -> dict[str, tuning.Config]:
-        return (
-            self.configs if self.problem.bias is not None else {k: v for k, v in self.configs.items() if k != "dbias"}
-        )
+        unused = () if self.problem.bias is not None else ("dbias",)
+        return {name: config for name, config in self.configs.items() if name not in unused}
 
     def backward(self, call: Call) -> None:
         if 0 in self.problem.lse_shape:
