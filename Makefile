@@ -14,7 +14,7 @@ SOAK_ARGS ?=
 GPU_ARGS ?=
 comma := ,
 # Backends whose absence fails a test run; Triton's kernels run in its interpreter there. It has wheels for Linux alone.
-REQUIRE := cpu$(if $(filter Linux,$(shell uname -s)),$(comma)triton)
+REQUIRE ?= cpu$(if $(filter Linux,$(shell uname -s)),$(comma)triton)
 AOT_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -22,7 +22,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find native examples -name '*.cc' -o -name '*.cpp' -o -name '*.c' -o -name '*.h' -o -name '*.hpp' | sort)
 PACKAGED := $(shell find src examples native -not -path '*/__pycache__*') pyproject.toml
 
-.PHONY: venv require-native demo test full soak gpu aot bench lint format sanitize sanitize-python clean
+.PHONY: venv require-native demo test full soak gpu aot bench shaders lint format sanitize sanitize-python clean
 .DEFAULT_GOAL := test
 
 venv: $(VENV)/installed
@@ -82,11 +82,16 @@ aot: venv
 bench: require-native $(VENV)/bench
 	$(BIN)/python -m anyattn bench --json build/bench.json --plot build/bench.png $(BENCH_ARGS)
 
+# Needs glslangValidator (Debian: glslang-tools); the binaries are committed, so nobody else does.
+shaders:
+	$(PYTHON) scripts/make_shaders.py
+
 lint: $(VENV)/lint
 	$(BIN)/ruff check --output-format=concise .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python scripts/check_sizes.py
+	$(BIN)/python scripts/make_shaders.py --check
 	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
 
 format: $(VENV)/lint
