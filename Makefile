@@ -75,9 +75,12 @@ gpu:
 	ANYATTN_LIBRARY=$(abspath build/gpu/libanyattn.so) PYTHONPATH=src $(PYTHON) scripts/gpu.py \
 		--json benchmarks/results/gpu.json $(GPU_ARGS)
 
-# Every Triton kernel, compiled for GPUs that need not be here; AOT_ARGS=--write enters it into tests/aot.json.
+# Every Triton kernel, compiled for GPUs that need not be here; AOT_ARGS=--write enters it into tests/aot.json. Then a
+# subset by the oldest Triton that is supported: torch 2.10 and 2.11 bring it, and gfx1030 has no other.
 aot: venv
 	$(BIN)/python scripts/aot.py --all $(AOT_ARGS)
+	$(PIP) install --quiet --no-deps --upgrade --target build/triton-3.6.0 triton==3.6.0
+	PYTHONPATH=build/triton-3.6.0 $(BIN)/python scripts/aot.py $(AOT_ARGS)
 
 bench: require-native $(VENV)/bench
 	$(BIN)/python -m anyattn bench --json build/bench.json --plot build/bench.png $(BENCH_ARGS)
