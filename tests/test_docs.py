@@ -11,8 +11,21 @@ import pytest
 
 import anyattn
 import anyattn.api
+import anyattn.compat.aule
+import anyattn.compat.flash_attention
+import anyattn.compat.flash_attention_amd
+import anyattn.compat.flash_attn.bert_padding
+import anyattn.compat.flash_attn.layers.rotary
+import anyattn.compat.flash_attn.ops.triton.rotary
+import anyattn.compat.flash_attn_triton
+import anyattn.compat.installation
+import anyattn.compat.onnx
+import anyattn.compat.torch
+import anyattn.compat.xformers
 import anyattn.dispatch
+import anyattn.heads_first
 import anyattn.native
+import anyattn.nn
 from anyattn.bench import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,7 +40,27 @@ def test_readme_block_runs(block: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", [anyattn, anyattn.api, anyattn.dispatch, anyattn.native], ids=lambda module: module.__name__
+    "module",
+    [
+        anyattn,
+        anyattn.api,
+        anyattn.compat.aule,
+        anyattn.compat.flash_attention,
+        anyattn.compat.flash_attention_amd,
+        anyattn.compat.flash_attn.bert_padding,
+        anyattn.compat.flash_attn.layers.rotary,
+        anyattn.compat.flash_attn.ops.triton.rotary,
+        anyattn.compat.flash_attn_triton,
+        anyattn.compat.installation,
+        anyattn.compat.onnx,
+        anyattn.compat.torch,
+        anyattn.compat.xformers,
+        anyattn.dispatch,
+        anyattn.heads_first,
+        anyattn.native,
+        anyattn.nn,
+    ],
+    ids=lambda module: module.__name__,
 )
 def test_docstring_examples(module: object) -> None:
     failed, tried = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)  # type: ignore[arg-type]

@@ -6,6 +6,9 @@
 (1, 4, 2, 8)
 """
 
+from importlib import import_module
+from types import ModuleType
+
 from .api import (
     Gradients,
     attention,
@@ -21,6 +24,7 @@ from .api import (
 )
 from .dispatch import Explanation, backend
 from .errors import UnsupportedProblem
+from .heads_first import sdpa
 from .mask import Mask
 from .native import get_include, get_library
 
@@ -44,4 +48,12 @@ __all__ = [
     "get_library",
     "merge",
     "print_backend_info",
+    "sdpa",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """`anyattn.nn` and `anyattn.compat` are imported when they are first asked for: the former needs torch."""
+    if name in ("compat", "nn"):
+        return import_module(f".{name}", __name__)  # not `from . import`, which asks here again
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -157,7 +157,7 @@ def prepare(arrays: Arrays, seed: int | None, *, draw: bool = False) -> Arrays:
     if not (cu_q is cu_k is used_q is used_k is leftpad is offset is pages is entries is None):
         tables = _tables(q, tables)
     if seed is not None or rng_state is not None or draw:
-        rng_state = _rng_state(q, seed, rng_state)
+        rng_state = random_state(q, seed, rng_state)
     return (q, k, v, bias, mask, slopes, sink, *tables, rng_state)
 
 
@@ -223,8 +223,8 @@ def table(name: str, array: Any) -> Tensor:
     return x.to(torch.int32).contiguous()
 
 
-def _rng_state(q: Tensor, seed: int | None, rng_state: Any) -> Tensor:
-    """int64 (seed, offset) on q's device."""
+def random_state(q: Tensor, seed: int | None = None, rng_state: Any = None) -> Tensor:
+    """int64 (seed, offset) on q's device, drawn from torch's generator if neither is given."""
     if rng_state is not None:
         if seed is not None:
             raise ValueError("seed and rng_state exclude each other: rng_state is (seed, offset)")
