@@ -1,5 +1,4 @@
-# Cross-compiling with PyPI's ziglang: ANYATTN_ZIG_TARGET is a triple of `zig targets`, ANYATTN_ZIG the folder of scripts
-# zig-cc, zig-c++, zig-ar and zig-ranlib that scripts/make_wheels.py writes.
+# Cross-compiling with PyPI's ziglang: ANYATTN_ZIG is its executable, ANYATTN_ZIG_TARGET a triple of `zig targets`.
 list(APPEND CMAKE_TRY_COMPILE_PLATFORM_VARIABLES ANYATTN_ZIG ANYATTN_ZIG_TARGET)
 if(NOT ANYATTN_ZIG OR NOT ANYATTN_ZIG_TARGET)
   message(FATAL_ERROR "zig.cmake needs ANYATTN_ZIG and ANYATTN_ZIG_TARGET")
@@ -12,9 +11,7 @@ elseif(ANYATTN_ZIG_TARGET MATCHES "-windows")
 else()
   set(CMAKE_SYSTEM_NAME Linux)
 endif()
-set(CMAKE_C_COMPILER "${ANYATTN_ZIG}/zig-cc" -target ${ANYATTN_ZIG_TARGET})
-set(CMAKE_CXX_COMPILER "${ANYATTN_ZIG}/zig-c++" -target ${ANYATTN_ZIG_TARGET})
-set(CMAKE_AR "${ANYATTN_ZIG}/zig-ar")
-set(CMAKE_RANLIB "${ANYATTN_ZIG}/zig-ranlib")
+set(CMAKE_C_COMPILER "${ANYATTN_ZIG}" cc -target ${ANYATTN_ZIG_TARGET})
+set(CMAKE_CXX_COMPILER "${ANYATTN_ZIG}" c++ -target ${ANYATTN_ZIG_TARGET})
 set(CMAKE_FIND_ROOT_PATH_MODE_PROGRAM NEVER)
 set(CMAKE_SHARED_LINKER_FLAGS_INIT -s)  # no symbols but those exported: CMAKE_STRIP knows one format only
