@@ -27,6 +27,10 @@ SYSTEM = {
 MACHINES = {"x86_64": "x86_64", "amd64": "x86_64", "aarch64": "arm64", "arm64": "arm64"}
 
 
+# zig's linker cannot hide these on macOS: its own two, and the operators that C++ lets any library replace.
+UNHIDDEN = r"_mh_dylib_header|__dso_handle|_Z(n[aw]m|d[al]Pv)\w*"
+
+
 class Library(NamedTuple):
     """A shared library of any format; floor is the oldest system that it loads on, where its format says it."""
 
@@ -110,6 +114,7 @@ def _elf(binary: lief.ELF.Binary) -> Library:
 def _macho(binary: lief.MachO.Binary) -> Library:
     machine = {"X86_64": "x86_64", "ARM64": "arm64"}.get(binary.header.cpu_type.name, "another machine")
     exports = {symbol.name.removeprefix("_") for symbol in binary.exported_symbols}
+    exports = {name for name in exports if not re.fullmatch(UNHIDDEN, name)}
     needs = [library.name for library in binary.libraries if library.command.name != "ID_DYLIB"]
     # Apple's own processors load nothing without a signature, if only one that names nobody.
     unsigned = machine == "arm64" and not binary.has_code_signature

@@ -13,13 +13,12 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import ziglang
 from check_wheels import check, check_objects
 
 ROOT = Path(__file__).resolve().parent.parent
 DIST = ROOT / "dist"
 WORK = ROOT / "build" / "wheels"
-ZIG = Path(ziglang.__file__).parent / ("zig.exe" if sys.platform == "win32" else "zig")
+ZIG = Path(sys.executable).parent / "python-zig"
 # The tag of a wheel says the oldest system that it runs on; the target of zig says what it is linked against.
 PLATFORMS = {
     "manylinux_2_17_x86_64": "x86_64-linux-gnu.2.17",
