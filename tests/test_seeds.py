@@ -111,6 +111,8 @@ def test_aule_refuses() -> None:
     x = torch.ones(1, 2, 4, 8)
     with pytest.raises(TypeError, match="rot_cos"):
         flash_attention(x, x, x, torch.ones(4, 4), torch.ones(4, 4))  # the order of version 0.5
+    with pytest.raises(TypeError, match="q must be a torch"):
+        flash_attention(x.numpy(), x.numpy(), x.numpy(), rot_cos=torch.ones(4, 4), rot_sin=torch.ones(4, 4))
     with pytest.raises(ValueError, match="together"):
         flash_attention(x, x, x, rot_cos=torch.ones(4, 4))
     with pytest.raises(ValueError, match="key"):

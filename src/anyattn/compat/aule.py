@@ -108,6 +108,9 @@ def apply_rope_separate(q: Array, k: Array, cos: Array, sin: Array) -> tuple[Arr
     """
     from .flash_attn.ops.triton.rotary import apply_rotary
 
+    for name, x in (("q", q), ("k", k), ("cos", cos), ("sin", sin)):
+        if not hasattr(x, "__torch_function__"):
+            raise TypeError(f"{name} must be a torch.Tensor where rows are rotated; got {type(x).__name__}")
     tables = [table.reshape(table.shape[-2:]) for table in (cos, sin)]
     q, k = (apply_rotary(x.transpose(1, 2), *tables).transpose(1, 2) for x in (q, k))
     return q, k
