@@ -127,14 +127,16 @@ def _pe(binary: lief.PE.Binary) -> Library:
     return Library(machine, exports, [library.name for library in binary.imports])
 
 
-def check_objects(objects: Iterable[Path]) -> Iterator[str]:
+def check_objects(objects: Iterable[Path], tag: str) -> Iterator[str]:
     """The object of an instruction set defines its table of kernels and nothing else that others see.
 
     Of a template or an inline function that two of them share one would be kept: the baseline could run AVX-512 code.
     """
     targets = [path for path in objects if path.name.startswith("target_")]
-    if not targets:
-        yield "no object of a target was found"
+    names = {path.name.partition(".")[0].removeprefix("target_") for path in targets}
+    wanted = {"baseline"} if tag.endswith(("arm64", "aarch64")) else {"baseline", "avx2", "avx512", "avx512bf16"}
+    if names != wanted:
+        yield f"has the instruction sets {sorted(names)}, not {sorted(wanted)}"
     for path in targets:
         shared = list(_shared(path))
         if len(shared) != 1 or "kernels_" not in shared[0]:

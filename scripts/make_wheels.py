@@ -38,7 +38,7 @@ def main(*tags: str) -> int:
     wrong = False
     for tag in tags or PLATFORMS:
         wheel = make_wheel(source, tag)
-        problems = list(problems_of(wheel, source, tag))
+        problems = list(problems_of(wheel, tag))
         outcome = "WRONG" if problems else "compiled and checked"
         print(f"{wheel.name}: {wheel.stat().st_size / 1e6:.2f} MB, {outcome}", flush=True)
         for problem in problems:
@@ -50,7 +50,7 @@ def main(*tags: str) -> int:
 
 
 def make_source() -> Path:
-    """The sdist, and the folder that it unpacks to: a wheel that lacks a file because the sdist does fails here."""
+    """The sdist, and the folder that it unpacks to: what it lacks, every wheel lacks, which is then seen."""
     shutil.rmtree(DIST, ignore_errors=True)
     build("--sdist", ROOT)
     (sdist,) = DIST.glob("*.tar.gz")
@@ -98,15 +98,15 @@ def build(what: str, source: Path, *settings: str, log: Path | None = None) -> N
         raise SystemExit(done.stdout.decode(errors="replace"))
 
 
-def problems_of(wheel: Path, source: Path, tag: str) -> Iterator[str]:
+def problems_of(wheel: Path, tag: str) -> Iterator[str]:
     # An install goes on without the native library where that does not compile; the log says why it did not.
     failed = False
-    for problem in check(wheel, source):
+    for problem in check(wheel, ROOT):
         failed = failed or "lib/" in problem
         yield problem
     if failed:
         yield f"see {WORK / f'{tag}.log'}"
-    yield from check_objects((WORK / tag).rglob("*.o*"))
+    yield from check_objects((WORK / tag).rglob("*.o*"), tag)
 
 
 if __name__ == "__main__":
