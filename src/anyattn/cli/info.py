@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from .. import __version__, dispatch, settings
+from . import features
 from .table import table
 
 PACKAGES = ("numpy", "torch", "ml_dtypes", "triton")
@@ -23,11 +24,15 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "info", help="backends, instruction sets, threads, versions, settings"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--features", action="store_true", help="what each engine computes, and why not more")
     return parser
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Status 1 if a backend that the settings require is not available."""
+    if arguments.features:
+        print(features.text(features.collect()))
+        return 0
     found = collect()
     print(json.dumps(found, indent=2) if arguments.json else text(found))
     missing = [name for name in found["required"] if not found["backends"].get(name, {}).get("available")]

@@ -1,0 +1,62 @@
+"""The reference: a page for every public name, written by mkdocstrings from its docstring."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import anyattn
+
+# Modules that users import beside `anyattn` itself. Those without a list of names show every public one.
+MODULES = (
+    "anyattn.nn",
+    "anyattn.settings",
+    *(
+        f"anyattn.compat{name}"
+        for name in (
+            *("", ".flash_attn", ".flash_attn.bert_padding", ".flash_attn.layers.rotary", ".flash_attn.modules.mha"),
+            *(".flash_attn.ops.triton.rotary", ".flash_attn_3", ".flash_attn_4"),
+            *(".torch", ".transformers", ".diffusers", ".xformers", ".comfyui", ".onnx"),
+            *(".aule", ".flash_attention", ".flash_attention_amd", ".flash_attn_triton"),
+        )
+    ),
+)
+
+NAMES = (*(f"anyattn.{name}" for name in anyattn.__all__), *MODULES)
+
+
+@cache
+def pages() -> dict[str, str]:
+    """Path -> Markdown."""
+    found = {f"reference/{file_name(name)}": page(name) for name in NAMES}
+    rows = [f"| [`{name}`]({file_name(name)}) | {summary(name)} |" for name in NAMES]
+    table = "\n".join(["| Name | What it is |", "|---|---|", *rows])
+    found["reference/index.md"] = (
+        f"# Reference\n\nEvery public name. C and C++: [their own page](c-and-cpp.md).\n\n{table}\n"
+    )
+    return found
+
+
+def page(name: str) -> str:
+    if name in MODULES:
+        return f"# {name}\n\n::: {name}\n    options:\n      show_root_heading: false\n"
+    return f"# {name.removeprefix('anyattn.')}\n\n::: {name}\n"
+
+
+def file_name(name: str) -> str:
+    return f"{name.removeprefix('anyattn.')}.md"
+
+
+def summary(name: str) -> str:
+    """The docstring's first sentence."""
+    if name in MODULES:
+        spec = find_spec(name)  # read, not imported: some need packages that the site does not
+        assert spec is not None and spec.origin is not None
+        text = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8")))
+    else:
+        text = inspect.getdoc(getattr(anyattn, name.removeprefix("anyattn.")))
+    assert text, f"{name} has no docstring"
+    return " ".join(text.split("\n\n")[0].split()).replace("|", "\\|")
