@@ -7,38 +7,36 @@ from __future__ import annotations
 
 import re
 import sys
-from html import unescape
+from collections.abc import Iterator
 from pathlib import Path
 
 import reference
 
-LOADED = re.compile(
-    r"<(?:script|link|img|iframe|source)\b[^>]*?\b(?:src|href)=\"?((?:https?:)?//[^\s\">]+)", re.IGNORECASE
-)
+LOADED = re.compile(r"<(?:script|link|img|iframe|source)\b[^>]*?\b(?:src|href)=\"?((?:https?:)?//[^\s\">]+)", re.I)
 
 
 def main(site: Path) -> int:
-    problems = [f"{path.relative_to(site)}: {text}" for path in sorted(site.rglob("*.html")) for text in page(path)]
-    problems += [f"{name}: not on its page" for name in reference.NAMES if not documented(site, name)]
+    problems = [f"{path.relative_to(site)}: {text}" for path in sorted(site.rglob("*.html")) for text in wrong(path)]
+    problems += [text for name in (*reference.NAMES, *reference.MODULES) for text in undocumented(site, name)]
     if problems:
         sys.stderr.write("\n".join([*problems, ""]))
     return 1 if problems else 0
 
 
-def page(path: Path) -> list[str]:
-    """What is wrong in one page."""
+def wrong(path: Path) -> Iterator[str]:
+    """In one page: what it loads from the network, and what was to be generated and is not."""
     html = path.read_text(encoding="utf-8")
-    problems = [f"loads {url}" for url in LOADED.findall(html)]
-    return problems + ["a marker was not filled"] * ("<!-- generated:" in html)
+    yield from (f"loads {url}" for url in LOADED.findall(html))
+    if "<!-- generated:" in html:
+        yield "a marker was not filled"
 
 
-def documented(site: Path, name: str) -> bool:
-    """Whether the name's page has its heading, and text below it."""
+def undocumented(site: Path, name: str) -> Iterator[str]:
+    """A name whose page lacks its heading or the docstring below it."""
     path = site / "reference" / reference.file_name(name).replace(".md", ".html")
-    if not path.exists():
-        return False
-    html = unescape(path.read_text(encoding="utf-8"))
-    return "doc-contents" in html and (name in reference.MODULES or f'id="{name}"' in html)
+    html = path.read_text(encoding="utf-8") if path.exists() else ""
+    if f'<h1 id="{name}"' not in html or not re.search(r'class="doc doc-contents.*?<p>', html, re.DOTALL):
+        yield f"{path.relative_to(site)}: does not document {name}"
 
 
 if __name__ == "__main__":

@@ -55,9 +55,8 @@ def settings_table(_: str) -> str:
 
 def features_table(_: str) -> str:
     found = features.collect()
-    refusals = features.footnotes(found)
-    lines = [f"{number}. {reason}" for reason, number in refusals.items()]
-    return "\n".join([table(*features.cells(found)), "", *lines])
+    notes = [f"* [{number}] {reason}" for reason, number in features.footnotes(found).items()]
+    return "\n".join([table(*features.cells(found)), "", *notes])
 
 
 def plot(name: str, page: str) -> str:
@@ -88,7 +87,8 @@ def struct(name: str, _: str) -> str:
 def _parts() -> Iterator[tuple[str, Callable[[str], str]]]:
     yield "settings", settings_table
     yield "features", features_table
-    yield "machine", lambda _: "\n".join(f"* {note}" for note in report.notes(results()))
+    yield "machine", lambda _: next(report.notes(results())) + f", {results()['machine']['date']}"
+    yield "refused", lambda _: "\n".join(f"* {note}" for note in report.notes(results()) if note.startswith("refused"))
     yield "accuracy", lambda _: markdown.accuracy(results())
     yield "speed", lambda _: markdown.speed(results())
     yield "workloads", lambda _: markdown.workloads(results())

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import posixpath
 import re
-from fnmatch import fnmatch
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import generated
@@ -44,7 +43,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 def expand(nav: list[Any], pages: set[str]) -> list[Any]:
     """The navigation, each pattern replaced by the pages that match it and are not named themselves."""
-    named = set(re.findall(r"[\w/-]+\.md", str(nav)))
+    named = set(re.findall(r"[\w./-]+\.md", str(nav)))
 
     def entries(items: list[Any]) -> list[Any]:
         found: list[Any] = []
@@ -52,7 +51,7 @@ def expand(nav: list[Any], pages: set[str]) -> list[Any]:
             if isinstance(item, dict):
                 found += [{title: entries(value) for title, value in item.items()}]
             elif "*" in item:
-                found += sorted(page for page in pages - named if fnmatch(page, item))
+                found += sorted((page for page in pages - named if PurePosixPath(page).match(item)), key=str.lower)
             else:
                 found.append(item)
         return found

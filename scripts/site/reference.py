@@ -10,48 +10,57 @@ from pathlib import Path
 
 import anyattn
 
+NAMES = tuple(f"anyattn.{name}" for name in anyattn.__all__)
 # Modules that users import beside `anyattn` itself. Those without a list of names show every public one.
 MODULES = (
     "anyattn.nn",
     "anyattn.settings",
+    "anyattn.compat",
     *(
-        f"anyattn.compat{name}"
+        f"anyattn.compat.{name}"
         for name in (
-            *("", ".flash_attn", ".flash_attn.bert_padding", ".flash_attn.layers.rotary", ".flash_attn.modules.mha"),
-            *(".flash_attn.ops.triton.rotary", ".flash_attn_3", ".flash_attn_4"),
-            *(".torch", ".transformers", ".diffusers", ".xformers", ".comfyui", ".onnx"),
-            *(".aule", ".flash_attention", ".flash_attention_amd", ".flash_attn_triton"),
+            *("flash_attn", "flash_attn.bert_padding", "flash_attn.layers.rotary", "flash_attn.modules.mha"),
+            *("flash_attn.ops.triton.rotary", "flash_attn_3", "flash_attn_4"),
+            *("torch", "transformers", "diffusers", "xformers", "comfyui", "onnx"),
+            *("aule", "flash_attention", "flash_attention_amd", "flash_attn_triton"),
         )
     ),
 )
+INDEX = """# Reference
 
-NAMES = (*(f"anyattn.{name}" for name in anyattn.__all__), *MODULES)
+Every public name. C and C++ have [their own page](c-and-cpp.md).
+
+## Functions and classes
+{names}
+
+## Modules
+{modules}
+"""
 
 
 @cache
 def pages() -> dict[str, str]:
     """Path -> Markdown."""
-    found = {f"reference/{file_name(name)}": page(name) for name in NAMES}
-    rows = [f"| [`{name}`]({file_name(name)}) | {summary(name)} |" for name in NAMES]
-    table = "\n".join(["| Name | What it is |", "|---|---|", *rows])
-    found["reference/index.md"] = (
-        f"# Reference\n\nEvery public name. C and C++: [their own page](c-and-cpp.md).\n\n{table}\n"
-    )
-    return found
+    found = {f"reference/{file_name(name)}": page(name) for name in (*NAMES, *MODULES)}
+    return found | {"reference/index.md": INDEX.format(names=table(NAMES), modules=table(MODULES))}
 
 
 def page(name: str) -> str:
-    if name in MODULES:
-        return f"# {name}\n\n::: {name}\n    options:\n      show_root_heading: false\n"
-    return f"# {name.removeprefix('anyattn.')}\n\n::: {name}\n"
+    return f"---\ntitle: {name.removeprefix('anyattn.')}\n---\n\n::: {name}\n"
+
+
+def table(names: tuple[str, ...]) -> str:
+    rows = (f"| [`{name}`]({file_name(name)}) | {summary(name)} |" for name in names)
+    return "\n".join(["| Name | What it is |", "|---|---|", *rows])
 
 
 def file_name(name: str) -> str:
-    return f"{name.removeprefix('anyattn.')}.md"
+    """Below reference/."""
+    return f"{'modules/' if name in MODULES else ''}{name.removeprefix('anyattn.')}.md"
 
 
 def summary(name: str) -> str:
-    """The docstring's first sentence."""
+    """The first paragraph of the docstring."""
     if name in MODULES:
         spec = find_spec(name)  # read, not imported: some need packages that the site does not
         assert spec is not None and spec.origin is not None
