@@ -87,6 +87,7 @@ def struct(name: str, _: str) -> str:
 def _parts() -> Iterator[tuple[str, Callable[[str], str]]]:
     yield "settings", settings_table
     yield "features", features_table
+    yield "hardware", lambda _: features.hardware()
     yield "machine", lambda _: next(report.notes(results())) + f", {results()['machine']['date']}"
     yield "refused", lambda _: "\n".join(f"* {note}" for note in report.notes(results()) if note.startswith("refused"))
     yield "accuracy", lambda _: markdown.accuracy(results())

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -79,6 +80,21 @@ def text(found: list[Feature]) -> str:
     """The table and, below it, the reasons."""
     notes = [f"[{number}] {reason}" for reason, number in footnotes(found).items()]
     return "\n".join([table(*cells(found), left=True), "", *notes])
+
+
+def evidence(name: str) -> dict[str, tuple[str, ...]]:
+    """On which hardware a backend is known to work, and how well: what its module says in EVIDENCE."""
+    module = sys.modules[type(dispatch.get(name)).__module__]
+    found: dict[str, tuple[str, ...]] = getattr(module, "EVIDENCE", {})
+    return found
+
+
+def hardware() -> str:
+    """The same of all of them, as Markdown."""
+    rows = [
+        f"| `{name}` | {how} | {'; '.join(where)} |" for name in dispatch.NAMES for how, where in evidence(name).items()
+    ]
+    return "\n".join(["| Engine | State | Hardware |", "|---|---|---|", *rows])
 
 
 def cells(found: list[Feature]) -> tuple[list[str], list[list[str]]]:

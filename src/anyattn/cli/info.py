@@ -66,6 +66,7 @@ def text(found: dict[str, Any]) -> str:
     for name, backend in found["backends"].items():
         reason = backend.get("error") or backend.get("reason")
         lines.append(f"backend {name}: {'not available: ' + reason if reason else 'available'}")
+        lines += [f"  {how:19} {'; '.join(where)}" for how, where in backend.get("evidence", {}).items()]
     cpu = found["cpu"]
     if "error" in cpu:
         lines += ["", f"native engine: {cpu['error']}"]
@@ -100,7 +101,7 @@ def _try(part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 def _backend(name: str) -> dict[str, Any]:
     reason = dispatch.get(name).available()
-    return {"available": reason is None, "reason": reason}
+    return {"available": reason is None, "reason": reason, "evidence": features.evidence(name)}
 
 
 def _required() -> tuple[str, ...]:
