@@ -35,7 +35,7 @@ import anyattn.dispatch
 import anyattn.heads_first
 import anyattn.native
 import anyattn.nn
-from anyattn import compat
+from anyattn import cli, compat
 from anyattn.bench import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -138,6 +138,22 @@ def test_every_block_is_of_a_kind_that_is_run_or_drawn() -> None:
         fences = re.findall(r"^```(.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
         assert set(fences[::2]) <= {"", "python", "console", "math"}, name
         assert set(fences[1::2]) <= {""}, name
+
+
+def test_every_command_that_a_page_names_exists() -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    commands = cli.parsers()[1]
+    named = 0
+    for path in (README, ROOT / "CONTRIBUTING.md", *PAGES.values()):
+        text = path.read_text(encoding="utf-8")
+        for name, flags in re.findall(
+            r"(?:`|^|-m )anyattn ([a-z]+)(?=`|$|  | -| \w+\.py)((?: --[\w-]+)*)", text, re.MULTILINE
+        ):
+            known = {flag for action in commands[name]._actions for flag in action.option_strings}
+            assert set(flags.split()) <= known, f"{path.name}: anyattn {name}{flags}"
+            named += 1
+        assert set(re.findall(r"(?:`|^)make ([\w-]+)", text, re.MULTILINE)) <= targets, path.name
+    assert named > 20
 
 
 def test_every_module_that_a_page_imports_has_a_page_of_its_own() -> None:

@@ -6,6 +6,7 @@ Nothing of it is committed, so none of it can be out of date.
 from __future__ import annotations
 
 import json
+import os
 import posixpath
 import re
 import tempfile
@@ -13,10 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import masks
 
-from anyattn import settings
+from anyattn import cli, settings
 from anyattn.bench import markdown, plots, report
 from anyattn.cli import features
 
@@ -59,6 +61,14 @@ def features_table(_: str) -> str:
     return "\n".join([table(*features.cells(found)), "", *notes])
 
 
+def command_line(_: str) -> str:
+    parts = []
+    with patch.dict(os.environ, COLUMNS="100", NO_COLOR="1"):  # what argparse asks for width and color
+        for name, parser in cli.parsers()[1].items():
+            parts.append(f"## anyattn {name}\n\n```\n{parser.format_help()}```")
+    return "\n\n".join(parts)
+
+
 def plot(name: str, page: str) -> str:
     path = posixpath.relpath(f"plots/{name}.png", posixpath.dirname(page))
     return f"![{name}]({path})"
@@ -86,6 +96,7 @@ def struct(name: str, _: str) -> str:
 
 def _parts() -> Iterator[tuple[str, Callable[[str], str]]]:
     yield "settings", settings_table
+    yield "command line", command_line
     yield "features", features_table
     yield "hardware", lambda _: features.hardware()
     yield "machine", lambda _: next(report.notes(results())) + f", {results()['machine']['date']}"
