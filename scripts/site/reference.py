@@ -19,8 +19,9 @@ MODULES = (
     *(
         f"anyattn.compat.{name}"
         for name in (
-            *("flash_attn", "flash_attn.bert_padding", "flash_attn.layers.rotary", "flash_attn.modules.mha"),
-            *("flash_attn.ops.triton.rotary", "flash_attn_3", "flash_attn_4"),
+            *("flash_attn", "flash_attn.flash_attn_interface", "flash_attn.bert_padding", "flash_attn.layers.rotary"),
+            *("flash_attn.modules.mha", "flash_attn.ops.triton.rotary"),
+            *("flash_attn_3", "flash_attn_3.flash_attn_interface", "flash_attn_4", "flash_attn_4.interface"),
             *("torch", "transformers", "diffusers", "xformers", "comfyui", "onnx"),
             *("aule", "flash_attention", "flash_attention_amd", "flash_attn_triton"),
         )
