@@ -60,9 +60,8 @@ def expand(nav: list[Any], pages: set[str]) -> list[Any]:
 
 
 def math(source: str, *_: Any, **__: Any) -> str:
-    """Formulas, one on each line, as MathML, which browsers draw without a script."""
-    lines = [convert(line, display="block") for line in source.splitlines() if line.strip()]
-    return f'<div class="math">{"".join(lines)}</div>'
+    """LaTeX as MathML, which browsers draw without a script."""
+    return f'<div class="math">{convert(source, display="block")}</div>'
 
 
 def inside(text: str, page: str) -> str:
