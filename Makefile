@@ -11,13 +11,18 @@ DEMO_ARGS ?=
 BENCH_ARGS ?=
 SECONDS ?= 60
 SOAK_ARGS ?=
+GPU_ARGS ?=
+comma := ,
+# Backends whose absence fails a test run; Triton's kernels run in its interpreter there. It has wheels for Linux alone.
+REQUIRE ?= cpu$(if $(filter Linux,$(shell uname -s)),$(comma)triton)
+AOT_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find native examples -name '*.cc' -o -name '*.cpp' -o -name '*.c' -o -name '*.h' -o -name '*.hpp' | sort)
 PACKAGED := $(shell find src examples native -not -path '*/__pycache__*') pyproject.toml
 
-.PHONY: venv require-native demo test full soak bench docs lint format sanitize sanitize-python clean
+.PHONY: venv require-native demo test full soak gpu aot bench docs shaders lint format sanitize sanitize-python clean
 .DEFAULT_GOAL := test
 
 venv: $(VENV)/installed
@@ -51,10 +56,10 @@ demo: venv
 	$(BIN)/python -m anyattn demo $(DEMO_ARGS)
 
 test: require-native
-	ANYATTN_REQUIRE=cpu $(BIN)/python -m pytest tests -n $(JOBS) $(PYTEST_ARGS)
+	ANYATTN_REQUIRE=$(REQUIRE) $(BIN)/python -m pytest tests -n $(JOBS) $(PYTEST_ARGS)
 
 full: require-native
-	ANYATTN_REQUIRE=cpu $(BIN)/python -m pytest tests -n $(JOBS) -m "full or not full" --hypothesis-profile=full $(PYTEST_ARGS)
+	ANYATTN_REQUIRE=$(REQUIRE) $(BIN)/python -m pytest tests -n $(JOBS) -m "full or not full" --hypothesis-profile=full $(PYTEST_ARGS)
 	$(MAKE) soak
 
 # Random problems for so many seconds; SOAK_ARGS="--seed N" draws others.
@@ -66,6 +71,16 @@ require-native: venv
 	@ANYATTN_REQUIRE=cpu $(BIN)/python -m anyattn info || \
 		{ echo "To see why: $(PIP) install -v --no-deps --no-build-isolation ."; exit 1; }
 
+# On a machine with a GPU, with the Python whose torch reaches it (PYTHON=...): nothing is installed, so the package is
+# run from the checkout. Results go to build/gpu.json.
+gpu:
+	mkdir -p build
+	ANYATTN_BACKEND=triton PYTHONPATH=src $(PYTHON) scripts/gpu.py --json build/gpu.json $(GPU_ARGS)
+
+# Every Triton kernel, compiled for GPUs that need not be here; AOT_ARGS=--write enters it into tests/aot.json.
+aot: venv
+	$(BIN)/python scripts/aot.py --all $(AOT_ARGS)
+
 bench: require-native $(VENV)/bench
 	$(BIN)/python -m anyattn bench --json build/bench.json --plot build/bench.png $(BENCH_ARGS)
 
@@ -74,11 +89,16 @@ docs: require-native $(VENV)/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 	$(BIN)/python scripts/site/check.py build/site
 
+# Needs glslangValidator (Debian: glslang-tools); the binaries are committed, so nobody else does.
+shaders:
+	$(PYTHON) scripts/make_shaders.py
+
 lint: $(VENV)/lint
 	$(BIN)/ruff check --output-format=concise .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python scripts/check_sizes.py
+	$(BIN)/python scripts/make_shaders.py --check
 	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
 
 format: $(VENV)/lint

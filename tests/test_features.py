@@ -16,6 +16,8 @@ from anyattn import dispatch
 from anyattn.cli import explain, features
 from anyattn.problem import INPUTS, SAVED, Array, Problem
 
+INTERPRETED = True  # the table is about engines that are interpreted too
+
 
 @pytest.fixture(scope="module")
 def found() -> list[features.Feature]:
