@@ -29,7 +29,7 @@ FEATURES = {
     "head_dim 1024": "--head-dim 1024",
     "head_dim_v unlike head_dim": "--head-dim-v 24",
     "scale": "--scale -0.5",
-    "grouped-query heads": "--heads 8 --kv-heads 2",
+    "grouped-query heads": "--kv-heads 1",
     "causal": "--causal",
     "causal, top left": "--causal --alignment top-left",
     "offset": "--causal --offset",
@@ -51,7 +51,7 @@ FEATURES = {
     "batch_invariant": "--batch-invariant",
 }
 PASSES = ("forward", "backward")
-SIZES = "--batch 2 --heads 4 --seqlen-q 5 --seqlen-k 7 --head-dim 16"
+SIZES = "--batch 1 --heads 2 --seqlen-q 5 --seqlen-k 7 --head-dim 16"
 DEVICES = ("cpu", "cuda:0")  # an engine computes a feature if it does so on the device that suits it best
 
 
