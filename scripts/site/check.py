@@ -13,6 +13,7 @@ from pathlib import Path
 import reference
 
 LOADED = re.compile(r"<(?:script|link|img|iframe|source)\b[^>]*?\b(?:src|href)=\"?((?:https?:)?//[^\s\">]+)", re.I)
+UNSEEN = re.compile(r"<p>(?:(?!</p>).)*?(?:^|(?<=<p>))[*|] ", re.DOTALL | re.MULTILINE)  # a list or table that is text
 
 
 def main(site: Path) -> int:
@@ -29,6 +30,7 @@ def wrong(path: Path) -> Iterator[str]:
     yield from (f"loads {url}" for url in LOADED.findall(html))
     if "<!-- generated:" in html:
         yield "a marker was not filled"
+    yield from (f"text that was to be a list or table: {found[-60:]}" for found in UNSEEN.findall(html))
 
 
 def undocumented(site: Path, name: str) -> Iterator[str]:

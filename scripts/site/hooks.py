@@ -13,7 +13,7 @@ from latex2mathml.converter import convert
 from mkdocs.structure.files import File
 
 FENCE = re.compile(r"^(```.*?^```$)", re.DOTALL | re.MULTILINE)
-# A list or a table that follows a line of text: GitHub sees it, Python-Markdown wants an empty line.
+# A list or a table below a line of text, or below a block of code: GitHub sees it, Python-Markdown wants an empty line.
 GLUED = re.compile(r"^(?![*|#\s]|\d+\. )(.+)\n(?=\* |\d+\. |\|)", re.MULTILINE)
 OUTSIDE = re.compile(r"\[([^\]]+)\]\(((?:\.\./)+[^)]+)\)")
 
@@ -37,7 +37,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     parts = FENCE.split(inside(markdown, page.file.src_uri))
-    text = "".join(part if part.startswith("```") else GLUED.sub(r"\1\n\n", part) for part in parts)
+    text = "".join(f"{part}\n" if part.startswith("```") else GLUED.sub(r"\1\n\n", part) for part in parts)
     return generated.fill(text, page.file.src_uri)
 
 
