@@ -22,7 +22,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find native examples -name '*.cc' -o -name '*.cpp' -o -name '*.c' -o -name '*.h' -o -name '*.hpp' | sort)
 PACKAGED := $(shell find src examples native -not -path '*/__pycache__*') pyproject.toml
 
-.PHONY: venv require-native demo test full soak gpu aot bench shaders wheels test-arm64 lint format sanitize sanitize-python clean
+.PHONY: venv require-native demo test full soak gpu aot bench docs shaders wheels test-arm64 lint format sanitize sanitize-python clean
 .DEFAULT_GOAL := test
 
 venv: $(VENV)/installed
@@ -42,6 +42,10 @@ $(VENV)/installed: $(VENV)/requirements $(PACKAGED)
 $(VENV)/bench: $(VENV)/requirements requirements/bench.txt
 	grep -v '^#' requirements/bench.txt | while read -r peer; do \
 		$(PIP) install --quiet "$$peer" || echo "not installed: $$peer"; done
+	touch $@
+
+$(VENV)/docs: $(VENV)/requirements requirements/docs.txt
+	$(PIP) install --quiet -r requirements/docs.txt
 	touch $@
 
 $(VENV)/lint: $(VENV)/requirements requirements/lint.txt
@@ -83,6 +87,11 @@ aot: venv
 
 bench: require-native $(VENV)/bench
 	$(BIN)/python -m anyattn bench --json build/bench.json --plot build/bench.png $(BENCH_ARGS)
+
+# Into build/site; a warning is an error. The site loads nothing from the network.
+docs: require-native $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	$(BIN)/python scripts/site/check.py build/site
 
 # Needs glslangValidator (Debian: glslang-tools); the binaries are committed, so nobody else does.
 shaders:

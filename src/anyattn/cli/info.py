@@ -14,6 +14,7 @@ from typing import Any
 
 from .. import __version__, dispatch, settings
 from ..machine import processor
+from . import features
 from .table import table
 
 PACKAGES = ("numpy", "torch", "ml_dtypes", "triton")
@@ -24,11 +25,15 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "info", help="backends, instruction sets, threads, versions, settings"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--features", action="store_true", help="what each engine computes, and why not more")
     return parser
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Status 1 if a backend that the settings require is not available."""
+    if arguments.features:
+        print(features.text(features.collect()))
+        return 0
     found = collect()
     print(json.dumps(found, indent=2) if arguments.json else text(found))
     missing = [name for name in found["required"] if not found["backends"].get(name, {}).get("available")]
@@ -65,7 +70,7 @@ def text(found: dict[str, Any]) -> str:
     for name, backend in found["backends"].items():
         reason = backend.get("error") or backend.get("reason")
         lines.append(f"backend {name}: {'not available: ' + reason if reason else 'available'}")
-        lines += [f"  {how:19} {', '.join(where)}" for how, where in backend.get("evidence", {}).items()]
+        lines += [f"  {how:19} {'; '.join(where)}" for how, where in backend.get("evidence", {}).items()]
     cpu = found["cpu"]
     if "error" in cpu:
         lines += ["", f"native engine: {cpu['error']}"]
@@ -101,12 +106,7 @@ def _try(part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 def _backend(name: str) -> dict[str, Any]:
     reason = dispatch.get(name).available()
-    found: dict[str, Any] = {"available": reason is None, "reason": reason}
-    if name == "triton":
-        from ..backends.triton.backend import EVIDENCE
-
-        found["evidence"] = EVIDENCE
-    return found
+    return {"available": reason is None, "reason": reason, "evidence": features.evidence(name)}
 
 
 def _required() -> tuple[str, ...]:
