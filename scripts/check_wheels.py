@@ -64,7 +64,7 @@ def _check_contents(names: list[str], library: str, source: Path) -> Iterator[st
         files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
         wanted |= {f"{inside}/{path.as_posix()}" for path in files if "__pycache__" not in path.parts}
     yield from (f"{name} is missing" for name in sorted(wanted - set(names)))
-    binaries = [name for name in names if re.search(r"\.(so|dylib|dll|pyd)($|\.)", PurePosixPath(name).name)]
+    binaries = [name for name in names if re.search(r"\.(so|dylib|dll|pyd)(\.\d+)*$", PurePosixPath(name).name)]
     yield from (f"{name} has no place in it" for name in binaries if name != f"anyattn/lib/{library}")
 
 
