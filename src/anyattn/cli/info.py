@@ -107,7 +107,7 @@ def _try(part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 def _backend(name: str) -> dict[str, Any]:
     reason = dispatch.get(name).available()
-    found = {"available": reason is None, "reason": reason, "evidence": features.evidence(name)}
+    found: dict[str, Any] = {"available": reason is None, "reason": reason, "evidence": features.evidence(name)}
     if name == "triton" and reason is None:
         from ..backends.triton.backend import seen
 
