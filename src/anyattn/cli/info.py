@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from .. import __version__, dispatch, settings
+from ..machine import processor
 from . import features
 from .table import table
 
@@ -48,6 +49,7 @@ def collect() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "machine": platform.machine(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "packages": {name: _version(name) for name in PACKAGES},
         "backends": {name: _try(partial(_backend, name)) for name in dispatch.NAMES},
@@ -60,7 +62,8 @@ def collect() -> dict[str, Any]:
 
 def text(found: dict[str, Any]) -> str:
     lines = [
-        f"anyattn {found['version']}, Python {found['python']}, {found['platform']}, {found['cores']} cores",
+        f"anyattn {found['version']}, Python {found['python']}, {found['platform']}",
+        f"{found['processor']}, {found['cores']} cores",
         ", ".join(f"{name} {number or 'not installed'}" for name, number in found["packages"].items()),
         "",
     ]
