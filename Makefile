@@ -76,14 +76,19 @@ require-native: venv
 		{ echo "To see why: $(PIP) install -v --no-deps --no-build-isolation ."; exit 1; }
 
 # On a machine with a GPU, with the Python whose torch reaches it (PYTHON=...): nothing is installed, so the package is
-# run from the checkout. Results go to build/gpu.json.
+# run from the checkout, beside a native library of its own. GPU_ARGS="--part speed" runs one part.
 gpu:
-	mkdir -p build
-	ANYATTN_BACKEND=triton PYTHONPATH=src $(PYTHON) scripts/gpu.py --json build/gpu.json $(GPU_ARGS)
+	cmake -S native -B build/gpu -DCMAKE_BUILD_TYPE=Release -DBUILD_TESTS=OFF
+	cmake --build build/gpu --parallel
+	ANYATTN_LIBRARY=$(abspath build/gpu/libanyattn.so) PYTHONPATH=src $(PYTHON) scripts/gpu.py \
+		--json benchmarks/results/gpu.json $(GPU_ARGS)
 
-# Every Triton kernel, compiled for GPUs that need not be here; AOT_ARGS=--write enters it into tests/aot.json.
+# Every Triton kernel, compiled for GPUs that need not be here; AOT_ARGS=--write enters it into tests/aot.json. Then a
+# subset by the oldest Triton that is supported: torch 2.10 and 2.11 bring it, and gfx1030 has no other.
 aot: venv
 	$(BIN)/python scripts/aot.py --all $(AOT_ARGS)
+	$(PIP) install --quiet --no-deps --upgrade --target build/triton-3.6.0 triton==3.6.0
+	PYTHONPATH=build/triton-3.6.0 $(BIN)/python scripts/aot.py $(AOT_ARGS)
 
 bench: require-native $(VENV)/bench
 	$(BIN)/python -m anyattn bench --json build/bench.json --plot build/bench.png $(BENCH_ARGS)

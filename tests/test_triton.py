@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from cases import Case, named
 from inputs import build
 
 import anyattn
 from anyattn import accuracy, dispatch
-from anyattn.backends.triton import tuning
-from anyattn.backends.triton.device import INTERPRETER, Device, interpreted
+from anyattn.backends.triton import backend, device, tuning
+from anyattn.backends.triton.device import INTERPRETER, interpreted
+from anyattn.frameworks import execute
+from anyattn.frameworks.torch.adapter import adapter
 
 pytest.importorskip("triton", reason="no Triton here, and ANYATTN_REQUIRE does not ask for it")
 pytestmark = pytest.mark.skipif(not interpreted(), reason="on a GPU tests/device runs instead")
@@ -125,14 +129,54 @@ def test_every_architecture_has_a_config() -> None:
 
 
 def test_devices_of_other_names() -> None:
-    from anyattn.backends.triton.device import device
-
-    assert device("sm_90") == Device("sm_90", 128, 2**25)
+    assert device.device("sm_90") == device.Device("sm_90", 128, 2**25)
 
 
-@pytest.mark.parametrize("name", ["plain", "expanded", "everything_bf16", "paged_varlen", "wide_heads"])
-def test_cases_on_a_device(name: str) -> None:
-    """What `make gpu` runs on a card, here on host memory."""
-    from device import compare
+def test_out_of_memory_on_a_gpu_is_torchs_own_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results and workspace are there before anything is written."""
 
-    assert compare(named(name), "cpu") == (["refused"] if name == "wide_heads" else [])
+    def empty(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "empty", empty)
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        execute._workspace(adapter, 2**40, torch.zeros(1, device="meta"))
+
+
+@pytest.mark.parametrize(
+    ("version", "reason"),
+    [(None, "Triton is not installed"), ("3.5.1", r"Triton 3\.5 is too old: 3\.6 or later"), ("3.6.0+git1", None)],
+)
+def test_versions(version: str | None, reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever package brings Triton: torch for ROCm has one of its own."""
+
+    def found(name: str) -> str:
+        if version is None or name != "pytorch-triton-rocm":
+            raise device.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(device, "version", found)
+    got = backend.TritonBackend().available(named=True)
+    assert got is None if reason is None else re.match(reason, str(got))
+
+
+@pytest.mark.parametrize(
+    ("arch", "triton", "state"),
+    [
+        ("sm_90", "3.9", "compiled"),
+        ("sm_121", "3.9", "expected"),
+        ("sm_61", "3.9", "Triton compiles for sm_70 and later; this card is sm_61"),
+        ("gfx1030", "3.6", "compiled"),
+        ("gfx1030", "3.7", "Triton after 3.6 does not compile for gfx1030"),
+        ("xpu", "3.9", "expected"),
+    ],
+)
+def test_cards(arch: str, triton: str, state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `info` says of a card, and `explain` where it refuses."""
+    monkeypatch.setattr(device, "version", lambda name: triton)
+    monkeypatch.setattr(backend, "cards", lambda: [("cuda:0", "A card", arch)])
+    monkeypatch.setattr(backend, "interpreted", lambda: False)
+    assert backend.seen() == [{"device": "cuda:0", "name": "A card", "arch": arch, "state": state}]
+    problem, _ = build(named("plain")).canonical()
+    problem = replace(problem, q=replace(problem.q, device="cuda:0"))
+    assert backend.TritonBackend().supports(problem) == ([state] if state.startswith("Triton") else [])

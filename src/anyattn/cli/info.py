@@ -71,6 +71,7 @@ def text(found: dict[str, Any]) -> str:
         reason = backend.get("error") or backend.get("reason")
         lines.append(f"backend {name}: {'not available: ' + reason if reason else 'available'}")
         lines += [f"  {how:19} {'; '.join(where)}" for how, where in backend.get("evidence", {}).items()]
+        lines += ["  {device:19} {name}, {arch}: {state}".format(**card) for card in backend.get("devices", [])]
     cpu = found["cpu"]
     if "error" in cpu:
         lines += ["", f"native engine: {cpu['error']}"]
@@ -106,7 +107,12 @@ def _try(part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 def _backend(name: str) -> dict[str, Any]:
     reason = dispatch.get(name).available()
-    return {"available": reason is None, "reason": reason, "evidence": features.evidence(name)}
+    found: dict[str, Any] = {"available": reason is None, "reason": reason, "evidence": features.evidence(name)}
+    if name == "triton" and reason is None:
+        from ..backends.triton.backend import seen
+
+        found["devices"] = seen()
+    return found
 
 
 def _absent(name: str) -> bool:
