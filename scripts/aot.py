@@ -5,8 +5,8 @@
     python scripts/aot.py --all --write          ... and entered into the table
 
 Fails where a kernel does not compile, wants more shared memory than there is, uses no matrix instructions on 16-bit
-inputs where the hardware has them, or spills inside a loop and is not excused by name (MAY_SPILL); and, with the version
-of Triton that the table is from, where it spills more than the table says or lost its matrix instructions.
+inputs where there are some, or spills inside a loop and is not excused by name (MAY_SPILL); and, with the version
+of Triton that the table is from, where it spills more than the table says.
 """
 
 from __future__ import annotations
@@ -194,11 +194,11 @@ def describe(
         "dout": backward and (out, dtype),
         "lse": backward and (lse, "float32"),
     }
-    arrays = {name: _array(*what, arch) for name, what in given.items() if what}
+    arrays = {name: array(*what, arch) for name, what in given.items() if what}
     return make_problem(arrays, Options(**options))
 
 
-def _array(shape: tuple[int, ...], dtype: str, device: str) -> Array:
+def array(shape: tuple[int, ...], dtype: str, device: str) -> Array:
     steps = [1]
     for size in reversed(shape[1:]):
         steps.insert(0, steps[0] * size)

@@ -39,14 +39,12 @@ def _nvidia(cubin: bytes) -> tuple[int, int]:
 
 
 def _amd(code: str) -> tuple[int, int]:
-    vgpr, agpr, spilled = (
-        int(_found(rf"\.{key}:\s*(\d+)", code)) for key in ("vgpr_count", "agpr_count", "vgpr_spill_count")
-    )
-    return vgpr + agpr, 4 * spilled
+    registers, spilled = (int(_found(rf"\.{name}:\s*(\d+)", code)) for name in ("vgpr_count", "vgpr_spill_count"))
+    return registers, 4 * spilled
 
 
 def _found(pattern: str, text: str) -> str:
-    """The group of the first match; "0" where a kind of register does not exist."""
+    """The group of the first match, or "0"."""
     match = re.search(pattern, text)
     return match[1] if match else "0"
 

@@ -86,11 +86,12 @@ class Process:
         self.case_index = 0
         self.written: list[np.ndarray] = []
 
-    def _wrap(self, which: int) -> Callable[[ctypes.Array[ctypes.c_char]], int]:
-        def call(packed: ctypes.Array[ctypes.c_char]) -> int:
+    def _wrap(self, which: int) -> Callable[[int], int]:
+        def call(address: int) -> int:
+            packed = ctypes.string_at(address, layout.SIZE)
             for mutation, must_fail in self.mutations(self.case_index, which):
-                self._mutated(which, bytes(packed), mutation, must_fail)
-            return int(self.passes[which](packed))
+                self._mutated(which, packed, mutation, must_fail)
+            return int(self.passes[which](address))
 
         return call
 

@@ -6,6 +6,7 @@ Each worker of pytest-xdist computes alone, so NumPy's matrix products take one 
 from __future__ import annotations
 
 import os
+import sys
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
@@ -28,6 +29,9 @@ settings.register_profile(
 )
 settings.register_profile("full", settings.get_profile("default"), max_examples=2000)
 settings.load_profile("default")
+
+# transformers, and what needs it, has left Python 3.10 behind (requirements/test.txt).
+collect_ignore = ["test_diffusion.py", "test_onnx.py", "test_transformers.py"] if sys.version_info < (3, 11) else []
 
 GUARD = 256
 THREADS = 3  # more than tasks of small problems, and not a power of two

@@ -87,9 +87,9 @@ def bounded(rng: random.Random) -> tuple[int, int, int, int, int]:
     rows, keys = size(rng), size(rng)
     if rng.randrange(LARGE) == 0:
         return min(batch, 1), 1, 1, rows, keys
-    while batch * kv * group * rows * keys > SCORES:
-        if batch * kv * group > 1:
-            batch, kv, group = (max(1, n // 2) for n in (batch, kv, group))
+    while max(batch, 1) * kv * group * rows * keys > SCORES:  # arrays of no sequence have surroundings too
+        if max(batch, 1) * kv * group > 1:
+            batch, kv, group = min(batch, max(1, batch // 2)), max(1, kv // 2), max(1, group // 2)
         elif rows > keys:
             keys //= 2
         else:

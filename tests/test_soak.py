@@ -13,7 +13,7 @@ from engines import engines
 from inputs import BROADCASTS, LAYOUTS
 from test_properties import CONTENTS, LENGTHS
 
-CASES = [soak.draw(seed) for seed in range(2000)]
+CASES = [soak.draw(seed) for seed in range(4000)]
 
 
 def test_a_seed_is_a_problem() -> None:

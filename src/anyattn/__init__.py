@@ -6,6 +6,9 @@
 (1, 4, 2, 8)
 """
 
+from importlib import import_module
+from types import ModuleType
+
 from .api import (
     Gradients,
     attention,
@@ -18,6 +21,7 @@ from .api import (
 )
 from .dispatch import Explanation, backend
 from .errors import UnsupportedProblem
+from .heads_first import sdpa
 from .mask import Mask
 from .native import get_include, get_library
 from .planning import explain, get_available_backends, print_backend_info, warmup
@@ -42,5 +46,13 @@ __all__ = [
     "get_library",
     "merge",
     "print_backend_info",
+    "sdpa",
     "warmup",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """`anyattn.nn` and `anyattn.compat` are imported when they are first asked for: the former needs torch."""
+    if name in ("compat", "nn"):
+        return import_module(f".{name}", __name__)  # not `from . import`, which asks here again
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,19 +5,21 @@ from __future__ import annotations
 import logging
 import threading
 import warnings
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from . import settings
 from .backends.base import Backend, Plan
-from .errors import UnsupportedProblem
+from .errors import CompilationError, UnsupportedProblem
 from .kvcache import Append
 from .problem import Problem, Variant
 
 NAMES = ("cpu", "triton", "numpy")  # automatic order
 CACHE_SIZE = 1024
+NONE: Mapping[str, list[str]] = MappingProxyType({})
 
 logger = logging.getLogger("anyattn")
 logger.addHandler(logging.NullHandler())
@@ -100,8 +102,22 @@ def check_settings() -> None:
         _from_settings(which)
 
 
-def choose(problem: Problem, names: tuple[str, ...]) -> Backend:
-    """The first backend that computes the problem.
+def plan(problem: Problem, names: tuple[str, ...]) -> Plan:
+    """Of the first backend that computes the problem and whose kernels compile; those of a named one must."""
+    failed: dict[str, list[str]] = {}
+    while True:
+        chosen = choose(problem, names, failed)
+        try:
+            return chosen.plan(problem)
+        except CompilationError as error:
+            if names:
+                raise
+            logger.warning("%s passed over: %s", chosen.name, error)
+            failed[chosen.name] = [str(error)]
+
+
+def choose(problem: Problem, names: tuple[str, ...], failed: Mapping[str, list[str]] = NONE) -> Backend:
+    """The first backend that computes the problem. failed: reasons against those that were tried.
 
     Raises:
         UnsupportedProblem: none does, among those named if any are.
@@ -109,7 +125,7 @@ def choose(problem: Problem, names: tuple[str, ...]) -> Backend:
     _check_required()
     refusals: dict[str, list[str]] = {}
     for name in names or NAMES:
-        reasons = refuse(get(name), problem, named=bool(names))
+        reasons = failed.get(name) or refuse(get(name), problem, named=bool(names))
         if not reasons:
             if not names:
                 _tell(problem, refusals)
@@ -197,7 +213,7 @@ def lookup(key: Hashable, names: tuple[str, ...], build: Callable[[], Problem]) 
     found = _cache.entries.get((key, names))
     if found is None:
         problem = build()
-        found = _cache.entries[key, names] = (problem, choose(problem, names).plan(problem))
+        found = _cache.entries[key, names] = (problem, plan(problem, names))
     return found
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from .errors import CacheOverflow
 from .problem import DTYPES, Array
 from .sequences import Tables, check_pages
 
@@ -144,7 +145,7 @@ def check_append(sizes: Room, tables: Tables) -> None:
         return
     low, high = int(lengths.min()), int(lengths.max())
     if low < 0 or high + sizes.seqlen_new > sizes.slots:
-        raise ValueError(
+        raise CacheOverflow(
             f"cache_seqlens ({low} to {high}) plus {sizes.seqlen_new} new keys must lie in [0, {sizes.slots}], "
             + ("block_table columns * page_size" if sizes.page_size else "the size of the cache")
         )

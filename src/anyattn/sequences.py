@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from .errors import CacheOverflow
 from .problem import Problem
 
 Table = npt.NDArray[np.int32]
@@ -69,7 +70,7 @@ def check_tables(problem: Problem, tables: Tables) -> None:
     rows_q = _check_cumulative("cu_seqlens_q", tables, problem.q.shape[0], problem.seqlen_q)
     rows_k = _check_cumulative("cu_seqlens_k", tables, problem.k.shape[0], problem.seqlen_k)
     _check_range("seqused_q", tables, 0, problem.seqlen_q if rows_q is None else rows_q)
-    _check_range("seqused_k", tables, 0, problem.seqlen_k if rows_k is None else rows_k)
+    _check_range("seqused_k", tables, 0, problem.seqlen_k if rows_k is None else rows_k, pages=problem.paged)
     used = _used(tables, problem, rows_k)
     _check_range("leftpad_k", tables, 0, used)
     _check_range("cache_batch_idx", tables, 0, problem.k.shape[0] - 1)
@@ -105,7 +106,7 @@ def _check_cumulative(name: str, tables: Tables, total: int, longest: int) -> Le
     return lengths
 
 
-def _check_range(name: str, tables: Tables, low: int, high: int | Lengths) -> None:
+def _check_range(name: str, tables: Tables, low: int, high: int | Lengths, *, pages: bool = False) -> None:
     table = tables.get(name)
     if table is None:
         return
@@ -113,7 +114,8 @@ def _check_range(name: str, tables: Tables, low: int, high: int | Lengths) -> No
     if bad.any():
         b = int(np.argmax(bad))
         limit = int(np.broadcast_to(high, table.shape)[b])
-        raise ValueError(f"{name}[{b}] is {table[b]}; accepted are {low} to {limit}")
+        text = f"{name}[{b}] is {table[b]}; accepted are {low} to {limit}"
+        raise CacheOverflow(f"{text}, block_table columns * page_size") if pages else ValueError(text)
 
 
 def check_pages(pages: Table, used: Lengths, page_size: int, num_pages: int) -> None:

@@ -173,13 +173,15 @@ ANYATTN_NOINLINE void lane_bounds(const Block<C> &block, int p, int64_t j, int64
     }
 }
 
-// |first + place| of each lane: exact up to the one rounding where it does not fit C.
+// Whether float holds |first + place| exactly for all keys of a tile.
+inline bool near_diagonal(int64_t first) { return first > -(INT64_C(1) << 22) && first < INT64_C(1) << 22; }
+
+// |first + place| of each lane, rounded once where it does not fit C.
 template <class C>
-ANYATTN_INLINE typename Lanes<C>::V distance(typename Lanes<C>::V place, int64_t first) {
-    if (first > -(INT64_C(1) << 22) && first < INT64_C(1) << 22) return absolute(place + splat(C(first)));
+ANYATTN_INLINE typename Lanes<C>::V far_distance(typename Lanes<C>::V place, int64_t first) {
     for (int i = 0; i < lanes<C>; ++i) {
-        const int64_t signed_distance = first + (int64_t)place[i];
-        place[i] = C(signed_distance < 0 ? -signed_distance : signed_distance);
+        const int64_t distance = first + (int64_t)place[i];
+        place[i] = C(distance < 0 ? -distance : distance);
     }
     return place;
 }
@@ -195,36 +197,38 @@ template <class C>
 ANYATTN_NOINLINE void score_pass(const Block<C> &block, int p, int64_t j, int64_t n, C factor, const C *added, C *steep,
                                  const Bounds<C> *bounds, C *S, typename Lanes<C>::V *top) {
     using V = typename Lanes<C>::V;
-    constexpr int width = lanes<C>;
-    const int vectors = block.panel_vectors(p);
+    const V hidden = splat(-infinity(C()));
+    const V cap = splat(block.cap), per_cap = splat(block.cap != 0 ? 1 / block.cap : 0);
+    const bool capped = block.cap != 0, sloped = block.sloped;
     const int64_t apart = block.i0 + block.s.offset - (j - block.s.leftpad);  // positions of row i0 and key j
-    const C per_cap = block.cap != 0 ? 1 / block.cap : 0;
-    for (int c = 0; c < vectors; ++c) top[c] = splat(-infinity(C()));
-    for (int64_t r = 0; r < n; ++r) {
-        for (int c = 0; c < vectors; ++c) {
-            const int64_t at = r * panel<C> + c * width;
+    const bool near = near_diagonal(apart);
+    for (int c = 0; c < block.panel_vectors(p); ++c) {
+        const int64_t lane = p * panel<C> + c * lanes<C>;
+        const V slope = sloped ? load<V>(block.slope + lane) : V{}, place = sloped ? load<V>(block.place + lane) : V{};
+        const V low = bounds ? load<V>(bounds->low + c * lanes<C>) : V{};
+        const V high = bounds ? load<V>(bounds->high + c * lanes<C>) : V{};
+        const V from = place + splat(C(apart));
+        V highest = hidden, row{};
+        for (int64_t r = 0, at = c * lanes<C>; r < n; ++r, at += panel<C>, row += splat(C(1))) {
             V s = load<V>(S + at) * splat(factor);
-            if (block.cap != 0) {
-                const V t = tanh(s * splat(per_cap));
+            if (capped) {
+                const V t = tanh(s * per_cap);
                 if (steep) store(steep + at, splat(C(1)) - t * t);
-                s = t * splat(block.cap);
+                s = t * cap;
             }
             if (added) {
-                const V bias = load<V>(added + at), hidden = splat(-infinity(C()));
+                const V bias = load<V>(added + at);
                 s = bias == hidden ? hidden : s + bias * splat(C(kLog2e));
             }
-            if (block.sloped) {
-                const int64_t lane = p * panel<C> + c * width;
-                s -= distance<C>(load<V>(block.place + lane), apart - r) * load<V>(block.slope + lane);
-            }
+            if (sloped) s -= (near ? absolute(from - row) : far_distance<C>(place, apart - r)) * slope;
             if (bounds) {
-                const V row = splat(C(r));
-                s = row >= load<V>(bounds->low + c * width) ? s : splat(-infinity(C()));
-                s = row < load<V>(bounds->high + c * width) ? s : splat(-infinity(C()));
+                s = row >= low ? s : hidden;
+                s = row < high ? s : hidden;
             }
             store(S + at, s);
-            top[c] = larger(top[c], s);
+            highest = larger(highest, s);
         }
+        top[c] = highest;
     }
 }
 

@@ -1,13 +1,13 @@
-"""The command line: `anyattn info | explain | verify | bench | demo`. The only place that prints."""
+"""The command line: `anyattn info | explain | verify | bench | demo | run`. The only place that prints."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
 
-from . import bench, demo, explain, info, verify
+from . import bench, demo, explain, info, run, verify
 
-COMMANDS = (info, explain, verify, bench, demo)
+COMMANDS = (info, explain, verify, bench, demo, run)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

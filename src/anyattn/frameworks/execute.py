@@ -6,7 +6,7 @@ tables int32, slopes and sink in the compute dtype, bias and mask with four dime
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 from .. import dispatch, settings
@@ -18,14 +18,22 @@ from ..sequences import check_tables
 
 _FIRST_TABLE = INPUTS.index(TABLES[0])
 _LAST_TABLE = _FIRST_TABLE + len(TABLES)
+_ABSENT = (None,) * (len(INPUTS) - 3)
 Arrays = tuple[Any, ...]
 
 
-def forward(adapter: Adapter, arrays: Arrays, options: Options, backend: str | None) -> tuple[Any, Any]:
-    """(out, lse), new and contiguous."""
+def full(arrays: Arrays) -> Arrays:
+    """All of INPUTS, from those or from q, k and v alone."""
+    return arrays if len(arrays) > 3 else (*arrays, *_ABSENT)
+
+
+def forward(
+    adapter: Adapter, arrays: Arrays, options: Options, backend: str | None, metadata: Hashable = None
+) -> tuple[Any, Any]:
+    """(out, lse), new and contiguous. metadata: of the arrays, where the caller has it already."""
     names = dispatch.named(backend)
-    key = (options, adapter.keys(arrays))
-    problem, plan = dispatch.lookup(key, names, lambda: make_problem(_describe(adapter, INPUTS, arrays), options))
+    key = (options, metadata or adapter.keys(arrays))
+    problem, plan = dispatch.lookup(key, names, lambda: make_problem(_describe(adapter, INPUTS, full(arrays)), options))
     _check_values(adapter, problem, arrays)
     q = arrays[0]
     call = Call(adapter, *arrays)
@@ -43,17 +51,20 @@ def backward(
     arrays: Arrays,
     options: Options,
     backend: str | None,
+    metadata: Hashable = None,
     *,
     want_dbias: bool = True,
     want_dsink: bool = True,
 ) -> Arrays:
-    """(dq, dk, dv, dbias or None, dsink or None) from `saved` = (out, lse, dout, dlse or None)."""
+    """(dq, dk, dv, dbias or None, dsink or None) from `saved` = (out, lse, dout, dlse or None).
+
+    metadata: of (*arrays, *saved), where the caller has it already.
+    """
     names = dispatch.named(backend)
-    everything = (*arrays, *saved)
-    key = (options, adapter.keys(everything))
+    key = (options, metadata or adapter.keys((*arrays, *saved)), "backward")
     described = (*INPUTS, *SAVED)
     problem, plan = dispatch.lookup(
-        key, names, lambda: make_problem(_describe(adapter, described, everything), options)
+        key, names, lambda: make_problem(_describe(adapter, described, (*full(arrays), *saved)), options)
     )
     _check_values(adapter, problem, arrays)
     q = arrays[0]
@@ -93,12 +104,12 @@ def warmup(adapter: Adapter, arrays: Arrays, options: Options, backend: str | No
     described = _describe(adapter, INPUTS, arrays)
     names = dispatch.named(backend)
     problem = make_problem(described, options)
-    dispatch.choose(problem, names).plan(problem).warmup()
+    dispatch.plan(problem, names).warmup()
     if backward:
         out = contiguous(problem.out_shape, problem.dtype, problem.device)
         lse = contiguous(problem.lse_shape, problem.compute_dtype, problem.device)
         problem = make_problem({**described, "out": out, "dout": out, "lse": lse}, options)
-        dispatch.choose(problem, names).plan(problem).warmup()
+        dispatch.plan(problem, names).warmup()
 
 
 def explain(adapter: Adapter, arrays: Arrays, options: Options, backend: str | None) -> dispatch.Explanation:

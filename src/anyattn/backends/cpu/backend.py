@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import operator
 import threading
+from array import array as words
 from typing import Any
 
 from ... import settings
@@ -112,53 +114,51 @@ class CpuPlan:
 
 
 class _Template:
-    """The bytes of a call without addresses, and where each address goes."""
+    """A call without addresses, as 64-bit words, and which words the addresses are."""
 
     def __init__(
         self, native: library.Library, which: int, values: Values, arrays: tuple[str, ...], tables: tuple[str, ...]
     ) -> None:
         self._native, self._which = native, which
-        self._bytes = layout.pack(values)
-        word = ctypes.sizeof(ctypes.c_void_p)
-        self._slots = [(name, layout.offset(f"{name}.data") // word) for name in arrays]
-        self._slots += [(name, layout.offset(name) // word) for name in (*tables, "workspace")]
-        self._workspace_bytes = layout.offset("workspace_bytes") // word
-        self._message, self._message_bytes = (layout.offset(name) // word for name in ("message", "message_bytes"))
-        self._buffer = ctypes.c_char * layout.SIZE
+        self._words = words("Q", layout.pack(values))
+        self._slots = [_slot(f"{name}.data") for name in arrays] + [_slot(name) for name in tables]
+        self._arrays = operator.attrgetter(*arrays, *tables)
+        self._workspace, self._workspace_bytes = _slot("workspace"), _slot("workspace_bytes")
+        self._message, message_bytes = _slot("message"), _slot("message_bytes")
+        self._words[message_bytes] = MESSAGE_BYTES
         self._needed = 0
 
     def workspace(self) -> int:
         """Bytes of workspace, from sizes alone."""
-        # tables are told from their addresses: any will do, none is read
-        packed = bytearray(self._bytes)
-        words = memoryview(packed).cast("Q")
-        for name, slot in self._slots:
-            if name != "workspace":
-                words[slot] = 64
-        words[self._message], words[self._message_bytes] = _message.address, MESSAGE_BYTES
-        self._needed = int(self._native.workspace(self._buffer.from_buffer(packed), self._which))
+        filled = self._words[:]
+        for slot in self._slots:
+            filled[slot] = 64  # tables are told from their addresses: any will do, none is read
+        filled[self._message] = _message.address
+        self._needed = int(self._native.workspace(filled.buffer_info()[0], self._which))
         if self._needed < 0:
             self._fail(-self._needed)
         return self._needed
 
     def run(self, call: Call) -> None:
         pointer = call.adapter.pointer
-        packed = bytearray(self._bytes)
-        words = memoryview(packed).cast("Q")
-        for name, slot in self._slots:
-            array = getattr(call, name)
+        filled = self._words[:]
+        for slot, array in zip(self._slots, self._arrays(call), strict=True):
             if array is not None:
-                words[slot] = pointer(array)
+                filled[slot] = pointer(array)
         if call.workspace is not None:
-            words[self._workspace_bytes] = self._needed
-        words[self._message], words[self._message_bytes] = _message.address, MESSAGE_BYTES
-        status = self._native.passes[self._which](self._buffer.from_buffer(packed))
+            filled[self._workspace], filled[self._workspace_bytes] = pointer(call.workspace), self._needed
+        filled[self._message] = _message.address
+        status = self._native.passes[self._which](filled.buffer_info()[0])
         if status:
             self._fail(status)
 
     def _fail(self, status: int) -> None:
         text = _message.buffer.value.decode(errors="replace") or self._native.error_string(status)
         raise MemoryError(text) if status == OUT_OF_MEMORY else ValueError(text)
+
+
+def _slot(field: str) -> int:
+    return layout.offset(field) // 8
 
 
 def _common(native: library.Library) -> Values:

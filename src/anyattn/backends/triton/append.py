@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import triton
@@ -83,6 +84,7 @@ def copy_rows(
 HEADS = 4  # heads of one program
 
 
+@lru_cache(1024)
 def kernels(append: Append) -> list[Kernel]:
     """k and v into the cache and, with rotary, q into the call's `out`."""
     found = [

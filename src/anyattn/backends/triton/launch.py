@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
 import triton
 from triton.compiler import ASTSource
 
+from ...errors import CompilationError
 from ..base import Call
 from .device import interpreted
 
@@ -73,6 +75,7 @@ class Template:
         self.aligned_strides = all(value % ALIGNMENT == 0 for value in strides)
         self.addresses = [leaf for part in self._parts for leaf in part.leaves if isinstance(leaf, Address)]
         self.names = {leaf.name for leaf in self.addresses}
+        self.key = (tuple(part.signature() for part in self._parts), tuple(constants.items()))
 
     def values(self, pointers: dict[Address, Any]) -> list[Any]:
         """What the launcher takes."""
@@ -150,7 +153,7 @@ class Kernel:
 
     def warmup(self) -> None:
         """Compiles it for the current device and arrays that are aligned."""
-        if not interpreted() and 0 not in self.grid:
+        if 0 not in self.grid:
             self._compile(triton.runtime.driver.active.get_current_device(), self.template.aligned_strides)
 
     def _launch(self, addresses: dict[Address, int]) -> None:
@@ -169,29 +172,59 @@ class Kernel:
 
 def run_all(kernels: Sequence[Kernel], call: Call, device: str) -> None:
     """In order, on the device of that torch name, whichever is current."""
+    with current(device):
+        for kernel in kernels:
+            kernel.run(call)
+
+
+def warmup_all(kernels: Sequence[Kernel], device: str) -> None:
+    """Compiles them for the device of that torch name."""
+    if not interpreted():
+        with current(device):
+            for kernel in kernels:
+                kernel.warmup()
+
+
+def current(device: str) -> AbstractContextManager[Any]:
+    """Makes the device of that torch name the current one, where it is not."""
     kind, _, number = device.partition(":")
     if interpreted() or not number or int(number) == triton.runtime.driver.active.get_current_device():
-        for kernel in kernels:
-            kernel.run(call)
-        return
+        return nullcontext()
     import torch
 
-    with getattr(torch, kind).device(int(number)):
-        for kernel in kernels:
-            kernel.run(call)
+    guard: AbstractContextManager[Any] = getattr(torch, kind).device(int(number))
+    return guard
 
 
 _cache: dict[Any, Any] = {}
 
 
 def compiled(kernel: Kernel, device: int, aligned: bool) -> Any:
-    """The compiled kernel; equal ones are shared by all plans."""
-    source = kernel.template.source(kernel.function, aligned)
-    target = triton.runtime.driver.active.get_current_target()
-    key = (device, str(target), source.hash(), tuple(sorted(kernel.options.items())))
-    if key not in _cache:
-        _cache[key] = triton.compile(source, target=target, options=kernel.options)
-    return _cache[key]
+    """The compiled kernel, loaded; equal ones are shared by all plans.
+
+    Raises:
+        CompilationError: the compiler or the device refuses it.
+    """
+    key = (device, kernel.function, kernel.template.key, aligned, tuple(kernel.options.items()))
+    found = _cache.get(key)
+    if found is None:
+        target = triton.runtime.driver.active.get_current_target()
+        try:
+            source = kernel.template.source(kernel.function, aligned)
+            found = triton.compile(source, target=target, options=kernel.options)
+            _ = found.run  # loads it, which fails where it wants more registers or shared memory than there are
+        except Exception as error:
+            raise CompilationError(f"{_variant(kernel)} on {target.backend} {target.arch}: {error}") from error
+        _cache[key] = found
+    return found
+
+
+def _variant(kernel: Kernel) -> str:
+    """What somebody needs to see the same failure."""
+    constants = {**kernel.template.constants, **kernel.options}
+    inside = ", ".join(f"{name}={value}" for name, value in constants.items())
+    given = ", ".join(sorted(kernel.template.names))
+    return f"Triton {triton.__version__} does not compile {kernel.function.__name__}({inside}) of {given}"
 
 
 def _tensor(address: int, dtype: str) -> Any:

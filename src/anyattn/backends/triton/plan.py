@@ -11,38 +11,52 @@ from .arguments import common, statistics, view
 from .decode import combine_splits
 from .device import Device, device
 from .forward import attention_forward
-from .launch import Address, Kernel, Template, i32, i64, run_all
+from .launch import Address, Kernel, Template, i32, i64, run_all, warmup_all
 from .tuning import Config, chunks
 from .views import Schedule, View
+
+OPTIONAL = frozenset(("dbias", "dsink"))  # results that a call may not want
+# torch's precision of float32 products: what Triton calls it
+PRECISIONS = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
 
 
 class TritonPlan:
     """The kernels of one problem, in the order in which they run."""
 
     def __init__(self, problem: Problem) -> None:
-        self._device = problem.device
-        self.forward_bytes = self.backward_bytes = 0
-        if problem.dout is None:
-            self._kernels, self.forward_bytes = forward_kernels(problem)
-        else:
-            from .plan_backward import backward_kernels
-
-            self._kernels, self.backward_bytes = backward_kernels(problem)
+        self._problem = problem
+        kernels, needed = self._build()
+        self._built = {precision(problem): kernels}
+        self.forward_bytes, self.backward_bytes = (needed, 0) if problem.dout is None else (0, needed)
+        warmup_all([kernel for kernel in kernels if not kernel.template.names & OPTIONAL], problem.device)
 
     def warmup(self) -> None:
-        for kernel in self._kernels:
-            kernel.warmup()
+        warmup_all(self._kernels(), self._problem.device)
 
     def forward(self, call: Call) -> None:
-        run_all(self._kernels, call, self._device)
+        run_all(self._kernels(), call, self._problem.device)
 
     def backward(self, call: Call) -> None:
         wanted = [
             kernel
-            for kernel in self._kernels
-            if all(getattr(call, name) is not None for name in kernel.template.names)  # dbias, dsink: where wanted
+            for kernel in self._kernels()
+            if all(getattr(call, name) is not None for name in kernel.template.names & OPTIONAL)
         ]
-        run_all(wanted, call, self._device)
+        run_all(wanted, call, self._problem.device)
+
+    def _kernels(self) -> list[Kernel]:
+        """For the precision of float32 products that is in force."""
+        now = precision(self._problem)
+        if now not in self._built:
+            self._built[now], _ = self._build()
+        return self._built[now]
+
+    def _build(self) -> tuple[list[Kernel], int]:
+        if self._problem.dout is None:
+            return forward_kernels(self._problem)
+        from .plan_backward import backward_kernels
+
+        return backward_kernels(self._problem)
 
 
 class Shape(NamedTuple):
@@ -154,8 +168,17 @@ def flags(problem: Problem) -> dict[str, Any]:
         "LOWER": interval.left is not None or interval.chunk > 0 or problem.leftpad_k is not None,
         "HOLES": any(bound is not None and bound < 0 for bound in (interval.left, interval.right)),
         "NEGATIVE": problem.scale < 0,
-        "PRECISION": "ieee",
+        "PRECISION": precision(problem),
     }
+
+
+def precision(problem: Problem) -> str:
+    """How float32 is multiplied: as torch.set_float32_matmul_precision says, where the hardware has a choice."""
+    if problem.dtype != "float32" or not tuning.has_tf32(device(problem.device).arch):
+        return "ieee"
+    import torch
+
+    return PRECISIONS[torch.get_float32_matmul_precision()]
 
 
 def options(config: Config) -> dict[str, Any]:

@@ -126,7 +126,8 @@ def backward(arch: str, dtype: str, width: int) -> tuple[Config, Config]:
     if arch == INTERPRETER:
         return Config(64, 64), Config(64, 64)
     if dtype == "float32":
-        small = Config(32, 32, 8, 1) if width <= 64 else Config(16, 16, 4, 1)
+        warps = 4 if arch.startswith("gfx9") else 8
+        small = Config(32, 32, warps, 1) if width <= 64 else Config(16, 16, 4, 1)
         return small, small
     family = next(name for name in BACKWARD if arch.startswith(name))
     return next(configs for widest, configs in BACKWARD[family] if width <= widest)
@@ -136,6 +137,11 @@ def bias(arch: str, dtype: str, width: int) -> Config:
     """For dbias, whose program owns a tile of scores."""
     _, dq = backward(arch, dtype, width)
     return dq
+
+
+def has_tf32(arch: str) -> bool:
+    """Whether float32 can be multiplied with fewer bits."""
+    return arch in (INTERPRETER, "xpu") or (arch.startswith("sm_") and not arch.startswith("sm_7"))
 
 
 def fill(rows: int, tile: int) -> float:

@@ -66,19 +66,22 @@ class Attention(torch.autograd.Function):
         static, needs = ctx.static, ctx.needs_input_grad
         dout = torch.zeros_like(out) if dout is None else dout
         dlse = dlse if static.lse_gradient else None
-        want_dbias, want_dsink = needs[3], needs[6]
-        tail = (static.backend, want_dbias, want_dsink)
-        tensors = (dout, *arrays, out, lse, dlse)
-        if torch.is_grad_enabled():  # create_graph, torch.func
-            grads = AttentionGradients.apply(*tensors, (*static.options, *tail))
-        elif fastpath.plain(tensors):
-            wanted = {"want_dbias": want_dbias, "want_dsink": want_dsink}
-            saved = (out, lse, dout, dlse)
-            grads = execute.backward(adapter, saved, tuple(arrays), static.options, static.backend, **wanted)
+        want_dbias, want_dsink = (needs[3], needs[6]) if len(arrays) > 3 else (False, False)
+        saved, tail = (out, lse, dout, dlse), (static.backend, want_dbias, want_dsink)
+        create_graph = torch.is_grad_enabled()  # or torch.func
+        metadata = None if create_graph else fastpath.metadata((*arrays, *saved))
+        if metadata is not None:
+            call = (saved, tuple(arrays), static.options, static.backend, metadata)
+            grads = execute.backward(adapter, *call, want_dbias=want_dbias, want_dsink=want_dsink)
         else:
-            grads = ops.backward(*tensors, *static.options, *tail)
+            tensors = (dout, *execute.full(tuple(arrays)), out, lse, dlse)
+            if create_graph:
+                grads = AttentionGradients.apply(*tensors, (*static.options, *tail))
+            else:
+                grads = ops.backward(*tensors, *static.options, *tail)
         dq, dk, dv, dbias, dsink = grads
-        return (dq, dk, dv, dbias if want_dbias else None, None, None, dsink if want_dsink else None, *[None] * 10)
+        grads = (dq, dk, dv, dbias if want_dbias else None, None, None, dsink if want_dsink else None, *[None] * 10)
+        return grads[: len(needs)]
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
@@ -88,12 +91,17 @@ class Attention(torch.autograd.Function):
 
 
 class DirectAttention(Attention):
-    """The same by the kernel itself, without its operator."""
+    """The same by the kernel itself, without its operator, perhaps from q, k and v alone."""
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-        static = inputs[-1]
-        return execute.forward(adapter, inputs[:-1], static.options, static.backend)
+        *arrays, (static, metadata) = inputs
+        return execute.forward(adapter, tuple(arrays), static.options, static.backend, metadata)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        *arrays, (static, _) = inputs
+        Attention.setup_context(ctx, (*arrays, static), output)
 
 
 class AttentionGradients(torch.autograd.Function):
@@ -130,14 +138,19 @@ class AttentionWithTangents(Attention):
 _direct = fastpath.base_apply(DirectAttention)
 
 
-def attention(arrays: ops.Arrays, options: Options, lse_gradient: bool, backend: str) -> tuple[Tensor, Tensor]:
-    """(out, lse), differentiable in q, k, v, bias and sink, and through lse if asked for."""
-    if fastpath.plain(arrays):
+def attention(
+    arrays: ops.Arrays, metadata: ops.Arrays | None, options: Options, lse_gradient: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    """(out, lse), differentiable in q, k, v, bias and sink, and through lse if asked for.
+
+    metadata: of the arrays, where nothing watches; else None.
+    """
+    if metadata is not None:
         if not (torch.is_grad_enabled() and _differentiated(*arrays[:7])):
-            return execute.forward(adapter, arrays, options, backend)
+            return execute.forward(adapter, arrays, options, backend, metadata)
         # named now: the backward may run outside this `with backend(...)`
         named = backend or ",".join(dispatch.named(None))
-        out, lse = _direct(*arrays, Static(lse_gradient, named, options))
+        out, lse = _direct(*arrays, (Static(lse_gradient, named, options), metadata))
         return out, lse
     fastpath.break_inside_transforms()
     function = AttentionWithTangents if fastpath.forward_mode() else Attention
@@ -145,7 +158,9 @@ def attention(arrays: ops.Arrays, options: Options, lse_gradient: bool, backend:
     return out, lse
 
 
-def _differentiated(q: Tensor, k: Tensor, v: Tensor, bias: Any, mask: Any, alibi_slopes: Any, sink: Any) -> bool:
+def _differentiated(
+    q: Tensor, k: Tensor, v: Tensor, bias: Any = None, mask: Any = None, alibi_slopes: Any = None, sink: Any = None
+) -> bool:
     return (
         q.requires_grad
         or k.requires_grad

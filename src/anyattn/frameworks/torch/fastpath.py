@@ -28,23 +28,40 @@ except AttributeError:
     AVAILABLE = False
 
 
-def plain(tensors: Sequence[Any], *, any_strides: bool = False) -> bool:
-    """Whether nothing watches, and `execute` may have these tensors (all but the first may be None) as they are."""
+def watched() -> bool:
+    """Whether something wants to see the operators: a tracer, a transform, a dispatch mode, the profiler."""
     if torch.compiler.is_compiling() or not AVAILABLE or _modes() or _transforms() or _tracing():
-        return False
-    if profiler._is_profiler_enabled or forward_ad._current_level >= 0 or tensors[0].is_meta:
-        return False
-    try:
-        for x in tensors:
-            if x is None:
-                continue
-            if type(x) not in _PLAIN or x.is_neg() or not _has_storage(x):
-                return False  # a subclass, or values that only the dispatcher knows how to read
-            if not any_strides and x.stride(-1) != 1:
-                return False  # the operators' kernels know what to copy
-    except IndexError:  # no dimension at all
-        return False
-    return True
+        return True
+    return bool(profiler._is_profiler_enabled or forward_ad._current_level >= 0)
+
+
+def plain(tensors: Sequence[Any]) -> bool:
+    """Whether nothing watches, and these tensors (any may be None) are what they look like."""
+    return not watched() and not any(_peculiar(x) for x in tensors if x is not None)
+
+
+def metadata(tensors: Sequence[Any]) -> tuple[Any, ...] | None:
+    """The key of cached plans (the adapter's) if `execute` may have these tensors as they are, else None."""
+    if watched():
+        return None
+    key: list[Any] = []
+    for x in tensors:
+        if x is None:
+            key.append(None)
+            continue
+        if _peculiar(x):
+            return None
+        strides = x.stride()
+        if not strides or strides[-1] != 1:
+            return None  # the operators' kernels know what to copy
+        key += (x.shape, strides, x.dtype, x.device)
+    torch.get_num_threads()  # a new thread's first such call tells OpenMP what torch.set_num_threads said
+    return tuple(key)
+
+
+def _peculiar(x: Any) -> bool:
+    """A subclass, or values that only the dispatcher knows how to read."""
+    return type(x) not in _PLAIN or x.is_neg() or x.is_meta or not _has_storage(x)
 
 
 def forward_mode() -> bool:

@@ -25,15 +25,28 @@ def attention(
     arrays: Arrays, options: Options, seed: int | None, return_lse: bool, backend: str | None
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) with autograd; draws the dropout state from torch's generator where none is given."""
-    prepared = prepare(arrays, seed, draw=options.dropout_p > 0)
-    return autograd.attention(prepared, options, return_lse, backend or "")
+    metadata = None
+    if seed is None and not options.dropout_p and _bare(*arrays) and not fastpath.maybe_autocast():
+        arrays = arrays[:3]
+        metadata = fastpath.metadata(arrays)  # all the preparation that the commonest call needs
+    if metadata is None:
+        arrays = prepare(execute.full(arrays), seed, draw=options.dropout_p > 0)
+        metadata = fastpath.metadata(arrays)
+    return autograd.attention(arrays, metadata, options, return_lse, backend or "")
+
+
+def _bare(q: Any, k: Any, v: Any, a: Any, b: Any, c: Any, d: Any, *rest: Any) -> bool:
+    """Whether only q, k and v are given."""
+    e, f, g, h, i, j, l, m, n = rest
+    return a is b is c is d is e is f is g is h is i is j is l is m is n is None
 
 
 def forward(arrays: Arrays, options: Options, seed: int | None, backend: str | None) -> tuple[Tensor, Tensor]:
     """(out, lse) without autograd."""
     prepared = _detach(prepare(arrays, seed))
-    if fastpath.plain(prepared):
-        return execute.forward(adapter, prepared, options, backend)
+    metadata = fastpath.metadata(prepared)
+    if metadata is not None:
+        return execute.forward(adapter, prepared, options, backend, metadata)
     out, lse = ops.forward(*prepared, *options, backend or "")
     return out, lse
 
@@ -45,8 +58,9 @@ def backward(saved: Arrays, arrays: Arrays, options: Options, seed: int | None, 
         _tensor(name, x)
     out, lse, dout, dlse = _detach(saved)
     dlse = None if dlse is None else _tensor("dlse", dlse)
-    if fastpath.plain((out, lse, dout, dlse, *prepared)):
-        grads = execute.backward(adapter, (out, lse, dout, dlse), prepared, options, backend)
+    metadata = fastpath.metadata((*prepared, out, lse, dout, dlse))
+    if metadata is not None:
+        grads = execute.backward(adapter, (out, lse, dout, dlse), prepared, options, backend, metadata)
     else:
         grads = ops.backward(dout, *prepared, out, lse, dlse, *options, backend or "")
     dq, dk, dv, dbias, dsink = grads
@@ -147,7 +161,7 @@ def prepare(arrays: Arrays, seed: int | None, *, draw: bool = False) -> Arrays:
     if not (cu_q is cu_k is used_q is used_k is leftpad is offset is pages is entries is None):
         tables = _tables(q, tables)
     if seed is not None or rng_state is not None or draw:
-        rng_state = _rng_state(q, seed, rng_state)
+        rng_state = random_state(q, seed, rng_state)
     return (q, k, v, bias, mask, slopes, sink, *tables, rng_state)
 
 
@@ -206,15 +220,15 @@ def table(name: str, array: Any) -> Tensor:
         return x.contiguous()
     if x.is_floating_point() or x.is_complex() or x.dtype is torch.bool:
         raise TypeError(f"{name} must hold integers; got {x.dtype}")
-    if x.device.type == "cpu" and x.dtype is torch.int64 and x.numel() and fastpath.plain((x,), any_strides=True):
+    if x.device.type == "cpu" and x.dtype is torch.int64 and x.numel() and fastpath.plain((x,)):
         low, high = (int(bound) for bound in x.aminmax())
         if low < -(2**31) or high >= 2**31:
             raise ValueError(f"{name} must fit in int32; got {low} to {high}")
     return x.to(torch.int32).contiguous()
 
 
-def _rng_state(q: Tensor, seed: int | None, rng_state: Any) -> Tensor:
-    """int64 (seed, offset) on q's device."""
+def random_state(q: Tensor, seed: int | None = None, rng_state: Any = None) -> Tensor:
+    """int64 (seed, offset) on q's device, drawn from torch's generator if neither is given."""
     if rng_state is not None:
         if seed is not None:
             raise ValueError("seed and rng_state exclude each other: rng_state is (seed, offset)")

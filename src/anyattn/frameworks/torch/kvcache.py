@@ -16,6 +16,7 @@ from ...settings import current
 from .. import execute
 from . import fastpath, ops
 from .adapter import adapter, rows
+from .rotary import rotate
 
 TABLES = ("cache_seqlens", "cache_batch_idx", "block_table")
 
@@ -28,7 +29,7 @@ def append(
         cache = given[name]
         if cache is not None and cache.ndim and cache.stride(-1) != 1 and cache.shape[-1] != 1:
             raise ValueError(f"{name}_cache must be contiguous in its last dimension; got strides {cache.stride()}")
-    if not fastpath.plain(tuple(given.values()), any_strides=True):
+    if not fastpath.plain(tuple(given.values())):
         return _traced(given, interleaved=interleaved, by_row=by_row)
     prepared = {name: x if x is None or name in TABLES else rows(name, x) for name, x in given.items()}
     options: dict[str, Any] = {"interleaved": interleaved, "by_row": by_row, "backend": backend}
@@ -54,18 +55,6 @@ def _traced(given: dict[str, Any], *, interleaved: bool, by_row: bool) -> Tensor
     given["k"].index_put_((entry, row), new_k)
     given["v"].index_put_((entry, row), given["new_v"])
     return q
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool) -> Tensor:
-    """Rotates the first values of x (batch, rows, nheads, head_dim) by the angles of positions (batch, rows or 1)."""
-    half: int = cos.shape[1]
-    wide = torch.float64 if x.dtype is torch.float64 else torch.float32
-    cos, sin = cos[positions].unsqueeze(2).to(wide), sin[positions].unsqueeze(2).to(wide)  # (batch, rows, 1, half)
-    turned, rest = x[..., : 2 * half].to(wide), x[..., 2 * half :]
-    first, second = (turned[..., 0::2], turned[..., 1::2]) if interleaved else (turned[..., :half], turned[..., half:])
-    pair = (first * cos - second * sin, first * sin + second * cos)
-    turned = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
-    return torch.cat((turned.to(x.dtype), rest), -1)
 
 
 ops.library.define(

@@ -1,0 +1,99 @@
+"""The flash_attn_triton package: flash_attn 2's functions in its order of arguments, and its module.
+
+What it does not compute (dropout, windows, ALiBi, softcap, any length, packed sequences, a KV cache) is computed here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import api
+from . import flash_attn
+from .flash_attn import flash_attn_varlen_func, flash_attn_varlen_qkvpacked_func, flash_attn_with_kvcache
+
+__version__ = "0.1.1"  # whose signatures these are
+
+__all__ = [
+    "FlashAttention",
+    "flash_attn_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
+]
+
+
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    softcap: float = 0.0,
+    return_attn_probs: bool = False,
+) -> Any:
+    """`anyattn.compat.flash_attn.flash_attn_func`, with softcap behind deterministic.
+
+    >>> import torch
+    >>> x = torch.ones(1, 16, 2, 8)
+    >>> flash_attn_func(x, x, x, causal=True).shape
+    torch.Size([1, 16, 2, 8])
+    """
+    return flash_attn.flash_attn_func(
+        q,
+        k,
+        v,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
+    )
+
+
+def flash_attn_qkvpacked_func(
+    qkv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    softcap: float = 0.0,
+    return_attn_probs: bool = False,
+) -> Any:
+    """`flash_attn_func` of a packed qkv (batch, seqlen, 3, nheads, head_dim)."""
+    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
+    return flash_attn.flash_attn_qkvpacked_func(qkv, *options)
+
+
+class FlashAttention(torch.nn.Module):
+    """Attention of (batch, seqlen, nheads, head_dim) tensors.
+
+    Args:
+        attention_dropout: in training only.
+        softmax_scale: default head_dim ** -0.5.
+    """
+
+    def __init__(self, attention_dropout: float = 0.0, softmax_scale: float | None = None) -> None:
+        super().__init__()
+        self.dropout_p = attention_dropout
+        self.softmax_scale = softmax_scale
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool = False, attn_bias: Tensor | None = None) -> Tensor:
+        """attn_bias is added to the scaled scores (batch, nheads, seqlen_q, seqlen_k); it has a gradient."""
+        dropout_p = self.dropout_p if self.training else 0.0
+        out: Tensor = api.attention(
+            q, k, v, causal=causal, scale=self.softmax_scale, bias=attn_bias, dropout_p=dropout_p
+        )
+        return out

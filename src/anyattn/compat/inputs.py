@@ -1,0 +1,67 @@
+"""What flash_attn 3 and 4 add to q, k and v: an absorbed second product (MLA), and fp8 values with scales."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .calls import attend, rows_of
+
+FP8 = torch.float8_e4m3fn
+Descales = tuple["Tensor | None", "Tensor | None", "Tensor | None"]
+
+
+def attend_extended(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    qv: Tensor | None = None,
+    descales: Descales = (None, None, None),
+    scale: float | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    **arguments: Any,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of `attend` with scores scale * (q k^T + qv v^T), or of the values x * descale.
+
+    The descales of q, k and v are (batch, nheads_kv). They are linear in q and out, so k and v are read as they are;
+    fp8 is computed in float32 and gives a bfloat16 out.
+    """
+    arguments |= {"scale": scale, "cu_seqlens_q": cu_seqlens_q}
+    if qv is not None:
+        if q.dtype is FP8 or any(x is not None for x in descales):
+            raise ValueError("qv cannot be combined with fp8 inputs or descales")
+        q, k = absorbed(q, k, v, qv)
+        return attend(q, k, v, **arguments)
+    dtype = q.dtype
+    if dtype is FP8:
+        if not dtype == k.dtype == v.dtype:
+            raise TypeError(f"q, k and v must have one dtype; got {dtype}, {k.dtype}, {v.dtype}")
+        q, k, v = q.float(), k.float(), v.float()
+    for name, descale in zip(("q_descale", "k_descale"), descales, strict=False):
+        if descale is not None:
+            q = (q * _per_row(name, descale, q, k.shape[-2], cu_seqlens_q)).to(q.dtype)
+    out, lse = attend(q, k, v, **arguments)
+    if descales[2] is not None:
+        out = out * _per_row("v_descale", descales[2], out, k.shape[-2], cu_seqlens_q)
+    return out.to(torch.bfloat16 if dtype is FP8 else dtype), lse
+
+
+def absorbed(q: Tensor, k: Tensor, v: Tensor, qv: Tensor) -> tuple[Tensor, Tensor]:
+    """(q, k) whose products are q k^T + qv v^T: one head_dim behind the other, and the default scale is of both."""
+    if qv.shape != (*q.shape[:-1], v.shape[-1]):
+        raise ValueError(f"qv must have q's shape with v's head_dim; got {tuple(qv.shape)} for q {tuple(q.shape)}")
+    return torch.cat((q, qv), -1), torch.cat((k, v), -1)
+
+
+def _per_row(name: str, descale: Tensor, x: Tensor, nheads_kv: int, cu_seqlens: Tensor | None) -> Tensor:
+    """The factors of x (batch, seqlen, nheads, head_dim) or, packed, (total, nheads, head_dim)."""
+    batch = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if descale.shape != (batch, nheads_kv):
+        raise ValueError(f"{name} must be (batch, nheads_kv) = ({batch}, {nheads_kv}); got {tuple(descale.shape)}")
+    heads = descale.repeat_interleave(x.shape[-2] // nheads_kv, dim=1)
+    if cu_seqlens is None:
+        return heads[:, None, :, None]
+    return heads[rows_of(cu_seqlens, x.shape[0])[0]].unsqueeze(-1)

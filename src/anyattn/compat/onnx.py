@@ -1,0 +1,109 @@
+"""The ONNX operator `Attention` (opsets 23 to 25) over anyattn, on NumPy arrays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .. import api
+
+Array = npt.NDArray[Any]
+DOUBLE = 11  # onnx.TensorProto.DOUBLE
+
+
+def attention(
+    Q: Array,
+    K: Array,
+    V: Array,
+    attn_mask: Array | None = None,
+    past_key: Array | None = None,
+    past_value: Array | None = None,
+    nonpad_kv_seqlen: Array | None = None,
+    *,
+    is_causal: int = 0,
+    kv_num_heads: int | None = None,
+    left_window_size: int = -1,
+    q_num_heads: int | None = None,
+    qk_matmul_output_mode: int = 0,
+    right_window_size: int = -1,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    softmax_precision: int | None = None,
+) -> tuple[Array, Array, Array]:
+    """The node's inputs in order and its attributes by name; returns (Y, present_key, present_value).
+
+    Args:
+        Q: (batch, q_num_heads, q_sequence_length, head_size), or (batch, q_sequence_length, q_num_heads * head_size)
+            with both numbers of heads as attributes. K and V likewise, with heads that divide Q's.
+        attn_mask: boolean (True: takes part) or added to the scores; broadcast from the right to (batch, q_num_heads,
+            q_sequence_length, total_sequence_length). Keys beyond its last dimension are hidden.
+        past_key, past_value: (batch, kv_num_heads, past_sequence_length, ...), before K and V.
+        nonpad_kv_seqlen: (batch,), keys in use of a cache that is larger; excludes the past.
+        is_causal: row i sees the keys up to i + offset, where offset is the past's length, or nonpad_kv_seqlen -
+            q_sequence_length, or 0; the windows are around that position too (-1: unbounded).
+        softmax_precision: DOUBLE computes in double; others are at least met by float32, which is what is used.
+        qk_matmul_output_mode: 0: the matrix of scores, an optional output of the node, is not computed.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong, or asks for the matrix of scores.
+
+    >>> import numpy as np
+    >>> from anyattn.compat import onnx
+    >>> x = np.ones((2, 6, 24), np.float32)
+    >>> Y, present_key, _ = onnx.attention(x, x, x, q_num_heads=3, kv_num_heads=3, is_causal=1)
+    >>> Y.shape, present_key.shape
+    ((2, 6, 24), (2, 3, 6, 8))
+    """
+    if qk_matmul_output_mode:
+        raise ValueError(f"qk_matmul_output_mode must be 0: scores are never in memory; got {qk_matmul_output_mode}")
+    if (past_key is None) != (past_value is None):
+        raise ValueError("past_key and past_value must be given together")
+    if past_key is not None and nonpad_kv_seqlen is not None:
+        raise ValueError("nonpad_kv_seqlen and past_key exclude each other")
+    q, k, v = _heads("Q", Q, q_num_heads), _heads("K", K, kv_num_heads), _heads("V", V, kv_num_heads)
+    offset: Any = 0
+    if past_key is not None and past_value is not None:
+        offset = past_key.shape[2]
+        k, v = (np.concatenate((x.swapaxes(1, 2), y), 1) for x, y in ((past_key, k), (past_value, v)))
+    if nonpad_kv_seqlen is not None:
+        offset = nonpad_kv_seqlen - q.shape[1]
+    arguments = {"offset": offset, "seqused_k": nonpad_kv_seqlen, "scale": scale, "softcap": softcap}
+    window = (_bound("left_window_size", left_window_size), _bound("right_window_size", right_window_size))
+    arguments |= {"causal": bool(is_causal), "window": window, **_scores(attn_mask, k.shape[1], q.dtype)}
+    wide = np.dtype(np.float64) if softmax_precision == DOUBLE else q.dtype
+    out: Array = api.attention(*(x.astype(wide, copy=False) for x in (q, k, v)), **arguments)
+    out = out.astype(q.dtype, copy=False)
+    Y: Array = out.reshape(*out.shape[:2], -1) if Q.ndim == 3 else out.swapaxes(1, 2)
+    return Y, k.swapaxes(1, 2), v.swapaxes(1, 2)
+
+
+def _heads(name: str, x: Array, heads: int | None) -> Array:
+    """(batch, sequence, heads, head_size)."""
+    if x.ndim == 4:
+        return np.swapaxes(x, 1, 2)
+    if x.ndim != 3 or not heads or x.shape[2] % heads:
+        raise ValueError(f"{name} must have 4 dimensions, or 3 with q_num_heads and kv_num_heads; got {x.shape}")
+    return x.reshape(*x.shape[:2], heads, -1)
+
+
+def _bound(name: str, size: int) -> int | None:
+    if size < -1:
+        raise ValueError(f"{name} must be >= 0, or -1 for none; got {size}")
+    return None if size == -1 else size
+
+
+def _scores(attn_mask: Array | None, keys: int, dtype: np.dtype[Any]) -> dict[str, Array]:
+    """mask or bias, of four dimensions and all keys."""
+    if attn_mask is None:
+        return {}
+    boolean = attn_mask.dtype == np.bool_
+    if not boolean and attn_mask.dtype != dtype:
+        attn_mask = attn_mask.astype(np.float64 if dtype == np.float64 else np.float32)
+    missing = keys - attn_mask.shape[-1]
+    if missing < 0:
+        raise ValueError(f"attn_mask must have no more than {keys} keys in its last dimension; got {attn_mask.shape}")
+    hidden: Any = False if boolean else -np.inf
+    attn_mask = np.pad(attn_mask, [(0, 0)] * (attn_mask.ndim - 1) + [(0, missing)], constant_values=hidden)
+    return {"mask" if boolean else "bias": attn_mask.reshape((1,) * (4 - attn_mask.ndim) + attn_mask.shape)}

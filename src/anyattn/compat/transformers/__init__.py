@@ -1,0 +1,33 @@
+"""anyattn as an attention implementation of Hugging Face transformers 5.
+
+    import anyattn.compat.transformers
+    model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="anyattn")
+
+Importing this module registers the name with transformers' two interfaces, for attention and for masks. A mask function
+that is causal, bidirectional, a sliding window or packed sequences of these, as almost every model's is, is handed over
+as a `Pattern` on a mask of two dimensions: no score-sized mask is made. Any other becomes the boolean mask that
+transformers makes for SDPA, and so does every mask under torch.compile, where functions cannot be looked into.
+
+Results are those of "eager", but for rows of padding, which no one reads, and for packed sequences (position_ids that
+start anew): these are kept apart even where a cache was created, as transformers does for FlashAttention alone.
+
+`install_flash_attention_2` is for models that are hard-wired to "flash_attention_2".
+"""
+
+from .attention import attention
+from .flash_attention_2 import install_flash_attention_2, uninstall_flash_attention_2
+from .masks import Pattern, mask
+
+__all__ = ["Pattern", "attention", "install_flash_attention_2", "mask", "register", "uninstall_flash_attention_2"]
+
+
+def register() -> None:
+    """Registers "anyattn"; done when this module is imported."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register("anyattn", attention)
+    AttentionMaskInterface.register("anyattn", mask)
+
+
+register()

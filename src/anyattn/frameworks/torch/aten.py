@@ -1,0 +1,183 @@
+"""Kernels for torch's own attention operators on a CPU, for torch.nn.attention's registry of flash implementations.
+
+What Inductor compiles relies on the strides that torch's fakes promise: out like query, logsumexp (batch, seqlen_q,
+nheads) in memory, gradients (batch, seqlen, nheads, head_dim) in memory. The operators of packed sequences, behind
+torch.nn.attention.varlen, have no CPU kernel of torch's own.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...problem import SAVED, Options
+from .. import execute
+from . import ops
+from .adapter import adapter
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """aten::_scaled_dot_product_flash_attention_for_cpu: (output, logsumexp)."""
+    arrays, options = _call(query, key, value, dropout_p, is_causal, attn_mask, scale)
+    result, lse = execute.forward(adapter, arrays, options, None)
+    result, lse = result.transpose(1, 2), lse.transpose(1, 2).contiguous().transpose(1, 2)
+    return _laid_out(result, query), lse
+
+
+def _laid_out(result: Tensor, query: Tensor) -> Tensor:
+    out = torch.empty_like(query)
+    return result if out.stride() == result.stride() else out.copy_(result)
+
+
+def backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    dropout_p: float,
+    is_causal: bool,
+    *,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """aten::_scaled_dot_product_flash_attention_for_cpu_backward: (grad_query, grad_key, grad_value)."""
+    arrays, options = _call(query, key, value, dropout_p, is_causal, attn_mask, scale)
+    saved = (out.transpose(1, 2), logsumexp, grad_out.transpose(1, 2), None)
+    saved = ops.contiguous_rows(saved, SAVED)
+    dq, dk, dv, _, _ = execute.backward(adapter, saved, arrays, options, None, want_dbias=False)
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+def _call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout_p: float,
+    is_causal: bool,
+    attn_mask: Tensor | None,
+    scale: float | None,
+) -> tuple[ops.Arrays, Options]:
+    if attn_mask is not None:  # additive by now, whatever the user gave
+        attn_mask = attn_mask[(None,) * (4 - attn_mask.ndim)]
+        wide = torch.float64 if query.dtype is torch.float64 else torch.float32
+        attn_mask = attn_mask if attn_mask.dtype in (query.dtype, wide) else attn_mask.to(wide)
+    options = Options(scale, right=0 if is_causal else None, alignment="top-left", dropout_p=dropout_p)
+    arrays = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask, *[None] * 12)
+    return ops.contiguous_rows(arrays), options
+
+
+def packed_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cum_seq_q: Tensor | None,
+    cum_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    dropout_p: float,
+    is_causal: bool,
+    return_debug_mask: bool,
+    *,
+    scale: float | None = None,
+    window_size_left: int | None = None,
+    window_size_right: int | None = None,
+    seqused_k: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    block_table: Tensor | None = None,
+    num_splits: int | None = None,
+) -> tuple[Tensor, ...]:
+    """aten::_flash_attention_forward: (output, softmax_logsumexp, rng_state, unused, debug_attn_mask)."""
+    if return_debug_mask:
+        raise NotImplementedError("return_debug_mask=True: anyattn keeps no scores")
+    if block_table is not None and cum_seq_k is not None:  # it tells lengths alone
+        seqused_k = cum_seq_k.diff() if seqused_k is None else seqused_k
+        cum_seq_k = None
+    tables = (cum_seq_q, cum_seq_k, None, seqused_k, None, None, block_table, None)
+    options = _packed_options(dropout_p, is_causal, scale, window_size_left, window_size_right)
+    options = options._replace(max_seqlen_q=max_q, max_seqlen_k=max_k, batch_invariant=num_splits == 1)
+    arrays = ops.contiguous_rows((query, key, value, None, None, alibi_slopes, None, *tables, None))
+    out, lse = execute.forward(adapter, arrays, options, None)
+    empty = query.new_empty(0)
+    return _laid_out(out, query), lse, torch.zeros(2, dtype=torch.uint64), empty, empty
+
+
+def packed_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    cum_seq_q: Tensor,
+    cum_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    dropout_p: float,
+    is_causal: bool,
+    rng_state: Tensor,
+    unused: Tensor,
+    *,
+    scale: float | None = None,
+    window_size_left: int | None = None,
+    window_size_right: int | None = None,
+) -> tuple[Tensor, ...]:
+    """aten::_flash_attention_backward: (grad_query, grad_key, grad_value)."""
+    options = _packed_options(dropout_p, is_causal, scale, window_size_left, window_size_right)
+    options = options._replace(max_seqlen_q=max_q, max_seqlen_k=max_k)
+    arrays = ops.contiguous_rows((query, key, value, *[None] * 4, cum_seq_q, cum_seq_k, *[None] * 7))
+    saved = ops.contiguous_rows((out, logsumexp, grad_out, None), SAVED)
+    grads = execute.backward(adapter, saved, arrays, options, None)
+    return tuple(_laid_out(grad, x) for grad, x in zip(grads, (query, key, value), strict=False))
+
+
+def _packed_options(
+    dropout_p: float, is_causal: bool, scale: float | None, left: int | None, right: int | None
+) -> Options:
+    if dropout_p:
+        raise NotImplementedError(f"dropout_p must be 0 in this operator on a CPU; got {dropout_p}")
+    left, right = (None if side is None or side < 0 else side for side in (left, right))
+    return Options(scale, left=left, right=0 if is_causal else right)
+
+
+_KERNELS = {
+    "_scaled_dot_product_flash_attention_for_cpu": forward,
+    "_scaled_dot_product_flash_attention_for_cpu_backward": backward,
+    "_flash_attention_forward": packed_forward,
+    "_flash_attention_backward": packed_backward,
+}
+
+
+class Override:
+    """Our kernels in place of torch's, until `remove`.
+
+    Meanwhile nn.MultiheadAttention does not take its inference fast path, which computes attention with no such kernel.
+    """
+
+    def __init__(self) -> None:
+        self.library: Any = torch.library.Library("aten", "IMPL")
+        with warnings.catch_warnings():  # torch says that a kernel is overridden: the caller asked for it
+            warnings.filterwarnings("ignore", message="(?s).*Overriding a previously registered kernel")
+            for name, kernel in _KERNELS.items():
+                self.library.impl(name, kernel, "CPU")
+        self.fastpath = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+
+    def remove(self) -> None:
+        if self.library is not None:
+            self.library._destroy()
+            self.library = None
+            torch.backends.mha.set_fastpath_enabled(self.fastpath)

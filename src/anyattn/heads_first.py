@@ -1,0 +1,53 @@
+"""Public functions in the layout of torch.nn.functional: (..., nheads, seqlen, head_dim)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .arguments import Array
+
+
+def sdpa(
+    query: Array,
+    key: Array,
+    value: Array,
+    attn_mask: Array | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """`torch.nn.functional.scaled_dot_product_attention`, argument for argument, on torch tensors.
+
+    It also serves what torch computes with the whole score matrix in memory: dropout, a head_dim_v of its own, a float
+    mask with a gradient, grouped-query attention with a mask, any number of leading dimensions.
+
+    Args:
+        query: (..., nheads, seqlen_q, head_dim), at least two dimensions; any strides.
+        key: (..., nheads_kv, seqlen_k, head_dim). value: (..., nheads_kv, seqlen_k, head_dim_v). Leading dimensions
+            broadcast, and so does a single head.
+        attn_mask: broadcastable to (..., nheads, seqlen_q, seqlen_k). Boolean: True takes part. Floating point
+            (float32 or query's dtype): added to the scaled scores, with a gradient; -inf hides a key.
+        dropout_p: applied whenever > 0, as torch does: pass 0.0 outside training.
+        is_causal: row i sees the keys 0 to i (aligned to the top left); excludes attn_mask.
+        scale: default head_dim ** -0.5.
+        enable_gqa: nheads may be a multiple of nheads_kv.
+
+    Returns:
+        (..., nheads, seqlen_q, head_dim_v) in query's dtype. A row that sees no key gives 0, where torch gives 0 or
+        NaN depending on its path.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong. UnsupportedProblem: no backend computes it.
+
+    >>> import torch, anyattn
+    >>> query, key = torch.ones(2, 4, 16, 8), torch.ones(2, 2, 20, 8)
+    >>> anyattn.sdpa(query, key, key, torch.ones(16, 20, dtype=torch.bool), enable_gqa=True).shape
+    torch.Size([2, 4, 16, 8])
+    """
+    if not hasattr(query, "__torch_function__"):
+        raise TypeError(f"query must be a torch.Tensor; got {type(query).__name__}")
+    from .frameworks.torch import sdpa as torch_sdpa
+
+    return torch_sdpa.sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)

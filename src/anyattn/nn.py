@@ -1,0 +1,268 @@
+"""Attention layers for PyTorch: `Attention`, with grouped heads, rotary positions and a `KVCache`.
+
+Imported when `anyattn.nn` is first asked for, since it needs torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import api
+from .arguments import Window
+from .frameworks.torch import rotary
+
+
+class KVCache:
+    """Keys and values of the rows that one layer has seen, in memory that is allocated once.
+
+    Args:
+        batch, slots: sequences, and how many rows of each it holds.
+        nheads_kv, head_dim: of the layer; head_dim_v: default head_dim.
+        device, dtype: of the layer's activations.
+
+    Attributes:
+        k: (batch, slots, nheads_kv, head_dim), rotated where the layer has rotary positions. v: with head_dim_v.
+        seqlens: int32 (batch,), rows in use; set entries to drop rows (0: another sequence).
+
+    `Attention.cache` makes one that fits a layer.
+
+    >>> import torch, anyattn.nn
+    >>> cache = KVCache(batch=2, slots=64, nheads_kv=2, head_dim=8)
+    >>> cache.k.shape, cache.seqlens.tolist()
+    (torch.Size([2, 64, 2, 8]), [0, 0])
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        slots: int,
+        nheads_kv: int,
+        head_dim: int,
+        head_dim_v: int | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.k = torch.zeros(batch, slots, nheads_kv, head_dim, device=device, dtype=dtype)
+        self.v = torch.zeros(batch, slots, nheads_kv, head_dim_v or head_dim, device=device, dtype=dtype)
+        self.seqlens = torch.zeros(batch, dtype=torch.int32, device=device)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        """Appends k and v, and attends to all of the cache: `anyattn.attention_with_kvcache` with these `options`.
+
+        Raises:
+            ValueError: the cache is full; nothing was written. Or a gradient was asked for: decode under
+            `torch.no_grad()`.
+        """
+        out: Tensor = api.attention_with_kvcache(q, self.k, self.v, k=k, v=v, cache_seqlens=self.seqlens, **options)
+        self.seqlens = self.seqlens + k.shape[1]
+        return out
+
+
+class Attention(nn.Module):
+    """Multi-head, grouped-query or multi-query attention with its four projections.
+
+        q, k, v = x W_q, context W_k, context W_v
+        out = concat_h(attention(q_h, k_(h // group), v_(h // group))) W_out
+
+    Args:
+        width: of input and output.
+        nheads: query heads.
+        nheads_kv: key and value heads, a divisor of nheads; default nheads.
+        head_dim: default width / nheads. head_dim_v: of values; default head_dim.
+        bias: whether the projections have one.
+        causal: rows see no key after their position.
+        window: (left, right), inclusive, None: unbounded.
+        scale: default head_dim ** -0.5.
+        softcap: 0: off.
+        sink: one learnable logit per head in the softmax's denominator, at first 0.
+        alibi: adds -slope * distance to the scores, with the slopes of Press et al. (2022).
+        rotary_dim: values of each head that rotary positions turn, even; 0: none.
+        rotary_base, rotary_interleaved: of the rotation: angles p * rotary_base ** (-2 i / rotary_dim); pairs (0, 1),
+            (2, 3), ... if interleaved, else (0, d/2), (1, d/2 + 1), ...
+        dropout_p: of the probabilities, in training only.
+        backend: as for `anyattn.attention`.
+        device, dtype: of the parameters.
+
+    state_dict: q.weight, k.weight, v.weight, out.weight, and the biases and `sink` if there are any.
+
+    Raises:
+        ValueError: sizes that do not fit together.
+
+    >>> import torch, anyattn.nn
+    >>> layer = anyattn.nn.Attention(64, nheads=8, nheads_kv=2, causal=True, rotary_dim=8)
+    >>> x = torch.randn(2, 16, 64)
+    >>> out = layer(x)  # training
+    >>> with torch.no_grad():  # generation
+    ...     cache = layer.cache(batch=2, slots=32)
+    ...     steps = [layer(x[:, :10], cache=cache), layer(x[:, 10:], cache=cache)]
+    >>> torch.allclose(torch.cat(steps, 1), out, atol=1e-5)
+    True
+    """
+
+    def __init__(
+        self,
+        width: int,
+        nheads: int,
+        nheads_kv: int | None = None,
+        *,
+        head_dim: int | None = None,
+        head_dim_v: int | None = None,
+        bias: bool = False,
+        causal: bool = False,
+        window: Window = None,
+        scale: float | None = None,
+        softcap: float = 0.0,
+        sink: bool = False,
+        alibi: bool = False,
+        rotary_dim: int = 0,
+        rotary_base: float = 10000.0,
+        rotary_interleaved: bool = False,
+        dropout_p: float = 0.0,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.width, self.nheads = width, nheads
+        self.nheads_kv = nheads if nheads_kv is None else nheads_kv
+        if head_dim is None and width % nheads:
+            raise ValueError(f"nheads ({nheads}) must divide width ({width}), or give head_dim")
+        self.head_dim = width // nheads if head_dim is None else head_dim
+        self.head_dim_v = self.head_dim if head_dim_v is None else head_dim_v
+        self.causal, self.window, self.scale, self.softcap = causal, window, scale, softcap
+        self.rotary_dim, self.rotary_base, self.rotary_interleaved = rotary_dim, rotary_base, rotary_interleaved
+        self.dropout_p, self.backend = dropout_p, backend
+        self._check()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.q = nn.Linear(width, nheads * self.head_dim, bias=bias, **factory)
+        self.k = nn.Linear(width, self.nheads_kv * self.head_dim, bias=bias, **factory)
+        self.v = nn.Linear(width, self.nheads_kv * self.head_dim_v, bias=bias, **factory)
+        self.out = nn.Linear(nheads * self.head_dim_v, width, bias=bias, **factory)
+        self.sink = nn.Parameter(torch.zeros(nheads, **factory)) if sink else None
+        # plain attributes: as buffers they would lose precision where the layer is cast
+        self._slopes = torch.tensor(alibi_slopes(nheads)) if alibi else None
+        self._tables = rotary.Tables(rotary_dim, rotary_base)
+
+    def _check(self) -> None:
+        if self.nheads_kv < 1 or self.nheads % self.nheads_kv:
+            raise ValueError(f"nheads ({self.nheads}) must be a multiple of nheads_kv ({self.nheads_kv})")
+        if self.rotary_dim % 2 or not 0 <= self.rotary_dim <= self.head_dim:
+            raise ValueError(f"rotary_dim must be even, 0 to head_dim ({self.head_dim}); got {self.rotary_dim}")
+        if not 0 <= self.dropout_p < 1:
+            raise ValueError(f"dropout_p must be in [0, 1); got {self.dropout_p}")
+
+    def cache(self, batch: int, slots: int, dtype: torch.dtype | None = None) -> KVCache:
+        """An empty cache of this layer's sizes; dtype: of its activations, default the parameters'."""
+        weight = self.k.weight
+        sizes = (batch, slots, self.nheads_kv, self.head_dim, self.head_dim_v)
+        return KVCache(*sizes, device=weight.device, dtype=dtype or weight.dtype)
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        bias: Tensor | None = None,
+        mask: Tensor | None = None,
+        seqused: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """(batch, seqlen, width), or with cu_seqlens (total, width).
+
+        Args:
+            x: of the same shape.
+            context: (batch, seqlen_k, width), what keys and values are made of; default x. Without rotary positions.
+            bias, mask: of the scores, as for `anyattn.attention`.
+            seqused: (batch,), rows of context (of x) in use; those behind them are padding.
+            cu_seqlens: (batch + 1,), where each sequence of x begins, packed one behind the other.
+            max_seqlen: the longest of them, if known.
+            cache: appends to it, and attends to all of it; for causal layers, outside of training.
+
+        Raises:
+            ValueError: arguments that exclude each other; the cache is full.
+        """
+        self._check_call(context, bias, mask, seqused, cu_seqlens, cache)
+        source = x if context is None else context
+        q = self.q(x).unflatten(-1, (self.nheads, self.head_dim))
+        k = self.k(source).unflatten(-1, (self.nheads_kv, self.head_dim))
+        v = self.v(source).unflatten(-1, (self.nheads_kv, self.head_dim_v))
+        if cache is not None:
+            out = self._decode(q, k, v, cache, bias=bias, mask=mask)
+        elif cu_seqlens is not None:
+            q, k = self._rotate(q, k, cu_seqlens)
+            options = self._options(x) | {"dropout_p": self.dropout_p if self.training else 0.0}
+            out = api.attention_varlen(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
+        else:
+            q, k = self._rotate(q, k)
+            options = self._options(x) | {"dropout_p": self.dropout_p if self.training else 0.0}
+            out = api.attention(q, k, v, bias=bias, mask=mask, seqused_k=seqused, **options)
+        projected: Tensor = self.out(out.flatten(-2))
+        return projected
+
+    def _check_call(
+        self,
+        context: Tensor | None,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        seqused: Tensor | None,
+        cu_seqlens: Tensor | None,
+        cache: KVCache | None,
+    ) -> None:
+        if context is not None and (self.rotary_dim or cu_seqlens is not None or cache is not None):
+            raise ValueError("context excludes rotary_dim, cu_seqlens and cache")
+        if cu_seqlens is not None and any(x is not None for x in (bias, mask, seqused, cache)):
+            raise ValueError("cu_seqlens excludes bias, mask, seqused and cache")
+        if cache is not None and (not self.causal or seqused is not None):
+            raise ValueError("cache needs a causal layer, and excludes seqused")
+        if cache is not None and self.training and self.dropout_p:
+            raise ValueError("cache excludes dropout: call eval() before decoding")
+
+    def _options(self, x: Tensor) -> dict[str, Any]:
+        if self._slopes is not None and self._slopes.device != x.device:
+            self._slopes = self._slopes.to(x.device)
+        return {
+            "causal": self.causal,
+            "window": self.window,
+            "scale": self.scale,
+            "softcap": self.softcap,
+            "sink": self.sink,
+            "alibi_slopes": self._slopes,
+            "backend": self.backend,
+        }
+
+    def _rotate(self, q: Tensor, k: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """q and k at their positions, from 0 in each sequence."""
+        if not self.rotary_dim:
+            return q, k
+        seqlen = len(q) if cu_seqlens is not None else q.shape[1]
+        cos, sin = self._tables.get(seqlen, q.device)
+        if cu_seqlens is None:
+            positions = rotary.positions(seqlen, 0, len(cos), q.device)
+        else:
+            positions, _ = rotary.packed_positions(seqlen, cu_seqlens, seqlen, 0, len(cos))
+        q, k = (rotary.rotate(x, cos, sin, positions, self.rotary_interleaved) for x in (q, k))
+        return q, k
+
+    def _decode(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, **scores: Tensor | None) -> Tensor:
+        options = self._options(q) | scores
+        if self.rotary_dim:  # q and k are turned where they are appended
+            cos, sin = self._tables.get(cache.k.shape[1], q.device)
+            options |= {"rotary_cos": cos, "rotary_sin": sin, "rotary_interleaved": self.rotary_interleaved}
+        return cache.attend(q, k, v, **options)
+
+
+def alibi_slopes(nheads: int) -> list[float]:
+    """ALiBi's slopes (Press et al., 2022): 2 ** (-8 (h + 1) / nheads) for a power of two, else filled up from the next.
+
+    >>> alibi_slopes(4)
+    [0.25, 0.0625, 0.015625, 0.00390625]
+    """
+    whole = 1 << (nheads.bit_length() - 1)
+    slopes = [2.0 ** (-8.0 * (h + 1) / whole) for h in range(whole)]
+    return slopes if whole == nheads else slopes + alibi_slopes(2 * whole)[0::2][: nheads - whole]
