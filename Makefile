@@ -76,6 +76,7 @@ gpu:
 # Every Triton kernel, compiled for GPUs that need not be here; AOT_ARGS=--write enters it into tests/aot.json.
 aot: venv
 	$(BIN)/python scripts/aot.py --all $(AOT_ARGS)
+	$(BIN)/python scripts/hopper.py
 
 bench: require-native $(VENV)/bench
 	$(BIN)/python -m anyattn bench --json build/bench.json --plot build/bench.png $(BENCH_ARGS)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +33,7 @@ CASE = Case(
 LENGTHS = ((128, 128), (129, 127), (64, 513), (300, 40), (257, 256), (200, 640))
 CLEAN: frozenset[tuple[str, str]] = frozenset()
 GUARD = 64
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
 
 def run(inputs: Inputs, seed: int = 0, broken: frozenset[tuple[str, str]] = CLEAN) -> list[str]:
@@ -36,7 +42,7 @@ def run(inputs: Inputs, seed: int = 0, broken: frozenset[tuple[str, str]] = CLEA
     assert not plan.refusals(problem)
     out, lse = (np.full(int(np.prod(shape)) + 2 * GUARD, np.nan) for shape in (problem.out_shape, problem.lse_shape))
     memory = {"out": Pointer(out, GUARD), "lse": Pointer(lse, GUARD)}
-    launch(plan.forward_kernel(problem, []), memory | {name: whole(arrays[name]) for name in "qkv"}, seed, broken)
+    launch(plan.forward_kernel(problem, None), memory | {name: whole(arrays[name]) for name in "qkv"}, seed, broken)
     assert all(np.isnan(array[edge]).all() for array in (out, lse) for edge in (slice(GUARD), slice(-GUARD, None)))
     got = {"out": out[GUARD:-GUARD].reshape(problem.out_shape), "lse": lse[GUARD:-GUARD].reshape(problem.lse_shape)}
     return accuracy.check(accuracy.expected_forward(problem, arrays), got)
@@ -87,3 +93,59 @@ def test_emulator_sees_what_barriers_are_for(operation: str, name: str) -> None:
             return True
 
     assert any(wrong(100 * seed) for seed in range(10))
+
+
+def without_interpreter(script: Path, *arguments: str, cache: Path | None = None) -> str:
+    """What a script prints that compiles for a GPU, in a process of its own: here Triton interprets."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": os.pathsep.join(sys.path)} | ({"TRITON_CACHE_DIR": str(cache)} if cache else {})
+    command = [sys.executable, str(script), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_compiled_variants_pass_the_gates() -> None:
+    """No spills, registers shared out, and the softmax beside a product that is in flight."""
+    assert "4 variants, 0 complaints" in without_interpreter(SCRIPTS / "hopper.py", "--only", "bfloat16")
+
+
+@pytest.fixture
+def gates(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    import hopper
+
+    return hopper
+
+
+GOOD = "QK*8 mbwait PV*8 BAR arrive WAIT1 max*64 EX2*66 mbwait WAIT0"
+
+
+@pytest.mark.parametrize(
+    ("order", "complaint"),
+    [
+        (GOOD, ""),
+        (GOOD.replace("EX2*66 mbwait WAIT0", "mbwait WAIT0"), "0 of 66 exponentials between the two waits"),
+        (GOOD.replace("EX2*66", "EX2*65"), "65 of 66"),
+        (GOOD.replace(" mbwait WAIT0", " WAIT0"), "no barrier is awaited between the exponentials and the second wait"),
+        (GOOD.replace("PV*8 BAR", "BAR"), "issues QK*8 before it waits for scores; QK*8 PV*8 wanted"),
+        (GOOD.replace(" WAIT0", ""), "never waits for the second product"),
+    ],
+)
+def test_gate_on_the_order_of_instructions(gates: Any, order: str, complaint: str) -> None:
+    loop = [gates.Run(name, int(count or 1)) for name, _, count in (run.partition("*") for run in order.split())]
+    assert gates.loops([gates.Run("WAIT0", 1), *loop]) == [loop]
+    found = list(gates.misplaced(loop, 128))
+    assert any(complaint in fault for fault in found) if complaint else not found
+
+
+def test_gates_on_resources(gates: Any) -> None:
+    loop = [gates.Run(name, int(count or 1)) for name, _, count in (run.partition("*") for run in GOOD.split())]
+    code = ["USETMAXREG.DEALLOC.CTAPOOL 0x18", "USETMAXREG.TRY_ALLOC.CTAPOOL UP0, 0xf0"]
+    numbers = {"spills": 0, "shared": 1000}
+    assert not list(gates.faults("float16/128/full", numbers, code, [*loop, *loop]))
+    assert list(gates.faults("float16/128/full", numbers | {"spills": 8}, code, [*loop, *loop])) == ["spills 8 bytes"]
+    assert "232449 bytes" in next(gates.faults("float16/128/full", numbers | {"shared": 232449}, code, [*loop, *loop]))
+    assert "no partition gets 24" in next(gates.faults("float16/128/full", numbers, code[1:], [*loop, *loop]))
+    assert "1 loops" in next(gates.faults("float16/128/full", numbers, code, loop))

@@ -17,6 +17,7 @@ VARIABLES = {
     "omp_num_threads": ("OMP_NUM_THREADS", "", "OpenMP's own: threads at each level of nesting; the first is ours"),
     "library": ("ANYATTN_LIBRARY", "", "path of the native library; empty: the one installed with the package"),
     "check": ("ANYATTN_CHECK", "0", "1: check values in device memory too, at the price of a synchronisation"),
+    "hopper": ("ANYATTN_HOPPER", "0", "1: the Triton backend's kernels for Hopper (sm_90), which no GPU has run yet"),
 }
 MOST_THREADS = 4096  # of the native engine
 
@@ -32,6 +33,7 @@ class Settings:
     omp_num_threads: tuple[int, ...]
     library: str
     check: bool
+    hopper: bool
 
 
 # One entry, and no lock: dictionaries are safe among threads, and a forked child finds no lock that is held.
@@ -77,6 +79,7 @@ def _read() -> Settings:
         omp_num_threads=() if num_threads else _levels("omp_num_threads", raw["omp_num_threads"]),
         library=raw["library"],
         check=_number("check", raw["check"] or "0", 0, 1) != 0,
+        hopper=_number("hopper", raw["hopper"] or "0", 0, 1) != 0,
     )
 
 

@@ -62,6 +62,7 @@ def text(found: dict[str, Any]) -> str:
         reason = backend.get("error") or backend.get("reason")
         lines.append(f"backend {name}: {'not available: ' + reason if reason else 'available'}")
         lines += [f"  {how:19} {', '.join(where)}" for how, where in backend.get("evidence", {}).items()]
+        lines += [f"  kernels for Hopper  {backend['hopper']}"] if "hopper" in backend else []
     cpu = found["cpu"]
     if "error" in cpu:
         lines += ["", f"native engine: {cpu['error']}"]
@@ -98,9 +99,11 @@ def _backend(name: str) -> dict[str, Any]:
     reason = dispatch.get(name).available()
     found: dict[str, Any] = {"available": reason is None, "reason": reason}
     if name == "triton":
+        from ..backends.triton import hopper
         from ..backends.triton.backend import EVIDENCE
 
         found["evidence"] = EVIDENCE
+        found["hopper"] = hopper.missing() or "on"
     return found
 
 

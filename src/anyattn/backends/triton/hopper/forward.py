@@ -104,6 +104,7 @@ def make_barriers(STAGES: gl.constexpr):
         mbarrier.init(v_empty.index(s), count=GROUPS)
     for group in gl.static_range(GROUPS):
         mbarrier.init(turn.index(group), count=1)
+    fence_async_shared()  # the copy engine sees the barriers
     mbarrier.arrive(turn.index(0), count=1)  # group 0 begins
     return Barriers(q_full, k_full, k_empty, v_full, v_empty, turn)
 

@@ -1,7 +1,4 @@
-"""Which problems the Hopper kernels take, and how they are launched. They take over from the portable ones.
-
-Off unless ANYATTN_HOPPER=1: no GPU has run them yet.
-"""
+"""Which problems the Hopper kernels take, and how they are launched."""
 
 from __future__ import annotations
 
@@ -55,8 +52,8 @@ def refusals(problem: Problem) -> list[str]:
     return reasons
 
 
-def forward_kernel(problem: Problem, portable: list[Kernel]) -> Kernel:
-    """Takes over where the addresses of a call are aligned, too; `portable` runs where they are not."""
+def forward_kernel(problem: Problem, portable: Kernel) -> Kernel:
+    """For a problem without refusals; `portable` runs where the addresses of a call are not aligned."""
     keys = visible_keys(problem)
     gpu = device(problem.device)
     out = contiguous(problem.out_shape, problem.dtype)
@@ -148,6 +145,7 @@ class MapTemplate(Template):
         self.arguments = (*self.arguments, *maps)
         self.addresses += [map_.address for map_ in maps]
         self.names |= {map_.address.name for map_ in maps}
+        self.key = (self.key, tuple(map_.signature() for map_ in maps))
 
     def values(self, pointers: dict[Address, Any]) -> list[Any]:
         values = super().values(pointers)
@@ -170,7 +168,7 @@ class HopperKernel(Kernel):
         maps: tuple[Map, ...],
         constants: dict[str, Any],
         grid: tuple[int, int],
-        portable: list[Kernel],
+        portable: Kernel,
     ) -> None:
         super().__init__(attention_forward_hopper, MapTemplate(arguments, maps, constants), grid, OPTIONS)
         self._mapped = [map_.address.name for map_ in maps]
@@ -179,7 +177,6 @@ class HopperKernel(Kernel):
     def run(self, call: Call) -> None:
         pointer = call.adapter.pointer
         if any(pointer(getattr(call, name)) % ALIGNMENT for name in self._mapped):
-            for kernel in self._portable:
-                kernel.run(call)
+            self._portable.run(call)
         else:
             super().run(call)
