@@ -95,10 +95,10 @@ def test_emulator_sees_what_barriers_are_for(operation: str, name: str) -> None:
     assert any(wrong(100 * seed) for seed in range(10))
 
 
-def without_interpreter(script: Path, *arguments: str, cache: Path | None = None) -> str:
+def without_interpreter(script: Path, *arguments: str) -> str:
     """What a script prints that compiles for a GPU, in a process of its own: here Triton interprets."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": os.pathsep.join(sys.path)} | ({"TRITON_CACHE_DIR": str(cache)} if cache else {})
+    environment |= {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, str(script), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -149,3 +149,84 @@ def test_gates_on_resources(gates: Any) -> None:
     assert "232449 bytes" in next(gates.faults("float16/128/full", numbers | {"shared": 232449}, code, [*loop, *loop]))
     assert "no partition gets 24" in next(gates.faults("float16/128/full", numbers, code[1:], [*loop, *loop]))
     assert "1 loops" in next(gates.faults("float16/128/full", numbers, code, loop))
+
+
+@pytest.fixture(scope="module")
+def recorded() -> Any:
+    """What calls launch on a card that is not here."""
+    return json.loads(without_interpreter(Path(__file__).parent / "fake_hopper.py").splitlines()[-1])
+
+
+def test_off_unless_asked_for(recorded: Any) -> None:
+    assert [launch["kernel"] for launch in recorded["off"]["launches"]] == ["attention_forward"]
+    assert [launch["kernel"] for launch in recorded["on"]["launches"]] == ["attention_forward_hopper"]
+
+
+def test_maps_of_the_copy_engine(recorded: Any) -> None:
+    """(batch, head, row, dim) of arrays (batch, row, head, dim); boxes of a warpgroup's rows and of a tile's keys."""
+    (launch,), pointers = recorded["on"]["launches"], recorded["on"]["pointers"]
+    assert launch["grid"] == [2 * 8 * 8, 1, 1]
+    shapes = {"q": [2, 8, 1000, 64], "k": [2, 2, 1024, 64], "v": [2, 2, 1024, 64], "out": [2, 8, 1000, 64]}
+    for name, tensor_map in zip(shapes, launch["maps"], strict=True):
+        batch, heads, rows, dim = shapes[name]
+        assert tensor_map["address"] == pointers[name]
+        assert tensor_map["shape"] == shapes[name]
+        assert tensor_map["strides"] == [rows * heads * dim, dim, heads * dim, 1]
+        assert tensor_map["box"] == [1, 1, 128 if name in "kv" else 64, 64]
+
+
+def test_keys_that_no_row_sees_are_not_shown_to_the_copy_engine(recorded: Any) -> None:
+    (launch,) = recorded["few keys"]["launches"]
+    assert [tensor_map["shape"][2] for tensor_map in launch["maps"]] == [1000, 1000, 1000, 1000]
+
+
+@pytest.mark.parametrize("why", ["address", "strides", "softcap"])
+def test_the_portable_kernels_take_the_rest(why: str, recorded: Any) -> None:
+    assert [launch["kernel"] for launch in recorded[why]["launches"]] == ["attention_forward"]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dtype": "float32"}, "takes float16 and bfloat16; q has float32"),
+        ({"head_dim": 96, "head_dim_v": 96}, "takes head_dim = head_dim_v of 64 or 128"),
+        ({"head_dim_v": 128}, "takes head_dim = head_dim_v of 64 or 128"),
+        ({"softcap": 5.0, "alibi": "h", "lengths": "seqused"}, "has no alibi, lengths, softcap"),
+        ({"causal": False, "window": (9, None)}, "has no left"),
+        ({"scale": -1.0}, "takes a scale above 0"),
+        ({"seqlen_q": 0}, "has nothing to do"),
+        ({"alignment": "top-left", "window": (None, 0), "seqlen_k": 0}, "has nothing to do"),
+        ({"layout": "slices"}, ""),
+    ],
+)
+def test_what_the_kernels_refuse(change: dict[str, Any], reason: str) -> None:
+    problem, _ = aligned(replace(CASE, **change)).canonical()
+    assert reason in "; ".join(plan.refusals(problem))
+    assert bool(plan.refusals(problem)) == bool(reason)
+
+
+def test_unaligned_strides_and_batch_invariance_are_refused() -> None:
+    problem, _ = aligned(CASE).canonical()
+    shifted = replace(problem.k, strides=(1, 64 * 500 + 4, 64, 1))
+    assert not plan.refusals(replace(problem, k=replace(shifted, strides=(1, 64, 3, 1)))), "one sequence, one head"
+    assert "16 bytes" in plan.refusals(replace(problem, k=shifted))[0]
+    for step in (0, -64):
+        odd = replace(problem.v, strides=(1, step, 64, 1))
+        assert "16 bytes" in plan.refusals(replace(problem, v=odd))[0]
+    assert "batch_invariant" in plan.refusals(replace(problem, batch_invariant=True))[0]
+
+
+def test_a_triton_without_gluon(monkeypatch: pytest.MonkeyPatch) -> None:
+    from anyattn import settings
+    from anyattn.backends.triton import hopper
+
+    monkeypatch.setenv("ANYATTN_HOPPER", "1")
+    settings.reload()
+    monkeypatch.delitem(sys.modules, "anyattn.backends.triton.hopper.dialect")
+    monkeypatch.delattr(hopper, "dialect")
+    monkeypatch.setitem(sys.modules, "triton.experimental", None)
+    missing = hopper.missing()
+    monkeypatch.undo()
+    settings.reload()
+    assert missing is not None and missing.startswith("off, as this Triton has no Gluon that they know")
+    assert hopper.missing() == "off, as no GPU has run them yet (ANYATTN_HOPPER=1 turns them on)"
