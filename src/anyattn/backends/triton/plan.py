@@ -179,7 +179,10 @@ def precision(problem: Problem) -> str:
         return "ieee"
     import torch
 
-    return PRECISIONS[torch.get_float32_matmul_precision()]
+    try:
+        return PRECISIONS[torch.get_float32_matmul_precision()]
+    except RuntimeError:  # set through torch's newer names, which it does not mix with this one
+        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def options(config: Config) -> dict[str, Any]:
