@@ -1,6 +1,6 @@
 """Everything that only a machine with a GPU can say: the test matrix on the device, then times. Writes JSON.
 
-    python scripts/gpu.py --json build/gpu.json [--part tests|speed|decode|latency]
+    python scripts/gpu.py --json build/gpu.json [--part tests|hopper|speed|decode|latency]
 
 Needs torch with a GPU, Triton and NumPy; nothing else. Each part takes some minutes. Times are medians over device
 events; every time is measured beside torch's own attention in the same process, and only after the results agree.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -23,11 +24,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import anyattn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+TESTS = Path(__file__).resolve().parent.parent / "tests"
+sys.path.insert(0, str(TESTS))
 
 DEVICE = "xpu" if hasattr(torch, "xpu") and torch.xpu.is_available() else "cuda"
 PEERS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 WARMUP, ROUNDS = 5, 25
+HANGING = 900  # seconds
 
 
 def main() -> int:
@@ -45,7 +48,7 @@ def main() -> int:
         found[part]["seconds"] = time.perf_counter() - start
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
         print(f"{part}: {found[part].get('summary', '')} in {found[part]['seconds']:.0f} s", flush=True)
-    return 1 if found.get("tests", {}).get("wrong") else 0
+    return 1 if any(found.get(part, {}).get("wrong") for part in ("tests", "hopper")) else 0
 
 
 def machine() -> dict[str, Any]:
@@ -87,6 +90,19 @@ def tests() -> dict[str, Any]:
     refused = [name for name, lines in outcomes.items() if lines == ["refused"]]
     summary = f"{len(ALL) - len(wrong) - len(refused)} agree, {len(wrong)} wrong, {len(refused)} refused"
     return {"summary": summary, "wrong": wrong, "refused": refused}
+
+
+def hopper() -> dict[str, Any]:
+    """The kernels for Hopper, which are off elsewhere: in a process that is ended if they do not end."""
+    if DEVICE != "cuda" or torch.cuda.get_device_capability() != (9, 0):
+        return {"summary": "not a Hopper GPU"}
+    try:
+        command = [sys.executable, str(TESTS / "hopper_device.py")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=HANGING)
+    except subprocess.TimeoutExpired:
+        return {"summary": f"does not end within {HANGING} s", "wrong": "hangs"}
+    lines = [*done.stdout.splitlines(), *done.stderr.splitlines()[-20:]]
+    return {"summary": (done.stdout.splitlines() or ["failed"])[-1], "wrong": lines if done.returncode else []}
 
 
 def speed() -> dict[str, Any]:
@@ -165,7 +181,7 @@ def latency() -> dict[str, Any]:
 
 
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
-    "tests": tests, "speed": speed, "decode": decode, "latency": latency,
+    "tests": tests, "hopper": hopper, "speed": speed, "decode": decode, "latency": latency,
 }  # fmt: skip
 
 if __name__ == "__main__":

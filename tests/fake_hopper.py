@@ -79,7 +79,7 @@ def launched(hopper: str, shift: int = 0, **changes: Any) -> Found:
 
 
 def main() -> None:
-    launch.Kernel._compile = lambda kernel, device, aligned: compiled(kernel, device, aligned)
+    launch.Kernel._compile = compiled  # type: ignore[method-assign]
     triton.runtime.driver.set_active(Driver())
     card = SimpleNamespace(major=9, minor=0, multi_processor_count=132, L2_cache_size=2**25)
     torch.cuda.get_device_properties = lambda index: card  # type: ignore[assignment]

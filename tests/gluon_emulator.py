@@ -1,9 +1,9 @@
-"""Runs the Python of a Gluon kernel for Hopper on NumPy arrays: Triton's interpreter knows no Gluon, and no GPU is here.
+"""Runs the Python of a Gluon kernel for Hopper on NumPy arrays: Triton's interpreter knows no Gluon.
 
-Each warp partition is a thread, of which one runs at a time. At every barrier, copy and product a seed decides who goes on:
-a partition whose wait is over, a copy in flight, or the product of a warpgroup that was issued first. Everyone has a pace
-that is drawn too, from slow to fast. So a run is one of the orders that hardware may take, and a program that waits for
-too little or too much is wrong in some of them:
+Each warp partition is a thread, of which one runs at a time. At every barrier, copy and product a seed decides who goes
+on: a partition whose wait is over, a copy in flight, or the product of a warpgroup that was issued first. Everyone has
+a pace that is drawn too, from slow to fast. So a run is one of the orders that hardware may take, and a program that
+waits for too little or too much is wrong in some of them:
 
 * a tile in shared memory is NaN from the moment a copy into it is issued until that copy is done;
 * a product reads its operands only when it is done, and its result can be had only from a wait;
@@ -198,7 +198,7 @@ class Partition:
 
 
 class Machine:
-    """One processor and its copy engine. `broken`: (operation, barrier) pairs that are left out, to see what they are for."""
+    """One processor and its copy engine. `broken`: pairs (operation, barrier) that are left out."""
 
     def __init__(self, seed: int, broken: frozenset[tuple[str, str]] = frozenset()) -> None:
         self.random, self.broken = random.Random(seed), broken
@@ -413,7 +413,9 @@ def translated(function: Any, names: dict[str, Any], known: dict[int, Any]) -> A
     return known[id(function)]
 
 
-def launch(kernel: Any, memory: dict[str, Pointer], seed: int, broken: frozenset[tuple[str, str]] = frozenset()) -> None:
+def launch(
+    kernel: Any, memory: dict[str, Pointer], seed: int, broken: frozenset[tuple[str, str]] = frozenset()
+) -> None:
     """Runs every program of a launch.Kernel, whose arrays begin at these pointers."""
     pointers = {address: memory[address.name] for address in kernel.template.addresses}
     given = [

@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from cases import Case
 from hopper_inputs import aligned, drawn
 from inputs import Inputs
 
 from anyattn import accuracy
-from anyattn.backends.triton.device import interpreted
+from anyattn.backends.triton.device import Device, interpreted
 
 pytest.importorskip("triton.experimental.gluon", reason="Triton is not for this platform")
 pytestmark = pytest.mark.skipif(not interpreted(), reason="on a GPU scripts/gpu.py runs the kernels themselves")
@@ -30,7 +31,7 @@ CASE = Case(
     "hopper", batch=1, seqlen_q=200, seqlen_k=500, nheads_kv=1, head_dim=64, head_dim_v=64, dtype="float16", causal=True
 )
 # (seqlen_q, seqlen_k): one tile and several, ends in and between tiles, more rows than keys and the other way round.
-LENGTHS = ((128, 128), (129, 127), (64, 513), (300, 40), (257, 256), (200, 640))
+LENGTHS = ((128, 128), (129, 127), (65, 513), (300, 40), (257, 256), (200, 640))
 CLEAN: frozenset[tuple[str, str]] = frozenset()
 GUARD = 64
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
@@ -168,7 +169,7 @@ def test_maps_of_the_copy_engine(recorded: Any) -> None:
     assert launch["grid"] == [2 * 8 * 8, 1, 1]
     shapes = {"q": [2, 8, 1000, 64], "k": [2, 2, 1024, 64], "v": [2, 2, 1024, 64], "out": [2, 8, 1000, 64]}
     for name, tensor_map in zip(shapes, launch["maps"], strict=True):
-        batch, heads, rows, dim = shapes[name]
+        _, heads, rows, dim = shapes[name]
         assert tensor_map["address"] == pointers[name]
         assert tensor_map["shape"] == shapes[name]
         assert tensor_map["strides"] == [rows * heads * dim, dim, heads * dim, 1]
@@ -194,12 +195,12 @@ def test_the_portable_kernels_take_the_rest(why: str, recorded: Any) -> None:
         ({"softcap": 5.0, "alibi": "h", "lengths": "seqused"}, "has no alibi, lengths, softcap"),
         ({"causal": False, "window": (9, None)}, "has no left"),
         ({"scale": -1.0}, "takes a scale above 0"),
-        ({"seqlen_q": 0}, "has nothing to do"),
+        ({"seqlen_q": 64}, "leaves up to 64 rows to decoding"),
         ({"alignment": "top-left", "window": (None, 0), "seqlen_k": 0}, "has nothing to do"),
         ({"layout": "slices"}, ""),
     ],
 )
-def test_what_the_kernels_refuse(change: dict[str, Any], reason: str) -> None:
+def test_what_the_kernels_leave_to_others(change: dict[str, Any], reason: str) -> None:
     problem, _ = aligned(replace(CASE, **change)).canonical()
     assert reason in "; ".join(plan.refusals(problem))
     assert bool(plan.refusals(problem)) == bool(reason)
@@ -230,3 +231,38 @@ def test_a_triton_without_gluon(monkeypatch: pytest.MonkeyPatch) -> None:
     settings.reload()
     assert missing is not None and missing.startswith("off, as this Triton has no Gluon that they know")
     assert hopper.missing() == "off, as no GPU has run them yet (ANYATTN_HOPPER=1 turns them on)"
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_what_runs_on_a_device(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checks of `make gpu`, here with the portable kernels on host memory: they pass, and see an error."""
+    import hopper_device
+
+    case = replace(CASE, seqlen_q=70, seqlen_k=90, group=2, causal=causal, layout="bhsd")
+    assert not hopper_device.small(case, "cpu") and not hopper_device.large(case, "cpu")
+    monkeypatch.setattr(hopper_device, "visible", lambda *_: torch.ones((), dtype=torch.bool))
+    assert bool(hopper_device.large(case, "cpu")) == causal
+
+
+def test_every_launch_on_a_device_is_of_these_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever would be shared out among more programs elsewhere."""
+    import hopper_device
+
+    from anyattn import settings
+    from anyattn.backends.triton import plan as portable
+    from anyattn.backends.triton.hopper.plan import HopperKernel
+
+    monkeypatch.setattr(portable, "forward_shape", portable.forward_shape)  # restored at the end, as are these
+    monkeypatch.setattr(HopperKernel, "_launch", lambda *_: None)
+    monkeypatch.setenv("ANYATTN_HOPPER", "0")
+    launches = hopper_device.prepare()
+    try:
+        assert settings.current().hopper
+        problem, _ = aligned(drawn(1, 200)).canonical()
+        assert portable.forward_shape(problem, Device("sm_90", 132, 2**25))[1:] == (False, 1)
+        kernel = plan.forward_kernel(problem, None)
+        kernel._launch({})
+        assert launches == [kernel.grid]
+    finally:
+        monkeypatch.undo()
+        settings.reload()

@@ -13,7 +13,8 @@ the tiles through which an edge of the mask runs come first. What each barrier p
     q_full              both groups' rows have arrived
 
 Barriers alternate between two phases; a buffer's n-th use is in phase n % 2. Source: Shah et al., "FlashAttention-3:
-Fast and Accurate Attention with Asynchrony and Low-precision" (2024), algorithms 1 and 2. See docs/how-it-works/hopper.md.
+Fast and Accurate Attention with Asynchrony and Low-precision" (2024), algorithms 1 and 2, and
+docs/how-it-works/hopper.md.
 """
 
 from __future__ import annotations
@@ -66,8 +67,11 @@ def attention_forward_hopper(
     lse, tables, sizes, reach, scale, schedule, q, k, v, out,
     HEAD_DIM: gl.constexpr, TILE_K: gl.constexpr, STAGES: gl.constexpr, LAST_FIRST: gl.constexpr,
 ):  # fmt: skip
-    """reach: row i sees keys below min(i + reach, seqlen_k); None: all of them. q, k, v, out: descriptors
-    (batch, head, row, dim), whose rows end where those of a sequence end: beyond, loads give 0 and stores do nothing."""
+    """reach: row i sees keys below min(i + reach, seqlen_k); None: all of them.
+
+    q, k, v, out: descriptors (batch, head, row, dim). Their rows end where a sequence's do: beyond, loads give 0 and
+    stores do nothing.
+    """
     tile, b, head, _, _ = place(gl.program_id(0), tables, sizes, schedule, False, GROUPS * ROWS, LAST_FIRST)
     first = tile * GROUPS * ROWS
     tiles = count_tiles(first, sizes, reach, TILE_K)
@@ -77,10 +81,11 @@ def attention_forward_hopper(
         gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, TILE_K, HEAD_DIM], k.layout),
         gl.allocate_shared_memory(v.dtype, [STAGES, 1, 1, TILE_K, HEAD_DIM], v.layout),
     )
+    rows = (out, lse, sizes, reach, scale, b, head, first, tiles)
     gl.warp_specialize(
         [
-            (consume, (out, lse, sizes, reach, scale, barriers, buffers, b, head, first, tiles, HEAD_DIM, TILE_K, STAGES, 0)),
-            (consume, (out, lse, sizes, reach, scale, barriers, buffers, b, head, first, tiles, HEAD_DIM, TILE_K, STAGES, 1)),
+            (consume, (rows, barriers, buffers, HEAD_DIM, TILE_K, STAGES, 0)),
+            (consume, (rows, barriers, buffers, HEAD_DIM, TILE_K, STAGES, 1)),
             (produce, (q, k, v, barriers, buffers, b, head, head // sizes.group, first, tiles, TILE_K, STAGES)),
         ],
         [GROUP_WARPS, 1],
@@ -149,10 +154,10 @@ def produce(
 
 @gluon.jit
 def consume(
-    out, lse, sizes, reach, scale, barriers, buffers, b, head, first, tiles, HEAD_DIM: gl.constexpr,
-    TILE_K: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
-):  # fmt: skip
+    rows, barriers, buffers, HEAD_DIM: gl.constexpr, TILE_K: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr
+):
     """One warpgroup's rows, from the first product to out and lse."""
+    out, lse, sizes, reach, scale, b, head, first, tiles = rows
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[GROUP_WARPS, 1], instr_shape=[16, TILE_K, 16]
     )
@@ -195,7 +200,7 @@ def consume(
         mbarrier.arrive(other_turn, count=1)
         s = warpgroup_mma_wait(1, deps=(s,))
         mbarrier.arrive(barriers.k_empty.index(k_stage), count=1)
-        if reach is not None:
+        if reach is not None:  # noqa: SIM102 (decided by the compiler)
             if n < edges:
                 s = mask_edge(s, i, (tiles - 1 - n) * TILE_K, sizes, reach, S_LAYOUT, TILE_K)
         p_next, m, l, rescale = softmax(s, m, l, factor)
@@ -217,8 +222,8 @@ def consume(
     q_rows.store(acc.to(DTYPE))
     fence_async_shared()
     tma_store(out, [b, head, first, 0], q_tile)
-    rows = lse.pointer + b.to(gl.int64) * lse.batch + head.to(gl.int64) * lse.head + i.to(gl.int64) * lse.row
-    gl.store(rows, (m * factor + gl.log2(l)) * LN2, mask=i < sizes.seqlen_q)
+    lse_rows = lse.pointer + b.to(gl.int64) * lse.batch + head.to(gl.int64) * lse.head + i.to(gl.int64) * lse.row
+    gl.store(lse_rows, (m * factor + gl.log2(l)) * LN2, mask=i < sizes.seqlen_q)
     tma_store_wait(0)
 
 

@@ -45,6 +45,8 @@ def refusals(problem: Problem) -> list[str]:
         return reasons
     if max(problem.seqlen_q, problem.seqlen_k) > LARGEST_SEQLEN:
         reasons.append(f"takes up to {LARGEST_SEQLEN} rows and keys")
+    if problem.seqlen_q <= tuning.DECODE_ROWS:
+        reasons.append(f"leaves up to {tuning.DECODE_ROWS} rows to decoding")
     if 0 in (*problem.q.shape, visible_keys(problem)):
         reasons.append("has nothing to do")
     if not all(mappable(array) for array in (problem.q, problem.k, problem.v)):
@@ -145,7 +147,7 @@ class MapTemplate(Template):
         self.arguments = (*self.arguments, *maps)
         self.addresses += [map_.address for map_ in maps]
         self.names |= {map_.address.name for map_ in maps}
-        self.key = (self.key, tuple(map_.signature() for map_ in maps))
+        self.key = (*self.key, tuple(map_.signature() for map_ in maps))  # type: ignore[assignment]
 
     def values(self, pointers: dict[Address, Any]) -> list[Any]:
         values = super().values(pointers)
