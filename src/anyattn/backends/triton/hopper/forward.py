@@ -170,6 +170,9 @@ def consume(
     DTYPE: gl.constexpr = out.dtype
     first = first + GROUP * ROWS
     i = first + gl.arange(0, ROWS, layout=S_ROW)
+    limit = i * 0 + sizes.seqlen_k  # first key that a row does not see
+    if reach is not None:
+        limit = gl.minimum(limit, i + reach)
     edges = tiles - count_full(first, sizes, reach, TILE_K)  # that come first; the very first is treated as one
     factor = scale * LOG2E
     m = gl.full([ROWS], float("-inf"), gl.float32, layout=S_ROW)
@@ -186,7 +189,7 @@ def consume(
     s = warpgroup_mma(q_rows, transposed(buffers.k, 0, TILE_K, HEAD_DIM), zero, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, deps=(s,))
     mbarrier.arrive(barriers.k_empty.index(0), count=1)
-    s = mask_edge(s, i, (tiles - 1) * TILE_K, sizes, reach, S_LAYOUT, TILE_K)
+    s = mask_edge(s, limit, (tiles - 1) * TILE_K, S_LAYOUT, TILE_K)
     p, m, l, _ = softmax(s, m, l, factor)
     p = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
     mbarrier.wait(barriers.k_full.index(1 % STAGES), (1 // STAGES) & 1, pred=tiles > 1)
@@ -202,7 +205,7 @@ def consume(
         mbarrier.arrive(barriers.k_empty.index(k_stage), count=1)
         if reach is not None:  # noqa: SIM102 (decided by the compiler)
             if n < edges:
-                s = mask_edge(s, i, (tiles - 1 - n) * TILE_K, sizes, reach, S_LAYOUT, TILE_K)
+                s = mask_edge(s, limit, (tiles - 1 - n) * TILE_K, S_LAYOUT, TILE_K)
         p_next, m, l, rescale = softmax(s, m, l, factor)
         p_next = gl.convert_layout(p_next.to(DTYPE), P_LAYOUT)
         # The next K is awaited here, not where it is used: a loop between the exponentials and the wait for the product
@@ -239,13 +242,10 @@ def transposed(buffer, stage, TILE_K: gl.constexpr, HEAD_DIM: gl.constexpr):
 
 
 @gluon.jit
-def mask_edge(s, i, start, sizes, reach, LAYOUT: gl.constexpr, TILE_K: gl.constexpr):
+def mask_edge(s, limit, start, LAYOUT: gl.constexpr, TILE_K: gl.constexpr):
     """-inf where a row does not see a key of the tile from `start` on."""
-    j = gl.expand_dims(start + gl.arange(0, TILE_K, layout=gl.SliceLayout(0, LAYOUT)), 0)
-    keep = j < sizes.seqlen_k
-    if reach is not None:
-        keep = keep & (j < gl.expand_dims(i + reach, 1))
-    return gl.where(keep, s, float("-inf"))
+    j = start + gl.arange(0, TILE_K, layout=gl.SliceLayout(0, LAYOUT))
+    return gl.where(gl.expand_dims(j, 0) < gl.expand_dims(limit, 1), s, float("-inf"))
 
 
 @gluon.jit
