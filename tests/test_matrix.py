@@ -90,7 +90,8 @@ def refused(inputs: Inputs, direction: str, engine: Engine) -> bool:
     assert engine.may_refuse(problem), f"{engine} must compute this: {reasons}"
     with pytest.raises(anyattn.UnsupportedProblem) as caught:
         run(inputs, direction, engine)
-    assert all(reason in str(caught.value) for reason in reasons)
+    told = caught.value.refusals[engine.backend]  # a forward that is refused comes first, with its own reasons
+    assert told and set(told) <= set(reasons)
     return True
 
 
@@ -98,6 +99,8 @@ def refused(inputs: Inputs, direction: str, engine: Engine) -> bool:
 def test_public_functions_agree(case: Case, engine: Engine) -> None:
     """attention, attention_varlen and attention_with_kvcache give the bits of attention_forward."""
     inputs = inputs_of(case)
+    if refused(inputs, "forward", engine):
+        return
     given = {**inputs.arguments, "backend": engine.backend}
     out, lse = anyattn.attention_forward(**given)
     if inputs.packed:
