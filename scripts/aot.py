@@ -22,12 +22,17 @@ from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)  # read when the kernels are imported
 
+import torch
 import triton
 from machine_code import resources
 from triton.backends.compiler import GPUTarget
 
+from anyattn.backends.triton.append import kernels as append_kernels
+from anyattn.backends.triton.launch import Kernel
 from anyattn.backends.triton.plan import forward_kernels
 from anyattn.backends.triton.plan_backward import backward_kernels
+from anyattn.backends.triton.tuning import has_tf32
+from anyattn.kvcache import Append, make_append
 from anyattn.problem import Array, Options, Problem, make_problem
 
 TABLE = Path(__file__).resolve().parent.parent / "tests" / "aot.json"
@@ -52,6 +57,9 @@ FEATURES: dict[str, dict[str, Any]] = {
     "mask": {"mask": True},
     "dropout": {"right": 0, "dropout_p": 0.1},
     "varlen": {"right": 0, "varlen": True},
+    "tables": {"right": 0, "tables": True},
+    "holes": {"left": 100, "right": -10, "scale": -0.1},
+    "unaligned": {"right": 0},
     "paged": {"right": 0, "paged": True},
     "decode": {"right": 0, "seqlen_q": 1, "paged": True},
     "everything": {
@@ -64,6 +72,8 @@ FEATURES: dict[str, dict[str, Any]] = {
         "dropout_p": 0.1,
     },
 }
+PRECISIONS = {"tf32x3": "high", "tf32": "medium"}  # features of float32, and torch's names
+DIRECTIONS = ("forward", "backward", "append")
 SHAPES = (
     *(("bfloat16", size) for size in (32, 64, 80, 96, 128, 192, 256, 512)),
     *(("float16", size) for size in (64, 128)),
@@ -128,49 +138,80 @@ def write(table: dict[str, Any], found: dict[str, Kernels]) -> None:
 
 def variants(*, every: bool) -> list[str]:
     """Names: architecture/dtype/head_dim/feature/direction. Every feature at one head size, every head size causal."""
-    found = []
-    for arch in (*NVIDIA, *AMD):
-        if arch in UNKNOWN:
-            continue
-        for dtype, size in SHAPES:
-            for feature, what in FEATURES.items():
-                for direction in ("forward", "backward"):
-                    cache = what.get("paged", False)
-                    chosen = feature == "causal" or (dtype, size) == ("bfloat16", 128)
-                    if chosen and not (cache and direction == "backward"):
-                        found.append(f"{arch}/{dtype}/{size}/{feature}/{direction}")
+    found = [
+        f"{arch}/{dtype}/{size}/{feature}/{direction}"
+        for arch in (*NVIDIA, *AMD)
+        if arch not in UNKNOWN
+        for dtype, size in SHAPES
+        for feature in (*FEATURES, *PRECISIONS)
+        for direction in DIRECTIONS
+        if _exists(arch, dtype, size, feature, direction)
+    ]
     return found if every else [name for name in found if _in_subset(name)]
 
 
+def _exists(arch: str, dtype: str, size: int, feature: str, direction: str) -> bool:
+    if feature in PRECISIONS:
+        return (dtype, size) == ("float32", 128) and has_tf32(arch) and direction != "append"
+    paged = FEATURES[feature].get("paged", False)
+    if direction == "append":
+        return paged and feature != "decode" and (dtype, size) == ("bfloat16", 128)
+    return (feature == "causal" or (dtype, size) == ("bfloat16", 128)) and not (paged and direction == "backward")
+
+
 def _in_subset(name: str) -> bool:
-    arch, dtype, size, feature, _ = name.split("/")
+    arch, dtype, size, feature, direction = name.split("/")
     if arch in ("sm_90", "gfx942"):
         wide = (dtype, size) == ("bfloat16", "128") and feature in SUBSET_FEATURES
-        return wide or (size, feature) == ("64", "causal")
+        return wide or (size, feature) == ("64", "causal") or direction == "append"
     return (dtype, size, feature) == ("bfloat16", "128", "causal")
 
 
 def measure(name: str) -> tuple[str, Kernels]:
     """(name, kernel -> numbers)."""
-    arch, dtype, size, feature, direction = name.split("/")
-    problem = describe(arch, dtype, int(size), backward=direction == "backward", **FEATURES[feature])
-    kernels, _ = backward_kernels(problem) if direction == "backward" else forward_kernels(problem)
-    target = GPUTarget("cuda", int(arch[3:]), 32) if arch.startswith("sm_") else _amd(arch)
+    arch, _, _, feature, _ = name.split("/")
+    torch.set_float32_matmul_precision(PRECISIONS.get(feature, "highest"))
     numbers = {}
-    for kernel in kernels:
-        built = triton.compile(kernel.template.source(kernel.function, True), target=target, options=kernel.options)
-        numbers[kernel.function.__name__] = resources(built)
+    for kernel in kernels_of(name):
+        source = kernel.template.source(kernel.function, feature != "unaligned")
+        numbers[kernel.function.__name__] = resources(
+            triton.compile(source, target=target_of(arch), options=kernel.options)
+        )
     return name, numbers
 
 
-def _amd(arch: str) -> GPUTarget:
+def kernels_of(name: str) -> list[Kernel]:
+    arch, dtype, size, feature, direction = name.split("/")
+    if direction == "append":
+        return append_kernels(describe_append(arch, dtype, int(size)))
+    given = FEATURES.get(feature, FEATURES["causal"])
+    problem = describe(arch, dtype, int(size), backward=direction == "backward", **given)
+    return (backward_kernels(problem) if direction == "backward" else forward_kernels(problem))[0]
+
+
+def target_of(arch: str) -> GPUTarget:
+    if arch.startswith("sm_"):
+        return GPUTarget("cuda", int(arch[3:]), 32)
     return GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
+
+
+def describe_append(device: str, dtype: str, size: int) -> Append:
+    """One row for each of two sequences into a paged cache, with rotary."""
+    rows, half = (2, 1), size // 4
+    given = {
+        "q": ((*rows, 8, size), dtype), "k": ((9, 16, 2, size), dtype), "v": ((9, 16, 2, size), dtype),
+        "new_k": ((*rows, 2, size), dtype), "new_v": ((*rows, 2, size), dtype),
+        "rotary_cos": ((99, half), dtype), "rotary_sin": ((99, half), dtype),
+        "cache_seqlens": ((2,), "int32"), "block_table": ((2, 4), "int32"),
+    }  # fmt: skip
+    arrays = {name: array(*what, device) for name, what in given.items()}
+    return make_append(arrays, interleaved=True, by_row=True)
 
 
 def describe(
     arch: str, dtype: str, size: int, *, backward: bool, seqlen_q: int = 1024, varlen: bool = False,
-    paged: bool = False, bias: bool = False, mask: bool = False, alibi: bool = False, sink: bool = False,
-    **options: Any,
+    paged: bool = False, tables: bool = False, bias: bool = False, mask: bool = False, alibi: bool = False,
+    sink: bool = False, **options: Any,
 ) -> Problem:  # fmt: skip
     """A problem on a card of that architecture: 8 query heads, 2 KV heads."""
     rows_q = (2 * seqlen_q,) if varlen else (2, seqlen_q)
@@ -188,7 +229,8 @@ def describe(
         "cu_seqlens_q": varlen and ((3,), "int32"),
         "cu_seqlens_k": varlen and ((3,), "int32"),
         "block_table": paged and ((2, 64), "int32"),
-        "seqused_k": paged and ((2,), "int32"),
+        **dict.fromkeys(("seqused_q", "leftpad_k", "offset"), tables and ((2,), "int32")),
+        "seqused_k": (paged or tables) and ((2,), "int32"),
         "rng_state": options.get("dropout_p") and ((2,), "int64"),
         "out": backward and (out, dtype),
         "dout": backward and (out, dtype),

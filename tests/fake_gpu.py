@@ -26,7 +26,7 @@ from anyattn.backends.triton.backend import TritonBackend
 from anyattn.backends.triton.plan import TritonPlan
 from anyattn.errors import CompilationError
 from anyattn.frameworks.torch.adapter import adapter
-from anyattn.kvcache import make_append
+from anyattn.kvcache import ARRAYS
 from anyattn.problem import INPUTS, SAVED, Problem
 
 Found = dict[str, Any]
@@ -169,17 +169,11 @@ def decoding() -> Found:
 
 
 def append() -> Found:
-    names = {
-        "q": ((2, 1, 8, 64), "float16"), "k": ((9, 16, 2, 64), "float16"), "v": ((9, 16, 2, 64), "float16"),
-        "new_k": ((2, 1, 2, 64), "float16"), "new_v": ((2, 1, 2, 64), "float16"),
-        "rotary_cos": ((99, 16), "float16"), "rotary_sin": ((99, 16), "float16"),
-        "cache_seqlens": ((2,), "int32"), "block_table": ((2, 4), "int32"),
-    }  # fmt: skip
-    arrays = {name: aot.array(*what, "cuda:1") for name, what in names.items()}
-    call = Call(adapter, **{name: _tensor(array) for name, array in arrays.items()}, out=_tensor(arrays["q"]))
-    before = len(launches)
+    problem, before = aot.describe_append("cuda:1", "float16", 64), len(launches)
+    arrays = {name: getattr(problem, name) for name in ARRAYS}
+    call = Call(adapter, **{name: _tensor(x) for name, x in arrays.items() if x is not None}, out=_tensor(problem.q))
     with Watch() as watch:
-        TritonBackend().append(make_append(arrays, interleaved=True, by_row=True), call)
+        TritonBackend().append(problem, call)
     return {"launches": launches[before:], "operators": watch.seen}
 
 

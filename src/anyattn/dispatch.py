@@ -136,7 +136,8 @@ def choose(problem: Problem, names: tuple[str, ...], failed: Mapping[str, list[s
 
 def refuse(candidate: Backend, problem: Problem, *, named: bool = True) -> list[str]:
     """[] or why this backend does not compute the problem; `named`: the caller asks for this one."""
-    return _unfit(candidate, named) or candidate.supports(problem)
+    reason = unfit(candidate, named=named)
+    return [reason] if reason else candidate.supports(problem)
 
 
 def choose_append(append: Append, names: tuple[str, ...]) -> Backend:
@@ -149,16 +150,16 @@ def choose_append(append: Append, names: tuple[str, ...]) -> Backend:
     refusals: dict[str, list[str]] = {}
     for name in names or NAMES:
         candidate = get(name)
-        refusals[name] = _unfit(candidate, bool(names)) or candidate.supports_append(append)
+        reason = unfit(candidate, named=bool(names))
+        refusals[name] = [reason] if reason else candidate.supports_append(append)
         if not refusals[name]:
             return candidate
     raise UnsupportedProblem(f"an append to a {append.k.shape} cache on {append.q.device}", refusals)
 
 
-def _unfit(candidate: Backend, named: bool) -> list[str]:
-    """Reasons that no problem changes."""
-    reason = candidate.available() or (None if named else candidate.avoided())
-    return [reason] if reason else []
+def unfit(candidate: Backend, *, named: bool) -> str | None:
+    """None, or why this backend computes nothing here, or nothing for somebody who did not name it."""
+    return candidate.available() or (None if named else candidate.avoided())
 
 
 def explain(problem: Problem, names: tuple[str, ...]) -> Explanation:
