@@ -10,6 +10,8 @@ instructions of the inner loop into an order in which the tensor cores wait for 
     max, EX2...       softmax, every exponential of it
     mbwait            a spin loop, which keeps ptxas from moving the next wait up
     WAIT0             the other product
+
+and at the end "fence BAR store", or the copy engine might not see the results that it stores.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ NAMES = {
     "SYNCS.PHASECHK": "mbwait",
     "SYNCS.ARRIVE": "arrive",
     "BAR.SYNC": "BAR",
+    "FENCE.VIEW.ASYNC": "fence",
     "UTMALDG": "load",
     "UTMASTG": "store",
 }  # fmt: skip
@@ -145,6 +148,8 @@ def faults(name: str, numbers: dict[str, Any], code: list[str], order: list[Run]
     if len(found) != GROUPS.value:
         yield f"{len(found)} loops with products in flight, {GROUPS.value} wanted"
     size = int(name.split("/")[1])
+    if text(order).count("fence BAR store") != GROUPS.value:
+        yield "results are stored without a fence"
     for number, loop in enumerate(found):
         for fault in misplaced(loop, size):
             yield f"warpgroup {number}: {fault}"

@@ -87,6 +87,7 @@ def test_any_order_of_events(seed: int) -> None:
 )
 def test_emulator_sees_what_barriers_are_for(operation: str, name: str) -> None:
     """Without any one of them some order of events ends in a wrong result, or never."""
+
     def wrong(seed: int) -> bool:
         try:
             return bool(run(aligned(CASE), seed, frozenset({(operation, name)})))
@@ -120,6 +121,10 @@ def gates(monkeypatch: pytest.MonkeyPatch) -> Any:
     return hopper
 
 
+def parsed(gates: Any, order: str) -> list[Any]:
+    return [gates.Run(name, int(count or 1)) for name, _, count in (run.partition("*") for run in order.split())]
+
+
 GOOD = "QK*8 mbwait PV*8 BAR arrive WAIT1 max*64 EX2*66 mbwait WAIT0"
 
 
@@ -135,21 +140,24 @@ GOOD = "QK*8 mbwait PV*8 BAR arrive WAIT1 max*64 EX2*66 mbwait WAIT0"
     ],
 )
 def test_gate_on_the_order_of_instructions(gates: Any, order: str, complaint: str) -> None:
-    loop = [gates.Run(name, int(count or 1)) for name, _, count in (run.partition("*") for run in order.split())]
+    loop = parsed(gates, order)
     assert gates.loops([gates.Run("WAIT0", 1), *loop]) == [loop]
     found = list(gates.misplaced(loop, 128))
     assert any(complaint in fault for fault in found) if complaint else not found
 
 
 def test_gates_on_resources(gates: Any) -> None:
-    loop = [gates.Run(name, int(count or 1)) for name, _, count in (run.partition("*") for run in GOOD.split())]
+    group = parsed(gates, f"{GOOD} fence BAR store")
+    order = [*group, *group]
     code = ["USETMAXREG.DEALLOC.CTAPOOL 0x18", "USETMAXREG.TRY_ALLOC.CTAPOOL UP0, 0xf0"]
     numbers = {"spills": 0, "shared": 1000}
-    assert not list(gates.faults("float16/128/full", numbers, code, [*loop, *loop]))
-    assert list(gates.faults("float16/128/full", numbers | {"spills": 8}, code, [*loop, *loop])) == ["spills 8 bytes"]
-    assert "232449 bytes" in next(gates.faults("float16/128/full", numbers | {"shared": 232449}, code, [*loop, *loop]))
-    assert "no partition gets 24" in next(gates.faults("float16/128/full", numbers, code[1:], [*loop, *loop]))
-    assert "1 loops" in next(gates.faults("float16/128/full", numbers, code, loop))
+    assert not list(gates.faults("float16/128/full", numbers, code, order))
+    assert list(gates.faults("float16/128/full", numbers | {"spills": 8}, code, order)) == ["spills 8 bytes"]
+    assert "232449 bytes" in next(gates.faults("float16/128/full", numbers | {"shared": 232449}, code, order))
+    assert "no partition gets 24" in next(gates.faults("float16/128/full", numbers, code[1:], order))
+    assert "1 loops" in next(gates.faults("float16/128/full", numbers, code, group))
+    unfenced = [run for run in order if run.name != "fence"]
+    assert list(gates.faults("float16/128/full", numbers, code, unfenced)) == ["results are stored without a fence"]
 
 
 @pytest.fixture(scope="module")
