@@ -73,7 +73,8 @@ gpu:
 	mkdir -p build
 	ANYATTN_BACKEND=triton PYTHONPATH=src $(PYTHON) scripts/gpu.py --json build/gpu.json $(GPU_ARGS)
 
-# Every Triton kernel, compiled for GPUs that need not be here; AOT_ARGS=--write enters it into tests/aot.json.
+# Every Triton kernel, compiled for GPUs that need not be here; AOT_ARGS=--write enters it into tests/aot.json. Hopper's
+# own kernels have gates instead of a table.
 aot: venv
 	$(BIN)/python scripts/aot.py --all $(AOT_ARGS)
 	$(BIN)/python scripts/hopper.py
