@@ -14,7 +14,7 @@ SOAK_ARGS ?=
 GPU_ARGS ?=
 comma := ,
 # Backends whose absence fails a test run; Triton's kernels run in its interpreter there. It has wheels for Linux alone.
-REQUIRE := cpu$(if $(filter Linux,$(shell uname -s)),$(comma)triton)
+REQUIRE ?= cpu$(if $(filter Linux,$(shell uname -s)),$(comma)triton)
 AOT_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -22,7 +22,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find native examples -name '*.cc' -o -name '*.cpp' -o -name '*.c' -o -name '*.h' -o -name '*.hpp' | sort)
 PACKAGED := $(shell find src examples native -not -path '*/__pycache__*') pyproject.toml
 
-.PHONY: venv require-native demo test full soak gpu aot bench lint format sanitize sanitize-python clean
+.PHONY: venv require-native demo test full soak gpu aot bench shaders lint format sanitize sanitize-python clean
 .DEFAULT_GOAL := test
 
 venv: $(VENV)/installed
@@ -68,10 +68,12 @@ require-native: venv
 		{ echo "To see why: $(PIP) install -v --no-deps --no-build-isolation ."; exit 1; }
 
 # On a machine with a GPU, with the Python whose torch reaches it (PYTHON=...): nothing is installed, so the package is
-# run from the checkout. Results go to build/gpu.json.
+# run from the checkout, beside a native library of its own. GPU_ARGS="--part speed" runs one part.
 gpu:
-	mkdir -p build
-	ANYATTN_BACKEND=triton PYTHONPATH=src $(PYTHON) scripts/gpu.py --json build/gpu.json $(GPU_ARGS)
+	cmake -S native -B build/gpu -DCMAKE_BUILD_TYPE=Release -DBUILD_TESTS=OFF
+	cmake --build build/gpu --parallel
+	ANYATTN_LIBRARY=$(abspath build/gpu/libanyattn.so) PYTHONPATH=src $(PYTHON) scripts/gpu.py \
+		--json benchmarks/results/gpu.json $(GPU_ARGS)
 
 # Every Triton kernel, compiled for GPUs that need not be here; AOT_ARGS=--write enters it into tests/aot.json. Hopper's
 # own kernels have gates instead of a table.
@@ -82,11 +84,16 @@ aot: venv
 bench: require-native $(VENV)/bench
 	$(BIN)/python -m anyattn bench --json build/bench.json --plot build/bench.png $(BENCH_ARGS)
 
+# Needs glslangValidator (Debian: glslang-tools); the binaries are committed, so nobody else does.
+shaders:
+	$(PYTHON) scripts/make_shaders.py
+
 lint: $(VENV)/lint
 	$(BIN)/ruff check --output-format=concise .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python scripts/check_sizes.py
+	$(BIN)/python scripts/make_shaders.py --check
 	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
 
 format: $(VENV)/lint

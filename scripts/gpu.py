@@ -1,188 +1,126 @@
-"""Everything that only a machine with a GPU can say: the test matrix on the device, then times. Writes JSON.
+"""Everything that only a machine with a GPU can say: tests on the device, then times. Writes JSON after every part.
 
-    python scripts/gpu.py --json build/gpu.json [--part tests|hopper|speed|decode|latency]
+    python scripts/gpu.py --json build/gpu.json [--part cases|claims|hopper|speed|decode|latency|memory|training|peers]
 
-Needs torch with a GPU, Triton and NumPy; nothing else. Each part takes some minutes. Times are medians over device
-events; every time is measured beside torch's own attention in the same process, and only after the results agree.
+Needs torch 2.11 or later with a GPU, Triton 3.6 or later and NumPy; each part takes less than ten minutes. The native
+engine (ANYATTN_LIBRARY names it) is what claims compare with. Status 1: something is wrong; 2: there is no GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
+import platform
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gpu_times
 import torch
-import torch.nn.functional as F
-import triton
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import anyattn
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 sys.path.insert(0, str(TESTS))
 
-DEVICE = "xpu" if hasattr(torch, "xpu") and torch.xpu.is_available() else "cuda"
-PEERS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
-WARMUP, ROUNDS = 5, 25
-HANGING = 900  # seconds
+Found = dict[str, Any]
+LONGEST = 540  # seconds for Hopper's kernels
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--part", choices=PARTS, action="append")
+    parser.add_argument("--json", type=Path, required=True, help="a file that is there already keeps its other parts")
+    parser.add_argument("--part", choices=PARTS, action="append", help="default: all of them")
     arguments = parser.parse_args()
-    if not getattr(torch, DEVICE).is_available():
-        sys.stderr.write("torch sees no GPU here\n")
+    reason = anyattn.dispatch.get("triton").available()
+    if reason or not torch.cuda.is_available():
+        sys.stderr.write(f"no GPU: {reason or 'torch reaches none through CUDA or ROCm'}\n")
         return 2
-    found: dict[str, Any] = {"machine": machine()}
+    found: Found = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
+    found["machine"] = machine()
+    wrong = False
     for part in arguments.part or PARTS:
-        start = time.perf_counter()
-        found[part] = PARTS[part]()
-        found[part]["seconds"] = time.perf_counter() - start
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
-        print(f"{part}: {found[part].get('summary', '')} in {found[part]['seconds']:.0f} s", flush=True)
-    return 1 if any(found.get(part, {}).get("wrong") for part in ("tests", "hopper")) else 0
+        found[part] = run(PARTS[part])
+        wrong |= bool(found[part].get("wrong"))
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        print(f"{part}: {found[part]['summary']}, {found[part]['seconds']:.0f} s", flush=True)
+    return 1 if wrong else 0
 
 
-def machine() -> dict[str, Any]:
+def run(part: Callable[[str], Found], device: str = "cuda") -> Found:
+    """The part's findings and seconds; one that breaks is wrong, and the next ones run."""
+    start = time.perf_counter()
+    try:
+        found = part(device)
+    except Exception:
+        found = {"summary": "broken", "wrong": {"exception": traceback.format_exc()}}
+    return found | {"seconds": time.perf_counter() - start}
+
+
+def machine() -> Found:
     """What the numbers belong to, with the same run's ceilings."""
-    a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
-    big = torch.empty(2**30, device=DEVICE, dtype=torch.uint8)
-    other = torch.empty_like(big)
+    import triton
+
     return {
-        "gpu": getattr(torch, DEVICE).get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "matmul_tflops": 2 * 8192**3 / seconds(lambda: a @ b) / 1e12,
-        "copy_tb_per_s": 2 * big.numel() / seconds(lambda: other.copy_(big)) / 1e12,
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "gpu": torch.cuda.get_device_name(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": {"anyattn": anyattn.__version__, "torch": torch.__version__, "triton": triton.__version__},
+        "cuda": torch.version.cuda or torch.version.hip,
+        "cudnn": torch.backends.cudnn.version(),
+        "ceilings": gpu_times.ceilings("cuda"),
     }
 
 
-def seconds(call: Callable[[], object]) -> float:
-    """Median of ROUNDS."""
-    for _ in range(WARMUP):
-        call()
-    times = []
-    for _ in range(ROUNDS):
-        begin, end = (getattr(torch, DEVICE).Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        call()
-        end.record()
-        getattr(torch, DEVICE).synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
-    return sorted(times)[ROUNDS // 2]
-
-
-def tests() -> dict[str, Any]:
-    """The matrix of cases that the interpreter runs, and the larger ones, forward and backward."""
+def cases(device: str) -> Found:
+    """The common matrix, also the cases that are too large for the interpreter."""
     from cases import ALL
     from device import compare
 
-    outcomes = {case.name: compare(case, DEVICE) for case in ALL}
+    outcomes = {case.name: compare(case, device) for case in ALL}
     wrong = {name: lines for name, lines in outcomes.items() if lines and lines != ["refused"]}
     refused = [name for name, lines in outcomes.items() if lines == ["refused"]]
     summary = f"{len(ALL) - len(wrong) - len(refused)} agree, {len(wrong)} wrong, {len(refused)} refused"
     return {"summary": summary, "wrong": wrong, "refused": refused}
 
 
-def hopper() -> dict[str, Any]:
+def claims(device: str) -> Found:
+    from device_claims import EVERYWHERE, GPU
+
+    wrong = {}
+    every = {**EVERYWHERE, **GPU}
+    for name, claim in every.items():
+        try:
+            claim(device)
+        except Exception:
+            wrong[name] = traceback.format_exc()
+    return {"summary": f"{len(every) - len(wrong)} hold, {len(wrong)} do not", "wrong": wrong}
+
+
+def hopper(device: str) -> Found:
     """The kernels for Hopper, which are off elsewhere: in a process that is ended if they do not end."""
-    if DEVICE != "cuda" or torch.cuda.get_device_capability() != (9, 0):
-        return {"summary": "not a Hopper GPU"}
+    from anyattn.backends.triton.device import device as card
+    from anyattn.backends.triton.hopper import ARCH
+
+    if card(device).arch != ARCH:
+        return {"summary": f"not for {card(device).arch}"}
     try:
         command = [sys.executable, str(TESTS / "hopper_device.py")]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=HANGING)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LONGEST)
     except subprocess.TimeoutExpired:
-        return {"summary": f"does not end within {HANGING} s", "wrong": "hangs"}
-    lines = [*done.stdout.splitlines(), *done.stderr.splitlines()[-20:]]
-    return {"summary": (done.stdout.splitlines() or ["failed"])[-1], "wrong": lines if done.returncode else []}
+        return {"summary": f"do not end within {LONGEST} s", "wrong": {"launches": "hang, or are slow"}}
+    said = done.stdout.splitlines()[-1:] or ["broken"]
+    wrong = {"output": done.stdout[-4000:], "errors": done.stderr[-4000:]}
+    return {"summary": said[0], "wrong": wrong if done.returncode else {}}
 
 
-def speed() -> dict[str, Any]:
-    """16k tokens, hidden size 2048, bfloat16."""
-    rows = []
-    for head_dim in (64, 128, 256):
-        for seqlen in (1024, 4096, 16384):
-            for causal in (False, True):
-                rows.append(_row(head_dim, seqlen, causal))
-                print(rows[-1], flush=True)
-    return {"rows": rows}
-
-
-def _row(head_dim: int, seqlen: int, causal: bool) -> dict[str, Any]:
-    shape = (16384 // seqlen, seqlen, 2048 // head_dim, head_dim)
-    q, k, v = (torch.randn(shape, device=DEVICE, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
-    dout = torch.randn_like(q)
-    flops = 4 * 16384 * seqlen * 2048 * (0.5 if causal else 1)
-
-    def ours() -> torch.Tensor:
-        return anyattn.attention(q, k, v, causal=causal)
-
-    def theirs() -> torch.Tensor:
-        heads = (x.transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(*heads, is_causal=causal).transpose(1, 2)
-
-    row: dict[str, Any] = {"head_dim": head_dim, "seqlen": seqlen, "causal": causal}
-    row["difference"] = (ours() - theirs()).abs().max().item()
-    row["ours"] = _passes(ours, (q, k, v), dout, flops)
-    for name, backend in PEERS.items():
-        try:
-            with sdpa_kernel(backend):
-                row[name] = _passes(theirs, (q, k, v), dout, flops)
-        except RuntimeError as error:
-            row[name] = {"error": str(error).splitlines()[0]}
-    return row
-
-
-def _passes(call: Callable[[], torch.Tensor], leaves: Any, dout: torch.Tensor, flops: float) -> dict[str, float]:
-    with torch.no_grad():
-        forward = seconds(call)
-    out = call()
-    backward = seconds(lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True))
-    return {"forward_tflops": flops / forward / 1e12, "backward_tflops": 2.5 * flops / backward / 1e12}
-
-
-def decode() -> dict[str, Any]:
-    """One row per sequence, 32 query heads, 8 KV heads, replayed as a CUDA graph."""
-    rows = []
-    for batch, seqlen in ((1, 4096), (1, 65536), (8, 8192), (32, 8192)):
-        q = torch.randn(batch, 1, 32, 128, device=DEVICE, dtype=torch.bfloat16)
-        k, v = (torch.randn(batch, seqlen, 8, 128, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
-        anyattn.attention(q, k, v)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            anyattn.attention(q, k, v)
-        spent = seconds(graph.replay)
-        size = 2 * k.numel() * 2
-        rows.append({"batch": batch, "seqlen": seqlen, "us": spent * 1e6, "tb_per_s": size / spent / 1e12})
-    return {"rows": rows}
-
-
-def latency() -> dict[str, Any]:
-    """Of the first call of a variant, and of the Python around a call."""
-    x = torch.randn(1, 64, 8, 72, device=DEVICE, dtype=torch.float16)
-    start = time.perf_counter()
-    anyattn.attention(x, x, x, causal=True)
-    getattr(torch, DEVICE).synchronize()
-    first = time.perf_counter() - start
-    start = time.perf_counter()
-    for _ in range(1000):
-        anyattn.attention(x, x, x, causal=True)
-    overhead = (time.perf_counter() - start) / 1000
-    getattr(torch, DEVICE).synchronize()
-    return {"summary": f"{overhead * 1e6:.1f} us a call", "first_call_s": first, "call_us": overhead * 1e6}
-
-
-PARTS: dict[str, Callable[[], dict[str, Any]]] = {
-    "tests": tests, "hopper": hopper, "speed": speed, "decode": decode, "latency": latency,
-}  # fmt: skip
+PARTS: dict[str, Callable[[str], Found]] = {"cases": cases, "claims": claims, "hopper": hopper, **gpu_times.PARTS}
 
 if __name__ == "__main__":
     sys.exit(main())

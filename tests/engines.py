@@ -13,6 +13,8 @@ from anyattn import dispatch, settings
 from anyattn.backends.triton.device import interpreted
 from anyattn.problem import Problem
 
+WIDEST = {"triton": 512, "vulkan": 256}  # head_dim of the backends for GPUs
+
 
 @dataclass(frozen=True, slots=True)
 class Engine:
@@ -30,17 +32,16 @@ class Engine:
         """What no engine of this kind computes."""
         if problem.dout is not None and (problem.paged or problem.cache_batch_idx is not None):
             return self.backend != "numpy"
-        if self.backend == "triton":
-            return problem.dtype == "float64" or max(problem.head_dim, problem.head_dim_v) > 512
-        return False
+        widest = WIDEST.get(self.backend)
+        too_wide = widest is not None and max(problem.head_dim, problem.head_dim_v) > widest
+        return too_wide or not self.computes(problem.dtype)
 
-    def omits(self, parameters: dict[str, Any]) -> bool:
-        """Whether a test with these parameters is too long for this engine, or about a dtype that it does not have."""
-        case = parameters.get("case")
-        if isinstance(case, Case):
-            return self.interpreted and not small([case], INTERPRETED_ENTRIES)
-        dtype = parameters.get("dtype", getattr(parameters.get("setup"), "dtype", ""))
-        return self.backend == "triton" and dtype == "float64"
+    def computes(self, dtype: Any) -> bool:
+        """GPUs compute float64 slowly or not at all."""
+        return self.backend not in WIDEST or dtype != "float64"
+
+    def too_slow_for(self, case: Any) -> bool:
+        return self.interpreted and isinstance(case, Case) and not small([case], INTERPRETED_ENTRIES)
 
     def __str__(self) -> str:
         return f"{self.backend}-{self.target}" if self.target else self.backend
@@ -58,7 +59,7 @@ def engines() -> tuple[Engine, ...]:
     """A backend that ANYATTN_REQUIRE names and that is not there is an error, never a shorter list."""
     found = []
     for name in dispatch.NAMES:
-        missing = dispatch.get(name).available()
+        missing = dispatch.get(name).available(named=True)
         if missing and name in settings.current().require:
             raise RuntimeError(f"ANYATTN_REQUIRE names {name}, which is not available: {missing}")
         if not missing:

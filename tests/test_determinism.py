@@ -96,8 +96,8 @@ def test_batch_invariant_beside_longer_sequences(engine: Engine) -> None:
 def test_padded_packed_and_paged_drop_the_same_entries(engine: Engine) -> None:
     """Each sequence's values count its kept keys, so equal sums mean equal bits."""
     n, lengths, size = 50, [50, 20, 37], 16
-    ones = np.ones((3, n, 2, 4), np.float64)
-    keys = np.zeros((3, n, 2, 2 * n))
+    ones = np.ones((3, n, 2, 4), np.float32)
+    keys = np.zeros((3, n, 2, 2 * n), np.float32)
     keys[:, np.arange(n), :, np.arange(n)] = 1  # value j is the unit vector j: out tells which keys were kept
     flags = {"dropout_p": 0.5, "seed": 77, "backend": engine.backend}
     dense, _ = anyattn.attention_forward(ones, ones, keys, seqused_q=lengths, seqused_k=lengths, **flags)
@@ -106,7 +106,7 @@ def test_padded_packed_and_paged_drop_the_same_entries(engine: Engine) -> None:
     values = np.concatenate([keys[b, :m] for b, m in enumerate(lengths)])
     packed, _ = anyattn.attention_forward(rows, rows, values, cu_seqlens_q=starts, cu_seqlens_k=starts, **flags)
     table = np.arange(12).reshape(3, 4)[:, ::-1].copy()
-    pages_k, pages_v = np.ones((12, size, 2, 4)), np.zeros((12, size, 2, 2 * n))
+    pages_k, pages_v = np.ones((12, size, 2, 4), np.float32), np.zeros((12, size, 2, 2 * n), np.float32)
     for b in range(3):
         for j in range(n):
             pages_v[table[b, j // size], j % size] = keys[b, j]

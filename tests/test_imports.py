@@ -33,11 +33,13 @@ ALLOWED = {
     "arguments": {"problem", "mask"},
     "native": {"backends"},
     "planning": {"api", "arguments", "dispatch"},
+    "vulkan": {"backends"},
     "api": {"arguments", "dispatch", "errors", "problem", "mask", "frameworks"},
     "heads_first": {"arguments", "frameworks"},
 }
 LAZY = {
-    *[("dispatch", f"backends.{name}") for name in ("cpu", "triton", "numpy")],
+    *[("dispatch", f"backends.{name}") for name in ("cpu", "triton", "vulkan", "numpy")],
+    ("api", "frameworks.vulkan"),
     ("api", "frameworks"),
     ("heads_first", "frameworks"),
     ("native", "backends.cpu"),

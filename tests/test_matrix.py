@@ -83,8 +83,8 @@ def run(inputs: Inputs, direction: str, engine: Engine) -> dict[str, np.ndarray 
 
 def refused(inputs: Inputs, direction: str, engine: Engine) -> bool:
     """Whether the engine says that it does not compute this; then the call must raise with the same reasons."""
-    problem, _ = inputs.canonical(backward=direction == "backward")
-    reasons = dispatch.refuse(dispatch.get(engine.backend), problem)
+    backend, (problem, _) = dispatch.get(engine.backend), inputs.canonical(backward=direction == "backward")
+    reasons = dispatch.refuse(backend, problem)
     if not reasons:
         return False
     assert engine.may_refuse(problem), f"{engine} must compute this: {reasons}"

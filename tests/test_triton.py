@@ -128,11 +128,3 @@ def test_devices_of_other_names() -> None:
     from anyattn.backends.triton.device import device
 
     assert device("sm_90") == Device("sm_90", 128, 2**25)
-
-
-@pytest.mark.parametrize("name", ["plain", "expanded", "everything_bf16", "paged_varlen", "wide_heads"])
-def test_cases_on_a_device(name: str) -> None:
-    """What `make gpu` runs on a card, here on host memory."""
-    from device import compare
-
-    assert compare(named(name), "cpu") == (["refused"] if name == "wide_heads" else [])

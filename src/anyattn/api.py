@@ -352,12 +352,9 @@ def flash_attention(query: Array, key: Array, value: Array, causal: bool = True,
     framework = framework_of(query)
     for name, array in (("query", query), ("key", key), ("value", value)):
         if getattr(array, "ndim", None) != 4:
-            raise ValueError(
-                f"{name} must be (batch, nheads, seqlen, head_dim); got {getattr(array, 'shape', type(array).__name__)}"
-            )
+            raise ValueError(f"{name} must be (batch, nheads, seqlen, head_dim); got {getattr(array, 'shape', array)}")
     arrays = (query.swapaxes(1, 2), key.swapaxes(1, 2), value.swapaxes(1, 2), *[None] * 13)
-    options = Options(scale=scale, right=0 if causal else None)
-    return framework.attention(arrays, options, None, False, None)[0].swapaxes(1, 2)
+    return framework.attention(arrays, Options(scale, right=0 if causal else None), None, False, None)[0].swapaxes(1, 2)
 
 
 def framework_of(array: Array) -> ModuleType:
@@ -370,4 +367,8 @@ def framework_of(array: Array) -> ModuleType:
         from .frameworks.torch import functional
 
         return functional
-    raise TypeError(f"q must be a numpy.ndarray or a torch.Tensor; got {type(array).__name__}")
+    if hasattr(array, "__anyattn_vulkan__"):
+        from .frameworks import vulkan
+
+        return vulkan
+    raise TypeError(f"q must be a numpy.ndarray, a torch.Tensor or a DeviceArray; got {type(array).__name__}")

@@ -17,7 +17,7 @@ from .errors import CompilationError, UnsupportedProblem
 from .kvcache import Append
 from .problem import Problem, Variant
 
-NAMES = ("cpu", "triton", "numpy")  # automatic order
+NAMES = ("cpu", "triton", "vulkan", "numpy")  # automatic order, but for what Vulkan gains from
 CACHE_SIZE = 1024
 NONE: Mapping[str, list[str]] = MappingProxyType({})
 
@@ -74,6 +74,10 @@ def _create(name: str) -> Backend:
         from .backends.triton.backend import TritonBackend
 
         return TritonBackend()
+    if name == "vulkan":
+        from .backends.vulkan.backend import VulkanBackend
+
+        return VulkanBackend()
     if name == "numpy":
         from .backends.numpy import NumpyBackend
 
@@ -124,7 +128,7 @@ def choose(problem: Problem, names: tuple[str, ...], failed: Mapping[str, list[s
     """
     _check_required()
     refusals: dict[str, list[str]] = {}
-    for name in names or NAMES:
+    for name in names or _automatic(problem):
         reasons = failed.get(name) or refuse(get(name), problem, named=bool(names))
         if not reasons:
             if not names:
@@ -134,10 +138,17 @@ def choose(problem: Problem, names: tuple[str, ...], failed: Mapping[str, list[s
     raise UnsupportedProblem(str(problem), refusals)
 
 
+def _automatic(problem: Problem) -> tuple[str, ...]:
+    """Vulkan first where it pays to go through a GPU; for small problems no device is even looked for."""
+    if problem.device != "cpu" or get("vulkan").avoids(problem):
+        return NAMES
+    return ("vulkan", *(name for name in NAMES if name != "vulkan"))
+
+
 def refuse(candidate: Backend, problem: Problem, *, named: bool = True) -> list[str]:
-    """[] or why this backend does not compute the problem; `named`: the caller asks for this one."""
-    reason = unfit(candidate, named=named)
-    return [reason] if reason else candidate.supports(problem)
+    """[] or why this backend does not compute the problem; one that the caller did not name may have more reasons."""
+    missing = candidate.available(named=named)
+    return [missing] if missing else candidate.supports(problem) or ([] if named else candidate.avoids(problem))
 
 
 def choose_append(append: Append, names: tuple[str, ...]) -> Backend:
@@ -150,21 +161,17 @@ def choose_append(append: Append, names: tuple[str, ...]) -> Backend:
     refusals: dict[str, list[str]] = {}
     for name in names or NAMES:
         candidate = get(name)
-        reason = unfit(candidate, named=bool(names))
-        refusals[name] = [reason] if reason else candidate.supports_append(append)
+        missing = candidate.available(named=bool(names))
+        refusals[name] = [missing] if missing else candidate.supports_append(append)
         if not refusals[name]:
             return candidate
     raise UnsupportedProblem(f"an append to a {append.k.shape} cache on {append.q.device}", refusals)
 
 
-def unfit(candidate: Backend, *, named: bool) -> str | None:
-    """None, or why this backend computes nothing here, or nothing for somebody who did not name it."""
-    return candidate.available() or (None if named else candidate.avoided())
-
-
 def explain(problem: Problem, names: tuple[str, ...]) -> Explanation:
     """What `choose` would do, with every backend's reasons."""
-    reasons = {name: refuse(get(name), problem, named=bool(names)) for name in names or NAMES}
+    order = names or _automatic(problem)
+    reasons = {name: refuse(get(name), problem, named=bool(names)) for name in order}
     chosen = next((name for name, refusal in reasons.items() if not refusal), None)
     return Explanation(str(problem), chosen, reasons)
 
@@ -176,7 +183,7 @@ def available() -> list[str]:
 
 def _check_required() -> None:
     for name in _from_settings("require"):
-        missing = get(name).available()
+        missing = get(name).available(named=True)
         if missing:
             raise RuntimeError(f"ANYATTN_REQUIRE names {name}, which is not available: {missing}")
 

@@ -16,10 +16,15 @@ VARIABLES = {
     "num_threads": ("ANYATTN_NUM_THREADS", "0", "threads of the native engine; 0: the OpenMP runtime's or all cores"),
     "omp_num_threads": ("OMP_NUM_THREADS", "", "OpenMP's own: threads at each level of nesting; the first is ours"),
     "library": ("ANYATTN_LIBRARY", "", "path of the native library; empty: the one installed with the package"),
+    "vulkan_device": ("ANYATTN_VULKAN_DEVICE", "", "Vulkan device: its number or a part of its name; empty: the best"),
+    "vulkan_software": ("ANYATTN_VULKAN_SOFTWARE", "0", "1: Vulkan drivers that run on the CPU count as available"),
+    "vulkan_validate": ("ANYATTN_VULKAN_VALIDATE", "0", "1: Khronos' validation layer checks every Vulkan call"),
+    "vulkan_timeout": ("ANYATTN_VULKAN_TIMEOUT", "300", "seconds after which a Vulkan device that hangs is left"),
     "check": ("ANYATTN_CHECK", "0", "1: check values in device memory too, at the price of a synchronisation"),
     "hopper": ("ANYATTN_HOPPER", "0", "1: the Triton backend's kernels for Hopper (sm_90), which no GPU has run yet"),
 }
 MOST_THREADS = 4096  # of the native engine
+LONGEST_WAIT = 10**6  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +37,10 @@ class Settings:
     num_threads: int
     omp_num_threads: tuple[int, ...]
     library: str
+    vulkan_device: str
+    vulkan_software: bool
+    vulkan_validate: bool
+    vulkan_timeout: int
     check: bool
     hopper: bool
 
@@ -78,13 +87,21 @@ def _read() -> Settings:
         # who says how many threads needs no OpenMP to say it
         omp_num_threads=() if num_threads else _levels("omp_num_threads", raw["omp_num_threads"]),
         library=raw["library"],
-        check=_number("check", raw["check"] or "0", 0, 1) != 0,
-        hopper=_number("hopper", raw["hopper"] or "0", 0, 1) != 0,
+        vulkan_device=raw["vulkan_device"],
+        vulkan_software=_flag("vulkan_software", raw),
+        vulkan_validate=_flag("vulkan_validate", raw),
+        vulkan_timeout=_number("vulkan_timeout", raw["vulkan_timeout"] or "300", 1, LONGEST_WAIT),
+        check=_flag("check", raw),
+        hopper=_flag("hopper", raw),
     )
 
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _flag(name: str, raw: dict[str, str]) -> bool:
+    return _number(name, raw[name] or "0", 0, 1) != 0
 
 
 def _number(name: str, text: str, least: int, most: int) -> int:

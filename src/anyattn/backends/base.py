@@ -8,7 +8,9 @@ from typing import Any, Protocol
 
 import numpy.typing as npt
 
-from ..kvcache import Append
+from .. import reference
+from ..dtypes import narrow, raw
+from ..kvcache import ARRAYS, Append
 from ..problem import Array, Problem
 
 
@@ -92,14 +94,14 @@ class Backend(Protocol):
 
     name: str
 
-    def available(self) -> str | None:
-        """None, or why this backend cannot run here."""
+    def available(self, *, named: bool = False) -> str | None:
+        """None, or why this backend cannot run here; `named`: the caller asked for it by name."""
 
     def supports(self, problem: Problem) -> list[str]:
         """[] or the reasons against. May look at sizes, never at values in device memory."""
 
-    def avoided(self) -> str | None:
-        """None, or why automatic choice passes over this backend: only who names it gets it."""
+    def avoids(self, problem: Problem) -> list[str]:
+        """[] or why the automatic choice passes this backend over although it computes the problem."""
 
     def plan(self, problem: Problem) -> Plan:
         """Cheap; compiled parts are cached by problem.variant."""
@@ -118,3 +120,13 @@ def contiguous(shape: Sequence[int], dtype: str, device: str = "cpu") -> Array:
         strides.append(step)
         step *= max(size, 1)
     return Array(tuple(shape), tuple(reversed(strides)), dtype, device)
+
+
+def append_on_host(append: Append, call: Call) -> None:
+    """`Backend.append` as the definition has it, for a cache in host memory."""
+    given = {name: getattr(call, name) for name in ARRAYS}
+    arrays = {name: None if array is None else call.adapter.numpy(array) for name, array in given.items()}
+    q = reference.append(append, arrays)
+    if q is not None:
+        out = raw(call.adapter.numpy(call.out), append.q.dtype)
+        out[...] = narrow(q, append.q.dtype)

@@ -165,12 +165,22 @@ def quick() -> list[Case]:
     ]
 
 
+def vulkan() -> list[Case]:
+    """For the Vulkan providers; small enough for a software driver and the slowest of them."""
+    sizes = ((1, 8, 256, 64), (1, 8, 512, 64))
+    found = [Case(f"{s}", *s, causal=c, backward=b) for b in (False, True) for s in sizes for c in (False, True)]
+    found += [Case("head_dim 128", 1, 8, 512, 128, backward=b) for b in (False, True)]
+    found += [Case("GQA 8:2", 1, 8, 512, 64, nheads_kv=2, causal=True, backward=b) for b in (False, True)]
+    return [*found, *(replace(case, dtype="float16") for case in found[2:4])]
+
+
 SUITES: dict[str, Callable[[], list[Case]]] = {
     "models": models,
     "bars": bars,
     "seeds": seeds,
     "lengths": lengths,
     "quick": quick,
+    "vulkan": vulkan,
 }
 DEFAULT = ("models", "bars", "seeds", "lengths")
 

@@ -48,6 +48,7 @@ def collect() -> dict[str, Any]:
         "backends": {name: _try(partial(_backend, name)) for name in dispatch.NAMES},
         "required": _required(),
         "cpu": _try(_cpu),
+        "vulkan": _try(_vulkan),
         "settings": _try(_settings),
     }
 
@@ -73,6 +74,7 @@ def text(found: dict[str, Any]) -> str:
             f"  in force            {cpu['target']}",
             f"  threads             {cpu['num_threads']} ({cpu['thread_runtime']})",
         ]
+    lines += ["", *_vulkan_text(found["vulkan"])]
     options = found["settings"]
     if "error" in options:
         return "\n".join([*lines, "", f"settings: {options['error']}"])
@@ -125,6 +127,24 @@ def _cpu() -> dict[str, Any]:
         "num_threads": native.num_threads(),
         "thread_runtime": native.thread_runtime(),
     }
+
+
+def _vulkan() -> dict[str, Any]:
+    from ..backends.vulkan import device
+
+    chosen = device.instance().choose().index
+    return {"devices": [{**info.describe(), "chosen": info.index == chosen} for info in device.instance().devices]}
+
+
+def _vulkan_text(found: dict[str, Any]) -> list[str]:
+    if "error" in found:
+        return [f"Vulkan: {found['error']}"]
+    lines = []
+    for device in found["devices"]:
+        chosen = " (the one in use)" if device["chosen"] else ""
+        lines.append(f"Vulkan device {device['index']}: {device['name']}, {device['kind']}{chosen}")
+        lines += [f"  {name:19} {device[name]}" for name in ("driver", "memory", "paths", "off") if device[name]]
+    return lines
 
 
 def _settings() -> dict[str, Any]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 from .. import dispatch, settings
-from ..backends.base import Adapter, Call, contiguous
+from ..backends.base import Adapter, Call, Plan, contiguous
 from ..kvcache import ARRAYS as APPEND_ARRAYS
 from ..kvcache import check_append, make_append, room
 from ..problem import INPUTS, SAVED, TABLES, Array, Options, Problem, make_problem
@@ -31,10 +31,7 @@ def forward(
     adapter: Adapter, arrays: Arrays, options: Options, backend: str | None, metadata: Hashable = None
 ) -> tuple[Any, Any]:
     """(out, lse), new and contiguous. metadata: of the arrays, where the caller has it already."""
-    names = dispatch.named(backend)
-    key = (options, metadata or adapter.keys(arrays))
-    problem, plan = dispatch.lookup(key, names, lambda: make_problem(_describe(adapter, INPUTS, full(arrays)), options))
-    _check_values(adapter, problem, arrays)
+    problem, plan = find(adapter, arrays, options, backend, metadata)
     q = arrays[0]
     call = Call(adapter, *arrays)
     call.out = adapter.empty(problem.out_shape, problem.dtype, q)
@@ -92,11 +89,7 @@ def _workspace(adapter: Adapter, size: int, like: Any) -> Any:
 
 def check(adapter: Adapter, arrays: Arrays, options: Options, backend: str | None) -> None:
     """Everything that `forward` checks, before something else is written."""
-    key = (options, adapter.keys(arrays))
-    problem, _ = dispatch.lookup(
-        key, dispatch.named(backend), lambda: make_problem(_describe(adapter, INPUTS, arrays), options)
-    )
-    _check_values(adapter, problem, arrays)
+    find(adapter, arrays, options, backend)
 
 
 def warmup(adapter: Adapter, arrays: Arrays, options: Options, backend: str | None, *, backward: bool) -> None:
@@ -133,7 +126,7 @@ def append(
     described = _describe(adapter, APPEND_ARRAYS, tuple(arrays.get(name) for name in APPEND_ARRAYS))
     problem = make_append(described, interleaved=interleaved, by_row=by_row)
     engine = dispatch.choose_append(problem, dispatch.named(backend))
-    if problem.q.device == "cpu" or settings.current().check:
+    if _tables_are_checked(problem.q.device):
         tables = {name: arrays.get(name) for name in ("cache_seqlens", "cache_batch_idx", "block_table")}
         check_append(room(problem), {name: None if x is None else adapter.numpy(x) for name, x in tables.items()})
     check()
@@ -148,9 +141,25 @@ def _describe(adapter: Adapter, names: tuple[str, ...], arrays: Arrays) -> dict[
     return {name: None if x is None else adapter.describe(x) for name, x in zip(names, arrays, strict=True)}
 
 
+def find(
+    adapter: Adapter, arrays: Arrays, options: Options, backend: str | None, metadata: Hashable = None
+) -> tuple[Problem, Plan]:
+    """The forward pass that the arrays ask for, its tables checked, and its plan."""
+    names = dispatch.named(backend)
+    key = (options, metadata or adapter.keys(arrays))
+    problem, plan = dispatch.lookup(key, names, lambda: make_problem(_describe(adapter, INPUTS, full(arrays)), options))
+    _check_values(adapter, problem, arrays)
+    return problem, plan
+
+
+def _tables_are_checked(device: str) -> bool:
+    """Those of Vulkan's arrays stay in host memory."""
+    return device == "cpu" or device.startswith("vulkan") or settings.current().check
+
+
 def _check_values(adapter: Adapter, problem: Problem, arrays: Arrays) -> None:
     """Tables in host memory are checked before any work; on a device only if ANYATTN_CHECK asks for it."""
-    if not problem.has_tables or (problem.device != "cpu" and not settings.current().check):
+    if not problem.has_tables or not _tables_are_checked(problem.device):
         return
     tables = arrays[_FIRST_TABLE:_LAST_TABLE]
     views = {name: None if x is None else adapter.numpy(x) for name, x in zip(TABLES, tables, strict=True)}

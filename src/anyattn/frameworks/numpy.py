@@ -98,11 +98,8 @@ def append(
 
     `check` is given the latter and raises if the attention would; it runs before anything is written.
     """
-    q, new_k, lengths = arrays["q"], arrays["new_k"], arrays["cache_seqlens"]
-    batch = _array("q", q).shape[0] if q.ndim else 0
-    if lengths is not None:
-        lengths = np.full(batch, _int("cache_seqlens", lengths), np.int32) if np.ndim(lengths) == 0 else lengths
-        lengths = _table("cache_seqlens", lengths)
+    q, new_k = arrays["q"], arrays["new_k"]
+    lengths = cache_lengths(arrays["cache_seqlens"], _array("q", q).shape[0] if q.ndim else 0)
     if new_k is None:
         if arrays["new_v"] is not None or arrays["rotary_cos"] is not None:
             raise ValueError("v and rotary_cos need k, the new keys, as well")
@@ -113,11 +110,20 @@ def append(
         if prepared[name] is not arrays[name] or not arrays[name].flags.writeable:
             raise ValueError(f"{name}_cache must be writeable and contiguous in its last dimension")
     for name in ("block_table", "cache_batch_idx"):
-        prepared[name] = None if arrays[name] is None else _table(name, arrays[name])
+        prepared[name] = None if arrays[name] is None else table(name, arrays[name])
     prepared["cache_seqlens"] = lengths
     used = None if lengths is None else np.asarray(lengths + np.int32(new_k.shape[1]), np.int32)
     options = {"interleaved": interleaved, "by_row": by_row}
     return execute.append(adapter, prepared, check=lambda: check(used), **options, backend=backend), used
+
+
+def cache_lengths(lengths: Any, batch: int) -> npt.NDArray[np.int32] | None:
+    """cache_seqlens as one length per sequence; None where none is given."""
+    if lengths is None:
+        return None
+    if np.ndim(lengths) == 0:
+        return np.full(batch, _int("cache_seqlens", lengths), np.int32)
+    return table("cache_seqlens", lengths)
 
 
 def merge(out_a: NDArray, lse_a: NDArray, out_b: NDArray, lse_b: NDArray) -> tuple[NDArray, NDArray]:
@@ -149,7 +155,7 @@ def prepare(arrays: execute.Arrays, seed: int | None) -> execute.Arrays:
         given["offset"] = np.full(_batch(given), _int("offset", given["offset"]), np.int32)
     for name in TABLES:
         if given[name] is not None:
-            given[name] = _table(name, given[name])
+            given[name] = table(name, given[name])
     if seed is not None:
         if given["rng_state"] is not None:
             raise ValueError("seed and rng_state exclude each other: rng_state is (seed, offset)")
@@ -196,9 +202,9 @@ def _floats(name: str, array: Any, dtype: np.dtype[Any]) -> NDArray:
     return np.ascontiguousarray(array).astype(np.float64 if dtype == np.float64 else np.float32, copy=False)
 
 
-def _table(name: str, table: Any) -> npt.NDArray[np.int32]:
+def table(name: str, given: Any) -> npt.NDArray[np.int32]:
     """int32 and contiguous; integers of other widths and sequences of ints are converted."""
-    array = np.asarray(table)
+    array = np.asarray(given)
     if array.dtype.kind not in "iu" and array.size:
         raise TypeError(f"{name} must hold integers; got {array.dtype.name}")
     if array.size and (array.min() < -(2**31) or array.max() >= 2**31):

@@ -38,7 +38,7 @@ class CpuBackend:
 
     name = "cpu"
 
-    def available(self) -> str | None:
+    def available(self, *, named: bool = False) -> str | None:
         try:
             library.load().target_index()
         except library.LibraryError as error:
@@ -53,8 +53,8 @@ class CpuBackend:
             reasons.append("has no backward through a KV cache (block_table, cache_batch_idx)")
         return reasons
 
-    def avoided(self) -> str | None:
-        return None
+    def avoids(self, problem: Problem) -> list[str]:
+        return []
 
     def plan(self, problem: Problem) -> CpuPlan:
         return CpuPlan(library.load(), problem)

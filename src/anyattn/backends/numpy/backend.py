@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from ... import reference
-from ...dtypes import narrow, raw
-from ...kvcache import ARRAYS, Append
+from ...kvcache import Append
 from ...problem import Problem
-from ..base import Call
+from ..base import Call, append_on_host
 from .attention import backward, forward
 from .tiles import Arrays
 
@@ -40,7 +38,7 @@ class NumpyBackend:
 
     name = "numpy"
 
-    def available(self) -> str | None:
+    def available(self, *, named: bool = False) -> str | None:
         return None
 
     def supports(self, problem: Problem) -> list[str]:
@@ -48,8 +46,8 @@ class NumpyBackend:
             return [f"computes in host memory only; q is on {problem.device}"]
         return []
 
-    def avoided(self) -> str | None:
-        return None
+    def avoids(self, problem: Problem) -> list[str]:
+        return []
 
     def plan(self, problem: Problem) -> NumpyPlan:
         return NumpyPlan(problem)
@@ -58,9 +56,4 @@ class NumpyBackend:
         return [] if append.q.device == "cpu" else [f"writes to host memory only; q is on {append.q.device}"]
 
     def append(self, append: Append, call: Call) -> None:
-        given = {name: getattr(call, name) for name in ARRAYS}
-        arrays = {name: None if array is None else call.adapter.numpy(array) for name, array in given.items()}
-        q = reference.append(append, arrays)
-        if q is not None:
-            out = raw(call.adapter.numpy(call.out), append.q.dtype)
-            out[...] = narrow(q, append.q.dtype)
+        append_on_host(append, call)

@@ -34,7 +34,9 @@ class TritonBackend:
 
     name = "triton"
 
-    def available(self) -> str | None:
+    def available(self, *, named: bool = False) -> str | None:
+        if self._missing is None and interpreted() and not named:
+            return "runs in Triton's interpreter, which is slow: only if named"
         return self._missing
 
     @cached_property
@@ -65,8 +67,8 @@ class TritonBackend:
             reasons.append("has no backward through a KV cache (block_table, cache_batch_idx)")
         return reasons
 
-    def avoided(self) -> str | None:
-        return "runs in Triton's interpreter, which is slow: only if named" if interpreted() else None
+    def avoids(self, problem: Problem) -> list[str]:
+        return []
 
     def plan(self, problem: Problem) -> TritonPlan:
         from .plan import TritonPlan

@@ -11,6 +11,7 @@ from .onnx_runtime import OnnxRuntime
 from .open_vino import OpenVino
 from .plain import NumpyPlain, TorchPlain
 from .sdpa import Sdpa, SdpaPacked, SdpaPadded
+from .vulkan import AnyattnVulkan, Aule
 
 __all__ = ["PROVIDERS", "Prepared", "Provider", "Refused", "by_name", "choose"]
 
@@ -24,6 +25,8 @@ PROVIDERS: tuple[Provider, ...] = (
     OpenVino(),
     NumpyPlain(),
     TorchPlain(),
+    AnyattnVulkan(),
+    Aule(),
 )
 
 

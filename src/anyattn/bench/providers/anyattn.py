@@ -16,11 +16,12 @@ class Anyattn:
 
     name = "anyattn"
     package = "anyattn"
+    backend: str | None = None  # by name; None: the automatic choice
 
     def absent(self) -> str | None:
         return None
 
-    def prepare(self, inputs: Inputs, threads: int) -> Prepared:
+    def prepare(self, inputs: Inputs, threads: int) -> Prepared | None:
         """The engine follows the settings and torch, so `threads` is already in force."""
         case = inputs.case
         if case.cache:
@@ -34,7 +35,7 @@ class Anyattn:
     def attend(self, inputs: Inputs, q: Tensor, k: Tensor, v: Tensor) -> Any:
         from ... import attention, attention_varlen
 
-        case, options = inputs.case, _options(inputs)
+        case, options = inputs.case, _options(inputs, self.backend)
         if case.dropout_p:
             options |= {"dropout_p": case.dropout_p, "seed": SEED}
         if case.packed:
@@ -47,14 +48,14 @@ class Anyattn:
 
         from ... import attention_with_kvcache
 
-        case, options = inputs.case, _options(inputs)
+        case, options = inputs.case, _options(inputs, self.backend)
         k, v = inputs.pages if case.page_size else (inputs.k, inputs.v)
         options["block_table"] = inputs.block_table if case.page_size else None
         options["cache_seqlens"] = torch.full((case.batch,), case.seqlen_k, dtype=torch.int32)
         return lambda: attention_with_kvcache(inputs.q, k, v, **options)
 
 
-def _options(inputs: Inputs) -> dict[str, Any]:
+def _options(inputs: Inputs, backend: str | None) -> dict[str, Any]:
     """What the case asks for; what it does not is left out, as a user's call leaves it out."""
     case = inputs.case
     given = {
@@ -65,5 +66,6 @@ def _options(inputs: Inputs) -> dict[str, Any]:
         "mask": inputs.mask,
         "alibi_slopes": inputs.alibi_slopes,
         "sink": inputs.sink,
+        "backend": backend,
     }
     return {name: value for name, value in given.items() if value is not None}

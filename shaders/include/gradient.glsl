@@ -1,0 +1,24 @@
+// The derivative of one score, from what the forward pass left of its row.
+
+layout(std430, binding = 6) readonly buffer Stats { vec2 stats_memory[]; };  // lse in log2 units, delta
+
+// What multiplies: dout_i in dv_j; nothing, in the bias's gradient; k_j in dq_i and q_i in dk_j.
+struct Gradient {
+    float p, ds, dt;
+};
+
+vec2 row_stats(Sequence s, Row row) { return stats_memory[lse_at(s, row.h) + row.line.i]; }
+
+// Of row and key j, from <q_i, k_j> and <dout_i, v_j>: 0 where the row does not see the key, whatever these are.
+Gradient differentiate(Sequence s, Row row, vec2 stats, int j, float product, float dp) {
+    const Gradient none = Gradient(0.0, 0.0, 0.0);
+    if (!row.used || j < row.begin || j >= row.end) return none;
+    float tanh_value;
+    float x = score(s, row.line, j, product, tanh_value);
+    if (x <= SEEN) return none;
+    float p = exp2(x - stats.x), keep = 1.0;
+    if (has(DROPOUT)) keep = kept(dropout_words(s, row.line.i, row.h, j), j) ? t.keep_scale : 0.0;
+    float ds = p * (keep * dp - stats.y);
+    float dt = has(SOFTCAP) ? ds * (1.0 - tanh_value * tanh_value) : ds;
+    return Gradient(p * keep, ds, t.scale * dt);
+}

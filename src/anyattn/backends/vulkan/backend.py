@@ -1,0 +1,121 @@
+"""VulkanBackend: host arrays in, host arrays out; in between a GPU."""
+
+from __future__ import annotations
+
+from ... import settings
+from ...kvcache import Append
+from ...problem import Problem
+from ..base import Call, Plan, append_on_host
+from . import device as devices
+from .api import VulkanError
+from .append import append_on_device
+from .backward import BackwardPlan, backward_regions
+from .device import DeviceInfo
+from .engine import current_engine
+from .forward import ForwardPlan, Setup, problem_launches
+from .selftest import usable
+from .tuning import backward_configs
+
+DTYPES = ("float32", "float16", "bfloat16")
+MAX_HEAD_DIM = 256
+CROSSOVER = 1e11  # operations from which the automatic choice takes a GPU, until `anyattn tune` has measured
+
+
+class VulkanBackend:
+    """Attention through Vulkan compute shaders."""
+
+    name = "vulkan"
+
+    def available(self, *, named: bool = False) -> str | None:
+        try:
+            info = devices.instance().choose()
+        except VulkanError as error:
+            return str(error)
+        if info.software and not named and not settings.current().vulkan_software:
+            return f"{info.name} runs on the CPU, which the native engine uses better: name the backend to take it"
+        return info.refusal() or None
+
+    def supports(self, problem: Problem) -> list[str]:
+        reasons = _misplaced(problem.device)
+        if problem.device.startswith("vulkan") and problem.dout is not None:
+            reasons.append("has no backward on device arrays")
+        if problem.dtype not in DTYPES:
+            reasons.append(f"computes {', '.join(DTYPES)}; q is {problem.dtype}")
+        for name in ("head_dim", "head_dim_v"):
+            size = getattr(problem, name)
+            if size > MAX_HEAD_DIM:
+                reasons.append(f"{name} {size} > {MAX_HEAD_DIM}")
+        if problem.dout is not None:
+            reasons += _backward_reasons(problem)
+        return reasons or self._limits(problem)
+
+    def _limits(self, problem: Problem) -> list[str]:
+        """What the device at hand cannot hold, or computes wrongly."""
+        try:
+            info = _info(problem)
+        except VulkanError as error:
+            return [str(error)]
+        if problem.dout is None:
+            setup = Setup.of(info, problem)
+            regions, launches = setup.regions, setup.launches
+        else:
+            regions = backward_regions(problem, backward_configs(info, problem))
+            launches = problem_launches(problem, regions, info.storage_range)
+        if not launches:
+            return [f"one head of one array is larger than a binding of {info.name}: {info.storage_range} bytes"]
+        name, region = max(regions.items(), key=lambda item: item[1].nbytes)
+        if region.nbytes > info.allocation:
+            return [f"{name} has {region.nbytes} bytes; {info.name} allocates {info.allocation} at most"]
+        return []
+
+    def avoids(self, problem: Problem) -> list[str]:
+        """Transfers eat what a small problem gains; no device is looked at for one."""
+        if problem.device == "cpu" and operations(problem) < CROSSOVER:
+            return [f"{operations(problem):.2g} operations are fewer than pay for the transfers: {CROSSOVER:.2g}"]
+        missing = self.available(named=True)
+        if missing:
+            return [missing]
+        info = devices.instance().choose()
+        return [f"{info.name} runs on the CPU, which the native engine uses better"] if info.software else []
+
+    def plan(self, problem: Problem) -> Plan:
+        kind = ForwardPlan if problem.dout is None else BackwardPlan
+        return kind(current_engine(), _info(problem), problem)
+
+    def supports_append(self, append: Append) -> list[str]:
+        return _misplaced(append.q.device)
+
+    def append(self, append: Append, call: Call) -> None:
+        if append.q.device == "cpu":
+            append_on_host(append, call)  # a cache in host memory is not sent back and forth for a row
+        else:
+            append_on_device(current_engine(), append, call)
+
+
+def _misplaced(device: str) -> list[str]:
+    """Reasons against arrays there."""
+    if device == "cpu" or device.startswith("vulkan"):
+        return []
+    return [f"takes arrays in host memory or on a Vulkan device; q is on {device}"]
+
+
+def _info(problem: Problem) -> DeviceInfo:
+    """The device in use as it may be used for the problem."""
+    return usable(current_engine(), "forward" if problem.dout is None else "backward", problem.dtype)
+
+
+def _backward_reasons(problem: Problem) -> list[str]:
+    reasons = []
+    if problem.paged or problem.cache_batch_idx is not None:
+        reasons.append("has no backward through a KV cache (block_table, cache_batch_idx)")
+    for name in ("out", "dout"):
+        dtype = getattr(problem, name).dtype
+        if dtype != problem.dtype:
+            reasons.append(f"takes {name} in the dtype of q, {problem.dtype}; it is {dtype}")
+    return reasons
+
+
+def operations(problem: Problem) -> float:
+    """Multiplications and additions of a forward pass without a mask."""
+    pairs = float(problem.batch) * problem.nheads * problem.seqlen_q * problem.seqlen_k
+    return 2 * pairs * (problem.head_dim + problem.head_dim_v)

@@ -1,0 +1,160 @@
+"""Recording and running commands: copies, fills and dispatches in order, each seeing what those before it wrote."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from ... import settings
+from . import api
+from .api import DeviceLost, address, make, u32, u64
+from .device import COMPUTE_STAGE, STORAGE_BUFFERS, Device
+from .memory import Buffer
+from .pipeline import PUSH_BYTES, Layout
+
+SETS = 256  # dispatches of one submission
+STORAGE_BUFFER = 7
+COMPUTE_POINT = 1
+ALL_COMMANDS = 0x10000
+WRITES, READS_AND_WRITES, HOST_READS = 0x40 | 0x1000, 0x20 | 0x40 | 0x800 | 0x1000, 0x2000
+COMPUTE_AND_TRANSFER, HOST_STAGE = 0x800 | 0x1000, 0x4000
+WAIT_NS = 10**9
+
+Slice = tuple[Buffer, int, int]  # buffer, offset and bytes that a shader sees
+
+
+class Commands:
+    """One command buffer of a device. Not for several threads: hold the device's lock."""
+
+    def __init__(self, device: Device, layout: Layout) -> None:
+        self.device, self.layout = device, layout
+        self._functions()
+        pool = device.create("vkCreateCommandPool", make(api.CommandPoolCreateInfo, flags=2, family=device.family))
+        info = make(api.CommandBufferAllocateInfo, pool=pool, level=0, count=1)
+        self._buffer = ctypes.c_void_p()
+        allocate = device.function("vkAllocateCommandBuffers", *[ctypes.c_void_p] * 3)
+        device.check(allocate(device.handle, address(info), address(self._buffer)), "vkAllocateCommandBuffers")
+        self._fence = u64(device.create("vkCreateFence", make(api.FenceCreateInfo)))
+        self._sets = self._allocate_sets()
+        self._used = 0
+        self._recording = False
+        self.operations = 0.0  # recorded and not yet run, as the caller counts them
+        self._prepare()
+
+    def _functions(self) -> None:
+        raw, of = ctypes.c_void_p, self.device.function
+        self._begin_buffer = of("vkBeginCommandBuffer", raw, raw)
+        self._end_buffer = of("vkEndCommandBuffer", raw)
+        self._bind_pipeline = of("vkCmdBindPipeline", raw, u32, u64, result=None)
+        self._bind_sets = of("vkCmdBindDescriptorSets", raw, u32, u64, u32, u32, raw, u32, raw, result=None)
+        self._push = of("vkCmdPushConstants", raw, u64, u32, u32, u32, raw, result=None)
+        self._dispatch = of("vkCmdDispatch", raw, u32, u32, u32, result=None)
+        self._copy = of("vkCmdCopyBuffer", raw, u64, u64, u32, raw, result=None)
+        self._fill = of("vkCmdFillBuffer", raw, u64, u64, u64, u32, result=None)
+        self._barrier = of("vkCmdPipelineBarrier", raw, u32, u32, u32, u32, raw, u32, raw, u32, raw, result=None)
+        self._update = of("vkUpdateDescriptorSets", raw, u32, raw, u32, raw, result=None)
+        self._submit = of("vkQueueSubmit", raw, u32, raw, u64)
+        self._wait = of("vkWaitForFences", raw, u32, raw, u32, u64)
+        self._reset = of("vkResetFences", raw, u32, raw)
+
+    def _allocate_sets(self) -> Any:
+        sizes = api.PoolSize(STORAGE_BUFFER, SETS * STORAGE_BUFFERS)
+        info = make(api.DescriptorPoolCreateInfo, max_sets=SETS, n_sizes=1, sizes=address(sizes))
+        pool = self.device.create("vkCreateDescriptorPool", info)
+        layouts = (u64 * SETS)(*[self.layout.set_layout] * SETS)
+        request = make(api.SetAllocateInfo, pool=pool, count=SETS, layouts=address(layouts))
+        sets = (u64 * SETS)()
+        allocate = self.device.function("vkAllocateDescriptorSets", *[ctypes.c_void_p] * 3)
+        self.device.check(allocate(self.device.handle, address(request), address(sets)), "vkAllocateDescriptorSets")
+        return sets
+
+    def _prepare(self) -> None:
+        """Structures that every call fills in anew."""
+        self._infos = (api.BufferInfo * STORAGE_BUFFERS)()
+        self._writes = (api.WriteSet * STORAGE_BUFFERS)(
+            *[make(api.WriteSet, binding=i, count=1, type=STORAGE_BUFFER) for i in range(STORAGE_BUFFERS)]
+        )
+        for i in range(STORAGE_BUFFERS):
+            self._writes[i].buffers = address(self._infos) + i * ctypes.sizeof(api.BufferInfo)
+        self._begin_info = make(api.BeginInfo, flags=1)
+        self._between = make(api.MemoryBarrier, source=WRITES, target=READS_AND_WRITES)
+        self._at_end = make(api.MemoryBarrier, source=WRITES, target=HOST_READS)
+        self._submit_info = make(api.SubmitInfo, n_commands=1, commands=address(self._buffer))
+
+    def dispatch(self, pipeline: int, slices: Sequence[Slice], push: bytes, groups: tuple[int, int, int]) -> None:
+        """Runs so many workgroups; slice i is what binding i sees."""
+        if self._used == SETS:
+            self.finish()
+        self._start()
+        device, set_index = self.device, self._used
+        self._used += 1
+        for binding in range(STORAGE_BUFFERS):  # all of them: the layout says that a shader might read each
+            buffer, offset, size = slices[min(binding, len(slices) - 1)]
+            self._infos[binding] = (buffer.handle, offset, size)
+            self._writes[binding].set = self._sets[set_index]
+        self._update(device.handle, STORAGE_BUFFERS, address(self._writes), 0, None)
+        self._bind_pipeline(self._buffer, COMPUTE_POINT, pipeline)
+        at = address(self._sets) + 8 * set_index
+        self._bind_sets(self._buffer, COMPUTE_POINT, self.layout.handle, 0, 1, at, 0, None)
+        assert len(push) == PUSH_BYTES
+        self._push(self._buffer, self.layout.handle, COMPUTE_STAGE, 0, PUSH_BYTES, push)
+        self._dispatch(self._buffer, *groups)
+
+    def copy(self, source: Buffer, target: Buffer, size: int) -> None:
+        if size:
+            self._start()
+            region = api.BufferCopy(0, 0, size)
+            self._copy(self._buffer, source.handle, target.handle, 1, address(region))
+
+    def fill(self, target: Buffer, size: int, word: int) -> None:
+        """Repeats a 32-bit word over the first `size` bytes, a multiple of 4."""
+        if size:
+            self._start()
+            self._fill(self._buffer, target.handle, 0, size, word)
+
+    def barrier(self) -> None:
+        """What comes after sees what came before."""
+        self._start()
+        stage, at = COMPUTE_AND_TRANSFER, address(self._between)
+        self._barrier(self._buffer, stage, stage, 0, 1, at, 0, None, 0, None)
+
+    def finish(self) -> None:
+        """Submits what was recorded and waits for it.
+
+        Raises:
+            DeviceLost: the device was lost, or did not answer within ANYATTN_VULKAN_TIMEOUT seconds.
+        """
+        if not self._recording:
+            return
+        stages, at = (COMPUTE_AND_TRANSFER, HOST_STAGE), address(self._at_end)
+        self._barrier(self._buffer, *stages, 0, 1, at, 0, None, 0, None)
+        device = self.device
+        device.check(self._end_buffer(self._buffer), "vkEndCommandBuffer")
+        device.check(self._submit(device.queue, 1, address(self._submit_info), self._fence), "vkQueueSubmit")
+        self._wait_for_fence()
+        device.instance.check_messages()
+        device.check(self._reset(device.handle, 1, address(self._fence)), "vkResetFences")
+        self._recording, self._used, self.operations = False, 0, 0.0
+
+    def abandon(self) -> None:
+        """Forgets what was recorded and not yet run."""
+        self._recording, self._used, self.operations = False, 0, 0.0
+
+    def _start(self) -> None:
+        if not self._recording:
+            self.device.check(self._begin_buffer(self._buffer, address(self._begin_info)), "vkBeginCommandBuffer")
+            self._recording = True
+
+    def _wait_for_fence(self) -> None:
+        limit = settings.current().vulkan_timeout
+        end = time.monotonic() + limit
+        while True:
+            result = self._wait(self.device.handle, 1, address(self._fence), 1, WAIT_NS)
+            if result != api.TIMEOUT:
+                break
+            if time.monotonic() > end:
+                self.device.lost = f"{self.device.info.name} did not answer within {limit} s (ANYATTN_VULKAN_TIMEOUT)"
+                raise DeviceLost(self.device.lost, api.TIMEOUT)
+        self.device.check(result, "vkWaitForFences")

@@ -1,0 +1,339 @@
+"""Vulkan devices: which there are, what each offers, and the open one that computes."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from ... import settings
+from . import api, matrices
+from .api import DeviceLost, VulkanError, address, check, make, u32
+from .matrices import Matrices
+
+KINDS = {0: "other", 1: "integrated", 2: "discrete", 3: "virtual", 4: "software"}
+ORDER = ("discrete", "integrated", "virtual", "other", "software")
+API_VERSION = (1 << 22) | (1 << 12)  # 1.1: the oldest that we accept
+HIGHEST_API = (1 << 22) | (3 << 12)
+SHUFFLE = 1 << 4  # VK_SUBGROUP_FEATURE_SHUFFLE_BIT
+COMPUTE_STAGE = 0x20
+COMPUTE_QUEUE, GRAPHICS_QUEUE = 2, 1
+STORAGE_BUFFERS = 12  # that one of our shaders binds at most
+PORTABILITY = "VK_KHR_portability_subset"
+PORTABILITY_ENUMERATION = b"VK_KHR_portability_enumeration"
+DEBUG_UTILS = b"VK_EXT_debug_utils"
+WARNINGS_AND_ERRORS, EVERY_KIND = 0x1100, 7
+SCALAR, SHUFFLES, MATRICES = "scalar", "subgroup shuffles", "cooperative matrices"
+VALIDATION = b"VK_LAYER_KHRONOS_validation"
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceInfo:
+    """One device as its driver describes it."""
+
+    index: int
+    name: str
+    kind: str
+    api: tuple[int, int, int]
+    driver: str
+    subgroup: int
+    shuffle: bool  # subgroup shuffles in compute shaders
+    storage_range: int  # bytes that one binding may cover
+    allocation: int  # bytes of one allocation
+    alignment: int  # of a binding's offset
+    shared_memory: int
+    invocations: int  # of one workgroup
+    groups: tuple[int, int, int]  # workgroups of one dispatch
+    cache_key: str  # changes with the driver
+    extensions: frozenset[str]
+    matrices: Matrices
+
+    @property
+    def software(self) -> bool:
+        return self.kind == "software"
+
+    def refusal(self) -> str:
+        """Why this device cannot compute; "" if it can."""
+        if self.api < (1, 1, 0):
+            return f"{self.name} offers Vulkan {'.'.join(map(str, self.api))}; 1.1 is needed"
+        return ""
+
+    def paths(self) -> dict[str, str]:
+        """Ways to compute, slowest first -> why this device cannot take it; "" where it can."""
+        return {
+            SCALAR: self.refusal(),
+            SHUFFLES: "" if self.shuffle else "the driver offers none in compute shaders",
+            MATRICES: self.matrices.off,
+        }
+
+    def without(self, path: str) -> DeviceInfo:
+        """The device as it is used where this path computes wrongly."""
+        if path == MATRICES:
+            return replace(self, matrices=Matrices(off="failed its test"))
+        return replace(self, shuffle=False)
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-ready, for `anyattn info`."""
+        paths = self.paths()
+        version = ".".join(map(str, self.api))
+        return {
+            "index": self.index,
+            "name": self.name,
+            "kind": self.kind,
+            "driver": f"{self.driver}, Vulkan {version}, subgroups of {self.subgroup}",
+            "memory": f"bindings of {self.storage_range} bytes, allocations of {self.allocation}",
+            "paths": ", ".join(name for name, reason in paths.items() if not reason),
+            "off": "; ".join(f"{name}: {reason}" for name, reason in paths.items() if reason),
+        }
+
+
+class Instance:
+    """The loader's instance and its devices."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []  # of the validation layer
+        validate = settings.current().vulkan_validate
+        application = make(api.ApplicationInfo, name=b"anyattn", engine=b"anyattn", api=HIGHEST_API)
+        extensions = [*self._portability(), *([DEBUG_UTILS] if validate else [])]
+        names = (ctypes.c_char_p * max(1, len(extensions)))(*extensions)
+        layers = (ctypes.c_char_p * 1)(VALIDATION)
+        info = make(
+            api.InstanceCreateInfo,
+            flags=1 if PORTABILITY_ENUMERATION in extensions else 0,
+            application=address(application),
+            n_layers=1 if validate else 0,
+            layers=ctypes.cast(layers, ctypes.c_void_p),
+            n_extensions=len(extensions),
+            extensions=ctypes.cast(names, ctypes.c_void_p),
+        )
+        self.handle = ctypes.c_void_p()
+        create = api.global_function("vkCreateInstance", *[ctypes.c_void_p] * 3)
+        check(create(address(info), None, address(self.handle)), "vkCreateInstance")
+        if validate:
+            self._listen()
+        function = self.function("vkEnumeratePhysicalDevices", *[ctypes.c_void_p] * 3)
+        self._physical = [ctypes.c_void_p(x) for x in api.enumerate_all(function, ctypes.c_void_p, self.handle)]
+
+    def function(self, name: str, *arguments: Any, result: Any = api.i32) -> Any:
+        return api.instance_function(self.handle, name, *arguments, result=result)
+
+    def physical(self, index: int) -> Any:
+        return self._physical[index]
+
+    @cached_property
+    def devices(self) -> tuple[DeviceInfo, ...]:
+        return tuple(self._describe(index) for index in range(len(self._physical)))
+
+    def choose(self) -> DeviceInfo:
+        """The device that the settings name, or the best: discrete before integrated before software.
+
+        Raises:
+            VulkanError: there is none.
+        """
+        if not self.devices:
+            raise VulkanError("Vulkan is installed, but no driver offers a device")
+        wanted = settings.current().vulkan_device
+        if wanted:
+            found = [x for x in self.devices if wanted == str(x.index) or wanted.lower() in x.name.lower()]
+            if not found:
+                names = ", ".join(f"{x.index}: {x.name}" for x in self.devices)
+                raise VulkanError(f"ANYATTN_VULKAN_DEVICE={wanted!r}: expected one of {names}")
+            return found[0]
+        return min(self.devices, key=lambda x: (bool(x.refusal()), ORDER.index(x.kind)))
+
+    @staticmethod
+    def _portability() -> list[bytes]:
+        """Drivers on top of another API (MoltenVK) are listed only for those who ask."""
+        function = api.global_function("vkEnumerateInstanceExtensionProperties", api.char_p, *[ctypes.c_void_p] * 2)
+        names = {x.name for x in api.enumerate_all(function, api.Extension, None)}
+        return [x for x in (PORTABILITY_ENUMERATION,) if x in names]
+
+    def _listen(self) -> None:
+        """Errors and warnings of the validation layer go into `messages`."""
+
+        def note(severity: int, kinds: int, message: int, user: int) -> int:
+            self.messages.append(api.DebugMessage.from_address(message).text.decode(errors="replace"))
+            return 0
+
+        self._callback = api.DEBUG_CALLBACK(note)
+        info = make(
+            api.DebugMessengerCreateInfo, severities=WARNINGS_AND_ERRORS, kinds=EVERY_KIND, callback=self._callback
+        )
+        create = self.function("vkCreateDebugUtilsMessengerEXT", *[ctypes.c_void_p] * 4)
+        handle = api.u64()
+        check(create(self.handle, address(info), None, address(handle)), "vkCreateDebugUtilsMessengerEXT")
+
+    def check_messages(self) -> None:
+        """Raises VulkanError with what the validation layer has found."""
+        if self.messages:
+            found, self.messages = self.messages, []
+            raise VulkanError("\n".join(["the validation layer says:", *found]))
+
+    def _describe(self, index: int) -> DeviceInfo:
+        physical = self._physical[index]
+        subgroup, maintenance = make(api.SubgroupProperties), make(api.Maintenance3Properties)
+        driver, both = make(api.DriverProperties), make(api.Properties2)
+        both.pNext, subgroup.pNext, maintenance.pNext = address(subgroup), address(maintenance), address(driver)
+        properties = both.properties
+        simple = self.function("vkGetPhysicalDeviceProperties", *[ctypes.c_void_p] * 2, result=None)
+        simple(physical, address(properties))
+        if properties.api >= API_VERSION:
+            function = self.function("vkGetPhysicalDeviceProperties2", *[ctypes.c_void_p] * 2, result=None)
+            function(physical, address(both))
+        limits, raw, extensions = properties.limits, properties.api, self._extensions(physical)
+        version = (raw >> 22 & 0x7F, raw >> 12 & 0x3FF, raw & 0xFFF)
+        shuffle = bool(subgroup.operations & SHUFFLE and subgroup.stages & COMPUTE_STAGE)
+        text = f"{driver.name.decode()} {driver.info.decode()}".strip()
+        return DeviceInfo(
+            index=index,
+            name=properties.name.decode(errors="replace"),
+            kind=KINDS.get(properties.type, "other"),
+            api=version,
+            driver=text or hex(properties.driver),
+            subgroup=subgroup.size,
+            shuffle=shuffle,
+            storage_range=limits.maxStorageBufferRange,
+            allocation=maintenance.allocation or 2**30,
+            alignment=limits.minStorageBufferOffsetAlignment,
+            shared_memory=limits.maxComputeSharedMemorySize,
+            invocations=min(limits.maxComputeWorkGroupInvocations, limits.group_size[0]),
+            groups=(limits.groups_x, limits.groups_y, limits.groups_z),
+            cache_key=f"{bytes(properties.cache_uuid).hex()}-{properties.driver:x}",
+            extensions=extensions,
+            matrices=matrices.query(self.function, physical, version, extensions),
+        )
+
+    def _extensions(self, physical: Any) -> frozenset[str]:
+        arguments = (ctypes.c_void_p, api.char_p, ctypes.c_void_p, ctypes.c_void_p)
+        function = self.function("vkEnumerateDeviceExtensionProperties", *arguments)
+        return frozenset(x.name.decode() for x in api.enumerate_all(function, api.Extension, physical, None))
+
+
+class Device:
+    """An open device: one compute queue, its memory types, and the functions that are called often.
+
+    `lock` is held during a call: a queue and the pools behind it belong to one thread at a time.
+    """
+
+    def __init__(self, instance: Instance, info: DeviceInfo) -> None:
+        if info.refusal():
+            raise VulkanError(info.refusal())
+        self.instance, self.info = instance, info
+        self.physical = instance.physical(info.index)
+        self.lock = threading.RLock()
+        self.family = self._queue_family()
+        self.memory = api.MemoryProperties()
+        instance.function("vkGetPhysicalDeviceMemoryProperties", *[ctypes.c_void_p] * 2, result=None)(
+            self.physical, address(self.memory)
+        )
+        self.handle = self._create()
+        self.lookup = instance.function("vkGetDeviceProcAddr", ctypes.c_void_p, api.char_p, result=ctypes.c_void_p)
+        self.queue = ctypes.c_void_p()
+        get_queue = self.function("vkGetDeviceQueue", ctypes.c_void_p, u32, u32, ctypes.c_void_p, result=None)
+        get_queue(self.handle, self.family, 0, address(self.queue))
+        self.lost = ""  # why, once it is
+
+    def function(self, name: str, *arguments: Any, result: Any = api.i32) -> Any:
+        found = self.lookup(self.handle, name.encode())
+        if not found:
+            raise VulkanError(f"the Vulkan driver has no {name}")
+        return ctypes.CFUNCTYPE(result, *arguments)(found)
+
+    def create(self, name: str, info: Any) -> int:
+        """A new object's handle."""
+        made = api.u64()
+        call = self.function(name, *[ctypes.c_void_p] * 4)
+        check(call(self.handle, address(info), None, address(made)), name)
+        return int(made.value)
+
+    def destroy(self, name: str, handle: int) -> None:
+        self.function(name, ctypes.c_void_p, api.u64, ctypes.c_void_p, result=None)(self.handle, handle, None)
+
+    def check(self, result: int, what: str) -> None:
+        """`api.check`; a device that is lost is left alone from then on."""
+        try:
+            check(result, f"{self.info.name}: {what}")
+        except DeviceLost as error:
+            self.lost = str(error)
+            raise
+
+    def _queue_family(self) -> int:
+        function = self.instance.function(
+            "vkGetPhysicalDeviceQueueFamilyProperties", *[ctypes.c_void_p] * 3, result=None
+        )
+        families = api.enumerate_all(function, api.QueueFamily, self.physical)
+        able = [i for i, family in enumerate(families) if family.flags & COMPUTE_QUEUE]
+        if not able:
+            raise VulkanError(f"{self.info.name} has no compute queue")
+        alone = [i for i in able if not families[i].flags & GRAPHICS_QUEUE]
+        return (alone or able)[0]
+
+    def _create(self) -> Any:
+        priority = ctypes.c_float(1.0)
+        queue = make(api.QueueCreateInfo, family=self.family, count=1, priorities=address(priority))
+        wanted = [name.encode() for name in (PORTABILITY, *self._matrix_extensions()) if name in self.info.extensions]
+        names = (ctypes.c_char_p * max(1, len(wanted)))(*wanted)
+        info = make(
+            api.DeviceCreateInfo,
+            n_queues=1,
+            queues=address(queue),
+            n_extensions=len(wanted),
+            extensions=ctypes.cast(names, ctypes.c_void_p),
+        )
+        if self.info.matrices.shapes:
+            features = matrices.query_features(self.instance.function, self.physical, self.info.extensions)
+            info.pNext = features.chain()
+        handle = ctypes.c_void_p()
+        create = self.instance.function("vkCreateDevice", *[ctypes.c_void_p] * 4)
+        check(create(self.physical, address(info), None, address(handle)), f"{self.info.name}: vkCreateDevice")
+        return handle
+
+    def _matrix_extensions(self) -> tuple[str, ...]:
+        return (matrices.MATRIX, matrices.BFLOAT16) if self.info.matrices.shapes else ()
+
+
+_open: dict[str, Any] = {}  # "instance" and "device"
+_forked = False  # from a process that had opened a driver, whose threads are not here
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = _forked or bool(_open)
+    _open.clear()
+
+
+def instance() -> Instance:
+    """The instance, made at first use.
+
+    Raises:
+        VulkanError: no loader or no working driver, or one that did not come through a fork.
+    """
+    if _forked:
+        raise VulkanError("this process was forked from one that used Vulkan: no driver survives that; use spawn")
+    found: Instance = _open.get("instance") or _open.setdefault("instance", Instance())
+    return found
+
+
+def device() -> Device:
+    """The device in use, opened at first use and again after it was lost.
+
+    Raises:
+        VulkanError: there is none that can compute.
+    """
+    found: Device | None = _open.get("device")
+    if found is None or found.lost:
+        _open["device"] = found = Device(instance(), instance().choose())
+    return found
+
+
+@settings.on_reload
+def forget() -> None:
+    """What is open stays open for those who hold it."""
+    _open.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

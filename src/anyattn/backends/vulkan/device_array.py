@@ -1,0 +1,111 @@
+"""Arrays that live on a Vulkan device between calls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ...problem import Array
+from .api import DeviceLost
+from .arrays import VECTOR, Region, arranged, rows_region, write
+from .engine import Job, current_engine
+
+DTYPES = ("float32", "float16", "bfloat16")
+WIDTH_STEP = 8 * VECTOR  # columns: whatever number of lanes shares a row, each has whole vectors
+
+
+def device_width(columns: int) -> int:
+    """Columns that a row of a device array takes."""
+    return -(-columns // WIDTH_STEP) * WIDTH_STEP
+
+
+class DeviceArray:
+    """An array (batch, seqlen, nheads, head_dim), or packed (total, nheads, head_dim), in a GPU's memory.
+
+    Made from a NumPy array, which is copied once. `anyattn.attention`, `attention_varlen` and `attention_with_kvcache`
+    take device arrays for q, k, v and the caches (all other arguments are NumPy arrays and numbers) and return out as
+    one; lse comes as a NumPy array. A cache is appended to in place, on the device. No gradients.
+
+    Args:
+        values: float32, float16 or bfloat16 (ml_dtypes), with 3 or 4 dimensions.
+
+    Raises:
+        TypeError: another dtype. ValueError: other dimensions.
+        anyattn.backends.vulkan.api.VulkanError: there is no Vulkan device. MemoryError: it has no room.
+
+    >>> import numpy as np, anyattn
+    >>> from anyattn.vulkan import DeviceArray
+    >>> x = DeviceArray(np.ones((1, 4, 2, 8), np.float32))  # doctest: +SKIP
+    >>> anyattn.attention(x, x, x, causal=True).numpy().shape  # doctest: +SKIP
+    (1, 4, 2, 8)
+    """
+
+    __anyattn_vulkan__ = True  # tells the API without an import
+
+    def __init__(self, values: npt.NDArray[Any]) -> None:
+        self._allocate(values.shape, values.dtype)
+        with Job(self.engine) as job:
+            write(self.region, job.host(self.buffer, self.region.nbytes), arranged("", values))
+            job.finish()
+
+    @classmethod
+    def zeros(cls, shape: tuple[int, ...], dtype: npt.DTypeLike) -> DeviceArray:
+        """An array of zeros, made on the device: a KV cache, say."""
+        made = cls.__new__(cls)
+        made._allocate(shape, np.dtype(dtype))
+        with Job(made.engine) as job:
+            job.commands.fill(made.buffer, made.region.nbytes, 0)
+            job.finish()
+        return made
+
+    def numpy(self) -> npt.NDArray[Any]:
+        """A copy in host memory."""
+        found = np.empty(self.shape, self.dtype)
+        with Job(self.engine) as job:
+            self.check(job)
+            job.download("", self.buffer, self.region, found)
+            job.finish()
+        return found
+
+    def check(self, job: Job) -> None:
+        """Raises DeviceLost if the array lived on a device that is no longer in use."""
+        if self.engine is not job.engine or self.engine.device.lost:
+            raise DeviceLost(f"this array was on {self.engine.device.info.name}, which was lost or left since")
+
+    def describe(self) -> Array:
+        strides = [1]
+        for size in reversed(self.shape[1:]):
+            strides.insert(0, strides[0] * size)
+        return Array(self.shape, tuple(strides), self.dtype.name, f"vulkan:{self.engine.device.info.index}")
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def swapaxes(self, first: int, second: int) -> DeviceArray:
+        """There are no views of device arrays: `flash_attention` needs one, `attention` does not."""
+        raise TypeError("a DeviceArray has no views: call attention, whose layout is (batch, seqlen, nheads, head_dim)")
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __repr__(self) -> str:
+        return f"DeviceArray({self.shape}, {self.dtype.name}, on {self.engine.device.info.name})"
+
+    def __del__(self) -> None:
+        if hasattr(self, "buffer") and not self.engine.device.lost:
+            with self.engine.device.lock:
+                self.engine.memory.give(self.buffer)
+
+    def _allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        if dtype.name not in DTYPES:
+            raise TypeError(f"a DeviceArray holds {', '.join(DTYPES)}; got {dtype.name}")
+        if len(shape) not in (3, 4):
+            raise ValueError(f"a DeviceArray has 3 or 4 dimensions; got {shape}")
+        self.shape, self.dtype = tuple(shape), dtype
+        self.engine = current_engine()
+        self.region: Region = rows_region(self.shape, dtype.itemsize, device_width(shape[-1]))
+        with self.engine.device.lock:
+            self.buffer = self.engine.memory.take(max(self.region.nbytes, 1))

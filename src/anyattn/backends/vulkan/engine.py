@@ -1,0 +1,254 @@
+"""An open device with everything that a call needs of it, and a call's buffers."""
+
+from __future__ import annotations
+
+import struct
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from . import device as devices
+from .arrays import Region, arranged, write
+from .commands import Commands, Slice
+from .device import Device
+from .memory import Buffer, Memory
+from .pipeline import Layout, Pipelines
+from .tuning import Config
+
+PUSH = struct.Struct("=8I")
+SUBMIT_SECONDS = 0.1  # no watchdog of any system is that short
+FIRST_RATE = {"software": 1e9, "integrated": 5e10}  # operations per second before any were measured
+DEFAULT_RATE = 3e11
+DUMMY_BYTES = 256
+
+
+class Engine:
+    """One device, its memory, pipelines and command buffer."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.memory = Memory(device)
+        self.layout = Layout(device)
+        self.pipelines = Pipelines(device, self.layout)
+        self.commands = Commands(device, self.layout)
+        self.rate = FIRST_RATE.get(device.info.kind, DEFAULT_RATE)
+
+    def pipeline(self, shader: str, config: Config) -> int:
+        """The handle of a shader's pipeline."""
+        name = config.module(shader)
+        return self.pipelines.get(name, config.constants(), unroll=config.unroll, subgroup=config.subgroup)
+
+
+_engines: dict[Device, Engine] = {}
+
+
+def current_engine() -> Engine:
+    """The engine on the device in use.
+
+    Raises:
+        VulkanError: there is no device that can compute.
+    """
+    device = devices.device()
+    found = _engines.get(device)
+    if found is None:
+        with device.lock:
+            found = _engines.get(device) or _engines.setdefault(device, Engine(device))
+    return found
+
+
+class DevicePlan(ABC):
+    """A plan outlives its device: once that is lost, the device opened in its place computes."""
+
+    forward_bytes = 0
+    backward_bytes = 0
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    @property
+    def engine(self) -> Engine:
+        if self._engine.device.lost:
+            self._engine = current_engine()
+        return self._engine
+
+    @abstractmethod
+    def shaders(self) -> dict[str, Config]:
+        """What a call dispatches."""
+
+    def warmup(self) -> None:
+        with self.engine.device.lock:
+            for shader, config in self.shaders().items():
+                self.engine.pipeline(shader, config)
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """KV heads and sequences [first, first + count) that are bound and computed together."""
+
+    heads: tuple[int, int]
+    batches: tuple[int, int]
+    whole: bool = False  # bindings cover every sequence of an array
+
+    def part(self, region: Region, heads: int) -> tuple[int, int]:
+        """(offset, bytes) of an array that has so many heads for each KV head."""
+        first, count = self.heads
+        return region.part((first * heads, count * heads), (0, region.shape[1]) if self.whole else self.batches)
+
+
+class Job:
+    """One call on the device: holds its lock and gives the call's buffers back at the end."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.commands = engine.commands
+        self._taken: list[tuple[Buffer, bool]] = []
+        self._reads: list[tuple[Buffer, Region, npt.NDArray[Any]]] = []
+
+    def __enter__(self) -> Job:
+        self.engine.device.lock.acquire()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is not None:
+                self.commands.abandon()
+            if not self.engine.device.lost:
+                for buffer, staging in self._taken:
+                    self.engine.memory.give(buffer, staging=staging)
+        finally:
+            self.engine.device.lock.release()
+
+    def buffer(self, size: int, *, staging: bool = False) -> Buffer:
+        taken = self.engine.memory.take(max(size, DUMMY_BYTES), staging=staging)
+        self._taken.append((taken, staging))
+        return taken
+
+    def upload(self, name: str, region: Region, array: npt.NDArray[Any]) -> Buffer:
+        """A buffer that holds a call's array."""
+        target = self.buffer(region.nbytes)
+        write(region, self.host(target, region.nbytes), arranged(name, array))
+        return target
+
+    def upload_bytes(self, data: bytes | npt.NDArray[Any]) -> Buffer:
+        raw = np.frombuffer(data, np.uint8)
+        target = self.buffer(raw.size)
+        self.host(target, raw.size)[: raw.size] = raw
+        return target
+
+    def host(self, target: Buffer, size: int) -> npt.NDArray[np.uint8]:
+        """Mapped memory whose contents the target has before the first dispatch."""
+        if target.host is not None:
+            return target.host
+        staging = self.buffer(size, staging=True)
+        assert staging.host is not None
+        self.commands.copy(staging, target, size)
+        return staging.host
+
+    def download(self, name: str, buffer: Buffer, region: Region, array: npt.NDArray[Any]) -> None:
+        """Copies the buffer into a call's array when the job is finished."""
+        if buffer.host is None:
+            staging = self.buffer(region.nbytes, staging=True)
+            self.commands.copy(buffer, staging, region.nbytes)
+            buffer = staging
+        self._reads.append((buffer, region, arranged(name, array)))
+
+    def finish(self) -> None:
+        """Waits for the device, then fills the arrays that were to be downloaded."""
+        self.commands.finish()
+        for buffer, region, array in self._reads:
+            assert buffer.host is not None
+            array[...] = region.view(buffer.host)
+        self._reads.clear()
+
+    def run(self, pipeline: int, launch: Launch, slices: Sequence[Slice], grid: Grid) -> None:
+        """Dispatches the whole grid, in submissions of bounded length."""
+        for first_block, blocks, first_unit, units in self._pieces(grid):
+            push = PUSH.pack(
+                *(first_block, first_unit, *launch.heads, launch.batches[0], grid.part_size, grid.parts, grid.part)
+            )
+            self.commands.dispatch(pipeline, slices, push, (blocks, units, grid.layers))
+            self._pace(grid.operations * (blocks * units) / max(1, grid.blocks * grid.units))
+
+    def _pieces(self, grid: Grid) -> Iterator[tuple[int, int, int, int]]:
+        """(first block, blocks, first unit, units) of dispatches that take about SUBMIT_SECONDS each."""
+        limits = self.engine.device.info.groups
+        per_unit = grid.operations / max(1, grid.units)
+        budget = self.engine.rate * SUBMIT_SECONDS
+        units = max(1, min(int(budget / max(per_unit, 1.0)), limits[1]))
+        blocks = limits[0]
+        if units == 1 and per_unit > budget:
+            blocks = min(blocks, max(1, int(grid.blocks * budget / per_unit)))
+        for unit in range(0, grid.units, units):
+            for block in range(0, grid.blocks, blocks):
+                yield block, min(blocks, grid.blocks - block), unit, min(units, grid.units - unit)
+
+    def _pace(self, operations: float) -> None:
+        """Submits when enough work is recorded, and learns how fast the device is."""
+        commands = self.commands
+        commands.operations += operations
+        if commands.operations < self.engine.rate * SUBMIT_SECONDS / 2:
+            return
+        done, start = commands.operations, time.perf_counter()
+        commands.finish()
+        measured = done / max(time.perf_counter() - start, 1e-6)
+        # slowly up, at once down
+        self.engine.rate = min(measured, 2 * self.engine.rate)
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Workgroups of a launch: blocks of rows or keys, units (a KV head of a sequence), layers; and its work.
+
+    What parts are is the shader's: split keys, each with workgroups of its own (layers), or dispatches that add up.
+    """
+
+    blocks: int
+    units: int
+    operations: float
+    parts: int = 1
+    part_size: int = 0
+    layers: int = 1
+    part: int = 0
+
+
+def launches(
+    regions: Mapping[str, Region],
+    heads: Mapping[str, int],
+    sizes: tuple[int, int],
+    limit: int,
+    whole: bool,
+    scales: Mapping[str, int],
+) -> list[Launch]:
+    """Parts of (KV heads, sequences) whose every array fits into one binding of `limit` bytes; [] if none do.
+
+    `heads`: how many heads of an array belong to one KV head. `whole`: sequences cannot be told apart in memory.
+    `scales`: how many times its size an array needs.
+    """
+    nheads, batch = sizes[0], max(sizes[1], 1)
+    tries = [(n, batch) for n in _halves(nheads)]
+    tries += [] if whole else [(1, n) for n in _halves(batch)]
+    for n_heads, n_batch in tries:
+        largest = Launch((0, n_heads), (0, n_batch), whole)
+        sizes_of = (largest.part(x, heads[name])[1] * scales.get(name, 1) for name, x in regions.items())
+        if max(sizes_of, default=0) <= limit:
+            return [
+                Launch((h, min(n_heads, nheads - h)), (b, min(n_batch, sizes[1] - b)), whole)
+                for h in range(0, nheads, n_heads)
+                for b in range(0, batch, n_batch)
+            ]
+    return []
+
+
+def _halves(n: int) -> list[int]:
+    found = [max(n, 1)]
+    while found[-1] > 1:
+        found.append(-(-found[-1] // 2))
+    return found

@@ -1,0 +1,217 @@
+"""The forward pass of one problem: regions and pipeline are settled here, each call fills them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ...problem import TABLES, Array, Problem
+from ...sequences import sequences
+from ..base import Call
+from . import tables, tuning
+from .arrays import VECTOR, Region, lse_region, rows_region, score_region
+from .commands import Slice
+from .device import DeviceInfo
+from .device_array import DeviceArray, device_width
+from .engine import DevicePlan, Engine, Grid, Job, Launch, launches
+from .memory import Buffer
+
+ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "bool": 1}
+BINDINGS = ("tables", "heads", "q", "k", "v", "out", "lse", "bias", "mask")
+SPLIT_BINDINGS = ("tables", "heads", "q", "k", "v", "", "partial_lse", "bias", "mask", "partial")
+COMBINE_BINDINGS = ("tables", "", "", "", "", "out", "lse", "", "", "partial", "partial_lse")
+MINUS_INFINITY = 0xFF800000
+SCORES = ("bias", "mask")
+KV_ARRAYS = ("k", "v", "dk", "dv")  # have a head for each KV head
+# operations for each score beyond its products with K and V
+SOFTMAX_OPERATIONS = 16
+
+
+def problem_regions(problem: Problem, dim: int, dim_v: int) -> dict[str, Region]:
+    """Where q, k, v, out, lse and, if given, bias and mask lie; dim and dim_v in vectors."""
+    itemsize = ITEMSIZE[problem.dtype]
+    width, width_v = VECTOR * dim, VECTOR * dim_v
+    if problem.device != "cpu":
+        width, width_v = device_width(problem.head_dim), device_width(problem.head_dim_v)
+    regions = {
+        "q": rows_region(problem.q.shape, itemsize, width),
+        "k": rows_region(problem.k.shape, itemsize, width),
+        "v": rows_region(problem.v.shape, itemsize, width_v),
+        "out": rows_region(problem.out_shape, itemsize, width_v),
+        "lse": lse_region(problem.lse_shape),
+    }
+    for name in SCORES:
+        array: Array | None = getattr(problem, name)
+        if array is not None:
+            regions[name] = score_region(array.shape, ITEMSIZE[array.dtype])
+    return regions
+
+
+def problem_launches(problem: Problem, regions: Mapping[str, Region], limit: int, splits: int = 1) -> list[Launch]:
+    """See `engine.launches`; packed, paged and reordered sequences cannot be told apart in memory."""
+    scales = {"out": splits * 4 // ITEMSIZE[problem.dtype], "lse": splits} if splits > 1 else {}
+    heads = {name: 1 if name in KV_ARRAYS else problem.group for name in regions}
+    whole = problem.packed_q or problem.packed_k or problem.paged or problem.cache_batch_idx is not None
+    return launches(regions, heads, (problem.nheads_kv, problem.batch), limit, whole, scales)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a device computes a problem. No launches: its arrays do not fit into the device's bindings."""
+
+    config: tuning.Config
+    regions: dict[str, Region]
+    split_keys: int
+    splits: int
+    launches: list[Launch]
+
+    @classmethod
+    def of(cls, info: DeviceInfo, problem: Problem) -> Setup:
+        config = tuning.forward_config(info, problem)
+        regions = problem_regions(problem, config.dim, config.dim_v)
+        split_keys = tuning.split_keys(info, problem, config)
+        splits = max(1, -(-problem.seqlen_k // split_keys))
+        launches = problem_launches(problem, regions, info.storage_range, splits)
+        if splits > 1:
+            config = replace(config, features=config.features | tables.SPLIT)
+        return cls(config, regions, split_keys, splits, launches)
+
+
+class ForwardPlan(DevicePlan):
+    """What does not change between calls."""
+
+    def __init__(self, engine: Engine, info: DeviceInfo, problem: Problem) -> None:
+        super().__init__(engine)
+        self.problem = problem
+        setup = Setup.of(info, problem)
+        self.config, self.regions, self.launches = setup.config, setup.regions, setup.launches
+        self.split_keys, self.splits = setup.split_keys, setup.splits
+        self.values = tables.problem_values(problem, self.regions)
+        if self.splits > 1:
+            self.values |= self._partial_values()
+
+    @property
+    def path(self) -> str:
+        return self.config.path
+
+    def shaders(self) -> dict[str, tuning.Config]:
+        found = {"forward": self.config}
+        return found if self.splits == 1 else found | {"combine": self._combining()}
+
+    def forward(self, call: Call) -> None:
+        problem = self.problem
+        if 0 in problem.lse_shape:
+            return
+        with Job(self.engine) as job:
+            buffers = {name: self._buffer(job, call, name) for name in ("q", "k", "v", *SCORES) if has(call, name)}
+            buffers |= upload_tables(job, problem, self.values, call)
+            buffers["lse"] = job.buffer(self.regions["lse"].nbytes)
+            on_device = isinstance(call.out, DeviceArray)
+            buffers["out"] = call.out.buffer if on_device else job.buffer(self.regions["out"].nbytes)
+            if problem.packed_q or problem.seqused_q is not None:  # rows outside every sequence
+                job.commands.fill(buffers["out"], self.regions["out"].nbytes, 0)
+                job.commands.fill(buffers["lse"], self.regions["lse"].nbytes, MINUS_INFINITY)
+            job.commands.barrier()
+            self._dispatch(job, buffers)
+            job.commands.barrier()
+            for name, array in (("out", None if on_device else call.out), ("lse", call.lse)):
+                if array is not None:
+                    job.download(name, buffers[name], self.regions[name], call.adapter.numpy(array))
+            job.finish()
+
+    def _buffer(self, job: Job, call: Call, name: str) -> Buffer:
+        """The call's array on the device: it is there already, or goes there."""
+        array = getattr(call, name)
+        if isinstance(array, DeviceArray):
+            array.check(job)
+            return array.buffer
+        return job.upload(name, self.regions[name], call.adapter.numpy(array))
+
+    def backward(self, call: Call) -> None:
+        raise NotImplementedError("a plan of the forward pass")
+
+    def _partial_values(self) -> tables.Values:
+        """How far the results of two splits lie apart: as much as the largest launch needs."""
+        parts = {name: max(self._extent(name, launch) for launch in self.launches) for name in ("out", "lse")}
+        self.partial_bytes = {"partial": parts["out"] * 4 * self.splits, "partial_lse": parts["lse"] * 4 * self.splits}
+        features = int(self.values["features"]) | tables.SPLIT
+        return {"features": features, "partial_split": parts["out"] // VECTOR, "partial_lse_split": parts["lse"]}
+
+    def _extent(self, name: str, launch: Launch) -> int:
+        """Items of out or lse in a launch."""
+        region = self.regions[name]
+        return launch.part(region, self.problem.group)[1] // region.itemsize
+
+    def _dispatch(self, job: Job, buffers: dict[str, Buffer]) -> None:
+        problem, config = self.problem, self.config
+        if self.splits > 1:
+            buffers |= {name: job.buffer(size) for name, size in self.partial_bytes.items()}
+        pipeline = job.engine.pipeline("forward", config)
+        blocks = -(-problem.seqlen_q * problem.group // config.tile)
+        per_score = 8 * (config.dim + config.dim_v) + SOFTMAX_OPERATIONS
+        for launch in self.launches:
+            units = launch.heads[1] * launch.batches[1]
+            work = float(blocks * config.tile) * problem.seqlen_k * units * per_score
+            names = BINDINGS if self.splits == 1 else SPLIT_BINDINGS
+            slices = bind(problem, launch, self.regions, buffers, names)
+            job.run(pipeline, launch, slices, Grid(blocks, units, work, self.splits, self.split_keys, self.splits))
+            if self.splits > 1:
+                self._combine(job, launch, buffers, units)
+
+    def _combining(self) -> tuning.Config:
+        return replace(self.config, shuffle=False, matrix=None)
+
+    def _combine(self, job: Job, launch: Launch, buffers: Mapping[str, Buffer], units: int) -> None:
+        config, problem = self._combining(), self.problem
+        pipeline = job.engine.pipeline("combine", config)
+        vectors = problem.seqlen_q * problem.group * config.dim_v
+        slices = bind(problem, launch, self.regions, buffers, COMBINE_BINDINGS)
+        job.commands.barrier()
+        work = float(vectors) * units * self.splits * SOFTMAX_OPERATIONS
+        job.run(pipeline, launch, slices, Grid(-(-vectors // config.workgroup), units, work, self.splits))
+        job.commands.barrier()  # the next launch writes the same partial results
+
+
+def bind(
+    problem: Problem,
+    launch: Launch,
+    regions: Mapping[str, Region],
+    buffers: Mapping[str, Buffer],
+    names: tuple[str, ...],
+) -> list[Slice]:
+    """What each binding sees in a launch; one without an array sees the tables, which no shader then reads."""
+    slices: list[Slice] = []
+    for name in names:
+        buffer = buffers.get(name, buffers["tables"])
+        offset, size = 0, buffer.size
+        if name in buffers and name in regions:
+            region = regions[name]
+            step = 1 if name in KV_ARRAYS else problem.group
+            offset, size = launch.part(region, step)
+        slices.append((buffer, offset, max(size, VECTOR)))
+    return slices
+
+
+def has(call: Call, name: str) -> bool:
+    return getattr(call, name) is not None
+
+
+def numpy_view(call: Call, name: str) -> npt.NDArray[Any] | None:
+    array = getattr(call, name)
+    return None if array is None else call.adapter.numpy(array)
+
+
+def upload_tables(job: Job, problem: Problem, values: tables.Values, call: Call) -> dict[str, Buffer]:
+    """The buffers of bindings 0 and 1."""
+    views = {name: numpy_view(call, name) for name in TABLES}
+    rest = [tables.sequence_rows(problem, list(sequences(problem, views))).ravel()]
+    if views["block_table"] is not None:
+        rest.append(views["block_table"].ravel())
+    rng_state = numpy_view(call, "rng_state") if problem.dropout_threshold else None
+    block = tables.pack(values, rng_state, np.concatenate(rest))
+    per_head = tables.head_rows(problem, numpy_view(call, "alibi_slopes"), numpy_view(call, "sink"))
+    return {"tables": job.upload_bytes(block), "heads": job.upload_bytes(per_head.ravel())}

@@ -1,0 +1,202 @@
+"""Sizes of workgroups and tiles: what a pipeline is built with, chosen from the device's properties and the problem."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from ...problem import Problem
+from .arrays import VECTOR
+from .device import MATRICES, SCALAR, SHUFFLES, DeviceInfo
+from .matrices import Shape
+from .tables import feature_bits
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """The specialization constants of tables.glsl, and which module they go into. DIM and DIM_V count vectors."""
+
+    workgroup: int
+    dim: int
+    dim_v: int
+    lanes: int
+    rows: int
+    keys: int
+    features: int
+    dtype: str
+    unroll: bool
+    shuffle: bool
+    matrix: Shape | None = None
+    subgroup: int = 0  # of matrices: they belong to subgroups of one size
+
+    def constants(self) -> dict[int, int]:
+        """By specialization id."""
+        numbers = (self.workgroup, self.dim, self.dim_v, self.lanes, self.rows, self.keys, self.features)
+        constants = {**dict(enumerate(numbers)), 7: int(self.dtype == "bfloat16")}
+        if self.matrix:
+            constants |= {8: self.matrix.m, 9: self.matrix.n, 10: self.matrix.k, 11: self.subgroup}
+        return constants
+
+    @property
+    def path(self) -> str:
+        """See DeviceInfo.paths."""
+        return MATRICES if self.matrix else SHUFFLES if self.shuffle else SCALAR
+
+    def module(self, shader: str) -> str:
+        """The .spv that holds this shader for the problem's dtype and the device's abilities."""
+        if self.matrix:
+            return f"{shader}_matrix_{'bf16' if self.dtype == 'bfloat16' else 'f16'}"
+        return f"{shader}_{'16' if self.half else 'f32'}{'_shuffle' if self.shuffle else ''}"
+
+    @property
+    def half(self) -> bool:
+        """Whether values lie in memory as 16 bits."""
+        return self.dtype != "float32"
+
+    @property
+    def tile(self) -> int:
+        """Rows of a workgroup."""
+        return self.workgroup // self.lanes * self.rows
+
+
+ALL_FEATURES = 8191
+FEW_FLOPS = 5e7  # of one head: below, a software driver takes longer to compile a kernel than to run it
+GENERIC_DIM = 16
+# Mesa's software driver leaves a shader's loops, silently, when all of them together have done 65,535 iterations.
+SOFTWARE_ITERATIONS = 60_000
+FEW_WORKGROUPS = 256  # below, keys are split until there are as many
+LEAST_SPLIT = 256
+FEW_ROWS = 4  # below, most of a matrix would multiply nothing
+MATRIX_KEYS = 32  # of a step
+UNBOUNDED = 2**30
+SHARED_TILES = 32  # side by side, where all rows or all keys share a bias: what is left to sum.comp
+
+
+def forward_config(info: DeviceInfo, problem: Problem) -> Config:
+    """Depends on nothing but one sequence's sizes, so a sequence's result does not depend on its batch."""
+    config = scalar_config(info, problem)
+    shape = info.matrices.best(problem.dtype)
+    if shape is None or (problem.seqlen_q * problem.group < FEW_ROWS and not problem.batch_invariant):
+        return config
+    return matrix_config(info, problem, shape, config) or config
+
+
+def matrix_config(info: DeviceInfo, problem: Problem, shape: Shape, scalar: Config) -> Config | None:
+    """The largest workgroup that fits, but not one without rows for it; None if none fits."""
+    dim, dim_v = _round(scalar.dim, shape.k // VECTOR), _round(scalar.dim_v, shape.n // VECTOR)
+    lanes = max(info.subgroup // shape.m, 1)
+    rows = -(-shape.m * lanes // info.subgroup)
+    config = replace(scalar, dim=dim, dim_v=dim_v, lanes=lanes, rows=rows, keys=MATRIX_KEYS, shuffle=False)
+    for subgroups in (4, 2, 1):
+        config = replace(config, workgroup=subgroups * info.subgroup, matrix=shape, subgroup=info.subgroup)
+        needed = subgroups == 1 or config.tile // 2 < problem.seqlen_q * problem.group
+        if needed and config.workgroup <= info.invocations and _shared_bytes(config) <= info.shared_memory:
+            return config
+    return None
+
+
+def _shared_bytes(config: Config) -> int:
+    """What forward_matrix.comp declares."""
+    tile = config.keys * (max(config.dim, config.dim_v) + 2) * 8
+    return tile + config.tile * ((config.keys + 4) * 4 + (config.keys // 4 + 2) * 8)
+
+
+def scalar_config(info: DeviceInfo, problem: Problem) -> Config:
+    """One invocation, or several lanes, for each row."""
+    dim, dim_v = vectors(problem.head_dim), vectors(problem.head_dim_v)
+    features = feature_bits(problem)
+    if info.software:
+        few = (
+            problem.device == "cpu"
+            and problem.seqlen_q * problem.seqlen_k * (problem.head_dim + problem.head_dim_v) * 2.0 < FEW_FLOPS
+        )
+        if few:
+            dim, dim_v = (_round(x, GENERIC_DIM) for x in (dim, dim_v))
+            features = ALL_FEATURES
+        return Config(32, dim, dim_v, 1, 1 if few else 4, 4, features, problem.dtype, False, False)
+    lanes = 1
+    while lanes < 8 and max(dim, dim_v) > 4 * lanes:
+        lanes *= 2
+    shuffle = info.shuffle and info.subgroup >= lanes
+    dim, dim_v = _round(dim, lanes), _round(dim_v, lanes)
+    return Config(min(128, info.invocations), dim, dim_v, lanes, 2, 4, features, problem.dtype, True, shuffle)
+
+
+def split_keys(info: DeviceInfo, problem: Problem, config: Config) -> int:
+    """Keys of one split; at least seqlen_k: they are not split.
+
+    Splits begin at multiples of it: without the first rule a sequence's result would depend on its batch.
+    """
+    if info.software:
+        return SOFTWARE_ITERATIONS // _step_iterations(config) * config.keys
+    workgroups = problem.batch * problem.nheads_kv * -(-problem.seqlen_q * problem.group // config.tile)
+    if problem.batch_invariant or workgroups >= FEW_WORKGROUPS:
+        return max(problem.seqlen_k, 1)
+    return max(LEAST_SPLIT, _round(-(-problem.seqlen_k * workgroups // FEW_WORKGROUPS), MATRIX_KEYS))
+
+
+def _step_iterations(config: Config) -> int:
+    """Iterations of one step over KEYS keys, with all the loops in it."""
+    if config.matrix is None:
+        return (config.dim + config.dim_v) // config.lanes + 1
+    staged = -(-config.keys * (config.dim + config.dim_v) // config.workgroup) + 2
+    tiles = config.keys // min(config.matrix.n, config.matrix.k)
+    return staged + (config.dim + config.dim_v) * tiles + 2 * config.rows * config.keys + 1
+
+
+def backward_configs(info: DeviceInfo, problem: Problem) -> dict[str, Config]:
+    """By shader; all with the same vectors of a row, so that they read the same memory."""
+    base = scalar_config(info, problem)
+    if info.software:
+        own = base.rows
+    else:
+        lanes = min(_power_of_two(max(base.dim, base.dim_v) // 2), 16)
+        dim, dim_v = (_round(x, lanes) for x in (base.dim, base.dim_v))
+        shuffle = info.shuffle and info.subgroup >= lanes
+        base, own = replace(base, lanes=lanes, dim=dim, dim_v=dim_v, shuffle=shuffle), 2
+    alone = replace(base, lanes=1, rows=1, keys=1, shuffle=False)
+    return {
+        "dq": replace(base, rows=own, keys=4),
+        "dkdv": replace(base, rows=4, keys=own),
+        "dbias": replace(alone, rows=2, keys=4),
+        **dict.fromkeys(("delta", "sum", "store"), alone),
+    }
+
+
+def part_sizes(info: DeviceInfo, configs: Mapping[str, Config]) -> dict[str, int]:
+    """Keys for dq, rows for dkdv, turns for dbias, terms for sum that one dispatch adds up."""
+    if not info.software:
+        return dict.fromkeys(("dq", "dkdv", "dbias", "sum"), UNBOUNDED)
+    dq, dkdv = configs["dq"], configs["dkdv"]
+    dim, dim_v = dq.dim, dq.dim_v
+    return {
+        "dq": SOFTWARE_ITERATIONS // (2 * dim + dim_v + 1) * dq.keys,
+        "dkdv": SOFTWARE_ITERATIONS // (2 * (dim + dim_v) + 1) * dkdv.rows,
+        "dbias": SOFTWARE_ITERATIONS // (dim + dim_v + 1),
+        "sum": SOFTWARE_ITERATIONS * configs["sum"].workgroup,
+    }
+
+
+def bias_tiles(problem: Problem, config: Config) -> tuple[int, int]:
+    """Tiles of rows and of keys side by side in dbias.comp: all, or some where all rows (keys) share a bias."""
+    assert problem.bias is not None
+    rows, keys = problem.bias.shape[2:]
+    row_tiles, key_tiles = -(-problem.seqlen_q // config.rows), -(-problem.seqlen_k // config.keys)
+    if rows == 1:
+        row_tiles = min(row_tiles, SHARED_TILES)
+    if keys == 1:
+        key_tiles = min(key_tiles, SHARED_TILES)
+    return row_tiles, key_tiles
+
+
+def vectors(columns: int) -> int:
+    return -(-columns // VECTOR)
+
+
+def _power_of_two(x: int) -> int:
+    """The largest up to x, at least 1."""
+    return 1 << max(x, 1).bit_length() - 1
+
+
+def _round(x: int, step: int) -> int:
+    return -(-x // step) * step

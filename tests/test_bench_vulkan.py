@@ -1,0 +1,56 @@
+"""The benchmark's Vulkan providers: what they measure, what they refuse, and how an absent one is named."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+
+from anyattn.bench import gate, providers, run, suites
+from anyattn.bench.cases import Case
+from anyattn.bench.inputs import Inputs
+from anyattn.bench.providers import Refused
+
+OURS, AULE = (providers.by_name(name) for name in ("anyattn Vulkan", "aule-attention Vulkan"))
+CASE = Case("vulkan", 1, 2, 24, 16, suite="vulkan")
+
+
+def test_an_absent_peer_says_how_to_get_it() -> None:
+    assert AULE.absent() in (None, "not installed: pip install aule-attention==0.5.0")
+
+
+@pytest.mark.parametrize("provider", [OURS, AULE], ids=lambda provider: provider.name)
+def test_other_suites_do_not_measure_vulkan(provider: providers.Provider) -> None:
+    assert provider.prepare(Inputs(replace(CASE, suite="bars")), 1) is None
+
+
+@pytest.mark.skipif(OURS.absent() is not None, reason="no Vulkan device: .ci/run requires one")
+@pytest.mark.parametrize("case", [replace(CASE, causal=True), replace(CASE, backward=True, nheads_kv=1)], ids=str)
+def test_ours_passes_the_gate_on_the_device(case: Case) -> None:
+    inputs = Inputs(case)
+    prepared = OURS.prepare(inputs, 1)
+    assert prepared is not None and run.check(gate.Gate(inputs), prepared) is None
+
+
+@pytest.mark.parametrize(
+    ("features", "reason"),
+    [
+        ({"dtype": "float16"}, "no float16"),
+        ({"causal": True, "seqlen_k": 40}, "no causal mask from the bottom right"),
+        ({"softcap": 5.0}, "no softcap"),
+        ({"head_dim_v": 128}, "no head_dim above 64"),
+        ({"backward": True, "nheads_kv": 1}, "no backward with grouped heads"),
+    ],
+)
+def test_what_aule_does_not_compute_is_refused(features: dict[str, Any], reason: str) -> None:
+    with pytest.raises(Refused, match=reason):
+        AULE.prepare(Inputs(replace(CASE, **features)), 1)
+
+
+def test_the_suite_is_small_enough_for_a_software_driver() -> None:
+    cases = suites.select(["vulkan"])
+    assert {case.backward for case in cases} == {False, True}
+    assert max(case.flops for case in cases) < 5e9
