@@ -115,6 +115,9 @@ def test_compiled_variants_pass_the_gates() -> None:
 @pytest.fixture
 def gates(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(SCRIPTS))
+    import anyattn.backends.triton.append
+    import anyattn.backends.triton.plan_backward  # noqa: F401  (before the script turns the interpreter off)
+
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     import hopper
 
