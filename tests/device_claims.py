@@ -132,7 +132,7 @@ def hook(device: str) -> None:
             else:
                 out = F.scaled_dot_product_attention(*inputs, is_causal=True)
                 results.append([out, *torch.autograd.grad(out, inputs, torch.ones_like(out))])
-    assert not torch.equal(results[0][0], results[1][0]) or results[0][0].equal(anyattn.sdpa(*inputs, is_causal=True))
+    assert torch.equal(results[0][0], anyattn.sdpa(*inputs, is_causal=True)), "torch's kernel ran instead"
     for got, want in zip(*results, strict=True):
         agree(got, want)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +13,8 @@ from inputs import build
 
 import anyattn
 from anyattn import accuracy, dispatch
-from anyattn.backends.triton import tuning
-from anyattn.backends.triton.device import INTERPRETER, Device, interpreted
+from anyattn.backends.triton import backend, device, tuning
+from anyattn.backends.triton.device import INTERPRETER, interpreted
 
 pytest.importorskip("triton", reason="no Triton here, and ANYATTN_REQUIRE does not ask for it")
 pytestmark = pytest.mark.skipif(not interpreted(), reason="on a GPU tests/device runs instead")
@@ -125,6 +126,44 @@ def test_every_architecture_has_a_config() -> None:
 
 
 def test_devices_of_other_names() -> None:
-    from anyattn.backends.triton.device import device
+    assert device.device("sm_90") == device.Device("sm_90", 128, 2**25)
 
-    assert device("sm_90") == Device("sm_90", 128, 2**25)
+
+@pytest.mark.parametrize(
+    ("version", "reason"),
+    [(None, "Triton is not installed"), ("3.5.1", r"Triton 3\.5 is too old: 3\.6 or later"), ("3.6.0+git1", None)],
+)
+def test_versions(version: str | None, reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever package brings Triton: torch for ROCm has one of its own."""
+
+    def found(name: str) -> str:
+        if version is None or name != "pytorch-triton-rocm":
+            raise device.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(device, "version", found)
+    got = backend.TritonBackend().available(named=True)
+    assert got is None if reason is None else re.match(reason, str(got))
+
+
+@pytest.mark.parametrize(
+    ("arch", "triton", "state"),
+    [
+        ("sm_90", "3.9", "compiled"),
+        ("sm_121", "3.9", "expected"),
+        ("sm_61", "3.9", "Triton compiles for sm_70 and later; this card is sm_61"),
+        ("gfx1030", "3.6", "compiled"),
+        ("gfx1030", "3.7", "Triton after 3.6 does not compile for gfx1030"),
+        ("xpu", "3.9", "expected"),
+    ],
+)
+def test_cards(arch: str, triton: str, state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `info` says of a card, and `explain` where it refuses."""
+    monkeypatch.setattr(device, "version", lambda name: triton)
+    monkeypatch.setattr(backend, "cards", lambda: [("cuda:0", "A card", arch)])
+    monkeypatch.setattr(backend, "interpreted", lambda: False)
+    monkeypatch.setattr(backend, "device", lambda name: device.Device(arch, 1, 1))
+    assert backend.seen() == [{"device": "cuda:0", "name": "A card", "arch": arch, "state": state}]
+    problem, _ = build(named("plain")).canonical()
+    problem = replace(problem, q=replace(problem.q, device="cuda:0"))
+    assert backend.TritonBackend().supports(problem) == ([state] if state.startswith("Triton") else [])

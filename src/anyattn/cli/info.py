@@ -63,6 +63,7 @@ def text(found: dict[str, Any]) -> str:
         reason = backend.get("error") or backend.get("reason")
         lines.append(f"backend {name}: {'not available: ' + reason if reason else 'available'}")
         lines += [f"  {how:19} {', '.join(where)}" for how, where in backend.get("evidence", {}).items()]
+        lines += ["  {device:19} {name}, {arch}: {state}".format(**card) for card in backend.get("devices", [])]
         lines += [f"  kernels for Hopper  {backend['hopper']}"] if "hopper" in backend else []
     cpu = found["cpu"]
     if "error" in cpu:
@@ -102,9 +103,10 @@ def _backend(name: str) -> dict[str, Any]:
     found: dict[str, Any] = {"available": reason is None, "reason": reason}
     if name == "triton":
         from ..backends.triton import hopper
-        from ..backends.triton.backend import EVIDENCE
+        from ..backends.triton.backend import EVIDENCE, seen
 
         found["evidence"] = EVIDENCE
+        found["devices"] = [] if reason else seen()
         found["hopper"] = hopper.missing() or "on"
     return found
 

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import re
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from ...kvcache import Append
 from ...problem import Problem
 from ..base import Call
-from .device import interpreted
+from .device import DEVICES, cards, device, installed, interpreted, refusal
 
 if TYPE_CHECKING:
     from .plan import TritonPlan
 
 OLDEST = (3, 6)
 LARGEST_HEAD_DIM = 512
-DEVICES = ("cuda", "xpu")
 # What is known of each card, for `anyattn info`. Compiled: tests/aot.json; expected: nothing has been seen to fail.
 EVIDENCE = {
     "tested": ("Triton's interpreter",),
     "compiled": (
         *("sm_70", "sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"),
-        *("gfx908", "gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201"),
+        *("gfx908", "gfx90a", "gfx942", "gfx950", "gfx1030", "gfx1100", "gfx1201"),
     ),
     "expected": ("other cards of NVIDIA and AMD", "Intel's (xpu)"),
 }
@@ -41,13 +38,12 @@ class TritonBackend:
 
     @cached_property
     def _missing(self) -> str | None:
-        try:
-            found = version("triton")
-        except PackageNotFoundError:
+        found = installed()
+        if found is None:
             return "Triton is not installed: pip install triton (it comes with torch for GPUs)"
-        numbers = tuple(int(part) for part in re.findall(r"\d+", found)[:2])
-        if numbers < OLDEST:
-            return f"Triton {found} is too old: {'.'.join(map(str, OLDEST))} or later is needed (torch 2.10 brings it)"
+        if found < OLDEST:
+            had, needed = (".".join(map(str, numbers)) for numbers in (found, OLDEST))
+            return f"Triton {had} is too old: {needed} or later is needed (torch 2.10 brings it)"
         if interpreted():
             return None
         try:
@@ -85,15 +81,24 @@ class TritonBackend:
         run_all(kernels(append), call, append.q.device)
 
 
-def _misplaced(device: str) -> list[str]:
+def seen() -> list[dict[str, str]]:
+    """What is known of each GPU of this machine, for `anyattn info`."""
+    return [{"device": name, "name": product, "arch": arch, "state": state(arch)} for name, product, arch in cards()]
+
+
+def state(arch: str) -> str:
+    """compiled, expected, or why it cannot run there."""
+    return refusal(arch) or ("compiled" if arch in EVIDENCE["compiled"] else "expected")
+
+
+def _misplaced(where: str) -> list[str]:
     """Reasons against arrays there."""
     if interpreted():
-        return [] if device == "cpu" else [f"computes in host memory, as TRITON_INTERPRET is set; q is on {device}"]
-    return (
-        []
-        if device.split(":", maxsplit=1)[0] in DEVICES
-        else [f"computes on {' and '.join(DEVICES)} devices; q is on {device}"]
-    )
+        return [] if where == "cpu" else [f"computes in host memory, as TRITON_INTERPRET is set; q is on {where}"]
+    if where.split(":", maxsplit=1)[0] not in DEVICES:
+        return [f"computes on {' and '.join(DEVICES)} devices; q is on {where}"]
+    against = refusal(device(where).arch)
+    return [against] if against else []
 
 
 def _without(dtype: str) -> list[str]:

@@ -88,10 +88,10 @@ def attention_backward_dkv(
     E1: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr, TOP_LEFT: tl.constexpr, LOWER: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    by_key_tables, by_key_sizes = by_key(tables, sizes)
-    tile, b, kv_head, row_k, length = place(
-        tl.program_id(0), by_key_tables, by_key_sizes, schedule, False, TILE_K, False
-    )
+    # Tables and sizes with which place() walks over keys and their heads; here, as Triton 3.6 returns no None.
+    walked = Tables(tables.cu_seqlens_k, None, None, None, None, None, None, None, None)
+    by_key = Sizes(sizes.batch, sizes.seqlen_k, 0, sizes.nheads // sizes.group, 1, sizes.rows_k, 0, 0, 0)
+    tile, b, kv_head, row_k, length = place(tl.program_id(0), walked, by_key, schedule, False, TILE_K, False)
     start = tile * TILE_K
     if start >= length:
         return
@@ -137,15 +137,6 @@ def attention_backward_dkv(
         store(dk_rows, dk1 * scalars.scale, j < length, D0, D1, HEAD_DIM)
     if E1 > 0:
         store(dv_rows, dv1 * factor, j < length, E0, E1, HEAD_DIM_V)
-
-
-@triton.jit
-def by_key(tables, sizes):
-    """Tables and sizes that make place() walk over keys and their heads instead of rows."""
-    cu_seqlens = tables.cu_seqlens_k
-    walked = Tables(cu_seqlens, None, None, None, None, None, None, None, None)
-    nheads = sizes.nheads // sizes.group
-    return walked, Sizes(sizes.batch, sizes.seqlen_k, 0, nheads, 1, sizes.rows_k, 0, 0, 0)
 
 
 @triton.jit

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 INTERPRETER = "interpreter"
+DEVICES = ("cuda", "xpu")  # torch's; AMD's GPUs are "cuda" too
+DISTRIBUTIONS = ("triton", "pytorch-triton-rocm", "triton-rocm", "pytorch-triton-xpu", "triton-xpu", "triton-windows")
+OLDEST_SM = 70
+NEWEST_FOR_GFX103 = (3, 6)
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +23,38 @@ class Device:
     arch: str
     processors: int
     l2_bytes: int
+
+
+def installed() -> tuple[int, ...] | None:
+    """Triton's version, (3, 9), from the metadata of whichever package brings it; None without one."""
+    for name in DISTRIBUTIONS:
+        try:
+            return tuple(int(part) for part in re.findall(r"\d+", version(name))[:2])
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def refusal(arch: str) -> str | None:
+    """Why Triton makes no code for this architecture, as far as is known beforehand."""
+    if arch.startswith("sm_") and int(arch[3:]) < OLDEST_SM:
+        return f"Triton compiles for sm_{OLDEST_SM} and later; this card is {arch}"
+    if arch.startswith("gfx103") and (installed() or ()) > NEWEST_FOR_GFX103:
+        return f"Triton after {'.'.join(map(str, NEWEST_FOR_GFX103))} does not compile for {arch}"
+    return None
+
+
+def cards() -> list[tuple[str, str, str]]:
+    """(torch's name, product, architecture) of the GPUs that torch sees."""
+    import torch
+
+    found = []
+    for kind in DEVICES:
+        module = getattr(torch, kind, None)
+        if module is not None and module.is_available():
+            names = [f"{kind}:{index}" for index in range(module.device_count())]
+            found += [(name, module.get_device_name(name), device(name).arch) for name in names]
+    return found
 
 
 def interpreted() -> bool:
