@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,14 +96,16 @@ def sdpa(backend: SDPBackend) -> Attention:
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """Compiled for each shape: what Inductor keeps is limited, and beyond that it computes every score in memory."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    key = (q.shape[1], causal)
-    if key not in _masks:
-        _masks[key] = create_block_mask(_seen, None, None, *[q.shape[1]] * 2, device=q.device.type) if causal else None
-    if "call" not in _compiled:
-        _compiled["call"] = torch.compile(flex_attention)
-    out: Tensor = _compiled["call"](*(x.transpose(1, 2) for x in (q, k, v)), block_mask=_masks[key])
+    key = (q.shape, causal)
+    if key not in _compiled:
+        torch._dynamo.reset()
+        _compiled.clear()
+        mask = create_block_mask(_seen, None, None, *[q.shape[1]] * 2, device=q.device.type) if causal else None
+        _compiled[key] = torch.compile(partial(flex_attention, block_mask=mask), dynamic=False)
+    out: Tensor = _compiled[key](*(x.transpose(1, 2) for x in (q, k, v)))
     return out.transpose(1, 2)
 
 
@@ -110,8 +113,7 @@ def _seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
     return i >= j
 
 
-_masks: dict[Any, Any] = {}
-_compiled: dict[str, Any] = {}
+_compiled: dict[Any, Any] = {}
 TORCHS: dict[str, Attention] = {
     "cudnn": sdpa(SDPBackend.CUDNN_ATTENTION), "flash": sdpa(SDPBackend.FLASH_ATTENTION), "flex": flex,
 }  # fmt: skip
@@ -191,7 +193,7 @@ def decode(device: str, scale: Scale = FULL) -> Found:
         where = {"batch": batch, "seqlen": seqlen}
         rows.append({**where, "us": replayed * 1e6, "eager_us": eager * 1e6, "tb_per_s": size / replayed / 1e12})
         print(rows[-1], flush=True)
-    return {"summary": f"{max(row['tb_per_s'] for row in rows):.2f} TB/s", "rows": rows}
+    return {"summary": f"{rows[-1]['tb_per_s']:.2f} TB/s", "rows": rows}
 
 
 def captured(call: Call, device: str) -> Call:
@@ -290,31 +292,29 @@ def peers(device: str, scale: Scale = FULL) -> Found:
     """Packages of others that are installed, beside the same rows of ours."""
     found: Found = {}
     others: dict[str, Attention] = {}
-    for name, (module, function) in PEERS.items():
+    for name, (module, function, heads_first) in PEERS.items():
         try:
-            others[name] = _peer(getattr(importlib.import_module(module), function))
+            others[name] = _peer(getattr(importlib.import_module(module), function), heads_first)
         except (ImportError, AttributeError, OSError) as error:
             found[name] = f"not installed: {error}"
     rows = speed(device, scale, others)["rows"] if others else []
     return {"summary": ", ".join(others) or "none is installed", **found, "rows": rows}
 
 
-def _peer(function: Callable[..., Any]) -> Attention:
+def _peer(function: Callable[..., Any], heads_first: bool) -> Attention:
     def call(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-        if function.__name__ == "flash_attention":  # aule: heads first
-            heads = (x.transpose(1, 2) for x in (q, k, v))
-            out: Tensor = function(*heads, causal=causal).transpose(1, 2)
-            return out
-        out = function(q, k, v, causal=causal)
-        return out
+        if heads_first:
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out: Tensor = function(q, k, v, causal=causal)
+        return out.transpose(1, 2) if heads_first else out
 
     return call
 
 
-PEERS = {
-    "flash-attn-triton": ("flash_attn_triton", "flash_attn_func"),
-    "aule-attention": ("aule", "flash_attention"),
-    "flash-attn": ("flash_attn", "flash_attn_func"),
+PEERS = {  # module, function, whether heads come before rows
+    "flash-attn-triton": ("flash_attn_triton", "flash_attn_func", False),
+    "aule-attention": ("aule", "flash_attention", True),
+    "flash-attn": ("flash_attn", "flash_attn_func", False),
 }
 PARTS: dict[str, Callable[[str], Found]] = {
     "speed": speed, "decode": decode, "latency": latency, "memory": memory, "training": training, "peers": peers,

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from cases import Case, named
 from inputs import build
 
@@ -15,6 +16,8 @@ import anyattn
 from anyattn import accuracy, dispatch
 from anyattn.backends.triton import backend, device, tuning
 from anyattn.backends.triton.device import INTERPRETER, interpreted
+from anyattn.frameworks import execute
+from anyattn.frameworks.torch.adapter import adapter
 
 pytest.importorskip("triton", reason="no Triton here, and ANYATTN_REQUIRE does not ask for it")
 pytestmark = pytest.mark.skipif(not interpreted(), reason="on a GPU tests/device runs instead")
@@ -127,6 +130,17 @@ def test_every_architecture_has_a_config() -> None:
 
 def test_devices_of_other_names() -> None:
     assert device.device("sm_90") == device.Device("sm_90", 128, 2**25)
+
+
+def test_out_of_memory_on_a_gpu_is_torchs_own_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results and workspace are there before anything is written."""
+
+    def empty(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "empty", empty)
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        execute._workspace(adapter, 2**40, torch.zeros(1, device="meta"))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ class Config(NamedTuple):
 
 
 # 16-bit forward by the widest head that a row serves (compiled with Triton 3.9: no spills but those that tests/aot.json
-# lists). Where a card is not named its family's row holds; sm_7x has no matrix instructions in Triton.
+# lists). Where a card is not named its family's row holds; sm_7x and gfx10 have no matrix instructions in Triton.
 FORWARD: dict[str, tuple[tuple[int, Config], ...]] = {
     "sm_7": ((64, Config(32, 32, 4, 1)), (512, Config(16, 16, 4, 1))),
     "sm_9": (
@@ -46,6 +46,7 @@ FORWARD: dict[str, tuple[tuple[int, Config], ...]] = {
         (512, Config(16, 32, 4, 1)),
     ),
     "gfx9": ((128, Config(128, 64, 4, 1)), (256, Config(64, 32, 4, 1)), (512, Config(16, 32, 4, 1))),
+    "gfx10": ((64, Config(32, 16, 8, 1)), (512, Config(16, 16, 8, 1))),
     "gfx11": ((64, Config(64, 32, 4, 1)), (128, Config(32, 16, 4, 1)), (512, Config(16, 16, 4, 1))),
     "": ((64, Config(64, 32, 4, 1)), (256, Config(32, 32, 4, 1)), (512, Config(16, 16, 4, 1))),
 }
@@ -75,7 +76,7 @@ def forward(arch: str, dtype: str, width: int, *, heavy: bool = False) -> Config
         return Config(32, 32, 4, 1) if width <= 64 else Config(16, 32, 4, 1)
     family = next(name for name in FORWARD if arch.startswith(name))
     config = next(config for widest, config in FORWARD[family] if width <= widest)
-    return config._replace(tile_k=max(32, config.tile_k // 2)) if heavy else config
+    return config._replace(tile_k=min(config.tile_k, max(32, config.tile_k // 2))) if heavy else config
 
 
 def decode(arch: str, dtype: str, width: int, rows: int) -> Config:
@@ -113,6 +114,7 @@ BACKWARD: dict[str, tuple[tuple[int, tuple[Config, Config]], ...]] = {
         (256, (Config(32, 32, 4, 1), Config(32, 32, 4, 1))),
         (512, (Config(16, 16, 4, 1), Config(16, 16, 4, 1))),
     ),
+    "gfx10": ((512, (Config(16, 16, 8, 1), Config(16, 16, 8, 1))),),
     "": (
         (64, (Config(32, 32, 8, 1), Config(32, 32, 4, 1))),
         (128, (Config(16, 32, 4, 1), Config(32, 32, 8, 1))),
