@@ -13,6 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from .. import __version__, dispatch, settings
+from ..machine import processor
+from . import features
 from .table import table
 
 PACKAGES = ("numpy", "torch", "ml_dtypes", "triton")
@@ -23,11 +25,15 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "info", help="backends, instruction sets, threads, versions, settings"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--features", action="store_true", help="what each engine computes, and why not more")
     return parser
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Status 1 if a backend that the settings require is not available."""
+    if arguments.features:
+        print(features.text(features.collect()))
+        return 0
     found = collect()
     print(json.dumps(found, indent=2) if arguments.json else text(found))
     missing = [name for name in found["required"] if not found["backends"].get(name, {}).get("available")]
@@ -43,6 +49,7 @@ def collect() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "machine": platform.machine(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "packages": {name: _version(name) for name in PACKAGES},
         "backends": {name: _try(partial(_backend, name)) for name in dispatch.NAMES},
@@ -55,14 +62,15 @@ def collect() -> dict[str, Any]:
 
 def text(found: dict[str, Any]) -> str:
     lines = [
-        f"anyattn {found['version']}, Python {found['python']}, {found['platform']}, {found['cores']} cores",
+        f"anyattn {found['version']}, Python {found['python']}, {found['platform']}",
+        f"{found['processor']}, {found['cores']} cores",
         ", ".join(f"{name} {number or 'not installed'}" for name, number in found["packages"].items()),
         "",
     ]
     for name, backend in found["backends"].items():
         reason = backend.get("error") or backend.get("reason")
         lines.append(f"backend {name}: {'not available: ' + reason if reason else 'available'}")
-        lines += [f"  {how:19} {', '.join(where)}" for how, where in backend.get("evidence", {}).items()]
+        lines += [f"  {how:19} {'; '.join(where)}" for how, where in backend.get("evidence", {}).items()]
         lines += ["  {device:19} {name}, {arch}: {state}".format(**card) for card in backend.get("devices", [])]
         lines += [f"  kernels for Hopper  {backend['hopper']}"] if "hopper" in backend else []
     cpu = found["cpu"]
@@ -100,12 +108,11 @@ def _try(part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 def _backend(name: str) -> dict[str, Any]:
     reason = dispatch.get(name).available()
-    found: dict[str, Any] = {"available": reason is None, "reason": reason}
+    found: dict[str, Any] = {"available": reason is None, "reason": reason, "evidence": features.evidence(name)}
     if name == "triton":
         from ..backends.triton import hopper
-        from ..backends.triton.backend import EVIDENCE, seen
+        from ..backends.triton.backend import seen
 
-        found["evidence"] = EVIDENCE
         found["devices"] = [] if reason else seen()
         found["hopper"] = hopper.missing() or "on"
     return found

@@ -18,6 +18,7 @@ from .tuning import backward_configs
 
 DTYPES = ("float32", "float16", "bfloat16")
 MAX_HEAD_DIM = 256
+EVIDENCE = {"tested": ("Mesa's software driver",), "expected": ("GPUs with a Vulkan 1.1 driver",)}
 CROSSOVER = 1e11  # operations from which the automatic choice takes a GPU, until `anyattn tune` has measured
 
 
