@@ -81,11 +81,13 @@ SHAPES = (
 )
 # Variants whose loops may spill, and why; those that begin with a version of Triton, with that version alone.
 MAY_SPILL = {
-    "3.6.0/sm_90/bfloat16/": "a few addresses of the edge loops, and of dk and dv; 3.9 has registers for them",
-    "3.6.0/sm_100/": "accumulators of two products at once; 3.9 keeps them in tensor memory",
+    "3.6.0/sm_90/": "a few addresses of the edge loops, and of dk and dv; 3.9 has registers for them",
     "sm_7": "no matrix instructions: operands of products lie in registers",
     "gfx1": "256 registers, of which a tile of 16 rows by 128 dimensions takes a good part",
     "/float32/": "products without matrix instructions",
+    "/unaligned/": "elements are loaded one by one, and each has an address",
+    "sm_90/bfloat16/128/chunk/backward": "an address of the edge loop of dk and dv",
+    "sm_90/bfloat16/128/softcap/backward": "the derivative of the cap beside the scores of dk and dv",
     "/bias/": "64-bit addresses of a tile of scores",
     "/mask/": "64-bit addresses of a tile of scores",
     "/dropout/": "the words of Philox beside the scores",

@@ -101,3 +101,11 @@ def test_a_kernel_that_does_not_compile_is_named(recorded: Any) -> None:
         "out of registers",
     ):
         assert part in error, error
+
+
+def test_strides_are_multiples_of_what_they_all_are() -> None:
+    from anyattn.backends.triton.launch import Address, Template, stride
+
+    for steps, divisor in (((64, 4096), 16), ((40, 320), 8), ((100, 800), 4), ((0, 7), 1), ((), 16)):
+        template = Template((Address("q", "float16"), *map(stride, steps)), {})
+        assert template.divisor == divisor

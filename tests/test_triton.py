@@ -176,7 +176,6 @@ def test_cards(arch: str, triton: str, state: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(device, "version", lambda name: triton)
     monkeypatch.setattr(backend, "cards", lambda: [("cuda:0", "A card", arch)])
     monkeypatch.setattr(backend, "interpreted", lambda: False)
-    monkeypatch.setattr(backend, "device", lambda name: device.Device(arch, 1, 1))
     assert backend.seen() == [{"device": "cuda:0", "name": "A card", "arch": arch, "state": state}]
     problem, _ = build(named("plain")).canonical()
     problem = replace(problem, q=replace(problem.q, device="cuda:0"))

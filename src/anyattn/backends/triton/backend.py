@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ...kvcache import Append
 from ...problem import Problem
 from ..base import Call
-from .device import DEVICES, cards, device, installed, interpreted, refusal
+from .device import DEVICES, cards, installed, interpreted, refusal
 
 if TYPE_CHECKING:
     from .plan import TritonPlan
@@ -97,8 +97,8 @@ def _misplaced(where: str) -> list[str]:
         return [] if where == "cpu" else [f"computes in host memory, as TRITON_INTERPRET is set; q is on {where}"]
     if where.split(":", maxsplit=1)[0] not in DEVICES:
         return [f"computes on {' and '.join(DEVICES)} devices; q is on {where}"]
-    against = refusal(device(where).arch)
-    return [against] if against else []
+    against = [refusal(arch) for name, _, arch in cards() if name == where]
+    return [reason for reason in against if reason]
 
 
 def _without(dtype: str) -> list[str]:

@@ -46,8 +46,10 @@ def refusal(arch: str) -> str | None:
 
 def cards() -> list[tuple[str, str, str]]:
     """(torch's name, product, architecture) of the GPUs that torch sees."""
-    import torch
-
+    try:
+        import torch
+    except ImportError:
+        return []
     found = []
     for kind in DEVICES:
         module = getattr(torch, kind, None)

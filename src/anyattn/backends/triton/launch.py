@@ -7,6 +7,7 @@ compiled kernel, so that nothing about sizes is ever specialized, and per call o
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -20,14 +21,14 @@ from ..base import Call
 from .device import interpreted
 
 LARGEST_STRIDE = 2**23  # times the rows of a tile, at most 128, and plus the dimensions: below 2^31
-ALIGNMENT = 16  # bytes of addresses and elements of strides: what vector loads need
+ALIGNMENT = 16  # bytes of addresses: what the widest loads need; strides are known to be multiples of up to as much
 TYPES = {
     "float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int32": "i32", "int64": "i64", "bool": "u8",
 }  # fmt: skip
 
 
 class Number(NamedTuple):
-    """A runtime scalar; `stride`: a multiple of ALIGNMENT wherever the arrays are aligned."""
+    """A runtime scalar; `stride`: the compiler is told what all of them are multiples of."""
 
     kind: str
     value: float
@@ -70,12 +71,12 @@ class Template:
         self.constants = constants
         self._parts = [_Part(argument) for argument in arguments]
         strides = [
-            leaf.value for part in self._parts for leaf in part.leaves if isinstance(leaf, Number) and leaf.stride
+            int(leaf.value) for part in self._parts for leaf in part.leaves if isinstance(leaf, Number) and leaf.stride
         ]
-        self.aligned_strides = all(value % ALIGNMENT == 0 for value in strides)
+        self.divisor = math.gcd(ALIGNMENT, *strides)
         self.addresses = [leaf for part in self._parts for leaf in part.leaves if isinstance(leaf, Address)]
         self.names = {leaf.name for leaf in self.addresses}
-        self.key = (tuple(part.signature() for part in self._parts), tuple(constants.items()))
+        self.key = (tuple(part.signature() for part in self._parts), tuple(constants.items()), self.divisor)
 
     def values(self, pointers: dict[Address, Any]) -> list[Any]:
         """What the launcher takes."""
@@ -94,7 +95,8 @@ class Template:
                 if leaf is None:
                     constants[path] = None
                 elif aligned and (isinstance(leaf, Address) or leaf.stride):
-                    attributes[path] = [["tt.divisibility", ALIGNMENT]]
+                    divisor = ALIGNMENT if isinstance(leaf, Address) else self.divisor
+                    attributes[path] = [["tt.divisibility", divisor]]
         for name, value in self.constants.items():
             signature[name] = "constexpr"
             constants[(names.index(name),)] = value
@@ -154,12 +156,12 @@ class Kernel:
     def warmup(self) -> None:
         """Compiles it for the current device and arrays that are aligned."""
         if 0 not in self.grid:
-            self._compile(triton.runtime.driver.active.get_current_device(), self.template.aligned_strides)
+            self._compile(triton.runtime.driver.active.get_current_device(), True)
 
     def _launch(self, addresses: dict[Address, int]) -> None:
         active = triton.runtime.driver.active
         device = active.get_current_device()
-        aligned = self.template.aligned_strides and all(address % ALIGNMENT == 0 for address in addresses.values())
+        aligned = all(address % ALIGNMENT == 0 for address in addresses.values())
         kernel = self._compiled.get((device, aligned)) or self._compile(device, aligned)
         stream = active.get_current_stream(device)
         values = self.template.values(addresses)
