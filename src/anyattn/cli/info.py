@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     found = collect()
     print(json.dumps(found, indent=2) if arguments.json else text(found))
-    missing = [name for name in found["required"] if not found["backends"].get(name, {}).get("available")]
+    missing = [name for name in found["required"] if _absent(name)]
     if missing:
         sys.stderr.write(f"{settings.VARIABLES['require'][0]} names what is not available: {', '.join(missing)}\n")
     return 1 if missing else 0
@@ -116,6 +116,14 @@ def _backend(name: str) -> dict[str, Any]:
         found["devices"] = [] if reason else seen()
         found["hopper"] = hopper.missing() or "on"
     return found
+
+
+def _absent(name: str) -> bool:
+    """What is required counts as named: an interpreter, say, is enough."""
+    try:
+        return dispatch.get(name).available(named=True) is not None
+    except Exception:  # shown under "backends", or there is no such backend
+        return True
 
 
 def _required() -> tuple[str, ...]:
