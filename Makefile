@@ -84,11 +84,14 @@ gpu:
 		--json benchmarks/results/gpu.json $(GPU_ARGS)
 
 # Every Triton kernel, compiled for GPUs that need not be here; AOT_ARGS=--write enters it into tests/aot.json. Then a
-# subset by the oldest Triton that is supported: torch 2.10 and 2.11 bring it, and gfx1030 has no other.
+# subset by the oldest Triton that is supported: torch 2.10 and 2.11 bring it, and gfx1030 has no other. Hopper's own
+# kernels have gates instead of a table.
 aot: venv
 	$(BIN)/python scripts/aot.py --all $(AOT_ARGS)
+	$(BIN)/python scripts/hopper.py
 	$(PIP) install --quiet --no-deps --upgrade --target build/triton-3.6.0 triton==3.6.0
 	PYTHONPATH=build/triton-3.6.0 $(BIN)/python scripts/aot.py $(AOT_ARGS)
+	PYTHONPATH=build/triton-3.6.0 $(BIN)/python scripts/hopper.py
 
 bench: require-native $(VENV)/bench
 	$(BIN)/python -m anyattn bench --json build/bench.json --plot build/bench.png $(BENCH_ARGS)

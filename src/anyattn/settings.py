@@ -21,6 +21,7 @@ VARIABLES = {
     "vulkan_validate": ("ANYATTN_VULKAN_VALIDATE", "0", "1: Khronos' validation layer checks every Vulkan call"),
     "vulkan_timeout": ("ANYATTN_VULKAN_TIMEOUT", "300", "seconds after which a Vulkan device that hangs is left"),
     "check": ("ANYATTN_CHECK", "0", "1: check values in device memory too, at the price of a synchronisation"),
+    "hopper": ("ANYATTN_HOPPER", "0", "1: the Triton backend's kernels for Hopper (sm_90), which no GPU has run yet"),
 }
 MOST_THREADS = 4096  # of the native engine
 LONGEST_WAIT = 10**6  # seconds
@@ -41,6 +42,7 @@ class Settings:
     vulkan_validate: bool
     vulkan_timeout: int
     check: bool
+    hopper: bool
 
 
 # One entry, and no lock: dictionaries are safe among threads, and a forked child finds no lock that is held.
@@ -90,6 +92,7 @@ def _read() -> Settings:
         vulkan_validate=_flag("vulkan_validate", raw),
         vulkan_timeout=_number("vulkan_timeout", raw["vulkan_timeout"] or "300", 1, LONGEST_WAIT),
         check=_flag("check", raw),
+        hopper=_flag("hopper", raw),
     )
 
 

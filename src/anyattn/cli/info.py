@@ -72,6 +72,7 @@ def text(found: dict[str, Any]) -> str:
         lines.append(f"backend {name}: {'not available: ' + reason if reason else 'available'}")
         lines += [f"  {how:19} {'; '.join(where)}" for how, where in backend.get("evidence", {}).items()]
         lines += ["  {device:19} {name}, {arch}: {state}".format(**card) for card in backend.get("devices", [])]
+        lines += [f"  kernels for Hopper  {backend['hopper']}"] if "hopper" in backend else []
     cpu = found["cpu"]
     if "error" in cpu:
         lines += ["", f"native engine: {cpu['error']}"]
@@ -108,10 +109,12 @@ def _try(part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 def _backend(name: str) -> dict[str, Any]:
     reason = dispatch.get(name).available()
     found: dict[str, Any] = {"available": reason is None, "reason": reason, "evidence": features.evidence(name)}
-    if name == "triton" and reason is None:
+    if name == "triton":
+        from ..backends.triton import hopper
         from ..backends.triton.backend import seen
 
-        found["devices"] = seen()
+        found["devices"] = [] if reason else seen()
+        found["hopper"] = hopper.missing() or "on"
     return found
 
 
