@@ -97,13 +97,13 @@ def matrix_config(info: DeviceInfo, scalar: Config, shape: Shape, shader: str, o
     for subgroups in (4, 2, 1):
         config = replace(config, workgroup=subgroups * info.subgroup, subgroup=info.subgroup)
         needed = subgroups == 1 or config.tile // 2 < owned
-        fits = config.workgroup <= info.invocations and _shared_bytes(config, shader) <= info.shared_memory
+        fits = config.workgroup <= info.invocations and shared_bytes(config, shader) <= info.shared_memory
         if needed and fits:
             return config
     return None
 
 
-def _shared_bytes(config: Config, shader: str) -> int:
+def shared_bytes(config: Config, shader: str) -> int:
     """What the shader declares: staged tiles, scores, weights, and at most 40 bytes for each row of a step."""
     tiles, scores, weights = {"forward": (1, 1, 1), "dq": (1, 2, 1), "dkdv": (2, 2, 2)}[shader]
     tile = config.keys * (max(config.dim, config.dim_v) + 2) * 8
