@@ -121,10 +121,16 @@ def _cpu() -> dict[str, Any]:
 
 
 def _vulkan() -> dict[str, Any]:
-    from ..backends.vulkan import device
+    from ..backends.vulkan import crossover, device
 
-    chosen = device.instance().choose().index
-    return {"devices": [{**info.describe(), "chosen": info.index == chosen} for info in device.instance().devices]}
+    instance = device.instance()
+    chosen = instance.choose().index
+    return {
+        "devices": [
+            {**info.describe(), "automatic": crossover.describe(info), "chosen": info.index == chosen}
+            for info in instance.devices
+        ]
+    }
 
 
 def _vulkan_text(found: dict[str, Any]) -> list[str]:
@@ -134,7 +140,8 @@ def _vulkan_text(found: dict[str, Any]) -> list[str]:
     for device in found["devices"]:
         chosen = " (the one in use)" if device["chosen"] else ""
         lines.append(f"Vulkan device {device['index']}: {device['name']}, {device['kind']}{chosen}")
-        lines += [f"  {name:19} {device[name]}" for name in ("driver", "memory", "paths", "off") if device[name]]
+        shown = ("driver", "memory", "paths", "off", "automatic")
+        lines += [f"  {name:19} {device[name]}" for name in shown if device[name]]
     return lines
 
 

@@ -1,0 +1,95 @@
+"""The Vulkan backend on drivers that `make vulkan-drivers` unpacks: Mesa with cooperative matrices, under the
+validation layer, and SwiftShader, which offers least. Each runs the common matrix in a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from anyattn.backends.vulkan.pipeline import BINARIES
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "build" / "drivers"
+# of a module's preamble, SPIR-V specification 1.6, section 3.31
+CAPABILITY = 17
+SIXTEEN_OR_EIGHT_BITS = {9, 22, 39, 4433, 4434, 4435, 4436, 4448, 4449, 4450}
+COOPERATIVE_MATRIX = 6022
+
+
+def started(driver: str, *arguments: str, **variables: str) -> str:
+    """What Python prints under this driver."""
+    if not (FOLDER / driver).exists():
+        pytest.skip(f"NOT TESTED: Vulkan on {driver}: `make vulkan-drivers` installs it")
+    # of pytest-xdist, which does not run inside
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    environment |= {"ANYATTN_REQUIRE": "vulkan", "ANYATTN_VULKAN_SOFTWARE": "1", **variables}
+    command = [FOLDER / driver, sys.executable, *arguments]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, f"{result.stdout[-6000:]}\n{result.stderr[-2000:]}"
+    return result.stdout
+
+
+def matrix(driver: str, cases: str, **variables: str) -> int:
+    """How many cases of the common matrix passed; none may do anything else."""
+    options = ("-q", "-p", "no:xdist", "-p", "no:cacheprovider", "-k", f"vulkan and not float64 and ({cases})")
+    printed = started(
+        driver, "-m", "pytest", *options, "tests/test_matrix.py::test_engine_equals_reference", **variables
+    )
+    passed = re.search(r"^(\d+) passed, \d+ deselected in .*\Z", printed, re.MULTILINE)
+    assert passed, printed[-2000:]
+    return int(passed[1])
+
+
+def described(driver: str) -> str:
+    code = "from anyattn.backends.vulkan import device; i = device.device().info; print(i, sorted(i.extensions))"
+    return started(driver, "-c", code)
+
+
+def test_mesa_is_one_with_cooperative_matrices() -> None:
+    found = described("mesa")
+    assert "llvmpipe" in found and "VK_KHR_cooperative_matrix" in found
+
+
+def test_swiftshader_is_the_least_device() -> None:
+    found = described("swiftshader")
+    assert "SwiftShader" in found and "subgroup=4," in found and "invocations=256," in found
+    assert "VK_KHR_16bit_storage" not in found
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_matrix_on_mesa(direction: str) -> None:
+    assert matrix("mesa", f"{direction} and 16", ANYATTN_VULKAN_VALIDATE="1") > 40
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_whole_matrix_on_mesa(direction: str) -> None:
+    assert matrix("mesa", direction, ANYATTN_VULKAN_VALIDATE="1") > 150
+
+
+SMOKE = "plain or everything or decode_paged or varlen_seqused or bias_float32 or paged_odd_page_f16"
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_matrix_on_swiftshader(direction: str) -> None:
+    assert matrix("swiftshader", f"{direction} and ({SMOKE})") > 5
+
+
+@pytest.mark.parametrize("path", sorted(BINARIES.glob("*.spv")), ids=lambda path: path.stem)
+def test_shaders_need_no_16_bit_types(path: Path) -> None:
+    """Values of 16 bits lie in pairs in words, for devices without the types; a matrix of them needs the types."""
+    words = np.fromfile(path, "<u4").tolist()
+    capabilities, at = set(), 5
+    while words[at] & 0xFFFF == CAPABILITY:
+        capabilities.add(words[at + 1])
+        at += words[at] >> 16
+    assert capabilities
+    if COOPERATIVE_MATRIX not in capabilities:
+        assert not capabilities & SIXTEEN_OR_EIGHT_BITS
