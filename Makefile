@@ -19,7 +19,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find native examples -name '*.cc' -o -name '*.cpp' -o -name '*.c' -o -name '*.h' -o -name '*.hpp' | sort)
 PACKAGED := $(shell find src examples native -not -path '*/__pycache__*') pyproject.toml
 
-.PHONY: venv require-native demo test full soak bench shaders lint format sanitize sanitize-python clean
+.PHONY: venv require-native demo test full soak bench shaders vulkan-drivers lint format sanitize sanitize-python clean
 .DEFAULT_GOAL := test
 
 venv: $(VENV)/installed
@@ -70,6 +70,10 @@ bench: require-native $(VENV)/bench
 # Needs glslangValidator (Debian: glslang-tools); the binaries are committed, so nobody else does.
 shaders:
 	$(PYTHON) scripts/make_shaders.py
+
+# More software drivers for tests/test_vulkan_drivers.py, unpacked into build/drivers; needs Debian's apt-get and its mirror.
+vulkan-drivers:
+	$(PYTHON) scripts/drivers.py
 
 lint: $(VENV)/lint
 	$(BIN)/ruff check --output-format=concise .

@@ -42,7 +42,7 @@ def matrix(driver: str, cases: str, **variables: str) -> int:
     printed = started(
         driver, "-m", "pytest", *options, "tests/test_matrix.py::test_engine_equals_reference", **variables
     )
-    passed = re.search(r"^(\d+) passed, \d+ deselected in .*\Z", printed, re.MULTILINE)
+    passed = re.search(r"^(\d+) passed, \d+ deselected in .*\s*\Z", printed, re.MULTILINE)
     assert passed, printed[-2000:]
     return int(passed[1])
 
@@ -65,12 +65,6 @@ def test_swiftshader_is_the_least_device() -> None:
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_matrix_on_mesa(direction: str) -> None:
-    assert matrix("mesa", f"{direction} and 16", ANYATTN_VULKAN_VALIDATE="1") > 40
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_whole_matrix_on_mesa(direction: str) -> None:
     assert matrix("mesa", direction, ANYATTN_VULKAN_VALIDATE="1") > 150
 
 
