@@ -1,6 +1,6 @@
 """Compiles shaders/*.comp into src/anyattn/backends/vulkan/binaries, beside a manifest of what each was made from.
 
-python scripts/make_shaders.py            compiles what has changed (needs glslangValidator)
+python scripts/make_shaders.py            compiles what has changed (needs glslangValidator; for matrices 16 or later)
 python scripts/make_shaders.py --check    fails if a binary is older than its source; needs no compiler
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -17,21 +18,22 @@ ROOT = Path(__file__).resolve().parent.parent
 SHADERS = ROOT / "shaders"
 BINARIES = ROOT / "src/anyattn/backends/vulkan/binaries"
 MANIFEST = BINARIES / "manifest.json"
+COMPILER = os.environ.get("GLSLANG", "glslangValidator")
 OPTIONS = ("-V", "-g0", "--target-env", "vulkan1.1")
 INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
-# shader -> the names behind its own and what they define
-STORAGES = {"f32": (), "16": ("STORAGE_16",)}
-SHUFFLES = {"": (), "_shuffle": ("SHUFFLE",)}
+# the names behind a shader's own, and what they define
+SCALAR = {"f32": (), "16": ("STORAGE_16",)}
+SHUFFLE = {"f32_shuffle": ("SHUFFLE",), "16_shuffle": ("STORAGE_16", "SHUFFLE")}
+MATRIX = {"f16": ("STORAGE_16", "SHUFFLE"), "bf16": ("STORAGE_16", "SHUFFLE", "BFLOAT")}
 
 
 def variants() -> dict[str, tuple[Path, tuple[str, ...]]]:
     """Binary -> its source and its definitions."""
     found = {}
     for source in sorted(SHADERS.glob("*.comp")):
-        for storage, stored in STORAGES.items():
-            for shuffle, shuffled in SHUFFLES.items():
-                if not shuffled or "SHUFFLE" in source.read_text(encoding="utf-8"):
-                    found[f"{source.stem}_{storage}{shuffle}"] = (source, (*stored, *shuffled))
+        shuffles = "SHUFFLE" in source.read_text(encoding="utf-8")
+        kinds = MATRIX if source.stem.endswith("_matrix") else SCALAR | (SHUFFLE if shuffles else {})
+        found |= {f"{source.stem}_{name}": (source, definitions) for name, definitions in kinds.items()}
     return found
 
 
@@ -72,7 +74,7 @@ def compile_all() -> None:
             source, definitions = wanted[name]
             path = BINARIES / f"{name}.spv"
             define = [f"-D{word}" for word in definitions]
-            subprocess.run(["glslangValidator", *OPTIONS, *define, source, "-o", path], check=True, cwd=SHADERS)
+            subprocess.run([COMPILER, *OPTIONS, *define, source, "-o", path], check=True, cwd=SHADERS)
             binary = hashlib.sha256(path.read_bytes()).hexdigest()
             manifest[name] = {"source": digest(source, definitions), "binary": binary}
     MANIFEST.write_text(json.dumps(dict(sorted(manifest.items())), indent=2) + "\n", encoding="utf-8")

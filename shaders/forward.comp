@@ -125,25 +125,16 @@ void main() {
     uint count = uint(s.n_q * t.group), first = (launch.first_block + gl_WorkGroupID.x) * (SLOTS * ROWS);
     if (first >= count) return;
     load_rows(s, h_kv, first, count);
-    int first_row = int(first / t.group), last_row = int((min(first + SLOTS * ROWS, count) - 1) / t.group);
-    int begin = key_begin(s, first_row), end = key_end(s, last_row);
-    int full_begin = key_begin(s, last_row), full_end = key_end(s, first_row);  // seen by every row
-    // Steps begin at multiples of KEYS: so do the groups of dropout, and so does every split.
-    int start = begin / int(KEYS) * int(KEYS), stop = begin < end ? end : 0;
-    if (has(SPLIT)) {
-        int split = int(gl_WorkGroupID.z) * launch.part_size;
-        start = max(start, split);
-        stop = min(stop, split + launch.part_size);
-    }
+    KeyRange keys = key_range(s, first, min(first + SLOTS * ROWS, count) - 1);
     uint k_at = keys_at(s, h_kv, t.k_head, t.k_batch, t.k_row), v_at = keys_at(s, h_kv, t.v_head, t.v_batch, t.v_row);
-    for (int j = start; j < stop; j += int(KEYS)) {
+    for (int j = keys.start; j < keys.stop; j += int(KEYS)) {
         uint at[KEYS];
         float x[ROWS][KEYS], rescale[ROWS];
-        find_keys(s, k_at, t.k_batch, t.k_row, j, begin, end, at);
+        find_keys(s, k_at, t.k_batch, t.k_row, j, keys.begin, keys.end, at);
         products(at, x);
-        bool edge = j < full_begin || j + int(KEYS) > full_end;
+        bool edge = j < keys.full_begin || j + int(KEYS) > keys.full_end;
         [[unroll]] for (uint n = 0; n < ROWS; ++n) rescale[n] = softmax_step(s, n, j, edge, x);
-        find_keys(s, v_at, t.v_batch, t.v_row, j, begin, end, at);
+        find_keys(s, v_at, t.v_batch, t.v_row, j, keys.begin, keys.end, at);
         add_values(at, rescale, x);
     }
     write_rows(s);

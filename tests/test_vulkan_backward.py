@@ -114,7 +114,7 @@ def test_arrays_larger_than_a_binding(monkeypatch: pytest.MonkeyPatch, limit: in
     parts = {"batch": 3, "seqlen_q": 17, "seqlen_k": 21, "nheads_kv": 4, "group": 2, "sink": True}
     for case in (Case("b1", bias="b1", dtype="float16", **parts), Case("one", bias="one", mask="h1", **parts)):
         inputs = build(case)
-        assert len(BackwardPlan(current_engine(), inputs.canonical(backward=True)[0]).launches) > 1
+        assert len(BackwardPlan(current_engine(), info, inputs.canonical(backward=True)[0]).launches) > 1
         gradients(inputs)
 
 

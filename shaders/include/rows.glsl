@@ -17,6 +17,29 @@ Row packed_row(Sequence s, uint h_kv, uint packed, uint begin, uint end) {
     return make_row(s, int(inside / t.group), h_kv * t.group + inside % t.group, packed == inside);
 }
 
+// The keys that packed rows see: any of them [begin, end), each of them [full_begin, full_end), and where steps start and
+// stop. Steps begin at multiples of KEYS: so do the groups of dropout, and so does every split.
+struct KeyRange {
+    int begin, end, full_begin, full_end, start, stop;
+};
+
+KeyRange key_range(Sequence s, uint first, uint last) {
+    int first_row = int(first / t.group), last_row = int(last / t.group);
+    KeyRange r;
+    r.begin = key_begin(s, first_row);
+    r.end = key_end(s, last_row);
+    r.full_begin = key_begin(s, last_row);
+    r.full_end = key_end(s, first_row);
+    r.start = r.begin / int(KEYS) * int(KEYS);
+    r.stop = r.begin < r.end ? r.end : 0;
+    if (has(SPLIT)) {
+        int split = int(gl_WorkGroupID.z) * launch.part_size;
+        r.start = max(r.start, split);
+        r.stop = min(r.stop, split + launch.part_size);
+    }
+    return r;
+}
+
 // Where the keys [j, j + KEYS) lie; those outside [begin, end) are not read: their neighbour inside is.
 void find_keys(Sequence s, uint first, uint batch_stride, uint row_stride, int j, int begin, int end, out uint at[KEYS]) {
     [[unroll]] for (uint c = 0; c < KEYS; ++c) {

@@ -92,9 +92,6 @@ SubmitInfo = chained(
 )
 MemoryAllocateInfo = chained("MemoryAllocateInfo", 5, ("size", u64), ("type", u32))
 FenceCreateInfo = chained("FenceCreateInfo", 8, ("flags", u32))
-QueryPoolCreateInfo = chained(
-    "QueryPoolCreateInfo", 11, ("flags", u32), ("type", u32), ("count", u32), ("statistics", u32)
-)
 BufferCreateInfo = chained(
     "BufferCreateInfo",
     12,
@@ -185,6 +182,19 @@ DriverProperties = chained(
     *(("id", u32), ("name", ctypes.c_char * 256), ("info", ctypes.c_char * 256), ("conformance", ctypes.c_uint8 * 4)),
 )
 
+# Features and properties that cooperative matrices need, and the subgroup size of a pipeline that uses them.
+Features2 = chained("Features2", 1000059000, ("features", u32 * 55))
+CooperativeMatrixFeatures = chained("CooperativeMatrixFeatures", 1000506000, *_u32s("matrix robust"))
+CooperativeMatrixProperties = chained(
+    "CooperativeMatrixProperties", 1000506001, *_u32s("m n k a b c result saturating scope")
+)
+MemoryModelFeatures = chained("MemoryModelFeatures", 1000211000, *_u32s("model device chains"))
+Float16Features = chained("Float16Features", 1000082000, *_u32s("float16 int8"))
+Bfloat16Features = chained("Bfloat16Features", 1000141000, *_u32s("type dot matrix"))
+SubgroupSizeFeatures = chained("SubgroupSizeFeatures", 1000225002, *_u32s("control full"))
+SubgroupSizeProperties = chained("SubgroupSizeProperties", 1000225000, *_u32s("least most subgroups stages"))
+RequiredSubgroupSize = chained("RequiredSubgroupSize", 1000225001, ("size", u32))
+
 
 @cache
 def library() -> Any:
@@ -232,6 +242,6 @@ def enumerate_all(function: Any, kind: Any, *arguments: Any) -> Any:
     """Vulkan's two calls: how many, then all of them."""
     count = u32()
     check(function(*arguments, address(count), None) or 0, "an enumeration")
-    found = (kind * max(1, count.value))()
+    found = (kind * max(1, count.value))(*[make(kind) for _ in range(count.value if hasattr(kind, "TYPE") else 0)])
     check(function(*arguments, address(count), address(found)) or 0, "an enumeration")
     return found[: count.value]

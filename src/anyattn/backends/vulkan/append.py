@@ -14,7 +14,6 @@ from . import tables, tuning
 from .arrays import VECTOR, Region
 from .device_array import DeviceArray
 from .engine import Engine, Grid, Job, Launch
-from .forward import module_name
 from .memory import Buffer
 
 ROTARY, INTERLEAVED = 1, 2  # bits of append.comp
@@ -73,7 +72,7 @@ def _move(
     table = job.upload_bytes(tables.pack(values, None, np.concatenate(rest)))
     used = -(-source.shape[-1] // VECTOR)
     config = tuning.Config(64, used, used, 1, 1, 4, tables.FEATURES["paged"], append.q.dtype, False, False)
-    pipeline = job.engine.pipelines.get(module_name("append", config), config.constants(), unroll=False)
+    pipeline = job.engine.pipeline("append", config)
     job.commands.barrier()
     buffers = (table, table, source.buffer, target.buffer, *(x or table for x in angles or (table, table)))
     slices = [(buffer, 0, buffer.size) for buffer in buffers]

@@ -11,8 +11,10 @@ from . import device as devices
 from .api import VulkanError
 from .append import append_on_device
 from .backward import BackwardPlan, backward_regions
+from .device import DeviceInfo
 from .engine import current_engine
 from .forward import ForwardPlan, Setup, problem_launches
+from .selftest import usable
 from .tuning import backward_configs
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -51,8 +53,11 @@ class VulkanBackend:
         return reasons or self._limits(problem)
 
     def _limits(self, problem: Problem) -> list[str]:
-        """What the device at hand cannot hold."""
-        info = current_engine().device.info
+        """What the device at hand cannot hold, or computes wrongly."""
+        try:
+            info = _info(problem)
+        except VulkanError as error:
+            return [str(error)]
         if problem.dout is None:
             setup = Setup.of(info, problem)
             regions, launches = setup.regions, setup.launches
@@ -77,15 +82,19 @@ class VulkanBackend:
         return [missing] if missing else crossover.misses(problem, devices.instance().choose())
 
     def plan(self, problem: Problem) -> Plan:
-        return (
-            ForwardPlan(current_engine(), problem) if problem.dout is None else BackwardPlan(current_engine(), problem)
-        )
+        kind = ForwardPlan if problem.dout is None else BackwardPlan
+        return kind(current_engine(), _info(problem), problem)
 
     def append(self, append: Append, call: Call) -> None:
         if append.q.device == "cpu":
             append_on_host(append, call)  # a cache in host memory is not sent back and forth for a row
         else:
             append_on_device(current_engine(), append, call)
+
+
+def _info(problem: Problem) -> DeviceInfo:
+    """The device in use as it may be used for the problem."""
+    return usable(current_engine(), "forward" if problem.dout is None else "backward", problem.dtype)
 
 
 def _backward_reasons(problem: Problem) -> list[str]:

@@ -13,11 +13,11 @@ from ...problem import Problem
 from ..base import Call
 from . import tables, tuning
 from .arrays import ALIGNMENT, VECTOR, Region, lse_region, rows_region, score_region
+from .device import DeviceInfo
 from .engine import DevicePlan, Engine, Grid, Job, Launch
 from .forward import (
     SCORES,
     bind,
-    module_name,
     numpy_view,
     problem_launches,
     problem_regions,
@@ -80,10 +80,9 @@ class Pass:
 class BackwardPlan(DevicePlan):
     """What does not change between calls."""
 
-    def __init__(self, engine: Engine, problem: Problem) -> None:
+    def __init__(self, engine: Engine, info: DeviceInfo, problem: Problem) -> None:
         super().__init__(engine)
         self.problem = problem
-        info = engine.device.info
         self.configs = tuning.backward_configs(info, problem)
         self.part_sizes = tuning.part_sizes(info, self.configs)
         self.regions = backward_regions(problem, self.configs)
@@ -96,6 +95,10 @@ class BackwardPlan(DevicePlan):
             one_row, one_key = (size == 1 for size in problem.bias.shape[2:])
             self.values |= {"row_tiles": row_tiles, "key_tiles": key_tiles}
             self.values |= {"row_tile": key_terms if one_row else 0, "key_tile": int(one_key)}
+
+    @property
+    def path(self) -> str:
+        return self.configs["dq"].path
 
     def backward(self, call: Call) -> None:
         if 0 in self.problem.lse_shape:
@@ -139,8 +142,7 @@ class BackwardPlan(DevicePlan):
         return buffers | upload_tables(job, self.problem, self.values, call)
 
     def _pipeline(self, shader: str) -> int:
-        config = self.configs[shader]
-        return self.engine.pipelines.get(module_name(shader, config), config.constants(), unroll=config.unroll)
+        return self.engine.pipeline(shader, self.configs[shader])
 
     def _delta(self, job: Job, launch: Launch, buffers: Mapping[str, Buffer]) -> None:
         problem, config = self.problem, self.configs["delta"]

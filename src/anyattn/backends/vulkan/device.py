@@ -5,13 +5,14 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from ... import settings
-from . import api
+from . import api, matrices
 from .api import DeviceLost, VulkanError, address, check, make, u32
+from .matrices import Matrices
 
 KINDS = {0: "other", 1: "integrated", 2: "discrete", 3: "virtual", 4: "software"}
 ORDER = ("discrete", "integrated", "virtual", "other", "software")
@@ -25,6 +26,7 @@ PORTABILITY = "VK_KHR_portability_subset"
 PORTABILITY_ENUMERATION = b"VK_KHR_portability_enumeration"
 DEBUG_UTILS = b"VK_EXT_debug_utils"
 WARNINGS_AND_ERRORS, EVERY_KIND = 0x1100, 7
+SCALAR, SHUFFLES, MATRICES = "scalar", "subgroup shuffles", "cooperative matrices"
 VALIDATION = b"VK_LAYER_KHRONOS_validation"
 
 
@@ -45,9 +47,9 @@ class DeviceInfo:
     shared_memory: int
     invocations: int  # of one workgroup
     groups: tuple[int, int, int]  # workgroups of one dispatch
-    timestamp_ns: float  # 0: no timestamps
     cache_key: str  # changes with the driver
     extensions: frozenset[str]
+    matrices: Matrices
 
     @property
     def software(self) -> bool:
@@ -60,11 +62,18 @@ class DeviceInfo:
         return ""
 
     def paths(self) -> dict[str, str]:
-        """Ways to compute -> why this device cannot take it; "" where it can."""
+        """Ways to compute, slowest first -> why this device cannot take it; "" where it can."""
         return {
-            "scalar": self.refusal(),
-            "subgroup shuffles": "" if self.shuffle else "the driver offers none in compute shaders",
+            SCALAR: self.refusal(),
+            SHUFFLES: "" if self.shuffle else "the driver offers none in compute shaders",
+            MATRICES: self.matrices.off,
         }
+
+    def without(self, path: str) -> DeviceInfo:
+        """The device as it is used where this path computes wrongly."""
+        if path == MATRICES:
+            return replace(self, matrices=Matrices(off="failed its test"))
+        return replace(self, shuffle=False)
 
     def describe(self) -> dict[str, Any]:
         """JSON-ready, for `anyattn info`."""
@@ -174,25 +183,27 @@ class Instance:
         if properties.api >= API_VERSION:
             function = self.function("vkGetPhysicalDeviceProperties2", *[ctypes.c_void_p] * 2, result=None)
             function(physical, address(both))
-        limits, version = properties.limits, properties.api
+        limits, raw, extensions = properties.limits, properties.api, self._extensions(physical)
+        version = (raw >> 22 & 0x7F, raw >> 12 & 0x3FF, raw & 0xFFF)
+        shuffle = bool(subgroup.operations & SHUFFLE and subgroup.stages & COMPUTE_STAGE)
         text = f"{driver.name.decode()} {driver.info.decode()}".strip()
         return DeviceInfo(
             index=index,
             name=properties.name.decode(errors="replace"),
             kind=KINDS.get(properties.type, "other"),
-            api=(version >> 22 & 0x7F, version >> 12 & 0x3FF, version & 0xFFF),
+            api=version,
             driver=text or hex(properties.driver),
             subgroup=subgroup.size,
-            shuffle=bool(subgroup.operations & SHUFFLE and subgroup.stages & COMPUTE_STAGE),
+            shuffle=shuffle,
             storage_range=limits.maxStorageBufferRange,
             allocation=maintenance.allocation or 2**30,
             alignment=limits.minStorageBufferOffsetAlignment,
             shared_memory=limits.maxComputeSharedMemorySize,
             invocations=min(limits.maxComputeWorkGroupInvocations, limits.group_size[0]),
             groups=(limits.groups_x, limits.groups_y, limits.groups_z),
-            timestamp_ns=limits.timestampPeriod if limits.timestamps else 0.0,
             cache_key=f"{bytes(properties.cache_uuid).hex()}-{properties.driver:x}",
-            extensions=self._extensions(physical),
+            extensions=extensions,
+            matrices=matrices.query(self.function, physical, version, extensions),
         )
 
     def _extensions(self, physical: Any) -> frozenset[str]:
@@ -263,7 +274,7 @@ class Device:
     def _create(self) -> Any:
         priority = ctypes.c_float(1.0)
         queue = make(api.QueueCreateInfo, family=self.family, count=1, priorities=address(priority))
-        wanted = [name.encode() for name in (PORTABILITY,) if name in self.info.extensions]
+        wanted = [name.encode() for name in (PORTABILITY, *self._matrix_extensions()) if name in self.info.extensions]
         names = (ctypes.c_char_p * max(1, len(wanted)))(*wanted)
         info = make(
             api.DeviceCreateInfo,
@@ -272,10 +283,16 @@ class Device:
             n_extensions=len(wanted),
             extensions=ctypes.cast(names, ctypes.c_void_p),
         )
+        if self.info.matrices.shapes:
+            features = matrices.query_features(self.instance.function, self.physical, self.info.extensions)
+            info.pNext = features.chain()
         handle = ctypes.c_void_p()
         create = self.instance.function("vkCreateDevice", *[ctypes.c_void_p] * 4)
         check(create(self.physical, address(info), None, address(handle)), f"{self.info.name}: vkCreateDevice")
         return handle
+
+    def _matrix_extensions(self) -> tuple[str, ...]:
+        return (matrices.MATRIX, matrices.BFLOAT16) if self.info.matrices.shapes else ()
 
 
 _open: dict[str, Any] = {}  # "instance" and "device"

@@ -18,6 +18,7 @@ from .commands import Commands, Slice
 from .device import Device
 from .memory import Buffer, Memory
 from .pipeline import Layout, Pipelines
+from .tuning import Config
 
 PUSH = struct.Struct("=8I")
 SUBMIT_SECONDS = 0.1  # no watchdog of any system is that short
@@ -36,6 +37,11 @@ class Engine:
         self.pipelines = Pipelines(device, self.layout)
         self.commands = Commands(device, self.layout)
         self.rate = FIRST_RATE.get(device.info.kind, DEFAULT_RATE)
+
+    def pipeline(self, shader: str, config: Config) -> int:
+        """The handle of a shader's pipeline."""
+        name = config.module(shader)
+        return self.pipelines.get(name, config.constants(), unroll=config.unroll, subgroup=config.subgroup)
 
 
 _engines: dict[Device, Engine] = {}

@@ -84,15 +84,19 @@ class Setup:
 class ForwardPlan(DevicePlan):
     """What does not change between calls."""
 
-    def __init__(self, engine: Engine, problem: Problem) -> None:
+    def __init__(self, engine: Engine, info: DeviceInfo, problem: Problem) -> None:
         super().__init__(engine)
         self.problem = problem
-        setup = Setup.of(engine.device.info, problem)
+        setup = Setup.of(info, problem)
         self.config, self.regions, self.launches = setup.config, setup.regions, setup.launches
         self.split_keys, self.splits = setup.split_keys, setup.splits
         self.values = tables.problem_values(problem, self.regions)
         if self.splits > 1:
             self.values |= self._partial_values()
+
+    @property
+    def path(self) -> str:
+        return self.config.path
 
     def forward(self, call: Call) -> None:
         problem = self.problem
@@ -142,7 +146,7 @@ class ForwardPlan(DevicePlan):
         problem, config = self.problem, self.config
         if self.splits > 1:
             buffers |= {name: job.buffer(size) for name, size in self.partial_bytes.items()}
-        pipeline = job.engine.pipelines.get(module_name("forward", config), config.constants(), unroll=config.unroll)
+        pipeline = job.engine.pipeline("forward", config)
         blocks = -(-problem.seqlen_q * problem.group // config.tile)
         per_score = 8 * (config.dim + config.dim_v) + SOFTMAX_OPERATIONS
         for launch in self.launches:
@@ -155,19 +159,14 @@ class ForwardPlan(DevicePlan):
                 self._combine(job, launch, buffers, units)
 
     def _combine(self, job: Job, launch: Launch, buffers: Mapping[str, Buffer], units: int) -> None:
-        config, problem = replace(self.config, shuffle=False), self.problem
-        pipeline = job.engine.pipelines.get(module_name("combine", config), config.constants(), unroll=config.unroll)
+        config, problem = replace(self.config, shuffle=False, matrix=None), self.problem
+        pipeline = job.engine.pipeline("combine", config)
         vectors = problem.seqlen_q * problem.group * config.dim_v
         slices = bind(problem, launch, self.regions, buffers, COMBINE_BINDINGS)
         job.commands.barrier()
         work = float(vectors) * units * self.splits * SOFTMAX_OPERATIONS
         job.run(pipeline, launch, slices, Grid(-(-vectors // config.workgroup), units, work, self.splits))
         job.commands.barrier()  # the next launch writes the same partial results
-
-
-def module_name(shader: str, config: tuning.Config) -> str:
-    """The .spv that holds this shader for the problem's dtype and the device's abilities."""
-    return f"{shader}_{'16' if config.half else 'f32'}{'_shuffle' if config.shuffle else ''}"
 
 
 def bind(

@@ -14,6 +14,7 @@ from .spirv import freeze
 
 STORAGE_BUFFER = 7
 PUSH_BYTES = 32
+FULL_SUBGROUPS = 2
 BINARIES = Path(__file__).parent / "binaries"
 
 
@@ -39,19 +40,25 @@ class Pipelines:
         self._cache = device.create("vkCreatePipelineCache", make(api.PipelineCacheCreateInfo))
         self._made: dict[tuple[str, tuple[tuple[int, int], ...], bool], int] = {}
 
-    def get(self, name: str, constants: Mapping[int, int], *, unroll: bool) -> int:
-        """The handle of the pipeline of binaries/<name>.spv with these specialization constants."""
+    def get(self, name: str, constants: Mapping[int, int], *, unroll: bool, subgroup: int = 0) -> int:
+        """The handle of the pipeline of binaries/<name>.spv with these specialization constants.
+
+        `subgroup`: the size of its subgroups, where they must all be full and of one size.
+        """
         key = (name, tuple(sorted(constants.items())), unroll)
         if key not in self._made:
-            self._made[key] = self._create(freeze(binary(name), constants, unroll=unroll))
+            self._made[key] = self._create(freeze(binary(name), constants, unroll=unroll), subgroup)
         return self._made[key]
 
-    def _create(self, module: bytes) -> int:
+    def _create(self, module: bytes, subgroup: int) -> int:
         device = self.device
         code = ctypes.create_string_buffer(module, len(module))
         info = make(api.ShaderModuleCreateInfo, size=len(module), code=address(code))
         shader = device.create("vkCreateShaderModule", info)
         stage = make(api.StageCreateInfo, stage=COMPUTE_STAGE, module=shader, name=b"main")
+        size = make(api.RequiredSubgroupSize, size=subgroup)
+        if subgroup:
+            stage.flags, stage.pNext = FULL_SUBGROUPS, address(size)
         whole = make(api.ComputePipelineCreateInfo, stage=stage, layout=self.layout.handle, base_index=-1)
         made = u64()
         raw = ctypes.c_void_p

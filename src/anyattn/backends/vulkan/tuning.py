@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 from ...problem import Problem
 from .arrays import VECTOR
-from .device import DeviceInfo
+from .device import MATRICES, SCALAR, SHUFFLES, DeviceInfo
+from .matrices import Shape
 from .tables import feature_bits
 
 
@@ -25,11 +26,27 @@ class Config:
     dtype: str
     unroll: bool
     shuffle: bool
+    matrix: Shape | None = None
+    subgroup: int = 0  # of matrices: they belong to subgroups of one size
 
     def constants(self) -> dict[int, int]:
         """By specialization id."""
         numbers = (self.workgroup, self.dim, self.dim_v, self.lanes, self.rows, self.keys, self.features)
-        return {**dict(enumerate(numbers)), 7: int(self.dtype == "bfloat16")}
+        constants = {**dict(enumerate(numbers)), 7: int(self.dtype == "bfloat16")}
+        if self.matrix:
+            constants |= {8: self.matrix.m, 9: self.matrix.n, 10: self.matrix.k, 11: self.subgroup}
+        return constants
+
+    @property
+    def path(self) -> str:
+        """See DeviceInfo.paths."""
+        return MATRICES if self.matrix else SHUFFLES if self.shuffle else SCALAR
+
+    def module(self, shader: str) -> str:
+        """The .spv that holds this shader for the problem's dtype and the device's abilities."""
+        if self.matrix:
+            return f"{shader}_matrix_{'bf16' if self.dtype == 'bfloat16' else 'f16'}"
+        return f"{shader}_{'16' if self.half else 'f32'}{'_shuffle' if self.shuffle else ''}"
 
     @property
     def half(self) -> bool:
@@ -49,12 +66,43 @@ GENERIC_DIM = 16
 SOFTWARE_ITERATIONS = 60_000
 FEW_WORKGROUPS = 256  # below, keys are split until there are as many
 LEAST_SPLIT = 256
+FEW_ROWS = 4  # below, most of a matrix would multiply nothing
+MATRIX_KEYS = 32  # of a step
 UNBOUNDED = 2**30
 SHARED_TILES = 32  # side by side, where all rows or all keys share a bias: what is left to sum.comp
 
 
 def forward_config(info: DeviceInfo, problem: Problem) -> Config:
     """Depends on nothing but one sequence's sizes, so a sequence's result does not depend on its batch."""
+    config = scalar_config(info, problem)
+    shape = info.matrices.best(problem.dtype)
+    if shape is None or (problem.seqlen_q * problem.group < FEW_ROWS and not problem.batch_invariant):
+        return config
+    return matrix_config(info, problem, shape, config) or config
+
+
+def matrix_config(info: DeviceInfo, problem: Problem, shape: Shape, scalar: Config) -> Config | None:
+    """The largest workgroup that fits, but not one without rows for it; None if none fits."""
+    dim, dim_v = _round(scalar.dim, shape.k // VECTOR), _round(scalar.dim_v, shape.n // VECTOR)
+    lanes = max(info.subgroup // shape.m, 1)
+    rows = -(-shape.m * lanes // info.subgroup)
+    config = replace(scalar, dim=dim, dim_v=dim_v, lanes=lanes, rows=rows, keys=MATRIX_KEYS, shuffle=False)
+    for subgroups in (4, 2, 1):
+        config = replace(config, workgroup=subgroups * info.subgroup, matrix=shape, subgroup=info.subgroup)
+        needed = subgroups == 1 or config.tile // 2 < problem.seqlen_q * problem.group
+        if needed and config.workgroup <= info.invocations and _shared_bytes(config) <= info.shared_memory:
+            return config
+    return None
+
+
+def _shared_bytes(config: Config) -> int:
+    """What forward_matrix.comp declares."""
+    tile = config.keys * (max(config.dim, config.dim_v) + 2) * 8
+    return tile + config.tile * ((config.keys + 4) * 4 + (config.keys // 4 + 2) * 8)
+
+
+def scalar_config(info: DeviceInfo, problem: Problem) -> Config:
+    """One invocation, or several lanes, for each row."""
     dim, dim_v = vectors(problem.head_dim), vectors(problem.head_dim_v)
     features = feature_bits(problem)
     if info.software:
@@ -80,16 +128,25 @@ def split_keys(info: DeviceInfo, problem: Problem, config: Config) -> int:
     Splits begin at multiples of it: without the first rule a sequence's result would depend on its batch.
     """
     if info.software:
-        return SOFTWARE_ITERATIONS // ((config.dim + config.dim_v) // config.lanes + 1) * config.keys
+        return SOFTWARE_ITERATIONS // _step_iterations(config) * config.keys
     workgroups = problem.batch * problem.nheads_kv * -(-problem.seqlen_q * problem.group // config.tile)
     if problem.batch_invariant or workgroups >= FEW_WORKGROUPS:
         return max(problem.seqlen_k, 1)
-    return max(LEAST_SPLIT, _round(-(-problem.seqlen_k * workgroups // FEW_WORKGROUPS), 8))
+    return max(LEAST_SPLIT, _round(-(-problem.seqlen_k * workgroups // FEW_WORKGROUPS), MATRIX_KEYS))
+
+
+def _step_iterations(config: Config) -> int:
+    """Iterations of one step over KEYS keys, with all the loops in it."""
+    if config.matrix is None:
+        return (config.dim + config.dim_v) // config.lanes + 1
+    staged = -(-config.keys * (config.dim + config.dim_v) // config.workgroup) + 2
+    tiles = config.keys // min(config.matrix.n, config.matrix.k)
+    return staged + (config.dim + config.dim_v) * tiles + 2 * config.rows * config.keys + 1
 
 
 def backward_configs(info: DeviceInfo, problem: Problem) -> dict[str, Config]:
     """By shader; all with the same vectors of a row, so that they read the same memory."""
-    base = forward_config(info, problem)
+    base = scalar_config(info, problem)
     if info.software:
         own = base.rows
     else:

@@ -1,0 +1,124 @@
+"""Does this driver compute right? Asked of each way to compute before its first use, against the definition.
+
+Drivers have bugs that no test of ours can meet: a way that computes wrongly is left out, and the next one is asked.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ... import reference
+from ...dtypes import narrow, widen
+from ...problem import INPUTS, SAVED, Array, Options, Problem, make_problem
+from ..base import Call
+from .api import DeviceLost, VulkanError
+from .backward import BackwardPlan
+from .device import SCALAR, DeviceInfo
+from .engine import Engine
+from .forward import ForwardPlan
+
+logger = logging.getLogger("anyattn")
+
+# Several tiles of rows and of keys and a bit; head dims that are no whole number of vectors per lane.
+SHAPES = {"q": (1, 70, 2, 72), "k": (1, 150, 1, 72), "v": (1, 150, 1, 40), "dout": (1, 70, 2, 40)}
+LSE_SHAPE = (1, 2, 70)
+OPTIONS = Options(left=100, right=0, softcap=20.0)
+# of the largest value: many roundings, and far below what a wrong tile would bring
+TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 8e-2}
+
+Arrays = dict[str, npt.NDArray[Any]]
+# (driver, direction, dtype) -> path -> why it is left out; "": it has passed
+_results: dict[tuple[str, str, str], dict[str, str]] = {}
+
+
+def failures() -> list[str]:
+    """What was left out in this process."""
+    return [
+        f"{path}: {why} ({direction}, {dtype})"
+        for (_, direction, dtype), results in _results.items()
+        for path, why in results.items()
+        if why
+    ]
+
+
+def usable(engine: Engine, direction: str, dtype: str) -> DeviceInfo:
+    """The device without the paths that fail.
+
+    Raises:
+        VulkanError: every path does. DeviceLost: the device did not survive one.
+    """
+    info, problem = engine.device.info, _problem(direction, dtype)
+    results = _results.setdefault((info.cache_key, direction, dtype), {})
+    while True:
+        plan = (ForwardPlan if problem.dout is None else BackwardPlan)(engine, info, problem)
+        if plan.path not in results:
+            results[plan.path] = wrong = _try(plan, problem)
+            if wrong:
+                logger.warning("%s: %s left out: %s (%s, %s)", info.name, plan.path, wrong, direction, dtype)
+        wrong = results[plan.path]
+        if not wrong:
+            return info
+        if plan.path == SCALAR:
+            raise VulkanError(f"{info.name} computes wrongly: {wrong} ({direction}, {dtype})")
+        info = info.without(plan.path)
+
+
+def _problem(direction: str, dtype: str) -> Problem:
+    given: dict[str, Array | None] = dict.fromkeys((*INPUTS, *SAVED))
+    names = ("q", "k", "v") if direction == "forward" else ("q", "k", "v", "dout")
+    given |= {name: _describe(SHAPES[name], dtype) for name in names}
+    if direction == "backward":
+        given |= {"out": given["dout"], "lse": _describe(LSE_SHAPE, "float32")}
+    return make_problem(given, OPTIONS)
+
+
+def _describe(shape: tuple[int, ...], dtype: str) -> Array:
+    strides = tuple(int(np.prod(shape[axis + 1 :])) for axis in range(len(shape)))
+    return Array(shape, strides, dtype)
+
+
+class _HostArrays:
+    """NumPy arrays, bfloat16 as its bits already."""
+
+    name = "numpy"
+
+    def numpy(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return array
+
+
+def _try(plan: Any, problem: Problem) -> str:
+    """Why the plan is of no use; "" if all is well."""
+    try:
+        return _mismatches(plan, problem)
+    except VulkanError as error:
+        if isinstance(error, DeviceLost) and plan.path == SCALAR:
+            raise  # says nothing about the next call
+        return str(error)
+
+
+def _mismatches(plan: Any, problem: Problem) -> str:
+    dtype, rng = problem.dtype, np.random.default_rng(0)
+    arrays = {name: narrow(rng.standard_normal(shape), dtype) for name, shape in SHAPES.items()}
+    out, lse = reference.forward(problem, arrays)
+    call = Call(_HostArrays(), arrays["q"], arrays["k"], arrays["v"])  # type: ignore[arg-type]  # all that plans use
+    if problem.dout is None:
+        wanted = {"out": out, "lse": lse}
+    else:
+        call.out, call.lse, call.dout = narrow(out, dtype), lse.astype(np.float32), arrays["dout"]
+        found = vars(reference.backward(problem, arrays, widen(arrays["dout"], dtype)))
+        wanted = {name: found[name] for name in ("dq", "dk", "dv")}
+    for name, value in wanted.items():
+        setattr(call, name, narrow(np.full_like(value, np.nan), "float32" if name == "lse" else dtype))
+    plan.forward(call) if problem.dout is None else plan.backward(call)
+    return "; ".join(filter(None, (_mismatch(call, name, value, dtype) for name, value in wanted.items())))
+
+
+def _mismatch(call: Call, name: str, value: npt.NDArray[Any], dtype: str) -> str:
+    got = getattr(call, name)
+    error = np.abs(widen(got, "float32" if name == "lse" else dtype) - value).max()
+    accepted = TOLERANCE[dtype] * np.abs(value).max()
+    return "" if error <= accepted else f"{name} is off by {error:.2g}, more than {accepted:.2g}"
