@@ -25,6 +25,7 @@ from anyattn.backends.vulkan import api, backend, crossover
 from anyattn.backends.vulkan import device as devices
 from anyattn.backends.vulkan.crossover import CAUTIOUS, NEVER, Crossover
 from anyattn.backends.vulkan.device import DeviceInfo
+from anyattn.backends.vulkan.matrices import Matrices
 from anyattn.bench import crossover as measuring
 from anyattn.bench.crossover import Point
 from anyattn.bench.timing import Timing
@@ -45,9 +46,9 @@ GPU = DeviceInfo(
     shared_memory=2**15,
     invocations=1024,
     groups=(2**16, 2**16, 2**16),
-    timestamp_ns=1.0,
     cache_key="ab-1",
     extensions=frozenset(),
+    matrices=Matrices(off="none"),
 )
 
 
@@ -70,8 +71,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     def put(info: DeviceInfo | None) -> None:
         instance = SimpleNamespace(choose=lambda: info, devices=(info,))
         monkeypatch.setattr(devices, "instance", lambda: instance if info else pytest.fail("looked for a device"))
-        engine = SimpleNamespace(device=SimpleNamespace(info=info))
-        monkeypatch.setattr(backend, "current_engine", lambda: engine)
+        monkeypatch.setattr(backend, "usable", lambda *arguments: info)
+        monkeypatch.setattr(backend, "current_engine", lambda: None)
         dispatch.forget()
 
     return put
