@@ -54,15 +54,28 @@ def described(driver: str) -> dict[str, str]:
     return device
 
 
+def path_of_halves(driver: str) -> str:
+    """How a plan for float16 computes: matrices are left out where their own test fails."""
+    code = (
+        "import sys; sys.path.insert(0, 'tests')\n"
+        "from cases import named; from inputs import build; from anyattn import dispatch\n"
+        "problem, _ = build(named('huge_scores_f16')).canonical()\n"
+        "print(dispatch.get('vulkan').plan(problem).path)"
+    )
+    return started(driver, "-c", code).strip()
+
+
 def test_mesa_is_one_with_cooperative_matrices() -> None:
     found = described("mesa")
     assert "llvmpipe" in found["name"] and "cooperative matrices" in found["paths"]
+    assert path_of_halves("mesa") == "cooperative matrices"
 
 
 def test_swiftshader_is_the_least_device() -> None:
     found = described("swiftshader")
     assert "SwiftShader" in found["name"] and "subgroups of 4" in found["driver"]
     assert "cooperative matrices: the driver has no VK_KHR_cooperative_matrix" in found["off"]
+    assert path_of_halves("swiftshader") == "scalar"
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
