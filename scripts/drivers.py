@@ -109,6 +109,7 @@ def apt(state: Path, *arguments: str) -> None:
         "APT::Sandbox::User": "root",
         "Debug::NoLocking": "true",
         "Acquire::Retries": "3",
+        "APT::Update::Error-Mode": "any",  # a list that does not come is an error now, not a riddle later
     }
     command("apt-get", "-qq", *(f"-o{name}={value}" for name, value in options.items()), *arguments, folder=state)
 
