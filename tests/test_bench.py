@@ -237,6 +237,13 @@ def test_who_is_absent_is_named() -> None:
     assert set(results["cases"][0]["seconds"]) == {"anyattn"}
 
 
+def test_results_are_kept_after_every_step() -> None:
+    kept: list[tuple[int, bool]] = []
+    wanted = plan(cases=[small(LARGE)] * 2, sections=("citizen",), providers=providers.PROVIDERS[:1])
+    run.run(replace(wanted, keep=lambda results: kept.append((len(results["cases"]), "citizen" in results))))
+    assert kept == [(1, False), (2, False), (2, True)]
+
+
 def test_a_failure_is_told_and_the_rest_goes_on() -> None:
     class Broken(Fake):
         def prepare(self, inputs: Inputs, threads: int) -> Prepared:

@@ -142,7 +142,7 @@ struct Few {
 
     static Keys load_keys(const KeyRows &keys, int64_t j, int64_t n, int64_t, int, char *buffer) {
         const char **rows = reinterpret_cast<const char **>(buffer);
-        for (int64_t r = 0; r < n; ++r) rows[r] = keys.row(j + r);
+        keys.for_each(j, n, [&](int64_t r, const char *row) { rows[r] = row; });
         for (int64_t r = n; r < n + lanes<C>; ++r) rows[r] = rows[n - 1];
         return {rows, keys.rows.dtype};
     }

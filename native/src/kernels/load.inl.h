@@ -166,9 +166,25 @@ struct KeyRows {
     const int32_t *pages;  // null: not paged
     int64_t page_size, page_stride;
 
-    const char *row(int64_t j) const {
-        if (!pages) return rows.row(j);
-        return rows.row(j % page_size) + pages[j / page_size] * page_stride;
+    // Of row j, from the first row: the same for every head.
+    int64_t offset(int64_t j) const {
+        if (!pages) return j * rows.stride;
+        return j % page_size * rows.stride + pages[j / page_size] * page_stride;
+    }
+    const char *row(int64_t j) const { return rows.data + offset(j); }
+
+    // body(i, row j + i) for n rows, with one division in all.
+    template <class Body>
+    ANYATTN_INLINE void for_each(int64_t j, int64_t n, const Body &body) const {
+        if (!pages) {
+            for (int64_t i = 0; i < n; ++i) body(i, rows.row(j + i));
+            return;
+        }
+        int64_t page = j / page_size, slot = j % page_size;
+        for (int64_t i = 0; i < n; ++page, slot = 0) {
+            const char *row = rows.row(slot) + pages[page] * page_stride;
+            for (; slot < page_size && i < n; ++slot, ++i, row += rows.stride) body(i, row);
+        }
     }
 };
 
@@ -205,11 +221,12 @@ ANYATTN_INLINE void with_dtype([[maybe_unused]] int32_t dtype, const Body &body)
 struct Ahead {
     const KeyRows *rows;  // of each head
     int64_t heads, j, end, bytes;
-    int64_t head = 0;
+    int64_t head = 0, offset = 0;
 
     ANYATTN_INLINE void fetch() {
         if (j >= end) return;
-        const char *row = rows[head].row(j);
+        if (head == 0) offset = rows->offset(j);
+        const char *row = rows[head].rows.data + offset;
         for (int64_t x = 0; x < bytes; x += 64) __builtin_prefetch(row + x, 0, 2);
         if (++head == heads) {
             head = 0;

@@ -66,11 +66,13 @@ def _measure(plan: Any, arguments: argparse.Namespace) -> int:
     from ..bench import plots, report
     from ..bench.run import run as measure
 
+    def keep(results: dict[str, Any]) -> None:
+        if arguments.json:
+            report.write(results, arguments.json)
+
     with _progress(plan.steps) as progress:
-        results = measure(replace(plan, progress=progress))
+        results = measure(replace(plan, progress=progress, keep=keep))
     _print(results)
-    if arguments.json:
-        report.write(results, arguments.json)
     if arguments.plot:
         for path in plots.plot(results, arguments.plot):
             print(f"wrote {path}")
@@ -159,9 +161,9 @@ def _list(plan: Any) -> None:
 
 @contextlib.contextmanager
 def _progress(steps: int) -> Iterator[Callable[[str], None]]:
-    """A bar on a terminal's error stream, where rich is installed; else one line that is written over."""
+    """A bar on a terminal, where rich is installed; else one line that is written over; in a log, lines."""
     if not sys.stderr.isatty():
-        yield lambda text: None
+        yield lambda text: (sys.stderr.write(f"{text}\n"), sys.stderr.flush(), None)[-1]
     elif find_spec("rich") is None:
         yield lambda text: (sys.stderr.write(f"\r{text[:78]:78}\r"), sys.stderr.flush(), None)[-1]
     else:

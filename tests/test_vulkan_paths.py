@@ -1,0 +1,225 @@
+"""Which way a Vulkan device computes: the choice, what a driver must offer, and what is left out when it fails."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from cases import Case
+from inputs import build
+from test_vulkan import VULKAN
+from test_vulkan import pytestmark as needs_vulkan
+
+import anyattn
+from anyattn import dispatch
+from anyattn.backends.vulkan import api, matrices, selftest, tuning
+from anyattn.backends.vulkan import device as devices
+from anyattn.backends.vulkan.device import MATRICES, SCALAR, SHUFFLES
+from anyattn.backends.vulkan.engine import current_engine
+from anyattn.backends.vulkan.matrices import Matrices, Shape
+from anyattn.backends.vulkan.pipeline import Pipelines
+from anyattn.problem import Problem
+
+pytestmark = needs_vulkan
+X = np.random.default_rng(0).standard_normal((1, 40, 2, 24), np.float32)
+
+
+@pytest.fixture(autouse=True)
+def _untested(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing has passed its test yet."""
+    VULKAN.use()
+    dispatch.forget()
+    monkeypatch.setattr(selftest, "_results", {})
+    yield
+    dispatch.forget()
+
+
+@pytest.fixture
+def shuffling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, four lanes share a row, by shuffles where the device has them."""
+    original = tuning.forward_config
+
+    def config(info: devices.DeviceInfo, problem: Problem) -> tuning.Config:
+        chosen = replace(original(info, problem), lanes=4, shuffle=info.shuffle, matrix=None)
+        return replace(chosen, dim=-(-chosen.dim // 4) * 4, dim_v=-(-chosen.dim_v // 4) * 4)
+
+    monkeypatch.setattr(tuning, "forward_config", config)
+
+
+def results() -> dict[str, str]:
+    """path -> why it was left out, of the forward pass in float32."""
+    [found] = [paths for (_, direction, dtype), paths in selftest._results.items() if dtype == "float32"]
+    return found
+
+
+def attend(**given: Any) -> None:
+    """Right, whatever was left out."""
+    want = anyattn.attention(X, X, X, causal=True, backend="numpy")
+    assert np.allclose(anyattn.attention(X, X, X, causal=True, **given), want, atol=1e-5)
+
+
+def test_each_way_is_tested_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried, original = [], selftest._mismatches
+
+    def note(plan: Any, problem: Problem) -> str:
+        tried.append(plan.path)
+        return original(plan, problem)
+
+    monkeypatch.setattr(selftest, "_mismatches", note)
+    for n in (3, 7, 40):
+        anyattn.attention(X[:, :n], X, X, backend="vulkan")
+    assert tried == [SCALAR] and results() == {SCALAR: ""}
+
+
+@pytest.mark.usefixtures("shuffling")
+def test_what_computes_wrongly_is_left_out(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    constants = tuning.Config.constants
+    without_softcap = {6: tuning.ALL_FEATURES & ~8}
+    monkeypatch.setattr(tuning.Config, "constants", lambda x: constants(x) | (without_softcap if x.shuffle else {}))
+    with caplog.at_level(logging.WARNING, "anyattn"):
+        attend(backend="vulkan")
+    assert results()[SHUFFLES].startswith("out is off by ") and results()[SCALAR] == ""
+    assert f"{SHUFFLES} left out: out is off by " in caplog.text and len(caplog.records) == 1
+    assert selftest.failures() == [f"{SHUFFLES}: {results()[SHUFFLES]} (forward, float32)"]
+
+
+@pytest.mark.usefixtures("shuffling")
+@pytest.mark.parametrize("lost", [False, True])
+def test_what_a_driver_refuses_is_left_out(monkeypatch: pytest.MonkeyPatch, lost: bool) -> None:
+    """A shader that it cannot compile, or that the device does not survive; another device is opened then."""
+    get, first = Pipelines.get, current_engine()
+
+    def refuse(self: Pipelines, name: str, *arguments: Any, **named: Any) -> int:
+        if name.endswith("_shuffle"):
+            self.device.check(api.LOST if lost else -3, "vkCreateComputePipelines")
+        return get(self, name, *arguments, **named)
+
+    monkeypatch.setattr(Pipelines, "get", refuse)
+    attend(backend="vulkan")
+    assert "vkCreateComputePipelines: " in results()[SHUFFLES] and results()[SCALAR] == ""
+    assert (current_engine() is not first) is lost
+
+
+def test_a_device_that_computes_nothing_right_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selftest, "_mismatches", lambda plan, problem: "out is off by 3")
+    with pytest.raises(anyattn.UnsupportedProblem, match=r"computes wrongly: out is off by 3 \(forward, float32\)"):
+        attend(backend="vulkan")
+    attend(backend="vulkan,numpy")
+    attend()
+
+
+def gpu(**changes: Any) -> devices.DeviceInfo:
+    """One that is not here."""
+    offered = Matrices((Shape(16, 16, 16, "float16"), Shape(16, 8, 8, "float16"), Shape(16, 16, 16, "bfloat16")))
+    given = {"kind": "discrete", "subgroup": 32, "shuffle": True, "matrices": offered, "shared_memory": 49152}
+    return replace(devices.device().info, **(given | {"invocations": 1024} | changes))
+
+
+@pytest.mark.parametrize(
+    ("case", "path"),
+    [
+        (Case("long_f16", dtype="float16", seqlen_q=500), MATRICES),
+        (Case("long_bf16", dtype="bfloat16", seqlen_q=500), MATRICES),
+        (Case("group_f16", dtype="float16", seqlen_q=1, group=8), MATRICES),
+        (Case("row_f16", dtype="float16", seqlen_q=1), SHUFFLES),
+        (Case("long_f32", seqlen_q=500), SHUFFLES),
+    ],
+    ids=str,
+)
+def test_matrices_where_they_have_rows(case: Case, path: str) -> None:
+    problem, _ = build(case).canonical()
+    config = tuning.forward_config(gpu(), problem)
+    assert config.path == path
+    if path == MATRICES:
+        assert config.matrix == Shape(16, 16, 16, case.dtype)
+        assert config.tile == config.workgroup // config.subgroup * config.matrix.m
+        assert config.keys // config.lanes % 4 == 0
+        # rows of one sequence must not depend on how long others are
+        few = replace(problem, batch_invariant=True, seqlen_q=1)
+        assert tuning.forward_config(gpu(), few).path == path
+
+
+def test_matrices_within_the_limits_of_a_device() -> None:
+    problem, _ = build(Case("wide", dtype="float16", seqlen_q=500, head_dim=256, head_dim_v=256)).canonical()
+    sizes = [tuning.forward_config(gpu(shared_memory=kib << 10), problem).workgroup for kib in (48, 28, 20)]
+    assert sizes == [128, 64, 32]
+    assert tuning.forward_config(gpu(shared_memory=16384), problem).path == SHUFFLES
+    assert tuning.forward_config(gpu(invocations=64), problem).workgroup == 64
+    assert tuning.forward_config(gpu(subgroup=64), problem).lanes == 4
+
+
+class Driver:
+    """vkGetPhysicalDevice... of a device with some features and shapes."""
+
+    def __init__(self, features: set[str], shapes: list[dict[str, int]]) -> None:
+        self.features, self.shapes = features, shapes
+
+    def __call__(self, name: str, *arguments: Any, result: Any = None) -> Any:
+        return {
+            "vkGetPhysicalDeviceFeatures2": self.get_features,
+            "vkGetPhysicalDeviceCooperativeMatrixPropertiesKHR": self.get_shapes,
+        }[name]
+
+    def get_features(self, physical: Any, at: int) -> None:
+        kinds = (
+            *(api.Features2, api.CooperativeMatrixFeatures, api.MemoryModelFeatures, api.Float16Features),
+            *(api.SubgroupSizeFeatures, api.Bfloat16Features),
+        )
+        by_type = {kind.TYPE: kind for kind in kinds}
+        while at:
+            one = by_type[api.u32.from_address(at).value].from_address(at)
+            for field, _ in one._fields_:
+                if f"{type(one).__name__}.{field}" in self.features:
+                    setattr(one, field, 1)
+            at = one.pNext
+
+    def get_shapes(self, physical: Any, count: int, at: int | None) -> int:
+        api.u32.from_address(count).value = len(self.shapes)
+        for index, shape in enumerate(self.shapes if at else ()):
+            size = api.ctypes.sizeof(api.CooperativeMatrixProperties)
+            one = api.CooperativeMatrixProperties.from_address(at + index * size)
+            assert one.sType == one.TYPE
+            for name, value in shape.items():
+                setattr(one, name, value)
+        return 0
+
+
+EXTENSIONS = frozenset({matrices.MATRIX, matrices.BFLOAT16})
+FEATURES = {"CooperativeMatrixFeatures.matrix", "MemoryModelFeatures.model", "Float16Features.float16"}
+FEATURES |= {"SubgroupSizeFeatures.control", "SubgroupSizeFeatures.full"}
+FEATURES |= {"Bfloat16Features.type", "Bfloat16Features.matrix"}
+F16, F32, S8, BF16 = 0, 1, 3, 1000141000
+
+
+def shape(size: int, inputs: int, sums: int, scope: int = 3) -> dict[str, int]:
+    return {"m": size, "n": size, "k": size, "a": inputs, "b": inputs, "c": sums, "result": sums, "scope": scope}
+
+
+SHAPES = [shape(16, F16, F16), shape(16, F16, F32), shape(16, S8, 5), shape(64, F16, F32, 2), shape(8, BF16, F32)]
+
+
+def query(features: set[str] = FEATURES, extensions: frozenset[str] = EXTENSIONS, minor: int = 3) -> Matrices:
+    return matrices.query(Driver(features, SHAPES), None, (1, minor, 0), extensions)
+
+
+def test_what_a_driver_offers() -> None:
+    assert query() == Matrices((Shape(16, 16, 16, "float16"), Shape(8, 8, 8, "bfloat16")))
+    only_half = query(FEATURES - {"Bfloat16Features.matrix"})
+    assert only_half.shapes == (Shape(16, 16, 16, "float16"),) and only_half.best("bfloat16") is None
+    assert query(extensions=EXTENSIONS - {matrices.BFLOAT16}) == only_half
+    assert query().best("float16") == Shape(16, 16, 16, "float16")
+
+
+def test_why_a_driver_offers_too_little() -> None:
+    assert query(extensions=frozenset()).off == "the driver has no VK_KHR_cooperative_matrix"
+    assert query(minor=2).off == "Vulkan 1.3 is needed"
+    lacking = query(FEATURES - {"MemoryModelFeatures.model", "SubgroupSizeFeatures.full"})
+    assert lacking.off == "the driver has no vulkanMemoryModel, computeFullSubgroups"
+    nothing = query(FEATURES - {"Float16Features.float16", "Bfloat16Features.type"})
+    assert nothing.off == "the driver multiplies no 16-bit matrices of 8, 16 or 32 with float32 sums"
+    info = gpu(matrices=nothing)
+    assert info.paths()[MATRICES] == nothing.off and f"{MATRICES}: {nothing.off}" in info.describe()["off"]
