@@ -62,6 +62,7 @@ def text(found: dict[str, Any]) -> str:
     for name, backend in found["backends"].items():
         reason = backend.get("error") or backend.get("reason")
         lines.append(f"backend {name}: {'not available: ' + reason if reason else 'available'}")
+        lines += [f"  {how:19} {', '.join(where)}" for how, where in backend.get("evidence", {}).items()]
     cpu = found["cpu"]
     if "error" in cpu:
         lines += ["", f"native engine: {cpu['error']}"]
@@ -97,7 +98,12 @@ def _try(part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 def _backend(name: str) -> dict[str, Any]:
     reason = dispatch.get(name).available()
-    return {"available": reason is None, "reason": reason}
+    found: dict[str, Any] = {"available": reason is None, "reason": reason}
+    if name == "triton":
+        from ..backends.triton.backend import EVIDENCE
+
+        found["evidence"] = EVIDENCE
+    return found
 
 
 def _required() -> tuple[str, ...]:

@@ -36,11 +36,8 @@ class VulkanBackend:
         return info.refusal() or None
 
     def supports(self, problem: Problem) -> list[str]:
-        reasons = []
-        device = problem.device
-        if device != "cpu" and not device.startswith("vulkan"):
-            reasons.append(f"takes arrays in host memory or on a Vulkan device; q is on {device}")
-        if device.startswith("vulkan") and problem.dout is not None:
+        reasons = _misplaced(problem.device)
+        if problem.device.startswith("vulkan") and problem.dout is not None:
             reasons.append("has no backward on device arrays")
         if problem.dtype not in DTYPES:
             reasons.append(f"computes {', '.join(DTYPES)}; q is {problem.dtype}")
@@ -85,11 +82,21 @@ class VulkanBackend:
         kind = ForwardPlan if problem.dout is None else BackwardPlan
         return kind(current_engine(), _info(problem), problem)
 
+    def supports_append(self, append: Append) -> list[str]:
+        return _misplaced(append.q.device)
+
     def append(self, append: Append, call: Call) -> None:
         if append.q.device == "cpu":
             append_on_host(append, call)  # a cache in host memory is not sent back and forth for a row
         else:
             append_on_device(current_engine(), append, call)
+
+
+def _misplaced(device: str) -> list[str]:
+    """Reasons against arrays there."""
+    if device == "cpu" or device.startswith("vulkan"):
+        return []
+    return [f"takes arrays in host memory or on a Vulkan device; q is on {device}"]
 
 
 def _info(problem: Problem) -> DeviceInfo:
