@@ -37,15 +37,19 @@ def started(driver: str, *arguments: str, **variables: str) -> str:
     return result.stdout
 
 
+def passed(driver: str, *tests: str, **variables: str) -> int:
+    """How many tests passed; none may do anything else."""
+    options = ("-q", "-p", "no:xdist", "-p", "no:cacheprovider")
+    printed = started(driver, "-m", "pytest", *options, *tests, **variables)
+    found = re.search(r"^(\d+) passed(, \d+ deselected)? in .*\s*\Z", printed, re.MULTILINE)
+    assert found, printed[-2000:]
+    return int(found[1])
+
+
 def matrix(driver: str, cases: str, **variables: str) -> int:
-    """How many cases of the common matrix passed; none may do anything else."""
-    options = ("-q", "-p", "no:xdist", "-p", "no:cacheprovider", "-k", f"vulkan and not float64 and ({cases})")
-    printed = started(
-        driver, "-m", "pytest", *options, "tests/test_matrix.py::test_engine_equals_reference", **variables
-    )
-    passed = re.search(r"^(\d+) passed, \d+ deselected in .*\s*\Z", printed, re.MULTILINE)
-    assert passed, printed[-2000:]
-    return int(passed[1])
+    """`passed`, of the common matrix."""
+    tests = ("tests/test_matrix.py::test_engine_equals_reference", "-k", f"vulkan and not float64 and ({cases})")
+    return passed(driver, *tests, **variables)
 
 
 def described(driver: str) -> dict[str, str]:
@@ -81,6 +85,10 @@ def test_swiftshader_is_the_least_device() -> None:
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_matrix_on_mesa(direction: str) -> None:
     assert matrix("mesa", direction, ANYATTN_VULKAN_VALIDATE="1") > 150
+
+
+def test_kernels_with_matrices_on_mesa() -> None:
+    assert passed("mesa", "tests/test_vulkan_matrices.py", ANYATTN_VULKAN_VALIDATE="1") >= 18
 
 
 SMOKE = "plain or everything or decode_paged or varlen_seqused or bias_float32 or paged_odd_page_f16"
