@@ -7,19 +7,22 @@ VENV ?= .venv
 TORCH_INDEX ?=
 JOBS ?= auto
 PYTEST_ARGS ?=
-# Backends that must be there: a missing one fails instead of going untested.
-REQUIRE ?= cpu
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 SECONDS ?= 60
 SOAK_ARGS ?=
+GPU_ARGS ?=
+comma := ,
+# Backends whose absence fails a test run; Triton's kernels run in its interpreter there. It has wheels for Linux alone.
+REQUIRE ?= cpu$(if $(filter Linux,$(shell uname -s)),$(comma)triton)
+AOT_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find native examples -name '*.cc' -o -name '*.cpp' -o -name '*.c' -o -name '*.h' -o -name '*.hpp' | sort)
 PACKAGED := $(shell find src examples native -not -path '*/__pycache__*') pyproject.toml
 
-.PHONY: venv require-native demo test full soak bench shaders lint format sanitize sanitize-python clean
+.PHONY: venv require-native demo test full soak gpu aot bench shaders vulkan-drivers lint format sanitize sanitize-python clean
 .DEFAULT_GOAL := test
 
 venv: $(VENV)/installed
@@ -57,12 +60,22 @@ full: require-native
 
 # Random problems for so many seconds; SOAK_ARGS="--seed N" draws others.
 soak: require-native
-	ANYATTN_REQUIRE=$(REQUIRE) $(BIN)/python tests/soak.py --seconds $(SECONDS) $(SOAK_ARGS)
+	ANYATTN_REQUIRE=cpu $(BIN)/python tests/soak.py --seconds $(SECONDS) $(SOAK_ARGS)
 
 # An install without a working compiler succeeds on purpose; here a missing native library is a failure.
 require-native: venv
-	@ANYATTN_REQUIRE=$(REQUIRE) $(BIN)/python -m anyattn info || \
+	@ANYATTN_REQUIRE=cpu $(BIN)/python -m anyattn info || \
 		{ echo "To see why: $(PIP) install -v --no-deps --no-build-isolation ."; exit 1; }
+
+# On a machine with a GPU, with the Python whose torch reaches it (PYTHON=...): nothing is installed, so the package is
+# run from the checkout. Results go to build/gpu.json.
+gpu:
+	mkdir -p build
+	ANYATTN_BACKEND=triton PYTHONPATH=src $(PYTHON) scripts/gpu.py --json build/gpu.json $(GPU_ARGS)
+
+# Every Triton kernel, compiled for GPUs that need not be here; AOT_ARGS=--write enters it into tests/aot.json.
+aot: venv
+	$(BIN)/python scripts/aot.py --all $(AOT_ARGS)
 
 bench: require-native $(VENV)/bench
 	$(BIN)/python -m anyattn bench --json build/bench.json --plot build/bench.png $(BENCH_ARGS)
@@ -70,6 +83,10 @@ bench: require-native $(VENV)/bench
 # Needs glslangValidator (Debian: glslang-tools); the binaries are committed, so nobody else does.
 shaders:
 	$(PYTHON) scripts/make_shaders.py
+
+# More software drivers for tests/test_vulkan_drivers.py, unpacked into build/drivers; needs Debian's apt-get and its mirror.
+vulkan-drivers:
+	$(PYTHON) scripts/drivers.py
 
 lint: $(VENV)/lint
 	$(BIN)/ruff check --output-format=concise .

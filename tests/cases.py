@@ -214,4 +214,4 @@ def small(cases: list[Case], entries: int) -> list[Case]:
 
 
 SMALL = small(ALL, 20_000)  # a few seconds per engine
-INTERPRETER = small(ALL, 30_000)  # engines that are interpreted: one tile takes milliseconds
+INTERPRETED_ENTRIES = 30_000  # of engines that are interpreted: one tile takes milliseconds

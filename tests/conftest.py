@@ -10,7 +10,10 @@ import sys
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
+# Triton's kernels run here in its interpreter; it reads this when they are first imported.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("ANYATTN_VULKAN_SOFTWARE", "1")
+os.environ["ANYATTN_CACHE"] = "/nowhere"  # no measurement of this machine decides what is tested
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -77,24 +80,32 @@ def _guarded(_memory: Memory) -> Iterator[None]:
 
 @pytest.hookimpl(trylast=True)
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Engines vary fastest, so that what a case expects is computed once for all of them."""
+    """Engines vary fastest, so that what a case expects is computed once for all of them.
+
+    An interpreted engine joins the modules that say INTERPRETED: those about the formula, not about size or speed.
+    """
     if "engine" in metafunc.fixturenames:
-        metafunc.parametrize("engine", engines(), ids=str, indirect=True)
+        slow_too = getattr(metafunc.module, "INTERPRETED", False)
+        found = [engine for engine in engines() if slow_too or not engine.interpreted]
+        metafunc.parametrize("engine", found, ids=str, indirect=True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """An engine without a dtype runs no test of that dtype but the matrix, which asserts its reasons."""
-    left_out = [item for item in items if not computed(item)]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item not in left_out]
+    """An interpreted engine takes the cases that are small enough for it; one without a dtype no test of that dtype."""
+    omitted = {item for item in items if _omitted(item)}
+    config.hook.pytest_deselected(items=list(omitted))
+    items[:] = [item for item in items if item not in omitted]
 
 
-def computed(item: pytest.Item) -> bool:
-    params = item.callspec.params if hasattr(item, "callspec") else {}
-    engine = params.get("engine")
-    if engine is None or item.originalname == "test_engine_equals_reference":
-        return True
-    return all(engine.computes(getattr(value, "dtype", value)) for value in params.values() if value is not engine)
+def _omitted(item: pytest.Item) -> bool:
+    parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    engine = parameters.get("engine")
+    if engine is None:
+        return False
+    dtypes = {getattr(value, "dtype", value) for value in parameters.values() if value is not engine}
+    # The matrix asserts that what an engine does not compute is refused.
+    refuses = item.module.__name__ == "test_matrix"
+    return engine.too_slow_for(parameters.get("case")) or not (refuses or all(map(engine.computes, dtypes)))
 
 
 @pytest.fixture

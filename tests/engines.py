@@ -5,8 +5,15 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
+
+from cases import INTERPRETED_ENTRIES, Case, small
 
 from anyattn import dispatch, settings
+from anyattn.backends.triton.device import interpreted
+from anyattn.problem import Problem
+
+WIDEST = {"triton": 512, "vulkan": 256}  # head_dim of the backends for GPUs
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,12 +23,28 @@ class Engine:
     backend: str
     target: str = ""
 
+    @property
+    def interpreted(self) -> bool:
+        """A tile takes milliseconds."""
+        return self.backend == "triton" and interpreted()
+
+    def may_refuse(self, problem: Problem) -> bool:
+        """What no engine of this kind computes."""
+        if problem.dout is not None and (problem.paged or problem.cache_batch_idx is not None):
+            return self.backend != "numpy"
+        widest = WIDEST.get(self.backend)
+        too_wide = widest is not None and max(problem.head_dim, problem.head_dim_v) > widest
+        return too_wide or not self.computes(problem.dtype)
+
+    def computes(self, dtype: Any) -> bool:
+        """GPUs compute float64 slowly or not at all."""
+        return self.backend not in WIDEST or dtype != "float64"
+
+    def too_slow_for(self, case: Any) -> bool:
+        return self.interpreted and isinstance(case, Case) and not small([case], INTERPRETED_ENTRIES)
+
     def __str__(self) -> str:
         return f"{self.backend}-{self.target}" if self.target else self.backend
-
-    def computes(self, dtype: str) -> bool:
-        """GPUs compute float64 slowly or not at all: the Vulkan backend refuses it."""
-        return self.backend != "vulkan" or dtype != "float64"
 
     def use(self, threads: int = 0) -> None:
         """Makes this engine's settings those in force; plans are forgotten only where something changes."""
@@ -36,7 +59,7 @@ def engines() -> tuple[Engine, ...]:
     """A backend that ANYATTN_REQUIRE names and that is not there is an error, never a shorter list."""
     found = []
     for name in dispatch.NAMES:
-        missing = dispatch.get(name).available()
+        missing = dispatch.get(name).available(named=True)
         if missing and name in settings.current().require:
             raise RuntimeError(f"ANYATTN_REQUIRE names {name}, which is not available: {missing}")
         if not missing:

@@ -11,6 +11,7 @@ import pytest
 import anyattn
 from anyattn import dispatch, settings
 from anyattn.backends.base import Backend
+from anyattn.errors import CompilationError
 from anyattn.problem import Problem
 
 X = np.ones((1, 4, 2, 8), np.float32)
@@ -94,6 +95,23 @@ def test_a_named_backend_never_falls_back() -> None:
         anyattn.attention(X, X, X)
 
 
+def test_kernels_that_do_not_compile_are_passed_over_but_not_if_named(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def plan(problem: Problem) -> None:
+        raise CompilationError("attention_forward(TILE_Q=64): no registers left")
+
+    monkeypatch.setattr(dispatch.get("cpu"), "plan", plan)
+    with caplog.at_level(logging.WARNING, logger="anyattn"):
+        anyattn.attention(X, X, X)
+    assert caplog.messages == ["cpu passed over: attention_forward(TILE_Q=64): no registers left"]
+    with pytest.raises(CompilationError, match="TILE_Q=64"):
+        anyattn.attention(X, X, X, backend="cpu")
+    monkeypatch.setattr(dispatch.get("numpy"), "supports", lambda problem: ["not today"])
+    with pytest.raises(anyattn.UnsupportedProblem, match=r"(?s)cpu: .*TILE_Q=64.*numpy: not today"):
+        anyattn.attention(X[:, :3], X, X)
+
+
 @pytest.mark.usefixtures("missing")
 def test_a_missing_library_warns_once_and_numpy_serves() -> None:
     with pytest.warns(RuntimeWarning, match="no library"):
@@ -112,7 +130,7 @@ def test_required_backends_must_be_there(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_unknown_names_are_refused_with_the_accepted_ones() -> None:
-    with pytest.raises(ValueError, match="backend must be one of cpu, vulkan, numpy; got 'cuda'"):
+    with pytest.raises(ValueError, match="backend must be one of cpu, triton, vulkan, numpy; got 'cuda'"):
         anyattn.attention(X, X, X, backend="cuda")
     with pytest.raises(ValueError, match="got 'cuda'"), anyattn.backend("cuda"):
         pass

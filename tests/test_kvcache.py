@@ -14,6 +14,8 @@ from inputs import NUMPY_DTYPES, build
 import anyattn
 from anyattn import accuracy
 
+INTERPRETED = True
+
 
 @dataclass(frozen=True)
 class Setup:

@@ -50,8 +50,8 @@ NONSENSE = {
         "integers from 1 to 4096, separated by commas",
     ),
     "ANYATTN_CHECK": (("yes", "2", "-1"), "an integer from 0 to 1"),
-    "ANYATTN_BACKEND": (("cuda", "cpu,abacus"), "cpu, vulkan, numpy"),
-    "ANYATTN_REQUIRE": (("cuda",), "cpu, vulkan, numpy"),
+    "ANYATTN_BACKEND": (("cuda", "cpu,abacus"), "cpu, triton, vulkan, numpy"),
+    "ANYATTN_REQUIRE": (("cuda",), "cpu, triton, vulkan, numpy"),
     "ANYATTN_CPU_TARGET": (("abacus", "AVX2", "0"), "baseline"),
 }
 

@@ -186,6 +186,32 @@ def test_fake_and_meta_tensors() -> None:
     assert [(x.shape, x.stride(), x.dtype) for x in anyattn.attention(*meta, return_lse=True)] == want
 
 
+@torch.no_grad()  # torch without CUDA gives no gradient to a tensor that says it is there
+def test_fake_tensors_on_a_gpu() -> None:
+    """Forward, backward, export and compile see a device that is not here."""
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out: Tensor = anyattn.attention(q, k, v, causal=True)
+        return out
+
+    class Module(torch.nn.Module):
+        forward = staticmethod(call)
+
+    def described(*tensors: Tensor) -> list[Any]:
+        return [(x.shape, x.stride(), x.dtype, str(x.device)) for x in tensors]
+
+    with FakeTensorMode():
+        q, k, v = (torch.empty(x.shape, dtype=torch.float16, device="cuda:1") for x in qkv())
+        out, lse = anyattn.attention_forward(q, k, v, causal=True)
+        assert [str(x.device) for x in (out, lse)] == ["cuda:1"] * 2
+        grads = anyattn.attention_backward(out, q, k, v, out, lse, causal=True)
+        assert described(*grads[:3]) == described(q, k, v)
+        program = torch.export.export(Module(), (q, k, v))
+        assert [node for node in program.graph.nodes if str(node.target) == ATTENTION]
+        compiled = torch.compile(call, backend=GRAPHS, fullgraph=True)
+        assert described(compiled(q, k, v)) == described(out)
+
+
 MAPPED: dict[str, tuple[tuple[int | None, ...], dict[str, Any]]] = {
     "queries": ((0, None, None), {}),
     "keys": ((None, 1, 0), {"causal": True}),

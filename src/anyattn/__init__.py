@@ -16,17 +16,15 @@ from .api import (
     attention_forward,
     attention_varlen,
     attention_with_kvcache,
-    explain,
     flash_attention,
-    get_available_backends,
     merge,
-    print_backend_info,
 )
 from .dispatch import Explanation, backend
 from .errors import UnsupportedProblem
 from .heads_first import sdpa
 from .mask import Mask
 from .native import get_include, get_library
+from .planning import explain, get_available_backends, print_backend_info, warmup
 
 __version__ = "0.1.0"
 
@@ -49,6 +47,7 @@ __all__ = [
     "merge",
     "print_backend_info",
     "sdpa",
+    "warmup",
 ]
 
 

@@ -5,13 +5,11 @@ Here mask arguments become interval bounds and arguments their canonical order; 
 
 from __future__ import annotations
 
-import sys
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import dispatch
 from .arguments import Array, Window, bounds, explicit, paged_lengths
 from .problem import Options
 
@@ -131,7 +129,7 @@ def attention(
         None,
         rng_state,
     )
-    out, lse = _framework(q).attention(arrays, options, seed, return_lse, backend)
+    out, lse = framework_of(q).attention(arrays, options, seed, return_lse, backend)
     return (out, lse) if return_lse else out
 
 
@@ -204,7 +202,7 @@ def attention_varlen(
     )
     tables = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k, offset, block_table, None)
     arrays = (q, k, v, None, None, alibi_slopes, sink, *tables, rng_state)
-    out, lse = _framework(q).attention(arrays, options, seed, return_lse, backend)
+    out, lse = framework_of(q).attention(arrays, options, seed, return_lse, backend)
     return (out, lse) if return_lse else out
 
 
@@ -272,7 +270,7 @@ def attention_with_kvcache(
         raise ValueError(f"num_splits must be >= 0 (0: automatic); got {num_splits}")
     left, right = bounds(causal, window)
     options = Options(scale, softcap, left, right, chunk, alignment, batch_invariant=batch_invariant)
-    framework = _framework(q)
+    framework = framework_of(q)
     appended = {
         "q": q, "k": k_cache, "v": v_cache, "new_k": k, "new_v": v, "rotary_cos": rotary_cos, "rotary_sin": rotary_sin,
         "cache_seqlens": cache_seqlens, "cache_batch_idx": cache_batch_idx, "block_table": block_table,
@@ -306,7 +304,7 @@ def attention_forward(q: Array, k: Array, v: Array, **arguments: Any) -> tuple[A
     ((1, 4, 2, 8), True)
     """
     arrays, options, seed, backend = explicit(q, k, v, **arguments)
-    result: tuple[Array, Array] = _framework(q).forward(arrays, options, seed, backend)
+    result: tuple[Array, Array] = framework_of(q).forward(arrays, options, seed, backend)
     return result
 
 
@@ -323,7 +321,7 @@ def attention_backward(
     sees get 0.
     """
     arrays, options, seed, backend = explicit(q, k, v, **arguments)
-    return Gradients(*_framework(q).backward((out, lse, dout, dlse), arrays, options, seed, backend))
+    return Gradients(*framework_of(q).backward((out, lse, dout, dlse), arrays, options, seed, backend))
 
 
 def merge(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tuple[Array, Array]:
@@ -339,7 +337,7 @@ def merge(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tuple[Array
     >>> bool(np.allclose(anyattn.merge(*halves[0], *halves[1])[0], anyattn.attention(x, x, x)))
     True
     """
-    result: tuple[Array, Array] = _framework(out_a).merge(out_a, lse_a, out_b, lse_b)
+    result: tuple[Array, Array] = framework_of(out_a).merge(out_a, lse_a, out_b, lse_b)
     return result
 
 
@@ -351,7 +349,7 @@ def flash_attention(query: Array, key: Array, value: Array, causal: bool = True,
     >>> anyattn.flash_attention(x, x, x).shape
     (1, 2, 4, 8)
     """
-    framework = _framework(query)
+    framework = framework_of(query)
     for name, array in (("query", query), ("key", key), ("value", value)):
         if getattr(array, "ndim", None) != 4:
             raise ValueError(f"{name} must be (batch, nheads, seqlen, head_dim); got {getattr(array, 'shape', array)}")
@@ -359,31 +357,7 @@ def flash_attention(query: Array, key: Array, value: Array, causal: bool = True,
     return framework.attention(arrays, Options(scale, right=0 if causal else None), None, False, None)[0].swapaxes(1, 2)
 
 
-def explain(q: Array, k: Array, v: Array, **arguments: Any) -> dispatch.Explanation:
-    """Which backend a call (arguments of `attention_forward`) gets, and every refusal. Computes nothing.
-
-    >>> import numpy as np, anyattn
-    >>> x = np.ones((1, 4, 2, 8), np.float32)
-    >>> anyattn.explain(x, x, x, causal=True).chosen in anyattn.get_available_backends()
-    True
-    """
-    arrays, options, seed, backend = explicit(q, k, v, **arguments)
-    result: dispatch.Explanation = _framework(q).explain(arrays, options, seed, backend)
-    return result
-
-
-def get_available_backends() -> list[str]:
-    """Names of the backends that run here, best first."""
-    return dispatch.available()
-
-
-def print_backend_info() -> None:
-    """Prints the backends and why any of them is not available; `anyattn info` tells more."""
-    for name in dispatch.NAMES:
-        sys.stdout.write(f"{name}: {dispatch.get(name).available() or 'available'}\n")
-
-
-def _framework(array: Array) -> ModuleType:
+def framework_of(array: Array) -> ModuleType:
     """The module that serves this kind of array. Import statements, so that torch.compile can trace the first call."""
     if isinstance(array, np.ndarray):
         from .frameworks import numpy as numpy_arrays

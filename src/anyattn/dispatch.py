@@ -5,18 +5,21 @@ from __future__ import annotations
 import logging
 import threading
 import warnings
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from . import settings
 from .backends.base import Backend, Plan
-from .errors import UnsupportedProblem
+from .errors import CompilationError, UnsupportedProblem
+from .kvcache import Append
 from .problem import Problem, Variant
 
-NAMES = ("cpu", "vulkan", "numpy")
+NAMES = ("cpu", "triton", "vulkan", "numpy")  # automatic order, but for what Vulkan gains from
 CACHE_SIZE = 1024
+NONE: Mapping[str, list[str]] = MappingProxyType({})
 
 logger = logging.getLogger("anyattn")
 logger.addHandler(logging.NullHandler())
@@ -67,6 +70,10 @@ def _create(name: str) -> Backend:
         from .backends.cpu.backend import CpuBackend
 
         return CpuBackend()
+    if name == "triton":
+        from .backends.triton.backend import TritonBackend
+
+        return TritonBackend()
     if name == "vulkan":
         from .backends.vulkan.backend import VulkanBackend
 
@@ -99,8 +106,22 @@ def check_settings() -> None:
         _from_settings(which)
 
 
-def choose(problem: Problem, names: tuple[str, ...]) -> Backend:
-    """The first backend that computes the problem.
+def plan(problem: Problem, names: tuple[str, ...]) -> Plan:
+    """Of the first backend that computes the problem and whose kernels compile; those of a named one must."""
+    failed: dict[str, list[str]] = {}
+    while True:
+        chosen = choose(problem, names, failed)
+        try:
+            return chosen.plan(problem)
+        except CompilationError as error:
+            if names:
+                raise
+            logger.warning("%s passed over: %s", chosen.name, error)
+            failed[chosen.name] = [str(error)]
+
+
+def choose(problem: Problem, names: tuple[str, ...], failed: Mapping[str, list[str]] = NONE) -> Backend:
+    """The first backend that computes the problem. failed: reasons against those that were tried.
 
     Raises:
         UnsupportedProblem: none does, among those named if any are.
@@ -108,7 +129,7 @@ def choose(problem: Problem, names: tuple[str, ...]) -> Backend:
     _check_required()
     refusals: dict[str, list[str]] = {}
     for name in names or _automatic(problem):
-        reasons = refuse(get(name), problem, named=bool(names))
+        reasons = failed.get(name) or refuse(get(name), problem, named=bool(names))
         if not reasons:
             if not names:
                 _tell(problem, refusals)
@@ -119,13 +140,32 @@ def choose(problem: Problem, names: tuple[str, ...]) -> Backend:
 
 def _automatic(problem: Problem) -> tuple[str, ...]:
     """Vulkan first where it pays to go through a GPU; for small problems no device is even looked for."""
-    return NAMES if get("vulkan").avoids(problem) else ("vulkan", *(name for name in NAMES if name != "vulkan"))
+    if problem.device != "cpu" or get("vulkan").avoids(problem):
+        return NAMES
+    return ("vulkan", *(name for name in NAMES if name != "vulkan"))
 
 
 def refuse(candidate: Backend, problem: Problem, *, named: bool = True) -> list[str]:
     """[] or why this backend does not compute the problem; one that the caller did not name may have more reasons."""
     missing = candidate.available(named=named)
     return [missing] if missing else candidate.supports(problem) or ([] if named else candidate.avoids(problem))
+
+
+def choose_append(append: Append, names: tuple[str, ...]) -> Backend:
+    """The first backend that appends to this cache; the attention behind it may use another.
+
+    Raises:
+        UnsupportedProblem: none does, among those named if any are.
+    """
+    _check_required()
+    refusals: dict[str, list[str]] = {}
+    for name in names or NAMES:
+        candidate = get(name)
+        missing = candidate.available(named=bool(names))
+        refusals[name] = [missing] if missing else candidate.supports_append(append)
+        if not refusals[name]:
+            return candidate
+    raise UnsupportedProblem(f"an append to a {append.k.shape} cache on {append.q.device}", refusals)
 
 
 def explain(problem: Problem, names: tuple[str, ...]) -> Explanation:
@@ -143,7 +183,7 @@ def available() -> list[str]:
 
 def _check_required() -> None:
     for name in _from_settings("require"):
-        missing = get(name).available()
+        missing = get(name).available(named=True)
         if missing:
             raise RuntimeError(f"ANYATTN_REQUIRE names {name}, which is not available: {missing}")
 
@@ -181,7 +221,7 @@ def lookup(key: Hashable, names: tuple[str, ...], build: Callable[[], Problem]) 
     found = _cache.entries.get((key, names))
     if found is None:
         problem = build()
-        found = _cache.entries[key, names] = (problem, choose(problem, names).plan(problem))
+        found = _cache.entries[key, names] = (problem, plan(problem, names))
     return found
 
 

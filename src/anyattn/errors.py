@@ -9,6 +9,10 @@ class CacheOverflow(ValueError, RuntimeError):
     """A KV cache has no room for the keys of a call; nothing was written. RuntimeError too, as flash_attn raises."""
 
 
+class CompilationError(RuntimeError):
+    """A backend's kernel does not compile for this device. Automatic choice goes on to the next backend."""
+
+
 class UnsupportedProblem(NotImplementedError):
     """No backend computes this problem: the call is valid, and the message lists each backend's reasons."""
 

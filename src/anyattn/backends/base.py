@@ -82,6 +82,9 @@ class Plan(Protocol):
     def forward(self, call: Call) -> None:
         """Writes call.out and call.lse. No allocation, no synchronisation, no host read of device values."""
 
+    def warmup(self) -> None:
+        """Compiles what the first call would compile."""
+
     def backward(self, call: Call) -> None:
         """Writes call.dq, dk, dv and, where not None, dbias and dsink, from out, lse, dout and dlse (may be None)."""
 
@@ -103,8 +106,20 @@ class Backend(Protocol):
     def plan(self, problem: Problem) -> Plan:
         """Cheap; compiled parts are cached by problem.variant."""
 
+    def supports_append(self, append: Append) -> list[str]:
+        """[] or the reasons against."""
+
     def append(self, append: Append, call: Call) -> None:
         """Writes call.new_k (rotated) and call.new_v into the cache call.k, call.v; rotated call.q into call.out."""
+
+
+def contiguous(shape: Sequence[int], dtype: str, device: str = "cpu") -> Array:
+    """Metadata of a new array."""
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return Array(tuple(shape), tuple(reversed(strides)), dtype, device)
 
 
 def append_on_host(append: Append, call: Call) -> None:

@@ -62,6 +62,7 @@ def text(found: dict[str, Any]) -> str:
     for name, backend in found["backends"].items():
         reason = backend.get("error") or backend.get("reason")
         lines.append(f"backend {name}: {'not available: ' + reason if reason else 'available'}")
+        lines += [f"  {how:19} {', '.join(where)}" for how, where in backend.get("evidence", {}).items()]
     cpu = found["cpu"]
     if "error" in cpu:
         lines += ["", f"native engine: {cpu['error']}"]
@@ -97,7 +98,12 @@ def _try(part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 def _backend(name: str) -> dict[str, Any]:
     reason = dispatch.get(name).available()
-    return {"available": reason is None, "reason": reason}
+    found: dict[str, Any] = {"available": reason is None, "reason": reason}
+    if name == "triton":
+        from ..backends.triton.backend import EVIDENCE
+
+        found["evidence"] = EVIDENCE
+    return found
 
 
 def _required() -> tuple[str, ...]:
@@ -121,10 +127,16 @@ def _cpu() -> dict[str, Any]:
 
 
 def _vulkan() -> dict[str, Any]:
-    from ..backends.vulkan import device
+    from ..backends.vulkan import crossover, device
 
-    chosen = device.instance().choose().index
-    return {"devices": [{**info.describe(), "chosen": info.index == chosen} for info in device.instance().devices]}
+    instance = device.instance()
+    chosen = instance.choose().index
+    return {
+        "devices": [
+            {**info.describe(), "automatic": crossover.describe(info), "chosen": info.index == chosen}
+            for info in instance.devices
+        ]
+    }
 
 
 def _vulkan_text(found: dict[str, Any]) -> list[str]:
@@ -134,7 +146,8 @@ def _vulkan_text(found: dict[str, Any]) -> list[str]:
     for device in found["devices"]:
         chosen = " (the one in use)" if device["chosen"] else ""
         lines.append(f"Vulkan device {device['index']}: {device['name']}, {device['kind']}{chosen}")
-        lines += [f"  {name:19} {device[name]}" for name in ("driver", "memory", "paths", "off") if device[name]]
+        shown = ("driver", "memory", "paths", "off", "automatic")
+        lines += [f"  {name:19} {device[name]}" for name in shown if device[name]]
     return lines
 
 

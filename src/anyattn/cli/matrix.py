@@ -95,7 +95,7 @@ def engines(backend: str | None) -> tuple[list[Engine], dict[str, str]]:
     found: list[Engine] = []
     absent: dict[str, str] = {}
     for name in (backend,) if backend else dispatch.NAMES:
-        why = dispatch.get(name).available()
+        why = dispatch.get(name).available(named=bool(backend))
         if why:
             absent[name] = why
         elif name == "cpu":

@@ -1,4 +1,4 @@
-"""anyattn behind `torch.nn.functional.scaled_dot_product_attention` on a CPU.
+"""anyattn behind `torch.nn.functional.scaled_dot_product_attention`.
 
 Importing this module registers the implementation under the name "anyattn" and activates nothing. Then either
 
@@ -11,8 +11,9 @@ or, where torch has no such registry as well,
 makes `F.scaled_dot_product_attention`, `nn.MultiheadAttention`, `nn.TransformerEncoderLayer` and what is built on them
 run on anyattn, eager or compiled, forward and backward. That holds for whatever torch gives to its flash kernel: on a
 CPU all but dropout, a head_dim_v that differs from head_dim, and a mask that requires a gradient; those stay with
-torch's math kernel, and `anyattn.sdpa` computes them. A MultiheadAttention with need_weights=True calls neither.
-`torch.nn.attention.varlen`, which has no CPU kernel, gets one. Other devices are not touched.
+torch's math kernel, and `anyattn.sdpa` computes them. On a GPU (CUDA, ROCm) it is float16 and bfloat16 without a mask.
+A MultiheadAttention with need_weights=True calls neither. `torch.nn.attention.varlen` runs on anyattn too, on a CPU as
+well, where torch has no kernel for it. Other devices are not touched.
 """
 
 from __future__ import annotations

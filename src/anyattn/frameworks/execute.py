@@ -10,10 +10,9 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 from .. import dispatch, settings
-from ..backends.base import Adapter, Call, Plan
-from ..errors import UnsupportedProblem
+from ..backends.base import Adapter, Call, Plan, contiguous
 from ..kvcache import ARRAYS as APPEND_ARRAYS
-from ..kvcache import Append, check_append, make_append, room
+from ..kvcache import check_append, make_append, room
 from ..problem import INPUTS, SAVED, TABLES, Array, Options, Problem, make_problem
 from ..sequences import check_tables
 
@@ -93,6 +92,19 @@ def check(adapter: Adapter, arrays: Arrays, options: Options, backend: str | Non
     find(adapter, arrays, options, backend)
 
 
+def warmup(adapter: Adapter, arrays: Arrays, options: Options, backend: str | None, *, backward: bool) -> None:
+    """Compiles what `forward` and, if asked for, `backward` need for these arrays, and runs nothing."""
+    described = _describe(adapter, INPUTS, arrays)
+    names = dispatch.named(backend)
+    problem = make_problem(described, options)
+    dispatch.plan(problem, names).warmup()
+    if backward:
+        out = contiguous(problem.out_shape, problem.dtype, problem.device)
+        lse = contiguous(problem.lse_shape, problem.compute_dtype, problem.device)
+        problem = make_problem({**described, "out": out, "dout": out, "lse": lse}, options)
+        dispatch.plan(problem, names).warmup()
+
+
 def explain(adapter: Adapter, arrays: Arrays, options: Options, backend: str | None) -> dispatch.Explanation:
     """Which backend `forward` would take and why not the others."""
     return dispatch.explain(make_problem(_describe(adapter, INPUTS, arrays), options), dispatch.named(backend))
@@ -113,7 +125,7 @@ def append(
     """
     described = _describe(adapter, APPEND_ARRAYS, tuple(arrays.get(name) for name in APPEND_ARRAYS))
     problem = make_append(described, interleaved=interleaved, by_row=by_row)
-    engine = _append_backend(problem, dispatch.named(backend))
+    engine = dispatch.choose_append(problem, dispatch.named(backend))
     if _tables_are_checked(problem.q.device):
         tables = {name: arrays.get(name) for name in ("cache_seqlens", "cache_batch_idx", "block_table")}
         check_append(room(problem), {name: None if x is None else adapter.numpy(x) for name, x in tables.items()})
@@ -123,17 +135,6 @@ def append(
         call.out = adapter.empty(problem.q.shape, problem.q.dtype, arrays["q"])
     engine.append(problem, call)
     return call.out if problem.rotary_dim else arrays["q"]
-
-
-def _append_backend(problem: Append, names: tuple[str, ...]) -> Any:
-    """The first backend, of those named if any are, that is available; the attention behind it may use another."""
-    for name in names or dispatch.NAMES:
-        if dispatch.get(name).available(named=bool(names)) is None:
-            return dispatch.get(name)
-    raise UnsupportedProblem(
-        f"an append to a {problem.k.shape} cache",
-        {name: [dispatch.get(name).available() or ""] for name in names},
-    )
 
 
 def _describe(adapter: Adapter, names: tuple[str, ...], arrays: Arrays) -> dict[str, Array | None]:

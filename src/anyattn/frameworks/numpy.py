@@ -78,6 +78,10 @@ def explain(arrays: execute.Arrays, options: Options, seed: int | None, backend:
     return execute.explain(adapter, prepare(arrays, seed), options, backend)
 
 
+def warmup(arrays: execute.Arrays, options: Options, seed: int | None, backend: str | None, *, backward: bool) -> None:
+    execute.warmup(adapter, prepare(arrays, seed), options, backend, backward=backward)
+
+
 def check(arrays: execute.Arrays, options: Options, backend: str | None) -> None:
     execute.check(adapter, prepare(arrays, None), options, backend)
 

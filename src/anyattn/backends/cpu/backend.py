@@ -11,7 +11,7 @@ from typing import Any
 from ... import settings
 from ...kvcache import Append
 from ...problem import Array, Problem
-from ..base import Call
+from ..base import Call, contiguous
 from . import layout, library
 
 DTYPES = {"float32": 1, "float16": 2, "bfloat16": 3, "float64": 4, "bool": 5, "int32": 6}
@@ -59,6 +59,9 @@ class CpuBackend:
     def plan(self, problem: Problem) -> CpuPlan:
         return CpuPlan(library.load(), problem)
 
+    def supports_append(self, append: Append) -> list[str]:
+        return [] if append.q.device == "cpu" else [f"writes to host memory only; q is on {append.q.device}"]
+
     def append(self, append: Append, call: Call) -> None:
         native = library.load()
         values = _common(native) | _append_values(append)
@@ -99,6 +102,9 @@ class CpuPlan:
         needed = self._template.workspace()
         self.forward_bytes = 0 if backward else needed
         self.backward_bytes = needed if backward else 0
+
+    def warmup(self) -> None:
+        pass
 
     def forward(self, call: Call) -> None:
         self._template.run(call)
@@ -239,18 +245,10 @@ def _array(name: str, array: Array) -> Values:
     return values | {f"{name}.dtype": DTYPES[array.dtype]}
 
 
-def _contiguous(shape: tuple[int, ...], dtype: str) -> Array:
-    strides, step = [], 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= max(size, 1)
-    return Array(shape, tuple(reversed(strides)), dtype)
-
-
 def _results(problem: Problem) -> dict[str, Array]:
     return {
-        "out": _contiguous(problem.out_shape, problem.dtype),
-        "lse": _contiguous(problem.lse_shape, problem.compute_dtype),
+        "out": contiguous(problem.out_shape, problem.dtype),
+        "lse": contiguous(problem.lse_shape, problem.compute_dtype),
     }
 
 
@@ -262,4 +260,4 @@ def _gradients(problem: Problem) -> dict[str, Array]:
         "dbias": problem.bias,
         "dsink": problem.sink,
     }
-    return {name: _contiguous(x.shape, x.dtype) for name, x in inputs.items() if x is not None}
+    return {name: contiguous(x.shape, x.dtype) for name, x in inputs.items() if x is not None}

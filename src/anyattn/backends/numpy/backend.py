@@ -20,6 +20,9 @@ class NumpyPlan:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
 
+    def warmup(self) -> None:
+        pass
+
     # NaN and infinities of the caller go through in silence, as on every backend
     @np.errstate(all="ignore")
     def forward(self, call: Call) -> None:
@@ -48,6 +51,9 @@ class NumpyBackend:
 
     def plan(self, problem: Problem) -> NumpyPlan:
         return NumpyPlan(problem)
+
+    def supports_append(self, append: Append) -> list[str]:
+        return [] if append.q.device == "cpu" else [f"writes to host memory only; q is on {append.q.device}"]
 
     def append(self, append: Append, call: Call) -> None:
         append_on_host(append, call)

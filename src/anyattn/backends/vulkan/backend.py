@@ -6,6 +6,7 @@ from ... import settings
 from ...kvcache import Append
 from ...problem import Problem
 from ..base import Call, Plan, append_on_host
+from . import crossover
 from . import device as devices
 from .api import VulkanError
 from .append import append_on_device
@@ -18,7 +19,6 @@ from .tuning import backward_configs
 
 DTYPES = ("float32", "float16", "bfloat16")
 MAX_HEAD_DIM = 256
-CROSSOVER = 1e11  # operations from which the automatic choice takes a GPU, until `anyattn tune` has measured
 
 
 class VulkanBackend:
@@ -36,11 +36,8 @@ class VulkanBackend:
         return info.refusal() or None
 
     def supports(self, problem: Problem) -> list[str]:
-        reasons = []
-        device = problem.device
-        if device != "cpu" and not device.startswith("vulkan"):
-            reasons.append(f"takes arrays in host memory or on a Vulkan device; q is on {device}")
-        if device.startswith("vulkan") and problem.dout is not None:
+        reasons = _misplaced(problem.device)
+        if problem.device.startswith("vulkan") and problem.dout is not None:
             reasons.append("has no backward on device arrays")
         if problem.dtype not in DTYPES:
             reasons.append(f"computes {', '.join(DTYPES)}; q is {problem.dtype}")
@@ -73,23 +70,33 @@ class VulkanBackend:
 
     def avoids(self, problem: Problem) -> list[str]:
         """Transfers eat what a small problem gains; no device is looked at for one."""
-        if problem.device == "cpu" and operations(problem) < CROSSOVER:
-            return [f"{operations(problem):.2g} operations are fewer than pay for the transfers: {CROSSOVER:.2g}"]
-        missing = self.available(named=True)
-        if missing:
-            return [missing]
-        info = devices.instance().choose()
-        return [f"{info.name} runs on the CPU, which the native engine uses better"] if info.software else []
+        if problem.device != "cpu":
+            return []
+        too_small = crossover.misses(problem)
+        if too_small:
+            return too_small
+        missing = self.available()
+        return [missing] if missing else crossover.misses(problem, devices.instance().choose())
 
     def plan(self, problem: Problem) -> Plan:
         kind = ForwardPlan if problem.dout is None else BackwardPlan
         return kind(current_engine(), _info(problem), problem)
+
+    def supports_append(self, append: Append) -> list[str]:
+        return _misplaced(append.q.device)
 
     def append(self, append: Append, call: Call) -> None:
         if append.q.device == "cpu":
             append_on_host(append, call)  # a cache in host memory is not sent back and forth for a row
         else:
             append_on_device(current_engine(), append, call)
+
+
+def _misplaced(device: str) -> list[str]:
+    """Reasons against arrays there."""
+    if device == "cpu" or device.startswith("vulkan"):
+        return []
+    return [f"takes arrays in host memory or on a Vulkan device; q is on {device}"]
 
 
 def _info(problem: Problem) -> DeviceInfo:
@@ -106,9 +113,3 @@ def _backward_reasons(problem: Problem) -> list[str]:
         if dtype != problem.dtype:
             reasons.append(f"takes {name} in the dtype of q, {problem.dtype}; it is {dtype}")
     return reasons
-
-
-def operations(problem: Problem) -> float:
-    """Multiplications and additions of a forward pass without a mask."""
-    pairs = float(problem.batch) * problem.nheads * problem.seqlen_q * problem.seqlen_k
-    return 2 * pairs * (problem.head_dim + problem.head_dim_v)

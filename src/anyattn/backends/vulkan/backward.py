@@ -101,6 +101,10 @@ class BackwardPlan(DevicePlan):
         paths = {self.configs[name].path for name in ("dq", "dkdv")}
         return MATRICES if MATRICES in paths else paths.pop()
 
+    def shaders(self) -> dict[str, tuning.Config]:
+        unused = () if self.problem.bias is not None else ("dbias",)
+        return {name: config for name, config in self.configs.items() if name not in unused}
+
     def backward(self, call: Call) -> None:
         if 0 in self.problem.lse_shape:
             self._nothing(call)

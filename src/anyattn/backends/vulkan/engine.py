@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -61,7 +62,7 @@ def current_engine() -> Engine:
     return found
 
 
-class DevicePlan:
+class DevicePlan(ABC):
     """A plan outlives its device: once that is lost, the device opened in its place computes."""
 
     forward_bytes = 0
@@ -75,6 +76,15 @@ class DevicePlan:
         if self._engine.device.lost:
             self._engine = current_engine()
         return self._engine
+
+    @abstractmethod
+    def shaders(self) -> dict[str, Config]:
+        """What a call dispatches."""
+
+    def warmup(self) -> None:
+        with self.engine.device.lock:
+            for shader, config in self.shaders().items():
+                self.engine.pipeline(shader, config)
 
 
 @dataclass(frozen=True, slots=True)

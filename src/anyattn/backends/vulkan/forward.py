@@ -98,6 +98,10 @@ class ForwardPlan(DevicePlan):
     def path(self) -> str:
         return self.config.path
 
+    def shaders(self) -> dict[str, tuning.Config]:
+        found = {"forward": self.config}
+        return found if self.splits == 1 else found | {"combine": self._combining()}
+
     def forward(self, call: Call) -> None:
         problem = self.problem
         if 0 in problem.lse_shape:
@@ -158,8 +162,11 @@ class ForwardPlan(DevicePlan):
             if self.splits > 1:
                 self._combine(job, launch, buffers, units)
 
+    def _combining(self) -> tuning.Config:
+        return replace(self.config, shuffle=False, matrix=None)
+
     def _combine(self, job: Job, launch: Launch, buffers: Mapping[str, Buffer], units: int) -> None:
-        config, problem = replace(self.config, shuffle=False, matrix=None), self.problem
+        config, problem = self._combining(), self.problem
         pipeline = job.engine.pipeline("combine", config)
         vectors = problem.seqlen_q * problem.group * config.dim_v
         slices = bind(problem, launch, self.regions, buffers, COMBINE_BINDINGS)

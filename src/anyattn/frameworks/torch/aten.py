@@ -1,7 +1,8 @@
-"""Kernels for torch's own attention operators on a CPU, for torch.nn.attention's registry of flash implementations.
+"""Kernels for torch's own attention operators, for torch.nn.attention's registry of flash implementations.
 
 What Inductor compiles relies on the strides that torch's fakes promise: out like query, logsumexp (batch, seqlen_q,
-nheads) in memory, gradients (batch, seqlen, nheads, head_dim) in memory. The operators of packed sequences, behind
+nheads) in memory, gradients (batch, seqlen, nheads, head_dim) in memory; on a GPU logsumexp is contiguous and gradients
+are like the inputs. The operators of packed sequences, behind
 torch.nn.attention.varlen, have no CPU kernel of torch's own.
 """
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ...problem import SAVED, Options
 from .. import execute
-from . import ops
+from . import functional, ops
 from .adapter import adapter
 
 
@@ -32,8 +33,7 @@ def forward(
     """aten::_scaled_dot_product_flash_attention_for_cpu: (output, logsumexp)."""
     arrays, options = _call(query, key, value, dropout_p, is_causal, attn_mask, scale)
     result, lse = execute.forward(adapter, arrays, options, None)
-    result, lse = result.transpose(1, 2), lse.transpose(1, 2).contiguous().transpose(1, 2)
-    return _laid_out(result, query), lse
+    return _laid_out(result.transpose(1, 2), query), lse.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _laid_out(result: Tensor, query: Tensor) -> Tensor:
@@ -60,6 +60,65 @@ def backward(
     saved = ops.contiguous_rows(saved, SAVED)
     dq, dk, dv, _, _ = execute.backward(adapter, saved, arrays, options, None, want_dbias=False)
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+def gpu_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    return_debug_mask: bool = False,
+    *,
+    scale: float | None = None,
+) -> tuple[Any, ...]:
+    """aten::_scaled_dot_product_flash_attention: (output, logsumexp, -, -, max_q, max_k, rng_state, unused, unused)."""
+    _without_scores(return_debug_mask)
+    arrays, options = _call(query, key, value, dropout_p, is_causal, None, scale)
+    arrays, state = _with_dropout(arrays, dropout_p)
+    out, lse = execute.forward(adapter, arrays, options, None)
+    empty = query.new_empty(0)
+    sizes = (query.shape[2], key.shape[2])
+    return _laid_out(out.transpose(1, 2), query), lse, None, None, *sizes, state, empty, empty
+
+
+def gpu_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    cum_seq_q: Tensor | None,
+    cum_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    dropout_p: float,
+    is_causal: bool,
+    rng_state: Tensor,
+    unused: Tensor,
+    *,
+    scale: float | None = None,
+) -> tuple[Tensor, ...]:
+    """aten::_scaled_dot_product_flash_attention_backward: (grad_query, grad_key, grad_value)."""
+    arrays, options = _call(query, key, value, dropout_p, is_causal, None, scale)
+    arrays, _ = _with_dropout(arrays, dropout_p, rng_state)
+    saved = ops.contiguous_rows((out.transpose(1, 2), logsumexp, grad_out.transpose(1, 2), None), SAVED)
+    grads = execute.backward(adapter, saved, arrays, options, None)
+    return tuple(_laid_out(grad.transpose(1, 2), x) for grad, x in zip(grads, (query, key, value), strict=False))
+
+
+def _without_scores(return_debug_mask: bool) -> None:
+    if return_debug_mask:
+        raise NotImplementedError("return_debug_mask=True: anyattn keeps no scores")
+
+
+def _with_dropout(arrays: ops.Arrays, p: float, state: Tensor | None = None) -> tuple[ops.Arrays, Tensor]:
+    """The arrays with Philox's state in the last place, and that state as torch carries it, (2,) of uint64."""
+    if not p:
+        return arrays, torch.zeros(2, dtype=torch.uint64, device=arrays[0].device)
+    drawn = functional.random_state(arrays[0]) if state is None else state.view(torch.int64)
+    return (*arrays[:-1], drawn), drawn.view(torch.uint64)
 
 
 def _call(
@@ -101,8 +160,7 @@ def packed_forward(
     num_splits: int | None = None,
 ) -> tuple[Tensor, ...]:
     """aten::_flash_attention_forward: (output, softmax_logsumexp, rng_state, unused, debug_attn_mask)."""
-    if return_debug_mask:
-        raise NotImplementedError("return_debug_mask=True: anyattn keeps no scores")
+    _without_scores(return_debug_mask)
     if block_table is not None and cum_seq_k is not None:  # it tells lengths alone
         seqused_k = cum_seq_k.diff() if seqused_k is None else seqused_k
         cum_seq_k = None
@@ -110,9 +168,10 @@ def packed_forward(
     options = _packed_options(dropout_p, is_causal, scale, window_size_left, window_size_right)
     options = options._replace(max_seqlen_q=max_q, max_seqlen_k=max_k, batch_invariant=num_splits == 1)
     arrays = ops.contiguous_rows((query, key, value, None, None, alibi_slopes, None, *tables, None))
+    arrays, state = _with_dropout(arrays, dropout_p)
     out, lse = execute.forward(adapter, arrays, options, None)
     empty = query.new_empty(0)
-    return _laid_out(out, query), lse, torch.zeros(2, dtype=torch.uint64), empty, empty
+    return _laid_out(out, query), lse, state, empty, empty
 
 
 def packed_backward(
@@ -139,6 +198,7 @@ def packed_backward(
     options = _packed_options(dropout_p, is_causal, scale, window_size_left, window_size_right)
     options = options._replace(max_seqlen_q=max_q, max_seqlen_k=max_k)
     arrays = ops.contiguous_rows((query, key, value, *[None] * 4, cum_seq_q, cum_seq_k, *[None] * 7))
+    arrays, _ = _with_dropout(arrays, dropout_p, rng_state)
     saved = ops.contiguous_rows((out, logsumexp, grad_out, None), SAVED)
     grads = execute.backward(adapter, saved, arrays, options, None)
     return tuple(_laid_out(grad, x) for grad, x in zip(grads, (query, key, value), strict=False))
@@ -147,17 +207,22 @@ def packed_backward(
 def _packed_options(
     dropout_p: float, is_causal: bool, scale: float | None, left: int | None, right: int | None
 ) -> Options:
-    if dropout_p:
-        raise NotImplementedError(f"dropout_p must be 0 in this operator on a CPU; got {dropout_p}")
     left, right = (None if side is None or side < 0 else side for side in (left, right))
-    return Options(scale, left=left, right=0 if is_causal else right)
+    return Options(scale, left=left, right=0 if is_causal else right, dropout_p=dropout_p)
 
 
-_KERNELS = {
-    "_scaled_dot_product_flash_attention_for_cpu": forward,
-    "_scaled_dot_product_flash_attention_for_cpu_backward": backward,
-    "_flash_attention_forward": packed_forward,
-    "_flash_attention_backward": packed_backward,
+_PACKED = {"_flash_attention_forward": packed_forward, "_flash_attention_backward": packed_backward}
+KERNELS: dict[str, dict[str, Any]] = {  # by dispatch key
+    "CPU": {
+        "_scaled_dot_product_flash_attention_for_cpu": forward,
+        "_scaled_dot_product_flash_attention_for_cpu_backward": backward,
+        **_PACKED,
+    },
+    "CUDA": {
+        "_scaled_dot_product_flash_attention": gpu_forward,
+        "_scaled_dot_product_flash_attention_backward": gpu_backward,
+        **_PACKED,
+    },
 }
 
 
@@ -171,8 +236,9 @@ class Override:
         self.library: Any = torch.library.Library("aten", "IMPL")
         with warnings.catch_warnings():  # torch says that a kernel is overridden: the caller asked for it
             warnings.filterwarnings("ignore", message="(?s).*Overriding a previously registered kernel")
-            for name, kernel in _KERNELS.items():
-                self.library.impl(name, kernel, "CPU")
+            for device, kernels in KERNELS.items():
+                for name, kernel in kernels.items():
+                    self.library.impl(name, kernel, device)
         self.fastpath = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
 

@@ -72,6 +72,10 @@ def explain(arrays: Arrays, options: Options, seed: int | None, backend: str | N
     return execute.explain(adapter, ops.contiguous_rows(prepare(arrays, seed)), options, backend)
 
 
+def warmup(arrays: Arrays, options: Options, seed: int | None, backend: str | None, *, backward: bool) -> None:
+    execute.warmup(adapter, ops.contiguous_rows(prepare(arrays, seed)), options, backend, backward=backward)
+
+
 def check(arrays: Arrays, options: Options, backend: str | None) -> None:
     execute.check(adapter, ops.contiguous_rows(prepare(arrays, None)), options, backend)
 

@@ -1,0 +1,279 @@
+"""Compiles the Triton kernels for GPUs that are not here, and reads from the machine code what they would cost there.
+
+    python scripts/aot.py                        a subset, compared with the committed table
+    python scripts/aot.py --all                  every feature and every head size, for every architecture
+    python scripts/aot.py --all --write          ... and entered into the table
+
+Fails where a kernel does not compile, wants more shared memory than there is, uses no matrix instructions on 16-bit
+inputs where there are some, or spills inside a loop and is not excused by name (MAY_SPILL); and, with the version
+of Triton that the table is from, where it spills more than the table says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator
+from multiprocessing import Pool
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)  # read when the kernels are imported
+
+import torch
+import triton
+from machine_code import resources
+from triton.backends.compiler import GPUTarget
+
+from anyattn.backends.triton.append import kernels as append_kernels
+from anyattn.backends.triton.launch import Kernel
+from anyattn.backends.triton.plan import forward_kernels
+from anyattn.backends.triton.plan_backward import backward_kernels
+from anyattn.backends.triton.tuning import has_tf32
+from anyattn.kvcache import Append, make_append
+from anyattn.problem import Array, Options, Problem, make_problem
+
+TABLE = Path(__file__).resolve().parent.parent / "tests" / "aot.json"
+NVIDIA = ("sm_70", "sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+AMD = ("gfx908", "gfx90a", "gfx942", "gfx950", "gfx1030", "gfx1100", "gfx1201")
+UNKNOWN = {"gfx1030": "Triton 3.7 and later refuse it"}  # to this compiler
+NO_MATRIX = ("sm_70", "sm_75")  # Triton has no tensor cores there
+# Bytes of shared memory that one program may take.
+SHARED = {"sm_70": 98304, "sm_75": 65536, "sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx950": 163840}
+SHARED |= dict.fromkeys(("sm_86", "sm_89", "sm_120"), 101376)
+SHARED |= dict.fromkeys(("gfx908", "gfx90a", "gfx942", "gfx1030", "gfx1100", "gfx1201"), 65536)
+
+FEATURES: dict[str, dict[str, Any]] = {
+    "full": {},
+    "causal": {"right": 0},
+    "window": {"left": 100, "right": 0},
+    "chunk": {"chunk": 64},
+    "softcap": {"right": 0, "softcap": 30.0},
+    "alibi": {"right": 0, "alibi": True},
+    "sink": {"right": 0, "sink": True},
+    "bias": {"bias": True},
+    "mask": {"mask": True},
+    "dropout": {"right": 0, "dropout_p": 0.1},
+    "varlen": {"right": 0, "varlen": True},
+    "tables": {"right": 0, "tables": True},
+    "holes": {"left": 100, "right": -10, "scale": -0.1},
+    "unaligned": {"right": 0},
+    "paged": {"right": 0, "paged": True},
+    "decode": {"right": 0, "seqlen_q": 1, "paged": True},
+    "everything": {
+        "left": 100,
+        "right": 0,
+        "softcap": 30.0,
+        "bias": True,
+        "mask": True,
+        "sink": True,
+        "dropout_p": 0.1,
+    },
+}
+PRECISIONS = {"tf32x3": "high", "tf32": "medium"}  # features of float32, and torch's names
+DIRECTIONS = ("forward", "backward", "append")
+SHAPES = (
+    *(("bfloat16", size) for size in (32, 64, 80, 96, 128, 192, 256, 512)),
+    *(("float16", size) for size in (64, 128)),
+    *(("float32", size) for size in (64, 128, 256)),
+)
+# Variants whose loops may spill, and why.
+MAY_SPILL = {
+    "sm_7": "no matrix instructions: operands of products lie in registers",
+    "gfx1": "256 registers, of which a tile of 16 rows by 128 dimensions takes a good part",
+    "/float32/": "products without matrix instructions",
+    "/bias/": "64-bit addresses of a tile of scores",
+    "/mask/": "64-bit addresses of a tile of scores",
+    "/dropout/": "the words of Philox beside the scores",
+    "/everything/": "all of these together",
+}
+WITH_PRODUCTS = tuple(f"attention_{part}" for part in ("forward", "backward_dkv", "backward_dq", "backward_dbias"))
+SUBSET_FEATURES = ("causal", "decode", "everything")
+
+Numbers = dict[str, int]
+Kernels = dict[str, Numbers]  # by name
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--all", action="store_true")
+    parser.add_argument("--write", action="store_true", help="enter what was found into the table")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--arch", default="", help="only these: sm_90,gfx942")
+    parser.add_argument("--only", default="", help="variants whose name contains this")
+    arguments = parser.parse_args()
+    archs = arguments.arch.split(",") if arguments.arch else [*NVIDIA, *AMD]
+    names = [name for name in variants(every=arguments.all) if name.split("/")[0] in archs and arguments.only in name]
+    table = json.loads(TABLE.read_text()) if TABLE.exists() else {"triton": "", "kernels": {}}
+    found: dict[str, Kernels] = {}
+    with Pool(arguments.jobs) as pool:
+        for name, kernels in pool.imap_unordered(measure, names):
+            found[name] = kernels
+            for kernel, numbers in kernels.items():
+                print(f"{name:44} {kernel:26}", *(f"{key} {value}" for key, value in numbers.items()), flush=True)
+    wrong = list(faults(found))
+    if arguments.write:
+        write(table, found)
+    elif table["triton"] == triton.__version__:
+        wrong += worse(found, table["kernels"])
+    else:
+        print(f"not compared: the table is of Triton {table['triton'] or '(none)'}, this is {triton.__version__}")
+    print("\n".join([*wrong, f"{len(found)} variants compiled, {len(wrong)} complaints"]))
+    return 1 if wrong or not found else 0
+
+
+def write(table: dict[str, Any], found: dict[str, Kernels]) -> None:
+    """Replaces what the table says of these variants; rows of another version of Triton go. One line per kernel."""
+    kept = table["kernels"] if table["triton"] == triton.__version__ else {}
+    merged = kept | found
+    rows = []
+    for name in sorted(merged):
+        lines = [f"   {json.dumps(kernel)}: {json.dumps(numbers)}" for kernel, numbers in merged[name].items()]
+        rows.append(f"  {json.dumps(name)}: {{\n" + ",\n".join(lines) + "\n  }")
+    head = f'{{\n "triton": {json.dumps(triton.__version__)},\n "kernels": {{\n'
+    TABLE.write_text(head + ",\n".join(rows) + "\n }\n}\n", encoding="utf-8")
+
+
+def variants(*, every: bool) -> list[str]:
+    """Names: architecture/dtype/head_dim/feature/direction. Every feature at one head size, every head size causal."""
+    found = [
+        f"{arch}/{dtype}/{size}/{feature}/{direction}"
+        for arch in (*NVIDIA, *AMD)
+        if arch not in UNKNOWN
+        for dtype, size in SHAPES
+        for feature in (*FEATURES, *PRECISIONS)
+        for direction in DIRECTIONS
+        if _exists(arch, dtype, size, feature, direction)
+    ]
+    return found if every else [name for name in found if _in_subset(name)]
+
+
+def _exists(arch: str, dtype: str, size: int, feature: str, direction: str) -> bool:
+    if feature in PRECISIONS:
+        return (dtype, size) == ("float32", 128) and has_tf32(arch) and direction != "append"
+    paged = FEATURES[feature].get("paged", False)
+    if direction == "append":
+        return paged and feature != "decode" and (dtype, size) == ("bfloat16", 128)
+    return (feature == "causal" or (dtype, size) == ("bfloat16", 128)) and not (paged and direction == "backward")
+
+
+def _in_subset(name: str) -> bool:
+    arch, dtype, size, feature, direction = name.split("/")
+    if arch in ("sm_90", "gfx942"):
+        wide = (dtype, size) == ("bfloat16", "128") and feature in SUBSET_FEATURES
+        return wide or (size, feature) == ("64", "causal") or direction == "append"
+    return (dtype, size, feature) == ("bfloat16", "128", "causal")
+
+
+def measure(name: str) -> tuple[str, Kernels]:
+    """(name, kernel -> numbers)."""
+    arch, _, _, feature, _ = name.split("/")
+    torch.set_float32_matmul_precision(PRECISIONS.get(feature, "highest"))
+    numbers = {}
+    for kernel in kernels_of(name):
+        source = kernel.template.source(kernel.function, feature != "unaligned")
+        numbers[kernel.function.__name__] = resources(
+            triton.compile(source, target=target_of(arch), options=kernel.options)
+        )
+    return name, numbers
+
+
+def kernels_of(name: str) -> list[Kernel]:
+    arch, dtype, size, feature, direction = name.split("/")
+    if direction == "append":
+        return append_kernels(describe_append(arch, dtype, int(size)))
+    given = FEATURES.get(feature, FEATURES["causal"])
+    problem = describe(arch, dtype, int(size), backward=direction == "backward", **given)
+    return (backward_kernels(problem) if direction == "backward" else forward_kernels(problem))[0]
+
+
+def target_of(arch: str) -> GPUTarget:
+    if arch.startswith("sm_"):
+        return GPUTarget("cuda", int(arch[3:]), 32)
+    return GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
+
+
+def describe_append(device: str, dtype: str, size: int) -> Append:
+    """One row for each of two sequences into a paged cache, with rotary."""
+    rows, half = (2, 1), size // 4
+    given = {
+        "q": ((*rows, 8, size), dtype), "k": ((9, 16, 2, size), dtype), "v": ((9, 16, 2, size), dtype),
+        "new_k": ((*rows, 2, size), dtype), "new_v": ((*rows, 2, size), dtype),
+        "rotary_cos": ((99, half), dtype), "rotary_sin": ((99, half), dtype),
+        "cache_seqlens": ((2,), "int32"), "block_table": ((2, 4), "int32"),
+    }  # fmt: skip
+    arrays = {name: array(*what, device) for name, what in given.items()}
+    return make_append(arrays, interleaved=True, by_row=True)
+
+
+def describe(
+    arch: str, dtype: str, size: int, *, backward: bool, seqlen_q: int = 1024, varlen: bool = False,
+    paged: bool = False, tables: bool = False, bias: bool = False, mask: bool = False, alibi: bool = False,
+    sink: bool = False, **options: Any,
+) -> Problem:  # fmt: skip
+    """A problem on a card of that architecture: 8 query heads, 2 KV heads."""
+    rows_q = (2 * seqlen_q,) if varlen else (2, seqlen_q)
+    rows_k = (200, 16) if paged else (2048,) if varlen else (2, 1024)
+    out = (*rows_q, 8, size)
+    lse = (8, 2 * seqlen_q) if varlen else (2, 8, seqlen_q)
+    given: dict[str, Any] = {
+        "q": (out, dtype),
+        "k": ((*rows_k, 2, size), dtype),
+        "v": ((*rows_k, 2, size), dtype),
+        "bias": bias and ((1, 8, seqlen_q, 1024), dtype),
+        "mask": mask and ((2, 1, seqlen_q, 1024), "bool"),
+        "alibi_slopes": alibi and ((8,), "float32"),
+        "sink": sink and ((8,), "float32"),
+        "cu_seqlens_q": varlen and ((3,), "int32"),
+        "cu_seqlens_k": varlen and ((3,), "int32"),
+        "block_table": paged and ((2, 64), "int32"),
+        **dict.fromkeys(("seqused_q", "leftpad_k", "offset"), tables and ((2,), "int32")),
+        "seqused_k": (paged or tables) and ((2,), "int32"),
+        "rng_state": options.get("dropout_p") and ((2,), "int64"),
+        "out": backward and (out, dtype),
+        "dout": backward and (out, dtype),
+        "lse": backward and (lse, "float32"),
+    }
+    arrays = {name: array(*what, arch) for name, what in given.items() if what}
+    return make_problem(arrays, Options(**options))
+
+
+def array(shape: tuple[int, ...], dtype: str, device: str) -> Array:
+    steps = [1]
+    for size in reversed(shape[1:]):
+        steps.insert(0, steps[0] * size)
+    return Array(shape, tuple(steps), dtype, device)
+
+
+def faults(found: dict[str, Kernels]) -> Iterator[str]:
+    """What no table excuses."""
+    for name, kernels in found.items():
+        arch, dtype, *_ = name.split("/")
+        for kernel, numbers in kernels.items():
+            if numbers["shared"] > SHARED[arch]:
+                yield f"{name} {kernel}: {numbers['shared']} bytes of shared memory, {SHARED[arch]} are there"
+            if kernel in WITH_PRODUCTS and dtype != "float32" and arch not in NO_MATRIX and not numbers["matrix"]:
+                yield f"{name} {kernel}: no matrix instructions"
+            if numbers.get("spills_in_loops", 0) and not any(part in name for part in MAY_SPILL):
+                yield f"{name} {kernel}: {numbers['spills_in_loops']} instructions for spills inside loops"
+
+
+def worse(found: dict[str, Kernels], table: dict[str, Kernels]) -> Iterator[str]:
+    """What has become worse than the table says."""
+    for name, kernels in found.items():
+        for kernel, now in kernels.items():
+            before = table.get(name, {}).get(kernel)
+            if before is None:
+                yield f"{name} {kernel}: not in the table (--write)"
+                continue
+            for key in ("spills", "spills_in_loops"):
+                if now.get(key, 0) > before.get(key, 0):
+                    yield f"{name} {kernel}: {key} {now[key]}, {before.get(key, 0)} before"
+            if before["matrix"] and not now["matrix"]:
+                yield f"{name} {kernel}: lost its matrix instructions"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

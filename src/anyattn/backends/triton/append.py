@@ -1,0 +1,138 @@
+"""Appending to a KV cache: new keys, rotated, and new values are written behind what is there; q is rotated beside."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from ...kvcache import Append
+from ...problem import Array
+from ..base import contiguous
+from .arguments import view
+from .launch import Address, Kernel, Template, i32, i64
+from .tiles import clamp, narrow
+
+
+class Rotation(NamedTuple):
+    """Tables of angles (positions, half); cos and sin are None where nothing is rotated."""
+
+    cos: Any
+    sin: Any
+    step: Any
+    positions: Any
+
+
+class Cache(NamedTuple):
+    """Where slots lie: keys already there, and the tables."""
+
+    lengths: Any
+    entries: Any
+    block_table: Any
+    max_pages: Any
+    slots: Any
+    entries_k: Any
+    page_size: Any
+
+
+@triton.jit
+def copy_rows(
+    source, target, rotation, cache, rows, nheads,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BY_ROW: tl.constexpr,
+    APPEND: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """One row of `source` (batch, rows, nheads, DIM), rotated, to the same row of `target` or, APPEND, to its slot."""
+    program = tl.program_id(0)
+    b, t = program // rows, program % rows
+    length = tl.load(cache.lengths + b)
+    h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    d = tl.arange(0, WIDTH)
+    inside = (h < nheads)[:, None] & (d < DIM)[None, :]
+    heads = b.to(tl.int64) * source.batch + t.to(tl.int64) * source.row + h.to(tl.int64) * source.head
+    x = tl.load(source.pointer + heads[:, None] + d[None, :], mask=inside, other=0.0)
+    if HALF > 0:
+        first = d % 2 == 0 if INTERLEAVED else d < HALF
+        other = tl.where(first, d + 1, d - 1) if INTERLEAVED else tl.where(first, d + HALF, d - HALF)
+        turned = d < 2 * HALF
+        y = tl.load(source.pointer + heads[:, None] + other[None, :], mask=inside & turned[None, :], other=0.0)
+        angle = d // 2 if INTERLEAVED else d % HALF
+        position = clamp(length + t if BY_ROW else length, 0, rotation.positions - 1).to(tl.int64) * rotation.step
+        cos = tl.load(rotation.cos + position + angle, mask=turned, other=1.0).to(tl.float32)
+        sin = tl.load(rotation.sin + position + angle, mask=turned, other=0.0).to(tl.float32)
+        sin = tl.where(first, -sin, sin)
+        rotated = x.to(tl.float32) * cos[None, :] + y.to(tl.float32) * sin[None, :]
+        x = tl.where(turned[None, :], narrow(rotated, target.pointer.dtype.element_ty), x)
+    place, row = b.to(tl.int64), t.to(tl.int64)
+    if APPEND:
+        slot = length + t
+        fits = (slot >= 0) & (slot < cache.slots)  # on a device nothing was checked
+        inside = inside & (h < tl.where(fits, nheads, 0))[:, None]
+        row = slot.to(tl.int64)
+        if cache.block_table is not None:
+            page = clamp(slot, 0, cache.slots - 1) // cache.page_size
+            place = tl.load(cache.block_table + b.to(tl.int64) * cache.max_pages + page).to(tl.int64)
+            row = row % cache.page_size
+        if cache.entries is not None:
+            place = tl.load(cache.entries + b).to(tl.int64)
+        place = clamp(place, 0, cache.entries_k - 1)
+    heads = place * target.batch + row * target.row + h.to(tl.int64) * target.head
+    tl.store(target.pointer + heads[:, None] + d[None, :], x, mask=inside)
+
+
+HEADS = 4  # heads of one program
+
+
+@lru_cache(1024)
+def kernels(append: Append) -> list[Kernel]:
+    """k and v into the cache and, with rotary, q into the call's `out`."""
+    found = [
+        _kernel(append, ("new_k", append.new_k), ("k", append.k), rotated=True, by_row=True),
+        _kernel(append, ("new_v", append.new_v), ("v", append.v), rotated=False, by_row=True),
+    ]
+    if append.rotary_dim:
+        out = contiguous(append.q.shape, append.q.dtype)
+        found.append(_kernel(append, ("q", append.q), ("out", out), rotated=True, by_row=append.by_row))
+    return found
+
+
+def _kernel(
+    append: Append, source: tuple[str, Array], target: tuple[str, Array], *, rotated: bool, by_row: bool
+) -> Kernel:
+    batch, rows, nheads, dim = source[1].shape
+    half = append.rotary_dim // 2 if rotated else 0
+    arguments = (view(*source), view(*target), _rotation(append, half), _cache(append), i32(rows), i32(nheads))
+    constants = {
+        "DIM": dim,
+        "WIDTH": 1 << max(0, dim - 1).bit_length(),
+        "HALF": half,
+        "INTERLEAVED": append.interleaved,
+        "BY_ROW": by_row,
+        "APPEND": target[0] != "out",
+        "HEADS": HEADS,
+    }
+    return Kernel(copy_rows, Template(arguments, constants), (batch * rows, -(-nheads // HEADS)), {})
+
+
+def _rotation(append: Append, half: int) -> Rotation:
+    cos, sin = append.rotary_cos, append.rotary_sin
+    if not half or cos is None or sin is None:
+        return Rotation(None, None, None, None)
+    assert cos.strides[0] == sin.strides[0]
+    return Rotation(
+        Address("rotary_cos", cos.dtype), Address("rotary_sin", sin.dtype), i64(cos.strides[0]), i32(cos.shape[0])
+    )
+
+
+def _cache(append: Append) -> Cache:
+    pages = append.block_table
+    return Cache(
+        Address("cache_seqlens", "int32"),
+        None if append.cache_batch_idx is None else Address("cache_batch_idx", "int32"),
+        None if pages is None else Address("block_table", "int32"),
+        i64(0 if pages is None else pages.shape[1]),
+        i32(append.slots),
+        i32(append.k.shape[0]),
+        i32(append.page_size),
+    )

@@ -1,0 +1,77 @@
+"""A Problem as arguments of kernels: numbers, and where the call's arrays will be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ... import philox
+from ...problem import Array, Problem
+from .launch import Address, f32, i32, i64, stride
+from .views import Dense, Dropout, Heads, Interval, Scalars, Sizes, Tables, View
+
+
+def common(problem: Problem) -> tuple[Any, ...]:
+    """bias, mask, heads, tables, sizes, interval, scalars and dropout, as every kernel takes them."""
+    interval = problem.interval
+    left, right, chunk = (
+        None if bound is None else i64(bound) for bound in (interval.left, interval.right, interval.chunk or None)
+    )
+    softcap = f32(problem.softcap) if problem.softcap > 0 else None
+    dropout = None
+    if problem.dropout_threshold:
+        factor = philox.keep_scale(problem.dropout_p)
+        dropout = Dropout(Address("rng_state", "int64"), i32(problem.dropout_threshold), f32(factor))
+    return (
+        dense("bias", problem.bias),
+        dense("mask", problem.mask),
+        heads(problem),
+        tables(problem),
+        sizes(problem),
+        Interval(left, right, chunk),
+        Scalars(f32(problem.scale), softcap),
+        dropout,
+    )
+
+
+def view(name: str, array: Array) -> View:
+    batch, row, head, _ = array.strides4()
+    return View(Address(name, array.dtype), *(stride(x) for x in (batch, row, head)))
+
+
+def statistics(name: str, array: Array) -> View:
+    """lse, dlse and delta: (batch, nheads, row) or packed (nheads, row)."""
+    *batch, head, row = array.strides
+    return View(Address(name, "float32"), i64(batch[0] if batch else 0), i64(row), i64(head))
+
+
+def dense(name: str, array: Array | None) -> Dense | None:
+    if array is None:
+        return None
+    steps = [0 if size == 1 else step for size, step in zip(array.shape, array.strides, strict=True)]
+    return Dense(Address(name, array.dtype), *(i64(step) for step in steps))
+
+
+def heads(problem: Problem) -> Heads:
+    slopes, sink = problem.alibi_slopes, problem.sink
+    step = slopes.strides[0] if slopes is not None and len(slopes.shape) == 2 else 0
+    return Heads(
+        None if slopes is None else Address("alibi_slopes", "float32"),
+        i64(step),
+        None if sink is None else Address("sink", "float32"),
+    )
+
+
+def tables(problem: Problem) -> Tables:
+    names = Tables._fields[:-1]
+    given = [None if getattr(problem, name) is None else Address(name, "int32") for name in names]
+    pages = problem.block_table
+    return Tables._make([*given, i64(0 if pages is None else pages.shape[1])])
+
+
+def sizes(problem: Problem) -> Sizes:
+    rows_k = problem.k.shape[0 if problem.packed_k else 1]
+    entries = 1 if problem.packed_k else problem.k.shape[0]
+    return Sizes(
+        *(i32(x) for x in (problem.batch, problem.seqlen_q, problem.seqlen_k, problem.nheads, problem.group)),
+        *(i32(x) for x in (problem.q.shape[0] if problem.packed_q else 0, rows_k, entries, problem.page_size)),
+    )

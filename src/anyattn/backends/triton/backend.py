@@ -1,0 +1,100 @@
+"""TritonBackend: what runs on a GPU through torch's device, or in Triton's interpreter on host memory."""
+
+from __future__ import annotations
+
+import re
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+from ...kvcache import Append
+from ...problem import Problem
+from ..base import Call
+from .device import interpreted
+
+if TYPE_CHECKING:
+    from .plan import TritonPlan
+
+OLDEST = (3, 6)
+LARGEST_HEAD_DIM = 512
+DEVICES = ("cuda", "xpu")
+# What is known of each card, for `anyattn info`. Compiled: tests/aot.json; expected: nothing has been seen to fail.
+EVIDENCE = {
+    "tested": ("Triton's interpreter",),
+    "compiled": (
+        *("sm_70", "sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"),
+        *("gfx908", "gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201"),
+    ),
+    "expected": ("other cards of NVIDIA and AMD", "Intel's (xpu)"),
+}
+
+
+class TritonBackend:
+    """NVIDIA, AMD and Intel GPUs."""
+
+    name = "triton"
+
+    def available(self, *, named: bool = False) -> str | None:
+        if self._missing is None and interpreted() and not named:
+            return "runs in Triton's interpreter, which is slow: only if named"
+        return self._missing
+
+    @cached_property
+    def _missing(self) -> str | None:
+        try:
+            found = version("triton")
+        except PackageNotFoundError:
+            return "Triton is not installed: pip install triton (it comes with torch for GPUs)"
+        numbers = tuple(int(part) for part in re.findall(r"\d+", found)[:2])
+        if numbers < OLDEST:
+            return f"Triton {found} is too old: {'.'.join(map(str, OLDEST))} or later is needed (torch 2.10 brings it)"
+        if interpreted():
+            return None
+        try:
+            import torch
+        except ImportError:
+            return "torch, through which GPUs are reached, is not installed"
+        if not any(hasattr(torch, kind) and getattr(torch, kind).is_available() for kind in DEVICES):
+            return "torch sees no GPU (TRITON_INTERPRET=1 runs the kernels in Triton's interpreter, slowly)"
+        return None
+
+    def supports(self, problem: Problem) -> list[str]:
+        reasons = _misplaced(problem.device) + _without(problem.dtype)
+        width = max(problem.head_dim, problem.head_dim_v)
+        if width > LARGEST_HEAD_DIM:
+            reasons.append(f"takes head_dim and head_dim_v up to {LARGEST_HEAD_DIM}; got {width}")
+        if problem.dout is not None and (problem.paged or problem.cache_batch_idx is not None):
+            reasons.append("has no backward through a KV cache (block_table, cache_batch_idx)")
+        return reasons
+
+    def avoids(self, problem: Problem) -> list[str]:
+        return []
+
+    def plan(self, problem: Problem) -> TritonPlan:
+        from .plan import TritonPlan
+
+        return TritonPlan(problem)
+
+    def supports_append(self, append: Append) -> list[str]:
+        return _misplaced(append.q.device) + _without(append.q.dtype)
+
+    def append(self, append: Append, call: Call) -> None:
+        from .append import kernels
+        from .launch import run_all
+
+        run_all(kernels(append), call, append.q.device)
+
+
+def _misplaced(device: str) -> list[str]:
+    """Reasons against arrays there."""
+    if interpreted():
+        return [] if device == "cpu" else [f"computes in host memory, as TRITON_INTERPRET is set; q is on {device}"]
+    return (
+        []
+        if device.split(":", maxsplit=1)[0] in DEVICES
+        else [f"computes on {' and '.join(DEVICES)} devices; q is on {device}"]
+    )
+
+
+def _without(dtype: str) -> list[str]:
+    return ["has no float64; the cpu and numpy backends do"] if dtype == "float64" else []

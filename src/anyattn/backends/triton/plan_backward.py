@@ -1,0 +1,158 @@
+"""Plans of the backward: delta, dk and dv by tiles of keys, dq by tiles of rows; dbias and dsink where asked for."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from ...problem import Array, Problem
+from ..base import contiguous
+from . import tuning
+from .arguments import common, dense, sizes, statistics, tables, view
+from .backward import attention_backward_delta, attention_backward_dkv, attention_backward_dq
+from .dbias import Walk, attention_backward_dbias, attention_backward_dsink, sum_parts
+from .device import Device, device
+from .launch import Address, Kernel, Template, i32, i64
+from .plan import dims, flags, options
+from .tuning import Config
+from .views import Dense, Schedule, View
+
+BYTES = 4  # of a float32
+
+
+def backward_kernels(problem: Problem) -> tuple[list[Kernel], int]:
+    """(kernels, bytes of workspace)."""
+    width = max(sum(tuning.chunks(problem.head_dim)), sum(tuning.chunks(problem.head_dim_v)))
+    gpu = device(problem.device)
+    dkv, dq = tuning.backward(gpu.arch, problem.dtype, width)
+    kernels = [delta_kernel(problem), dkv_kernel(problem, dkv), dq_kernel(problem, dq)]
+    used = BYTES * max(math.prod(problem.lse_shape), 1)  # delta; an empty workspace has no address
+    if problem.bias is not None:
+        walk = bias_walk(problem, problem.bias, tuning.bias(gpu.arch, problem.dtype, width), gpu)
+        kernels += bias_kernels(problem, problem.bias, walk, used)
+        used += walk.bytes
+    if problem.sink is not None:
+        kernels.append(sink_kernel(problem))
+    return kernels, used
+
+
+def delta_view(problem: Problem) -> View:
+    """delta lies like lse, at the beginning of the workspace."""
+    return statistics("workspace", contiguous(problem.lse_shape, "float32"))
+
+
+def row_schedule(problem: Problem, tile: int) -> tuple[Schedule, int]:
+    """(schedule, programs) of tiles of rows."""
+    if problem.packed_q:
+        rows = problem.q.shape[0]
+        return schedule(rows // tile + problem.batch + 2 if rows else 0, problem.nheads)
+    return schedule(-(-problem.seqlen_q // tile), problem.nheads * problem.batch)
+
+
+def key_schedule(problem: Problem, tile: int) -> tuple[Schedule, int]:
+    """(schedule, programs) of tiles of keys."""
+    if problem.packed_k:
+        rows = problem.k.shape[0]
+        return schedule(rows // tile + problem.batch + 2 if rows else 0, problem.nheads_kv)
+    return schedule(-(-problem.seqlen_k // tile), problem.nheads_kv * problem.batch)
+
+
+def schedule(tiles: int, pairs: int) -> tuple[Schedule, int]:
+    return Schedule(i32(tiles), i32(1), i32(1), i64(0), i64(0)), tiles * pairs
+
+
+def delta_kernel(problem: Problem) -> Kernel:
+    assert problem.out is not None and problem.dout is not None
+    tile = tuning.DELTA_ROWS
+    order, programs = row_schedule(problem, tile)
+    dlse = None if problem.dlse is None else statistics("dlse", problem.dlse)
+    arguments = (
+        view("out", problem.out), view("dout", problem.dout), dlse, delta_view(problem),
+        tables(problem), sizes(problem), order,
+    )  # fmt: skip
+    known = dims(problem)
+    constants = {name: known[name] for name in ("HEAD_DIM_V", "E0", "E1")}
+    constants |= {"TILE_Q": tile, "TOP_LEFT": flags(problem)["TOP_LEFT"]}
+    return Kernel(attention_backward_delta, Template(arguments, constants), (programs, 1), {})
+
+
+def dkv_kernel(problem: Problem, config: Config) -> Kernel:
+    order, programs = key_schedule(problem, config.tile_k)
+    results = [view(f"d{name}", contiguous(getattr(problem, name).shape, problem.dtype)) for name in ("k", "v")]
+    arguments = (*inputs(problem), *results, *common(problem), order)
+    constants = {**dims(problem), "TILE_Q": config.tile_q, "TILE_K": config.tile_k}
+    constants |= {name: flags(problem)[name] for name in ("TOP_LEFT", "LOWER", "PRECISION")}
+    return Kernel(attention_backward_dkv, Template(arguments, constants), (programs, 1), options(config))
+
+
+def dq_kernel(problem: Problem, config: Config) -> Kernel:
+    order, programs = row_schedule(problem, config.tile_q)
+    dq = view("dq", contiguous(problem.q.shape, problem.dtype))
+    arguments = (*inputs(problem), dq, *common(problem), order)
+    constants = {**dims(problem), "TILE_Q": config.tile_q, "TILE_K": config.tile_k}
+    constants |= {name: flags(problem)[name] for name in ("TOP_LEFT", "LOWER", "HOLES", "PRECISION")}
+    constants["LAST_FIRST"] = problem.interval.right is not None
+    return Kernel(attention_backward_dq, Template(arguments, constants), (programs, 1), options(config))
+
+
+class BiasWalk(NamedTuple):
+    """How dbias is cut: what programs own, what each adds (see dbias.Walk), and in how many parts."""
+
+    config: Config
+    own: tuple[int, ...]  # batch entries, heads, tiles of rows, tiles of keys
+    add: tuple[int, ...]
+    parts: int
+    elements: int
+
+    @property
+    def bytes(self) -> int:
+        """Of workspace for the parts."""
+        return BYTES * self.parts * self.elements if self.parts > 1 else 0
+
+
+def bias_walk(problem: Problem, bias: Array, config: Config, gpu: Device) -> BiasWalk:
+    """From sizes alone."""
+    tiles = (-(-problem.seqlen_q // config.tile_q), -(-problem.seqlen_k // config.tile_k))
+    whole = (problem.batch, problem.nheads, *tiles)
+    own = tuple(1 if size == 1 else count for size, count in zip(bias.shape, whole, strict=True))
+    add = tuple(count if size == 1 else 1 for size, count in zip(bias.shape, whole, strict=True))
+    parts = max(1, min(math.prod(add), 2 * gpu.processors // max(math.prod(own), 1)))
+    return BiasWalk(config, own, add, parts, math.prod(bias.shape))
+
+
+def bias_kernels(problem: Problem, bias: Array, walk: BiasWalk, used: int) -> list[Kernel]:
+    """`used`: bytes of workspace before the parts."""
+    result, config = Address("dbias", bias.dtype), walk.config
+    parts = Address("workspace", "float32", used)
+    steps = dense("dbias", contiguous(bias.shape, bias.dtype))
+    assert steps is not None
+    target = Dense(parts if walk.parts > 1 else result, *steps[1:])
+    counts = Walk._make([*(i32(x) for x in (*walk.own[1:], *walk.add, walk.parts)), i64(walk.elements)])
+    constants = {**dims(problem), "TILE_Q": config.tile_q, "TILE_K": config.tile_k}
+    constants |= {name: flags(problem)[name] for name in ("TOP_LEFT", "LOWER", "HOLES", "PRECISION")}
+    constants |= {"ADD_ROWS": bias.shape[2] == 1, "ADD_KEYS": bias.shape[3] == 1}
+    template = Template((*inputs(problem), target, *common(problem), counts), constants)
+    kernels = [Kernel(attention_backward_dbias, template, (math.prod(walk.own), walk.parts), options(config))]
+    if walk.parts > 1:
+        template = Template((parts, result, i32(walk.parts), i64(walk.elements)), {"TILE": tuning.SUM_ELEMENTS})
+        kernels.append(Kernel(sum_parts, template, (-(-walk.elements // tuning.SUM_ELEMENTS), 1), {}))
+    return kernels
+
+
+def sink_kernel(problem: Problem) -> Kernel:
+    assert problem.lse is not None
+    rows = problem.lse_shape[-1]
+    count = math.prod(problem.lse_shape) // problem.nheads
+    arguments = (
+        Address("sink", "float32"), statistics("lse", problem.lse), delta_view(problem), Address("dsink", "float32"),
+        i32(max(rows, 1)), i32(count),
+    )  # fmt: skip
+    template = Template(arguments, {"TILE": tuning.SUM_ELEMENTS})
+    return Kernel(attention_backward_dsink, template, (problem.nheads, 1), {})
+
+
+def inputs(problem: Problem) -> tuple[View, ...]:
+    """q, k, v, dout, lse and delta, as every kernel behind delta's takes them."""
+    assert problem.dout is not None and problem.lse is not None
+    arrays = [view(name, getattr(problem, name)) for name in ("q", "k", "v", "dout")]
+    return (*arrays, statistics("lse", problem.lse), delta_view(problem))
