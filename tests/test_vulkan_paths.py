@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,10 @@ from test_vulkan import VULKAN
 from test_vulkan import pytestmark as needs_vulkan
 
 import anyattn
-from anyattn import dispatch
+from anyattn import dispatch, settings
 from anyattn.backends.vulkan import api, matrices, selftest, tuning
 from anyattn.backends.vulkan import device as devices
-from anyattn.backends.vulkan.device import MATRICES, SCALAR, SHUFFLES
+from anyattn.backends.vulkan.device import MATRICES, SCALAR, SHUFFLES, Device
 from anyattn.backends.vulkan.engine import current_engine
 from anyattn.backends.vulkan.matrices import Matrices, Shape
 from anyattn.backends.vulkan.pipeline import Pipelines
@@ -223,3 +224,52 @@ def test_why_a_driver_offers_too_little() -> None:
     assert nothing.off == "the driver multiplies no 16-bit matrices of 8, 16 or 32 with float32 sums"
     info = gpu(matrices=nothing)
     assert info.paths()[MATRICES] == nothing.off and f"{MATRICES}: {nothing.off}" in info.describe()["off"]
+
+
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """Where compiled pipelines are kept, with a driver that says what it got and gives something back."""
+    monkeypatch.setenv("ANYATTN_CACHE", str(tmp_path / "cache"))
+    settings.reload()
+    yield tmp_path / "cache" / f"vulkan-{devices.device().info.cache_key}.bin"
+    monkeypatch.undo()
+    settings.reload()
+
+
+def compile_one(monkeypatch: pytest.MonkeyPatch, gives: bytes) -> bytes:
+    """What the driver is given at first, where it has `gives` after one more pipeline."""
+    given = []
+    device = devices.device()
+
+    def create(name: str, info: Any) -> int:
+        if name == "vkCreatePipelineCache":
+            given.append(api.ctypes.string_at(info.data, info.size))
+        return Device.create(device, name, info)
+
+    def get(handle: Any, cache: int, size: int, data: int | None) -> int:
+        api.size_t.from_address(size).value = len(gives)
+        if data:
+            api.ctypes.memmove(data, gives, len(gives))
+        return 0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(device, "create", create)
+        made = Pipelines(device, current_engine().layout)
+        patch.setattr(made._kept, "_get", get)
+        made.get("store_f32", {}, unroll=False)
+    return given[0]
+
+
+def test_compiled_pipelines_are_kept(monkeypatch: pytest.MonkeyPatch, kept: Path) -> None:
+    assert compile_one(monkeypatch, b"first") == b""
+    assert compile_one(monkeypatch, b"first") == b"first"
+    assert compile_one(monkeypatch, b"and more") == b"first"
+    assert [path.name for path in kept.parent.iterdir()] == [kept.name]
+    kept.write_bytes(kept.read_bytes()[:-1])
+    assert compile_one(monkeypatch, b"third") == b""  # what is broken is not shown to the driver
+    assert compile_one(monkeypatch, b"third") == b"third"
+
+
+def test_a_folder_that_cannot_be_written_keeps_nothing(monkeypatch: pytest.MonkeyPatch, kept: Path) -> None:
+    kept.parent.write_text("a file")
+    assert compile_one(monkeypatch, b"first") == compile_one(monkeypatch, b"first") == b""

@@ -22,7 +22,11 @@ VARIABLES = {
     "vulkan_software": ("ANYATTN_VULKAN_SOFTWARE", "0", "1: Vulkan drivers that run on the CPU count as available"),
     "vulkan_validate": ("ANYATTN_VULKAN_VALIDATE", "0", "1: Khronos' validation layer checks every Vulkan call"),
     "vulkan_timeout": ("ANYATTN_VULKAN_TIMEOUT", "300", "seconds after which a Vulkan device that hangs is left"),
-    "cache": ("ANYATTN_CACHE", "", "folder of what `anyattn tune` measured; empty: in the user's cache folder"),
+    "cache": (
+        "ANYATTN_CACHE",
+        "",
+        "folder of compiled shaders and of what `anyattn tune` measured; empty: the user's",
+    ),
     "check": ("ANYATTN_CHECK", "0", "1: check values in device memory too, at the price of a synchronisation"),
 }
 MOST_THREADS = 4096  # of the native engine

@@ -136,7 +136,7 @@ def _load() -> dict[str, Measured]:
     try:
         found = json.loads(_path().read_text(encoding="utf-8"))
         return {name: _from_json(entry) for name, entry in found.items()}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         logger.warning("%s is not what `anyattn tune` writes: %s", _path(), error)
