@@ -73,10 +73,9 @@ class VulkanBackend:
         if problem.device != "cpu":
             return []
         too_small = crossover.misses(problem)
-        if too_small:
+        if too_small or self.available():
             return too_small
-        missing = self.available()
-        return [missing] if missing else crossover.misses(problem, devices.instance().choose())
+        return crossover.misses(problem, devices.instance().choose())
 
     def plan(self, problem: Problem) -> Plan:
         kind = ForwardPlan if problem.dout is None else BackwardPlan
