@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -19,10 +20,13 @@ import anyattn
 from anyattn import dispatch, settings
 from anyattn.backends.vulkan import api, matrices, selftest, tuning
 from anyattn.backends.vulkan import device as devices
+from anyattn.backends.vulkan.commands import Commands
 from anyattn.backends.vulkan.device import MATRICES, SCALAR, SHUFFLES, Device
 from anyattn.backends.vulkan.engine import current_engine
 from anyattn.backends.vulkan.matrices import Matrices, Shape
+from anyattn.backends.vulkan.memory import Memory
 from anyattn.backends.vulkan.pipeline import Pipelines
+from anyattn.errors import DeviceError
 from anyattn.problem import Problem
 
 pytestmark = needs_vulkan
@@ -111,6 +115,52 @@ def test_a_device_that_computes_nothing_right_is_refused(monkeypatch: pytest.Mon
         attend(backend="vulkan")
     attend(backend="vulkan,numpy")
     attend()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_warmup_leaves_nothing_to_compile(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    monkeypatch.setattr(tuning, "split_keys", lambda info, problem, config: 32)
+    x = X.astype(dtype)
+    anyattn.warmup(x, x, x, causal=True, backward=True, backend="vulkan")
+    create = Mock(side_effect=AssertionError("compiled in a call"))
+    monkeypatch.setattr(Pipelines, "_create", create)
+    out, lse = anyattn.attention_forward(x, x, x, causal=True, backend="vulkan")
+    anyattn.attention_backward(x, x, x, x, out, lse, causal=True, backend="vulkan")
+
+
+LOSSES = {"lost": "device lost", "full": "no memory for"}
+
+
+@pytest.fixture(params=sorted(LOSSES))
+def failing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A device that automatic choice takes, and that fails in every call; what it then says."""
+    monkeypatch.setattr(dispatch.get("vulkan"), "avoids", lambda problem: [])
+    assert anyattn.explain(X, X, X).chosen == "vulkan"
+    monkeypatch.setattr(selftest, "_mismatches", lambda plan, problem: "")
+    if request.param == "lost":
+        monkeypatch.setattr(Commands, "finish", lambda self: self.device.check(api.LOST, "vkQueueSubmit"))
+    else:
+        out_of_memory = api.VulkanError("vkAllocateMemory: out of memory", api.OUT_OF_DEVICE_MEMORY)
+        monkeypatch.setattr(Memory, "_new", Mock(side_effect=out_of_memory))
+        current_engine().memory.trim()
+    return LOSSES[request.param]
+
+
+def test_nobody_named_a_device_that_fails(failing: str, caplog: pytest.LogCaptureFixture) -> None:
+    """The next backend computes this call and later ones, with one line of why."""
+    with caplog.at_level(logging.WARNING, "anyattn"):
+        for _ in range(2):
+            out, lse = anyattn.attention_forward(X, X, X, causal=True)
+            grads = anyattn.attention_backward(X, X, X, X, out, lse, causal=True)
+    assert [failing in line for line in caplog.messages] == [True, True]  # forward, backward
+    want = anyattn.attention_backward(X, X, X, X, out, lse, causal=True, backend="cpu")
+    assert np.array_equal(out, anyattn.attention(X, X, X, causal=True, backend="cpu"))
+    assert all(np.array_equal(getattr(grads, name), getattr(want, name)) for name in ("dq", "dk", "dv"))
+
+
+def test_a_named_device_that_fails_raises(failing: str) -> None:
+    with pytest.raises(DeviceError, match=failing):
+        attend(backend="vulkan")
 
 
 def gpu(**changes: Any) -> devices.DeviceInfo:

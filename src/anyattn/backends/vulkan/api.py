@@ -7,6 +7,8 @@ import sys
 from functools import cache
 from typing import Any
 
+from ...errors import DeviceError
+
 u32, u64, i32, size_t, pointer, char_p = (
     ctypes.c_uint32,
     ctypes.c_uint64,
@@ -33,7 +35,7 @@ RESULTS = {
 }
 
 
-class VulkanError(RuntimeError):
+class VulkanError(DeviceError):
     """A Vulkan call failed, or Vulkan is not there."""
 
     def __init__(self, text: str, result: int = 0) -> None:

@@ -25,6 +25,7 @@ class VulkanBackend:
     """Attention through Vulkan compute shaders."""
 
     name = "vulkan"
+    may_fail = True
 
     def available(self, *, named: bool = False) -> str | None:
         try:
