@@ -212,20 +212,29 @@ class Driver:
     def __call__(self, name: str, *arguments: Any, result: Any = None) -> Any:
         return {
             "vkGetPhysicalDeviceFeatures2": self.get_features,
+            "vkGetPhysicalDeviceProperties2": self.get_properties,
             "vkGetPhysicalDeviceCooperativeMatrixPropertiesKHR": self.get_shapes,
         }[name]
 
     def get_features(self, physical: Any, at: int) -> None:
+        self._fill(at, 1)
+
+    def get_properties(self, physical: Any, at: int) -> None:
+        self._fill(at, 0xFFFF)
+
+    def _fill(self, at: int, value: int) -> None:
+        """Sets what is offered in a chain of structures."""
         kinds = (
             *(api.Features2, api.CooperativeMatrixFeatures, api.MemoryModelFeatures, api.Float16Features),
-            *(api.SubgroupSizeFeatures, api.Bfloat16Features),
+            *(api.SubgroupSizeFeatures, api.Bfloat16Features, api.Properties2, api.SubgroupSizeProperties),
+            api.SubgroupProperties,
         )
         by_type = {kind.TYPE: kind for kind in kinds}
         while at:
             one = by_type[api.u32.from_address(at).value].from_address(at)
             for field, _ in one._fields_:
                 if f"{type(one).__name__}.{field}" in self.features:
-                    setattr(one, field, 1)
+                    setattr(one, field, value)
             at = one.pNext
 
     def get_shapes(self, physical: Any, count: int, at: int | None) -> int:
@@ -243,6 +252,7 @@ EXTENSIONS = frozenset({matrices.MATRIX, matrices.BFLOAT16})
 FEATURES = {"CooperativeMatrixFeatures.matrix", "MemoryModelFeatures.model", "Float16Features.float16"}
 FEATURES |= {"SubgroupSizeFeatures.control", "SubgroupSizeFeatures.full"}
 FEATURES |= {"Bfloat16Features.type", "Bfloat16Features.matrix"}
+FEATURES |= {"SubgroupSizeProperties.stages", "SubgroupProperties.stages", "SubgroupProperties.operations"}
 F16, F32, S8, BF16 = 0, 1, 3, 1000141000
 
 
@@ -270,6 +280,11 @@ def test_why_a_driver_offers_too_little() -> None:
     assert query(minor=2).off == "Vulkan 1.3 is needed"
     lacking = query(FEATURES - {"MemoryModelFeatures.model", "SubgroupSizeFeatures.full"})
     assert lacking.off == "the driver has no vulkanMemoryModel, computeFullSubgroups"
+    for one, what in (
+        ("SubgroupSizeProperties.stages", "subgroups of a required size in compute shaders"),
+        ("SubgroupProperties.operations", "subgroup shuffles in compute shaders"),
+    ):
+        assert query(FEATURES - {one}).off == f"the driver has no {what}"
     nothing = query(FEATURES - {"Float16Features.float16", "Bfloat16Features.type"})
     assert nothing.off == "the driver multiplies no 16-bit matrices of 8, 16 or 32 with float32 sums"
     info = gpu(matrices=nothing)

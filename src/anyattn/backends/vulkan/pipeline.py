@@ -12,8 +12,8 @@ from pathlib import Path
 
 from ... import settings
 from . import api
-from .api import address, make, u64
-from .device import COMPUTE_STAGE, STORAGE_BUFFERS, Device
+from .api import COMPUTE_STAGE, address, make, u64
+from .device import STORAGE_BUFFERS, Device
 from .spirv import freeze
 
 STORAGE_BUFFER = 7
