@@ -219,7 +219,7 @@ def test_an_unknown_device_names_those_there(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def fresh(code: str, **variables: str) -> str:
-    environment = {**os.environ, **variables}
+    environment = {**os.environ, "ANYATTN_REQUIRE": "", **variables}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     return result.stdout
 

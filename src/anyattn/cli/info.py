@@ -27,10 +27,10 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Status 1 if a backend that the settings require is not available."""
+    """Status 1 if a backend that the settings require is not available even to those who name it."""
     found = collect()
     print(json.dumps(found, indent=2) if arguments.json else text(found))
-    missing = [name for name in found["required"] if not found["backends"].get(name, {}).get("available")]
+    missing = [name for name in found["required"] if not found["backends"].get(name, {}).get("named")]
     if missing:
         sys.stderr.write(f"{settings.VARIABLES['require'][0]} names what is not available: {', '.join(missing)}\n")
     return 1 if missing else 0
@@ -61,7 +61,8 @@ def text(found: dict[str, Any]) -> str:
     ]
     for name, backend in found["backends"].items():
         reason = backend.get("error") or backend.get("reason")
-        lines.append(f"backend {name}: {'not available: ' + reason if reason else 'available'}")
+        only = "only if named" if backend.get("named") else "not available"
+        lines.append(f"backend {name}: {f'{only}: {reason}' if reason else 'available'}")
         lines += [f"  {how:19} {', '.join(where)}" for how, where in backend.get("evidence", {}).items()]
     cpu = found["cpu"]
     if "error" in cpu:
@@ -97,8 +98,9 @@ def _try(part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def _backend(name: str) -> dict[str, Any]:
-    reason = dispatch.get(name).available()
-    found: dict[str, Any] = {"available": reason is None, "reason": reason}
+    backend = dispatch.get(name)
+    reason, missing = backend.available(), backend.available(named=True)
+    found: dict[str, Any] = {"available": reason is None, "named": missing is None, "reason": missing or reason}
     if name == "triton":
         from ..backends.triton.backend import EVIDENCE
 
