@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from anyattn.backends.vulkan.engine import current_engine
 from anyattn.backends.vulkan.matrices import Matrices, Shape
 from anyattn.backends.vulkan.memory import Memory
 from anyattn.backends.vulkan.pipeline import Pipelines
-from anyattn.errors import DeviceError
+from anyattn.errors import DeviceError, DeviceMemoryError
 from anyattn.problem import Problem
 
 pytestmark = needs_vulkan
@@ -156,6 +157,28 @@ def test_nobody_named_a_device_that_fails(failing: str, caplog: pytest.LogCaptur
     want = anyattn.attention_backward(X, X, X, X, out, lse, causal=True, backend="cpu")
     assert np.array_equal(out, anyattn.attention(X, X, X, causal=True, backend="cpu"))
     assert all(np.array_equal(getattr(grads, name), getattr(want, name)) for name in ("dq", "dk", "dv"))
+
+
+def test_no_device_and_one_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, instance = dispatch.get("vulkan"), devices.instance()
+    monkeypatch.setattr(instance, "devices", (replace(devices.device().info, api=(1, 0, 3), name="Old"),))
+    assert backend.available() == "Old offers Vulkan 1.0.3; 1.1 is needed"
+    monkeypatch.setattr(instance, "devices", ())
+    assert backend.available() == "Vulkan is installed, but no driver offers a device"
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_device_that_does_not_open_is_a_reason(monkeypatch: pytest.MonkeyPatch, full: bool) -> None:
+    error = DeviceMemoryError("no memory for 4096 bytes") if full else api.VulkanError("vkCreateDevice: (-3)", -3)
+    if full:
+        monkeypatch.setattr(Memory, "take", Mock(side_effect=error))
+    else:
+        devices.forget()
+        monkeypatch.setattr(Device, "_create", Mock(side_effect=error))
+    with pytest.raises(anyattn.UnsupportedProblem, match=re.escape(str(error))):
+        attend(backend="vulkan")
+    monkeypatch.setattr(dispatch.get("vulkan"), "avoids", lambda problem: [])
+    attend()
 
 
 def test_a_named_device_that_fails_raises(failing: str) -> None:
