@@ -80,7 +80,7 @@ aot: venv
 bench: require-native $(VENV)/bench
 	$(BIN)/python -m anyattn bench --json build/bench.json --plot build/bench.png $(BENCH_ARGS)
 
-# Needs glslangValidator (Debian: glslang-tools); the binaries are committed, so nobody else does.
+# Needs glslangValidator 16 (GLSLANG=... says where); the binaries are committed, so nobody else does.
 shaders:
 	$(PYTHON) scripts/make_shaders.py
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ... import settings
+from ...errors import DeviceError
 from ...kvcache import Append
 from ...problem import Problem
 from ..base import Call, Plan, append_on_host
@@ -25,6 +26,7 @@ class VulkanBackend:
     """Attention through Vulkan compute shaders."""
 
     name = "vulkan"
+    may_fail = True
 
     def available(self, *, named: bool = False) -> str | None:
         try:
@@ -53,7 +55,7 @@ class VulkanBackend:
         """What the device at hand cannot hold, or computes wrongly."""
         try:
             info = _info(problem)
-        except VulkanError as error:
+        except DeviceError as error:
             return [str(error)]
         if problem.dout is None:
             setup = Setup.of(info, problem)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from ... import settings
 from . import api
-from .api import address, make, u64
-from .device import COMPUTE_STAGE, STORAGE_BUFFERS, Device
+from .api import COMPUTE_STAGE, address, make, u64
+from .device import STORAGE_BUFFERS, Device
 from .spirv import freeze
 
 STORAGE_BUFFER = 7
@@ -81,7 +81,7 @@ class Kept:
             fresh.write_bytes(hashlib.sha256(raw).digest() + raw)
             fresh.replace(self._path)  # at once: a process that reads meanwhile sees the old or the new
         except OSError as error:
-            logger.info("compiled shaders are not kept: %s", error)
+            logger.debug("compiled shaders are not kept: %s", error)
             self._path = None
 
 
