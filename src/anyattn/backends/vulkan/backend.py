@@ -20,6 +20,10 @@ from .tuning import backward_configs
 
 DTYPES = ("float32", "float16", "bfloat16")
 MAX_HEAD_DIM = 256
+EVIDENCE = {
+    "tested": ("Mesa's software driver with and without cooperative matrices", "SwiftShader"),
+    "expected": ("GPUs with a Vulkan 1.1 driver",),
+}
 
 
 class VulkanBackend:
