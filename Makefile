@@ -22,7 +22,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find native examples -name '*.cc' -o -name '*.cpp' -o -name '*.c' -o -name '*.h' -o -name '*.hpp' | sort)
 PACKAGED := $(shell find src examples native -not -path '*/__pycache__*') pyproject.toml
 
-.PHONY: venv require-native demo test full soak gpu aot bench shaders vulkan-drivers lint format sanitize sanitize-python clean
+.PHONY: venv require-native demo test full soak gpu aot bench docs shaders vulkan-drivers wheels test-arm64 lint format sanitize sanitize-python clean
 .DEFAULT_GOAL := test
 
 venv: $(VENV)/installed
@@ -44,8 +44,16 @@ $(VENV)/bench: $(VENV)/requirements requirements/bench.txt
 		$(PIP) install --quiet "$$peer" || echo "not installed: $$peer"; done
 	touch $@
 
+$(VENV)/docs: $(VENV)/requirements requirements/docs.txt
+	$(PIP) install --quiet -r requirements/docs.txt
+	touch $@
+
 $(VENV)/lint: $(VENV)/requirements requirements/lint.txt
 	$(PIP) install --quiet -r requirements/lint.txt
+	touch $@
+
+$(VENV)/wheels: $(VENV)/requirements requirements/wheels.txt
+	$(PIP) install --quiet -r requirements/wheels.txt
 	touch $@
 
 demo: venv
@@ -56,7 +64,7 @@ test: require-native
 
 full: require-native
 	ANYATTN_REQUIRE=$(REQUIRE) $(BIN)/python -m pytest tests -n $(JOBS) -m "full or not full" --hypothesis-profile=full $(PYTEST_ARGS)
-	$(MAKE) soak
+	$(MAKE) soak wheels test-arm64
 
 # Random problems for so many seconds; SOAK_ARGS="--seed N" draws others.
 soak: require-native
@@ -80,6 +88,11 @@ aot: venv
 bench: require-native $(VENV)/bench
 	$(BIN)/python -m anyattn bench --json build/bench.json --plot build/bench.png $(BENCH_ARGS)
 
+# Into build/site; a warning is an error. The site loads nothing from the network.
+docs: require-native $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	$(BIN)/python scripts/site/check.py build/site
+
 # Needs glslangValidator 16 (GLSLANG=... says where); the binaries are committed, so nobody else does.
 shaders:
 	$(PYTHON) scripts/make_shaders.py
@@ -87,6 +100,23 @@ shaders:
 # More software drivers for tests/test_vulkan_drivers.py, unpacked into build/drivers; needs Debian's apt-get and its mirror.
 vulkan-drivers:
 	$(PYTHON) scripts/drivers.py
+
+# The sdist and a wheel for each of six platforms, into dist/, from one machine; this machine's is installed and tried.
+wheels: $(VENV)/wheels
+	$(BIN)/python scripts/make_wheels.py
+	$(PYTHON) scripts/try_wheel.py
+
+# The native tests as the wheel for 64-bit Arm is compiled. Debian's qemu-user and libc6-arm64-cross run them elsewhere.
+ARM64_EMULATOR ?= $(if $(filter aarch64,$(shell uname -m)),,qemu-aarch64;-L;/usr/aarch64-linux-gnu)
+test-arm64: export ZIG_GLOBAL_CACHE_DIR := $(abspath build/zig)
+test-arm64: $(VENV)/wheels
+	@command -v $(firstword $(subst ;, ,$(ARM64_EMULATOR)) env) >/dev/null || \
+		{ echo "This target needs qemu-aarch64 and arm64's C library: apt-get install qemu-user libc6-arm64-cross"; exit 1; }
+	$(BIN)/cmake -S native -B build/arm64 -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DBUILD_TESTS=ON \
+		-DCMAKE_TOOLCHAIN_FILE=$(abspath native/cmake/zig.cmake) -DANYATTN_ZIG=$(abspath $(BIN))/python-zig \
+		-DANYATTN_ZIG_TARGET=aarch64-linux-gnu.2.17 "-DCMAKE_CROSSCOMPILING_EMULATOR=$(ARM64_EMULATOR)"
+	$(BIN)/cmake --build build/arm64
+	$(BIN)/ctest --test-dir build/arm64 --parallel 2 --output-on-failure --no-tests=error
 
 lint: $(VENV)/lint
 	$(BIN)/ruff check --output-format=concise .

@@ -299,7 +299,13 @@ def test_results_become_tables(measured: dict[str, Any]) -> None:
 
 def test_results_become_plots(measured: dict[str, Any], tmp_path: Path) -> None:
     found = plots.plot(measured, tmp_path / "all")
-    assert [path.name for path in found] == ["forward.png", "backward.png", "roofline.png", "memory.png"]
+    assert [path.name for path in found] == [
+        "forward.png",
+        "backward.png",
+        "roofline.png",
+        "memory.png",
+        "accuracy.png",
+    ]
     (one,) = plots.plot(measured, tmp_path / "one.png")
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in (one, *found))
 

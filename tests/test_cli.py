@@ -6,13 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 import anyattn
-from anyattn import api, dispatch, settings
+from anyattn import api, dispatch, machine, settings
 from anyattn.cli import demo, main, matrix
 
 
@@ -28,11 +29,30 @@ def test_info_tells_backends_and_settings(capsys: pytest.CaptureFixture[str]) ->
     found = json.loads(capsys.readouterr().out)
     assert found["version"] == anyattn.__version__
     assert found["packages"]["numpy"] == np.__version__
+    assert found["processor"] == machine.processor() and found["cores"] == os.cpu_count()
     assert [name for name, backend in found["backends"].items() if backend["available"]] == dispatch.available()
     assert found["settings"].keys() == {variable for variable, _, _ in settings.VARIABLES.values()}
     assert main(["info"]) == 0
     text = capsys.readouterr().out
     assert all(name in text for name in (*dispatch.NAMES, "ANYATTN_BACKEND"))
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "name"),
+    [
+        (
+            "processor: 0\ncpu family\t: 6\nmodel\t\t: 85\nmodel name\t: X at: 2 GHz\n\nprocessor: 1\n",
+            "X at: 2 GHz (family 6, model 85)",
+        ),
+        ("processor : 0\nCPU implementer : 0x41\nCPU part : 0xd0c\n\n", "Arm implementer 0x41, part 0xd0c"),
+    ],
+)
+def test_processor(cpuinfo: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cpuinfo").write_text(cpuinfo)
+    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
+    assert machine.processor() == name
+    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "nowhere")
+    assert machine.processor()
 
 
 def test_info_names_the_instruction_set_in_force(capsys: pytest.CaptureFixture[str]) -> None:

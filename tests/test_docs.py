@@ -35,10 +35,13 @@ import anyattn.dispatch
 import anyattn.heads_first
 import anyattn.native
 import anyattn.nn
-from anyattn import compat
+from anyattn import cli, compat
 from anyattn.bench import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts" / "site"))
+import reference  # noqa: E402
+
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results" / "cpu.json"
 BLOCKS = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
@@ -108,10 +111,12 @@ def check_console(block: str, folder: Path) -> None:
 
 
 def test_links_of_the_guide_lead_somewhere() -> None:
+    made = {ROOT / "docs" / page for page in reference.pages()}
     for path in (README, *PAGES.values()):
         for target, anchor in re.findall(r"\]\(([^)#]+)#?([^)]*)\)", BLOCKS.sub("", path.read_text(encoding="utf-8"))):
-            assert target.startswith("https://") or (path.parent / target).exists(), f"{path.name}: {target}"
-            assert not anchor or anchor in anchors(path.parent / target), f"{path.name}: {target}#{anchor}"
+            file = (path.parent / target).resolve()
+            assert target.startswith("https://") or file in made or file.exists(), f"{path.name}: {target}"
+            assert not anchor or anchor in anchors(file), f"{path.name}: {target}#{anchor}"
 
 
 def anchors(path: Path) -> set[str]:
@@ -121,9 +126,49 @@ def anchors(path: Path) -> set[str]:
 
 
 def test_every_page_is_in_the_index() -> None:
-    index = PAGES["docs/index.md"].read_text(encoding="utf-8")
-    for name in PAGES.keys() - {"docs/index.md"}:
-        assert f"]({name.removeprefix('docs/')})" in index, name
+    """Or in that of its folder."""
+    for name, path in PAGES.items():
+        own = PAGES.get(f"{path.parent.relative_to(ROOT).as_posix()}/index.md")
+        indices = {PAGES["docs/index.md"], own} - {path, None}
+        links = [os.path.relpath(path, index.parent) for index in indices]
+        texts = [index.read_text(encoding="utf-8") for index in indices]
+        assert name == "docs/index.md" or any(f"]({link})" in text for link, text in zip(links, texts, strict=True)), (
+            name
+        )
+
+
+def test_every_block_is_of_a_kind_that_is_run_or_drawn() -> None:
+    """A block without a language is a formula, a picture, or a command that installs or runs for minutes."""
+    for name, path in PAGES.items():
+        fences = re.findall(r"^```(.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+        assert set(fences[::2]) <= {"", "python", "console", "math"}, name
+        assert set(fences[1::2]) <= {""}, name
+
+
+def test_every_command_that_a_page_names_exists() -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    commands = cli.parsers()[1]
+    named = 0
+    for path in (README, ROOT / "CONTRIBUTING.md", *PAGES.values()):
+        text = path.read_text(encoding="utf-8")
+        for name, flags in re.findall(
+            r"(?:`|^|-m )anyattn ([a-z]+)(?=`|$|  | -| \w+\.py)((?: --[\w-]+)*)", text, re.MULTILINE
+        ):
+            known = {flag for action in commands[name]._actions for flag in action.option_strings}
+            assert set(flags.split()) <= known, f"{path.name}: anyattn {name}{flags}"
+            named += 1
+        assert set(re.findall(r"(?:`|^)make ([\w-]+)", text, re.MULTILINE)) <= targets, path.name
+    assert named > 20
+
+
+def test_every_module_that_a_page_imports_has_a_page_of_its_own() -> None:
+    code = "\n".join(
+        block for path in (README, *PAGES.values()) for language, block in blocks(path) if language == "python"
+    )
+    imported = set(re.findall(r"^\s*(?:import|from) (anyattn\.[\w.]+)", code, re.MULTILINE))
+    inner = {"anyattn.backends.base", "anyattn.kvcache", "anyattn.problem"}  # for who writes a backend
+    assert len(imported) > 10
+    assert imported - inner <= set(reference.MODULES)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ ALLOWED = {
     "errors": set(),
     "dtypes": set(),
     "settings": set(),
+    "machine": set(),
     "problem": {"mask", "philox", "dtypes"},
     "sequences": {"problem", "errors"},
     "kvcache": {"problem", "sequences", "errors"},

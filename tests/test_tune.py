@@ -159,12 +159,28 @@ def test_a_broken_file_says_so_and_does_not_count(text: str, _cache: Path, caplo
     assert len(caplog.messages) == 1 and str(_cache / crossover.FILE) in caplog.messages[0]
 
 
-def test_software_counts_only_where_the_settings_say(gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_software_is_not_chosen(gpu: Callable[..., None]) -> None:
     gpu(replace(GPU, kind="software"))
     crossover.save(GPU, {("forward", "float32"): Crossover(1.0, 0.0)})
     assert chosen(problem(8192)) == "cpu"
     assert "runs on the CPU" in dispatch.explain(problem(8192), ()).reasons["vulkan"][0]
     assert dispatch.choose(problem(4), ("vulkan",)).name == "vulkan"
+
+
+def test_a_large_problem_without_a_gpu_is_logged_once(
+    gpu: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    gpu(replace(GPU, kind="software"))
+    dispatch._passed_over.clear()
+    with caplog.at_level(logging.INFO, logger="anyattn"):
+        for asked in (problem(8192), problem(8193), problem(512)):
+            assert dispatch.choose(asked, ()).name == "cpu"
+    assert len(caplog.messages) == 1 and "vulkan passed over" in caplog.messages[0]
+
+
+def test_software_is_chosen_where_the_settings_say(gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu(replace(GPU, kind="software"))
+    crossover.save(GPU, {("forward", "float32"): Crossover(1.0, 0.0)})
     monkeypatch.setenv("ANYATTN_VULKAN_SOFTWARE", "1")
     settings.reload()
     assert chosen(problem(512)) == "vulkan"

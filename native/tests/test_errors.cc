@@ -143,10 +143,14 @@ TEST(scalars) {
         c.workspace_bytes = 1 << 20;
     });
     alignas(64) static char room[64];
-    check_refused(ANYATTN_BACKWARD, bad, "workspace_bytes is 64; needed: ", [](anyattn_call &c) {
+    Config rows;
+    rows.seqlen_q = 999;
+    rows.sink = true;  // whose partial gradients lie there for every instruction set
+    const Change too_small = [](anyattn_call &c) {
         c.workspace = room;
         c.workspace_bytes = sizeof room;
-    });
+    };
+    check_refused(ANYATTN_BACKWARD, bad, "workspace_bytes is 64; needed: ", too_small, rows);
     for (char byte : room) CHECK(!byte);
     check_forward(ANYATTN_UNSUPPORTED, "size", [](anyattn_call &c) { c.size = 0xfffffff8u; });
     Fixture fixture({});

@@ -55,7 +55,7 @@ class KVCache:
 
         Raises:
             ValueError: the cache is full; nothing was written. Or a gradient was asked for: decode under
-            `torch.no_grad()`.
+                `torch.no_grad()`.
         """
         out: Tensor = api.attention_with_kvcache(q, self.k, self.v, k=k, v=v, cache_seqlens=self.seqlens, **options)
         self.seqlens = self.seqlens + k.shape[1]

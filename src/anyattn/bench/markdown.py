@@ -1,4 +1,7 @@
-"""The README's tables, written from the committed results: `python -m anyattn.bench.markdown RESULTS README`."""
+"""The README's tables, from the committed results and from what backends say of themselves.
+
+python -m anyattn.bench.markdown RESULTS README
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ import re
 import sys
 from pathlib import Path
 from typing import Any
+
+from ..cli import features
 
 QUOTED = ("(1, 8, 2048, 64)", "(1, 16, 2048, 128)")
 WORKLOADS = (
@@ -57,7 +62,12 @@ def workloads(results: dict[str, Any]) -> str:
 
 def fill(text: str, results: dict[str, Any]) -> str:
     """The text with everything between `<!-- NAME:begin -->` and `<!-- NAME:end -->` written anew."""
-    sections = {"accuracy": accuracy(results), "speed": speed(results), "workloads": workloads(results)}
+    sections = {
+        "hardware": features.hardware(),
+        "accuracy": accuracy(results),
+        "speed": speed(results),
+        "workloads": workloads(results),
+    }
     for name, section in sections.items():
         pattern = re.compile(f"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
         text = pattern.sub(rf"\g<1>{section}\n\g<2>", text)

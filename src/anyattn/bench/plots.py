@@ -1,4 +1,4 @@
-"""Plots, drawn from the JSON of results: speed against length, a roofline, memory against length."""
+"""Plots, drawn from the JSON of results: speed against length, a roofline, memory against length, accuracy."""
 
 from __future__ import annotations
 
@@ -107,6 +107,15 @@ def _memory(results: Results, axis: Any) -> None:
     _lengths_axis(axis)
 
 
+def _accuracy(results: Results, axis: Any) -> None:
+    rows = results["accuracy"]
+    for i, name in enumerate(names := list(rows[0]["errors"])):
+        x = [j + (i - (len(names) - 1) / 2) * 0.25 for j in range(len(rows))]
+        axis.bar(x, [row["errors"][name] for row in rows], width=0.23, label=name)
+    axis.set(title="largest error against float64, (1, 8, 512, 64)", yscale="log", ylabel="largest absolute error")
+    axis.set_xticks(range(len(rows)), [row["dtype"] for row in rows])
+
+
 def _memory_by_length(results: Results) -> list[Results]:
     rows = memory_rows(results.get("memory") or [])
     return [row for row in rows if row["causal"] and row["backward"] and row["dtype"] == "float32"]
@@ -130,10 +139,12 @@ PANELS: dict[str, Callable[[Results, Any], None]] = {
     "backward": _speed(True),
     "roofline": _roofline,
     "memory": _memory,
+    "accuracy": _accuracy,
 }
 DATA: dict[str, Callable[[Results], Any]] = {
     "forward": lambda results: _lengths(results, False),
     "backward": lambda results: _lengths(results, True),
     "roofline": _intense,
     "memory": _memory_by_length,
+    "accuracy": lambda results: results.get("accuracy"),
 }

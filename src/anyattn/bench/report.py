@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..machine import processor
 from . import goals
 from .memory import LENGTHS
 from .providers import Provider
@@ -38,7 +39,7 @@ def header(threads: int, providers: Iterable[Provider] = ()) -> Results:
         target = None
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": threads,
         "system": f"{platform.system()} {platform.machine()}",
@@ -46,15 +47,6 @@ def header(threads: int, providers: Iterable[Provider] = ()) -> Results:
         "versions": {name: _version(name) for name in packages},
         "cpu_target": target,
     }
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        fields = dict(line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line)
-        values = {name.strip(): value.strip() for name, value in fields.items()}
-        return f"{values.get('model name', '?')} (family {values.get('cpu family')}, model {values.get('model')})"
-    return platform.processor() or "unknown"
 
 
 def _version(name: str) -> str | None:

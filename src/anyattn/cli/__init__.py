@@ -12,13 +12,19 @@ COMMANDS = (info, explain, verify, bench, tune, demo, run)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit status."""
-    parser = argparse.ArgumentParser(prog="anyattn", description="Exact attention on any hardware in O(N) memory.")
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in COMMANDS:
-        command.add_parser(subparsers).set_defaults(run=command.run)
+    parser, _ = parsers()
     arguments, rest = parser.parse_known_args(argv)
     if rest and arguments.run is not demo.run:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     arguments.rest = rest
     status: int = arguments.run(arguments)
     return status
+
+
+def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The program's, and each command's by its name."""
+    parser = argparse.ArgumentParser(prog="anyattn", description="Exact attention on any hardware in O(N) memory.")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add_parser(subparsers).set_defaults(run=command.run)
+    return parser, dict(subparsers.choices)

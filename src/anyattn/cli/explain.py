@@ -52,9 +52,12 @@ def add_features(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sink", action="store_true")
     parser.add_argument("--seqused", action="store_true", help="lengths per sequence")
     parser.add_argument("--leftpad", action="store_true")
+    parser.add_argument("--offset", action="store_true", help="a position of row 0 per sequence")
     parser.add_argument("--varlen", action="store_true", help="packed sequences")
     parser.add_argument("--paged", type=_size, default=0, metavar="PAGE_SIZE", help="k and v in pages")
+    parser.add_argument("--cache-batch-idx", action="store_true", help="an entry of the cache per sequence")
     parser.add_argument("--backward", action="store_true", help="the gradients, not the forward")
+    parser.add_argument("--dlse", action="store_true", help="with a gradient of lse (needs --backward)")
     parser.add_argument("--deterministic", action="store_true")
     parser.add_argument("--batch-invariant", action="store_true")
 
@@ -102,13 +105,17 @@ def _shapes(a: argparse.Namespace) -> dict[str, tuple[tuple[int, ...], str]]:
         "sink": a.sink and ((a.heads,), compute),
         "cu_seqlens_q": a.varlen and ((a.batch + 1,), "int32"),
         "cu_seqlens_k": a.varlen and not a.paged and ((a.batch + 1,), "int32"),
+        "seqused_q": a.seqused and ((a.batch,), "int32"),
         "seqused_k": (a.seqused or a.paged) and ((a.batch,), "int32"),
         "leftpad_k": a.leftpad and ((a.batch,), "int32"),
+        "offset": a.offset and ((a.batch,), "int32"),
         "block_table": a.paged and ((a.batch, pages), "int32"),
+        "cache_batch_idx": a.cache_batch_idx and ((a.batch,), "int32"),
         "rng_state": a.dropout and ((2,), "int64"),
         "out": a.backward and out,
         "dout": a.backward and out,
         "lse": a.backward and (lse, compute),
+        "dlse": a.backward and a.dlse and (lse, compute),
     }
     return {name: described for name, described in every.items() if described}
 

@@ -13,6 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from .. import __version__, dispatch, settings
+from ..machine import processor
+from . import features
 from .table import table
 
 PACKAGES = ("numpy", "torch", "ml_dtypes", "triton")
@@ -23,11 +25,15 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "info", help="backends, instruction sets, threads, versions, settings"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--features", action="store_true", help="what each engine computes, and why not more")
     return parser
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Status 1 if a backend that the settings require is not available even to those who name it."""
+    if arguments.features:
+        print(features.text(features.collect()))
+        return 0
     found = collect()
     print(json.dumps(found, indent=2) if arguments.json else text(found))
     missing = [name for name in found["required"] if not found["backends"].get(name, {}).get("named")]
@@ -43,6 +49,7 @@ def collect() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "machine": platform.machine(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "packages": {name: _version(name) for name in PACKAGES},
         "backends": {name: _try(partial(_backend, name)) for name in dispatch.NAMES},
@@ -55,7 +62,8 @@ def collect() -> dict[str, Any]:
 
 def text(found: dict[str, Any]) -> str:
     lines = [
-        f"anyattn {found['version']}, Python {found['python']}, {found['platform']}, {found['cores']} cores",
+        f"anyattn {found['version']}, Python {found['python']}, {found['platform']}",
+        f"{found['processor']}, {found['cores']} cores",
         ", ".join(f"{name} {number or 'not installed'}" for name, number in found["packages"].items()),
         "",
     ]
@@ -63,7 +71,7 @@ def text(found: dict[str, Any]) -> str:
         reason = backend.get("error") or backend.get("reason")
         only = "only if named" if backend.get("named") else "not available"
         lines.append(f"backend {name}: {f'{only}: {reason}' if reason else 'available'}")
-        lines += [f"  {how:19} {', '.join(where)}" for how, where in backend.get("evidence", {}).items()]
+        lines += [f"  {how:19} {'; '.join(where)}" for how, where in backend.get("evidence", {}).items()]
     cpu = found["cpu"]
     if "error" in cpu:
         lines += ["", f"native engine: {cpu['error']}"]
@@ -100,12 +108,12 @@ def _try(part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 def _backend(name: str) -> dict[str, Any]:
     backend = dispatch.get(name)
     reason, missing = backend.available(), backend.available(named=True)
-    found: dict[str, Any] = {"available": reason is None, "named": missing is None, "reason": missing or reason}
-    if name == "triton":
-        from ..backends.triton.backend import EVIDENCE
-
-        found["evidence"] = EVIDENCE
-    return found
+    return {
+        "available": reason is None,
+        "named": missing is None,
+        "reason": missing or reason,
+        "evidence": features.evidence(name),
+    }
 
 
 def _required() -> tuple[str, ...]:

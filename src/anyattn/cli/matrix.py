@@ -132,7 +132,7 @@ class Question:
     def __init__(self, dtype: str, kind: npt.DTypeLike, features: Arguments, seed: int) -> None:
         self.dtype = dtype
         self.arguments = draw(np.random.default_rng(seed), features, kind)
-        self.problem, arrays = _described(self.arguments)
+        self.problem, arrays = described(self.arguments)
         rng = np.random.default_rng(seed + 1)
         self.dout = rng.standard_normal(self.problem.out_shape).astype(kind)
         self.dlse = rng.standard_normal(self.problem.lse_shape).astype(self.problem.compute_dtype)
@@ -218,7 +218,7 @@ def _dtypes() -> dict[str, npt.DTypeLike]:
     return {**found, "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
-def _described(arguments: Arguments) -> tuple[Problem, dict[str, Any]]:
+def described(arguments: Arguments) -> tuple[Problem, dict[str, Any]]:
     """The problem, and its arrays as the reference takes them."""
     given, options, seed, _ = explicit(**arguments)
     adapter = numpy_arrays.adapter

@@ -18,6 +18,14 @@ DTYPES = {"float32": 1, "float16": 2, "bfloat16": 3, "float64": 4, "bool": 5, "i
 HAS_LEFT, HAS_RIGHT, TOP_LEFT, ROTARY_INTERLEAVED, BATCH_INVARIANT = 1, 2, 4, 8, 32
 OUT_OF_MEMORY = 7
 MESSAGE_BYTES = 512
+# How well each processor is known: README, documentation and `anyattn info` show it.
+EVIDENCE = {
+    "tested": (
+        "x86-64 with AVX-512 and bfloat16 instructions",
+        "forced there: AVX-512, AVX2 with FMA, any x86-64",
+    ),
+    "expected": ("arm64 and others",),
+}
 
 Values = dict[str, float]
 

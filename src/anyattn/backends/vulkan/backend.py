@@ -20,6 +20,10 @@ from .tuning import backward_configs
 
 DTYPES = ("float32", "float16", "bfloat16")
 MAX_HEAD_DIM = 256
+EVIDENCE = {
+    "tested": ("Mesa's software driver with and without cooperative matrices", "SwiftShader"),
+    "expected": ("GPUs with a Vulkan 1.1 driver",),
+}
 
 
 class VulkanBackend:
@@ -75,10 +79,9 @@ class VulkanBackend:
         if problem.device != "cpu":
             return []
         too_small = crossover.misses(problem)
-        if too_small:
+        if too_small or self.available():
             return too_small
-        missing = self.available()
-        return [missing] if missing else crossover.misses(problem, devices.instance().choose())
+        return crossover.misses(problem, devices.instance().choose())
 
     def plan(self, problem: Problem) -> Plan:
         kind = ForwardPlan if problem.dout is None else BackwardPlan

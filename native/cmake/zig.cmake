@@ -1,0 +1,22 @@
+# Cross-compiling with PyPI's ziglang: ANYATTN_ZIG is its executable, ANYATTN_ZIG_TARGET a triple of `zig targets`.
+list(APPEND CMAKE_TRY_COMPILE_PLATFORM_VARIABLES ANYATTN_ZIG ANYATTN_ZIG_TARGET)
+if(NOT ANYATTN_ZIG OR NOT ANYATTN_ZIG_TARGET)
+  message(FATAL_ERROR "zig.cmake needs ANYATTN_ZIG and ANYATTN_ZIG_TARGET")
+endif()
+string(REGEX MATCH "^[^-]+" CMAKE_SYSTEM_PROCESSOR "${ANYATTN_ZIG_TARGET}")
+if(ANYATTN_ZIG_TARGET MATCHES "-macos")
+  set(CMAKE_SYSTEM_NAME Darwin)
+elseif(ANYATTN_ZIG_TARGET MATCHES "-windows")
+  set(CMAKE_SYSTEM_NAME Windows)
+else()
+  set(CMAKE_SYSTEM_NAME Linux)
+endif()
+set(CMAKE_C_COMPILER "${ANYATTN_ZIG}" cc -target ${ANYATTN_ZIG_TARGET})
+set(CMAKE_CXX_COMPILER "${ANYATTN_ZIG}" c++ -target ${ANYATTN_ZIG_TARGET})
+set(CMAKE_FIND_ROOT_PATH_MODE_PROGRAM NEVER)
+# It compiles every instruction set. To ask is to link, and that for each would compile the C++ library anew.
+foreach(target avx2 avx512 avx512bf16)
+  set(ANYATTN_COMPILES_${target} TRUE)
+endforeach()
+set(ANYATTN_HAS_MARCH FALSE)
+set(CMAKE_SHARED_LINKER_FLAGS_INIT -s)  # no symbols but those exported: CMAKE_STRIP knows one format only

@@ -1,0 +1,157 @@
+"""What must hold of a wheel on any platform: its contents, its size, and what its native library exports and needs."""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import lief
+
+MEGABYTES = 2
+LIBRARIES = {"manylinux": "libanyattn.so", "macosx": "libanyattn.dylib", "win": "anyattn.dll"}
+INSTALLED = (
+    "include/anyattn.h",
+    "include/anyattn.hpp",
+    "lib/cmake/anyattn/anyattnConfig.cmake",
+    "lib/cmake/anyattn/anyattnConfigVersion.cmake",
+)
+# What every system of the kind has. An OpenMP runtime or a C++ library beside it would be the process's second.
+SYSTEM = {
+    "manylinux": r"(libc|libm|libdl|libpthread|librt)\.so\.\d+|ld-linux-[\w-]+\.so\.\d+",
+    "macosx": r"/usr/lib/libSystem\.B\.dylib",
+    "win": r"(?i)(kernel32|ntdll|api-ms-win-crt-[\w-]+)\.dll",
+}
+MACHINES = {"x86_64": "x86_64", "amd64": "x86_64", "aarch64": "arm64", "arm64": "arm64"}
+
+
+# zig's linker cannot hide these on macOS: its own two, and the operators that C++ lets any library replace.
+UNHIDDEN = r"_mh_dylib_header|__dso_handle|_Z(n[aw]m|d[al]Pv)\w*"
+
+
+class Library(NamedTuple):
+    """A shared library of any format; floor is the oldest system that it loads on, where its format says it."""
+
+    machine: str
+    exports: set[str]
+    needs: list[str]
+    floor: tuple[int, ...] = ()
+    complaints: tuple[str, ...] = ()
+
+
+def check(wheel: Path, source: Path) -> Iterator[str]:
+    """What is wrong with the wheel of these sources."""
+    tag = wheel.stem.split("-")[-1]
+    system = re.match("[a-z]+", tag).group()
+    if wheel.stat().st_size > MEGABYTES * 1e6:
+        yield f"{wheel.stat().st_size / 1e6:.1f} MB; at most {MEGABYTES}"
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        yield from _check_contents(names, LIBRARIES[system], source)
+        (metadata,) = (archive.read(name).decode() for name in names if name.endswith(".dist-info/WHEEL"))
+        if f"Tag: py3-none-{tag}\n" not in metadata or "Root-Is-Purelib: false" not in metadata:
+            yield f"its metadata says {metadata!r}"
+        library = f"anyattn/lib/{LIBRARIES[system]}"
+        if library in names:
+            yield from _check_library(parse(archive.read(library)), tag, functions(source))
+
+
+def _check_contents(names: list[str], library: str, source: Path) -> Iterator[str]:
+    wanted = {f"anyattn/{name}" for name in (f"lib/{library}", *INSTALLED)}
+    for folder, inside in ((source / "src" / "anyattn", "anyattn"), (source / "examples", "anyattn/examples")):
+        files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+        wanted |= {f"{inside}/{path.as_posix()}" for path in files if "__pycache__" not in path.parts}
+    yield from (f"{name} is missing" for name in sorted(wanted - set(names)))
+    binaries = [name for name in names if re.search(r"\.(so|dylib|dll|pyd)(\.\d+)*$", PurePosixPath(name).name)]
+    yield from (f"{name} has no place in it" for name in binaries if name != f"anyattn/lib/{library}")
+
+
+def functions(source: Path) -> set[str]:
+    """The functions that anyattn.h declares."""
+    header = (source / "native" / "include" / "anyattn.h").read_text()
+    return set(re.findall(r"^ANYATTN_API [^;(]*?\b(anyattn_\w+)\(", header, re.MULTILINE))
+
+
+def _check_library(library: Library, tag: str, declared: set[str]) -> Iterator[str]:
+    system, *version = re.match(r"([a-z]+)(?:_(\d+)_(\d+))?", tag).groups()
+    machine = MACHINES[next(name for name in MACHINES if tag.endswith(name))]
+    if library.machine != machine:
+        yield f"its library is for {library.machine}"
+    if library.exports != declared:
+        yield f"exported, but not declared: {sorted(library.exports - declared)}; or the reverse: " + str(
+            sorted(declared - library.exports)
+        )
+    yield from (f"needs {name}" for name in library.needs if not re.fullmatch(SYSTEM[system], name))
+    if system != "win" and not () < library.floor <= tuple(int(part) for part in version):
+        yield f"its library needs version {library.floor} of the system"
+    yield from library.complaints
+
+
+def parse(data: bytes) -> Library:
+    """Reads ELF, Mach-O and PE files."""
+    binary = lief.parse(list(data))
+    if isinstance(binary, lief.ELF.Binary):
+        return _elf(binary)
+    if isinstance(binary, lief.MachO.Binary):
+        return _macho(binary)
+    if isinstance(binary, lief.PE.Binary):
+        return _pe(binary)
+    raise ValueError("neither ELF nor Mach-O nor PE")
+
+
+def _elf(binary: lief.ELF.Binary) -> Library:
+    machine = {"X86_64": "x86_64", "AARCH64": "arm64"}.get(binary.header.machine_type.name, "another machine")
+    names = (need.name for library in binary.symbols_version_requirement for need in library.get_auxiliary_symbols())
+    versions = [re.fullmatch(r"GLIBC_(\d+)\.(\d+)(?:\.\d+)?", name) for name in names]
+    floor = max(((int(found[1]), int(found[2])) for found in versions if found), default=())
+    others = () if all(versions) else ("it needs versions of another library than glibc",)
+    exports = {symbol.name for symbol in binary.dynamic_symbols if symbol.exported}
+    return Library(machine, exports, list(binary.libraries), floor, others)
+
+
+def _macho(binary: lief.MachO.Binary) -> Library:
+    machine = {"X86_64": "x86_64", "ARM64": "arm64"}.get(binary.header.cpu_type.name, "another machine")
+    exports = {symbol.name.removeprefix("_") for symbol in binary.exported_symbols}
+    exports = {name for name in exports if not re.fullmatch(UNHIDDEN, name)}
+    needs = [library.name for library in binary.libraries if library.command.name != "ID_DYLIB"]
+    # Apple's own processors load nothing without a signature, if only one that names nobody.
+    unsigned = machine == "arm64" and not binary.has_code_signature
+    return Library(machine, exports, needs, tuple(binary.build_version.minos[:2]), ("is not signed",) * unsigned)
+
+
+def _pe(binary: lief.PE.Binary) -> Library:
+    machine = {"AMD64": "x86_64", "ARM64": "arm64"}.get(binary.header.machine.name, "another machine")
+    exports = {entry.name for entry in binary.get_export().entries}
+    return Library(machine, exports, [library.name for library in binary.imports])
+
+
+def check_objects(objects: Iterable[Path], tag: str) -> Iterator[str]:
+    """The object of an instruction set defines its table of kernels and nothing else that others see.
+
+    Of a template or an inline function that two of them share one would be kept: the baseline could run AVX-512 code.
+    """
+    targets = [path for path in objects if path.name.startswith("target_")]
+    names = {path.name.partition(".")[0].removeprefix("target_") for path in targets}
+    wanted = {"baseline"} if tag.endswith(("arm64", "aarch64")) else {"baseline", "avx2", "avx512", "avx512bf16"}
+    if names != wanted:
+        yield f"has the instruction sets {sorted(names)}, not {sorted(wanted)}"
+    for path in targets:
+        shared = list(_shared(path))
+        if len(shared) != 1 or "kernels_" not in shared[0]:
+            yield f"{path.name} must define its kernel table alone; found {shared}"
+
+
+def _shared(path: Path) -> Iterator[str]:
+    """The symbols, weak ones too, that an object file defines for others."""
+    data = list(path.read_bytes())
+    if elf := lief.ELF.parse(data):
+        local = lief.ELF.Symbol.BINDING.LOCAL
+        yield from (symbol.name for symbol in elf.symbols if symbol.shndx and symbol.binding != local)
+    elif macho := lief.MachO.parse(data):
+        (binary,) = macho
+        yield from (symbol.name for symbol in binary.symbols if symbol.raw_type & 1 and symbol.numberof_sections)
+    else:
+        coff = lief.COFF.parse(data)
+        yield from (symbol.name for symbol in coff.symbols if symbol.is_external and symbol.section_idx)

@@ -1,0 +1,45 @@
+"""Fails where the built site lacks what it promises: `python scripts/site/check.py SITE`.
+
+mkdocs itself fails on links, anchors and names that do not exist; this looks at the pages that came out.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import reference
+
+LOADED = re.compile(r"<(?:script|link|img|iframe|source)\b[^>]*?\b(?:src|href)=\"?((?:https?:)?//[^\s\">]+)", re.I)
+UNSEEN = re.compile(r"<p>(?:(?!</p>).)*?(?:^|(?<=<p>))[*|] ", re.DOTALL | re.MULTILINE)  # a list or table that is text
+
+
+def main(site: Path) -> int:
+    problems = [f"{path.relative_to(site)}: {text}" for path in sorted(site.rglob("*.html")) for text in wrong(path)]
+    problems += [text for name in (*reference.NAMES, *reference.MODULES) for text in undocumented(site, name)]
+    if problems:
+        sys.stderr.write("\n".join([*problems, ""]))
+    return 1 if problems else 0
+
+
+def wrong(path: Path) -> Iterator[str]:
+    """In one page: what it loads from the network, and what was to be generated and is not."""
+    html = path.read_text(encoding="utf-8")
+    yield from (f"loads {url}" for url in LOADED.findall(html))
+    if "<!-- generated:" in html:
+        yield "a marker was not filled"
+    yield from (f"text that was to be a list or table: {found[-60:]}" for found in UNSEEN.findall(html))
+
+
+def undocumented(site: Path, name: str) -> Iterator[str]:
+    """A name whose page lacks its heading or the docstring below it."""
+    path = site / "reference" / reference.file_name(name).replace(".md", ".html")
+    html = path.read_text(encoding="utf-8") if path.exists() else ""
+    if f'<h1 id="{name}"' not in html or not re.search(r'class="doc doc-contents.*?<p>', html, re.DOTALL):
+        yield f"{path.relative_to(site)}: does not document {name}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
