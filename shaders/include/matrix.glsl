@@ -38,14 +38,15 @@ float max_lanes(float x) {
 
 // GLSL passes neither buffers nor arrays of matrices to functions. All of these are for a whole workgroup.
 
-// STEP rows of `width` vectors into `tile`: row r lies at address(r) of `memory`; zeros where not used(r).
+// STEP rows of `width` vectors into `tile`, zeros for those not used. `used` and `address` in `memory` are expressions of
+// the row's number r.
 #define STAGE(tile, memory, width, used, address)                                                       \
     [[dont_unroll]] for (uint x = gl_LocalInvocationID.x; x < STEP * width; x += WORKGROUP) {           \
         uint r = x / width;                                                                             \
         tile[r * TILE_STRIDE + x % width] = (used) ? memory[(address) + x % width] : STORED(0);         \
     }
 
-// The subgroups' own rows, all OWNED of them by way of `tile`.
+// The subgroups' own rows, all OWNED of them by way of `tile`; `address` is an expression of base + r.
 #define LOAD_OWN(left, tile, memory, width, address)                                                    \
     [[dont_unroll]] for (uint base = 0; base < OWNED; base += STEP) {                                   \
         STAGE(tile, memory, width, true, address)                                                       \
