@@ -47,6 +47,7 @@ class CpuBackend:
     """The native engine."""
 
     name = "cpu"
+    may_fail = False
 
     def available(self, *, named: bool = False) -> str | None:
         try:
