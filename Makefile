@@ -22,7 +22,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find native examples -name '*.cc' -o -name '*.cpp' -o -name '*.c' -o -name '*.h' -o -name '*.hpp' | sort)
 PACKAGED := $(shell find src examples native -not -path '*/__pycache__*') pyproject.toml
 
-.PHONY: venv require-native demo test full soak gpu aot bench docs shaders wheels test-arm64 lint format sanitize sanitize-python clean
+.PHONY: venv require-native demo test full soak gpu aot bench docs shaders vulkan-drivers wheels test-arm64 lint format sanitize sanitize-python clean
 .DEFAULT_GOAL := test
 
 venv: $(VENV)/installed
@@ -84,11 +84,14 @@ gpu:
 		--json benchmarks/results/gpu.json $(GPU_ARGS)
 
 # Every Triton kernel, compiled for GPUs that need not be here; AOT_ARGS=--write enters it into tests/aot.json. Then a
-# subset by the oldest Triton that is supported: torch 2.10 and 2.11 bring it, and gfx1030 has no other.
+# subset by the oldest Triton that is supported: torch 2.10 and 2.11 bring it, and gfx1030 has no other. Hopper's own
+# kernels have gates instead of a table.
 aot: venv
 	$(BIN)/python scripts/aot.py --all $(AOT_ARGS)
+	$(BIN)/python scripts/hopper.py
 	$(PIP) install --quiet --no-deps --upgrade --target build/triton-3.6.0 triton==3.6.0
 	PYTHONPATH=build/triton-3.6.0 $(BIN)/python scripts/aot.py $(AOT_ARGS)
+	PYTHONPATH=build/triton-3.6.0 $(BIN)/python scripts/hopper.py
 
 bench: require-native $(VENV)/bench
 	$(BIN)/python -m anyattn bench --json build/bench.json --plot build/bench.png $(BENCH_ARGS)
@@ -98,9 +101,13 @@ docs: require-native $(VENV)/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 	$(BIN)/python scripts/site/check.py build/site
 
-# Needs glslangValidator (Debian: glslang-tools); the binaries are committed, so nobody else does.
+# Needs glslangValidator 16 (GLSLANG=... says where); the binaries are committed, so nobody else does.
 shaders:
 	$(PYTHON) scripts/make_shaders.py
+
+# More software drivers for tests/test_vulkan_drivers.py, unpacked into build/drivers; needs Debian's apt-get and its mirror.
+vulkan-drivers:
+	$(PYTHON) scripts/drivers.py
 
 # The sdist and a wheel for each of six platforms, into dist/, from one machine; this machine's is installed and tried.
 wheels: $(VENV)/wheels

@@ -31,6 +31,9 @@ MACHINES = {"x86_64": "x86_64", "amd64": "x86_64", "aarch64": "arm64", "arm64": 
 UNHIDDEN = r"_mh_dylib_header|__dso_handle|_Z(n[aw]m|d[al]Pv)\w*"
 
 
+lief.logging.disable()  # each format's reader is asked, and those that do not fit complain
+
+
 class Library(NamedTuple):
     """A shared library of any format; floor is the oldest system that it loads on, where its format says it."""
 

@@ -1,6 +1,6 @@
 """Everything that only a machine with a GPU can say: tests on the device, then times. Writes JSON after every part.
 
-    python scripts/gpu.py --json build/gpu.json [--part cases|claims|speed|decode|latency|memory|training|peers]
+    python scripts/gpu.py --json build/gpu.json [--part cases|claims|hopper|speed|decode|latency|memory|training|peers]
 
 Needs torch 2.11 or later with a GPU, Triton 3.6 or later and NumPy; each part takes less than ten minutes. The native
 engine (ANYATTN_LIBRARY names it) is what claims compare with. Status 1: something is wrong; 2: there is no GPU.
@@ -12,6 +12,7 @@ import argparse
 import datetime
 import json
 import platform
+import subprocess
 import sys
 import time
 import traceback
@@ -24,9 +25,11 @@ import torch
 
 import anyattn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+TESTS = Path(__file__).resolve().parent.parent / "tests"
+sys.path.insert(0, str(TESTS))
 
 Found = dict[str, Any]
+LONGEST = 540  # seconds for Hopper's kernels
 
 
 def main() -> int:
@@ -100,7 +103,24 @@ def claims(device: str) -> Found:
     return {"summary": f"{len(every) - len(wrong)} hold, {len(wrong)} do not", "wrong": wrong}
 
 
-PARTS: dict[str, Callable[[str], Found]] = {"cases": cases, "claims": claims, **gpu_times.PARTS}
+def hopper(device: str) -> Found:
+    """The kernels for Hopper, which are off elsewhere: in a process that is ended if they do not end."""
+    from anyattn.backends.triton.device import device as card
+    from anyattn.backends.triton.hopper import ARCH
+
+    if card(device).arch != ARCH:
+        return {"summary": f"not for {card(device).arch}"}
+    try:
+        command = [sys.executable, str(TESTS / "hopper_device.py")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LONGEST)
+    except subprocess.TimeoutExpired:
+        return {"summary": f"do not end within {LONGEST} s", "wrong": {"launches": "hang, or are slow"}}
+    said = done.stdout.splitlines()[-1:] or ["broken"]
+    wrong = {"output": done.stdout[-4000:], "errors": done.stderr[-4000:]}
+    return {"summary": said[0], "wrong": wrong if done.returncode else {}}
+
+
+PARTS: dict[str, Callable[[str], Found]] = {"cases": cases, "claims": claims, "hopper": hopper, **gpu_times.PARTS}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -105,7 +105,7 @@ void step_rows(Sequence s, uint h_kv, int first, uint packed, uint begin, uint e
         [[unroll]] for (uint c = 0; c < KEYS; ++c) {
             Gradient g = differentiate(s, rows[n], stats, key_slot(s, first, c), x[n][c], dp[n][c]);
             x[n][c] = g.p;
-            dp[n][c] = g.dt;
+            dp[n][c] = t.scale * g.dt;
         }
     }
     add_rows(q_at, dout_at, x, dp);

@@ -95,7 +95,7 @@ void main() {
         products(k_at, v_at, x, dt);
         [[unroll]] for (uint n = 0; n < ROWS; ++n) [[unroll]] for (uint c = 0; c < KEYS; ++c) {
             int key = j + int(c);
-            dt[n][c] = key < stop ? differentiate(s, rows[n], stats[n], key, x[n][c], dt[n][c]).dt : 0.0;
+            dt[n][c] = key < stop ? t.scale * differentiate(s, rows[n], stats[n], key, x[n][c], dt[n][c]).dt : 0.0;
         }
         add_keys(k_at, dt);
     }

@@ -13,6 +13,8 @@ os.environ.setdefault("MKL_NUM_THREADS", "1")
 # Triton's kernels run here in its interpreter; it reads this when they are first imported.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("ANYATTN_VULKAN_SOFTWARE", "1")
+# no folder: no measurement of this machine decides what is tested, and nothing is left behind
+os.environ["ANYATTN_CACHE"] = f"{os.devnull}/anyattn"
 
 from collections.abc import Iterator, Sequence
 from typing import Any

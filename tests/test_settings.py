@@ -50,6 +50,7 @@ NONSENSE = {
         "integers from 1 to 4096, separated by commas",
     ),
     "ANYATTN_CHECK": (("yes", "2", "-1"), "an integer from 0 to 1"),
+    "ANYATTN_HOPPER": (("yes", "2"), "an integer from 0 to 1"),
     "ANYATTN_BACKEND": (("cuda", "cpu,abacus"), "cpu, triton, vulkan, numpy"),
     "ANYATTN_REQUIRE": (("cuda",), "cpu, triton, vulkan, numpy"),
     "ANYATTN_CPU_TARGET": (("abacus", "AVX2", "0"), "baseline"),
@@ -86,6 +87,7 @@ def test_nonsense_is_refused(
         ("ANYATTN_NUM_THREADS", "4096", "num_threads", 4096),
         ("ANYATTN_CHECK", "1", "check", True),
         ("ANYATTN_CHECK", "", "check", False),
+        ("ANYATTN_HOPPER", "1", "hopper", True),
         ("ANYATTN_BACKEND", " numpy , cpu ", "backend", ("numpy", "cpu")),
     ],
 )

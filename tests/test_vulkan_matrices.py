@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 from cases import Case, named
 from engines import engines
+from inputs import build
 from test_vulkan import VULKAN, check
+from test_vulkan_backward import gradients
 
 import anyattn
 from anyattn import dispatch
 from anyattn.backends.vulkan import device as devices
 from anyattn.backends.vulkan import tuning
 from anyattn.backends.vulkan.device import MATRICES
-from anyattn.problem import Problem
 
 pytestmark = pytest.mark.skipif(
     VULKAN not in engines() or devices.device().info.paths()[MATRICES] != "",
@@ -44,8 +45,8 @@ CASES = [
 SHAPES = [
     {"lanes": 1, "rows": 1, "workgroup": 8},
     {"lanes": 2, "rows": 2, "workgroup": 32},
-    {"lanes": 4, "rows": 4, "workgroup": 16, "keys": 16},
-    {"lanes": 8, "rows": 8, "workgroup": 32, "keys": 64},
+    {"lanes": 4, "rows": 4, "workgroup": 32, "keys": 16},
+    {"lanes": 8, "rows": 8, "workgroup": 16},
 ]
 
 
@@ -53,15 +54,17 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda x: "-".join(f"{name}{value}" for name, value in x.items()))
 def test_every_shape_of_a_kernel(monkeypatch: pytest.MonkeyPatch, case: Case, shape: dict[str, Any]) -> None:
     """Several lanes for a row, several rows for a lane, more keys than rows and the other way around."""
-    original = tuning.forward_config
+    original = tuning.matrix_config
 
-    def config(info: devices.DeviceInfo, problem: Problem) -> tuning.Config:
-        chosen = original(info, problem)
-        assert chosen.matrix is not None and chosen.subgroup == chosen.matrix.m == 8
+    def config(*arguments: Any) -> tuning.Config:
+        chosen = original(*arguments)
+        assert chosen is not None and chosen.matrix is not None and chosen.subgroup == chosen.matrix.m == 8
         return replace(chosen, **shape)
 
-    monkeypatch.setattr(tuning, "forward_config", config)
+    monkeypatch.setattr(tuning, "matrix_config", config)
     check(case)
+    if case.lengths != "paged":
+        gradients(build(case))
 
 
 def test_unrolled_loops(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,6 +74,20 @@ def test_unrolled_loops(monkeypatch: pytest.MonkeyPatch) -> None:
         tuning, "forward_config", lambda *x: replace(original(*x), dim=2, dim_v=2, features=0, unroll=True)
     )
     check(Case("unrolled", dtype="float16", head_dim=7, head_dim_v=3))
+
+
+def test_unrolled_loops_of_the_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = tuning.scalar_config
+    monkeypatch.setattr(
+        tuning, "scalar_config", lambda *x: replace(original(*x), dim=2, dim_v=2, features=0, unroll=True)
+    )
+    gradients(build(Case("unrolled", dtype="float16", head_dim=7, head_dim_v=3)))
+
+
+def test_parts_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver that bounds loops gets several dispatches, whose sums meet in memory."""
+    monkeypatch.setattr(tuning, "SOFTWARE_ITERATIONS", 1000)
+    gradients(build(CASES[0]))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -104,7 +104,7 @@ def _parts() -> Iterator[tuple[str, Callable[[str], str]]]:
     yield "accuracy", lambda _: markdown.accuracy(results())
     yield "speed", lambda _: markdown.speed(results())
     yield "workloads", lambda _: markdown.workloads(results())
-    for title in ("features", "small calls", "a fresh process", "beside a torch", "peak MiB", "goals"):
+    for title in ("features", "small calls", "a fresh process", "beside a torch", "peak MiB"):
         yield f"measured {title}", partial(measured, title)
     for group in masks.GROUPS:
         yield f"masks {group}", lambda _, group=group: masks.drawn(group)

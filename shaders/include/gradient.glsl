@@ -2,7 +2,7 @@
 
 layout(std430, binding = 6) readonly buffer Stats { vec2 stats_memory[]; };  // lse in log2 units, delta
 
-// What multiplies: dout_i in dv_j; nothing, in the bias's gradient; k_j in dq_i and q_i in dk_j.
+// What multiplies: dout_i in dv_j; nothing, in the bias's gradient; scale k_j in dq_i and scale q_i in dk_j.
 struct Gradient {
     float p, ds, dt;
 };
@@ -20,5 +20,5 @@ Gradient differentiate(Sequence s, Row row, vec2 stats, int j, float product, fl
     if (has(DROPOUT)) keep = kept(dropout_words(s, row.line.i, row.h, j), j) ? t.keep_scale : 0.0;
     float ds = p * (keep * dp - stats.y);
     float dt = has(SOFTCAP) ? ds * (1.0 - tanh_value * tanh_value) : ds;
-    return Gradient(p * keep, ds, t.scale * dt);
+    return Gradient(p * keep, ds, dt);
 }

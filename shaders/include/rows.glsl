@@ -17,6 +17,16 @@ Row packed_row(Sequence s, uint h_kv, uint packed, uint begin, uint end) {
     return make_row(s, int(inside / t.group), h_kv * t.group + inside % t.group, packed == inside);
 }
 
+// Where a packed row of q lies, and of out and dout.
+uint q_at(Sequence s, uint h_kv, uint packed) {
+    uint h = h_kv * t.group + packed % t.group;
+    return rows_at(s, h, t.q_head, t.q_batch, t.q_row) + packed / t.group * t.q_row;
+}
+uint out_at(Sequence s, uint h_kv, uint packed) {
+    uint h = h_kv * t.group + packed % t.group;
+    return rows_at(s, h, t.out_head, t.out_batch, t.out_row) + packed / t.group * t.out_row;
+}
+
 // The keys that packed rows see: any of them [begin, end), each of them [full_begin, full_end), and where steps start and
 // stop. Steps begin at multiples of KEYS: so do the groups of dropout, and so does every split.
 struct KeyRange {
@@ -39,6 +49,8 @@ KeyRange key_range(Sequence s, uint first, uint last) {
     }
     return r;
 }
+
+bool key_inside(KeyRange r, int j) { return j >= r.begin && j < r.end; }
 
 // Where the keys [j, j + KEYS) lie; those outside [begin, end) are not read: their neighbour inside is.
 void find_keys(Sequence s, uint first, uint batch_stride, uint row_stride, int j, int begin, int end, out uint at[KEYS]) {

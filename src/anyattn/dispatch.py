@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from . import settings
-from .backends.base import Backend, Plan
-from .errors import CompilationError, UnsupportedProblem
+from .backends.base import Backend, Call, Plan
+from .errors import CompilationError, DeviceError, UnsupportedProblem
 from .kvcache import Append
 from .problem import Problem, Variant
 
@@ -106,18 +106,58 @@ def check_settings() -> None:
         _from_settings(which)
 
 
-def plan(problem: Problem, names: tuple[str, ...]) -> Plan:
-    """Of the first backend that computes the problem and whose kernels compile; those of a named one must."""
-    failed: dict[str, list[str]] = {}
+def plan(problem: Problem, names: tuple[str, ...], failed: Mapping[str, list[str]] = NONE) -> Plan:
+    """Of the first backend that computes the problem and whose device and kernels work; those of a named one must.
+
+    failed: reasons against those that were tried.
+    """
+    failed = dict(failed)
     while True:
         chosen = choose(problem, names, failed)
         try:
-            return chosen.plan(problem)
-        except CompilationError as error:
+            made = chosen.plan(problem)
+            if chosen.may_fail and not names:
+                return Retreat(made, chosen.name, problem)
+            return made
+        except (CompilationError, DeviceError) as error:
             if names:
                 raise
             logger.warning("%s passed over: %s", chosen.name, error)
             failed[chosen.name] = [str(error)]
+
+
+class Retreat:
+    """A plan that nobody named, on a device that may fail: then the next backend computes this call and later ones."""
+
+    def __init__(self, made: Plan, name: str, problem: Problem) -> None:
+        self._name, self._problem = name, problem
+        self._take(made)
+
+    def _take(self, made: Plan) -> None:
+        self._plan, self.forward_bytes, self.backward_bytes = made, made.forward_bytes, made.backward_bytes
+
+    def warmup(self) -> None:
+        self._plan.warmup()
+
+    def forward(self, call: Call) -> None:
+        try:
+            self._plan.forward(call)
+        except DeviceError as error:
+            self._retreat(error, call, "forward_bytes")
+            self._plan.forward(call)
+
+    def backward(self, call: Call) -> None:
+        try:
+            self._plan.backward(call)
+        except DeviceError as error:
+            self._retreat(error, call, "backward_bytes")
+            self._plan.backward(call)
+
+    def _retreat(self, error: DeviceError, call: Call, workspace: str) -> None:
+        logger.warning("%s failed, from now on the next backend computes %s: %s", self._name, self._problem, error)
+        self._take(plan(self._problem, (), {self._name: [str(error)]}))
+        size = getattr(self, workspace)
+        call.workspace = call.adapter.empty((size,), "uint8", call.q) if size else None
 
 
 def choose(problem: Problem, names: tuple[str, ...], failed: Mapping[str, list[str]] = NONE) -> Backend:
@@ -148,7 +188,7 @@ def _automatic(problem: Problem) -> tuple[str, ...]:
 def refuse(candidate: Backend, problem: Problem, *, named: bool = True) -> list[str]:
     """[] or why this backend does not compute the problem; one that the caller did not name may have more reasons."""
     missing = candidate.available(named=named)
-    return [missing] if missing else candidate.supports(problem) or ([] if named else candidate.avoids(problem))
+    return [missing] if missing else ([] if named else candidate.avoids(problem)) or candidate.supports(problem)
 
 
 def choose_append(append: Append, names: tuple[str, ...]) -> Backend:

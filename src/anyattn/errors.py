@@ -13,6 +13,14 @@ class CompilationError(RuntimeError):
     """A backend's kernel does not compile for this device. Automatic choice goes on to the next backend."""
 
 
+class DeviceError(RuntimeError):
+    """A device failed in a call that was right. Automatic choice goes on to the next backend."""
+
+
+class DeviceMemoryError(DeviceError, MemoryError):
+    """A device has no room for a call's arrays."""
+
+
 class UnsupportedProblem(NotImplementedError):
     """No backend computes this problem: the call is valid, and the message lists each backend's reasons."""
 

@@ -6,8 +6,10 @@ The environment is read at first use; `reload` reads it again (and forgets every
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 VARIABLES = {
     "backend": ("ANYATTN_BACKEND", "", "backends to use, in order, separated by commas; empty: automatic choice"),
@@ -20,7 +22,13 @@ VARIABLES = {
     "vulkan_software": ("ANYATTN_VULKAN_SOFTWARE", "0", "1: Vulkan drivers that run on the CPU count as available"),
     "vulkan_validate": ("ANYATTN_VULKAN_VALIDATE", "0", "1: Khronos' validation layer checks every Vulkan call"),
     "vulkan_timeout": ("ANYATTN_VULKAN_TIMEOUT", "300", "seconds after which a Vulkan device that hangs is left"),
+    "cache": (
+        "ANYATTN_CACHE",
+        "",
+        "folder of compiled shaders and of what `anyattn tune` measured; empty: the user's",
+    ),
     "check": ("ANYATTN_CHECK", "0", "1: check values in device memory too, at the price of a synchronisation"),
+    "hopper": ("ANYATTN_HOPPER", "0", "1: the Triton backend's kernels for Hopper (sm_90), which no GPU has run yet"),
 }
 MOST_THREADS = 4096  # of the native engine
 LONGEST_WAIT = 10**6  # seconds
@@ -40,7 +48,9 @@ class Settings:
     vulkan_software: bool
     vulkan_validate: bool
     vulkan_timeout: int
+    cache: str
     check: bool
+    hopper: bool
 
 
 # One entry, and no lock: dictionaries are safe among threads, and a forked child finds no lock that is held.
@@ -89,8 +99,21 @@ def _read() -> Settings:
         vulkan_software=_flag("vulkan_software", raw),
         vulkan_validate=_flag("vulkan_validate", raw),
         vulkan_timeout=_number("vulkan_timeout", raw["vulkan_timeout"] or "300", 1, LONGEST_WAIT),
+        cache=raw["cache"] or _cache_folder(),
         check=_flag("check", raw),
+        hopper=_flag("hopper", raw),
     )
+
+
+def _cache_folder() -> str:
+    """Where the system keeps a user's caches; "" for a user without a home."""
+    others = {"win32": ("LOCALAPPDATA", "AppData/Local"), "darwin": ("", "Library/Caches")}
+    variable, usual = others.get(sys.platform, ("XDG_CACHE_HOME", ".cache"))
+    given = Path(os.environ.get(variable, ""))
+    try:
+        return str((given if given.is_absolute() else Path.home() / usual) / "anyattn")
+    except RuntimeError:
+        return ""
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -93,6 +93,7 @@ class Backend(Protocol):
     """One engine."""
 
     name: str
+    may_fail: bool  # its device may be lost or full: plans then raise DeviceError, having written nothing
 
     def available(self, *, named: bool = False) -> str | None:
         """None, or why this backend cannot run here; `named`: the caller asked for it by name."""

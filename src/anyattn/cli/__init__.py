@@ -1,13 +1,13 @@
-"""The command line: `anyattn info | explain | verify | bench | demo | run`. The only place that prints."""
+"""The command line: `anyattn info | explain | verify | bench | tune | demo | run`. The only place that prints."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
 
-from . import bench, demo, explain, info, run, verify
+from . import bench, demo, explain, info, run, tune, verify
 
-COMMANDS = (info, explain, verify, bench, demo, run)
+COMMANDS = (info, explain, verify, bench, tune, demo, run)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -30,13 +30,13 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Status 1 if a backend that the settings require is not available."""
+    """Status 1 if a backend that the settings require is not available even to those who name it."""
     if arguments.features:
         print(features.text(features.collect()))
         return 0
     found = collect()
     print(json.dumps(found, indent=2) if arguments.json else text(found))
-    missing = [name for name in found["required"] if not found["backends"].get(name, {}).get("available")]
+    missing = [name for name in found["required"] if not found["backends"].get(name, {}).get("named")]
     if missing:
         sys.stderr.write(f"{settings.VARIABLES['require'][0]} names what is not available: {', '.join(missing)}\n")
     return 1 if missing else 0
@@ -69,9 +69,11 @@ def text(found: dict[str, Any]) -> str:
     ]
     for name, backend in found["backends"].items():
         reason = backend.get("error") or backend.get("reason")
-        lines.append(f"backend {name}: {'not available: ' + reason if reason else 'available'}")
+        only = "only if named" if backend.get("named") else "not available"
+        lines.append(f"backend {name}: {f'{only}: {reason}' if reason else 'available'}")
         lines += [f"  {how:19} {'; '.join(where)}" for how, where in backend.get("evidence", {}).items()]
         lines += ["  {device:19} {name}, {arch}: {state}".format(**card) for card in backend.get("devices", [])]
+        lines += [f"  kernels for Hopper  {backend['hopper']}"] if "hopper" in backend else []
     cpu = found["cpu"]
     if "error" in cpu:
         lines += ["", f"native engine: {cpu['error']}"]
@@ -106,12 +108,20 @@ def _try(part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def _backend(name: str) -> dict[str, Any]:
-    reason = dispatch.get(name).available()
-    found: dict[str, Any] = {"available": reason is None, "reason": reason, "evidence": features.evidence(name)}
-    if name == "triton" and reason is None:
+    backend = dispatch.get(name)
+    reason, missing = backend.available(), backend.available(named=True)
+    found: dict[str, Any] = {
+        "available": reason is None,
+        "named": missing is None,
+        "reason": missing or reason,
+        "evidence": features.evidence(name),
+    }
+    if name == "triton":
+        from ..backends.triton import hopper
         from ..backends.triton.backend import seen
 
-        found["devices"] = seen()
+        found["devices"] = [] if reason else seen()
+        found["hopper"] = hopper.missing() or "on"
     return found
 
 
@@ -136,10 +146,16 @@ def _cpu() -> dict[str, Any]:
 
 
 def _vulkan() -> dict[str, Any]:
-    from ..backends.vulkan import device
+    from ..backends.vulkan import crossover, device
 
-    chosen = device.instance().choose().index
-    return {"devices": [{**info.describe(), "chosen": info.index == chosen} for info in device.instance().devices]}
+    instance = device.instance()
+    chosen = instance.choose().index
+    return {
+        "devices": [
+            {**info.describe(), "automatic": crossover.describe(info), "chosen": info.index == chosen}
+            for info in instance.devices
+        ]
+    }
 
 
 def _vulkan_text(found: dict[str, Any]) -> list[str]:
@@ -149,7 +165,8 @@ def _vulkan_text(found: dict[str, Any]) -> list[str]:
     for device in found["devices"]:
         chosen = " (the one in use)" if device["chosen"] else ""
         lines.append(f"Vulkan device {device['index']}: {device['name']}, {device['kind']}{chosen}")
-        lines += [f"  {name:19} {device[name]}" for name in ("driver", "memory", "paths", "off") if device[name]]
+        shown = ("driver", "memory", "paths", "off", "automatic")
+        lines += [f"  {name:19} {device[name]}" for name in shown if device[name]]
     return lines
 
 

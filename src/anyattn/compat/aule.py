@@ -189,7 +189,12 @@ def get_backend_info() -> dict[str, dict[str, Any]]:
     return {name: {"available": True, "description": DESCRIPTIONS[name]} for name in dispatch.available()}
 
 
-DESCRIPTIONS = {"cpu": "native engine, forward and backward", "numpy": "NumPy, forward and backward"}
+DESCRIPTIONS = {
+    "cpu": "native engine, forward and backward",
+    "triton": "NVIDIA, AMD and Intel GPUs through Triton, forward and backward",
+    "vulkan": "GPUs with a Vulkan driver, forward and backward",
+    "numpy": "NumPy, forward and backward",
+}
 
 
 def print_backend_info() -> None:

@@ -39,6 +39,7 @@ class NumpyBackend:
     """Slower than the native engine, but always there."""
 
     name = "numpy"
+    may_fail = False
 
     def available(self, *, named: bool = False) -> str | None:
         return None

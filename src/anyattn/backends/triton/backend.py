@@ -30,6 +30,7 @@ class TritonBackend:
     """NVIDIA, AMD and Intel GPUs."""
 
     name = "triton"
+    may_fail = False
 
     def available(self, *, named: bool = False) -> str | None:
         if self._missing is None and interpreted() and not named:

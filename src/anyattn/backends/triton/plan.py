@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from ...problem import Problem
 from ..base import Call, contiguous
-from . import tuning
+from . import hopper, tuning
 from .arguments import common, statistics, view
 from .decode import combine_splits
 from .device import Device, device
@@ -71,7 +71,8 @@ def forward_kernels(problem: Problem) -> tuple[list[Kernel], int]:
     """(kernels, bytes of workspace)."""
     shape = forward_shape(problem, device(problem.device))
     if shape.splits == 1:
-        return [forward_kernel(problem, shape)], 0
+        kernel = forward_kernel(problem, shape)
+        return [kernel if shape.pack else hopper.instead_of(kernel, problem)], 0
     count = 1
     for size in problem.out_shape[:-1]:
         count *= size

@@ -7,6 +7,8 @@ import sys
 from functools import cache
 from typing import Any
 
+from ...errors import DeviceError
+
 u32, u64, i32, size_t, pointer, char_p = (
     ctypes.c_uint32,
     ctypes.c_uint64,
@@ -15,6 +17,8 @@ u32, u64, i32, size_t, pointer, char_p = (
     ctypes.c_void_p,
     ctypes.c_char_p,
 )
+COMPUTE_STAGE = 0x20
+SHUFFLE = 1 << 4  # VK_SUBGROUP_FEATURE_SHUFFLE_BIT
 TIMEOUT, LOST, OUT_OF_HOST_MEMORY, OUT_OF_DEVICE_MEMORY = 2, -4, -1, -2
 RESULTS = {
     0: "success",
@@ -33,7 +37,7 @@ RESULTS = {
 }
 
 
-class VulkanError(RuntimeError):
+class VulkanError(DeviceError):
     """A Vulkan call failed, or Vulkan is not there."""
 
     def __init__(self, text: str, result: int = 0) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from ... import settings
+from ...errors import DeviceError
 from ...kvcache import Append
 from ...problem import Problem
 from ..base import Call, Plan, append_on_host
+from . import crossover
 from . import device as devices
 from .api import VulkanError
 from .append import append_on_device
@@ -18,14 +20,17 @@ from .tuning import backward_configs
 
 DTYPES = ("float32", "float16", "bfloat16")
 MAX_HEAD_DIM = 256
-EVIDENCE = {"tested": ("Mesa's software driver",), "expected": ("GPUs with a Vulkan 1.1 driver",)}
-CROSSOVER = 1e11  # operations from which the automatic choice takes a GPU, until `anyattn tune` has measured
+EVIDENCE = {
+    "tested": ("Mesa's software driver with and without cooperative matrices", "SwiftShader"),
+    "expected": ("GPUs with a Vulkan 1.1 driver",),
+}
 
 
 class VulkanBackend:
     """Attention through Vulkan compute shaders."""
 
     name = "vulkan"
+    may_fail = True
 
     def available(self, *, named: bool = False) -> str | None:
         try:
@@ -54,7 +59,7 @@ class VulkanBackend:
         """What the device at hand cannot hold, or computes wrongly."""
         try:
             info = _info(problem)
-        except VulkanError as error:
+        except DeviceError as error:
             return [str(error)]
         if problem.dout is None:
             setup = Setup.of(info, problem)
@@ -71,13 +76,12 @@ class VulkanBackend:
 
     def avoids(self, problem: Problem) -> list[str]:
         """Transfers eat what a small problem gains; no device is looked at for one."""
-        if problem.device == "cpu" and operations(problem) < CROSSOVER:
-            return [f"{operations(problem):.2g} operations are fewer than pay for the transfers: {CROSSOVER:.2g}"]
-        missing = self.available(named=True)
-        if missing:
-            return [missing]
-        info = devices.instance().choose()
-        return [f"{info.name} runs on the CPU, which the native engine uses better"] if info.software else []
+        if problem.device != "cpu":
+            return []
+        too_small = crossover.misses(problem)
+        if too_small or self.available():
+            return too_small
+        return crossover.misses(problem, devices.instance().choose())
 
     def plan(self, problem: Problem) -> Plan:
         kind = ForwardPlan if problem.dout is None else BackwardPlan
@@ -114,9 +118,3 @@ def _backward_reasons(problem: Problem) -> list[str]:
         if dtype != problem.dtype:
             reasons.append(f"takes {name} in the dtype of q, {problem.dtype}; it is {dtype}")
     return reasons
-
-
-def operations(problem: Problem) -> float:
-    """Multiplications and additions of a forward pass without a mask."""
-    pairs = float(problem.batch) * problem.nheads * problem.seqlen_q * problem.seqlen_k
-    return 2 * pairs * (problem.head_dim + problem.head_dim_v)

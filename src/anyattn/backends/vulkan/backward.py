@@ -13,7 +13,7 @@ from ...problem import Problem
 from ..base import Call
 from . import tables, tuning
 from .arrays import ALIGNMENT, VECTOR, Region, lse_region, rows_region, score_region
-from .device import DeviceInfo
+from .device import MATRICES, DeviceInfo
 from .engine import DevicePlan, Engine, Grid, Job, Launch
 from .forward import (
     SCORES,
@@ -98,7 +98,8 @@ class BackwardPlan(DevicePlan):
 
     @property
     def path(self) -> str:
-        return self.configs["dq"].path
+        paths = {self.configs[name].path for name in ("dq", "dkdv")}
+        return MATRICES if MATRICES in paths else paths.pop()
 
     def shaders(self) -> dict[str, tuning.Config]:
         unused = () if self.problem.bias is not None else ("dbias",)
@@ -162,8 +163,8 @@ class BackwardPlan(DevicePlan):
         work = float(rows) * problem.seqlen_k * units
         per_score = (8 * (2 * dq.dim + dq.dim_v) + SCORE_OPERATIONS, 16 * (dq.dim + dq.dim_v) + SCORE_OPERATIONS)
         yield Pass("dq", ("dq",), -(-rows // dq.tile), units, problem.seqlen_k, work * per_score[0])
-        tile = dkdv.workgroup // dkdv.lanes * dkdv.keys
-        yield Pass("dkdv", ("dk", "dv"), -(-problem.seqlen_k // tile), units, rows, work * per_score[1])
+        blocks = -(-problem.seqlen_k // tuning.owned_keys(dkdv))
+        yield Pass("dkdv", ("dk", "dv"), blocks, units, rows, work * per_score[1])
         if call.dbias is not None:
             yield self._bias_pass(launch, work)
 

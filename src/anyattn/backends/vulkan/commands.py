@@ -9,8 +9,8 @@ from typing import Any
 
 from ... import settings
 from . import api
-from .api import DeviceLost, address, make, u32, u64
-from .device import COMPUTE_STAGE, STORAGE_BUFFERS, Device
+from .api import COMPUTE_STAGE, DeviceLost, address, make, u32, u64
+from .device import STORAGE_BUFFERS, Device
 from .memory import Buffer
 from .pipeline import PUSH_BYTES, Layout
 

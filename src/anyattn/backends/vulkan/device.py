@@ -11,15 +11,13 @@ from typing import Any
 
 from ... import settings
 from . import api, matrices
-from .api import DeviceLost, VulkanError, address, check, make, u32
+from .api import COMPUTE_STAGE, SHUFFLE, DeviceLost, VulkanError, address, check, make, u32
 from .matrices import Matrices
 
 KINDS = {0: "other", 1: "integrated", 2: "discrete", 3: "virtual", 4: "software"}
 ORDER = ("discrete", "integrated", "virtual", "other", "software")
 API_VERSION = (1 << 22) | (1 << 12)  # 1.1: the oldest that we accept
 HIGHEST_API = (1 << 22) | (3 << 12)
-SHUFFLE = 1 << 4  # VK_SUBGROUP_FEATURE_SHUFFLE_BIT
-COMPUTE_STAGE = 0x20
 COMPUTE_QUEUE, GRAPHICS_QUEUE = 2, 1
 STORAGE_BUFFERS = 12  # that one of our shaders binds at most
 PORTABILITY = "VK_KHR_portability_subset"

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import api
-from .api import address, make
+from .api import COMPUTE_STAGE, SHUFFLE, address, make
 
 MATRIX, BFLOAT16 = "VK_KHR_cooperative_matrix", "VK_KHR_shader_bfloat16"
 API_VERSION = (1, 3, 0)
-COMPUTE_STAGE = 0x20
 SUBGROUP_SCOPE = 3
 TYPES = {0: "float16", 1: "float32", 1000141000: "bfloat16"}
 SIZES = (8, 16, 32)  # rows of staged tiles are whole vectors of 16 bytes, steps of 32 keys whole tiles
@@ -97,14 +96,27 @@ def query(function: Function, physical: Any, version: tuple[int, int, int], exte
     if version < API_VERSION:
         return Matrices(off="Vulkan 1.3 is needed")
     features = query_features(function, physical, extensions)
-    if features.missing():
-        return Matrices(off=f"the driver has no {features.missing()}")
+    missing = features.missing() or _missing_subgroups(function, physical)
+    if missing:
+        return Matrices(off=f"the driver has no {missing}")
     enumerate_shapes = function("vkGetPhysicalDeviceCooperativeMatrixPropertiesKHR", *[ctypes.c_void_p] * 3)
     found = (_shape(x) for x in api.enumerate_all(enumerate_shapes, api.CooperativeMatrixProperties, physical))
     shapes = tuple(dict.fromkeys(x for x in found if x and features.of(x.dtype)))
     if not shapes:
         return Matrices(off="the driver multiplies no 16-bit matrices of 8, 16 or 32 with float32 sums")
     return Matrices(shapes)
+
+
+def _missing_subgroups(function: Function, physical: Any) -> str:
+    """What our shaders do with subgroups besides, and this device does not."""
+    sizes, subgroups = make(api.SubgroupSizeProperties), make(api.SubgroupProperties)
+    both = make(api.Properties2, pNext=address(sizes))
+    sizes.pNext = address(subgroups)
+    function("vkGetPhysicalDeviceProperties2", ctypes.c_void_p, ctypes.c_void_p, result=None)(physical, address(both))
+    if not sizes.stages & COMPUTE_STAGE:
+        return "subgroups of a required size in compute shaders"
+    shuffles = subgroups.operations & SHUFFLE and subgroups.stages & COMPUTE_STAGE
+    return "" if shuffles else "subgroup shuffles in compute shaders"
 
 
 def _shape(one: Any) -> Shape | None:

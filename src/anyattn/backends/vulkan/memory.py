@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ...errors import DeviceMemoryError
 from . import api
 from .api import OUT_OF_DEVICE_MEMORY, OUT_OF_HOST_MEMORY, VulkanError, address, make
 from .device import Device
@@ -51,7 +52,7 @@ class Memory:
         """A buffer of at least so many bytes with any contents; `staging` ones are always mapped.
 
         Raises:
-            MemoryError: the device has no room, even after those kept were given back to it.
+            DeviceMemoryError: the device has no room, even after those kept were given back to it.
         """
         rounded, staging = _size_class(size), staging and not self.unified
         free = self._free[rounded, staging]
@@ -67,7 +68,7 @@ class Memory:
         try:
             return self._new(rounded, staging)
         except VulkanError as error:
-            raise MemoryError(f"no memory for {rounded} bytes on {self.device.info.name}: {error}") from error
+            raise DeviceMemoryError(f"no memory for {rounded} bytes on {self.device.info.name}: {error}") from error
 
     def give(self, buffer: Buffer, *, staging: bool = False) -> None:
         """Takes a buffer back; nothing may use it any more."""
@@ -84,7 +85,9 @@ class Memory:
     def _new(self, size: int, staging: bool) -> Buffer:
         device = self.device
         if size > device.info.allocation:
-            raise MemoryError(f"{size} bytes are more than {device.info.name} allocates: {device.info.allocation}")
+            raise DeviceMemoryError(
+                f"{size} bytes are more than {device.info.name} allocates: {device.info.allocation}"
+            )
         handle = device.create("vkCreateBuffer", make(api.BufferCreateInfo, size=size, usage=USAGE))
         memory = 0
         try:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import logging
+import os
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
+from ... import settings
 from . import api
-from .api import address, make, u64
-from .device import COMPUTE_STAGE, STORAGE_BUFFERS, Device
+from .api import COMPUTE_STAGE, address, make, u64
+from .device import STORAGE_BUFFERS, Device
 from .spirv import freeze
 
 STORAGE_BUFFER = 7
 PUSH_BYTES = 32
 FULL_SUBGROUPS = 2
+DIGEST_BYTES = 32
 BINARIES = Path(__file__).parent / "binaries"
+
+logger = logging.getLogger("anyattn")
 
 
 class Layout:
@@ -32,12 +39,58 @@ class Layout:
         self.handle = device.create("vkCreatePipelineLayout", whole)
 
 
+class Kept:
+    """What the driver has compiled, kept in a file for the next process; nothing where there is no folder for it."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self._path: Path | None = None
+        if settings.current().cache:
+            self._path = Path(settings.current().cache) / f"vulkan-{device.info.cache_key}.bin"
+        data = self._read()
+        blob = ctypes.create_string_buffer(data, len(data) or 1)
+        self.handle = device.create(
+            "vkCreatePipelineCache", make(api.PipelineCacheCreateInfo, size=len(data), data=address(blob))
+        )
+        self._get = device.function("vkGetPipelineCacheData", ctypes.c_void_p, u64, ctypes.c_void_p, ctypes.c_void_p)
+        self._size = len(data)
+
+    def _read(self) -> bytes:
+        """Behind a digest: some drivers trust what they are given."""
+        try:
+            whole = self._path.read_bytes() if self._path else b""
+        except OSError:
+            return b""
+        digest, data = whole[:DIGEST_BYTES], whole[DIGEST_BYTES:]
+        return data if hashlib.sha256(data).digest() == digest else b""
+
+    def save(self) -> None:
+        """Writes the file if there is more than was read; a folder that cannot be written is left alone."""
+        if self._path is None:
+            return
+        device, size = self.device, ctypes.c_size_t()
+        device.check(self._get(device.handle, self.handle, address(size), None), "vkGetPipelineCacheData")
+        if size.value == self._size:
+            return
+        data = ctypes.create_string_buffer(size.value)
+        device.check(self._get(device.handle, self.handle, address(size), address(data)), "vkGetPipelineCacheData")
+        self._size, raw = size.value, data.raw[: size.value]
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            fresh = self._path.with_suffix(f".{os.getpid()}")
+            fresh.write_bytes(hashlib.sha256(raw).digest() + raw)
+            fresh.replace(self._path)  # at once: a process that reads meanwhile sees the old or the new
+        except OSError as error:
+            logger.debug("compiled shaders are not kept: %s", error)
+            self._path = None
+
+
 class Pipelines:
     """The pipelines of a device by name and constants; each is made at first use."""
 
     def __init__(self, device: Device, layout: Layout) -> None:
         self.device, self.layout = device, layout
-        self._cache = device.create("vkCreatePipelineCache", make(api.PipelineCacheCreateInfo))
+        self._kept = Kept(device)
         self._made: dict[tuple[str, tuple[tuple[int, int], ...], bool], int] = {}
 
     def get(self, name: str, constants: Mapping[int, int], *, unroll: bool, subgroup: int = 0) -> int:
@@ -48,6 +101,7 @@ class Pipelines:
         key = (name, tuple(sorted(constants.items())), unroll)
         if key not in self._made:
             self._made[key] = self._create(freeze(binary(name), constants, unroll=unroll), subgroup)
+            self._kept.save()
         return self._made[key]
 
     def _create(self, module: bytes, subgroup: int) -> int:
@@ -64,7 +118,7 @@ class Pipelines:
         raw = ctypes.c_void_p
         create = device.function("vkCreateComputePipelines", raw, u64, api.u32, raw, raw, raw)
         try:
-            result = create(device.handle, self._cache, 1, address(whole), None, address(made))
+            result = create(device.handle, self._kept.handle, 1, address(whole), None, address(made))
             device.check(result, "vkCreateComputePipelines")
         finally:
             device.destroy("vkDestroyShaderModule", shader)

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from ... import reference
 from ...dtypes import narrow, widen
 from ...problem import INPUTS, SAVED, Array, Options, Problem, make_problem
-from ..base import Call
+from ..base import Call, contiguous
 from .api import DeviceLost, VulkanError
 from .backward import BackwardPlan
 from .device import SCALAR, DeviceInfo
@@ -49,7 +49,7 @@ def usable(engine: Engine, direction: str, dtype: str) -> DeviceInfo:
     """The device without the paths that fail.
 
     Raises:
-        VulkanError: every path does. DeviceLost: the device did not survive one.
+        VulkanError: every path does. DeviceLost: the device did not survive the last. DeviceMemoryError: it is full.
     """
     info, problem = engine.device.info, _problem(direction, dtype)
     results = _results.setdefault((info.cache_key, direction, dtype), {})
@@ -70,15 +70,10 @@ def usable(engine: Engine, direction: str, dtype: str) -> DeviceInfo:
 def _problem(direction: str, dtype: str) -> Problem:
     given: dict[str, Array | None] = dict.fromkeys((*INPUTS, *SAVED))
     names = ("q", "k", "v") if direction == "forward" else ("q", "k", "v", "dout")
-    given |= {name: _describe(SHAPES[name], dtype) for name in names}
+    given |= {name: contiguous(SHAPES[name], dtype) for name in names}
     if direction == "backward":
-        given |= {"out": given["dout"], "lse": _describe(LSE_SHAPE, "float32")}
+        given |= {"out": given["dout"], "lse": contiguous(LSE_SHAPE, "float32")}
     return make_problem(given, OPTIONS)
-
-
-def _describe(shape: tuple[int, ...], dtype: str) -> Array:
-    strides = tuple(int(np.prod(shape[axis + 1 :])) for axis in range(len(shape)))
-    return Array(shape, strides, dtype)
 
 
 class _HostArrays:

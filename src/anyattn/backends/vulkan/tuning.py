@@ -34,7 +34,7 @@ class Config:
         numbers = (self.workgroup, self.dim, self.dim_v, self.lanes, self.rows, self.keys, self.features)
         constants = {**dict(enumerate(numbers)), 7: int(self.dtype == "bfloat16")}
         if self.matrix:
-            constants |= {8: self.matrix.m, 9: self.matrix.n, 10: self.matrix.k, 11: self.subgroup}
+            constants |= {8: self.matrix.m, 9: self.matrix.n, 10: self.matrix.k}
         return constants
 
     @property
@@ -75,30 +75,40 @@ SHARED_TILES = 32  # side by side, where all rows or all keys share a bias: what
 def forward_config(info: DeviceInfo, problem: Problem) -> Config:
     """Depends on nothing but one sequence's sizes, so a sequence's result does not depend on its batch."""
     config = scalar_config(info, problem)
-    shape = info.matrices.best(problem.dtype)
-    if shape is None or (problem.seqlen_q * problem.group < FEW_ROWS and not problem.batch_invariant):
+    shape = _shape(info, problem)
+    if shape is None:
         return config
-    return matrix_config(info, problem, shape, config) or config
+    wide = replace(config, dim=_round(config.dim, shape.k // VECTOR), dim_v=_round(config.dim_v, shape.n // VECTOR))
+    return matrix_config(info, wide, shape, "forward", problem.seqlen_q * problem.group) or config
 
 
-def matrix_config(info: DeviceInfo, problem: Problem, shape: Shape, scalar: Config) -> Config | None:
-    """The largest workgroup that fits, but not one without rows for it; None if none fits."""
-    dim, dim_v = _round(scalar.dim, shape.k // VECTOR), _round(scalar.dim_v, shape.n // VECTOR)
+def _shape(info: DeviceInfo, problem: Problem) -> Shape | None:
+    """Of the matrices for this problem, if they have rows enough. One sequence's result must not depend on others'."""
+    if problem.seqlen_q * problem.group < FEW_ROWS and not problem.batch_invariant:
+        return None
+    return info.matrices.best(problem.dtype)
+
+
+def matrix_config(info: DeviceInfo, scalar: Config, shape: Shape, shader: str, owned: int) -> Config | None:
+    """The largest workgroup that fits, but not one without rows (or keys) for it to own; None if none fits."""
     lanes = max(info.subgroup // shape.m, 1)
     rows = -(-shape.m * lanes // info.subgroup)
-    config = replace(scalar, dim=dim, dim_v=dim_v, lanes=lanes, rows=rows, keys=MATRIX_KEYS, shuffle=False)
+    config = replace(scalar, lanes=lanes, rows=rows, keys=MATRIX_KEYS, shuffle=False, matrix=shape)
     for subgroups in (4, 2, 1):
-        config = replace(config, workgroup=subgroups * info.subgroup, matrix=shape, subgroup=info.subgroup)
-        needed = subgroups == 1 or config.tile // 2 < problem.seqlen_q * problem.group
-        if needed and config.workgroup <= info.invocations and _shared_bytes(config) <= info.shared_memory:
+        config = replace(config, workgroup=subgroups * info.subgroup, subgroup=info.subgroup)
+        needed = subgroups == 1 or config.tile // 2 < owned
+        fits = config.workgroup <= info.invocations and shared_bytes(config, shader) <= info.shared_memory
+        if needed and fits:
             return config
     return None
 
 
-def _shared_bytes(config: Config) -> int:
-    """What forward_matrix.comp declares."""
+def shared_bytes(config: Config, shader: str) -> int:
+    """What the shader declares: staged tiles, scores, weights, and at most 40 bytes for each row of a step."""
+    tiles, scores, weights = {"forward": (1, 1, 1), "dq": (1, 2, 1), "dkdv": (2, 2, 2)}[shader]
     tile = config.keys * (max(config.dim, config.dim_v) + 2) * 8
-    return tile + config.tile * ((config.keys + 4) * 4 + (config.keys // 4 + 2) * 8)
+    owned = scores * (config.keys + 4) * 4 + weights * (config.keys // 4 + 2) * 8
+    return tiles * tile + config.tile * owned + 40 * config.keys
 
 
 def scalar_config(info: DeviceInfo, problem: Problem) -> Config:
@@ -136,31 +146,50 @@ def split_keys(info: DeviceInfo, problem: Problem, config: Config) -> int:
 
 
 def _step_iterations(config: Config) -> int:
-    """Iterations of one step over KEYS keys, with all the loops in it."""
-    if config.matrix is None:
-        return (config.dim + config.dim_v) // config.lanes + 1
-    staged = -(-config.keys * (config.dim + config.dim_v) // config.workgroup) + 2
+    """Iterations of one step of the forward pass over KEYS keys, with all the loops in it."""
+    return _matrix_iterations(config) if config.matrix else (config.dim + config.dim_v) // config.lanes + 1
+
+
+def _matrix_iterations(config: Config) -> int:
+    """Of a step of any of the shaders: what is staged, multiplied and weighed."""
+    assert config.matrix is not None
+    vectors = config.dim + config.dim_v
+    staged = -(-config.keys * vectors // config.workgroup) + config.keys
     tiles = config.keys // min(config.matrix.n, config.matrix.k)
-    return staged + (config.dim + config.dim_v) * tiles + 2 * config.rows * config.keys + 1
+    return staged + 2 * tiles * vectors + 2 * config.rows * config.keys
 
 
 def backward_configs(info: DeviceInfo, problem: Problem) -> dict[str, Config]:
     """By shader; all with the same vectors of a row, so that they read the same memory."""
-    base = scalar_config(info, problem)
+    base, own = scalar_config(info, problem), 2
     if info.software:
         own = base.rows
     else:
         lanes = min(_power_of_two(max(base.dim, base.dim_v) // 2), 16)
-        dim, dim_v = (_round(x, lanes) for x in (base.dim, base.dim_v))
-        shuffle = info.shuffle and info.subgroup >= lanes
-        base, own = replace(base, lanes=lanes, dim=dim, dim_v=dim_v, shuffle=shuffle), 2
+        base = replace(_wide(base, lanes), lanes=lanes, shuffle=info.shuffle and info.subgroup >= lanes)
+    shape = _shape(info, problem)
+    if shape:
+        base = _wide(base, max(shape.n // VECTOR, shape.k // VECTOR, base.lanes))
     alone = replace(base, lanes=1, rows=1, keys=1, shuffle=False)
+    found = {"dq": replace(base, rows=own, keys=4), "dkdv": replace(base, rows=4, keys=own)}
+    if shape:
+        owned = {"dq": problem.seqlen_q * problem.group, "dkdv": problem.seqlen_k}
+        found = {name: matrix_config(info, x, shape, name, owned[name]) or x for name, x in found.items()}
     return {
-        "dq": replace(base, rows=own, keys=4),
-        "dkdv": replace(base, rows=4, keys=own),
+        **found,
         "dbias": replace(alone, rows=2, keys=4),
         **dict.fromkeys(("delta", "sum", "store"), alone),
     }
+
+
+def _wide(config: Config, step: int) -> Config:
+    """With rows of a multiple of `step` vectors."""
+    return replace(config, dim=_round(config.dim, step), dim_v=_round(config.dim_v, step))
+
+
+def owned_keys(config: Config) -> int:
+    """Keys of a workgroup of dkdv."""
+    return config.tile if config.matrix else config.workgroup // config.lanes * config.keys
 
 
 def part_sizes(info: DeviceInfo, configs: Mapping[str, Config]) -> dict[str, int]:
@@ -169,9 +198,10 @@ def part_sizes(info: DeviceInfo, configs: Mapping[str, Config]) -> dict[str, int
         return dict.fromkeys(("dq", "dkdv", "dbias", "sum"), UNBOUNDED)
     dq, dkdv = configs["dq"], configs["dkdv"]
     dim, dim_v = dq.dim, dq.dim_v
+    steps = {"dq": (2 * dim + dim_v + 1, dq.keys), "dkdv": (2 * (dim + dim_v) + 1, dkdv.rows)}
+    steps |= {name: (_matrix_iterations(x), x.keys) for name, x in configs.items() if x.matrix}
     return {
-        "dq": SOFTWARE_ITERATIONS // (2 * dim + dim_v + 1) * dq.keys,
-        "dkdv": SOFTWARE_ITERATIONS // (2 * (dim + dim_v) + 1) * dkdv.rows,
+        **{name: SOFTWARE_ITERATIONS // iterations * size for name, (iterations, size) in steps.items()},
         "dbias": SOFTWARE_ITERATIONS // (dim + dim_v + 1),
         "sum": SOFTWARE_ITERATIONS * configs["sum"].workgroup,
     }

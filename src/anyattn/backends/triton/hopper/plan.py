@@ -1,0 +1,184 @@
+"""Which problems the Hopper kernels take, and how they are launched."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from triton.compiler import ASTSource
+
+from ....problem import Array, Problem
+from ...base import Call, contiguous
+from .. import tuning
+from ..arguments import sizes, statistics, tables
+from ..device import Device, device
+from ..launch import ALIGNMENT, TYPES, Address, Kernel, Template, f32, i32, i64
+from ..plan import key_bytes
+from ..views import Schedule
+from .dialect import GluonASTSource, TensorDescriptor, gl
+from .forward import GROUPS, ROWS, attention_forward_hopper
+
+HEAD_DIMS = (64, 128)
+DTYPES = ("float16", "bfloat16")
+LARGEST_SEQLEN = 2**28  # sums of a few lengths stay below 2^31
+LARGEST_STRIDE = 2**40  # bytes
+TILE_K = 128
+STAGES = 2
+# Registers per thread at the start, before the kernel shares them out: 384 threads, 64 Ki registers.
+OPTIONS = {"num_warps": 4, "maxnreg": 168, "enable_fp_fusion": True}
+
+
+def refusals(problem: Problem) -> list[str]:
+    """Why the Hopper kernels leave a forward to the portable ones."""
+    reasons = []
+    if problem.dtype not in DTYPES:
+        reasons.append(f"takes {' and '.join(DTYPES)}; q has {problem.dtype}")
+    if problem.head_dim not in HEAD_DIMS or problem.head_dim_v != problem.head_dim:
+        reasons.append(f"takes head_dim = head_dim_v of {' or '.join(map(str, HEAD_DIMS))}")
+    others = set(problem.variant.features) - {"right"}
+    if others:
+        reasons.append(f"has no {', '.join(sorted(others))}")
+    if problem.scale <= 0:
+        reasons.append("takes a scale above 0")
+    if problem.batch_invariant:
+        reasons.append("does not promise batch_invariant: strides of a batch may forbid it")
+    if reasons:
+        return reasons
+    if max(problem.seqlen_q, problem.seqlen_k) > LARGEST_SEQLEN:
+        reasons.append(f"takes up to {LARGEST_SEQLEN} rows and keys")
+    if problem.seqlen_q <= tuning.DECODE_ROWS:
+        reasons.append(f"leaves up to {tuning.DECODE_ROWS} rows to decoding")
+    if 0 in (*problem.q.shape, visible_keys(problem)):
+        reasons.append("has nothing to do")
+    if not all(mappable(array) for array in (problem.q, problem.k, problem.v)):
+        reasons.append("takes strides that are positive multiples of 16 bytes")
+    return reasons
+
+
+def forward_kernel(problem: Problem, portable: Kernel) -> Kernel:
+    """For a problem without refusals; `portable` runs where the addresses of a call are not aligned."""
+    keys = visible_keys(problem)
+    gpu = device(problem.device)
+    out = contiguous(problem.out_shape, problem.dtype)
+    rows, pairs = GROUPS.value * ROWS.value, problem.batch * problem.nheads
+    tiles = -(-problem.seqlen_q // rows)
+    right = problem.interval.right
+    arguments = (
+        statistics("lse", contiguous(problem.lse_shape, "float32")),
+        tables(problem),
+        sizes(problem)._replace(seqlen_k=i32(keys)),
+        None if right is None else i32(offset(problem) + right + 1),
+        f32(problem.scale),
+        schedule(problem, tiles, pairs, gpu),
+    )
+    maps = (
+        Map("q", problem.q, problem.seqlen_q, ROWS.value),
+        Map("k", problem.k, keys, TILE_K),
+        Map("v", problem.v, keys, TILE_K),
+        Map("out", out, problem.seqlen_q, ROWS.value),
+    )
+    constants = {"HEAD_DIM": problem.head_dim, "TILE_K": TILE_K, "STAGES": STAGES, "LAST_FIRST": right is not None}
+    return HopperKernel(arguments, maps, constants, (tiles * pairs, 1), portable)
+
+
+def schedule(problem: Problem, tiles: int, pairs: int, gpu: Device) -> Schedule:
+    section = tuning.section(pairs, key_bytes(problem), gpu.l2_bytes)
+    return Schedule(i32(tiles), i32(section), i32(1), i64(0), i64(0))
+
+
+def offset(problem: Problem) -> int:
+    return 0 if problem.alignment == "top-left" else problem.seqlen_k - problem.seqlen_q
+
+
+def visible_keys(problem: Problem) -> int:
+    """Keys that some row sees: what lies behind them may be anything, so the copy engine is not shown it."""
+    right = problem.interval.right
+    if right is None:
+        return problem.seqlen_k
+    return min(problem.seqlen_k, max(problem.seqlen_q + offset(problem) + right, 0))
+
+
+def mappable(array: Array) -> bool:
+    """Whether the copy engine takes the strides (batch, row, head); those of a single entry do not matter."""
+    *steps, last = array.strides4()
+    size = 2  # bytes of an element
+    used = [step * size for step, count in zip(steps, array.shape, strict=False) if count > 1]
+    return last == 1 and all(0 < step < LARGEST_STRIDE and step % ALIGNMENT == 0 for step in used)
+
+
+class Map:
+    """An array (batch, row, head, dim) as the copy engine sees it: (batch, head, row, dim), `rows` of them."""
+
+    def __init__(self, name: str, array: Array, rows: int, tile: int) -> None:
+        batch, _, heads, dim = array.shape
+        self.address = Address(name, array.dtype)
+        self.block = [1, 1, tile, dim]
+        self.layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+        steps = [step if count > 1 else dim for step, count in zip(array.strides4(), array.shape, strict=True)]
+        shape, strides = [batch, heads, rows, dim], [steps[0], steps[2], steps[1], 1]
+        self._checked = TensorDescriptor(Base(0, TYPES[array.dtype]), shape, strides, self.block, self.layout)
+
+    def signature(self) -> str:
+        return f"tensordesc<{TYPES[self.address.dtype]}[{','.join(map(str, self.block))}],{self.layout!r}>"
+
+    def at(self, address: int) -> Any:
+        """The descriptor of an array there. Only the address is new, so nothing is checked again."""
+        descriptor = object.__new__(TensorDescriptor)
+        descriptor.__dict__.update(self._checked.__dict__, base=Base(address, self._checked.base.dtype))
+        return descriptor
+
+
+class Base(NamedTuple):
+    """What a descriptor asks of a tensor."""
+
+    address: int
+    dtype: str
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+class MapTemplate(Template):
+    """A template whose descriptors come between the other arguments and the constants."""
+
+    def __init__(self, arguments: tuple[Any, ...], maps: tuple[Map, ...], constants: dict[str, Any]) -> None:
+        super().__init__(arguments, constants)
+        self.maps = maps
+        self.plain = len(self.arguments)
+        self.arguments = (*self.arguments, *maps)
+        self.addresses += [map_.address for map_ in maps]
+        self.names |= {map_.address.name for map_ in maps}
+        self.key = (*self.key, tuple(map_.signature() for map_ in maps))  # type: ignore[assignment]
+
+    def values(self, pointers: dict[Address, Any]) -> list[Any]:
+        values = super().values(pointers)
+        values[self.plain : self.plain] = [map_.at(pointers[map_.address]) for map_ in self.maps]
+        return values
+
+    def source(self, function: Any, aligned: bool) -> ASTSource:
+        source = super().source(function, aligned)
+        types = dict(zip(function.arg_names[self.plain :], (map_.signature() for map_ in self.maps), strict=False))
+        signature = {name: types.get(name) or source.signature[name] for name in function.arg_names}
+        return GluonASTSource(function, signature, source.constants, source.attrs)
+
+
+class HopperKernel(Kernel):
+    """The copy engine takes addresses that are multiples of 16 bytes; elsewhere the portable kernels run."""
+
+    def __init__(
+        self,
+        arguments: tuple[Any, ...],
+        maps: tuple[Map, ...],
+        constants: dict[str, Any],
+        grid: tuple[int, int],
+        portable: Kernel,
+    ) -> None:
+        super().__init__(attention_forward_hopper, MapTemplate(arguments, maps, constants), grid, OPTIONS)
+        self._mapped = [map_.address.name for map_ in maps]
+        self._portable = portable
+
+    def run(self, call: Call) -> None:
+        pointer = call.adapter.pointer
+        if any(pointer(getattr(call, name)) % ALIGNMENT for name in self._mapped):
+            self._portable.run(call)
+        else:
+            super().run(call)

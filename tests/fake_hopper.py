@@ -1,0 +1,99 @@
+"""Launching the Hopper kernels without a GPU: fake_gpu's driver, with Triton's own way from descriptors to tensor maps.
+
+A script, as it needs a process in which Triton's interpreter is off. Prints JSON for test_hopper: call -> launches.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import fake_gpu
+import torch
+import triton
+from triton.backends.nvidia.driver import wrap_handle_tensordesc
+
+from anyattn import settings
+from anyattn.backends.triton import launch
+from anyattn.backends.triton.hopper.plan import HopperKernel
+from anyattn.backends.triton.launch import Kernel
+from anyattn.backends.triton.plan import TritonPlan
+from anyattn.problem import Array
+
+Found = dict[str, Any]
+launches: list[Found] = []
+
+
+class Utils(fake_gpu.Utils):
+    def fill_tma_descriptor_tiled(self, address: int, swizzle: int, size: int, kind: int, *shapes: Any) -> Found:
+        box, shape, strides, _ = shapes
+        return {"address": address, "swizzle": swizzle, "box": box, "shape": list(shape), "strides": list(strides)}
+
+
+class Launcher:
+    def __init__(self, source: Any, metadata: Any) -> None:
+        self.name, self.count = source.fn.__name__, len(source.signature)
+        self.launch = wrap_handle_tensordesc(self.record, source.signature, metadata.tensordesc_meta)
+
+    def __call__(self, *call: Any) -> None:
+        self.launch(*call[: -self.count], call[-self.count :])
+
+    def record(self, *call: Any) -> None:
+        maps = [argument for argument in call[-1] if isinstance(argument, dict)]
+        launches.append({"kernel": self.name, "grid": call[:3], "maps": maps})
+
+
+class Driver(fake_gpu.Driver):
+    utils, launcher_cls = Utils(), Launcher  # type: ignore[assignment]
+
+
+def compiled(kernel: Kernel, device: int, aligned: bool) -> Any:
+    """Hopper's kernels alone: the portable ones are test_launch's."""
+    if isinstance(kernel, HopperKernel):
+        return launch.compiled(kernel, device, aligned)
+    name = kernel.function.__name__
+
+    def run(*call: Any) -> None:
+        launches.append({"kernel": name, "grid": call[:3], "maps": []})
+
+    return SimpleNamespace(run=run, function=None, packed_metadata=None)
+
+
+def launched(hopper: str, shift: int = 0, **changes: Any) -> Found:
+    """What one forward launches, and where its arrays are; shift: of q, in elements."""
+    os.environ["ANYATTN_HOPPER"] = hopper
+    settings.reload()
+    problem = fake_gpu.aot.describe("cuda:0", "float16", 64, backward=False, right=0, seqlen_q=1000)
+    problem = replace(problem, **changes)
+    plan = TritonPlan(problem)
+    call = fake_gpu._call(problem, plan)
+    call.q = torch.zeros(call.q.numel() + shift, dtype=torch.float16)[shift:].view(call.q.shape)
+    launches.clear()
+    plan.forward(call)
+    pointers = {name: getattr(call, name).data_ptr() for name in ("q", "k", "v", "out")}
+    return {"launches": list(launches), "pointers": pointers}
+
+
+def main() -> None:
+    launch.Kernel._compile = compiled  # type: ignore[method-assign]
+    triton.runtime.driver.set_active(Driver())
+    card = SimpleNamespace(major=9, minor=0, multi_processor_count=132, L2_cache_size=2**25)
+    torch.cuda.get_device_properties = lambda index: card  # type: ignore[assignment]
+    odd = Array((2, 1000, 8, 64), (1000 * 513, 513, 64, 1), "float16", "cuda:0")
+    found = {
+        "off": launched("0"),
+        "on": launched("1"),
+        "address": launched("1", shift=1),
+        "strides": launched("1", q=odd),
+        "softcap": launched("1", softcap=10.0),
+        "few keys": launched("1", alignment="top-left"),
+    }
+    sys.stdout.write(json.dumps({"triton": triton.__version__, **found}))
+
+
+if __name__ == "__main__":
+    main()
