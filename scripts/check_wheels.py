@@ -25,11 +25,8 @@ SYSTEM = {
     "win": r"(?i)(kernel32|ntdll|api-ms-win-crt-[\w-]+)\.dll",
 }
 MACHINES = {"x86_64": "x86_64", "amd64": "x86_64", "aarch64": "arm64", "arm64": "arm64"}
-
-
 # zig's linker cannot hide these on macOS: its own two, and the operators that C++ lets any library replace.
 UNHIDDEN = r"_mh_dylib_header|__dso_handle|_Z(n[aw]m|d[al]Pv)\w*"
-
 
 lief.logging.disable()  # each format's reader is asked, and those that do not fit complain
 
