@@ -22,8 +22,9 @@ SETTINGS = ("OMP_", "GOMP_", "KMP_", "ANYATTN_NUM_THREADS", "ANYATTN_CPU_TARGET"
 
 
 def fresh(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A process without this one's settings of threads."""
+    """A process without this one's settings of threads, where the native engine must be there and no other."""
     base = {name: value for name, value in os.environ.items() if not name.startswith(SETTINGS)}
+    base["ANYATTN_REQUIRE"] = "cpu"
     return subprocess.run(
         [sys.executable, "-X", "faulthandler", *command],
         env=base | environment,
