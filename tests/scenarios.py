@@ -366,6 +366,7 @@ def inside_openmp() -> str:
 
 def interrupted() -> str:
     """Ctrl+C at any moment raises behind the call, and the next call is right."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background inherits that it is ignored
     found, interrupts = [compute()], 0
     pid = os.getpid()
     done = threading.Event()
