@@ -120,6 +120,7 @@ BACKWARD: dict[str, tuple[tuple[int, tuple[Config, Config]], ...]] = {
     ),
     "sm_": (
         (64, (Config(64, 128, 8, 2), Config(64, 64, 4, 2))),
+        (96, (Config(32, 128, 8, 2), Config(64, 64, 8, 2))),
         (128, (Config(64, 64, 8, 2), Config(64, 64, 8, 2))),
         (256, (Config(32, 32, 8, 1), Config(32, 32, 8, 1))),
         (512, (Config(16, 16, 8, 1), Config(16, 16, 8, 1))),
