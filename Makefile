@@ -91,6 +91,7 @@ aot: venv
 	$(BIN)/python scripts/hopper.py
 	$(PIP) install --quiet --no-deps --upgrade --target build/triton-3.6.0 triton==3.6.0
 	PYTHONPATH=build/triton-3.6.0 $(BIN)/python scripts/aot.py $(AOT_ARGS)
+	PYTHONPATH=build/triton-3.6.0 $(BIN)/python scripts/aot.py --all --arch gfx1030 $(AOT_ARGS)
 	PYTHONPATH=build/triton-3.6.0 $(BIN)/python scripts/hopper.py
 
 bench: require-native $(VENV)/bench

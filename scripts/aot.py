@@ -29,7 +29,7 @@ from machine_code import resources
 from triton.backends.compiler import GPUTarget
 
 from anyattn.backends.triton.append import kernels as append_kernels
-from anyattn.backends.triton.device import refusal
+from anyattn.backends.triton.device import largest_head_dim, refusal
 from anyattn.backends.triton.launch import Kernel
 from anyattn.backends.triton.plan import forward_kernels
 from anyattn.backends.triton.plan_backward import backward_kernels
@@ -63,6 +63,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "unaligned": {"right": 0},
     "paged": {"right": 0, "paged": True},
     "decode": {"right": 0, "seqlen_q": 1, "paged": True},
+    "few": {"right": 0, "seqlen_q": 16},
     "everything": {
         "left": 100,
         "right": 0,
@@ -78,7 +79,7 @@ DIRECTIONS = ("forward", "backward", "append")
 SHAPES = (
     *(("bfloat16", size) for size in (32, 64, 80, 96, 128, 192, 256, 512)),
     *(("float16", size) for size in (64, 128)),
-    *(("float32", size) for size in (64, 128, 256)),
+    *(("float32", size) for size in (64, 128, 256, 512)),
 )
 # Variants whose loops may spill, and why; those that begin with a version of Triton, with that version alone.
 MAY_SPILL = {
@@ -143,7 +144,8 @@ def write(table: dict[str, dict[str, Kernels]]) -> None:
 
 
 def variants(*, every: bool) -> list[str]:
-    """Names: architecture/dtype/head_dim/feature/direction. Every feature at one head size, every head size causal."""
+    """Names: architecture/dtype/head_dim/feature/direction. Every feature at one head size; every head size causal,
+    with many rows and with few."""
     found = [
         f"{arch}/{dtype}/{size}/{feature}/{direction}"
         for arch in (*NVIDIA, *AMD)
@@ -162,7 +164,10 @@ def _exists(arch: str, dtype: str, size: int, feature: str, direction: str) -> b
     paged = FEATURES[feature].get("paged", False)
     if direction == "append":
         return paged and feature != "decode" and (dtype, size) == ("bfloat16", 128)
-    return (feature == "causal" or (dtype, size) == ("bfloat16", 128)) and not (paged and direction == "backward")
+    backward = direction == "backward"
+    if (backward and (paged or feature == "few")) or size > largest_head_dim(arch, dtype, backward=backward):
+        return False
+    return feature in ("causal", "decode", "few") or (dtype, size) == ("bfloat16", 128)
 
 
 def _in_subset(name: str) -> bool:

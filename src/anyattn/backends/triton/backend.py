@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING
 from ...kvcache import Append
 from ...problem import Problem
 from ..base import Call
-from .device import DEVICES, cards, installed, interpreted, refusal
+from .device import DEVICES, LARGEST_HEAD_DIM, cards, device, installed, interpreted, largest_head_dim, refusal
 
 if TYPE_CHECKING:
     from .plan import TritonPlan
 
 OLDEST = (3, 6)
-LARGEST_HEAD_DIM = 512
 # What is known of each card, for `anyattn info`. Compiled: tests/aot.json; expected: nothing has been seen to fail.
 EVIDENCE = {
     "tested": ("Triton's interpreter",),
@@ -57,9 +56,7 @@ class TritonBackend:
 
     def supports(self, problem: Problem) -> list[str]:
         reasons = _misplaced(problem.device) + _without(problem.dtype)
-        width = max(problem.head_dim, problem.head_dim_v)
-        if width > LARGEST_HEAD_DIM:
-            reasons.append(f"takes head_dim and head_dim_v up to {LARGEST_HEAD_DIM}; got {width}")
+        reasons = reasons or _too_wide(problem)
         if problem.dout is not None and (problem.paged or problem.cache_batch_idx is not None):
             reasons.append("has no backward through a KV cache (block_table, cache_batch_idx)")
         return reasons
@@ -100,6 +97,15 @@ def _misplaced(where: str) -> list[str]:
         return [f"computes on {' and '.join(DEVICES)} devices; q is on {where}"]
     against = [refusal(arch) for name, _, arch in cards() if name == where]
     return [reason for reason in against if reason]
+
+
+def _too_wide(problem: Problem) -> list[str]:
+    arch, backward = device(problem.device).arch, problem.dout is not None
+    largest, width = largest_head_dim(arch, problem.dtype, backward=backward), max(problem.head_dim, problem.head_dim_v)
+    if width <= largest:
+        return []
+    what = "" if largest == LARGEST_HEAD_DIM else f" on {arch} with float32 gradients"
+    return [f"takes head_dim and head_dim_v up to {largest}{what}; got {width}"]
 
 
 def _without(dtype: str) -> list[str]:

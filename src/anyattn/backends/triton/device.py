@@ -13,6 +13,8 @@ INTERPRETER = "interpreter"
 DEVICES = ("cuda", "xpu")  # torch's; AMD's GPUs are "cuda" too
 DISTRIBUTIONS = ("triton", "pytorch-triton-rocm", "triton-rocm", "pytorch-triton-xpu", "triton-xpu", "triton-windows")
 OLDEST_SM = 70
+LARGEST_HEAD_DIM = 512
+SMALL_SHARED = {"sm_70": 256, "sm_75": 128}  # the largest with float32 gradients: tiles of four arrays have to fit
 NEWEST_FOR_GFX103 = (3, 6)
 
 
@@ -42,6 +44,11 @@ def refusal(arch: str) -> str | None:
     if arch.startswith("gfx103") and (installed() or ()) > NEWEST_FOR_GFX103:
         return f"Triton after {'.'.join(map(str, NEWEST_FOR_GFX103))} does not compile for {arch}"
     return None
+
+
+def largest_head_dim(arch: str, dtype: str, *, backward: bool) -> int:
+    """The largest head_dim and head_dim_v."""
+    return SMALL_SHARED.get(arch, LARGEST_HEAD_DIM) if backward and dtype == "float32" else LARGEST_HEAD_DIM
 
 
 def cards() -> list[tuple[str, str, str]]:

@@ -5,7 +5,7 @@ What `anyattn tune` measured on a card goes before the table.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from . import measured
 from .device import INTERPRETER
@@ -21,9 +21,13 @@ class Config(NamedTuple):
     edge_stages: int = 1
 
 
+Entry = TypeVar("Entry")
+# By family of architectures, whose name it begins with, and by the widest head that an entry serves.
+Table = dict[str, tuple[tuple[int, Entry], ...]]
+
 # 16-bit forward by the widest head that a row serves (compiled with Triton 3.9: no spills but those that tests/aot.json
 # lists). Where a card is not named its family's row holds; sm_7x and gfx10 have no matrix instructions in Triton.
-FORWARD: dict[str, tuple[tuple[int, Config], ...]] = {
+FORWARD: Table[Config] = {
     "sm_7": ((64, Config(32, 32, 4, 1)), (512, Config(16, 16, 4, 1))),
     "sm_9": (
         (64, Config(128, 128, 8, 2)),
@@ -54,6 +58,29 @@ FORWARD: dict[str, tuple[tuple[int, Config], ...]] = {
     "gfx11": ((64, Config(64, 32, 4, 1)), (128, Config(32, 16, 4, 1)), (512, Config(16, 16, 4, 1))),
     "": ((64, Config(64, 32, 4, 1)), (256, Config(32, 32, 4, 1)), (512, Config(16, 16, 4, 1))),
 }
+# float32 in full has no matrix instructions on NVIDIA's cards: operands wait in shared memory, results in registers.
+FORWARD_FLOAT32: Table[Config] = {
+    "sm_7": ((64, Config(32, 32, 4, 1)), (256, Config(16, 32, 4, 1)), (512, Config(16, 16, 4, 1))),
+    "sm_": (
+        (64, Config(64, 32, 8, 1)),
+        (128, Config(32, 32, 8, 1)),
+        (256, Config(16, 32, 8, 1)),
+        (512, Config(16, 16, 8, 1)),
+    ),
+    "": ((64, Config(32, 32, 4, 1)), (512, Config(16, 32, 4, 1))),
+}
+# Few rows; tile_q is the most.
+DECODE: Table[Config] = {
+    "sm_7": ((128, Config(32, 32, 8, 1)), (256, Config(16, 32, 8, 1)), (512, Config(16, 16, 8, 1))),
+    "sm_": ((128, Config(64, 64, 4, 3)), (256, Config(32, 64, 4, 2)), (512, Config(16, 32, 4, 1))),
+    "gfx9": ((128, Config(64, 64, 4, 2)), (256, Config(64, 32, 4, 2)), (512, Config(16, 32, 4, 1))),
+    "": ((64, Config(64, 64, 8, 1)), (128, Config(32, 32, 8, 1)), (512, Config(16, 16, 8, 1))),
+}
+DECODE_FLOAT32: Table[Config] = {
+    "sm_": ((128, Config(32, 32, 4, 1)), (256, Config(16, 32, 8, 1)), (512, Config(16, 16, 4, 1))),
+    "gfx9": ((128, Config(32, 32, 4, 1)), (256, Config(16, 32, 4, 1)), (512, Config(16, 16, 4, 1))),
+    "": ((64, Config(16, 32, 8, 1)), (512, Config(16, 16, 8, 1))),
+}
 DECODE_ROWS = 64  # rows of a (sequence, KV head) up to which its keys are what costs
 COMBINE_ROWS = 16
 DELTA_ROWS = 64
@@ -83,10 +110,7 @@ def forward(arch: str, dtype: str, width: int, *, heavy: bool = False) -> Config
 def _forward(arch: str, dtype: str, width: int) -> Config:
     if arch == INTERPRETER:
         return Config(64, 64)
-    if dtype == "float32":
-        return Config(32, 32, 4, 1) if width <= 64 else Config(16, 32, 4, 1)
-    family = next(name for name in FORWARD if arch.startswith(name))
-    return next(config for widest, config in FORWARD[family] if width <= widest)
+    return _row(FORWARD_FLOAT32 if dtype == "float32" else FORWARD, arch, width)
 
 
 def decode(arch: str, dtype: str, width: int, rows: int) -> Config:
@@ -97,17 +121,14 @@ def decode(arch: str, dtype: str, width: int, rows: int) -> Config:
 
 
 def _decode(arch: str, dtype: str, width: int) -> Config:
-    """tile_q: the most."""
     if arch == INTERPRETER:
         return Config(DECODE_ROWS, 64)
-    if dtype == "float32" or width > 256:
-        return Config(32, 32, 4, 1)
-    return Config(DECODE_ROWS, 64, 4, 3 if width <= 128 else 2)
+    return _row(DECODE_FLOAT32 if dtype == "float32" else DECODE, arch, width)
 
 
 # 16-bit backward: (dk and dv, whose program owns tile_k keys; dq, whose program owns tile_q rows). On NVIDIA's cards
 # the first keeps addresses on the stack outside its loops; tests/aot.json says what spills, and what inside a loop.
-BACKWARD: dict[str, tuple[tuple[int, tuple[Config, Config]], ...]] = {
+BACKWARD: Table[tuple[Config, Config]] = {
     "sm_7": (
         (64, (Config(32, 32, 4, 1), Config(32, 32, 4, 1))),
         (512, (Config(16, 16, 4, 1), Config(16, 16, 4, 1))),
@@ -122,7 +143,7 @@ BACKWARD: dict[str, tuple[tuple[int, tuple[Config, Config]], ...]] = {
         (64, (Config(64, 128, 8, 2), Config(64, 64, 4, 2))),
         (96, (Config(32, 128, 8, 2), Config(64, 64, 8, 2))),
         (128, (Config(64, 64, 8, 2), Config(64, 64, 8, 2))),
-        (256, (Config(32, 32, 8, 1), Config(32, 32, 8, 1))),
+        (256, (Config(32, 32, 8, 1), Config(32, 32, 8, 2))),
         (512, (Config(16, 16, 8, 1), Config(16, 16, 8, 1))),
     ),
     "gfx9": (
@@ -138,6 +159,26 @@ BACKWARD: dict[str, tuple[tuple[int, tuple[Config, Config]], ...]] = {
         (512, (Config(16, 16, 4, 1), Config(16, 16, 4, 1))),
     ),
 }
+BACKWARD_FLOAT32: Table[tuple[Config, Config]] = {
+    "sm_7": (
+        (64, (Config(32, 32, 8, 1), Config(32, 32, 8, 1))),
+        (512, (Config(16, 16, 4, 1), Config(16, 16, 4, 1))),
+    ),
+    "sm_": (
+        (64, (Config(32, 32, 8, 1), Config(64, 32, 8, 2))),
+        (128, (Config(32, 32, 8, 1), Config(32, 32, 8, 2))),
+        (256, (Config(16, 16, 8, 1), Config(16, 16, 8, 2))),
+        (512, (Config(16, 16, 4, 1), Config(16, 16, 4, 1))),
+    ),
+    "gfx9": (
+        (64, (Config(32, 32, 4, 1), Config(32, 32, 4, 1))),
+        (512, (Config(16, 16, 4, 1), Config(16, 16, 4, 1))),
+    ),
+    "": (
+        (64, (Config(32, 32, 8, 1), Config(32, 32, 8, 1))),
+        (512, (Config(16, 16, 4, 1), Config(16, 16, 4, 1))),
+    ),
+}
 
 
 def backward(arch: str, dtype: str, width: int) -> tuple[Config, Config]:
@@ -149,18 +190,18 @@ def backward(arch: str, dtype: str, width: int) -> tuple[Config, Config]:
 def _backward(arch: str, dtype: str, width: int) -> tuple[Config, Config]:
     if arch == INTERPRETER:
         return Config(64, 64), Config(64, 64)
-    if dtype == "float32":
-        warps = 4 if arch.startswith("gfx9") else 8
-        small = Config(32, 32, warps, 1) if width <= 64 else Config(16, 16, 4, 1)
-        return small, small
-    family = next(name for name in BACKWARD if arch.startswith(name))
-    return next(configs for widest, configs in BACKWARD[family] if width <= widest)
+    return _row(BACKWARD_FLOAT32 if dtype == "float32" else BACKWARD, arch, width)
 
 
 def bias(arch: str, dtype: str, width: int) -> Config:
     """For dbias, whose program owns a tile of scores."""
     _, dq = backward(arch, dtype, width)
     return dq
+
+
+def _row(table: Table[Entry], arch: str, width: int) -> Entry:
+    family = next(name for name in table if arch.startswith(name))
+    return next(entry for widest, entry in table[family] if width <= widest)
 
 
 def _measured(phase: str, arch: str, dtype: str, width: int) -> Config | None:
