@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)  # read when the kernels are imported
+os.environ["ANYATTN_CACHE"] = os.devnull  # the tiles that are shipped, not those that somebody measured here
 
 import torch
 import triton

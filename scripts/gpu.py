@@ -1,6 +1,7 @@
 """Everything that only a machine with a GPU can say: tests on the device, then times. Writes JSON after every part.
 
-    python scripts/gpu.py --json build/gpu.json [--part cases|claims|hopper|speed|decode|latency|memory|training|peers]
+    python scripts/gpu.py --json build/gpu.json
+        [--part cases|claims|hopper|speed|decode|latency|memory|training|peers|tune]
 
 Needs torch 2.11 or later with a GPU, Triton 3.6 or later and NumPy; each part takes less than ten minutes. The native
 engine (ANYATTN_LIBRARY names it) is what claims compare with. Status 1: something is wrong; 2: there is no GPU.
@@ -29,7 +30,8 @@ TESTS = Path(__file__).resolve().parent.parent / "tests"
 sys.path.insert(0, str(TESTS))
 
 Found = dict[str, Any]
-LONGEST = 540  # seconds for Hopper's kernels
+LONGEST = 540  # seconds of a part
+SECONDS = 0.1  # for each choice of tiles
 
 
 def main() -> int:
@@ -120,7 +122,27 @@ def hopper(device: str) -> Found:
     return {"summary": said[0], "wrong": wrong if done.returncode else {}}
 
 
-PARTS: dict[str, Callable[[str], Found]] = {"cases": cases, "claims": claims, "hopper": hopper, **gpu_times.PARTS}
+def tune(device: str) -> Found:
+    """The fastest tiles of 16-bit dtypes, for the table of tuning.py; as many as there is time for. None is kept."""
+    from anyattn.bench import tiles
+
+    halves = [workload for workload in tiles.workloads(device) if workload.dtype != "float32"]
+    results, start = [], time.perf_counter()
+    for workload in halves:
+        if time.perf_counter() - start > LONGEST / 2:
+            break
+        results.append(tiles.tune(workload, device, SECONDS))
+        print(results[-1], flush=True)
+    anyattn.settings.reload()
+    gains = [result.seconds_before / result.seconds for result in results]
+    summary = f"{len(results)} of {len(halves)} workloads, up to {max(gains):.2f}x faster than the table's tiles"
+    rows = [{**result._asdict(), "workload": result.workload._asdict()} for result in results]
+    return {"summary": summary, "rows": rows}
+
+
+PARTS: dict[str, Callable[[str], Found]] = {
+    "cases": cases, "claims": claims, "hopper": hopper, **gpu_times.PARTS, "tune": tune,
+}  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -16,7 +17,8 @@ from cases import named
 from device import compare
 from device_claims import EVERYWHERE
 
-from anyattn.backends.triton.device import interpreted
+from anyattn.backends.triton.device import INTERPRETER, interpreted
+from anyattn.bench import tiles
 
 pytestmark = pytest.mark.skipif(not interpreted(), reason="Triton compiles here: make gpu runs all of it on the card")
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
@@ -56,6 +58,19 @@ def test_parts_run(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = found.get("rows", [])
     assert not [row for row in rows if "error" in row.get("anyattn", {}) or "error" in row.get("flash", {})]
     assert len(rows) == {"speed": 8, "decode": 1}.get(part, 0)
+
+
+def test_tiles_are_tuned_and_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import gpu
+
+    workload = tiles.Workload("dq", "float16", 16, 1, 20, 20, nheads_kv=1)
+    monkeypatch.setattr(tiles, "workloads", lambda _: [workload, workload._replace(dtype="float32")])
+    monkeypatch.setattr(tiles, "stopwatch", lambda call, **_: float(math.prod(tiles.table(workload, INTERPRETER))))
+    before = tiles.table(workload, INTERPRETER)
+    (row,) = gpu.tune("cpu")["rows"]
+    assert row["workload"] == workload._asdict()
+    assert row["tiles"] == (16, 16, 1, 1, 1) and row["before"] == before == tiles.table(workload, INTERPRETER)
 
 
 def test_a_part_that_breaks_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -271,7 +271,7 @@ def test_tune_writes_what_it_measures(
     ] * 2
     assert main(["tune", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["crossover"]["forward float32"] == list(crossover.work(problem(2048)))
+    assert found["vulkan"]["crossover"]["forward float32"] == list(crossover.work(problem(2048)))
     assert len(list(_cache.iterdir())) == 1
 
 
@@ -345,7 +345,7 @@ def test_tune_on_the_driver_at_hand(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     settings.reload()
     monkeypatch.setattr(measuring, "SEQLENS", (8, 16))
     assert main(["tune", "--seconds", "0.01", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(capsys.readouterr().out)["vulkan"]
     assert found["device"] == devices.instance().choose().name
     assert all(point[3] > 0 and point[4] > 0 for point in found["points"])
     assert {point[0] for point in found["points"]} == {"forward", "backward"}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import settings
+from . import tune
 from .table import table
 
 QUICK_SECONDS = 0.3
@@ -34,6 +35,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     add("--threads", type=int, default=0, metavar="N", help="of every provider (default: as the engine finds them)")
     add("--target", default="", metavar="NAME", help="instruction set of the native engine (`anyattn info` lists them)")
     add("--seconds", type=float, default=0.0, help=f"about so long for each case (default: 1, quick: {QUICK_SECONDS})")
+    add("--tune", action="store_true", help="measure first what suits the GPU of this machine: `anyattn tune`")
     add("--json", type=Path, metavar="FILE", help="write everything that was measured")
     add("--plot", type=Path, metavar="FILE", help="draw a PNG, or into a folder one for each plot (needs matplotlib)")
     add("--list", action="store_true", help="list suites, cases, sections and providers, and measure nothing")
@@ -57,6 +59,8 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.list:
             _list(plan)
             return 0
+        if arguments.tune and tune.run(argparse.Namespace(backend=None, seconds=tune.SECONDS, json=False)):
+            return 1
         return _measure(plan, arguments)
 
 

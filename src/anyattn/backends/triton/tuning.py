@@ -1,9 +1,13 @@
-"""Tile sizes as data: by architecture, dtype, head_dim and phase, with one heuristic for what is not in the table."""
+"""Tile sizes as data: by architecture, dtype, head_dim and phase, with one heuristic for what is not in the table.
+
+What `anyattn tune` measured on a card goes before the table.
+"""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+from . import measured
 from .device import INTERPRETER
 
 
@@ -70,23 +74,35 @@ def forward(arch: str, dtype: str, width: int, *, heavy: bool = False) -> Config
 
     heavy: a bias, a mask, dropout or packed sequences, which hold more in registers: half the keys.
     """
+    config = _measured("forward", arch, dtype, width) or _forward(arch, dtype, width)
+    if heavy and arch != INTERPRETER:
+        return config._replace(tile_k=min(config.tile_k, max(32, config.tile_k // 2)))
+    return config
+
+
+def _forward(arch: str, dtype: str, width: int) -> Config:
     if arch == INTERPRETER:
         return Config(64, 64)
     if dtype == "float32":
         return Config(32, 32, 4, 1) if width <= 64 else Config(16, 32, 4, 1)
     family = next(name for name in FORWARD if arch.startswith(name))
-    config = next(config for widest, config in FORWARD[family] if width <= widest)
-    return config._replace(tile_k=min(config.tile_k, max(32, config.tile_k // 2))) if heavy else config
+    return next(config for widest, config in FORWARD[family] if width <= widest)
 
 
 def decode(arch: str, dtype: str, width: int, rows: int) -> Config:
     """For few rows: as many as there are, to a power of two."""
+    config = _measured("decode", arch, dtype, width) or _decode(arch, dtype, width)
     tile_q = max(16, 1 << (rows - 1).bit_length())
+    return config._replace(tile_q=min(tile_q, config.tile_q))
+
+
+def _decode(arch: str, dtype: str, width: int) -> Config:
+    """tile_q: the most."""
     if arch == INTERPRETER:
-        return Config(tile_q, 64)
+        return Config(DECODE_ROWS, 64)
     if dtype == "float32" or width > 256:
-        return Config(min(tile_q, 32), 32, 4, 1)
-    return Config(tile_q, 64, 4, 3 if width <= 128 else 2)
+        return Config(32, 32, 4, 1)
+    return Config(DECODE_ROWS, 64, 4, 3 if width <= 128 else 2)
 
 
 # 16-bit backward: (dk and dv, whose program owns tile_k keys; dq, whose program owns tile_q rows). On NVIDIA's cards
@@ -104,6 +120,7 @@ BACKWARD: dict[str, tuple[tuple[int, tuple[Config, Config]], ...]] = {
     ),
     "sm_": (
         (64, (Config(64, 128, 8, 2), Config(64, 64, 4, 2))),
+        (96, (Config(32, 128, 8, 2), Config(64, 64, 8, 2))),
         (128, (Config(64, 64, 8, 2), Config(64, 64, 8, 2))),
         (256, (Config(32, 32, 8, 1), Config(32, 32, 8, 1))),
         (512, (Config(16, 16, 8, 1), Config(16, 16, 8, 1))),
@@ -125,6 +142,11 @@ BACKWARD: dict[str, tuple[tuple[int, tuple[Config, Config]], ...]] = {
 
 def backward(arch: str, dtype: str, width: int) -> tuple[Config, Config]:
     """For dk and dv, whose program owns tile_k keys; and for dq, whose program owns tile_q rows."""
+    dkv, dq = _backward(arch, dtype, width)
+    return _measured("dkv", arch, dtype, width) or dkv, _measured("dq", arch, dtype, width) or dq
+
+
+def _backward(arch: str, dtype: str, width: int) -> tuple[Config, Config]:
     if arch == INTERPRETER:
         return Config(64, 64), Config(64, 64)
     if dtype == "float32":
@@ -139,6 +161,11 @@ def bias(arch: str, dtype: str, width: int) -> Config:
     """For dbias, whose program owns a tile of scores."""
     _, dq = backward(arch, dtype, width)
     return dq
+
+
+def _measured(phase: str, arch: str, dtype: str, width: int) -> Config | None:
+    numbers = measured.tiles(arch, phase, dtype, width)
+    return Config(*numbers) if numbers else None
 
 
 def has_tf32(arch: str) -> bool:

@@ -6,8 +6,6 @@ each byte that travels. Decoding has few of the latter, however long the cache.
 
 from __future__ import annotations
 
-import json
-import logging
 import math
 import os
 from collections.abc import Mapping
@@ -15,14 +13,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ... import settings
+from ... import settings, tuned
 from ...problem import Array, Problem
 from .device import DeviceInfo
 
 FILE = "vulkan-crossover.json"
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8, "bool": 1}
-
-logger = logging.getLogger("anyattn")
 
 
 class Crossover(NamedTuple):
@@ -104,25 +100,13 @@ def save(info: DeviceInfo, measured: Measured) -> Path:
     Raises:
         OSError: there is no cache folder, or it cannot be written.
     """
-    if not settings.current().cache:
-        raise FileNotFoundError("there is no cache folder for this user: set ANYATTN_CACHE")
-    path = _path()
     every = {**_load(), _key(info): measured}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(f".{os.getpid()}")
-    fresh.write_text(json.dumps({name: as_json(entry) for name, entry in every.items()}, indent=1), encoding="utf-8")
-    fresh.replace(path)  # at once: a process that reads meanwhile sees the old or the new
-    settings.reload()
-    return path
+    return tuned.save(FILE, {name: as_json(entry) for name, entry in every.items()})
 
 
 def as_json(measured: Measured) -> dict[str, Any]:
     """ "forward float32" -> [operations, operations for each byte], or null: never."""
     return {" ".join(key): None if value == NEVER else list(value) for key, value in measured.items()}
-
-
-def _path() -> Path:
-    return Path(settings.current().cache) / FILE
 
 
 def _key(info: DeviceInfo) -> str:
@@ -131,16 +115,7 @@ def _key(info: DeviceInfo) -> str:
 
 @cache
 def _load() -> dict[str, Measured]:
-    if not settings.current().cache:
-        return {}
-    try:
-        found = json.loads(_path().read_text(encoding="utf-8"))
-        return {name: _from_json(entry) for name, entry in found.items()}
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        logger.warning("%s is not what `anyattn tune` writes: %s", _path(), error)
-        return {}
+    return tuned.load(FILE, _from_json)
 
 
 def _from_json(entry: dict[str, Any]) -> Measured:

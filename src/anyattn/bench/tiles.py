@@ -1,0 +1,167 @@
+"""Which tiles of the Triton kernels are the fastest on the card in use: uphill from the table's, step by step."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from statistics import median
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .. import api, dispatch
+from ..backends.triton import measured, tuning
+from ..backends.triton.device import device as card
+from ..backends.triton.measured import CHOICES, Tiles
+from ..errors import CompilationError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FASTER = 0.97  # of the time, to count as faster: a difference below is noise
+ROUNDS = 5
+ERROR = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 3e-2}  # of the results with the table's tiles
+
+
+class Workload(NamedTuple):
+    """What the tiles of a phase are measured on: causal, 4 query heads for each KV head."""
+
+    phase: str
+    dtype: str
+    head_dim: int
+    batch: int
+    seqlen_q: int
+    seqlen_k: int
+    nheads_kv: int = 4
+
+
+class Result(NamedTuple):
+    """Tiles and seconds: the table's and the fastest."""
+
+    workload: Workload
+    before: Tiles
+    seconds_before: float
+    tiles: Tiles
+    seconds: float
+
+
+def workloads(device: str) -> list[Workload]:
+    """By phase, dtype and head size. The tiles of one 16-bit dtype serve both."""
+    half = "float16" if card(device).arch in ("sm_70", "sm_75") else "bfloat16"
+    kinds = [(half, 64), (half, 128), (half, 256), ("float32", 64), ("float32", 128)]
+    return [
+        Workload(phase, dtype, head_dim, *((16, 1, 8192) if phase == "decode" else (2, 4096, 4096)))
+        for phase in measured.PHASES
+        for dtype, head_dim in kinds
+    ]
+
+
+def tune(workload: Workload, device: str, seconds: float, clock: Callable[..., float] | None = None) -> Result:
+    """Leaves the fastest tiles in use. Tiles that do not compile, or whose results differ, are not timed."""
+    measure = clock or partial(stopwatch, device=device, seconds=seconds)
+    arch = card(device).arch
+    call, before = calls(workload, device), table(workload, arch)
+    key = (arch, workload.phase, workload.dtype, workload.head_dim)
+    expected: list[Any] = []
+
+    def timed(tiles: Tiles) -> float:
+        measured.use(*key, tiles)
+        dispatch.forget()
+        try:
+            results = call()
+        except CompilationError:
+            return math.inf
+        if not expected:
+            expected.extend(results)
+        if not all(_agree(x, y, ERROR[workload.dtype]) for x, y in zip(results, expected, strict=True)):
+            return math.inf
+        return measure(call)
+
+    first = timed(before)
+    tiles, fastest = climb(before, first, timed)
+    measured.use(*key, tiles)
+    dispatch.forget()
+    return Result(workload, before, first, tiles, fastest)
+
+
+def climb(start: Tiles, seconds: float, timed: Callable[[Tiles], float]) -> tuple[Tiles, float]:
+    """From neighbour to neighbour, as long as one is faster."""
+    known = {start: seconds}
+    here, improved = start, True
+    while improved:
+        improved = False
+        for tiles in neighbours(here):
+            if tiles not in known:
+                known[tiles] = timed(tiles)
+                if known[tiles] < FASTER * known[here]:
+                    here, improved = tiles, True
+                    break
+    return here, known[here]
+
+
+def neighbours(tiles: Tiles) -> Iterator[Tiles]:
+    """One number goes to the next choice or to the one before."""
+    for at, choices in enumerate(CHOICES):
+        place = choices.index(tiles[at])
+        for other in choices[max(place - 1, 0) : place + 2]:
+            if other != tiles[at]:
+                yield (*tiles[:at], other, *tiles[at + 1 :])
+
+
+def table(workload: Workload, arch: str) -> Tiles:
+    """The tiles that are in use."""
+    dtype, width = workload.dtype, workload.head_dim
+    if workload.phase == "forward":
+        return tuning.forward(arch, dtype, width)
+    if workload.phase == "decode":
+        return tuning.decode(arch, dtype, width, tuning.DECODE_ROWS)
+    return tuning.backward(arch, dtype, width)[workload.phase == "dq"]
+
+
+def label(workload: Workload) -> str:
+    return f"{workload.phase} {workload.dtype} {workload.head_dim}"
+
+
+def calls(workload: Workload, device: str) -> Callable[[], tuple[Any, ...]]:
+    """The pass that the phase is part of, on unit normal arrays."""
+    import torch
+
+    draw = partial(torch.randn, device=device, dtype=getattr(torch, workload.dtype))
+    nheads, size = 4 * workload.nheads_kv, workload.head_dim
+    q = draw(workload.batch, workload.seqlen_q, nheads, size)
+    k, v = (draw(workload.batch, workload.seqlen_k, workload.nheads_kv, size) for _ in range(2))
+    forward = partial(api.attention_forward, q, k, v, causal=True, backend="triton")
+    if workload.phase in ("forward", "decode"):
+        return forward
+    out, lse = forward()
+    return partial(api.attention_backward, draw(q.shape), q, k, v, out, lse, causal=True, backend="triton")
+
+
+def stopwatch(call: Callable[[], Any], device: str, seconds: float) -> float:
+    """Median of rounds that together take about so long, each as many calls as fit, on an idle device."""
+    once = _timed(call, 1, device)
+    count = max(1, int(seconds / ROUNDS / max(once, 1e-6)))
+    return median(_timed(call, count, device) for _ in range(ROUNDS))
+
+
+def _timed(call: Callable[[], Any], count: int, device: str) -> float:
+    _synchronize(device)
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    _synchronize(device)
+    return (time.perf_counter() - start) / count
+
+
+def _synchronize(device: str) -> None:
+    kind = device.partition(":")[0]
+    if kind != "cpu":  # the interpreter's
+        import torch
+
+        getattr(torch, kind).synchronize(device)
+
+
+def _agree(x: Tensor | None, y: Tensor | None, error: float) -> bool:
+    if x is None or y is None:
+        return x is y
+    return bool((x - y).double().norm() <= error * y.double().norm())
