@@ -192,6 +192,8 @@ def test_empty_sizes(batch: int, rows: int, keys: int) -> None:
 
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "numpy k": ({"k": np.zeros((2, 7, 2, 8), np.float32)}, TypeError, "k must be a torch.Tensor"),
+    "no k": ({"k": None}, TypeError, "k must be a torch.Tensor"),
+    "no v": ({"v": None}, TypeError, "v must be a torch.Tensor"),
     "numpy bias": ({"bias": np.zeros((5, 7), np.float32)}, TypeError, "bias must be a torch.Tensor"),
     "numpy table": ({"seqused_k": np.array([7, 7])}, TypeError, "seqused_k must be a torch.Tensor"),
     "list table": ({"offset": [1, 2]}, TypeError, "offset must be a torch.Tensor"),
@@ -210,6 +212,9 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "slopes with gradients": ({"alibi_slopes": torch.zeros(4, requires_grad=True)}, ValueError, "alibi_slopes"),
     "seed and state": ({"seed": 1, "rng_state": torch.tensor([1, 0])}, ValueError, "exclude each other"),
     "seed range": ({"seed": 2**64, "dropout_p": 0.1}, ValueError, "64-bit"),
+    "seed of text": ({"seed": "1", "dropout_p": 0.1}, TypeError, "seed must be an integer; got '1'"),
+    "dropout of text": ({"dropout_p": "0.1"}, TypeError, "dropout_p must be a real number; got '0.1'"),
+    "window of tensors": ({"window": (torch.tensor(1), 0)}, ValueError, "window must hold integers"),
     "state dtype": ({"rng_state": torch.zeros(2), "dropout_p": 0.1}, TypeError, "rng_state"),
 }
 
