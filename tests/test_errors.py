@@ -58,6 +58,7 @@ DENSE = {
     "q of rank 0": ({"q": zeros()}, ValueError, "q"),
     "q is a list": ({"q": [[1.0]]}, TypeError, "q", "list"),
     "k is a list": ({"k": [[1.0]]}, TypeError, "k", "list"),
+    "k is masked": ({"k": np.ma.masked_array(LAST)}, TypeError, "k", "masked"),
     "v is None": ({"v": None}, TypeError, "v"),
     "batches differ": ({"k": zeros(3, 7, 2, 8), "v": zeros(3, 7, 2, 8)}, ValueError, "k", "batch 2"),
     "k and v differ in length": ({"v": zeros(2, 6, 2, 8)}, ValueError, "k", "v"),

@@ -185,6 +185,8 @@ def _batch(given: dict[str, Any]) -> int:
 def _array(name: str, array: Any) -> NDArray:
     if not isinstance(array, np.ndarray):
         raise TypeError(f"{name} must be a NumPy array like q; got {type(array).__name__}")
+    if type(array) is not np.ndarray and isinstance(array, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array, whose mask would have no effect; accepted: its data, and mask=")
     if not array.dtype.isnative:
         raise TypeError(f"{name} has byte order {array.dtype.byteorder!r}; accepted: the machine's own")
     return array
