@@ -109,6 +109,14 @@ def test_int_seed_is_a_random_state() -> None:
     assert torch.equal(one, torch.compile(anyattn.attention, backend="eager")(*qkv(), dropout_p=0.5, seed=-3))
 
 
+def test_numbers_of_numpy_are_numbers() -> None:
+    q, k, v = qkv()
+    want = anyattn.attention(q, k, v, offset=2, window=(3, 0))
+    assert torch.equal(anyattn.attention(q, k, v, offset=np.int64(2), window=(np.int32(3), np.int64(0))), want)
+    want = anyattn.attention_with_kvcache(q, k, v, cache_seqlens=6)
+    assert torch.equal(anyattn.attention_with_kvcache(q, k, v, cache_seqlens=np.int32(6)), want)
+
+
 def test_forward_with_dropout_needs_a_state() -> None:
     with pytest.raises(ValueError, match="rng_state"):
         anyattn.attention_forward(*qkv(), dropout_p=0.5)

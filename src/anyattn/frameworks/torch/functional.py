@@ -9,6 +9,7 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -97,7 +98,8 @@ def append(
     q, lengths = _tensor("q", arrays["q"]), arrays["cache_seqlens"]
     if lengths is not None:
         batch = q.shape[0] if q.ndim else 0
-        lengths = per_sequence("cache_seqlens", lengths, batch, q.device) if isinstance(lengths, int) else lengths
+        if isinstance(lengths, int | np.integer):
+            lengths = per_sequence("cache_seqlens", lengths, batch, q.device)
         lengths = table("cache_seqlens", lengths)
     if arrays["new_k"] is None:
         if arrays["new_v"] is not None or arrays["rotary_cos"] is not None:
@@ -198,7 +200,7 @@ def _floats(name: str, array: Any, dtype: torch.dtype) -> Tensor:
 
 def _tables(q: Tensor, tables: Arrays) -> Arrays:
     given = dict(zip(TABLES, tables, strict=True))
-    if isinstance(given["offset"], int):
+    if isinstance(given["offset"], int | np.integer):
         cu_seqlens_q = given["cu_seqlens_q"]
         batch = q.shape[0] if cu_seqlens_q is None else _tensor("cu_seqlens_q", cu_seqlens_q).shape[0] - 1
         given["offset"] = per_sequence("offset", given["offset"], batch, q.device)
