@@ -297,6 +297,7 @@ def test_merge(name: str) -> None:
 def test_layout_of_flash_attention() -> None:
     given = {"query": zeros(4, 5, 8), "key": zeros(1, 2, 7, 8), "value": zeros(1, 2, 7, 8)}
     refuses(anyattn.flash_attention, given, ValueError, "query")
+    refuses(anyattn.flash_attention, given | {"query": zeros(1, 4, 5, 8), "causal": "False"}, TypeError, "causal")
 
 
 def test_torch_and_numpy_do_not_mix() -> None:

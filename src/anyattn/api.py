@@ -355,7 +355,8 @@ def flash_attention(query: Array, key: Array, value: Array, causal: bool = True,
         if getattr(array, "ndim", None) != 4:
             raise ValueError(f"{name} must be (batch, nheads, seqlen, head_dim); got {getattr(array, 'shape', array)}")
     arrays = (query.swapaxes(1, 2), key.swapaxes(1, 2), value.swapaxes(1, 2), *[None] * 13)
-    return framework.attention(arrays, Options(scale, right=0 if causal else None), None, False, None)[0].swapaxes(1, 2)
+    _, right = bounds(causal, None)
+    return framework.attention(arrays, Options(scale, right=right), None, False, None)[0].swapaxes(1, 2)
 
 
 def framework_of(array: Array) -> ModuleType:
