@@ -207,8 +207,8 @@ def _tables(q: Tensor, tables: Arrays) -> Arrays:
     return tuple([None if x is None else table(name, x) for name, x in given.items()])
 
 
-def per_sequence(name: str, value: int, batch: int, device: torch.device) -> Tensor:
-    """One int for every sequence."""
+def per_sequence(name: str, value: Any, batch: int, device: torch.device) -> Tensor:
+    """One int, or NumPy's, for every sequence."""
     if not -(2**31) <= value < 2**31:
         raise ValueError(f"{name} must fit in int32; got {value}")
     return torch.full((batch,), value, dtype=torch.int32, device=device)
