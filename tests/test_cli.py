@@ -35,6 +35,7 @@ def test_info_tells_backends_and_settings(capsys: pytest.CaptureFixture[str]) ->
     assert main(["info"]) == 0
     text = capsys.readouterr().out
     assert all(name in text for name in (*dispatch.NAMES, "ANYATTN_BACKEND"))
+    assert "\n\nnative engine\n  library " in text  # its own, not the last backend's
 
 
 @pytest.mark.parametrize(
@@ -62,6 +63,12 @@ def test_info_names_the_instruction_set_in_force(capsys: pytest.CaptureFixture[s
     cpu = json.loads(capsys.readouterr().out)["cpu"]
     assert cpu["target"] in cpu["targets"]
     assert cpu["num_threads"] >= 1
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exited:
+        main(["--version"])
+    assert (exited.value.code, capsys.readouterr().out) == (0, f"anyattn {anyattn.__version__}\n")
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,7 @@ DENSE = {
     "q of rank 0": ({"q": zeros()}, ValueError, "q"),
     "q is a list": ({"q": [[1.0]]}, TypeError, "q", "list"),
     "k is a list": ({"k": [[1.0]]}, TypeError, "k", "list"),
+    "k is masked": ({"k": np.ma.masked_array(LAST)}, TypeError, "k", "masked"),
     "v is None": ({"v": None}, TypeError, "v"),
     "batches differ": ({"k": zeros(3, 7, 2, 8), "v": zeros(3, 7, 2, 8)}, ValueError, "k", "batch 2"),
     "k and v differ in length": ({"v": zeros(2, 6, 2, 8)}, ValueError, "k", "v"),
@@ -79,6 +80,10 @@ DENSE = {
     "softcap is negative": ({"softcap": -1.0}, ValueError, "softcap"),
     "softcap is NaN": ({"softcap": float("nan")}, ValueError, "softcap"),
     "softcap is infinite": ({"softcap": float("inf")}, ValueError, "softcap"),
+    "scale beyond float32": ({"scale": 1e39}, ValueError, "scale", "finite", "float32", "1e+39"),
+    "softcap beyond float32": ({"softcap": 1e300}, ValueError, "softcap", "finite", "float32"),
+    "causal is text": ({"causal": "False"}, TypeError, "causal", "True or False", "'False'"),
+    "causal is None": ({"causal": None}, TypeError, "causal", "None"),
     "softcap is text": ({"softcap": "1"}, TypeError, "softcap"),
     "window is a number": ({"window": 3}, ValueError, "window", "pair"),
     "window is a triple": ({"window": (1, 2, 3)}, ValueError, "window", "pair"),
@@ -86,6 +91,8 @@ DENSE = {
     "window is negative": ({"window": (-1, 0)}, ValueError, "window", "None"),
     "window is negative on the right": ({"window": (0, -2)}, ValueError, "window"),
     "window of fractions": ({"window": (1.5, 0)}, ValueError, "window"),
+    "window of a NumPy fraction": ({"window": (np.float32(1.5), 0)}, ValueError, "window", "integers"),
+    "window of arrays": ({"window": (np.array(1), 0)}, ValueError, "window", "integers"),
     "chunk is negative": ({"chunk": -1}, ValueError, "chunk"),
     "chunk is a fraction": ({"chunk": 1.5}, TypeError, "chunk"),
     "unknown alignment": ({"alignment": "left"}, ValueError, "alignment", "top-left", "bottom-right"),
@@ -129,6 +136,7 @@ DENSE = {
     "leftpad_k beyond seqused_k": ({"leftpad_k": [4, 0], "seqused_k": [3, 3]}, ValueError, "leftpad_k[0]", "0 to 3"),
     "leftpad_k negative": ({"leftpad_k": [0, -1]}, ValueError, "leftpad_k[1]"),
     "table beyond int32": ({"seqused_k": [2**32, 1]}, ValueError, "seqused_k"),
+    "backend is a list": ({"backend": ["cpu"]}, TypeError, "backend", "commas", "['cpu']"),
     "unknown backend": ({"backend": "cuda"}, ValueError, "backend", "cuda"),
 }
 PACKED = {
@@ -146,6 +154,7 @@ PACKED = {
     "cu_seqlens_k is None": ({"cu_seqlens_k": None}, ValueError, "cu_seqlens_k"),
     "max_seqlen_q too small": ({"max_seqlen_q": 3}, ValueError, "max_seqlen", "cu_seqlens_q"),
     "max_seqlen_k too small": ({"max_seqlen_k": 5}, ValueError, "max_seqlen", "cu_seqlens_k"),
+    "max_seqlen_q is text": ({"max_seqlen_q": "4"}, TypeError, "max_seqlen_q", "integer", "'4'"),
     "max_seqlen_q negative": ({"max_seqlen_q": -1}, ValueError, "max_seqlen_q"),
     "seqused_k beyond its sequence": ({"seqused_k": [6, 6]}, ValueError, "seqused_k[1]", "0 to 5"),
     "seqused_q beyond its sequence": ({"seqused_q": [5, 5]}, ValueError, "seqused_q[0]", "0 to 4"),
@@ -247,6 +256,10 @@ CACHE: dict[str, tuple[Setup, dict[str, Callable[[Any], Any] | None], type[Excep
     "read-only cache": (Setup(), {"k_cache": _read_only}, ValueError, "k_cache"),
     "cache with a stride": (Setup(), {"v_cache": lambda x: np.repeat(x, 2, -1)[..., ::2]}, ValueError, "v_cache"),
     "num_splits": (Setup(), {"num_splits": lambda x: -1}, ValueError, "num_splits"),
+    "num_splits is None": (Setup(), {"num_splits": None}, ValueError, "num_splits"),
+    "no cache": (Setup(), {"k_cache": None}, TypeError, "k_cache"),
+    "cache is a list": (Setup(), {"v_cache": lambda x: [0.0]}, TypeError, "v_cache"),
+    "k of rank 1": (Setup(), {"k": lambda x: x[0, 0, 0]}, ValueError, "k"),
     "attention refuses after the append": (Setup(), {"softcap": lambda x: -1.0}, ValueError, "softcap"),
     "attention's tables are wrong": (Setup(), {"leftpad_k": lambda x: [0, 0, 99]}, ValueError, "leftpad_k"),
     "bias does not broadcast": (Setup(), {"bias": lambda x: zeros(5, 99)}, ValueError, "bias"),
@@ -263,9 +276,28 @@ def test_cache(name: str) -> None:
     refuses(anyattn.attention_with_kvcache, given, error, word)
 
 
+PARTS = {
+    "out_a is a list": ({"out_a": [0.0]}, TypeError, "out_a", "list"),
+    "out_b is None": ({"out_b": None}, TypeError, "out_b", "NoneType"),
+    "lse_b is a number": ({"lse_b": 0.0}, TypeError, "lse_b", "float"),
+    "one out would be broadcast": ({"out_b": zeros(1, 5, 4, 8)}, ValueError, "out_b (1, 5, 4, 8)"),
+    "one lse would be broadcast": ({"lse_a": zeros(1, 4, 5)}, ValueError, "lse_a (1, 4, 5)"),
+    "lse in out's order": ({"lse_a": zeros(2, 5, 4), "lse_b": zeros(2, 5, 4)}, ValueError, "nheads, seqlen)"),
+    "out of rank 2": ({"out_a": zeros(4, 8), "out_b": zeros(4, 8)}, ValueError, "out_a (4, 8)"),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_merge(name: str) -> None:
+    changes, error, *words = PARTS[name]
+    given = {"out_a": zeros(2, 5, 4, 8), "lse_a": zeros(2, 4, 5), "out_b": zeros(2, 5, 4, 8), "lse_b": zeros(2, 4, 5)}
+    refuses(anyattn.merge, given | changes, error, *words)
+
+
 def test_layout_of_flash_attention() -> None:
     given = {"query": zeros(4, 5, 8), "key": zeros(1, 2, 7, 8), "value": zeros(1, 2, 7, 8)}
     refuses(anyattn.flash_attention, given, ValueError, "query")
+    refuses(anyattn.flash_attention, given | {"query": zeros(1, 4, 5, 8), "causal": "False"}, TypeError, "causal")
 
 
 def test_torch_and_numpy_do_not_mix() -> None:

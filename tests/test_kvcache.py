@@ -221,6 +221,27 @@ def test_num_splits_changes_nothing(engine: Engine) -> None:
     assert all(np.array_equal(out, outs[0]) for out in outs)
 
 
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_rows_that_are_views_of_larger_arrays(interleaved: bool, engine: Engine) -> None:
+    """q, k and v as a model has them that projects all three at once, and the first rows of it; cos and sin likewise.
+
+    The rotated q is an array of its own, with strides of its own.
+    """
+    setup = Setup(rotary_dim=24, head_dim_v=24, interleaved=interleaved)
+    want_given, given = setup.draw(), setup.draw()
+    want = anyattn.attention_with_kvcache(**want_given, backend=engine.backend)
+    fused = np.full((3, 9, 8, 24), np.nan, np.float32)  # heads of q, then of k, then of v
+    views = {"q": fused[:, 2:7, :4], "k": fused[:, 2:7, 4:6], "v": fused[:, 2:7, 6:]}
+    angles = np.full((45, 36), np.nan, np.float32)
+    views |= {"rotary_cos": angles[:, :12], "rotary_sin": np.full((45, 20), np.nan, np.float32)[:, 4:16]}
+    for name, view in views.items():
+        view[...] = given[name]
+    got = anyattn.attention_with_kvcache(**given | views, backend=engine.backend)
+    assert np.array_equal(got, want)
+    assert np.array_equal(given["k_cache"], want_given["k_cache"])
+    assert np.array_equal(given["v_cache"], want_given["v_cache"])
+
+
 def test_cache_that_is_a_view_of_a_larger_one(engine: Engine) -> None:
     """One layer of a stacked cache, interleaved with v."""
     given = Setup(head_dim_v=24).draw()

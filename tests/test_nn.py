@@ -202,6 +202,19 @@ def test_after_inference_mode_it_trains() -> None:
     assert made.q.weight.grad is not None
 
 
+@pytest.mark.parametrize("used", [False, True], ids=["new", "used"])
+def test_exported_layer_takes_every_length(used: bool) -> None:
+    """Its tables of angles are not bound to the length that it was exported, or last called, with."""
+    made = layer("rotary").eval()
+    if used:
+        made(normal(2, 30, WIDTH))
+    rows = torch.export.Dim("rows", min=2, max=512)
+    program = torch.export.export(made, (normal(2, ROWS, WIDTH),), dynamic_shapes={"x": {1: rows}}).module()
+    for length in (ROWS - 4, 70):
+        x = normal(2, length, WIDTH)
+        torch.testing.assert_close(program(x), made(x))
+
+
 def test_compiled_equals_eager() -> None:
     made, x = layer("everything"), normal(2, ROWS, WIDTH)
     compiled = torch.compile(made, fullgraph=True, backend="aot_eager")

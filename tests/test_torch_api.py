@@ -109,6 +109,14 @@ def test_int_seed_is_a_random_state() -> None:
     assert torch.equal(one, torch.compile(anyattn.attention, backend="eager")(*qkv(), dropout_p=0.5, seed=-3))
 
 
+def test_numbers_of_numpy_are_numbers() -> None:
+    q, k, v = qkv()
+    want = anyattn.attention(q, k, v, offset=2, window=(3, 0))
+    assert torch.equal(anyattn.attention(q, k, v, offset=np.int64(2), window=(np.int32(3), np.int64(0))), want)
+    want = anyattn.attention_with_kvcache(q, k, v, cache_seqlens=6)
+    assert torch.equal(anyattn.attention_with_kvcache(q, k, v, cache_seqlens=np.int32(6)), want)
+
+
 def test_forward_with_dropout_needs_a_state() -> None:
     with pytest.raises(ValueError, match="rng_state"):
         anyattn.attention_forward(*qkv(), dropout_p=0.5)
@@ -192,6 +200,8 @@ def test_empty_sizes(batch: int, rows: int, keys: int) -> None:
 
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "numpy k": ({"k": np.zeros((2, 7, 2, 8), np.float32)}, TypeError, "k must be a torch.Tensor"),
+    "no k": ({"k": None}, TypeError, "k must be a torch.Tensor"),
+    "no v": ({"v": None}, TypeError, "v must be a torch.Tensor"),
     "numpy bias": ({"bias": np.zeros((5, 7), np.float32)}, TypeError, "bias must be a torch.Tensor"),
     "numpy table": ({"seqused_k": np.array([7, 7])}, TypeError, "seqused_k must be a torch.Tensor"),
     "list table": ({"offset": [1, 2]}, TypeError, "offset must be a torch.Tensor"),
@@ -210,6 +220,9 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "slopes with gradients": ({"alibi_slopes": torch.zeros(4, requires_grad=True)}, ValueError, "alibi_slopes"),
     "seed and state": ({"seed": 1, "rng_state": torch.tensor([1, 0])}, ValueError, "exclude each other"),
     "seed range": ({"seed": 2**64, "dropout_p": 0.1}, ValueError, "64-bit"),
+    "seed of text": ({"seed": "1", "dropout_p": 0.1}, TypeError, "seed must be an integer; got '1'"),
+    "dropout of text": ({"dropout_p": "0.1"}, TypeError, "dropout_p must be a real number; got '0.1'"),
+    "window of tensors": ({"window": (torch.tensor(1), 0)}, ValueError, "window must hold integers"),
     "state dtype": ({"rng_state": torch.zeros(2), "dropout_p": 0.1}, TypeError, "rng_state"),
 }
 

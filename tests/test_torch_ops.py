@@ -182,8 +182,10 @@ def test_fake_and_meta_tensors() -> None:
     with FakeTensorMode() as mode:
         fake = [mode.from_tensor(x) for x in qkv()]
         assert [(x.shape, x.stride(), x.dtype) for x in anyattn.attention(*fake, return_lse=True)] == want
-    meta = [x.to("meta") for x in qkv()]
-    assert [(x.shape, x.stride(), x.dtype) for x in anyattn.attention(*meta, return_lse=True)] == want
+    q, k, v = (x.to("meta") for x in qkv())
+    assert [(x.shape, x.stride(), x.dtype) for x in anyattn.attention(q, k, v, return_lse=True)] == want
+    with pytest.raises(ValueError, match="head_dim"):
+        anyattn.attention(q[..., 1:], k, v)
 
 
 @torch.no_grad()  # torch without CUDA gives no gradient to a tensor that says it is there

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .arguments import Array, Window, bounds, explicit, paged_lengths
+from .arguments import Array, Window, bounds, check_parts, explicit, paged_lengths
 from .problem import Options
 
 
@@ -92,7 +92,7 @@ def attention(
         deterministic: run-to-run identity or an error (the CPU engines always are).
         batch_invariant: a sequence's result does not depend on the rest of the batch.
         return_lse: also return lse; gradients then flow through it.
-        backend: "cpu" or "numpy"; a backend that is named never falls back. Default: automatic.
+        backend: "cpu", "triton", "vulkan" or "numpy"; one that is named never falls back. Default: automatic.
 
     Returns:
         out (batch, seqlen_q, nheads, head_dim_v) in q's dtype, contiguous; with return_lse also the natural logarithm
@@ -266,8 +266,8 @@ def attention_with_kvcache(
     >>> anyattn.attention_with_kvcache(x, cache_k, cache_v, k=x, v=x, cache_seqlens=3).shape, bool(cache_k[0, 3].all())
     ((1, 1, 2, 8), True)
     """
-    if num_splits < 0:
-        raise ValueError(f"num_splits must be >= 0 (0: automatic); got {num_splits}")
+    if not isinstance(num_splits, int) or num_splits < 0:
+        raise ValueError(f"num_splits must be an integer >= 0 (0: automatic); got {num_splits!r}")
     left, right = bounds(causal, window)
     options = Options(scale, softcap, left, right, chunk, alignment, batch_invariant=batch_invariant)
     framework = framework_of(q)
@@ -337,6 +337,7 @@ def merge(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tuple[Array
     >>> bool(np.allclose(anyattn.merge(*halves[0], *halves[1])[0], anyattn.attention(x, x, x)))
     True
     """
+    check_parts(out_a, lse_a, out_b, lse_b)
     result: tuple[Array, Array] = framework_of(out_a).merge(out_a, lse_a, out_b, lse_b)
     return result
 
@@ -354,7 +355,8 @@ def flash_attention(query: Array, key: Array, value: Array, causal: bool = True,
         if getattr(array, "ndim", None) != 4:
             raise ValueError(f"{name} must be (batch, nheads, seqlen, head_dim); got {getattr(array, 'shape', array)}")
     arrays = (query.swapaxes(1, 2), key.swapaxes(1, 2), value.swapaxes(1, 2), *[None] * 13)
-    return framework.attention(arrays, Options(scale, right=0 if causal else None), None, False, None)[0].swapaxes(1, 2)
+    _, right = bounds(causal, None)
+    return framework.attention(arrays, Options(scale, right=right), None, False, None)[0].swapaxes(1, 2)
 
 
 def framework_of(array: Array) -> ModuleType:

@@ -16,15 +16,37 @@ Canonical = tuple[tuple[Array | None, ...], Options, int | None, str | None]
 
 def bounds(causal: bool, window: Window) -> tuple[int | None, int | None]:
     """(left, right) of the interval that causal and window ask for together."""
+    if causal is None or isinstance(causal, str | float | tuple | list | dict):  # "False" would be true
+        raise TypeError(f"causal must be True or False; got {causal!r}")
     if window is None:
         return None, 0 if causal else None
     if not isinstance(window, tuple | list) or len(window) != 2:
         raise ValueError(f"window must be a pair (left, right) or None; got {window!r}")
     for side in window:
-        if side is not None and (isinstance(side, float | str) or side < 0):
+        if side is not None and (not _is_length(side) or side < 0):
             raise ValueError(f"window must hold integers >= 0 or None (unbounded); got {window!r}")
     left, right = window
     return left, 0 if causal else right
+
+
+def _is_length(side: Any) -> bool:
+    """An integer whose value is its key among cached plans (a tensor's is not), or one of torch's in a trace."""
+    return isinstance(side, int | np.integer) or type(side).__name__ == "SymInt"
+
+
+def check_parts(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> None:
+    """Raises where they are no results over two sets of keys: nothing is broadcast."""
+    parts = {"out_a": out_a, "lse_a": lse_a, "out_b": out_b, "lse_b": lse_b}
+    for name, x in parts.items():
+        if not hasattr(x, "shape"):
+            raise TypeError(f"{name} must be an array or a tensor; got {type(x).__name__}")
+    shape = tuple(out_a.shape)
+    want = (*shape[:-3], *shape[-3:-1][::-1])  # (..., seqlen, nheads) of out as (..., nheads, seqlen)
+    if len(shape) < 3 or out_b.shape != shape or lse_a.shape != want or lse_b.shape != want:
+        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in parts.items())
+        raise ValueError(
+            f"merge takes two out (..., seqlen, nheads, head_dim_v), two lse (..., nheads, seqlen); got {shapes}"
+        )
 
 
 def paged_lengths(

@@ -87,6 +87,8 @@ def _create(name: str) -> Backend:
 
 def named(argument: str | None) -> tuple[str, ...]:
     """The backends that the caller ("cpu,numpy"), a context manager or the environment named; (): automatic."""
+    if argument and not isinstance(argument, str):
+        raise TypeError(f"backend must be a name, or names separated by commas; got {argument!r}")
     return tuple(argument.split(",")) if argument else _named.get() or _from_settings("backend")
 
 

@@ -24,6 +24,9 @@ ARRAYS = (
 )
 
 
+LABELS = {"k": "k_cache", "v": "v_cache", "new_k": "k", "new_v": "v"}  # the caller's names
+
+
 @dataclass(frozen=True, slots=True)
 class Append:
     """Metadata of one append: new keys are rotated and written behind `cache_seqlens`.
@@ -71,7 +74,7 @@ def make_append(arrays: Mapping[str, Array | None], *, interleaved: bool, by_row
     given = {name: arrays.get(name) for name in ARRAYS}
     for name in ("q", "k", "v", "new_k", "new_v", "cache_seqlens"):
         if given[name] is None:
-            label = {"k": "k_cache", "v": "v_cache", "new_k": "k", "new_v": "v"}.get(name, name)
+            label = LABELS.get(name, name)
             raise ValueError(f"{label} is None: appending needs k, v and cache_seqlens (an int or one per sequence)")
     append = Append(**given, interleaved=interleaved, by_row=by_row)  # type: ignore[arg-type]
     _check_shapes(append)

@@ -240,12 +240,12 @@ class Attention(nn.Module):
         """q and k at their positions, from 0 in each sequence."""
         if not self.rotary_dim:
             return q, k
-        seqlen = len(q) if cu_seqlens is not None else q.shape[1]
+        seqlen = q.shape[0] if cu_seqlens is not None else q.shape[1]
         cos, sin = self._tables.get(seqlen, q.device)
         if cu_seqlens is None:
-            positions = rotary.positions(seqlen, 0, len(cos), q.device)
+            positions = rotary.positions(seqlen, 0, cos.shape[0], q.device)
         else:
-            positions, _ = rotary.packed_positions(seqlen, cu_seqlens, seqlen, 0, len(cos))
+            positions, _ = rotary.packed_positions(seqlen, cu_seqlens, seqlen, 0, cos.shape[0])
         q, k = (rotary.rotate(x, cos, sin, positions, self.rotary_interleaved) for x in (q, k))
         return q, k
 

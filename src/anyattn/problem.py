@@ -204,13 +204,14 @@ def make_problem(arrays: Mapping[str, Array | None], options: Options) -> Proble
     """Validates a call's metadata; ValueError (sizes, scalars) and TypeError (dtypes) name the argument."""
     given = {name: arrays.get(name) for name in (*INPUTS, *SAVED)}
     q, k, v = (_required(given, name) for name in ("q", "k", "v"))
+    _check_types(options)
     batch, seqlen_q, seqlen_k = _sizes(given, q, k, v, options)
     _check_dtypes(given, q, k, v)
     _check_heads(q, k, v)
     _check_devices(given, q)
     _check_tables(given, batch)
     _check_scores(given, q, batch, seqlen_q, seqlen_k)
-    _check_scalars(options, given)
+    _check_scalars(options, given, "float64" if q.dtype == "float64" else "float32")
     scale = 1.0 / math.sqrt(q.shape[-1]) if options.scale is None else float(options.scale)
     problem = Problem(
         **given,  # type: ignore[arg-type]
@@ -251,12 +252,11 @@ def _sizes(given: Mapping[str, Array | None], q: Array, k: Array, v: Array, opti
     if cu_k is not None and pages is not None:
         raise ValueError("cu_seqlens_k and block_table exclude each other: paged k takes its lengths from seqused_k")
     rank_q = ("(total_q, nheads, head_dim)", 3) if cu_q is not None else ("(batch, seqlen_q, nheads, head_dim)", 4)
+    rank_k = ("(batch, seqlen_k, nheads_kv, head_dim)", 4)
     if pages is not None:
         rank_k = ("(num_pages, page_size, nheads_kv, head_dim)", 4)
-    else:
-        rank_k = (
-            ("(total_k, nheads_kv, head_dim)", 3) if cu_k is not None else ("(batch, seqlen_k, nheads_kv, head_dim)", 4)
-        )
+    elif cu_k is not None:
+        rank_k = ("(total_k, nheads_kv, head_dim)", 3)
     for name, array, (text, rank) in (("q", q, rank_q), ("k", k, rank_k), ("v", v, rank_k)):
         if len(array.shape) != rank:
             raise ValueError(f"{name} must have {rank} dimensions {text}; got {array.shape}")
@@ -372,12 +372,12 @@ def _check_types(options: Options) -> None:
             raise TypeError(f"{name} must be an integer; got {value!r}")
 
 
-def _check_scalars(options: Options, given: Mapping[str, Array | None]) -> None:
-    _check_types(options)
-    if options.scale is not None and not math.isfinite(options.scale):
-        raise ValueError(f"scale must be finite; got {options.scale}")
-    if not (math.isfinite(options.softcap) and options.softcap >= 0):
-        raise ValueError(f"softcap must be finite and >= 0 (0: off); got {options.softcap}")
+def _check_scalars(options: Options, given: Mapping[str, Array | None], compute: str) -> None:
+    limit = 2.0**128 if compute == "float32" else math.inf
+    if options.scale is not None and not abs(options.scale) < limit:
+        raise ValueError(f"scale must be finite, as a {compute}; got {options.scale}")
+    if not 0 <= options.softcap < limit:
+        raise ValueError(f"softcap must be finite, as a {compute}, and >= 0 (0: off); got {options.softcap}")
     if options.chunk < 0:
         raise ValueError(f"chunk must be >= 0 (0: off); got {options.chunk}")
     if options.alignment not in ALIGNMENTS:

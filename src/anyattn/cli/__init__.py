@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from .. import __version__
 from . import bench, demo, explain, info, run, tune, verify
 
 COMMANDS = (info, explain, verify, bench, tune, demo, run)
@@ -24,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     """The program's, and each command's by its name."""
     parser = argparse.ArgumentParser(prog="anyattn", description="Exact attention on any hardware in O(N) memory.")
+    parser.add_argument("--version", action="version", version=f"anyattn {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add_parser(subparsers).set_defaults(run=command.run)

@@ -79,6 +79,8 @@ def text(found: dict[str, Any]) -> str:
         lines += ["", f"native engine: {cpu['error']}"]
     else:
         lines += [
+            "",
+            "native engine",
             f"  library             {cpu['library']}",
             f"  instruction sets    {', '.join(cpu['targets'])}",
             f"  in force            {cpu['target']}",

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import dispatch
+from ..kvcache import LABELS
 from ..problem import INPUTS, TABLES, Array, Options
 from . import execute
 
@@ -105,14 +106,20 @@ def append(
             raise ValueError("v and rotary_cos need k, the new keys, as well")
         return q, lengths
     tables = (*TABLES, "cache_seqlens")
-    prepared = {name: None if x is None else _rows(name, x) for name, x in arrays.items() if name not in tables}
+    prepared = {
+        name: None if x is None else _rows(LABELS.get(name, name), x)
+        for name, x in arrays.items()
+        if name not in tables
+    }
     for name in ("k", "v"):  # written in place: a copy would be lost
-        if prepared[name] is not arrays[name] or not arrays[name].flags.writeable:
+        cache = _array(LABELS[name], arrays[name])
+        if prepared[name] is not cache or not cache.flags.writeable:
             raise ValueError(f"{name}_cache must be writeable and contiguous in its last dimension")
     for name in ("block_table", "cache_batch_idx"):
         prepared[name] = None if arrays[name] is None else table(name, arrays[name])
     prepared["cache_seqlens"] = lengths
-    used = None if lengths is None else np.asarray(lengths + np.int32(new_k.shape[1]), np.int32)
+    rows = sum(new_k.shape[1:2])  # of another rank, it is refused below
+    used = None if lengths is None else np.asarray(lengths + np.int32(rows), np.int32)
     options = {"interleaved": interleaved, "by_row": by_row}
     return execute.append(adapter, prepared, check=lambda: check(used), **options, backend=backend), used
 
@@ -178,6 +185,8 @@ def _batch(given: dict[str, Any]) -> int:
 def _array(name: str, array: Any) -> NDArray:
     if not isinstance(array, np.ndarray):
         raise TypeError(f"{name} must be a NumPy array like q; got {type(array).__name__}")
+    if type(array) is not np.ndarray and isinstance(array, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array, whose mask would have no effect; accepted: its data, and mask=")
     if not array.dtype.isnative:
         raise TypeError(f"{name} has byte order {array.dtype.byteorder!r}; accepted: the machine's own")
     return array

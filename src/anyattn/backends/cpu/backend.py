@@ -81,7 +81,7 @@ class CpuBackend:
             values = {name: value for name, value in values.items() if not name.startswith("q.")}
             names = names[1:]
         else:
-            values |= _array("out", append.q)
+            values |= _array("out", contiguous(append.q.shape, append.q.dtype))
             names = (*names, "out")
         tables = ("cache_seqlens", "cache_batch_idx", "block_table")
         _Template(native, library.APPEND, values, names, tables).run(call)

@@ -21,7 +21,8 @@ class Rotation(NamedTuple):
 
     cos: Any
     sin: Any
-    step: Any
+    cos_step: Any
+    sin_step: Any
     positions: Any
 
 
@@ -58,9 +59,9 @@ def copy_rows(
         turned = d < 2 * HALF
         y = tl.load(source.pointer + heads[:, None] + other[None, :], mask=inside & turned[None, :], other=0.0)
         angle = d // 2 if INTERLEAVED else d % HALF
-        position = clamp(length + t if BY_ROW else length, 0, rotation.positions - 1).to(tl.int64) * rotation.step
-        cos = tl.load(rotation.cos + position + angle, mask=turned, other=1.0).to(tl.float32)
-        sin = tl.load(rotation.sin + position + angle, mask=turned, other=0.0).to(tl.float32)
+        position = clamp(length + t if BY_ROW else length, 0, rotation.positions - 1).to(tl.int64)
+        cos = tl.load(rotation.cos + position * rotation.cos_step + angle, mask=turned, other=1.0).to(tl.float32)
+        sin = tl.load(rotation.sin + position * rotation.sin_step + angle, mask=turned, other=0.0).to(tl.float32)
         sin = tl.where(first, -sin, sin)
         rotated = x.to(tl.float32) * cos[None, :] + y.to(tl.float32) * sin[None, :]
         x = tl.where(turned[None, :], narrow(rotated, target.pointer.dtype.element_ty), x)
@@ -118,11 +119,9 @@ def _kernel(
 def _rotation(append: Append, half: int) -> Rotation:
     cos, sin = append.rotary_cos, append.rotary_sin
     if not half or cos is None or sin is None:
-        return Rotation(None, None, None, None)
-    assert cos.strides[0] == sin.strides[0]
-    return Rotation(
-        Address("rotary_cos", cos.dtype), Address("rotary_sin", sin.dtype), i64(cos.strides[0]), i32(cos.shape[0])
-    )
+        return Rotation(None, None, None, None, None)
+    addresses = Address("rotary_cos", cos.dtype), Address("rotary_sin", sin.dtype)
+    return Rotation(*addresses, i64(cos.strides[0]), i64(sin.strides[0]), i32(cos.shape[0]))
 
 
 def _cache(append: Append) -> Cache:

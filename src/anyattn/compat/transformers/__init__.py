@@ -8,7 +8,7 @@ that is causal, bidirectional, a sliding window or packed sequences of these, as
 as a `Pattern` on a mask of two dimensions: no score-sized mask is made. Any other becomes the boolean mask that
 transformers makes for SDPA, and so does every mask under torch.compile, where functions cannot be looked into.
 
-Results are those of "eager", but for rows of padding, which no one reads, and for packed sequences (position_ids that
+Results are those of "eager", but for rows of padding, and for packed sequences (position_ids that
 start anew): these are kept apart even where a cache was created, as transformers does for FlashAttention alone.
 
 `install_flash_attention_2` is for models that are hard-wired to "flash_attention_2".

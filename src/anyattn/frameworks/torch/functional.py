@@ -9,10 +9,12 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ... import dispatch
+from ...kvcache import LABELS
 from ...problem import TABLES, Options
 from .. import execute
 from . import autograd, fastpath, kvcache, ops
@@ -28,9 +30,10 @@ def attention(
     metadata = None
     if seed is None and not options.dropout_p and _bare(*arrays) and not fastpath.maybe_autocast():
         arrays = arrays[:3]
-        metadata = fastpath.metadata(arrays)  # all the preparation that the commonest call needs
+        if arrays[1] is not None and arrays[2] is not None:
+            metadata = fastpath.metadata(arrays)  # all the preparation that the commonest call needs
     if metadata is None:
-        arrays = prepare(execute.full(arrays), seed, draw=options.dropout_p > 0)
+        arrays = prepare(execute.full(arrays), seed, draw=bool(options.dropout_p))
         metadata = fastpath.metadata(arrays)
     return autograd.attention(arrays, metadata, options, return_lse, backend or "")
 
@@ -95,14 +98,15 @@ def append(
     q, lengths = _tensor("q", arrays["q"]), arrays["cache_seqlens"]
     if lengths is not None:
         batch = q.shape[0] if q.ndim else 0
-        lengths = per_sequence("cache_seqlens", lengths, batch, q.device) if isinstance(lengths, int) else lengths
+        if isinstance(lengths, int | np.integer):
+            lengths = per_sequence("cache_seqlens", lengths, batch, q.device)
         lengths = table("cache_seqlens", lengths)
     if arrays["new_k"] is None:
         if arrays["new_v"] is not None or arrays["rotary_cos"] is not None:
             raise ValueError("v and rotary_cos need k, the new keys, as well")
         return q, lengths
     given: dict[str, Any] = {
-        name: None if x is None else _tensor(_CACHE_NAMES.get(name, name), x)
+        name: None if x is None else _tensor(LABELS.get(name, name), x)
         for name, x in arrays.items()
         if name != "cache_seqlens"
     }
@@ -116,12 +120,9 @@ def append(
     if _autocast_dtype(q) is not None:
         for name in ("q", "new_k", "new_v"):  # the cache's dtype is what it is
             given[name] = given[name].to(given["k"].dtype) if given[name].dtype in _CASTABLE else given[name]
-    used = None if lengths is None else lengths + given["new_k"].shape[1]
+    used = None if lengths is None else lengths + sum(given["new_k"].shape[1:2])  # of another rank, it is refused below
     rotation = {"interleaved": interleaved, "by_row": by_row}
     return kvcache.append(given, check=lambda: check(used), **rotation, backend=backend), used
-
-
-_CACHE_NAMES = {"k": "k_cache", "v": "v_cache", "new_k": "k", "new_v": "v"}
 
 
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -199,15 +200,15 @@ def _floats(name: str, array: Any, dtype: torch.dtype) -> Tensor:
 
 def _tables(q: Tensor, tables: Arrays) -> Arrays:
     given = dict(zip(TABLES, tables, strict=True))
-    if isinstance(given["offset"], int):
+    if isinstance(given["offset"], int | np.integer):
         cu_seqlens_q = given["cu_seqlens_q"]
         batch = q.shape[0] if cu_seqlens_q is None else _tensor("cu_seqlens_q", cu_seqlens_q).shape[0] - 1
         given["offset"] = per_sequence("offset", given["offset"], batch, q.device)
     return tuple([None if x is None else table(name, x) for name, x in given.items()])
 
 
-def per_sequence(name: str, value: int, batch: int, device: torch.device) -> Tensor:
-    """One int for every sequence."""
+def per_sequence(name: str, value: Any, batch: int, device: torch.device) -> Tensor:
+    """One int, or NumPy's, for every sequence."""
     if not -(2**31) <= value < 2**31:
         raise ValueError(f"{name} must fit in int32; got {value}")
     return torch.full((batch,), value, dtype=torch.int32, device=device)
@@ -235,7 +236,10 @@ def random_state(q: Tensor, seed: int | None = None, rng_state: Any = None) -> T
         return _tensor("rng_state", rng_state).contiguous()
     if seed is None:
         return torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=q.device)
-    number = operator.index(seed)
+    try:
+        number = operator.index(seed)
+    except TypeError:
+        raise TypeError(f"seed must be an integer; got {seed!r}") from None
     if not -(2**63) <= number < 2**64:
         raise ValueError(f"seed must be a 64-bit integer; got {number}")
     number = number - 2**64 if number >= 2**63 else number

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ...problem import INPUTS, SAVED, Options
+from ...problem import INPUTS, SAVED, Options, make_problem
 from .. import execute
 from .adapter import adapter, rows
 
@@ -74,10 +74,13 @@ def _backward(*arguments: Any) -> Arrays:
 
 @torch.library.register_fake("anyattn::forward", lib=library)
 def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    arrays, _, _ = forward_arguments(arguments)
+    arrays, options, _ = forward_arguments(arguments)
     for name, x in zip(INPUTS, arrays, strict=True):
         if x is not None and x.device != arrays[0].device:
             raise ValueError(f"{name} is on {x.device} but q is on {arrays[0].device}")
+    if arrays[0].is_meta and not any(isinstance(n, torch.SymInt) for x in arrays if x is not None for n in x.shape):
+        given = zip(INPUTS, arrays, strict=True)  # nothing behind this one would refuse them
+        make_problem({name: adapter.describe(x) for name, x in given if x is not None}, options)
     q, v, packed = arrays[0], arrays[2], arrays[7] is not None
     wide = torch.float64 if q.dtype is torch.float64 else torch.float32
     lse_shape = (q.shape[1], q.shape[0]) if packed else (q.shape[0], q.shape[2], q.shape[1])

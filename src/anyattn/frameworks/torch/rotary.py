@@ -137,9 +137,14 @@ class Tables:
 
     def get(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Two tables of at least `length` positions."""
+        if torch.compiler.is_exporting():  # what is kept would bind the program to its length
+            return self._make(length, device)
         if self.cos.shape[0] < length or self.cos.device != device:
             with torch.inference_mode(False):  # the next call may be one of training
-                rows = torch.arange(max(length, 2 * self.cos.shape[0]), device=device, dtype=torch.float32)
-                angles = torch.outer(rows, frequencies(self.dim, self.base, device))
-                self.cos, self.sin = angles.cos(), angles.sin()
+                self.cos, self.sin = self._make(max(length, 2 * self.cos.shape[0]), device)
         return self.cos, self.sin
+
+    def _make(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        rows = torch.arange(length, device=device, dtype=torch.float32)
+        angles = torch.outer(rows, frequencies(self.dim, self.base, device))
+        return angles.cos(), angles.sin()

@@ -26,6 +26,10 @@ def sdpa(
         if not isinstance(x, Tensor) or x.ndim < 2:
             what = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"{name} must be a tensor (..., nheads, seqlen, head_dim); got {what}")
+        if x.is_nested:
+            raise NotImplementedError(f"{name} is a nested tensor: use anyattn.attention_varlen on its values")
+    if attn_mask is not None and not isinstance(attn_mask, Tensor):
+        raise TypeError(f"attn_mask must be a tensor or None; got {type(attn_mask).__name__}")
     leading = None
     if not _plain(query, key, value, enable_gqa):
         query, key, value, attn_mask, leading = _four_dimensions(query, key, value, attn_mask, enable_gqa)
