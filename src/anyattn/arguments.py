@@ -18,10 +18,10 @@ def bounds(causal: bool, window: Window) -> tuple[int | None, int | None]:
     """(left, right) of the interval that causal and window ask for together."""
     if window is None:
         return None, 0 if causal else None
-    if not isinstance(window, tuple | list) or len(window) != 2:
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
         raise ValueError(f"window must be a pair (left, right) or None; got {window!r}")
     for side in window:
-        if side is not None and (isinstance(side, float | str) or side < 0):
+        if side is not None and (isinstance(side, (float, str)) or side < 0):
             raise ValueError(f"window must hold integers >= 0 or None (unbounded); got {window!r}")
     left, right = window
     return left, 0 if causal else right
@@ -34,7 +34,7 @@ def paged_lengths(
     if block_table is None or cu_seqlens_k is None:
         return cu_seqlens_k, seqused_k
     if seqused_k is None:
-        cu_seqlens_k = np.asarray(cu_seqlens_k) if isinstance(cu_seqlens_k, list | tuple) else cu_seqlens_k
+        cu_seqlens_k = np.asarray(cu_seqlens_k) if isinstance(cu_seqlens_k, (list, tuple)) else cu_seqlens_k
         seqused_k = cu_seqlens_k[1:] - cu_seqlens_k[:-1]
     return None, seqused_k
 
@@ -82,8 +82,8 @@ def explicit(
         chunk,
         alignment,
         dropout_p,
-        max_seqlen_q or 0,
-        max_seqlen_k or 0,
+        0 if max_seqlen_q is None else max_seqlen_q,
+        0 if max_seqlen_k is None else max_seqlen_k,
         deterministic,
         batch_invariant,
     )

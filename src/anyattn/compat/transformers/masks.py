@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from transformers import masking_utils
 
 MaskFunction = Callable[..., Any]
 ATTRIBUTE = "anyattn_pattern"  # of the mask tensors that `mask` makes
@@ -45,9 +46,7 @@ def mask(
     **kwargs: Any,
 ) -> Tensor | None:
     """What models ask for a mask: None, the padding (batch, kv_length) with a Pattern, or a dense boolean mask."""
-    from transformers import masking_utils
-
-    function = mask_function or masking_utils.causal_mask_function
+    function = masking_utils.causal_mask_function if mask_function is None else mask_function
     found = None if torch.compiler.is_compiling() else _recognize(function)
     if found is None or not (allow_is_causal_skip or allow_is_bidirectional_skip or found.segments is not None):
         dense: Tensor | None = masking_utils.sdpa_mask(
@@ -89,8 +88,6 @@ def cumulative(starts: Tensor) -> Tensor:
 
 def _recognize(function: MaskFunction) -> Shape | None:
     """What a mask function of transformers does, by its name and what it encloses; None: something else."""
-    from transformers import masking_utils
-
     if function is masking_utils.causal_mask_function:
         return Shape(right=0)
     if function is masking_utils.bidirectional_mask_function:
