@@ -16,8 +16,6 @@ start anew): these are kept apart even where a cache was created, as transformer
 
 import inspect
 
-from transformers import __version__, masking_utils
-
 from .attention import attention
 from .flash_attention_2 import install_flash_attention_2, uninstall_flash_attention_2
 from .masks import Pattern, mask
@@ -27,7 +25,7 @@ __all__ = ["Pattern", "attention", "install_flash_attention_2", "mask", "registe
 
 def register() -> None:
     """Registers "anyattn"; done when this module is imported. ImportError if transformers asks for masks otherwise."""
-    from transformers import AttentionInterface
+    from transformers import AttentionInterface, __version__, masking_utils
 
     if "q_offset" not in inspect.signature(masking_utils.sdpa_mask).parameters:
         raise ImportError(f"anyattn.compat.transformers needs transformers 5.4 or later; got {__version__}")

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import masking_utils
 
 MaskFunction = Callable[..., Any]
 ATTRIBUTE = "anyattn_pattern"  # of the mask tensors that `mask` makes
@@ -46,10 +45,13 @@ def mask(
     **kwargs: Any,
 ) -> Tensor | None:
     """What models ask for a mask: None, the padding (batch, kv_length) with a Pattern, or a dense boolean mask."""
-    function = masking_utils.causal_mask_function if mask_function is None else mask_function
+    # of the module itself: torch 2.9 compiles no import from the lazy one above it
+    from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+    function = causal_mask_function if mask_function is None else mask_function
     found = None if torch.compiler.is_compiling() else _recognize(function)
     if found is None or not (allow_is_causal_skip or allow_is_bidirectional_skip or found.segments is not None):
-        dense: Tensor | None = masking_utils.sdpa_mask(
+        dense: Tensor | None = sdpa_mask(
             batch_size,
             q_length,
             kv_length,
@@ -88,6 +90,8 @@ def cumulative(starts: Tensor) -> Tensor:
 
 def _recognize(function: MaskFunction) -> Shape | None:
     """What a mask function of transformers does, by its name and what it encloses; None: something else."""
+    from transformers import masking_utils
+
     if function is masking_utils.causal_mask_function:
         return Shape(right=0)
     if function is masking_utils.bidirectional_mask_function:
