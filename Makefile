@@ -22,7 +22,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find native examples -name '*.cc' -o -name '*.cpp' -o -name '*.c' -o -name '*.h' -o -name '*.hpp' | sort)
 PACKAGED := $(shell find src examples native -not -path '*/__pycache__*') pyproject.toml
 
-.PHONY: venv require-native demo test full soak gpu aot bench docs shaders vulkan-drivers wheels test-arm64 lint format sanitize sanitize-python clean
+.PHONY: venv require-native demo test full soak test-oldest gpu aot bench docs shaders vulkan-drivers wheels test-arm64 lint format sanitize sanitize-python clean
 .DEFAULT_GOAL := test
 
 venv: $(VENV)/installed
@@ -64,11 +64,26 @@ test: require-native
 
 full: require-native
 	ANYATTN_REQUIRE=$(REQUIRE) $(BIN)/python -m pytest tests -n $(JOBS) -m "full or not full" --hypothesis-profile=full $(PYTEST_ARGS)
-	$(MAKE) soak wheels test-arm64
+	$(MAKE) soak test-oldest wheels test-arm64
 
 # Random problems for so many seconds; SOAK_ARGS="--seed N" draws others.
 soak: require-native
 	ANYATTN_REQUIRE=cpu $(BIN)/python tests/soak.py --seconds $(SECONDS) $(SOAK_ARGS)
+
+# What is written for torch, with the oldest NumPy and torch that pyproject.toml accepts, in a virtual environment of its
+# own. Needs Python 3.10 to 3.12 (OLDEST_PYTHON=...); that torch's Triton is too old for ours.
+OLDEST ?= build/oldest
+OLDEST_PYTHON ?= $(PYTHON)
+OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,torch_api torch_gradients torch_ops nn sdpa sdpa_gpu rotary kvcache \
+	seeds accuracy numpy_backend flash_attn flash_attn_3_4 flash_attn_kvcache flash_attn_modules))
+test-oldest: $(OLDEST)/requirements
+	$(OLDEST)/bin/python -m pip install --quiet --no-deps --no-build-isolation --config-settings=build-dir=$(OLDEST)/native .
+	ANYATTN_REQUIRE=cpu $(OLDEST)/bin/python -m pytest $(OLDEST_TESTS) -n $(JOBS) $(PYTEST_ARGS)
+
+$(OLDEST)/requirements: requirements/oldest.txt
+	$(OLDEST_PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r $<
+	touch $@
 
 # An install without a working compiler succeeds on purpose; here a missing native library is a failure.
 require-native: venv

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import pytest
 from cases import INTERPRETED_ENTRIES, Case, small
 
 from anyattn import dispatch, settings
@@ -65,6 +66,13 @@ def engines() -> tuple[Engine, ...]:
         if not missing:
             found += [Engine(name, target) for target in cpu_targets()] if name == "cpu" else [Engine(name)]
     return tuple(found)
+
+
+def skip_module_without(backend: str) -> None:
+    """Skips the module that calls this where the backend is missing or too old, unless ANYATTN_REQUIRE names it."""
+    missing = dispatch.get(backend).available(named=True)
+    if missing and backend not in settings.current().require:
+        pytest.skip(f"{missing}, and ANYATTN_REQUIRE does not ask for it", allow_module_level=True)
 
 
 def cpu_targets() -> list[str]:

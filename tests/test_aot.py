@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engines import skip_module_without
 
 pytest.importorskip("triton.backends.nvidia", reason="Triton is not for this platform")
+skip_module_without("triton")
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 TOGETHER = ("sm_70,sm_75,sm_80,sm_86,sm_89", "sm_90", "sm_100,sm_120,gfx908,gfx90a", "gfx942", "gfx950,gfx1100,gfx1201")
 GOOD = {"registers": 200, "spills": 8, "spills_in_loops": 0, "shared": 1000, "matrix": 5}

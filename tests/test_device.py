@@ -9,17 +9,16 @@ import sys
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("triton", reason="no Triton here, and ANYATTN_REQUIRE does not ask for it")
-
 import torch
 from cases import named
 from device import compare
 from device_claims import EVERYWHERE
+from engines import skip_module_without
 
 from anyattn.backends.triton.device import INTERPRETER, interpreted
 from anyattn.bench import tiles
 
+skip_module_without("triton")
 pytestmark = pytest.mark.skipif(not interpreted(), reason="Triton compiles here: make gpu runs all of it on the card")
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 

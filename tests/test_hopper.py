@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from cases import Case
+from engines import skip_module_without
 from hopper_inputs import aligned, drawn
 from inputs import Inputs
 
@@ -21,6 +22,7 @@ from anyattn import accuracy
 from anyattn.backends.triton.device import Device, interpreted
 
 pytest.importorskip("triton.backends.nvidia", reason="Triton is not for this platform")
+skip_module_without("triton")
 pytestmark = pytest.mark.skipif(not interpreted(), reason="on a GPU scripts/gpu.py runs the kernels themselves")
 
 from gluon_emulator import Pointer, WrongProgramError, launch  # noqa: E402

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engines import skip_module_without
 
 pytest.importorskip("triton.backends.nvidia", reason="no Triton here, and ANYATTN_REQUIRE does not ask for it")
+skip_module_without("triton")
 
 
 @pytest.fixture(scope="module")

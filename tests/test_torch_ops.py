@@ -190,7 +190,7 @@ def test_fake_and_meta_tensors() -> None:
 
 @torch.no_grad()  # torch without CUDA gives no gradient to a tensor that says it is there
 def test_fake_tensors_on_a_gpu() -> None:
-    """Forward, backward, export and compile see a device that is not here."""
+    """Forward, backward, export and compile see a device that is not here; torch 2.6 compiles for no fake tensor."""
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out: Tensor = anyattn.attention(q, k, v, causal=True)
@@ -210,8 +210,18 @@ def test_fake_tensors_on_a_gpu() -> None:
         assert described(*grads[:3]) == described(q, k, v)
         program = torch.export.export(Module(), (q, k, v))
         assert [node for node in program.graph.nodes if str(node.target) == ATTENTION]
-        compiled = torch.compile(call, backend=GRAPHS, fullgraph=True)
-        assert described(compiled(q, k, v)) == described(out)
+        if compiles_for(q):
+            compiled = torch.compile(call, backend=GRAPHS, fullgraph=True)
+            assert described(compiled(q, k, v)) == described(out)
+
+
+def compiles_for(x: Tensor) -> bool:
+    """Whether this torch compiles anything at all for such a tensor."""
+    try:
+        torch.compile(torch.neg, backend="aot_eager")(x)
+    except torch._dynamo.exc.BackendCompilerFailed:
+        return False
+    return True
 
 
 MAPPED: dict[str, tuple[tuple[int | None, ...], dict[str, Any]]] = {

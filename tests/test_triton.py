@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from cases import Case, named
+from engines import skip_module_without
 from inputs import build
 
 import anyattn
@@ -19,7 +20,7 @@ from anyattn.backends.triton.device import INTERPRETER, interpreted
 from anyattn.frameworks import execute
 from anyattn.frameworks.torch.adapter import adapter
 
-pytest.importorskip("triton", reason="no Triton here, and ANYATTN_REQUIRE does not ask for it")
+skip_module_without("triton")
 pytestmark = pytest.mark.skipif(not interpreted(), reason="on a GPU tests/device runs instead")
 
 X = np.ones((1, 4, 2, 8), np.float32)

@@ -195,8 +195,8 @@ def attention_varlen(
         chunk,
         alignment,
         dropout_p,
-        max_seqlen_q or 0,
-        max_seqlen_k or 0,
+        0 if max_seqlen_q is None else max_seqlen_q,
+        0 if max_seqlen_k is None else max_seqlen_k,
         deterministic,
         batch_invariant,
     )
@@ -365,7 +365,7 @@ def framework_of(array: Array) -> ModuleType:
         from .frameworks import numpy as numpy_arrays
 
         return numpy_arrays
-    if hasattr(array, "__torch_function__"):
+    if hasattr(type(array), "__torch_function__"):
         from .frameworks.torch import functional
 
         return functional

@@ -16,11 +16,11 @@ Canonical = tuple[tuple[Array | None, ...], Options, int | None, str | None]
 
 def bounds(causal: bool, window: Window) -> tuple[int | None, int | None]:
     """(left, right) of the interval that causal and window ask for together."""
-    if causal is None or isinstance(causal, str | float | tuple | list | dict):  # "False" would be true
+    if causal is None or isinstance(causal, (str, float, tuple, list, dict)):  # "False" would be true
         raise TypeError(f"causal must be True or False; got {causal!r}")
     if window is None:
         return None, 0 if causal else None
-    if not isinstance(window, tuple | list) or len(window) != 2:
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
         raise ValueError(f"window must be a pair (left, right) or None; got {window!r}")
     for side in window:
         if side is not None and (not _is_length(side) or side < 0):
@@ -31,7 +31,7 @@ def bounds(causal: bool, window: Window) -> tuple[int | None, int | None]:
 
 def _is_length(side: Any) -> bool:
     """An integer whose value is its key among cached plans (a tensor's is not), or one of torch's in a trace."""
-    return isinstance(side, int | np.integer) or type(side).__name__ == "SymInt"
+    return isinstance(side, (int, np.integer)) or type(side).__name__ == "SymInt"
 
 
 def check_parts(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> None:
@@ -56,7 +56,7 @@ def paged_lengths(
     if block_table is None or cu_seqlens_k is None:
         return cu_seqlens_k, seqused_k
     if seqused_k is None:
-        cu_seqlens_k = np.asarray(cu_seqlens_k) if isinstance(cu_seqlens_k, list | tuple) else cu_seqlens_k
+        cu_seqlens_k = np.asarray(cu_seqlens_k) if isinstance(cu_seqlens_k, (list, tuple)) else cu_seqlens_k
         seqused_k = cu_seqlens_k[1:] - cu_seqlens_k[:-1]
     return None, seqused_k
 
@@ -104,8 +104,8 @@ def explicit(
         chunk,
         alignment,
         dropout_p,
-        max_seqlen_q or 0,
-        max_seqlen_k or 0,
+        0 if max_seqlen_q is None else max_seqlen_q,
+        0 if max_seqlen_k is None else max_seqlen_k,
         deterministic,
         batch_invariant,
     )

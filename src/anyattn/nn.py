@@ -196,11 +196,11 @@ class Attention(nn.Module):
             out = self._decode(q, k, v, cache, bias=bias, mask=mask)
         elif cu_seqlens is not None:
             q, k = self._rotate(q, k, cu_seqlens)
-            options = self._options(x) | {"dropout_p": self.dropout_p if self.training else 0.0}
+            options = {**self._options(x), "dropout_p": self.dropout_p if self.training else 0.0}
             out = api.attention_varlen(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
         else:
             q, k = self._rotate(q, k)
-            options = self._options(x) | {"dropout_p": self.dropout_p if self.training else 0.0}
+            options = {**self._options(x), "dropout_p": self.dropout_p if self.training else 0.0}
             out = api.attention(q, k, v, bias=bias, mask=mask, seqused_k=seqused, **options)
         projected: Tensor = self.out(out.flatten(-2))
         return projected
@@ -250,10 +250,10 @@ class Attention(nn.Module):
         return q, k
 
     def _decode(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, **scores: Tensor | None) -> Tensor:
-        options = self._options(q) | scores
+        options = {**self._options(q), **scores}
         if self.rotary_dim:  # q and k are turned where they are appended
             cos, sin = self._tables.get(cache.k.shape[1], q.device)
-            options |= {"rotary_cos": cos, "rotary_sin": sin, "rotary_interleaved": self.rotary_interleaved}
+            options.update(rotary_cos=cos, rotary_sin=sin, rotary_interleaved=self.rotary_interleaved)
         return cache.attend(q, k, v, **options)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..arguments import explicit
 from ..frameworks.torch import functional
+from ..problem import Options
 
 Bounds = tuple["int | None", "int | None"]
 
@@ -22,8 +23,7 @@ def attend(
     `bounds` stand for causal and window; unlike those they may be negative, which means something in flash_attn 4.
     """
     arrays, options, seed, backend = explicit(q, k, v, **arguments)
-    left, right = bounds
-    return functional.attention(arrays, options._replace(left=left, right=right), seed, return_lse, backend)
+    return functional.attention(arrays, within(bounds, options), seed, return_lse, backend)
 
 
 def gradients(
@@ -40,9 +40,16 @@ def gradients(
 ) -> tuple[Any, ...]:
     """(dq, dk, dv, dbias, dsink) from what `attend` was given and returned; lse may hold +inf for rows without keys."""
     arrays, options, seed, backend = explicit(q, k, v, **arguments)
-    options = options._replace(left=bounds[0], right=bounds[1])
+    options = within(bounds, options)
     lse = lse.masked_fill(lse == torch.inf, -torch.inf)
     return functional.backward((out, lse, dout, dlse), arrays, options, seed, backend)
+
+
+def within(bounds: Bounds, options: Options) -> Options:
+    """The options with these bounds. torch 2.6 compiles no `_replace`."""
+    values: Any = options
+    scale, softcap, _, _, *rest = values
+    return Options(scale, softcap, *bounds, *rest)
 
 
 def integer(name: str, value: Any) -> int:

@@ -29,7 +29,7 @@ def attend_extended(
     The descales of q, k and v are (batch, nheads_kv). They are linear in q and out, so k and v are read as they are;
     fp8 is computed in float32 and gives a bfloat16 out.
     """
-    arguments |= {"scale": scale, "cu_seqlens_q": cu_seqlens_q}
+    arguments.update({"scale": scale, "cu_seqlens_q": cu_seqlens_q})
     if qv is not None:
         if q.dtype is FP8 or any(x is not None for x in descales):
             raise ValueError("qv cannot be combined with fp8 inputs or descales")
@@ -40,7 +40,7 @@ def attend_extended(
         if not dtype == k.dtype == v.dtype:
             raise TypeError(f"q, k and v must have one dtype; got {dtype}, {k.dtype}, {v.dtype}")
         q, k, v = q.float(), k.float(), v.float()
-    for name, descale in zip(("q_descale", "k_descale"), descales, strict=False):
+    for name, descale in zip(("q_descale", "k_descale"), descales[:2], strict=True):
         if descale is not None:
             q = (q * _per_row(name, descale, q, k.shape[-2], cu_seqlens_q)).to(q.dtype)
     out, lse = attend(q, k, v, **arguments)

@@ -71,7 +71,7 @@ def attention(
         offset = nonpad_kv_seqlen - q.shape[1]
     arguments = {"offset": offset, "seqused_k": nonpad_kv_seqlen, "scale": scale, "softcap": softcap}
     window = (_bound("left_window_size", left_window_size), _bound("right_window_size", right_window_size))
-    arguments |= {"causal": bool(is_causal), "window": window, **_scores(attn_mask, k.shape[1], q.dtype)}
+    arguments.update({"causal": bool(is_causal), "window": window, **_scores(attn_mask, k.shape[1], q.dtype)})
     wide = np.dtype(np.float64) if softmax_precision == DOUBLE else q.dtype
     out: Array = api.attention(*(x.astype(wide, copy=False) for x in (q, k, v)), **arguments)
     out = out.astype(q.dtype, copy=False)

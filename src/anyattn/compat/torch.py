@@ -2,7 +2,7 @@
 
 Importing this module registers the implementation under the name "anyattn" and activates nothing. Then either
 
-    torch.nn.attention.activate_flash_attention_impl("anyattn")     # until restore_flash_attention_impl()
+    torch.nn.attention.activate_flash_attention_impl("anyattn")     # torch 2.10; until restore_flash_attention_impl()
 
 or, where torch has no such registry as well,
 
@@ -10,10 +10,10 @@ or, where torch has no such registry as well,
 
 makes `F.scaled_dot_product_attention`, `nn.MultiheadAttention`, `nn.TransformerEncoderLayer` and what is built on them
 run on anyattn, eager or compiled, forward and backward. That holds for whatever torch gives to its flash kernel: on a
-CPU all but dropout, a head_dim_v that differs from head_dim, and a mask that requires a gradient; those stay with
-torch's math kernel, and `anyattn.sdpa` computes them. On a GPU (CUDA, ROCm) it is float16 and bfloat16 without a mask.
-A MultiheadAttention with need_weights=True calls neither. `torch.nn.attention.varlen` runs on anyattn too, on a CPU as
-well, where torch has no kernel for it. Other devices are not touched.
+CPU all but dropout, a head_dim_v that differs from head_dim, a mask that requires a gradient, and in torch 2.6 grouped
+queries; those stay with torch's math kernel, and `anyattn.sdpa` computes them. On a GPU (CUDA, ROCm) it is float16 and
+bfloat16 without a mask. A MultiheadAttention with need_weights=True calls neither. `torch.nn.attention.varlen`, where
+torch has it, runs on anyattn too, on a CPU as well, where torch has no kernel for it. Other devices are not touched.
 """
 
 from __future__ import annotations

@@ -138,7 +138,7 @@ def _masked(query: Tensor, key: Tensor, value: Tensor, attn_bias: Any, options: 
     name = type(attn_bias).__name__
     if name not in _OPTIONS:
         raise ValueError(f"attn_bias must be None, a tensor or one of {', '.join(_OPTIONS)}; got {name}")
-    options |= _OPTIONS[name]
+    options.update(_OPTIONS[name])
     if not name.startswith("BlockDiagonal"):
         dense: Tensor = api.attention(query, key, value, **options)
         return dense

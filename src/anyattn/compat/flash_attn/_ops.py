@@ -36,6 +36,7 @@ def register() -> torch.library.Library | None:
     if real_package() or hasattr(torch.ops.flash_attn, "_flash_attn_forward"):
         return None
     library = torch.library.Library("flash_attn", "FRAGMENT")
+    # torch 2.6 reads annotations among its own names: their signatures say Tensor and built-in types alone
     for name, mutated in _MUTATED.items():
         function = getattr(_private, name)
         library.define(name + torch.library.infer_schema(function, mutates_args=mutated))

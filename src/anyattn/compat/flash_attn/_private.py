@@ -64,7 +64,7 @@ def _flash_attn_forward(
     softcap: float,
     alibi_slopes: Tensor | None,
     return_softmax: bool,
-) -> Results:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(out, softmax_lse, S_dmask, rng_state) of `flash_attn_func`, without gradients.
 
     rng_state is int64 (seed, offset), for `_flash_attn_backward`; zeros without dropout. RuntimeError if
@@ -105,7 +105,7 @@ def _flash_attn_varlen_forward(
     seqused_k: Tensor | None = None,
     zero_tensors: bool = False,
     num_splits: int = 0,
-) -> Results:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(out, softmax_lse, S_dmask, rng_state) of `flash_attn_varlen_func`, without gradients.
 
     leftpad_k: (batch,), first key in use; seqused_k: (batch,), keys in use, within cu_seqlens_k. zero_tensors and
@@ -116,7 +116,7 @@ def _flash_attn_varlen_forward(
     if block_table is not None and num_splits > 1:
         raise RuntimeError(f"num_splits > 1 is not supported with block_table; got num_splits {num_splits}")
     tables = varlen_tables(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table)
-    tables |= {"leftpad_k": leftpad_k, "seqused_k": seqused_k}
+    tables.update({"leftpad_k": leftpad_k, "seqused_k": seqused_k})
     window = (window_size_left, window_size_right)
     scores = Scores(dropout_p, softmax_scale, causal, window, softcap, alibi_slopes)
     with torch.no_grad():

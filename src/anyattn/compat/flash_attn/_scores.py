@@ -13,7 +13,7 @@ from ...arguments import explicit
 from ...frameworks.torch import functional, ops
 from ...frameworks.torch.adapter import adapter
 from ...problem import INPUTS, Options, make_problem
-from ..calls import Bounds
+from ..calls import Bounds, within
 
 
 def round_multiple(x: int, m: int) -> int:
@@ -28,7 +28,7 @@ def dropped_scores(q: Tensor, k: Tensor, v: Tensor, *, bounds: Bounds, **argumen
     head from the definition itself, in float64: as slow as the matrix is large.
     """
     arrays, options, seed, backend = explicit(q, k, v, **arguments)
-    options = options._replace(left=bounds[0], right=bounds[1])
+    options = within(bounds, options)
     prepared = [None if x is None else x.detach() for x in functional.prepare(arrays, seed)]
     scores: Tensor = torch.ops.anyattn.dropped_scores(*prepared, *options, backend or "")
     return scores

@@ -67,7 +67,7 @@ class NewKeys:
         lengths = k.shape[1] if self.cu_seqlens is None else self.cu_seqlens.diff()
         used = first + lengths
         new_k, new_v = (x.flatten(0, 1) if self.cu_seqlens is None else x[inside] for x in (k, self.v))
-        _append((q, k_cache, v_cache, new_k, new_v), sequence, first[sequence] + row, options | {"seqused_k": used})
+        _append((q, k_cache, v_cache, new_k, new_v), sequence, first[sequence] + row, {**options, "seqused_k": used})
         return q, used
 
     def _check_absent(self) -> None:

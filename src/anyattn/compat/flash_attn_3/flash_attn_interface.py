@@ -243,11 +243,11 @@ def flash_attn_with_kvcache(
     beyond = (cu_seqlens_q, cu_seqlens_k_new, rotary_seqlens, qv, *descales)
     with torch.no_grad():
         if all(x is None for x in beyond) and q.dtype is not FP8 and not (rotary and attention_chunk):
-            options |= {"window": bounds, "cache_seqlens": cache_seqlens, "k": k, "v": v, "return_lse": True}
-            options |= {"rotary_cos": rotary_cos, "rotary_sin": rotary_sin, "rotary_interleaved": rotary_interleaved}
+            options.update({"window": bounds, "cache_seqlens": cache_seqlens, "k": k, "v": v, "return_lse": True})
+            options.update(rotary_cos=rotary_cos, rotary_sin=rotary_sin, rotary_interleaved=rotary_interleaved)
             out, lse = attention_with_kvcache(q, k_cache, v_cache, **options)
         else:
-            options |= {"cu_seqlens_q": cu_seqlens_q, "max_seqlen_q": rows if packed else None}
+            options.update({"cu_seqlens_q": cu_seqlens_q, "max_seqlen_q": rows if packed else None})
             new = NewKeys(k, v, cu_seqlens_k_new, cache_seqlens, rotary, rotary_seqlens)
             q, options["seqused_k"] = new.append(q, k_cache, v_cache, bounds, options)
             out, lse = attend_extended(q, k_cache, v_cache, qv=qv, descales=descales, bounds=bounds, **options)

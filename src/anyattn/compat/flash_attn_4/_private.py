@@ -64,8 +64,8 @@ def attend_4(
             raise TypeError("q and k may be None only together, where qv is given")
         q, k, qv = qv, v, None
     bounds = window_bounds(window_size, causal)
-    arguments |= {name: maximum(name, arguments.get(name)) for name in ("max_seqlen_q", "max_seqlen_k")}
-    arguments |= {"bounds": bounds, "softcap": softcap or 0.0, "return_lse": return_lse}
+    arguments.update({name: maximum(name, arguments.get(name)) for name in ("max_seqlen_q", "max_seqlen_k")})
+    arguments.update({"bounds": bounds, "softcap": softcap or 0.0, "return_lse": return_lse})
     out, lse = attend_extended(q, k, v, qv=qv, descales=descales, **arguments)
     inputs = (q, k, v, qv, arguments.get("sink"))
     recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
@@ -130,9 +130,9 @@ def _flash_attn_fwd(
     )
     only_speed(num_splits, 256)
     arguments: dict[str, Any] = {"scale": softmax_scale, "softcap": softcap, "sink": learnable_sink}
-    arguments |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "block_table": page_table}
-    arguments |= {"seqused_q": seqused_q, "seqused_k": seqused_k, "descales": (q_descale, k_descale, v_descale)}
-    arguments |= {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
+    arguments.update({"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "block_table": page_table})
+    arguments.update({"seqused_q": seqused_q, "seqused_k": seqused_k, "descales": (q_descale, k_descale, v_descale)})
+    arguments.update({"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k})
     window = (window_size_left, window_size_right)
     with torch.no_grad():
         value, row_lse = attend_4(q, k, v, qv, causal, window, return_lse or lse is not None, **arguments)

@@ -138,9 +138,9 @@ def flash_attn_varlen_func(
     only_speed(num_splits, 256)
     options: dict[str, Any] = {"scale": softmax_scale, "softcap": softcap, "sink": learnable_sink}
     options["deterministic"] = deterministic
-    options |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "block_table": page_table}
-    options |= {"seqused_q": seqused_q, "seqused_k": seqused_k}
-    options |= {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
+    options.update({"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "block_table": page_table})
+    options.update({"seqused_q": seqused_q, "seqused_k": seqused_k})
+    options.update({"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k})
     return attend_4(q, k, v, qv, causal, window_size, return_lse, **options)
 
 

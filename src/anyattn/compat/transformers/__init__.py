@@ -1,4 +1,4 @@
-"""anyattn as an attention implementation of Hugging Face transformers 5.
+"""anyattn as an attention implementation of Hugging Face transformers, 5.4 or later.
 
     import anyattn.compat.transformers
     model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="anyattn")
@@ -14,6 +14,8 @@ start anew): these are kept apart even where a cache was created, as transformer
 `install_flash_attention_2` is for models that are hard-wired to "flash_attention_2".
 """
 
+import inspect
+
 from .attention import attention
 from .flash_attention_2 import install_flash_attention_2, uninstall_flash_attention_2
 from .masks import Pattern, mask
@@ -22,12 +24,13 @@ __all__ = ["Pattern", "attention", "install_flash_attention_2", "mask", "registe
 
 
 def register() -> None:
-    """Registers "anyattn"; done when this module is imported."""
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface
+    """Registers "anyattn"; done when this module is imported. ImportError if transformers asks for masks otherwise."""
+    from transformers import AttentionInterface, __version__, masking_utils
 
+    if "q_offset" not in inspect.signature(masking_utils.sdpa_mask).parameters:
+        raise ImportError(f"anyattn.compat.transformers needs transformers 5.4 or later; got {__version__}")
     AttentionInterface.register("anyattn", attention)
-    AttentionMaskInterface.register("anyattn", mask)
+    masking_utils.AttentionMaskInterface.register("anyattn", mask)
 
 
 register()

@@ -47,7 +47,7 @@ def attention(
         return _packed(q, k, v, pattern, options), None
     bias = position_bias
     if pattern is not None:
-        options |= {"window": (pattern.left, pattern.right), "offset": pattern.offset}
+        options.update({"window": (pattern.left, pattern.right), "offset": pattern.offset})
         attention_mask = None if attention_mask is None or not pattern.padded else attention_mask[:, None, None].bool()
     if attention_mask is not None and attention_mask.is_floating_point():
         bias, attention_mask = attention_mask if bias is None else bias + attention_mask, None
@@ -75,7 +75,7 @@ def _pattern(
     begins_q, begins_k = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
     if begins_q is None or begins_k is None:
         begins_q = begins_k = _begins(kwargs.get("position_ids"), q, k)
-    return found._replace(cu_seqlens_q=begins_q, cu_seqlens_k=begins_k)
+    return Pattern(found.left, found.right, found.offset, found.padded, begins_q, begins_k)
 
 
 def _begins(position_ids: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:

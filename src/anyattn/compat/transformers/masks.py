@@ -45,12 +45,13 @@ def mask(
     **kwargs: Any,
 ) -> Tensor | None:
     """What models ask for a mask: None, the padding (batch, kv_length) with a Pattern, or a dense boolean mask."""
-    from transformers import masking_utils
+    # of the module itself: torch 2.9 compiles no import from the lazy one above it
+    from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-    function = mask_function or masking_utils.causal_mask_function
+    function = causal_mask_function if mask_function is None else mask_function
     found = None if torch.compiler.is_compiling() else _recognize(function)
     if found is None or not (allow_is_causal_skip or allow_is_bidirectional_skip or found.segments is not None):
-        dense: Tensor | None = masking_utils.sdpa_mask(
+        dense: Tensor | None = sdpa_mask(
             batch_size,
             q_length,
             kv_length,

@@ -19,6 +19,9 @@ from .. import execute
 from . import functional, ops
 from .adapter import adapter
 
+# torch 2.6 has `philox_seed` and `philox_offset` where later ones have `rng_state` and `unused`.
+_TWO_STATES = "philox_seed" in str(torch.ops.aten._flash_attention_forward.default._schema)
+
 
 def forward(
     query: Tensor,
@@ -77,9 +80,8 @@ def gpu_forward(
     arrays, options = _call(query, key, value, dropout_p, is_causal, None, scale)
     arrays, state = _with_dropout(arrays, dropout_p)
     out, lse = execute.forward(adapter, arrays, options, None)
-    empty = query.new_empty(0)
     sizes = (query.shape[2], key.shape[2])
-    return _laid_out(out.transpose(1, 2), query), lse, None, None, *sizes, state, empty, empty
+    return _laid_out(out.transpose(1, 2), query), lse, None, None, *sizes, *state, query.new_empty(0)
 
 
 def gpu_backward(
@@ -102,7 +104,7 @@ def gpu_backward(
 ) -> tuple[Tensor, ...]:
     """aten::_scaled_dot_product_flash_attention_backward: (grad_query, grad_key, grad_value)."""
     arrays, options = _call(query, key, value, dropout_p, is_causal, None, scale)
-    arrays, _ = _with_dropout(arrays, dropout_p, rng_state)
+    arrays, _ = _with_dropout(arrays, dropout_p, rng_state, unused)
     saved = ops.contiguous_rows((out.transpose(1, 2), logsumexp, grad_out.transpose(1, 2), None), SAVED)
     grads = execute.backward(adapter, saved, arrays, options, None)
     return tuple(_laid_out(grad.transpose(1, 2), x) for grad, x in zip(grads, (query, key, value), strict=False))
@@ -113,12 +115,22 @@ def _without_scores(return_debug_mask: bool) -> None:
         raise NotImplementedError("return_debug_mask=True: anyattn keeps no scores")
 
 
-def _with_dropout(arrays: ops.Arrays, p: float, state: Tensor | None = None) -> tuple[ops.Arrays, Tensor]:
-    """The arrays with Philox's state in the last place, and that state as torch carries it, (2,) of uint64."""
+def _with_dropout(arrays: ops.Arrays, p: float, *carried: Tensor) -> tuple[ops.Arrays, tuple[Tensor, ...]]:
+    """The arrays with Philox's state in the last place, and that state in the two tensors in which torch carries it."""
     if not p:
-        return arrays, torch.zeros(2, dtype=torch.uint64, device=arrays[0].device)
-    drawn = functional.random_state(arrays[0]) if state is None else state.view(torch.int64)
-    return (*arrays[:-1], drawn), drawn.view(torch.uint64)
+        return arrays, _carry(torch.zeros(2, dtype=torch.int64, device=arrays[0].device))
+    if not carried:
+        state = functional.random_state(arrays[0])
+    else:
+        state = torch.stack(carried) if _TWO_STATES else carried[0].view(torch.int64)
+    return (*arrays[:-1], state), _carry(state)
+
+
+def _carry(state: Tensor) -> tuple[Tensor, ...]:
+    """As two of int64 (), or as (2,) of uint64 and one that is not used."""
+    if _TWO_STATES:
+        return state[0].clone(), state[1].clone()
+    return state.view(torch.uint64), torch.empty(0, device=state.device)
 
 
 def _call(
@@ -170,8 +182,7 @@ def packed_forward(
     arrays = ops.contiguous_rows((query, key, value, None, None, alibi_slopes, None, *tables, None))
     arrays, state = _with_dropout(arrays, dropout_p)
     out, lse = execute.forward(adapter, arrays, options, None)
-    empty = query.new_empty(0)
-    return _laid_out(out, query), lse, state, empty, empty
+    return _laid_out(out, query), lse, *state, query.new_empty(0)
 
 
 def packed_backward(
@@ -198,7 +209,7 @@ def packed_backward(
     options = _packed_options(dropout_p, is_causal, scale, window_size_left, window_size_right)
     options = options._replace(max_seqlen_q=max_q, max_seqlen_k=max_k)
     arrays = ops.contiguous_rows((query, key, value, *[None] * 4, cum_seq_q, cum_seq_k, *[None] * 7))
-    arrays, _ = _with_dropout(arrays, dropout_p, rng_state)
+    arrays, _ = _with_dropout(arrays, dropout_p, rng_state, unused)
     saved = ops.contiguous_rows((out, logsumexp, grad_out, None), SAVED)
     grads = execute.backward(adapter, saved, arrays, options, None)
     return tuple(_laid_out(grad, x) for grad, x in zip(grads, (query, key, value), strict=False))

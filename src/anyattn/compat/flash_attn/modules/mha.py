@@ -101,7 +101,7 @@ class MHA(nn.Module):
         options: dict[str, Any] = {"causal": causal, "softmax_scale": softmax_scale, "attention_dropout": dropout}
         if use_flash_attn:
             slopes = torch.tensor(get_alibi_slopes(num_heads), device=device) if use_alibi else None
-            options |= {"alibi_slopes": slopes, "window_size": window_size}
+            options.update({"alibi_slopes": slopes, "window_size": window_size})
         self.inner_attn = (FlashSelfAttention if use_flash_attn else SelfAttention)(**options)
         self.inner_cross_attn = (FlashCrossAttention if use_flash_attn else CrossAttention)(**options)
 
@@ -161,9 +161,9 @@ class MHA(nn.Module):
         if inference_params is not None and kwargs:
             raise ValueError(f"inference_params takes the module's own options; got {', '.join(kwargs)}")
         if self.use_flash_attn:
-            kwargs |= {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
+            kwargs.update({"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen})
         else:
-            kwargs |= {"key_padding_mask": key_padding_mask}
+            kwargs.update({"key_padding_mask": key_padding_mask})
         if self.cross_attn:
             tensors, x = self._cross(x, x_kv, mixer_subset)
         else:
