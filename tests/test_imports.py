@@ -158,6 +158,22 @@ def test_import_loads_numpy_alone_and_prints_nothing() -> None:
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
+def test_asking_vulkan_about_a_small_problem_imports_no_driver() -> None:
+    """Every automatic call asks whether it avoids the problem; that needs neither a device nor anything slow."""
+    result = fresh(
+        "import sys, numpy; before = set(sys.modules)\n"
+        "from anyattn import dispatch, problem\n"
+        "x = problem.Array((1, 4, 2, 8), (64, 16, 8, 1), 'float32')\n"
+        "small = problem.make_problem({'q': x, 'k': x, 'v': x}, problem.Options())\n"
+        "assert dispatch.get('vulkan').avoids(small)\n"
+        "slow = {'dataclasses', 'json', 'pathlib', 'anyattn.reference'} & (set(sys.modules) - before)\n"
+        "assert not slow, slow\n"
+        "vulkan = {name for name in sys.modules if name.startswith('anyattn.backends.vulkan.')}\n"
+        "assert vulkan == {'anyattn.backends.vulkan.backend', 'anyattn.backends.vulkan.crossover'}, vulkan\n"
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
 def test_a_numpy_call_never_imports_torch() -> None:
     result = fresh(
         "import sys; sys.modules['torch'] = None; sys.modules['ml_dtypes'] = None\n"

@@ -8,14 +8,16 @@ import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple
 
 from . import settings
 from .backends.base import Backend, Call, Plan
 from .errors import CompilationError, DeviceError, UnsupportedProblem
-from .kvcache import Append
 from .problem import Problem, Variant
+
+if TYPE_CHECKING:
+    from .kvcache import Append
 
 NAMES = ("cpu", "triton", "vulkan", "numpy")  # automatic order, but for what Vulkan gains from
 CACHE_SIZE = 1024
@@ -30,13 +32,12 @@ _passed_over: set[tuple[str, Variant]] = set()
 _warned = False
 
 
-@dataclass(frozen=True, slots=True)
-class Explanation:
+class Explanation(NamedTuple):
     """The backend that a problem gets (None: none computes it) and the reasons of every backend that refuses it."""
 
     problem: str
     chosen: str | None
-    reasons: dict[str, list[str]] = field(default_factory=dict)
+    reasons: dict[str, list[str]]
 
     def __str__(self) -> str:
         lines = [f"{name}: {'; '.join(reasons)}" for name, reasons in self.reasons.items() if reasons]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from .errors import CacheOverflow
@@ -24,8 +23,7 @@ ARRAYS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Append:
+class Append(NamedTuple):
     """Metadata of one append: new keys are rotated and written behind `cache_seqlens`.
 
     `by_row`: q row i is rotated at cache_seqlens + i (causal or windowed), else every row at cache_seqlens.
