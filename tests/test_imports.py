@@ -41,8 +41,7 @@ ALLOWED = {
 }
 LAZY = {
     *[("dispatch", f"backends.{name}") for name in ("cpu", "triton", "vulkan", "numpy")],
-    ("api", "frameworks.vulkan"),
-    ("api", "frameworks"),
+    ("api", "frameworks."),
     ("heads_first", "frameworks"),
     ("native", "backends.cpu"),
 }

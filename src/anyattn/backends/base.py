@@ -81,6 +81,7 @@ class Plan(Protocol):
 
     forward_bytes: int  # workspace, allocated by the framework together with the outputs
     backward_bytes: int
+    lse_optional: bool  # forward: call.lse may be None where nobody asked for it
 
     def forward(self, call: Call) -> None:
         """Writes call.out and call.lse. No allocation, no synchronisation, no host read of device values."""

@@ -23,7 +23,8 @@ def attend(
     """
     arrays, options, seed, backend = explicit(q, k, v, **arguments)
     left, right = bounds
-    return functional.attention(arrays, options._replace(left=left, right=right), seed, return_lse, backend)
+    options = options._replace(left=left, right=right)
+    return functional.attention(arrays, options, seed, return_lse, backend, want_lse=True)
 
 
 def gradients(

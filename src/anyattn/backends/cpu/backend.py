@@ -92,6 +92,8 @@ class CpuBackend:
 class CpuPlan:
     """A packed struct for this problem; each call copies it and fills in addresses."""
 
+    lse_optional = True
+
     def __init__(self, native: library.Library, problem: Problem) -> None:
         backward = problem.dout is not None
         values = _common(native) | _problem_values(problem)
