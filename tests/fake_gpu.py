@@ -129,7 +129,7 @@ def _run(problem: Problem) -> Found:
     before = len(launches)
     with Watch() as watch:
         (plan.forward if problem.dout is None else plan.backward)(call)
-    given = {name: getattr(call, name, None) for name in Call.__slots__ if name != "adapter"}
+    given = {name: getattr(call, name, None) for name in Call.__annotations__ if name != "adapter"}
     where = {name: array.data_ptr() for name, array in given.items() if isinstance(array, torch.Tensor)}
     return {"launches": launches[before:], "operators": watch.seen, "pointers": where}
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -68,7 +67,7 @@ def launched(hopper: str, shift: int = 0, **changes: Any) -> Found:
     os.environ["ANYATTN_HOPPER"] = hopper
     settings.reload()
     problem = fake_gpu.aot.describe("cuda:0", "float16", 64, backward=False, right=0, seqlen_q=1000)
-    problem = replace(problem, **changes)
+    problem = problem._replace(**changes)
     plan = TritonPlan(problem)
     call = fake_gpu._call(problem, plan)
     call.q = torch.zeros(call.q.numel() + shift, dtype=torch.float16)[shift:].view(call.q.shape)

@@ -226,9 +226,9 @@ def test_it_changes_speed_only(kind: str, name: str) -> None:
 def test_determinism_is_asked_of_the_engine(kind: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked, original = [], functional.attention
 
-    def attention(arrays: Any, options: Options, *rest: Any) -> Any:
+    def attention(arrays: Any, options: Options, *rest: Any, **named: Any) -> Any:
         asked.append(options.deterministic)
-        return original(arrays, options, *rest)
+        return original(arrays, options, *rest, **named)
 
     monkeypatch.setattr(functional, "attention", attention)
     for value in (False, True):

@@ -221,13 +221,13 @@ def test_what_the_kernels_leave_to_others(change: dict[str, Any], reason: str) -
 
 def test_unaligned_strides_and_batch_invariance_are_refused() -> None:
     problem, _ = aligned(CASE).canonical()
-    shifted = replace(problem.k, strides=(1, 64 * 500 + 4, 64, 1))
-    assert not plan.refusals(replace(problem, k=replace(shifted, strides=(1, 64, 3, 1)))), "one sequence, one head"
-    assert "16 bytes" in plan.refusals(replace(problem, k=shifted))[0]
+    shifted = problem.k._replace(strides=(1, 64 * 500 + 4, 64, 1))
+    assert not plan.refusals(problem._replace(k=shifted._replace(strides=(1, 64, 3, 1)))), "one sequence, one head"
+    assert "16 bytes" in plan.refusals(problem._replace(k=shifted))[0]
     for step in (0, -64):
-        odd = replace(problem.v, strides=(1, step, 64, 1))
-        assert "16 bytes" in plan.refusals(replace(problem, v=odd))[0]
-    assert "batch_invariant" in plan.refusals(replace(problem, batch_invariant=True))[0]
+        odd = problem.v._replace(strides=(1, step, 64, 1))
+        assert "16 bytes" in plan.refusals(problem._replace(v=odd))[0]
+    assert "batch_invariant" in plan.refusals(problem._replace(batch_invariant=True))[0]
 
 
 def test_a_triton_without_gluon(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,8 +41,7 @@ ALLOWED = {
 }
 LAZY = {
     *[("dispatch", f"backends.{name}") for name in ("cpu", "triton", "vulkan", "numpy")],
-    ("api", "frameworks.vulkan"),
-    ("api", "frameworks"),
+    ("api", "frameworks."),
     ("heads_first", "frameworks"),
     ("native", "backends.cpu"),
 }
@@ -154,6 +153,22 @@ def test_import_loads_numpy_alone_and_prints_nothing() -> None:
         "backends = {name for name in sys.modules if name.startswith('anyattn.backends.')}\n"
         "assert backends <= {'anyattn.backends.base'}, backends\n"
         "assert 'anyattn.frameworks.torch' not in sys.modules and 'torch' not in sys.modules\n"
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_asking_vulkan_about_a_small_problem_imports_no_driver() -> None:
+    """Every automatic call asks whether it avoids the problem; that needs neither a device nor anything slow."""
+    result = fresh(
+        "import sys, numpy; before = set(sys.modules)\n"
+        "from anyattn import dispatch, problem\n"
+        "x = problem.Array((1, 4, 2, 8), (64, 16, 8, 1), 'float32')\n"
+        "small = problem.make_problem({'q': x, 'k': x, 'v': x}, problem.Options())\n"
+        "assert dispatch.get('vulkan').avoids(small)\n"
+        "slow = {'dataclasses', 'json', 'pathlib', 'anyattn.reference'} & (set(sys.modules) - before)\n"
+        "assert not slow, slow\n"
+        "vulkan = {name for name in sys.modules if name.startswith('anyattn.backends.vulkan.')}\n"
+        "assert vulkan == {'anyattn.backends.vulkan.backend', 'anyattn.backends.vulkan.crossover'}, vulkan\n"
     )
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 

@@ -97,7 +97,7 @@ def refused(inputs: Inputs, direction: str, engine: Engine) -> bool:
 
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_public_functions_agree(case: Case, engine: Engine) -> None:
-    """attention, attention_varlen and attention_with_kvcache give the bits of attention_forward."""
+    """attention, attention_varlen and attention_with_kvcache give attention_forward's bits, with and without lse."""
     inputs = inputs_of(case)
     if refused(inputs, "forward", engine):
         return
@@ -105,16 +105,18 @@ def test_public_functions_agree(case: Case, engine: Engine) -> None:
     out, lse = anyattn.attention_forward(**given)
     if inputs.packed:
         given |= {name: given.get(name) for name in ("cu_seqlens_k",)}
-        got = anyattn.attention_varlen(**given, return_lse=True)
+        function = anyattn.attention_varlen
     elif "block_table" in given:
         if given.pop("dropout_p"):
             return  # a cache has no dropout
         for name, other in (("k", "k_cache"), ("v", "v_cache"), ("seqused_k", "cache_seqlens")):
             given[other] = given.pop(name)
-        got = anyattn.attention_with_kvcache(**given, return_lse=True)
+        function = anyattn.attention_with_kvcache
     else:
-        got = anyattn.attention(**given, return_lse=True)
+        function = anyattn.attention
+    got = function(**given, return_lse=True)
     assert np.array_equal(bits(got[0]), bits(out)) and np.array_equal(bits(got[1]), bits(lse))
+    assert np.array_equal(bits(function(**given)), bits(out))
 
 
 def bits(array: np.ndarray) -> np.ndarray:

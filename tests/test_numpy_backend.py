@@ -100,6 +100,6 @@ def test_keys_between_rows_intervals() -> None:
 
 def test_refuses_device_memory() -> None:
     problem, _ = build(named("plain")).canonical()
-    elsewhere = replace(problem, q=replace(problem.q, device="cuda:0"))
+    elsewhere = problem._replace(q=problem.q._replace(device="cuda:0"))
     assert dispatch.get("numpy").supports(problem) == []
     assert "cuda:0" in dispatch.get("numpy").supports(elsewhere)[0]

@@ -131,10 +131,16 @@ q = torch.randn(1, 4, 2, 8, requires_grad=True)
 f = torch.compile(lambda q: anyattn.attention(q, q, q, causal=True), fullgraph=True, dynamic=True, backend="aot_eager")
 f(q).sum().backward()
 assert q.grad is not None and q.grad.isfinite().all()
+torch._dynamo.config.error_on_recompile = True
+with torch.no_grad():
+    anyattn.attention(q, q, q)
+    anyattn.attention(*[q.numpy()] * 3)
+f(q)
 """
 
 
 def test_compile_is_the_first_call_of_a_process() -> None:
+    """And what eager calls import later makes nothing compile again."""
     done = subprocess.run([sys.executable, "-c", FIRST_CALL], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
 

@@ -21,7 +21,7 @@ from inputs import build
 
 import anyattn
 from anyattn import dispatch, settings
-from anyattn.backends.vulkan import api, backend, crossover
+from anyattn.backends.vulkan import api, crossover, engine, selftest
 from anyattn.backends.vulkan import device as devices
 from anyattn.backends.vulkan.crossover import CAUTIOUS, NEVER, Crossover
 from anyattn.backends.vulkan.device import DeviceInfo
@@ -71,8 +71,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     def put(info: DeviceInfo | None) -> None:
         instance = SimpleNamespace(choose=lambda: info, devices=(info,))
         monkeypatch.setattr(devices, "instance", lambda: instance if info else pytest.fail("looked for a device"))
-        monkeypatch.setattr(backend, "usable", lambda *arguments: info)
-        monkeypatch.setattr(backend, "current_engine", lambda: None)
+        monkeypatch.setattr(selftest, "usable", lambda *arguments: info)
+        monkeypatch.setattr(engine, "current_engine", lambda: None)
         dispatch.forget()
 
     return put

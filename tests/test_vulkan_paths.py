@@ -213,7 +213,7 @@ def test_matrices_where_they_have_rows(case: Case, path: str) -> None:
         assert config.tile == config.workgroup // config.subgroup * config.matrix.m
         assert config.keys // config.lanes % 4 == 0
         # rows of one sequence must not depend on how long others are
-        few = replace(problem, batch_invariant=True, seqlen_q=1)
+        few = problem._replace(batch_invariant=True, seqlen_q=1)
         assert tuning.forward_config(gpu(), few).path == path
 
 

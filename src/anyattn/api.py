@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from . import frameworks
 from .arguments import Array, Window, bounds, check_parts, explicit, paged_lengths
 from .problem import Options
 
@@ -360,17 +361,11 @@ def flash_attention(query: Array, key: Array, value: Array, causal: bool = True,
 
 
 def framework_of(array: Array) -> ModuleType:
-    """The module that serves this kind of array. Import statements, so that torch.compile can trace the first call."""
+    """The module that serves this kind of array."""
     if isinstance(array, np.ndarray):
-        from .frameworks import numpy as numpy_arrays
-
-        return numpy_arrays
+        return frameworks.of_numpy
     if hasattr(type(array), "__torch_function__"):
-        from .frameworks.torch import functional
-
-        return functional
+        return frameworks.of_torch
     if hasattr(array, "__anyattn_vulkan__"):
-        from .frameworks import vulkan
-
-        return vulkan
+        return frameworks.of_vulkan
     raise TypeError(f"q must be a numpy.ndarray, a torch.Tensor or a DeviceArray; got {type(array).__name__}")

@@ -8,14 +8,16 @@ import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple
 
 from . import settings
 from .backends.base import Backend, Call, Plan
 from .errors import CompilationError, DeviceError, UnsupportedProblem
-from .kvcache import Append
 from .problem import Problem, Variant
+
+if TYPE_CHECKING:
+    from .kvcache import Append
 
 NAMES = ("cpu", "triton", "vulkan", "numpy")  # automatic order, but for what Vulkan gains from
 CACHE_SIZE = 1024
@@ -30,13 +32,12 @@ _passed_over: set[tuple[str, Variant]] = set()
 _warned = False
 
 
-@dataclass(frozen=True, slots=True)
-class Explanation:
+class Explanation(NamedTuple):
     """The backend that a problem gets (None: none computes it) and the reasons of every backend that refuses it."""
 
     problem: str
     chosen: str | None
-    reasons: dict[str, list[str]] = field(default_factory=dict)
+    reasons: dict[str, list[str]]
 
     def __str__(self) -> str:
         lines = [f"{name}: {'; '.join(reasons)}" for name, reasons in self.reasons.items() if reasons]
@@ -130,6 +131,8 @@ def plan(problem: Problem, names: tuple[str, ...], failed: Mapping[str, list[str
 
 class Retreat:
     """A plan that nobody named, on a device that may fail: then the next backend computes this call and later ones."""
+
+    lse_optional = False  # the next backend may need it
 
     def __init__(self, made: Plan, name: str, problem: Problem) -> None:
         self._name, self._problem = name, problem
@@ -243,33 +246,42 @@ def _tell(problem: Problem, refusals: dict[str, list[str]]) -> None:
         warnings.warn(f"anyattn uses its slower NumPy backend: {missing}", RuntimeWarning, stacklevel=2)
 
 
+class Ready(NamedTuple):
+    """What calls with the same metadata have in common; of the problem, what each of them reads."""
+
+    problem: Problem
+    plan: Plan
+    out_shape: tuple[int, ...]
+    lse_shape: tuple[int, ...]
+    has_tables: bool
+
+
 class _Cache(threading.local):
-    """Per thread: raw metadata -> (problem, plan). Cleared when full or when the settings change."""
+    """Per thread: raw metadata and who is asked for -> Ready. Cleared when full, replaced when the settings change."""
 
     def __init__(self) -> None:
-        self.entries: dict[Hashable, tuple[Problem, Plan]] = {}
-        self.generation = _generation
+        self.entries: dict[Hashable, Ready] = {}
 
 
-_generation = object()  # another one whenever the settings may have changed
 _cache = _Cache()
 
 
-def lookup(key: Hashable, names: tuple[str, ...], build: Callable[[], Problem]) -> tuple[Problem, Plan]:
+def lookup(key: Hashable, backend: str | None, build: Callable[[], Problem]) -> Ready:
     """The validated problem and its plan, found by a raw tuple of metadata; built at the first such call."""
-    if _cache.generation is not _generation or len(_cache.entries) >= CACHE_SIZE:
-        _cache.entries.clear()
-        _cache.generation = _generation
-    found = _cache.entries.get((key, names))
+    entries, asked = _cache.entries, (key, backend or _named.get())
+    found = entries.get(asked)
     if found is None:
+        if len(entries) >= CACHE_SIZE:
+            entries.clear()
         problem = build()
-        found = _cache.entries[key, names] = (problem, plan(problem, names))
+        made = plan(problem, named(backend))
+        found = entries[asked] = Ready(problem, made, problem.out_shape, problem.lse_shape, problem.has_tables)
     return found
 
 
 @settings.on_reload
 def forget() -> None:
     """Drops every cached plan and backend."""
-    global _generation
-    _generation = object()
+    global _cache
+    _cache = _Cache()
     _backends.clear()

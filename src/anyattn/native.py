@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from pathlib import Path
 
 HEADERS = ("anyattn.h", "anyattn.hpp")
 
@@ -28,9 +28,9 @@ def get_include() -> str:
     from .backends.cpu.library import LibraryError
 
     for folder in sys.modules[__name__.partition(".")[0]].__path__:
-        path = Path(folder) / "include"
-        if all((path / name).exists() for name in HEADERS):
-            return str(path)
+        path = os.path.join(folder, "include")
+        if all(os.path.exists(os.path.join(path, name)) for name in HEADERS):
+            return path
     raise LibraryError(
         "the headers of anyattn are not installed: no C++ compiler was found when the package was built "
         "(install g++ or clang++ and reinstall)"
@@ -56,4 +56,4 @@ def get_library() -> str:
     """
     from .backends.cpu import library
 
-    return str(library.load().path.resolve())
+    return os.path.realpath(library.load().path)

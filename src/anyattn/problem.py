@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 from . import philox
@@ -30,8 +28,7 @@ SAVED = ("out", "lse", "dout", "dlse")  # what the backward needs besides; dlse 
 POSITION_LIMIT = 2**31 - 1
 
 
-@dataclass(frozen=True, slots=True)
-class Array:
+class Array(NamedTuple):
     """Metadata of one array: strides in elements, dtype by name, device as text."""
 
     shape: tuple[int, ...]
@@ -71,8 +68,7 @@ class Variant(NamedTuple):
     features: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """One validated question: the metadata of every array and every scalar. Hashable; holds no data."""
 
     q: Array
@@ -159,22 +155,22 @@ class Problem:
     def dropout_threshold(self) -> int:
         return philox.threshold(self.dropout_p)
 
-    @cached_property
+    @property
     def has_tables(self) -> bool:
         return any(getattr(self, name) is not None for name in TABLES)
 
-    @cached_property
+    @property
     def out_shape(self) -> tuple[int, ...]:
         return (*self.q.shape[:-1], self.head_dim_v)
 
-    @cached_property
+    @property
     def lse_shape(self) -> tuple[int, ...]:
         """(batch, nheads, seqlen_q); packed (nheads, total_q)."""
         if self.packed_q:
             return (self.nheads, self.q.shape[0])
         return (self.q.shape[0], self.nheads, self.q.shape[1])
 
-    @cached_property
+    @property
     def variant(self) -> Variant:
         features = {
             "left": self.interval.left is not None,

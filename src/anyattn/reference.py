@@ -128,7 +128,9 @@ def _head(
     d = np.ones_like(p)
     if problem.dropout_threshold:
         state = np.asarray(arrays["rng_state"])
-        kept = philox.keep(state, problem.dropout_p, sequence.index * problem.nheads + h, np.arange(sequence.n_q), keys)
+        kept = philox.keep(
+            state, problem.dropout_p, sequence.number * problem.nheads + h, np.arange(sequence.n_q), keys
+        )
         d = kept * philox.keep_scale(problem.dropout_p)
     return Head(sequence, h, *rows, q, k, v, t, s, p, d, lse, (p * d) @ v)
 
@@ -140,7 +142,7 @@ def _score_terms(problem: Problem, arrays: Arrays, sequence: Sequence, h: int) -
         terms = terms + _tile(widen(np.asarray(arrays["bias"]), problem.bias.dtype), sequence, h)
     if problem.alibi_slopes is not None:
         slopes = np.asarray(arrays["alibi_slopes"], np.float64)
-        slope = slopes[h] if slopes.ndim == 1 else slopes[sequence.index, h]
+        slope = slopes[h] if slopes.ndim == 1 else slopes[sequence.number, h]
         c = np.arange(sequence.n_k) - sequence.leftpad
         terms = terms - slope * np.abs(sequence.positions()[:, None] - c)
     return terms
@@ -157,7 +159,7 @@ def _logsumexp(s: Float, sink: float) -> Float:
 def _tile(array: npt.NDArray[Any], sequence: Sequence, h: int) -> npt.NDArray[Any]:
     """(n_q, n_k) or broadcastable part of a (batch, nheads, seqlen_q, seqlen_k) array."""
     batch, nheads = array.shape[:2]
-    tile = array[sequence.index if batch > 1 else 0, h if nheads > 1 else 0]
+    tile = array[sequence.number if batch > 1 else 0, h if nheads > 1 else 0]
     return np.asarray(tile[: sequence.n_q if tile.shape[0] > 1 else 1, : sequence.n_k if tile.shape[1] > 1 else 1])
 
 
@@ -170,20 +172,20 @@ def add_dbias(dbias: Float, head: Head, ds: Float) -> None:
 def _rows_q(problem: Problem, sequence: Sequence, h: int) -> tuple[Any, ...]:
     if problem.packed_q:
         return (slice(sequence.row_q, sequence.row_q + sequence.n_q), h)
-    return (sequence.index, slice(0, sequence.n_q), h)
+    return (sequence.number, slice(0, sequence.n_q), h)
 
 
 def rows_lse(problem: Problem, head: Head) -> tuple[Any, ...]:
     s = head.sequence
     if problem.packed_q:
         return (head.h, slice(s.row_q, s.row_q + s.n_q))
-    return (s.index, head.h, slice(0, s.n_q))
+    return (s.number, head.h, slice(0, s.n_q))
 
 
 def _rows_k(problem: Problem, sequence: Sequence, h_kv: int, block_table: Any) -> tuple[Any, ...]:
     slots = np.arange(sequence.n_k)
     if problem.paged:
-        return (block_table[sequence.index][slots // problem.page_size], slots % problem.page_size, h_kv)
+        return (block_table[sequence.number][slots // problem.page_size], slots % problem.page_size, h_kv)
     if problem.packed_k:
         return (sequence.row_k + slots, h_kv)
     return (sequence.batch_k, slots, h_kv)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,11 +16,10 @@ Tables = Mapping[str, Table | None]
 Lengths = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True)
-class Sequence:
+class Sequence(NamedTuple):
     """One sequence: rows and keys in use, first key slot in use, position of row 0, and where it lies in the arrays."""
 
-    index: int
+    number: int  # in the batch
     n_q: int
     n_k: int
     leftpad: int
@@ -50,7 +49,7 @@ def sequences(problem: Problem, tables: Tables) -> Iterator[Sequence]:
         leftpad = entry("leftpad_k", b, 0)
         aligned = n_k - leftpad - n_q if problem.alignment == "bottom-right" else 0
         yield Sequence(
-            index=b,
+            number=b,
             n_q=n_q,
             n_k=n_k,
             leftpad=leftpad,

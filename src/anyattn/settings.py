@@ -8,8 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from pathlib import Path
+from typing import NamedTuple
 
 VARIABLES = {
     "backend": ("ANYATTN_BACKEND", "", "backends to use, in order, separated by commas; empty: automatic choice"),
@@ -34,8 +33,7 @@ MOST_THREADS = 4096  # of the native engine
 LONGEST_WAIT = 10**6  # seconds
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
+class Settings(NamedTuple):
     """The environment, parsed. `VARIABLES` gives each field's variable, default and meaning."""
 
     backend: tuple[str, ...]
@@ -79,8 +77,7 @@ def on_reload(listener: Callable[[], None]) -> Callable[[], None]:
 
 def describe() -> dict[str, tuple[str, str]]:
     """Variable name -> (value in force, meaning), for `anyattn info`."""
-    now = current()
-    values = {field.name: getattr(now, field.name) for field in fields(now)}
+    values = current()._asdict()
     return {VARIABLES[name][0]: (_text(value), VARIABLES[name][2]) for name, value in values.items()}
 
 
@@ -109,11 +106,10 @@ def _cache_folder() -> str:
     """Where the system keeps a user's caches; "" for a user without a home."""
     others = {"win32": ("LOCALAPPDATA", "AppData/Local"), "darwin": ("", "Library/Caches")}
     variable, usual = others.get(sys.platform, ("XDG_CACHE_HOME", ".cache"))
-    given = Path(os.environ.get(variable, ""))
-    try:
-        return str((given if given.is_absolute() else Path.home() / usual) / "anyattn")
-    except RuntimeError:
-        return ""
+    given, home = os.environ.get(variable, ""), os.path.expanduser("~")
+    if os.path.isabs(given):
+        return os.path.join(given, "anyattn")
+    return "" if home == "~" else os.path.join(home, *usual.split("/"), "anyattn")
 
 
 def _names(text: str) -> tuple[str, ...]:

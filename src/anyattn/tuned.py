@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from . import settings
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 Entry = TypeVar("Entry")
 
@@ -21,7 +22,10 @@ def load(name: str, parse: Callable[[Any], Entry]) -> dict[str, Entry]:
     if not settings.current().cache:
         return {}
     try:
-        found = json.loads(path(name).read_text(encoding="utf-8"))
+        with open(path(name), encoding="utf-8") as file:
+            import json  # most machines have no such file
+
+            found = json.load(file)
         return {device: parse(entry) for device, entry in found.items()}
     except (FileNotFoundError, NotADirectoryError):
         return {}
@@ -38,7 +42,10 @@ def save(name: str, entries: Mapping[str, Any]) -> Path:
     """
     if not settings.current().cache:
         raise FileNotFoundError("there is no cache folder for this user: set ANYATTN_CACHE")
-    target = path(name)
+    import json
+    from pathlib import Path
+
+    target = Path(path(name))
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = target.with_suffix(f".{os.getpid()}")
     fresh.write_text(json.dumps(entries, indent=1), encoding="utf-8")
@@ -47,5 +54,5 @@ def save(name: str, entries: Mapping[str, Any]) -> Path:
     return target
 
 
-def path(name: str) -> Path:
-    return Path(settings.current().cache) / name
+def path(name: str) -> str:
+    return os.path.join(settings.current().cache, name)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy.typing as npt
 
-from .. import reference
-from ..dtypes import narrow, raw
-from ..kvcache import ARRAYS, Append
-from ..problem import Array, Problem
+from ..problem import INPUTS, Array, Problem
+
+if TYPE_CHECKING:
+    from ..kvcache import Append
 
 
 class Adapter(Protocol):
@@ -35,7 +34,6 @@ class Adapter(Protocol):
         """A view in host memory; bfloat16 comes as uint16."""
 
 
-@dataclass(slots=True)
 class Call:
     """One call: the framework's own arrays, None where absent. Only this changes between equal calls."""
 
@@ -72,12 +70,18 @@ class Call:
     rotary_cos: Any = None
     rotary_sin: Any = None
 
+    def __init__(self, adapter: Adapter, q: Any = None, k: Any = None, v: Any = None, *others: Any, **named: Any):
+        self.adapter, self.q, self.k, self.v = adapter, q, k, v
+        if others or named:
+            self.__dict__.update(zip(INPUTS[3:], others, strict=False), **named)
+
 
 class Plan(Protocol):
     """Everything about a Problem that does not change between calls."""
 
     forward_bytes: int  # workspace, allocated by the framework together with the outputs
     backward_bytes: int
+    lse_optional: bool  # forward: call.lse may be None where nobody asked for it
 
     def forward(self, call: Call) -> None:
         """Writes call.out and call.lse. No allocation, no synchronisation, no host read of device values."""
@@ -125,6 +129,10 @@ def contiguous(shape: Sequence[int], dtype: str, device: str = "cpu") -> Array:
 
 def append_on_host(append: Append, call: Call) -> None:
     """`Backend.append` as the definition has it, for a cache in host memory."""
+    from .. import reference
+    from ..dtypes import narrow, raw
+    from ..kvcache import ARRAYS
+
     given = {name: getattr(call, name) for name in ARRAYS}
     arrays = {name: None if array is None else call.adapter.numpy(array) for name, array in given.items()}
     q = reference.append(append, arrays)

@@ -6,7 +6,6 @@ import argparse
 import json
 import math
 import sys
-from dataclasses import asdict
 from typing import Any
 
 from .. import dispatch
@@ -70,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     except (TypeError, ValueError) as error:
         sys.stderr.write(f"anyattn explain: {error}\n")
         return 2
-    print(json.dumps(asdict(explanation), indent=2) if arguments.json else explanation)
+    print(json.dumps(explanation._asdict(), indent=2) if arguments.json else explanation)
     return 0 if explanation.chosen else 1
 
 

@@ -23,7 +23,7 @@ def attend(
     `bounds` stand for causal and window; unlike those they may be negative, which means something in flash_attn 4.
     """
     arrays, options, seed, backend = explicit(q, k, v, **arguments)
-    return functional.attention(arrays, within(bounds, options), seed, return_lse, backend)
+    return functional.attention(arrays, within(bounds, options), seed, return_lse, backend, want_lse=True)
 
 
 def gradients(

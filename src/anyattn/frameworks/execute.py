@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 from .. import dispatch, settings
-from ..backends.base import Adapter, Call, Plan, contiguous
+from ..backends.base import Adapter, Call, contiguous
 from ..kvcache import ARRAYS as APPEND_ARRAYS
 from ..kvcache import check_append, make_append, room
 from ..problem import INPUTS, SAVED, TABLES, Array, Options, Problem, make_problem
@@ -28,14 +28,24 @@ def full(arrays: Arrays) -> Arrays:
 
 
 def forward(
-    adapter: Adapter, arrays: Arrays, options: Options, backend: str | None, metadata: Hashable = None
+    adapter: Adapter,
+    arrays: Arrays,
+    options: Options,
+    backend: str | None,
+    metadata: Hashable = None,
+    *,
+    want_lse: bool = True,
 ) -> tuple[Any, Any]:
-    """(out, lse), new and contiguous. metadata: of the arrays, where the caller has it already."""
-    problem, plan = find(adapter, arrays, options, backend, metadata)
+    """(out, lse), new and contiguous; lse may be None where it is not wanted.
+
+    metadata: of the arrays, where the caller has it already.
+    """
+    problem, plan, out_shape, lse_shape, _ = find(adapter, arrays, options, backend, metadata)
     q = arrays[0]
     call = Call(adapter, *arrays)
-    call.out = adapter.empty(problem.out_shape, problem.dtype, q)
-    call.lse = adapter.empty(problem.lse_shape, problem.compute_dtype, q)
+    call.out = adapter.empty(out_shape, problem.dtype, q)
+    if want_lse or not plan.lse_optional:
+        call.lse = adapter.empty(lse_shape, problem.compute_dtype, q)
     if plan.forward_bytes:
         call.workspace = _workspace(adapter, plan.forward_bytes, q)
     plan.forward(call)
@@ -57,13 +67,14 @@ def backward(
 
     metadata: of (*arrays, *saved), where the caller has it already.
     """
-    names = dispatch.named(backend)
     key = (options, metadata or adapter.keys((*arrays, *saved)), "backward")
     described = (*INPUTS, *SAVED)
-    problem, plan = dispatch.lookup(
-        key, names, lambda: make_problem(_describe(adapter, described, (*full(arrays), *saved)), options)
+    ready = dispatch.lookup(
+        key, backend, lambda: make_problem(_describe(adapter, described, (*full(arrays), *saved)), options)
     )
-    _check_values(adapter, problem, arrays)
+    if ready.has_tables:
+        _check_values(adapter, ready.problem, arrays)
+    problem, plan = ready.problem, ready.plan
     q = arrays[0]
     call = Call(adapter, *arrays)
     call.out, call.lse, call.dout, call.dlse = saved
@@ -143,13 +154,13 @@ def _describe(adapter: Adapter, names: tuple[str, ...], arrays: Arrays) -> dict[
 
 def find(
     adapter: Adapter, arrays: Arrays, options: Options, backend: str | None, metadata: Hashable = None
-) -> tuple[Problem, Plan]:
-    """The forward pass that the arrays ask for, its tables checked, and its plan."""
-    names = dispatch.named(backend)
+) -> dispatch.Ready:
+    """The forward pass that the arrays ask for, its tables checked."""
     key = (options, metadata or adapter.keys(arrays))
-    problem, plan = dispatch.lookup(key, names, lambda: make_problem(_describe(adapter, INPUTS, full(arrays)), options))
-    _check_values(adapter, problem, arrays)
-    return problem, plan
+    ready = dispatch.lookup(key, backend, lambda: make_problem(_describe(adapter, INPUTS, full(arrays)), options))
+    if ready.has_tables:
+        _check_values(adapter, ready.problem, arrays)
+    return ready
 
 
 def _tables_are_checked(device: str) -> bool:
@@ -159,7 +170,7 @@ def _tables_are_checked(device: str) -> bool:
 
 def _check_values(adapter: Adapter, problem: Problem, arrays: Arrays) -> None:
     """Tables in host memory are checked before any work; on a device only if ANYATTN_CHECK asks for it."""
-    if not problem.has_tables or not _tables_are_checked(problem.device):
+    if not _tables_are_checked(problem.device):
         return
     tables = arrays[_FIRST_TABLE:_LAST_TABLE]
     views = {name: None if x is None else adapter.numpy(x) for name, x in zip(TABLES, tables, strict=True)}

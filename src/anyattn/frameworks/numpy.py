@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import operator
 from collections.abc import Callable, Hashable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -21,13 +22,19 @@ NDArray = npt.NDArray[Any]
 ALIGNMENT = 64
 
 
+@lru_cache(64)
+def _name(dtype: np.dtype[Any]) -> str:
+    """dtype.name, which NumPy puts together anew each time."""
+    return str(dtype.name)
+
+
 class NumpyAdapter:
     """How NumPy arrays are described, allocated and reached."""
 
     name = "numpy"
 
     def describe(self, array: NDArray) -> Array:
-        return Array(array.shape, tuple(stride // array.itemsize for stride in array.strides), array.dtype.name)
+        return Array(array.shape, tuple(stride // array.itemsize for stride in array.strides), _name(array.dtype))
 
     def keys(self, arrays: Sequence[Any]) -> Hashable:
         return tuple([None if x is None else (x.shape, x.strides, x.dtype) for x in arrays])
@@ -37,13 +44,13 @@ class NumpyAdapter:
             raw = np.empty(shape[0] + ALIGNMENT, np.uint8)
             start = -raw.ctypes.data % ALIGNMENT
             return raw[start : start + shape[0]]
-        return np.empty(shape, like.dtype if dtype == like.dtype.name else dtype)
+        return np.empty(shape, like.dtype if dtype == _name(like.dtype) else dtype)
 
     def pointer(self, array: NDArray) -> int:
-        return int(array.__array_interface__["data"][0])
+        return array.ctypes.data
 
     def numpy(self, array: NDArray) -> NDArray:
-        return array.view(np.uint16) if array.dtype.name == "bfloat16" else array
+        return array.view(np.uint16) if _name(array.dtype) == "bfloat16" else array
 
 
 adapter = NumpyAdapter()
@@ -52,12 +59,11 @@ adapter = NumpyAdapter()
 def attention(
     arrays: execute.Arrays, options: Options, seed: int | None, return_lse: bool, backend: str | None
 ) -> tuple[NDArray, NDArray]:
-    """(out, lse); draws the dropout state from numpy.random where none is given."""
-    del return_lse
+    """(out, lse); draws the dropout state from numpy.random where none is given. lse may be None if not returned."""
     if options.dropout_p and arrays[-1] is None and seed is None:
         # the legacy generator on purpose: np.random.seed reproduces the call
         arrays = (*arrays[:-1], np.random.randint(-(2**63), 2**63 - 1, 2, dtype=np.int64))
-    return forward(arrays, options, seed, backend)
+    return execute.forward(adapter, prepare(arrays, seed), options, backend, want_lse=return_lse)
 
 
 def forward(arrays: execute.Arrays, options: Options, seed: int | None, backend: str | None) -> tuple[NDArray, NDArray]:

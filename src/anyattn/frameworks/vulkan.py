@@ -61,11 +61,11 @@ def forward(
     """(out, lse): out on the device, lse in host memory."""
     prepared = prepare(arrays, seed)
     adapter = _adapter(prepared[0])
-    problem, plan = execute.find(adapter, prepared, options, backend or BACKEND)
+    ready = execute.find(adapter, prepared, options, backend or BACKEND)
     call = Call(adapter, *prepared)
-    call.out = DeviceArray.zeros(problem.out_shape, prepared[0].dtype)
-    call.lse = np.empty(problem.lse_shape, np.float32)
-    plan.forward(call)
+    call.out = DeviceArray.zeros(ready.out_shape, prepared[0].dtype)
+    call.lse = np.empty(ready.lse_shape, np.float32)
+    ready.plan.forward(call)
     return call.out, call.lse
 
 

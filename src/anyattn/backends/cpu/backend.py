@@ -6,13 +6,15 @@ import ctypes
 import operator
 import threading
 from array import array as words
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ... import settings
-from ...kvcache import Append
 from ...problem import Array, Problem
 from ..base import Call, contiguous
 from . import layout, library
+
+if TYPE_CHECKING:
+    from ...kvcache import Append
 
 DTYPES = {"float32": 1, "float16": 2, "bfloat16": 3, "float64": 4, "bool": 5, "int32": 6}
 HAS_LEFT, HAS_RIGHT, TOP_LEFT, ROTARY_INTERLEAVED, BATCH_INVARIANT = 1, 2, 4, 8, 32
@@ -89,6 +91,8 @@ class CpuBackend:
 
 class CpuPlan:
     """A packed struct for this problem; each call copies it and fills in addresses."""
+
+    lse_optional = True
 
     def __init__(self, native: library.Library, problem: Problem) -> None:
         backward = problem.dout is not None

@@ -6,7 +6,6 @@ import ctypes
 import os
 import sys
 from functools import cache
-from pathlib import Path
 
 from ... import settings
 from .layout import SIZE
@@ -23,9 +22,9 @@ class LibraryError(RuntimeError):
 class Library:
     """The C functions of one loaded library."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: str) -> None:
         self.path = path
-        self._dll = dll = ctypes.CDLL(os.fspath(path))
+        self._dll = dll = ctypes.CDLL(path)
         call = [ctypes.c_void_p]
         self.passes = (dll.anyattn_forward, dll.anyattn_backward, dll.anyattn_append)
         for function in self.passes:
@@ -98,7 +97,7 @@ def load() -> Library:
 
 @cache
 def _load(named: str) -> Library:
-    path = Path(named) if named else _find()
+    path = named or _find()
     what = f"the native library {path}{' (ANYATTN_LIBRARY)' if named else ''}"
     try:
         library = Library(path)
@@ -111,10 +110,10 @@ def _load(named: str) -> Library:
     return library
 
 
-def _find() -> Path:
+def _find() -> str:
     for folder in sys.modules[__name__.partition(".")[0]].__path__:
-        path = Path(folder) / "lib" / NAME
-        if path.exists():
+        path = os.path.join(folder, "lib", NAME)
+        if os.path.exists(path):
             return path
     raise LibraryError(
         f"the native library {NAME} is not installed: no C++ compiler was found when the package was built "

@@ -148,7 +148,7 @@ def scores(arrays: Arrays, rows: Rows, keys: Keys, q: Floats, k: Floats) -> Scor
 def dropout(arrays: Arrays, rows: Rows, keys: Keys) -> Floats:
     """D of a tile: 0 or 1 / (1 - p)."""
     problem = arrays.problem
-    state, b = arrays.view("rng_state"), rows.sequence.index
+    state, b = arrays.view("rng_state"), rows.sequence.number
     queries, slots = np.arange(rows.start, rows.stop), np.arange(keys.start, keys.stop)
     factors = np.empty((*rows.shape, len(slots)), arrays.kind)
     for tile, h in zip(factors.reshape(-1, *factors.shape[2:]), range(rows.heads.start, rows.heads.stop), strict=True):

@@ -18,6 +18,7 @@ class NumpyPlan:
 
     forward_bytes = 0
     backward_bytes = 0
+    lse_optional = False
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem

@@ -134,7 +134,7 @@ class Arrays:
         sequence, heads = rows.sequence, slice(rows.first, rows.last)
         if self.problem.paged:
             slots = np.arange(keys.start, keys.stop)
-            pages = self.view("block_table")[sequence.index][slots // self.problem.page_size]
+            pages = self.view("block_table")[sequence.number][slots // self.problem.page_size]
             return (pages, slots % self.problem.page_size, heads)
         if self.problem.packed_k:
             return (slice(sequence.row_k + keys.start, sequence.row_k + keys.stop), heads)
@@ -143,7 +143,7 @@ class Arrays:
     def of_heads(self, name: str, rows: Rows) -> Floats:
         """(heads_kv, group, 1) of sink or alibi_slopes."""
         array = self.view(name)
-        array = array if array.ndim == 1 else array[rows.sequence.index]
+        array = array if array.ndim == 1 else array[rows.sequence.number]
         return np.asarray(array[rows.heads].reshape(-1, rows.group, 1))
 
     def _rows(self, rows: Rows) -> tuple[Any, ...]:
@@ -151,19 +151,19 @@ class Arrays:
         sequence = rows.sequence
         if self.problem.packed_q:
             return (slice(sequence.row_q + rows.start, sequence.row_q + rows.stop), rows.heads)
-        return (sequence.index, slice(rows.start, rows.stop), rows.heads)
+        return (sequence.number, slice(rows.start, rows.stop), rows.heads)
 
     def _numbers(self, rows: Rows) -> tuple[Any, ...]:
         """Index of (heads, rows) in lse and dlse."""
         sequence = rows.sequence
         if self.problem.packed_q:
             return (rows.heads, slice(sequence.row_q + rows.start, sequence.row_q + rows.stop))
-        return (sequence.index, rows.heads, slice(rows.start, rows.stop))
+        return (sequence.number, rows.heads, slice(rows.start, rows.stop))
 
 
 def score_tile(array: Floats, rows: Rows, keys: Keys) -> Floats:
     """(heads_kv, group, rows, keys) of bias, dbias or mask: a view, with size 1 along the axes that are broadcast."""
-    b = rows.sequence.index
+    b = rows.sequence.number
     wanted = (slice(b, b + 1), rows.heads, slice(rows.start, rows.stop), slice(keys.start, keys.stop))
     index = [slice(0, 1) if size == 1 else part for size, part in zip(array.shape, wanted, strict=True)]
     tile = array[tuple(index)][0]

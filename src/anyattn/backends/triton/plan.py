@@ -23,6 +23,8 @@ PRECISIONS = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
 class TritonPlan:
     """The kernels of one problem, in the order in which they run."""
 
+    lse_optional = False
+
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
         kernels, needed = self._build()

@@ -1,22 +1,21 @@
-"""VulkanBackend: host arrays in, host arrays out; in between a GPU."""
+"""VulkanBackend: host arrays in, host arrays out; in between a GPU.
+
+The automatic choice asks it about every problem, so what drives a device is imported where a device is looked at.
+"""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from ... import settings
 from ...errors import DeviceError
-from ...kvcache import Append
 from ...problem import Problem
 from ..base import Call, Plan, append_on_host
 from . import crossover
-from . import device as devices
-from .api import VulkanError
-from .append import append_on_device
-from .backward import BackwardPlan, backward_regions
-from .device import DeviceInfo
-from .engine import current_engine
-from .forward import ForwardPlan, Setup, problem_launches
-from .selftest import usable
-from .tuning import backward_configs
+
+if TYPE_CHECKING:
+    from ...kvcache import Append
+    from .device import DeviceInfo
 
 DTYPES = ("float32", "float16", "bfloat16")
 MAX_HEAD_DIM = 256
@@ -33,6 +32,9 @@ class VulkanBackend:
     may_fail = True
 
     def available(self, *, named: bool = False) -> str | None:
+        from . import device as devices
+        from .api import VulkanError
+
         try:
             info = devices.instance().choose()
         except VulkanError as error:
@@ -57,6 +59,10 @@ class VulkanBackend:
 
     def _limits(self, problem: Problem) -> list[str]:
         """What the device at hand cannot hold, or computes wrongly."""
+        from .backward import backward_regions
+        from .forward import Setup, problem_launches
+        from .tuning import backward_configs
+
         try:
             info = _info(problem)
         except DeviceError as error:
@@ -81,9 +87,15 @@ class VulkanBackend:
         too_small = crossover.misses(problem)
         if too_small or self.available():
             return too_small
+        from . import device as devices
+
         return crossover.misses(problem, devices.instance().choose())
 
     def plan(self, problem: Problem) -> Plan:
+        from .backward import BackwardPlan
+        from .engine import current_engine
+        from .forward import ForwardPlan
+
         kind = ForwardPlan if problem.dout is None else BackwardPlan
         return kind(current_engine(), _info(problem), problem)
 
@@ -94,7 +106,10 @@ class VulkanBackend:
         if append.q.device == "cpu":
             append_on_host(append, call)  # a cache in host memory is not sent back and forth for a row
         else:
-            append_on_device(current_engine(), append, call)
+            from . import append as appending
+            from . import engine
+
+            appending.append_on_device(engine.current_engine(), append, call)
 
 
 def _misplaced(device: str) -> list[str]:
@@ -106,6 +121,9 @@ def _misplaced(device: str) -> list[str]:
 
 def _info(problem: Problem) -> DeviceInfo:
     """The device in use as it may be used for the problem."""
+    from .engine import current_engine
+    from .selftest import usable
+
     return usable(current_engine(), "forward" if problem.dout is None else "backward", problem.dtype)
 
 

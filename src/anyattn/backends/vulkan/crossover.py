@@ -10,12 +10,15 @@ import math
 import os
 from collections.abc import Mapping
 from functools import cache
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ... import settings, tuned
 from ...problem import Array, Problem
-from .device import DeviceInfo
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from .device import DeviceInfo
 
 FILE = "vulkan-crossover.json"
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8, "bool": 1}

@@ -67,6 +67,7 @@ class DevicePlan(ABC):
 
     forward_bytes = 0
     backward_bytes = 0
+    lse_optional = False
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine

@@ -54,7 +54,7 @@ def _dropped_scores(*arguments: Any) -> Tensor:
         top = head.s.max(axis=1, initial=-np.inf, keepdims=True)
         weights = np.exp(head.s - np.where(np.isfinite(top), top, 0.0))
         n_q, n_k = weights.shape
-        scores[head.sequence.index, head.h, :n_q, :n_k] = torch.from_numpy(np.where(head.d == 0, -weights, weights))
+        scores[head.sequence.number, head.h, :n_q, :n_k] = torch.from_numpy(np.where(head.d == 0, -weights, weights))
     return scores
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -54,11 +55,7 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         *arrays, static = inputs
-        ctx.static = static
-        ctx.save_for_backward(*arrays, *output)
-        ctx.set_materialize_grads(False)
-        if not static.lse_gradient:
-            ctx.mark_non_differentiable(output[1])
+        _save(ctx, arrays, static, *output)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -80,7 +77,7 @@ class Attention(torch.autograd.Function):
             else:
                 grads = ops.backward(*tensors, *static.options, *tail)
         dq, dk, dv, dbias, dsink = grads
-        grads = (dq, dk, dv, dbias if want_dbias else None, None, None, dsink if want_dsink else None, *[None] * 10)
+        grads = (dq, dk, dv, dbias if want_dbias else None, None, None, dsink if want_dsink else None, *[None] * 11)
         return grads[: len(needs)]
 
     @staticmethod
@@ -90,18 +87,26 @@ class Attention(torch.autograd.Function):
         )
 
 
-class DirectAttention(Attention):
-    """The same by the kernel itself, without its operator, perhaps from q, k and v alone."""
+class DirectAttention(torch.autograd.Function):
+    """The same by the kernel itself, without its operator and setup_context, perhaps from q, k and v alone."""
 
     @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-        *arrays, (static, metadata) = inputs
-        return execute.forward(adapter, tuple(arrays), static.options, static.backend, metadata)
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        *arrays, static, metadata = inputs
+        out, lse = execute.forward(adapter, tuple(arrays), static.options, static.backend, metadata)
+        _save(ctx, arrays, static, out, lse)
+        return out, lse
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        *arrays, (static, _) = inputs
-        Attention.setup_context(ctx, (*arrays, static), output)
+    backward = staticmethod(Attention.backward)
+
+
+def _save(ctx: Any, arrays: Sequence[Any], static: Static, out: Tensor, lse: Tensor) -> None:
+    """What the backward needs."""
+    ctx.static = static
+    ctx.save_for_backward(*arrays, out, lse)
+    ctx.set_materialize_grads(False)
+    if not static.lse_gradient:
+        ctx.mark_non_differentiable(lse)
 
 
 class AttentionGradients(torch.autograd.Function):
@@ -139,18 +144,24 @@ _direct = fastpath.base_apply(DirectAttention)
 
 
 def attention(
-    arrays: ops.Arrays, metadata: ops.Arrays | None, options: Options, lse_gradient: bool, backend: str
+    arrays: ops.Arrays,
+    metadata: ops.Arrays | None,
+    options: Options,
+    lse_gradient: bool,
+    backend: str,
+    *,
+    want_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse), differentiable in q, k, v, bias and sink, and through lse if asked for.
 
-    metadata: of the arrays, where nothing watches; else None.
+    metadata: of the arrays, where nothing watches; else None. want_lse: otherwise lse may be None.
     """
     if metadata is not None:
         if not (torch.is_grad_enabled() and _differentiated(*arrays[:7])):
-            return execute.forward(adapter, arrays, options, backend, metadata)
+            return execute.forward(adapter, arrays, options, backend, metadata, want_lse=want_lse)
         # named now: the backward may run outside this `with backend(...)`
         named = backend or ",".join(dispatch.named(None))
-        out, lse = _direct(*arrays, (Static(lse_gradient, named, options), metadata))
+        out, lse = _direct(*arrays, Static(lse_gradient, named, options), metadata)
         return out, lse
     fastpath.break_inside_transforms()
     function = AttentionWithTangents if fastpath.forward_mode() else Attention

@@ -30,7 +30,7 @@ except AttributeError:
 
 def watched() -> bool:
     """Whether something wants to see the operators: a tracer, a transform, a dispatch mode, the profiler."""
-    if torch.compiler.is_compiling() or not AVAILABLE or _modes() or _transforms() or _tracing():
+    if torch.compiler.is_dynamo_compiling() or not AVAILABLE or _modes() or _transforms() or _tracing():
         return True
     return bool(profiler._is_profiler_enabled or forward_ad._current_level >= 0)
 
@@ -49,7 +49,7 @@ def metadata(tensors: Sequence[Any]) -> tuple[Any, ...] | None:
         if x is None:
             key.append(None)
             continue
-        if _peculiar(x):
+        if type(x) not in _PLAIN or x.is_neg() or x.is_meta or not _has_storage(x):  # _peculiar, without a call
             return None
         strides = x.stride()
         if not strides or strides[-1] != 1:
@@ -71,7 +71,7 @@ def forward_mode() -> bool:
 
 def maybe_autocast() -> bool:
     """False if autocast is off for every device."""
-    return torch.compiler.is_compiling() or _any_autocast is None or _any_autocast()
+    return torch.compiler.is_dynamo_compiling() or _any_autocast is None or _any_autocast()
 
 
 def break_inside_transforms() -> None:

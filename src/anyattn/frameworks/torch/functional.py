@@ -24,23 +24,26 @@ Arrays = ops.Arrays
 
 
 def attention(
-    arrays: Arrays, options: Options, seed: int | None, return_lse: bool, backend: str | None
+    arrays: Arrays, options: Options, seed: int | None, return_lse: bool, backend: str | None, *, want_lse: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) with autograd; draws the dropout state from torch's generator where none is given."""
+    """(out, lse) with autograd; draws the dropout state from torch's generator where none is given.
+
+    With return_lse gradients flow through lse; want_lse asks for its values alone. With neither it may be None.
+    """
     metadata = None
-    if seed is None and not options.dropout_p and _bare(*arrays) and not fastpath.maybe_autocast():
+    if seed is None and not options.dropout_p and _bare(arrays) and not fastpath.maybe_autocast():
         arrays = arrays[:3]
         if arrays[1] is not None and arrays[2] is not None:
             metadata = fastpath.metadata(arrays)  # all the preparation that the commonest call needs
     if metadata is None:
         arrays = prepare(execute.full(arrays), seed, draw=bool(options.dropout_p))
         metadata = fastpath.metadata(arrays)
-    return autograd.attention(arrays, metadata, options, return_lse, backend or "")
+    return autograd.attention(arrays, metadata, options, return_lse, backend or "", want_lse=want_lse or return_lse)
 
 
-def _bare(q: Any, k: Any, v: Any, a: Any, b: Any, c: Any, d: Any, *rest: Any) -> bool:
+def _bare(arrays: Arrays) -> bool:
     """Whether only q, k and v are given."""
-    e, f, g, h, i, j, l, m, n = rest
+    _, _, _, a, b, c, d, e, f, g, h, i, j, l, m, n = arrays
     return a is b is c is d is e is f is g is h is i is j is l is m is n is None
 
 
