@@ -107,3 +107,20 @@ def test_in_a_gradient(inputs: Inputs, engine: Engine, name: str) -> None:
     if name == "dout":
         assert np.isnan(got["dv"][B, :, KV, COLUMN]).all()
     unrelated(got, clean)
+
+
+@pytest.mark.parametrize("lowest", [-np.inf, np.finfo(np.float32).min])
+def test_the_lowest_number_hides_a_key_like_minus_infinity(engine: Engine, lowest: float) -> None:
+    """Beside other keys and alone: a row of nothing else sees no key. Gradients and all."""
+    case = replace(CASE, dtype="float32", bias="full")
+    inputs, masked = build(case), build(replace(case, bias="", mask="full"))
+    hidden = np.random.default_rng(0).random((2, 4, 150, 170)) < 0.5
+    hidden[:, :, 7] = True
+    inputs.arguments["bias"] = np.where(hidden, np.float32(lowest), np.float32(0))
+    masked.arguments.update({name: inputs.arguments[name] for name in ("q", "k", "v")}, mask=~hidden)
+    masked.dout, masked.dlse = inputs.dout, inputs.dlse
+    got, want = both(inputs, engine), both(masked, engine)
+    assert not got["out"][:, 7].any() and np.isneginf(got["lse"][:, :, 7]).all() and not got["dq"][:, 7].any()
+    for name in ("out", "lse", "dq", "dk", "dv"):
+        np.testing.assert_allclose(got[name], want[name], rtol=1e-5, atol=1e-5)
+    assert not got["dbias"][hidden].any()

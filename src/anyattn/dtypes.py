@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 NDArray = npt.NDArray[Any]
+
+# By the dtype that is computed in: scores below hide a key as -inf does. Times log2(e), as engines keep them, they are.
+LOWEST_SCORE = {name: float(np.finfo(name).min) * math.log(2.0) for name in ("float32", "float64")}
 
 
 def raw(array: NDArray, dtype: str) -> NDArray:

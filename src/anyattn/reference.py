@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import philox
-from .dtypes import narrow, raw, widen
+from .dtypes import LOWEST_SCORE, narrow, raw, widen
 from .kvcache import Append
 from .problem import TABLES, Problem
 from .sequences import Sequence, sequences
@@ -121,7 +121,7 @@ def _head(
     s = t + _score_terms(problem, arrays, sequence, h)
     if problem.mask is not None:
         seen &= _tile(np.asarray(arrays["mask"]), sequence, h) != 0
-    s = np.where(seen, s, -np.inf)
+    s = np.where(seen & ~(s < LOWEST_SCORE[problem.compute_dtype]), s, -np.inf)  # NaN stays
     sink = -np.inf if problem.sink is None else float(np.asarray(arrays["sink"])[h])
     lse = _logsumexp(s, sink)
     p = np.exp(s - np.where(np.isfinite(lse), lse, 0.0)[:, None])

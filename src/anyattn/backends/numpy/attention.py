@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ... import philox
-from ...dtypes import widen
+from ...dtypes import LOWEST_SCORE, widen
 from .tiles import Arrays, Floats, Keys, Rows, Sum, key_tiles, row_tiles, score_tile
 
 
@@ -138,6 +138,8 @@ def scores(arrays: Arrays, rows: Rows, keys: Keys, q: Floats, k: Floats) -> Scor
         c = np.arange(keys.start, keys.stop) - rows.sequence.leftpad
         distance = np.abs(rows.sequence.positions(rows.start, rows.stop)[:, None] - c).astype(arrays.kind)
         s -= arrays.of_heads("alibi_slopes", rows)[..., None] * distance
+    if problem.bias is not None:
+        np.copyto(s, -np.inf, where=s < LOWEST_SCORE[problem.compute_dtype])
     if keys.seen is not None:
         np.copyto(s, -np.inf, where=~keys.seen)
     if problem.mask is not None:
