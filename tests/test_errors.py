@@ -95,6 +95,8 @@ DENSE = {
     "window of arrays": ({"window": (np.array(1), 0)}, ValueError, "window", "integers"),
     "chunk is negative": ({"chunk": -1}, ValueError, "chunk"),
     "chunk is a fraction": ({"chunk": 1.5}, TypeError, "chunk"),
+    "chunk is a list": ({"chunk": [1]}, TypeError, "chunk must be an integer; got [1]"),
+    "scale is an array": ({"scale": np.array([1.0])}, TypeError, "scale must be a real number"),
     "unknown alignment": ({"alignment": "left"}, ValueError, "alignment", "top-left", "bottom-right"),
     "offset of the wrong length": ({"offset": [0, 1, 2]}, ValueError, "offset"),
     "offset of fractions": ({"offset": np.array([0.5, 1.0])}, TypeError, "offset"),

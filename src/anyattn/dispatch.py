@@ -269,7 +269,12 @@ _cache = _Cache()
 def lookup(key: Hashable, backend: str | None, build: Callable[[], Problem]) -> Ready:
     """The validated problem and its plan, found by a raw tuple of metadata; built at the first such call."""
     entries, asked = _cache.entries, (key, backend or _named.get())
-    found = entries.get(asked)
+    try:
+        found = entries.get(asked)
+    except TypeError:  # a list or an array where a number belongs: told by name
+        named(backend)
+        build()
+        raise
     if found is None:
         if len(entries) >= CACHE_SIZE:
             entries.clear()
