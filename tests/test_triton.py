@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -51,8 +50,17 @@ def test_refusals_name_what_is_accepted() -> None:
 
 def test_elsewhere_than_on_a_gpu_is_refused_with_a_reason() -> None:
     problem, _ = build(named("plain")).canonical()
-    elsewhere = replace(problem, q=replace(problem.q, device="meta"))
+    elsewhere = problem._replace(q=problem.q._replace(device="meta"))
     assert "q is on meta" in dispatch.get("triton").supports(elsewhere)[0]
+
+
+def test_gradients_that_no_tile_of_a_card_holds_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "device", lambda _: device.Device("sm_75", 40, 2**22))
+    forward, _ = build(Case("wide", seqlen_q=4, seqlen_k=4, head_dim=160)).canonical()
+    backward, _ = build(Case("wide", seqlen_q=4, seqlen_k=4, head_dim=160)).canonical(backward=True)
+    supports = dispatch.get("triton").supports
+    assert supports(forward) == []
+    assert supports(backward) == ["takes head_dim and head_dim_v up to 128 for float32 gradients on sm_75; got 160"]
 
 
 @pytest.mark.parametrize("config", [(16, 16), (32, 128), (128, 32)], ids=str)
@@ -179,5 +187,5 @@ def test_cards(arch: str, triton: str, state: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(backend, "interpreted", lambda: False)
     assert backend.seen() == [{"device": "cuda:0", "name": "A card", "arch": arch, "state": state}]
     problem, _ = build(named("plain")).canonical()
-    problem = replace(problem, q=replace(problem.q, device="cuda:0"))
+    problem = problem._replace(q=problem.q._replace(device="cuda:0"))
     assert backend.TritonBackend().supports(problem) == ([state] if state.startswith("Triton") else [])

@@ -97,7 +97,7 @@ def test_a_gpu_gets_shuffles_and_splits() -> None:
     config = tuning.forward_config(gpu, problem)
     assert config.shuffle and config.lanes > 1 and config.unroll
     assert tuning.split_keys(gpu, problem, config) < problem.seqlen_k
-    assert tuning.split_keys(gpu, replace(problem, batch_invariant=True), config) >= problem.seqlen_k
+    assert tuning.split_keys(gpu, problem._replace(batch_invariant=True), config) >= problem.seqlen_k
 
 
 def test_long_keys_stay_below_the_iterations_of_a_software_driver() -> None:

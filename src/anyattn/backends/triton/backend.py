@@ -104,7 +104,7 @@ def _too_wide(problem: Problem) -> list[str]:
     largest, width = largest_head_dim(arch, problem.dtype, backward=backward), max(problem.head_dim, problem.head_dim_v)
     if width <= largest:
         return []
-    what = "" if largest == LARGEST_HEAD_DIM else f" on {arch} with float32 gradients"
+    what = "" if largest == LARGEST_HEAD_DIM else f" for {problem.dtype} gradients on {arch}"
     return [f"takes head_dim and head_dim_v up to {largest}{what}; got {width}"]
 
 

@@ -14,7 +14,10 @@ DEVICES = ("cuda", "xpu")  # torch's; AMD's GPUs are "cuda" too
 DISTRIBUTIONS = ("triton", "pytorch-triton-rocm", "triton-rocm", "pytorch-triton-xpu", "triton-xpu", "triton-windows")
 OLDEST_SM = 70
 LARGEST_HEAD_DIM = 512
-SMALL_SHARED = {"sm_70": 256, "sm_75": 128}  # the largest with float32 gradients: tiles of four arrays have to fit
+# ... with gradients, where little memory is shared: tiles of four arrays have to fit
+LARGEST_WITH_GRADIENTS = {
+    ("sm_70", "float32"): 256, ("sm_75", "float32"): 128, ("sm_75", "float16"): 256, ("sm_75", "bfloat16"): 256,
+}  # fmt: skip
 NEWEST_FOR_GFX103 = (3, 6)
 
 
@@ -48,7 +51,7 @@ def refusal(arch: str) -> str | None:
 
 def largest_head_dim(arch: str, dtype: str, *, backward: bool) -> int:
     """The largest head_dim and head_dim_v."""
-    return SMALL_SHARED.get(arch, LARGEST_HEAD_DIM) if backward and dtype == "float32" else LARGEST_HEAD_DIM
+    return LARGEST_WITH_GRADIENTS.get((arch, dtype), LARGEST_HEAD_DIM) if backward else LARGEST_HEAD_DIM
 
 
 def cards() -> list[tuple[str, str, str]]:
