@@ -108,6 +108,7 @@ aot: venv
 	PYTHONPATH=build/triton-3.6.0 $(BIN)/python scripts/aot.py $(AOT_ARGS)
 	PYTHONPATH=build/triton-3.6.0 $(BIN)/python scripts/aot.py --all --arch gfx1030 $(AOT_ARGS)
 	PYTHONPATH=build/triton-3.6.0 $(BIN)/python scripts/hopper.py
+	PYTHONPATH=build/triton-3.6.0 $(BIN)/python -m pytest tests/test_launch.py tests/test_hopper.py
 
 bench: require-native $(VENV)/bench
 	$(BIN)/python -m anyattn bench --json build/bench.json --plot build/bench.png $(BENCH_ARGS)

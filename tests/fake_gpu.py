@@ -1,13 +1,18 @@
-"""Launching without a GPU: kernels are compiled for a card that is not here, and a driver takes them that only records.
+"""Launching without a GPU: kernels are compiled for a card that is not here, Triton's own launchers turn arguments into
+a kernel's parameters, and fake_cuda.c, in place of CUDA's driver, has these recorded.
 
 A script, as it needs a process in which Triton's interpreter is off. Prints JSON for test_launch: scenario -> findings.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import re
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +25,7 @@ import torch
 import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.driver import CudaLauncher, CudaUtils
 
 from anyattn.backends.base import Call
 from anyattn.backends.triton.backend import TritonBackend
@@ -34,32 +40,77 @@ launches: list[Found] = []
 loads: list[str] = []
 
 
-class Utils:
-    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, ...]:
-        loads.append(name)
-        return 1, 2, 0, 0, 1024  # module, function, registers, spills, most threads
+class Map(ctypes.Structure):
+    """fake_cuda.c's tensor map."""
 
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": 232448, "multiprocessor_count": 132}
+    _fields_ = (
+        ("address", ctypes.c_uint64), ("rank", ctypes.c_uint32), ("swizzle", ctypes.c_uint32),
+        ("shape", ctypes.c_uint64 * 5), ("strides", ctypes.c_uint64 * 4), ("box", ctypes.c_uint32 * 5),
+    )  # fmt: skip
 
-    def unload_module(self, *arguments: Any) -> None:
-        pass
+    def describe(self) -> Found:
+        """Outermost first, in elements of 2 bytes."""
+        shape, box = (list(numbers[: self.rank][::-1]) for numbers in (self.shape, self.box))
+        strides = [step // 2 for step in self.strides[: self.rank - 1][::-1]]
+        return {"address": self.address, "shape": shape, "strides": [*strides, 1], "box": box}
 
 
-class Launcher:
-    def __init__(self, source: Any, metadata: Any) -> None:
-        self.name, self.signature = source.fn.__name__, list(source.signature.values())
+CTYPES = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
+CALLBACK = ctypes.CFUNCTYPE(None, ctypes.POINTER(ctypes.c_uint32), ctypes.c_size_t, ctypes.POINTER(ctypes.c_void_p))
+PARAMETER = re.compile(r"\.param (?:\.align \d+ )?\.[a-z](\d+)[^,\[]*(?:\[(\d+)\])?")
+MAP_BYTES, SCRATCH_BYTES = 128, [8, 8]
+STREAM = 4  # its place in the configuration of a launch, in words of 64 bits
 
-    def __call__(self, *call: Any) -> None:
-        pairs = list(zip(_flat(self.signature), _flat(call[-len(self.signature) :]), strict=True))
-        given = [pair for pair in pairs if pair[0] != "constexpr"]
-        where = {"device": driver.device, "stream": call[3]}
-        launches.append({"kernel": self.name, "grid": call[:3], **where, "arguments": given})
+
+@CALLBACK
+def recorded(config: Any, function: int, parameters: Any) -> None:
+    """What the driver gets for a launch, held against what the kernel's machine code declares."""
+    kernel = next(kernel for kernel in compiled if kernel.function == function)
+    kinds = [kind for kind in _flat(kernel.src.signature.values()) if kind != "constexpr"]
+    entry = kernel.asm["ptx"].split(".entry ")[1].split("\n)")[0]
+    declared = [int(bits) // 8 * int(count or 1) for bits, count in PARAMETER.findall(entry)]
+    plain = [CTYPES.get(kind, ctypes.c_uint64) for kind in kinds if not kind.startswith("tensordesc")]
+    sizes = [ctypes.sizeof(kind) for kind in plain]
+    assert declared[: len(sizes)] == sizes and declared[-2:] == SCRATCH_BYTES, (sizes, declared)
+    assert len(plain) < len(kinds) or len(declared) == len(sizes) + 2
+    values = [kind.from_address(address).value for kind, address in zip(plain, parameters, strict=False)]
+    maps = [parameters[at] for at, size in enumerate(declared) if size == MAP_BYTES]
+    launches.append({
+        "kernel": kernel.src.fn.__name__, "grid": config[:3], "device": driver.device,
+        "stream": ctypes.cast(config, ctypes.POINTER(ctypes.c_uint64))[STREAM],
+        "arguments": list(zip(kinds, values, strict=False)), "maps": [Map.from_address(at).describe() for at in maps],
+    })  # fmt: skip
+
+
+def fake_cuda(folder: Path) -> None:
+    """fake_cuda.c, compiled and loaded under the name by which Triton asks for CUDA's driver."""
+    library, source = folder / "libcuda.so.1", Path(__file__).resolve().parent / "fake_cuda.c"
+    subprocess.run(["cc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", source, "-o", library], check=True)
+    os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
+    ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL).fake_cuda_on_launch(recorded)
+
+
+compiled: list[Any] = []
+_compile = triton.compile
+
+
+def _keep(*arguments: Any, **options: Any) -> Any:
+    compiled.append(_compile(*arguments, **options))
+    return compiled[-1]
 
 
 class Driver:
-    utils, launcher_cls = Utils(), Launcher
-    device, stream = 0, 77
+    """Triton's utilities and launchers, on devices and streams that the scenarios choose."""
+
+    def __init__(self, folder: Path) -> None:
+        fake_cuda(folder)
+        self.utils, self.launcher_cls = CudaUtils(), CudaLauncher
+        self.device, self.stream = 0, 77
+        self._load, self.utils.load_binary = self.utils.load_binary, self._load_binary
+
+    def _load_binary(self, name: str, *arguments: Any) -> Any:
+        loads.append(name)
+        return self._load(name, *arguments)
 
     def get_current_device(self) -> int:
         return self.device
@@ -69,6 +120,9 @@ class Driver:
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
+
+    def allocate_default_profile_scratch(self, *arguments: Any) -> None:
+        raise AssertionError("a kernel wants scratch memory")
 
 
 class Guard:
@@ -96,7 +150,9 @@ class Watch(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-driver = Driver()
+FOLDER = tempfile.TemporaryDirectory()  # until the process ends
+driver = Driver(Path(FOLDER.name))
+triton.compile = _keep
 
 
 def _flat(values: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Launching the Hopper kernels without a GPU: fake_gpu's driver, with Triton's own way from descriptors to tensor maps.
+"""Launching the Hopper kernels without a GPU, by fake_gpu's driver.
 
 A script, as it needs a process in which Triton's interpreter is off. Prints JSON for test_hopper: call -> launches.
 """
@@ -14,7 +14,6 @@ from typing import Any
 import fake_gpu
 import torch
 import triton
-from triton.backends.nvidia.driver import wrap_handle_tensordesc
 
 from anyattn import settings
 from anyattn.backends.triton import launch
@@ -24,30 +23,6 @@ from anyattn.backends.triton.plan import TritonPlan
 from anyattn.problem import Array
 
 Found = dict[str, Any]
-launches: list[Found] = []
-
-
-class Utils(fake_gpu.Utils):
-    def fill_tma_descriptor_tiled(self, address: int, swizzle: int, size: int, kind: int, *shapes: Any) -> Found:
-        box, shape, strides, _ = shapes
-        return {"address": address, "swizzle": swizzle, "box": box, "shape": list(shape), "strides": list(strides)}
-
-
-class Launcher:
-    def __init__(self, source: Any, metadata: Any) -> None:
-        self.name, self.count = source.fn.__name__, len(source.signature)
-        self.launch = wrap_handle_tensordesc(self.record, source.signature, metadata.tensordesc_meta)
-
-    def __call__(self, *call: Any) -> None:
-        self.launch(*call[: -self.count], call[-self.count :])
-
-    def record(self, *call: Any) -> None:
-        maps = [argument for argument in call[-1] if isinstance(argument, dict)]
-        launches.append({"kernel": self.name, "grid": call[:3], "maps": maps})
-
-
-class Driver(fake_gpu.Driver):
-    utils, launcher_cls = Utils(), Launcher  # type: ignore[assignment]
 
 
 def compiled(kernel: Kernel, device: int, aligned: bool) -> Any:
@@ -57,7 +32,7 @@ def compiled(kernel: Kernel, device: int, aligned: bool) -> Any:
     name = kernel.function.__name__
 
     def run(*call: Any) -> None:
-        launches.append({"kernel": name, "grid": call[:3], "maps": []})
+        fake_gpu.launches.append({"kernel": name, "grid": call[:3], "maps": []})
 
     return SimpleNamespace(run=run, function=None, packed_metadata=None)
 
@@ -71,15 +46,15 @@ def launched(hopper: str, shift: int = 0, **changes: Any) -> Found:
     plan = TritonPlan(problem)
     call = fake_gpu._call(problem, plan)
     call.q = torch.zeros(call.q.numel() + shift, dtype=torch.float16)[shift:].view(call.q.shape)
-    launches.clear()
+    fake_gpu.launches.clear()
     plan.forward(call)
     pointers = {name: getattr(call, name).data_ptr() for name in ("q", "k", "v", "out")}
-    return {"launches": list(launches), "pointers": pointers}
+    return {"launches": list(fake_gpu.launches), "pointers": pointers}
 
 
 def main() -> None:
     launch.Kernel._compile = compiled  # type: ignore[method-assign]
-    triton.runtime.driver.set_active(Driver())
+    triton.runtime.driver.set_active(fake_gpu.driver)
     card = SimpleNamespace(major=9, minor=0, multi_processor_count=132, L2_cache_size=2**25)
     torch.cuda.get_device_properties = lambda index: card  # type: ignore[assignment]
     odd = Array((2, 1000, 8, 64), (1000 * 513, 513, 64, 1), "float16", "cuda:0")
