@@ -1,5 +1,5 @@
 """Launching without a GPU: kernels are compiled for a card that is not here, Triton's own launchers turn arguments into
-a kernel's parameters, and fake_cuda.c, in place of CUDA's driver, has these recorded.
+a kernel's parameters, and fake_driver.c, in place of CUDA's or HIP's driver, has these recorded.
 
 A script, as it needs a process in which Triton's interpreter is off. Prints JSON for test_launch: scenario -> findings.
 """
@@ -7,6 +7,7 @@ A script, as it needs a process in which Triton's interpreter is off. Prints JSO
 from __future__ import annotations
 
 import ctypes
+import importlib
 import json
 import os
 import re
@@ -15,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.pop("TRITON_INTERPRET", None)
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
@@ -25,7 +26,6 @@ import torch
 import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.driver import CudaLauncher, CudaUtils
 
 from anyattn.backends.base import Call
 from anyattn.backends.triton.backend import TritonBackend
@@ -41,7 +41,7 @@ loads: list[str] = []
 
 
 class Map(ctypes.Structure):
-    """fake_cuda.c's tensor map."""
+    """fake_driver.c's tensor map."""
 
     _fields_ = (
         ("address", ctypes.c_uint64), ("rank", ctypes.c_uint32), ("swizzle", ctypes.c_uint32),
@@ -56,38 +56,68 @@ class Map(ctypes.Structure):
 
 
 CTYPES = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
-CALLBACK = ctypes.CFUNCTYPE(None, ctypes.POINTER(ctypes.c_uint32), ctypes.c_size_t, ctypes.POINTER(ctypes.c_void_p))
-PARAMETER = re.compile(r"\.param (?:\.align \d+ )?\.[a-z](\d+)[^,\[]*(?:\[(\d+)\])?")
+CALLBACK = ctypes.CFUNCTYPE(
+    None, ctypes.POINTER(ctypes.c_uint32), ctypes.c_uint64, ctypes.c_size_t, ctypes.POINTER(ctypes.c_void_p)
+)
 MAP_BYTES, SCRATCH_BYTES = 128, [8, 8]
-STREAM = 4  # its place in the configuration of a launch, in words of 64 bits
+
+
+def declared(kernel: Any) -> list[int]:
+    """Bytes of each parameter, as the machine code has them."""
+    if "ptx" in kernel.asm:
+        entry = kernel.asm["ptx"].split(".entry ")[1].split("\n)")[0]
+        found = re.findall(r"\.param (?:\.align \d+ )?\.[a-z](\d+)[^,\[]*(?:\[(\d+)\])?", entry)
+        return [int(bits) // 8 * int(count or 1) for bits, count in found]
+    arguments = kernel.asm["amdgcn"].split(".amdgpu_metadata")[1].split(".args:")[1].split(".group_segment")[0]
+    return [int(size) for size in re.findall(r"\.size: +(\d+)", arguments)]
 
 
 @CALLBACK
-def recorded(config: Any, function: int, parameters: Any) -> None:
-    """What the driver gets for a launch, held against what the kernel's machine code declares."""
+def recorded(grid: Any, stream: int, function: int, parameters: Any) -> None:
+    """What the driver gets for a launch, held against what the kernel declares."""
     kernel = next(kernel for kernel in compiled if kernel.function == function)
     kinds = [kind for kind in _flat(kernel.src.signature.values()) if kind != "constexpr"]
-    entry = kernel.asm["ptx"].split(".entry ")[1].split("\n)")[0]
-    declared = [int(bits) // 8 * int(count or 1) for bits, count in PARAMETER.findall(entry)]
     plain = [CTYPES.get(kind, ctypes.c_uint64) for kind in kinds if not kind.startswith("tensordesc")]
-    sizes = [ctypes.sizeof(kind) for kind in plain]
-    assert declared[: len(sizes)] == sizes and declared[-2:] == SCRATCH_BYTES, (sizes, declared)
-    assert len(plain) < len(kinds) or len(declared) == len(sizes) + 2
+    wanted, sizes = declared(kernel), [ctypes.sizeof(kind) for kind in plain]
+    assert wanted[: len(sizes)] == sizes and wanted[-2:] == SCRATCH_BYTES, (sizes, wanted)
+    assert len(plain) < len(kinds) or len(wanted) == len(sizes) + 2
     values = [kind.from_address(address).value for kind, address in zip(plain, parameters, strict=False)]
-    maps = [parameters[at] for at, size in enumerate(declared) if size == MAP_BYTES]
+    maps = [Map.from_address(parameters[at]).describe() for at, size in enumerate(wanted) if size == MAP_BYTES]
     launches.append({
-        "kernel": kernel.src.fn.__name__, "grid": config[:3], "device": driver.device,
-        "stream": ctypes.cast(config, ctypes.POINTER(ctypes.c_uint64))[STREAM],
-        "arguments": list(zip(kinds, values, strict=False)), "maps": [Map.from_address(at).describe() for at in maps],
+        "kernel": kernel.src.fn.__name__, "grid": grid[:3], "device": driver.device, "stream": stream,
+        "arguments": list(zip(kinds, values, strict=False)), "maps": maps,
     })  # fmt: skip
 
 
-def fake_cuda(folder: Path) -> None:
-    """fake_cuda.c, compiled and loaded under the name by which Triton asks for CUDA's driver."""
-    library, source = folder / "libcuda.so.1", Path(__file__).resolve().parent / "fake_cuda.c"
-    subprocess.run(["cc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", source, "-o", library], check=True)
-    os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
-    ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL).fake_cuda_on_launch(recorded)
+class Vendor(NamedTuple):
+    """The library that Triton looks for, the variable that says where, and a card."""
+
+    library: str
+    variable: str
+    target: GPUTarget
+    properties: SimpleNamespace
+
+
+COMMON = {"multi_processor_count": 132, "L2_cache_size": 2**25}
+VENDORS = {
+    "nvidia": Vendor(
+        "libcuda.so.1", "TRITON_LIBCUDA_PATH", GPUTarget("cuda", 90, 32), SimpleNamespace(major=9, minor=0, **COMMON)
+    ),
+    "amd": Vendor(
+        "libamdhip64.so",
+        "TRITON_LIBHIP_PATH",
+        GPUTarget("hip", "gfx942", 64),
+        SimpleNamespace(major=9, minor=4, gcnArchName="gfx942:sramecc+", **COMMON),
+    ),
+}
+
+
+def load_fake_driver(vendor: Vendor, folder: Path) -> None:
+    """fake_driver.c, compiled and loaded under the name by which Triton asks for the vendor's."""
+    library, source = folder / vendor.library, Path(__file__).resolve().parent / "fake_driver.c"
+    subprocess.run(["cc", "-shared", "-fPIC", f"-Wl,-soname,{vendor.library}", source, "-o", library], check=True)
+    os.environ[vendor.variable] = str(folder if vendor.library.endswith(".1") else library)
+    ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL).fake_on_launch(recorded)
 
 
 compiled: list[Any] = []
@@ -102,11 +132,15 @@ def _keep(*arguments: Any, **options: Any) -> Any:
 class Driver:
     """Triton's utilities and launchers, on devices and streams that the scenarios choose."""
 
-    def __init__(self, folder: Path) -> None:
-        fake_cuda(folder)
-        self.utils, self.launcher_cls = CudaUtils(), CudaLauncher
+    def __init__(self, name: str) -> None:
+        self.vendor, self.folder = VENDORS[name], tempfile.TemporaryDirectory()
+        load_fake_driver(self.vendor, Path(self.folder.name))
+        backend = importlib.import_module(f"triton.backends.{name}.driver")
+        prefix = {"nvidia": "Cuda", "amd": "HIP"}[name]
+        self.utils, self.launcher_cls = getattr(backend, f"{prefix}Utils")(), getattr(backend, f"{prefix}Launcher")
         self.device, self.stream = 0, 77
         self._load, self.utils.load_binary = self.utils.load_binary, self._load_binary
+        self.utils.get_device_properties = lambda device: {"max_shared_mem": 232448, "multiprocessor_count": 132}
 
     def _load_binary(self, name: str, *arguments: Any) -> Any:
         loads.append(name)
@@ -119,7 +153,7 @@ class Driver:
         return self.stream + 1000 * device
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+        return self.vendor.target
 
     def allocate_default_profile_scratch(self, *arguments: Any) -> None:
         raise AssertionError("a kernel wants scratch memory")
@@ -150,9 +184,7 @@ class Watch(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-FOLDER = tempfile.TemporaryDirectory()  # until the process ends
-driver = Driver(Path(FOLDER.name))
-triton.compile = _keep
+driver: Driver
 
 
 def _flat(values: Any) -> list[Any]:
@@ -261,11 +293,19 @@ def refusal() -> Found:
     return {"error": ""}
 
 
-def main() -> None:
+def start(name: str) -> None:
+    """From here on that vendor's card seems to be there, twice."""
+    global driver
+    driver = Driver(name)
+    triton.compile = _keep
     triton.runtime.driver.set_active(driver)
-    card = SimpleNamespace(major=9, minor=0, multi_processor_count=132, L2_cache_size=2**25)
-    torch.cuda.get_device_properties = lambda index: card  # type: ignore[assignment]
+    torch.cuda.get_device_properties = lambda index: driver.vendor.properties  # type: ignore[assignment]
     torch.cuda.device = Guard  # type: ignore[assignment,misc]
+    torch.version.hip = "7.0" if name == "amd" else None
+
+
+def main() -> None:
+    start(sys.argv[1])
     scenarios = (alignment, streams, training, decoding, append, precision, refusal)
     sys.stdout.write(json.dumps({scenario.__name__: scenario() for scenario in scenarios}))
 

@@ -54,9 +54,7 @@ def launched(hopper: str, shift: int = 0, **changes: Any) -> Found:
 
 def main() -> None:
     launch.Kernel._compile = compiled  # type: ignore[method-assign]
-    triton.runtime.driver.set_active(fake_gpu.driver)
-    card = SimpleNamespace(major=9, minor=0, multi_processor_count=132, L2_cache_size=2**25)
-    torch.cuda.get_device_properties = lambda index: card  # type: ignore[assignment]
+    fake_gpu.start("nvidia")
     odd = Array((2, 1000, 8, 64), (1000 * 513, 513, 64, 1), "float16", "cuda:0")
     found = {
         "off": launched("0"),

@@ -1,18 +1,28 @@
-// Stands in for libcuda.so.1, so that Triton's own launchers run on a machine without a GPU: nothing is computed, and
-// each launch is handed to a callback with the parameters as the driver would get them.
+// Stands in for the drivers of CUDA and HIP, so that Triton's own launchers run on a machine without a GPU: nothing is
+// computed, and each launch is handed to a callback with the parameters as the driver would get them.
+#define _GNU_SOURCE
+#include <dlfcn.h>
 #include <stddef.h>
 #include <stdint.h>
 
-typedef void (*Callback)(const uint32_t *config, const void *function, void **parameters);
+// grid: programs along three axes, then threads of a program
+typedef void (*Callback)(const uint32_t *grid, uint64_t stream, const void *function, void **parameters);
 static Callback callback;
 static uintptr_t functions;
 static int context;
 
-void fake_cuda_on_launch(Callback given) { callback = given; }
+void fake_on_launch(Callback given) { callback = given; }
 
 int cuLaunchKernelEx(const uint32_t *config, const void *function, void **parameters, void **extra) {
   (void)extra;
-  callback(config, function, parameters);
+  callback(config, ((const uint64_t *)config)[4], function, parameters);
+  return 0;
+}
+
+int hipModuleLaunchKernel(const void *function, uint32_t x, uint32_t y, uint32_t z, uint32_t threads, uint32_t block_y,
+                          uint32_t block_z, uint32_t shared, uint64_t stream, void **parameters, void **extra) {
+  (void)block_y, (void)block_z, (void)shared, (void)extra;
+  callback((uint32_t[]){x, y, z, threads}, stream, function, parameters);
   return 0;
 }
 
@@ -20,6 +30,16 @@ int cuModuleGetFunction(void **function, void *module, const char *name) {
   (void)module, (void)name;
   *function = (void *)++functions;
   return 0;
+}
+
+int hipModuleGetFunction(void **function, void *module, const char *name) {
+  return cuModuleGetFunction(function, module, name);
+}
+
+int hipGetProcAddress(const char *name, void **found, int version, uint64_t flags, int *status) {
+  (void)version, (void)flags, (void)status;
+  *found = dlsym(RTLD_DEFAULT, name);
+  return *found == NULL;
 }
 
 int cuDeviceGetAttribute(int *value, int attribute, int device) {
@@ -35,9 +55,17 @@ int cuDeviceGetAttribute(int *value, int attribute, int device) {
 
 int cuFuncGetAttribute(int *value, int attribute, void *function) {
   (void)function;
-  *value = attribute == 0 ? 1024 : 0;  // most threads per block
+  *value = attribute == 0 ? 1024 : 0;  // most threads of a program
   return 0;
 }
+
+int hipFuncGetAttribute(int *value, int attribute, void *function) {
+  (void)attribute, (void)function;
+  *value = 1024;  // most threads of a program, and registers, whatever their number means
+  return 0;
+}
+
+int hipDriverGetVersion(int *version) { return *version = 60000000, 0; }
 
 int cuGetErrorString(int error, const char **text) {
   (void)error;
@@ -71,7 +99,7 @@ int cuTensorMapEncodeTiled(Map *map, int type, uint32_t rank, void *address, con
   return 0;
 }
 
-// What Triton's modules are linked with and these launches do not need.
+// What Triton's modules want to be there and these launches do not need.
 #define NOT_NEEDED(name) \
   int name(void) { return 0; }
 NOT_NEEDED(cuInit)
@@ -87,4 +115,11 @@ NOT_NEEDED(cuOccupancyMaxActiveClusters)
 NOT_NEEDED(cuPointerGetAttribute)
 NOT_NEEDED(cuPointerGetAttributes)
 NOT_NEEDED(cuStreamIsCapturing)
+NOT_NEEDED(hipGetDeviceProperties)
+NOT_NEEDED(hipGetErrorString)
+NOT_NEEDED(hipGetLastError)
+NOT_NEEDED(hipModuleLaunchCooperativeKernel)
+NOT_NEEDED(hipModuleLoadDataEx)
+NOT_NEEDED(hipModuleUnload)
+NOT_NEEDED(hipPointerGetAttribute)
 NOT_NEEDED(cuTensorMapEncodeIm2col)
