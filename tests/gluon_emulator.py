@@ -417,7 +417,7 @@ def launch(
     kernel: Any, memory: dict[str, Pointer], seed: int, broken: frozenset[tuple[str, str]] = frozenset()
 ) -> None:
     """Runs every program of a launch.Kernel, whose arrays begin at these pointers."""
-    pointers = {address: memory[address.name] for address in kernel.template.addresses}
+    pointers = [memory[address.name] for address in kernel.template.addresses]
     given = [
         Descriptor(value) if hasattr(value, "block_shape") else value for value in kernel.template.values(pointers)
     ]

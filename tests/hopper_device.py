@@ -49,7 +49,7 @@ def prepare() -> list[Any]:
     from anyattn.backends.triton.hopper.plan import HopperKernel
 
     launches: list[Any] = []
-    launch, shape = HopperKernel._launch, plan.forward_shape
+    launch, shape = HopperKernel.launch, plan.forward_shape
 
     def record(kernel: HopperKernel, *given: Any) -> None:
         launches.append(kernel.grid)
@@ -58,7 +58,7 @@ def prepare() -> list[Any]:
     def whole(problem: Problem, gpu: Any) -> plan.Shape:
         return shape(problem, gpu)._replace(pack=False, splits=1)
 
-    HopperKernel._launch, plan.forward_shape = record, whole  # type: ignore[method-assign]
+    HopperKernel.launch, plan.forward_shape = record, whole  # type: ignore[method-assign]
     os.environ["ANYATTN_HOPPER"] = "1"
     settings.reload()
     return launches

@@ -266,7 +266,7 @@ def test_every_launch_on_a_device_is_of_these_kernels(monkeypatch: pytest.Monkey
     from anyattn.backends.triton.hopper.plan import HopperKernel
 
     monkeypatch.setattr(portable, "forward_shape", portable.forward_shape)  # restored at the end, as are these
-    monkeypatch.setattr(HopperKernel, "_launch", lambda *_: None)
+    monkeypatch.setattr(HopperKernel, "launch", lambda *_: None)
     monkeypatch.setenv("ANYATTN_HOPPER", "0")
     launches = hopper_device.prepare()
     try:
@@ -274,7 +274,7 @@ def test_every_launch_on_a_device_is_of_these_kernels(monkeypatch: pytest.Monkey
         problem, _ = aligned(drawn(1, 200)).canonical()
         assert portable.forward_shape(problem, Device("sm_90", 132, 2**25))[1:] == (False, 1)
         kernel = plan.forward_kernel(problem, None)
-        kernel._launch({})
+        kernel.launch(None, 0, 0)
         assert launches == [kernel.grid]
     finally:
         monkeypatch.undo()

@@ -10,6 +10,7 @@ import ctypes
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ from .device import interpreted
 
 LARGEST_STRIDE = 2**23  # times the rows of a tile, at most 128, and plus the dimensions: below 2^31
 ALIGNMENT = 16  # bytes of addresses: what the widest loads need; strides are known to be multiples of up to as much
+INTERPRETED = interpreted()  # as the kernels, which decide it when they are imported
 TYPES = {
     "float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int32": "i32", "int64": "i64", "bool": "u8",
 }  # fmt: skip
@@ -77,10 +79,20 @@ class Template:
         self.addresses = [leaf for part in self._parts for leaf in part.leaves if isinstance(leaf, Address)]
         self.names = {leaf.name for leaf in self.addresses}
         self.key = (tuple(part.signature() for part in self._parts), tuple(constants.items()), self.divisor)
+        self._values = [part.value for part in self._parts] + list(constants.values())
+        self._open: list[tuple[int, _Part, list[int]]] = []  # place of a part, and of its addresses among all
+        first = 0
+        for at, part in enumerate(self._parts):
+            if part.slots:
+                self._open.append((at, part, list(range(first, first + len(part.slots)))))
+                first += len(part.slots)
 
-    def values(self, pointers: dict[Address, Any]) -> list[Any]:
-        """What the launcher takes."""
-        return [part.fill(pointers) for part in self._parts] + list(self.constants.values())
+    def values(self, addresses: Sequence[Any]) -> list[Any]:
+        """What the launcher takes, these being what `self.addresses` asks for."""
+        values = self._values.copy()
+        for at, part, places in self._open:
+            values[at] = (addresses[places[0]], *part.rest) if part.rest else part.fill(addresses, places)
+        return values
 
     def source(self, function: Any, aligned: bool) -> ASTSource:
         """What the compiler takes."""
@@ -104,20 +116,27 @@ class Template:
 
 
 class _Part:
-    """One parameter: a leaf or a named tuple of leaves."""
+    """One parameter: a leaf or a named tuple of leaves. Kernels that run as Python want it named."""
 
     def __init__(self, argument: Any) -> None:
         self.nested = isinstance(argument, tuple) and not isinstance(argument, Number | Address)
         self.kind = type(argument) if self.nested else None
         self.leaves: tuple[Leaf, ...] = tuple(argument) if self.nested else (argument,)
+        self.slots = [at for at, leaf in enumerate(self.leaves) if isinstance(leaf, Address)]
         self._values = [leaf.value if isinstance(leaf, Number) else None for leaf in self.leaves]
-        self._slots = [(at, leaf) for at, leaf in enumerate(self.leaves) if isinstance(leaf, Address)]
+        self._make: Any = self.kind._make if self.kind and INTERPRETED else tuple
+        self.value = self._make(self._values) if self.nested else self._values[0]
+        # behind an address at the beginning, as in a View: most of what a call fills in
+        self.rest = tuple(self._values[1:]) if self.slots == [0] and self._make is tuple else ()
 
-    def fill(self, pointers: dict[Address, Any]) -> Any:
+    def fill(self, addresses: Sequence[Any], places: Sequence[int]) -> Any:
+        """The value with addresses[places] in its slots."""
+        if not self.nested:
+            return addresses[places[0]]
         values = self._values.copy()
-        for at, leaf in self._slots:
-            values[at] = pointers[leaf]
-        return self.kind._make(values) if self.kind else values[0]
+        for at, place in zip(self.slots, places, strict=True):
+            values[at] = addresses[place]
+        return self._make(values)
 
     def signature(self) -> Any:
         kinds = [_kind(leaf) for leaf in self.leaves]
@@ -136,34 +155,32 @@ class Kernel:
     def __init__(self, function: Any, template: Template, grid: tuple[int, int], options: dict[str, Any]) -> None:
         assert tuple(template.constants) == tuple(function.arg_names[len(template.arguments) :])
         self.function, self.template, self.grid, self.options = function, template, grid, options
+        self.empty = 0 in grid
+        self._where = [(leaf.name, leaf.offset) for leaf in template.addresses]
         self._compiled: dict[tuple[int, bool], Any] = {}
 
-    def run(self, call: Call) -> None:
-        if 0 in self.grid:
-            return
+    def addresses(self, call: Call) -> list[int]:
         pointer = call.adapter.pointer
-        addresses = {leaf: pointer(getattr(call, leaf.name)) + leaf.offset for leaf in self.template.addresses}
-        if interpreted():
-            self._interpret(addresses)
-        else:
-            self._launch(addresses)
+        return [pointer(getattr(call, name)) + offset for name, offset in self._where]
 
-    def _interpret(self, addresses: dict[Address, int]) -> None:
-        pointers = {leaf: _tensor(address, leaf.dtype) for leaf, address in addresses.items()}
+    def interpret(self, call: Call) -> None:
+        addresses = zip(self.addresses(call), self.template.addresses, strict=True)
+        tensors = [_tensor(address, leaf.dtype) for address, leaf in addresses]
         with np.errstate(all="ignore"):  # infinities and the wrapping integers of Philox
-            self.function[self.grid](*self.template.values(pointers))
+            self.function[self.grid](*self.template.values(tensors))
 
     def warmup(self) -> None:
         """Compiles it for the current device and arrays that are aligned."""
-        if 0 not in self.grid:
+        if not self.empty:
             self._compile(triton.runtime.driver.active.get_current_device(), True)
 
-    def _launch(self, addresses: dict[Address, int]) -> None:
-        active = triton.runtime.driver.active
-        device = active.get_current_device()
-        aligned = all(address % ALIGNMENT == 0 for address in addresses.values())
+    def launch(self, call: Call, device: int, stream: int) -> None:
+        """On the device that is current."""
+        addresses, bits = self.addresses(call), 0
+        for address in addresses:
+            bits |= address
+        aligned = bits % ALIGNMENT == 0
         kernel = self._compiled.get((device, aligned)) or self._compile(device, aligned)
-        stream = active.get_current_stream(device)
         values = self.template.values(addresses)
         kernel.run(*self.grid, 1, stream, kernel.function, kernel.packed_metadata, None, None, None, *values)
 
@@ -174,27 +191,45 @@ class Kernel:
 
 def run_all(kernels: Sequence[Kernel], call: Call, device: str) -> None:
     """In order, on the device of that torch name, whichever is current."""
-    with current(device):
-        for kernel in kernels:
-            kernel.run(call)
+    wanted = [kernel for kernel in kernels if not kernel.empty]
+    if INTERPRETED:
+        for kernel in wanted:
+            kernel.interpret(call)
+        return
+    active = triton.runtime.driver.active
+    index, number = active.get_current_device(), device_number(device)
+    if number not in (index, None):
+        with torch_device(device):
+            run_all(kernels, call, device)
+        return
+    stream = active.get_current_stream(index)
+    for kernel in wanted:
+        kernel.launch(call, index, stream)
 
 
 def warmup_all(kernels: Sequence[Kernel], device: str) -> None:
     """Compiles them for the device of that torch name."""
-    if not interpreted():
-        with current(device):
+    if not INTERPRETED:
+        with torch_device(device):
             for kernel in kernels:
                 kernel.warmup()
 
 
-def current(device: str) -> AbstractContextManager[Any]:
-    """Makes the device of that torch name the current one, where it is not."""
-    kind, _, number = device.partition(":")
-    if interpreted() or not number or int(number) == triton.runtime.driver.active.get_current_device():
+@cache
+def device_number(name: str) -> int | None:
+    """1 of "cuda:1"; None for the current one."""
+    number = name.partition(":")[2]
+    return int(number) if number else None
+
+
+def torch_device(name: str) -> AbstractContextManager[Any]:
+    """Makes the device of that torch name the current one."""
+    number = device_number(name)
+    if number is None:
         return nullcontext()
     import torch
 
-    guard: AbstractContextManager[Any] = getattr(torch, kind).device(int(number))
+    guard: AbstractContextManager[Any] = getattr(torch, name.partition(":")[0]).device(number)
     return guard
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from triton.compiler import ASTSource
@@ -149,9 +150,9 @@ class MapTemplate(Template):
         self.names |= {map_.address.name for map_ in maps}
         self.key = (*self.key, tuple(map_.signature() for map_ in maps))  # type: ignore[assignment]
 
-    def values(self, pointers: dict[Address, Any]) -> list[Any]:
-        values = super().values(pointers)
-        values[self.plain : self.plain] = [map_.at(pointers[map_.address]) for map_ in self.maps]
+    def values(self, addresses: Sequence[Any]) -> list[Any]:
+        values, mapped = super().values(addresses), addresses[-len(self.maps) :]
+        values[self.plain : self.plain] = [map_.at(address) for map_, address in zip(self.maps, mapped, strict=True)]
         return values
 
     def source(self, function: Any, aligned: bool) -> ASTSource:
@@ -176,9 +177,9 @@ class HopperKernel(Kernel):
         self._mapped = [map_.address.name for map_ in maps]
         self._portable = portable
 
-    def run(self, call: Call) -> None:
+    def launch(self, call: Call, device: int, stream: int) -> None:
         pointer = call.adapter.pointer
         if any(pointer(getattr(call, name)) % ALIGNMENT for name in self._mapped):
-            self._portable.run(call)
+            self._portable.launch(call, device, stream)
         else:
-            super().run(call)
+            super().launch(call, device, stream)
