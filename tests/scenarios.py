@@ -369,24 +369,26 @@ def interrupted() -> str:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background inherits that it is ignored
     found, interrupts = [compute()], 0
     pid = os.getpid()
-    done = threading.Event()
+    ready, done = threading.Event(), threading.Event()
 
     def press() -> None:
-        while not done.wait(0.003):
+        """Once, some time after the loop says that it is ready again."""
+        while ready.wait() and not done.wait(0.003):
+            ready.clear()
             os.kill(pid, signal.SIGINT)
 
     other = threading.Thread(target=press)
-    try:
-        other.start()
-        while interrupts < 20:
-            try:
+    other.start()
+    while interrupts < 20:
+        try:
+            ready.set()
+            while True:
                 found.append(compute())
-            except KeyboardInterrupt:
-                interrupts += 1
-    finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        done.set()
-        other.join()
+        except KeyboardInterrupt:
+            interrupts += 1
+    done.set()
+    ready.set()
+    other.join()
     return one(*found, compute())
 
 

@@ -22,7 +22,7 @@ import check_wheels  # noqa: E402
 def native() -> Path:
     if "cpu" not in dispatch.available():
         pytest.skip("the native library is not there")
-    return library.load().path
+    return Path(library.load().path)
 
 
 def test_the_library_exports_what_its_header_declares(native: Path) -> None:
