@@ -73,7 +73,12 @@ adapter = TorchAdapter()
 
 
 def rows(name: str, array: Tensor) -> Tensor:
-    """The tensor, or a copy if its last dimension is not contiguous (size 1 or a broadcast score counts as such)."""
+    """The tensor, or a copy if its last dimension is not contiguous (size 1 or a broadcast score counts as such).
+
+    A block_table is whole: kernels take its columns for the distance of its rows.
+    """
+    if name == "block_table":
+        return array.contiguous()
     last = array.stride(-1) if array.ndim else 1
     if last == 1 or array.shape[-1] == 1 or (last == 0 and name in ("bias", "mask")):
         return array
