@@ -87,7 +87,8 @@ int32_t check_field(const anyattn_call &call, const Field &field) {
     if (field.array.reserved) {
         return refuse(call, ANYATTN_UNSUPPORTED, "%s.reserved is %d; accepted: 0", field.name, field.array.reserved);
     }
-    if (reinterpret_cast<uintptr_t>(field.array.data) % static_cast<uintptr_t>(dtype_bytes(field.array.dtype))) {
+    if (!empty &&
+        reinterpret_cast<uintptr_t>(field.array.data) % static_cast<uintptr_t>(dtype_bytes(field.array.dtype))) {
         return refuse(call, ANYATTN_INVALID_VALUE,
                       "%s is at %p; accepted: a multiple of the %lld bytes of its elements", field.name,
                       field.array.data, (long long)dtype_bytes(field.array.dtype));

@@ -120,7 +120,7 @@ def append(
     for name in ("k", "v"):  # written in place: a copy would be lost
         cache = _array(LABELS[name], arrays[name])
         if prepared[name] is not cache or not cache.flags.writeable:
-            raise ValueError(f"{name}_cache must be writeable and contiguous in its last dimension")
+            raise ValueError(f"{name}_cache must be writeable, aligned and contiguous in its last dimension")
     for name in ("block_table", "cache_batch_idx"):
         prepared[name] = None if arrays[name] is None else table(name, arrays[name])
     prepared["cache_seqlens"] = lengths
@@ -174,7 +174,7 @@ def prepare(arrays: execute.Arrays, seed: int | None) -> execute.Arrays:
             raise ValueError("seed and rng_state exclude each other: rng_state is (seed, offset)")
         given["rng_state"] = np.array([_wrap(seed), 0], np.int64)
     elif given["rng_state"] is not None:
-        given["rng_state"] = np.ascontiguousarray(_array("rng_state", given["rng_state"]))
+        given["rng_state"] = _whole(_array("rng_state", given["rng_state"]))
     return tuple(given.values())
 
 
@@ -199,22 +199,35 @@ def _array(name: str, array: Any) -> NDArray:
 
 
 def _rows(name: str, given: Any) -> NDArray:
-    """The array, or a copy if its last dimension is not contiguous (of size 1 or broadcast counts as contiguous)."""
+    """The array, or a copy if its last dimension is not contiguous (of size 1 or broadcast counts as contiguous).
+
+    One whose elements are not aligned, as in a packed record or a file, is copied too.
+    """
     array = _array(name, given)
     size = array.itemsize
     last = array.strides[-1] if array.ndim else size
     broadcast = name in ("bias", "mask") and last == 0
-    if (last == size or array.shape[-1:] == (1,) or broadcast) and all(stride % size == 0 for stride in array.strides):
+    if (
+        (last == size or array.shape[-1:] == (1,) or broadcast)
+        and array.flags.aligned
+        and all(stride % size == 0 for stride in array.strides)
+    ):
         return array
-    logger.debug("%s is copied: its last dimension is not contiguous", name)
-    return np.ascontiguousarray(array)
+    logger.debug("%s is copied: its last dimension is not contiguous, or its elements are not aligned", name)
+    return _whole(array)
+
+
+def _whole(array: NDArray) -> NDArray:
+    """Contiguous and aligned: itself, or a copy."""
+    found = np.ascontiguousarray(array)
+    return found if found.flags.aligned else found.copy()
 
 
 def _floats(name: str, array: Any, dtype: np.dtype[Any]) -> NDArray:
     array = _array(name, array)
     if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
         raise TypeError(f"{name} must be floating point; got {array.dtype.name}")
-    return np.ascontiguousarray(array).astype(np.float64 if dtype == np.float64 else np.float32, copy=False)
+    return _whole(array).astype(np.float64 if dtype == np.float64 else np.float32, copy=False)
 
 
 def table(name: str, given: Any) -> npt.NDArray[np.int32]:
@@ -224,7 +237,7 @@ def table(name: str, given: Any) -> npt.NDArray[np.int32]:
         raise TypeError(f"{name} must hold integers; got {array.dtype.name}")
     if array.size and (array.min() < -(2**31) or array.max() >= 2**31):
         raise ValueError(f"{name} must fit in int32; got {array.min()} to {array.max()}")
-    return np.ascontiguousarray(array, np.int32)
+    return _whole(array.astype(np.int32, copy=False))
 
 
 def _index(name: str, value: Any) -> int:
