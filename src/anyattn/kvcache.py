@@ -76,6 +76,7 @@ def make_append(arrays: Mapping[str, Array | None], *, interleaved: bool, by_row
             raise ValueError(f"{label} is None: appending needs k, v and cache_seqlens (an int or one per sequence)")
     append = Append(**given, interleaved=interleaved, by_row=by_row)  # type: ignore[arg-type]
     _check_shapes(append)
+    _check_memory(append)
     _check_rotary(append)
     return append
 
@@ -104,6 +105,18 @@ def _check_shapes(append: Append) -> None:
         raise ValueError(f"k_cache must have q's batch {append.batch} as its first dimension; got {cache.shape}")
     if append.cache_seqlens.shape != (append.batch,) or append.cache_seqlens.dtype != "int32":
         raise ValueError(f"cache_seqlens must be an int or int32 ({append.batch},); got {append.cache_seqlens.shape}")
+
+
+def _check_memory(append: Append) -> None:
+    for name, cache in (("k_cache", append.k), ("v_cache", append.v)):
+        axes = [
+            axis for axis, (n, step) in enumerate(zip(cache.shape, cache.strides, strict=True)) if n > 1 and not step
+        ]
+        if axes and 0 not in cache.shape:
+            raise ValueError(
+                f"{name} is expanded along axis {axes[0]}, so that new entries would overwrite each other; got strides "
+                f"{cache.strides} for {cache.shape}"
+            )
 
 
 def _check_rotary(append: Append) -> None:
