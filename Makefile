@@ -165,13 +165,16 @@ sanitize-%: $(VENV)/requirements
 	$(BIN)/cmake --build build/$*
 	$(BIN)/ctest --test-dir build/$* --parallel 2 --output-on-failure --no-tests=error
 
-# The Python boundary against the library of sanitize-address; GCC's runtime has to be there before Python is.
+# The Python boundary against the library of sanitize-address, and random problems whose arrays are laid out at random;
+# GCC's runtime has to be there before Python is.
 ASAN = $(shell $(CXX) -print-file-name=libasan.so)
+SANITIZED = LD_PRELOAD=$(ASAN) ASAN_OPTIONS=detect_leaks=0 ANYATTN_LIBRARY=$(abspath build/address/libanyattn.so) \
+	ANYATTN_REQUIRE=cpu $(BIN)/python
 sanitize-python: require-native sanitize-address
 	$(if $(findstring /,$(ASAN)),,$(error $(CXX) has no libasan.so: this target needs GCC))
-	LD_PRELOAD=$(ASAN) ASAN_OPTIONS=detect_leaks=0 ANYATTN_LIBRARY=$(abspath build/address/libanyattn.so) ANYATTN_REQUIRE=cpu \
-		$(BIN)/python -m pytest tests/test_errors.py tests/test_kvcache.py tests/test_properties.py tests/test_boundary.py \
-		-k "cpu or boundary" $(PYTEST_ARGS)
+	$(SANITIZED) -m pytest tests/test_errors.py tests/test_kvcache.py tests/test_properties.py tests/test_boundary.py \
+		tests/test_torch_layouts.py -k "cpu or boundary" $(PYTEST_ARGS)
+	$(SANITIZED) tests/soak.py --problems 150
 
 clean:
 	rm -rf $(VENV) build dist

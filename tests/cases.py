@@ -182,6 +182,13 @@ NAMED = [
     Case("negative_strides", layout="reversed", causal=True),
     Case("expanded", layout="expanded", batch=3, nheads_kv=3),
     Case("sliced_every_second_row", layout="slices", batch=2),
+    Case("any_layout", layout="any", dlse=True),
+    Case("any_layout_f16", layout="any", dtype="float16", group=2, causal=True, seed=1),
+    Case("any_layout_bf16_paged", layout="any", dtype="bfloat16", lengths="paged", page_size=7, seed=2),
+    Case("any_layout_varlen", layout="any", lengths="varlen", batch=4, alibi="bh", sink=True, dlse=True, seed=3),
+    Case("any_layout_scores", layout="any", bias="full", mask="h1", lengths="both", dropout_p=0.2, dlse=True, seed=4),
+    Case("any_layout_decode", layout="any", seqlen_q=1, seqlen_k=200, group=4, bias="expanded", mask="row", seed=5),
+    Case("any_layout_f64", layout="any", dtype="float64", alibi="h", bias="column", head_dim=9, head_dim_v=1, seed=6),
     # Broadcast bias and mask.
     Case("bias_of_rank_two", bias="rank2", dlse=True),
     Case("bias_of_rank_one", bias="rank1", group=4),

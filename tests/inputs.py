@@ -9,6 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from cases import Case
+from layouts import scattered
 from oracle import Span, visible
 
 from anyattn import arguments, problem
@@ -33,7 +34,8 @@ BROADCASTS = {
     "rank3": lambda b, h, q, k: (h, q, k),
     "expanded": lambda b, h, q, k: (1, h, 1, k),
 }
-LAYOUTS = ("bshd", "bhsd", "packed", "last", "reversed", "expanded", "slices")
+# "any": every array, tables and statistics too, is laid out at random
+LAYOUTS = ("bshd", "bhsd", "packed", "last", "reversed", "expanded", "slices", "any")
 
 
 @dataclass
@@ -77,6 +79,13 @@ class Inputs:
         """Everything in memory around and in the inputs, to see that a call writes none of it."""
         return [buffer.tobytes() for buffer in self.buffers]
 
+    def saved(self, out: np.ndarray, lse: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What the backward is given: the results, or copies that are laid out like the inputs."""
+        if self.case.layout != "any":
+            return out, lse
+        rng = np.random.default_rng(self.case.seed)
+        return scattered(out, rng)[0], scattered(lse, rng)[0]
+
     def canonical(self, *, backward: bool = False) -> tuple[problem.Problem, dict[str, Any]]:
         """The validated problem and its prepared arrays by name."""
         arrays, options, seed, _ = arguments.explicit(**self.arguments)
@@ -109,6 +118,7 @@ class _Builder:
         self.buffers: list[np.ndarray] = []
         self.packed = "varlen" in case.lengths
         self.paged = case.lengths.startswith("paged")
+        self.other = "any" if case.layout == "any" else "bshd"  # of what is no q, k or v
         self.page_size = case.page_size or int(self.rng.choice([1, 3, 16, 50]))
 
     def build(self) -> Inputs:
@@ -125,12 +135,12 @@ class _Builder:
         if case.alibi:
             shape = (self.nheads,) if case.alibi == "h" else (case.batch, self.nheads)
             low, high = (2.0, 4.0) if case.content == "steep" else (0.01, 0.5)
-            given["alibi_slopes"] = self.rng.uniform(low, high, shape).astype(self.compute)
+            given["alibi_slopes"] = self._aside(self.rng.uniform(low, high, shape).astype(self.compute))
         if case.sink:
             raised = {"big_sink": 40.0, "no_sink": -np.inf}.get(case.content, 0.0)
-            given["sink"] = (self.rng.standard_normal(self.nheads) + raised).astype(self.compute)
+            given["sink"] = self._aside((self.rng.standard_normal(self.nheads) + raised).astype(self.compute))
         if case.dropout_p:
-            given["rng_state"] = self.rng.integers(-(2**62), 2**62, 2)
+            given["rng_state"] = self._aside(self.rng.integers(-(2**62), 2**62, 2))
         dout, dlse = self._gradients()
         rows = case.seqlen_q if not self.packed else q.shape[0]
         return Inputs(case, given, self.spans, rows, self.slots, dout, dlse, self.buffers)
@@ -192,7 +202,13 @@ class _Builder:
     def _table(self, table: np.ndarray) -> Any:
         """As callers bring them: int32, int64, or a list."""
         kind = self.case.seed % 3
-        return table.tolist() if kind == 2 and table.size else table.astype(np.int64 if kind else np.int32)
+        if kind == 2 and table.size and self.case.layout != "any":
+            return table.tolist()
+        return self._aside(table.astype(np.int64 if kind else np.int32))
+
+    def _aside(self, array: np.ndarray) -> np.ndarray:
+        """An array that most layouts leave alone."""
+        return self.embed(array, "any") if self.case.layout == "any" else array
 
     def _draw_offset(self, aligned: np.ndarray) -> np.ndarray:
         case, rng = self.case, self.rng
@@ -289,14 +305,26 @@ class _Builder:
                 return whole[..., :n, :], whole[..., n : n + n_kv, :], whole[..., n + n_kv :, :]
             pair = self.embed(np.concatenate([k, v], axis=-1).astype(self.dtype), "bshd")
             return self.embed(q.astype(self.dtype), "bshd"), pair[..., : k.shape[-1]], pair[..., k.shape[-1] :]
+        if self.case.layout == "any":
+            return self._any(q), self._any(k), self._any(v)
         if self.case.layout == "expanded":
             k, v = (np.broadcast_to(self.embed(x[..., :1, :].astype(self.dtype), "bshd"), x.shape) for x in (k, v))
             return self.embed(q.astype(self.dtype), "bshd"), k, v
         q, k, v = (self.embed(x.astype(self.dtype), self.case.layout) for x in (q, k, v))
         return q, k, v
 
+    def _any(self, x: np.ndarray) -> np.ndarray:
+        """Laid out at random; sometimes all heads are one."""
+        if self.rng.random() < 0.2:
+            return np.broadcast_to(self.embed(x[..., :1, :].astype(self.dtype), "any"), x.shape)
+        return self.embed(x.astype(self.dtype), "any")
+
     def embed(self, values: np.ndarray, layout: str) -> np.ndarray:
         """A view with these values inside a larger buffer of NaN (True for booleans)."""
+        if layout == "any":
+            view, buffer = scattered(values, self.rng)
+            self.buffers.append(buffer)
+            return view
         order = list(range(values.ndim))
         if layout == "bhsd" and values.ndim >= 3:
             order[-3], order[-2] = order[-2], order[-3]
@@ -335,7 +363,7 @@ class _Builder:
         axes = tuple(axis for axis in range(4) if full[axis] == 1)
         needed = np.broadcast_to(self._seen().any(axis=axes, keepdims=True), full).reshape(shape)
         values = np.where(needed, values, stale)
-        placed = self.embed(values.astype(NUMPY_DTYPES[case.bias_dtype or case.dtype]), "bshd")
+        placed = self.embed(values.astype(NUMPY_DTYPES[case.bias_dtype or case.dtype]), self.other)
         return np.broadcast_to(placed, sizes) if case.bias == "expanded" else placed
 
     def _mask(self) -> np.ndarray:
@@ -345,7 +373,7 @@ class _Builder:
         if case.content == "mask_lines":
             values[..., 3:6, :] = False
             values[..., 10:40] = False
-        placed = self.embed(values, "bshd")
+        placed = self.embed(values, self.other)
         return np.broadcast_to(placed, sizes) if case.mask == "expanded" else placed
 
     def _gradients(self) -> tuple[np.ndarray, np.ndarray | None]:
@@ -358,7 +386,6 @@ class _Builder:
             dout[span.rows] = self.rng.standard_normal(dout[span.rows].shape)
             where = (slice(None), span.rows) if self.packed else (span.rows[0], slice(None), span.rows[1])
             dlse[where] = self.rng.standard_normal(dlse[where].shape)
-        layout = case.layout if case.layout in ("bhsd", "reversed", "last") else "bshd"
-        return self.embed(dout.astype(self.dtype), layout), self.embed(
-            dlse.astype(self.compute), "bshd"
-        ) if case.dlse else None
+        layout = case.layout if case.layout in ("bhsd", "reversed", "last") else self.other
+        placed = self._any(dout) if layout == "any" else self.embed(dout.astype(self.dtype), layout)
+        return placed, self.embed(dlse.astype(self.compute), self.other) if case.dlse else None

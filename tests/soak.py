@@ -1,9 +1,11 @@
 """Random problems for as long as you like: every feature, sizes to 4,096, instruction sets in turn, both directions.
 
 Each problem follows from its seed alone. It is checked against float64 within the budget of accuracy.py, must give the
-same bits on one thread and on two, may write nothing but its results, and memory must not grow.
+same bits on one thread and on two, may write nothing but its results, and memory must not grow. Every fourth problem
+appends to a KV cache and attends to it. Half of all have every array laid out at random.
 
     python tests/soak.py --seconds 3600           (make soak SECONDS=3600)
+    python tests/soak.py --problems 150           so many of them
     python tests/soak.py --only 1234              one problem, on every instruction set
 """
 
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
+import math
 import multiprocessing
 import os
 import random
@@ -23,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from caches import Setup
+from caches import problems_of as cache_problems_of
 from cases import DTYPES, Case
 from conftest import Memory
 from engines import Engine, cpu_targets
@@ -73,10 +78,39 @@ def draw(seed: int) -> Case:
         sink=rng.random() < 0.5,
         dropout_p=rng.choice((0.0, 0.0, 0.1, 0.8)),
         scale=rng.choice((None, None, 0.0, rng.uniform(-1, 1))),
-        layout=rng.choice(LAYOUTS),
+        layout=rng.choice(("any", rng.choice(LAYOUTS))),
         dlse=rng.random() < 0.5,
         content=rng.choice(CONTENTS),
         page_size=rng.choice((0, 1, 16, rng.randint(1, 300))),
+        seed=rng.getrandbits(32),
+    )
+
+
+def draw_cache(seed: int) -> Setup:
+    """Any call of the KV cache that is allowed, with bounded work."""
+    rng = random.Random(seed)
+    batch, kv, group = rng.choice((0, 1, 2, 5)), rng.choice((1, 2, 3)), rng.choice((1, 2, 4))
+    slots, width = int(2 ** rng.uniform(0, 10)), rng.choice((rng.randint(2, 40), 64, 80, 128))
+    paged, rotary = rng.random() < 0.4, rng.random() < 0.6
+    return Setup(
+        dtype=rng.choice(DTYPES),
+        batch=batch,
+        slots=slots,
+        new=rng.randint(0, min(slots, rng.choice((1, 8, 60)))),
+        rows=rng.choice((0, 1, 1, 4, rng.randint(1, 70))),
+        nheads_kv=kv,
+        group=group,
+        head_dim=width,
+        head_dim_v=rng.choice((width, rng.randint(1, 70))),
+        page_size=rng.choice((1, 16, rng.randint(1, 300))) if paged else 0,
+        entries=not paged and rng.random() < 0.5,
+        rotary_dim=2 * rng.randint(1, width // 2) if rotary else 0,
+        interleaved=rng.random() < 0.5,
+        causal=rng.random() < 0.5,
+        window=rng.choice((None, None, (side(rng), side(rng)))),
+        leftpad=rng.random() < 0.3,
+        rows_used=rng.random() < 0.3,
+        scattered=rng.random() < 0.8,
         seed=rng.getrandbits(32),
     )
 
@@ -118,8 +152,30 @@ def side(rng: random.Random) -> int | None:
     return rng.choice((None, 0, rng.randint(0, 100), rng.randint(0, LONGEST)))
 
 
-def problems_of(case: Case, target: str, memory: Memory) -> list[str]:
+def drawn(seed: int) -> Case | Setup:
+    """The problem of a seed."""
+    return draw_cache(seed) if seed % 4 == 3 else draw(seed)
+
+
+def problems_of(case: Case | Setup, target: str, memory: Memory) -> list[str]:
     """[] or a line for everything that is wrong."""
+    wrong = _attention(case, target) if isinstance(case, Case) else _cache(case, target)
+    try:
+        memory.check()
+    except AssertionError as error:
+        wrong.append(str(error))
+    return wrong
+
+
+def _cache(setup: Setup, target: str) -> list[str]:
+    wrong = []
+    for threads in (1, 2):
+        Engine("cpu", target).use(threads)
+        wrong += [f"{threads} threads: {line}" for line in cache_problems_of(setup, "cpu")]
+    return wrong
+
+
+def _attention(case: Case, target: str) -> list[str]:
     inputs = build(case)
     inputs.arguments["batch_invariant"] = case.seed % 5 == 0
     before = inputs.bytes()
@@ -143,10 +199,6 @@ def problems_of(case: Case, target: str, memory: Memory) -> list[str]:
         wrong += [f"{direction}: {name} differs on two threads" for name in different(inputs, direction, target, got)]
     if inputs.bytes() != before:
         wrong.append("an input, or memory around it, was written")
-    try:
-        memory.check()
-    except AssertionError as error:
-        wrong.append(str(error))
     return wrong
 
 
@@ -201,6 +253,7 @@ class Run:
 
     first: int
     seconds: float
+    problems: float
     current: Synchronized[int]
     memory: Memory = field(default_factory=Memory)
     failed: int = 0
@@ -209,7 +262,7 @@ class Run:
     def loop(self) -> None:
         targets, start, told = cpu_targets(), time.monotonic(), 0.0
         count = 0
-        while (now := time.monotonic() - start) < self.seconds:
+        while (now := time.monotonic() - start) < self.seconds and count < self.problems:
             seed = self.first + count
             self.current.value = seed
             self.one(seed, targets[count % len(targets)])
@@ -222,7 +275,7 @@ class Run:
         self.judge(count)
 
     def one(self, seed: int, target: str) -> None:
-        case = draw(seed)
+        case = drawn(seed)
         try:
             wrong = problems_of(case, target, self.memory)
         except Exception as error:
@@ -251,30 +304,34 @@ def say(*lines: str) -> None:
     sys.stdout.flush()
 
 
-def work(first: int, seconds: float, current: Synchronized[int]) -> None:
-    guarded(Run(first, seconds, current)).loop()
+def work(first: int, seconds: float, problems: float, current: Synchronized[int]) -> None:
+    guarded(Run(first, seconds, problems, current)).loop()
 
 
 def only(seed: int) -> int:
-    state = guarded(Run(seed, 0, multiprocessing.Value("q", seed)))
+    state = guarded(Run(seed, 0, 1, multiprocessing.Value("q", seed)))
     for target in cpu_targets():
         state.one(seed, target)
-    say(f"{draw(seed)!r}: {state.failed} of {len(cpu_targets())} instruction sets failed")
+    say(f"{drawn(seed)!r}: {state.failed} of {len(cpu_targets())} instruction sets failed")
     return 1 if state.failed else 0
 
 
 def main() -> int:
     """In a process of its own, so that a crash has a seed too."""
     parser = argparse.ArgumentParser(description="random problems against float64")
-    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seconds", type=float)
+    parser.add_argument("--problems", type=int, help="stop after so many; without --seconds, however long they take")
     parser.add_argument("--seed", type=int, default=0, help="of the first problem")
     parser.add_argument("--only", type=int, metavar="SEED", help="this problem alone")
     arguments = parser.parse_args()
     if arguments.only is not None:
         return only(arguments.only)
+    seconds, problems = arguments.seconds, arguments.problems or math.inf
+    if seconds is None:
+        seconds = math.inf if arguments.problems else 60
     context = multiprocessing.get_context("spawn")
     current = context.Value("q", arguments.seed)
-    process = context.Process(target=work, args=(arguments.seed, arguments.seconds, current))
+    process = context.Process(target=work, args=(arguments.seed, seconds, problems, current))
     process.start()
     process.join()
     if process.exitcode not in (0, 1):

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_kvcache import Setup
+from caches import Setup
 
 import anyattn
 from anyattn import dispatch, frameworks

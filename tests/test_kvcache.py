@@ -2,92 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from caches import Setup, problems_of
 from cases import DTYPES, Case
 from engines import Engine
-from inputs import NUMPY_DTYPES, build
+from inputs import build
 
 import anyattn
 from anyattn import accuracy
 
 INTERPRETED = True
-
-
-@dataclass(frozen=True)
-class Setup:
-    """One call with an append; every array of it is drawn from the seed."""
-
-    dtype: str = "float32"
-    batch: int = 3
-    slots: int = 40
-    new: int = 5
-    rows: int = 5
-    nheads_kv: int = 2
-    group: int = 2
-    head_dim: int = 24
-    head_dim_v: int = 16
-    page_size: int = 0  # 0: dense
-    entries: bool = False  # cache_batch_idx
-    rotary_dim: int = 0
-    interleaved: bool = True
-    causal: bool = True
-    seed: int = 0
-
-    def draw(self) -> dict[str, Any]:
-        """Arguments of attention_with_kvcache."""
-        rng = np.random.default_rng(self.seed)
-
-        def normal(*shape: int) -> np.ndarray:
-            return rng.standard_normal(shape).astype(NUMPY_DTYPES[self.dtype])
-
-        lengths = rng.integers(0, self.slots - self.new + 1, self.batch)
-        given: dict[str, Any] = {"q": normal(self.batch, self.rows, self.nheads_kv * self.group, self.head_dim)}
-        lead = (self.batch + 2 * self.entries, self.slots)
-        if self.page_size:
-            columns = -(-self.slots // self.page_size)
-            lead = (self.batch * columns + 2, self.page_size)
-            order = rng.permutation(lead[0])[: self.batch * columns]
-            given["block_table"] = order.reshape(self.batch, columns).astype(np.int32)
-        given["k_cache"] = normal(*lead, self.nheads_kv, self.head_dim)
-        given["v_cache"] = normal(*lead, self.nheads_kv, self.head_dim_v)
-        given["k"] = normal(self.batch, self.new, self.nheads_kv, self.head_dim)
-        given["v"] = normal(self.batch, self.new, self.nheads_kv, self.head_dim_v)
-        given["cache_seqlens"] = lengths.astype(np.int32)
-        if self.entries:
-            given["cache_batch_idx"] = rng.permutation(lead[0])[: self.batch].astype(np.int32)
-        if self.rotary_dim:
-            angles = rng.uniform(-7, 7, (self.slots + self.rows, self.rotary_dim // 2))
-            kind = np.float64 if self.dtype == "float64" else np.float32
-            given["rotary_cos"], given["rotary_sin"] = np.cos(angles).astype(kind), np.sin(angles).astype(kind)
-            given["rotary_interleaved"] = self.interleaved
-        return given | {"causal": self.causal}
-
-
-def place(given: dict[str, Any], b: int, slot: int) -> tuple[int, int]:
-    """Where a logical slot of a sequence lies in the cache."""
-    if "block_table" in given:
-        size = given["k_cache"].shape[1]
-        return int(given["block_table"][b, slot // size]), slot % size
-    return int(given["cache_batch_idx"][b]) if "cache_batch_idx" in given else b, slot
-
-
-def rotate(x: np.ndarray, position: int, given: dict[str, Any]) -> np.ndarray:
-    """Each pair turned by its angle, as complex numbers, in float64. x: (nheads, head_dim)."""
-    if "rotary_cos" not in given:
-        return x.astype(np.float64)
-    cos, sin = given["rotary_cos"][position].astype(np.float64), given["rotary_sin"][position].astype(np.float64)
-    half = len(cos)
-    pairs = (slice(0, half), slice(half, 2 * half))
-    if given["rotary_interleaved"]:
-        pairs = (slice(0, 2 * half, 2), slice(1, 2 * half, 2))
-    out = x.astype(np.float64)
-    turned = (out[:, pairs[0]] + 1j * out[:, pairs[1]]) * (cos + 1j * sin)
-    out[:, pairs[0]], out[:, pairs[1]] = turned.real, turned.imag
-    return out
 
 
 SETUPS = [
@@ -105,55 +33,20 @@ SETUPS = [
     Setup(new=1, rows=1, group=8),
     Setup(batch=0),
     Setup(rows=9, new=2, rotary_dim=24),
+    Setup(leftpad=True, window=(7, None), rows_used=True),
+    Setup(causal=False, window=(9, 4), rotary_dim=24),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("setup", SETUPS, ids=str)
-def test_append_writes_exactly_the_new_slots(setup: Setup, engine: Engine) -> None:
-    given = setup.draw()
-    old_k, old_v = given["k_cache"].copy(), given["v_cache"].copy()
-    anyattn.attention_with_kvcache(**given, backend=engine.backend)
-    tolerance = accuracy.EPS[setup.dtype] / 2 + 2 * accuracy.EPS["float64" if setup.dtype == "float64" else "float32"]
-    for b in range(setup.batch):
-        for t in range(setup.new):
-            slot = int(given["cache_seqlens"][b]) + t
-            where = place(given, b, slot)
-            want = rotate(given["k"][b, t], slot, given)
-            got = given["k_cache"][where].astype(np.float64)
-            rotated = setup.rotary_dim
-            assert (np.abs(got - want) <= tolerance * np.abs(want).max() * (rotated > 0)).all()
-            assert np.array_equal(got[:, rotated:], want[:, rotated:])
-            assert np.array_equal(given["v_cache"][where], given["v"][b, t])
-            old_k[where], old_v[where] = given["k_cache"][where], given["v_cache"][where]
-    assert np.array_equal(given["k_cache"], old_k) and np.array_equal(given["v_cache"], old_v), (
-        "another slot was written"
-    )
+def test_append_and_attention(setup: Setup, engine: Engine) -> None:
+    assert not problems_of(setup, engine.backend)
 
 
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("setup", SETUPS, ids=str)
-def test_attention_over_what_was_appended(setup: Setup, engine: Engine) -> None:
-    """The same as rotating q, gathering every sequence's keys and attending to each sequence alone."""
-    given = setup.draw()
-    out, lse = anyattn.attention_with_kvcache(**given, return_lse=True, backend=engine.backend)
-    for b in range(setup.batch):
-        length = int(given["cache_seqlens"][b])
-        places = [place(given, b, slot) for slot in range(length + setup.new)]
-        k = np.array([given["k_cache"][where] for where in places]).reshape(1, -1, setup.nheads_kv, setup.head_dim)
-        v = np.array([given["v_cache"][where] for where in places]).reshape(1, -1, setup.nheads_kv, setup.head_dim_v)
-        rows = [rotate(given["q"][b, i], length + (i if setup.causal else 0), given) for i in range(setup.rows)]
-        q = np.array(rows)[None].astype(given["q"].dtype)
-        want = _budgets(q, k.astype(q.dtype), v.astype(q.dtype), setup.causal)
-        # A rotated q may round the other way: one unit in the last place of q is one more eps on every score.
-        extra = accuracy.EPS[setup.dtype] * (setup.rotary_dim > 0)
-        for name, got in (("out", out), ("lse", lse)):
-            limit = want[name].budget + extra * want["lse"].magnitude.max(initial=0.0)
-            assert want[name].error(got[b : b + 1]) <= limit, name
-
-
-def _budgets(q: np.ndarray, k: np.ndarray, v: np.ndarray, causal: bool) -> dict[str, accuracy.Expected]:
-    inputs = build(Case("gathered", batch=1, seqlen_q=1, seqlen_k=1, nheads_kv=1, head_dim=1, head_dim_v=1))
-    inputs.arguments = {"q": q, "k": k, "v": v, "causal": causal}
-    return accuracy.expected_forward(*inputs.canonical())
+def test_arrays_laid_out_at_random(setup: Setup, seed: int, engine: Engine) -> None:
+    assert not problems_of(replace(setup, scattered=True, seed=setup.seed + 100 * seed), engine.backend)
 
 
 @pytest.mark.parametrize("page_size", [0, 5])
@@ -214,6 +107,17 @@ def test_without_new_keys_nothing_is_written(engine: Engine) -> None:
     want = anyattn.attention(given["q"], given["k_cache"], given["v_cache"], seqused_k=lengths, **flags)
     assert np.array_equal(out, want)
     assert np.array_equal(given["k_cache"], before[0]) and np.array_equal(given["v_cache"], before[1])
+
+
+@pytest.mark.parametrize("name", ["k_cache", "v_cache"])
+def test_expanded_cache_is_refused(name: str, engine: Engine) -> None:
+    """Its sequences share memory, so that each would overwrite the others' keys."""
+    given = {x: torch.from_numpy(y) if isinstance(y, np.ndarray) else y for x, y in Setup().draw().items()}
+    given[name] = given[name][:1].expand(3, -1, -1, -1)
+    before = {x: given[x].clone() for x in ("k_cache", "v_cache")}
+    with pytest.raises(ValueError, match=f"{name} is expanded along axis 0"):
+        anyattn.attention_with_kvcache(**given, backend=engine.backend)
+    assert all(torch.equal(given[x], y) for x, y in before.items())
 
 
 def test_num_splits_changes_nothing(engine: Engine) -> None:

@@ -68,7 +68,7 @@ def run(inputs: Inputs, direction: str, engine: Engine) -> dict[str, np.ndarray 
         assert out.dtype == given["q"].dtype and lse.dtype == inputs.compute_dtype
         assert out.flags.c_contiguous and lse.flags.c_contiguous
         return {"out": out, "lse": lse}
-    out, lse = anyattn.attention_forward(**given, backend=engine.backend)
+    out, lse = inputs.saved(*anyattn.attention_forward(**given, backend=engine.backend))
     grads = anyattn.attention_backward(inputs.dout, out=out, lse=lse, dlse=inputs.dlse, **given, backend=engine.backend)
     got = grads._asdict()
     for name in ("q", "k", "v", "bias", "sink"):

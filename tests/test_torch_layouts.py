@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from engines import Engine
 from layouts import around, scattered
 from torch import Tensor
 
@@ -144,9 +145,9 @@ def values(name: str, index: int) -> np.ndarray:
     return np.random.default_rng(index).standard_normal(shape).astype(np.float32)
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("name", CALLS)
-def test_views_are_what_their_values_are(name: str, seed: int) -> None:
+def test_views_are_what_their_values_are(name: str, seed: int, engine: Engine) -> None:
     function, names = CALLS[name]
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     plain = [values(x, index) for index, x in enumerate(names.split())]
@@ -155,8 +156,9 @@ def test_views_are_what_their_values_are(name: str, seed: int) -> None:
         for n, x in zip(names.split(), plain, strict=True)
     ]
     beside = [around(*x) for x in placed]
-    want = function(*[torch.from_numpy(x) for x in plain])
-    got = function(*[torch.from_numpy(x) for x, _ in placed])
+    with anyattn.backend(engine.backend):
+        want = function(*[torch.from_numpy(x) for x in plain])
+        got = function(*[torch.from_numpy(x) for x, _ in placed])
     torch.testing.assert_close(got, want, rtol=1e-5, atol=2e-6)
     for n, (view, buffer), old, x in zip(names.split(), placed, beside, plain, strict=True):
         assert around(view, buffer) == old, f"memory around {n} was written"
