@@ -17,16 +17,17 @@ ARRAYS = ("q", "k", "v", "bias", "mask", "alibi_slopes", "sink", "rng_state")
 
 
 def to_device(array: np.ndarray, device: str) -> torch.Tensor:
-    """With all the memory that the view lies in; negative strides, which torch has not, become a copy."""
-    if any(stride < 0 for stride in array.strides):
-        array = np.ascontiguousarray(array)
+    """With all the memory that the view lies in; what torch has not (negative strides, any address) becomes a copy."""
+    if any(stride < 0 for stride in array.strides) or not array.flags.aligned:
+        array = np.array(array, order="C")
     owner = array
     while isinstance(owner.base, np.ndarray):
         owner = owner.base
     start = array.__array_interface__["data"][0] - owner.__array_interface__["data"][0]
-    flat = _tensor(np.ascontiguousarray(owner).reshape(-1)) if owner.flags.c_contiguous else None
-    if flat is None:
+    if not owner.flags.c_contiguous:
         return _tensor(np.ascontiguousarray(array)).to(device)
+    elements = owner.nbytes // array.itemsize
+    flat = _tensor(owner.reshape(-1).view(np.uint8)[: elements * array.itemsize].view(array.dtype))
     steps = [stride // array.itemsize for stride in array.strides]
     return flat.to(device).as_strided(array.shape, steps, start // array.itemsize)
 
