@@ -15,6 +15,7 @@ from torch import Tensor
 
 import anyattn
 from anyattn.compat import flash_attn, flash_attn_3
+from anyattn.frameworks.torch import aten
 
 CACHES = ("k_cache", "v_cache")
 SHAPES = {
@@ -177,3 +178,10 @@ def test_vmap_shares_a_block_table(batch: int) -> None:
         return anyattn.attention_with_kvcache(q, given["pages_k"], given["pages_v"], **options)
 
     torch.testing.assert_close(torch.vmap(call)(q), torch.stack([call(x) for x in q]))
+
+
+def test_result_is_not_laid_out_like_a_query_of_another_size() -> None:
+    """torch's operators want one head_dim; a value of head_dim 1 was repeated to query's."""
+    query, value = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 1)
+    with pytest.raises(ValueError, match="one head_dim"):
+        aten.forward(query, query, value)
