@@ -55,7 +55,7 @@ def test_elsewhere_than_on_a_gpu_is_refused_with_a_reason() -> None:
 
 
 def test_gradients_that_no_tile_of_a_card_holds_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "device", lambda _: device.Device("sm_75", 40, 2**22))
+    monkeypatch.setattr(backend, "cards", lambda: [("cpu", "Abacus 9000", "sm_75")])
     forward, _ = build(Case("wide", seqlen_q=4, seqlen_k=4, head_dim=160)).canonical()
     backward, _ = build(Case("wide", seqlen_q=4, seqlen_k=4, head_dim=160)).canonical(backward=True)
     supports = dispatch.get("triton").supports

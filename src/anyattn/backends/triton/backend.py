@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ...kvcache import Append
 from ...problem import Problem
 from ..base import Call
-from .device import DEVICES, LARGEST_HEAD_DIM, cards, device, installed, interpreted, largest_head_dim, refusal
+from .device import DEVICES, LARGEST_HEAD_DIM, cards, installed, interpreted, largest_head_dim, refusal
 
 if TYPE_CHECKING:
     from .plan import TritonPlan
@@ -100,7 +100,8 @@ def _misplaced(where: str) -> list[str]:
 
 
 def _too_wide(problem: Problem) -> list[str]:
-    arch, backward = device(problem.device).arch, problem.dout is not None
+    arch = next((arch for name, _, arch in cards() if name == problem.device), "")
+    backward = problem.dout is not None
     largest, width = largest_head_dim(arch, problem.dtype, backward=backward), max(problem.head_dim, problem.head_dim_v)
     if width <= largest:
         return []
