@@ -101,7 +101,7 @@ def append(
     q, lengths = _tensor("q", arrays["q"]), arrays["cache_seqlens"]
     if lengths is not None:
         batch = q.shape[0] if q.ndim else 0
-        if isinstance(lengths, int | np.integer):
+        if isinstance(lengths, (int, np.integer)):
             lengths = per_sequence("cache_seqlens", lengths, batch, q.device)
         lengths = table("cache_seqlens", lengths)
     if arrays["new_k"] is None:
@@ -203,7 +203,7 @@ def _floats(name: str, array: Any, dtype: torch.dtype) -> Tensor:
 
 def _tables(q: Tensor, tables: Arrays) -> Arrays:
     given = dict(zip(TABLES, tables, strict=True))
-    if isinstance(given["offset"], int | np.integer):
+    if isinstance(given["offset"], (int, np.integer)):
         cu_seqlens_q = given["cu_seqlens_q"]
         batch = q.shape[0] if cu_seqlens_q is None else _tensor("cu_seqlens_q", cu_seqlens_q).shape[0] - 1
         given["offset"] = per_sequence("offset", given["offset"], batch, q.device)

@@ -128,6 +128,10 @@ def frequencies(dim: int, base: float, device: torch.device | str | None = None)
     return 1.0 / base ** (torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
 
 
+# torch 2.6 does not say; there every trace makes its own tables.
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+
+
 class Tables:
     """(cos, sin) of the angles p * base ** (-2 i / dim), float32, kept between calls and grown on demand."""
 
@@ -137,7 +141,7 @@ class Tables:
 
     def get(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Two tables of at least `length` positions."""
-        if torch.compiler.is_exporting():  # what is kept would bind the program to its length
+        if _is_exporting():  # what is kept would bind the program to its length
             return self._make(length, device)
         if self.cos.shape[0] < length or self.cos.device != device:
             with torch.inference_mode(False):  # the next call may be one of training
