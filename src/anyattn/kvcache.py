@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from .errors import CacheOverflow
@@ -26,7 +27,8 @@ ARRAYS = (
 LABELS = {"k": "k_cache", "v": "v_cache", "new_k": "k", "new_v": "v"}  # the caller's names
 
 
-class Append(NamedTuple):
+@dataclass(frozen=True)  # no tuple: torch 2.6 compiles none with properties
+class Append:
     """Metadata of one append: new keys are rotated and written behind `cache_seqlens`.
 
     `by_row`: q row i is rotated at cache_seqlens + i (causal or windowed), else every row at cache_seqlens.

@@ -36,7 +36,7 @@ def attention(
         if arrays[1] is not None and arrays[2] is not None:
             metadata = fastpath.metadata(arrays)  # all the preparation that the commonest call needs
     if metadata is None:
-        arrays = prepare(execute.full(arrays), seed, draw=bool(options.dropout_p))
+        arrays = prepare(execute.full(arrays), seed, draw=options.dropout_p != 0)
         metadata = fastpath.metadata(arrays)
     return autograd.attention(arrays, metadata, options, return_lse, backend or "", want_lse=want_lse or return_lse)
 
