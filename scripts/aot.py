@@ -34,8 +34,8 @@ from anyattn.backends.triton.launch import Kernel
 from anyattn.backends.triton.plan import forward_kernels
 from anyattn.backends.triton.plan_backward import backward_kernels
 from anyattn.backends.triton.tuning import has_tf32
-from anyattn.kvcache import Append, make_append
-from anyattn.problem import Array, Options, Problem, make_problem
+from anyattn.definition.kvcache import Append, make_append
+from anyattn.definition.problem import Array, Options, Problem, make_problem
 
 TABLE = Path(__file__).resolve().parent.parent / "tests" / "aot.json"
 NVIDIA = ("sm_70", "sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")

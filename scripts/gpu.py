@@ -25,6 +25,7 @@ import gpu_times
 import torch
 
 import anyattn
+from anyattn.runtime.dispatch import get
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 sys.path.insert(0, str(TESTS))
@@ -39,7 +40,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, required=True, help="a file that is there already keeps its other parts")
     parser.add_argument("--part", choices=PARTS, action="append", help="default: all of them")
     arguments = parser.parse_args()
-    reason = anyattn.dispatch.get("triton").available()
+    reason = get("triton").available()
     if reason or not torch.cuda.is_available():
         sys.stderr.write(f"no GPU: {reason or 'torch reaches none through CUDA or ROCm'}\n")
         return 2
@@ -108,7 +109,7 @@ def claims(device: str) -> Found:
 def hopper(device: str) -> Found:
     """The kernels for Hopper, which are off elsewhere: in a process that is ended if they do not end."""
     from anyattn.backends.triton.device import device as card
-    from anyattn.backends.triton.hopper import ARCH
+    from anyattn.backends.triton.sm90 import ARCH
 
     if card(device).arch != ARCH:
         return {"summary": f"not for {card(device).arch}"}

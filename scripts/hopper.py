@@ -32,8 +32,8 @@ from aot import SHARED, describe
 from machine_code import resources, sass
 from triton.backends.compiler import GPUTarget
 
-from anyattn.backends.triton.hopper import ARCH, plan
-from anyattn.backends.triton.hopper.forward import GROUP_REGISTERS, GROUPS, PRODUCER_REGISTERS, ROWS
+from anyattn.backends.triton.sm90 import ARCH, plan
+from anyattn.backends.triton.sm90.forward import GROUP_REGISTERS, GROUPS, PRODUCER_REGISTERS, ROWS
 
 MASKS: dict[str, dict[str, Any]] = {"full": {}, "causal": {"right": 0}}
 NAMES = {

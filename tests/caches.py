@@ -11,7 +11,7 @@ from inputs import NUMPY_DTYPES, build
 from layouts import around, scattered
 
 import anyattn
-from anyattn import accuracy
+from anyattn.definition import accuracy
 
 Buffers = dict[str, np.ndarray]
 

@@ -11,7 +11,7 @@ from cases import Case
 from inputs import build
 
 import anyattn
-from anyattn import accuracy
+from anyattn.definition import accuracy
 
 ARRAYS = ("q", "k", "v", "bias", "mask", "alibi_slopes", "sink", "rng_state")
 

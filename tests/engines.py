@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from cases import INTERPRETED_ENTRIES, Case, small
 
-from anyattn import dispatch, settings
 from anyattn.backends.triton.device import interpreted
-from anyattn.problem import Problem
+from anyattn.config import settings
+from anyattn.definition.problem import Problem
+from anyattn.runtime import dispatch
 
 WIDEST = {"triton": 512, "vulkan": 256}  # head_dim of the backends for GPUs
 

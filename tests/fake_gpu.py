@@ -30,10 +30,10 @@ from triton.backends.compiler import GPUTarget
 from anyattn.backends.base import Call
 from anyattn.backends.triton.backend import TritonBackend
 from anyattn.backends.triton.plan import TritonPlan
-from anyattn.errors import CompilationError
+from anyattn.definition.errors import CompilationError
+from anyattn.definition.kvcache import ARRAYS
+from anyattn.definition.problem import INPUTS, SAVED, Problem
 from anyattn.frameworks.torch.adapter import adapter
-from anyattn.kvcache import ARRAYS
-from anyattn.problem import INPUTS, SAVED, Problem
 
 Found = dict[str, Any]
 launches: list[Found] = []

@@ -15,12 +15,12 @@ import fake_gpu
 import torch
 import triton
 
-from anyattn import settings
 from anyattn.backends.triton import launch
-from anyattn.backends.triton.hopper.plan import HopperKernel
 from anyattn.backends.triton.launch import Kernel
 from anyattn.backends.triton.plan import TritonPlan
-from anyattn.problem import Array
+from anyattn.backends.triton.sm90.plan import HopperKernel
+from anyattn.config import settings
+from anyattn.definition.problem import Array
 
 Found = dict[str, Any]
 

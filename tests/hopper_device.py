@@ -19,8 +19,9 @@ from device import to_device, to_numpy
 from hopper_inputs import aligned, drawn
 
 import anyattn
-from anyattn import accuracy, settings
-from anyattn.problem import Problem
+from anyattn.config import settings
+from anyattn.definition import accuracy
+from anyattn.definition.problem import Problem
 
 LONGEST = 700
 
@@ -46,7 +47,7 @@ def main() -> int:
 def prepare() -> list[Any]:
     """Hopper's kernels for small problems too, which others would share out better; fills with what they launch."""
     from anyattn.backends.triton import plan
-    from anyattn.backends.triton.hopper.plan import HopperKernel
+    from anyattn.backends.triton.sm90.plan import HopperKernel
 
     launches: list[Any] = []
     launch, shape = HopperKernel.launch, plan.forward_shape

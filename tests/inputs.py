@@ -12,7 +12,7 @@ from cases import Case
 from layouts import scattered
 from oracle import Span, visible
 
-from anyattn import arguments, problem
+from anyattn.definition import arguments, problem
 from anyattn.frameworks import numpy as numpy_arrays
 
 NUMPY_DTYPES = {

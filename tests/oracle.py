@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from anyattn import philox
+from anyattn.definition import philox
 
 if TYPE_CHECKING:
     from cases import Case

@@ -26,8 +26,9 @@ from cases import Case
 from inputs import Inputs, build
 
 import anyattn
-from anyattn import accuracy, settings
 from anyattn.backends.cpu import library
+from anyattn.config import settings
+from anyattn.definition import accuracy
 
 HANG_SECONDS = 600
 CASE = Case("threads", seqlen_q=200, seqlen_k=180, group=2, head_dim=32, causal=True, sink=True, dlse=True)

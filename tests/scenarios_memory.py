@@ -14,7 +14,7 @@ import numpy as np
 from scenarios import busy_torch, compute, main, one, to_torch
 
 import anyattn
-from anyattn import settings
+from anyattn.config import settings
 
 
 def no_memory_numpy() -> str:

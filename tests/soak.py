@@ -35,7 +35,7 @@ from inputs import BROADCASTS, LAYOUTS, Inputs, build
 from test_matrix import bits, refused, run
 from test_properties import CONTENTS, LENGTHS
 
-from anyattn import accuracy, reference
+from anyattn.definition import accuracy, reference
 from anyattn.frameworks.numpy import NumpyAdapter
 
 LONGEST = 4096

@@ -11,7 +11,7 @@ from engines import Engine
 from inputs import NUMPY_DTYPES, build
 
 import anyattn
-from anyattn import accuracy, reference
+from anyattn.definition import accuracy, reference
 
 SEEDS = range(10)
 

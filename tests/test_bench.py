@@ -17,12 +17,13 @@ import pytest
 import torch
 
 import anyattn
-from anyattn import cli, settings
+from anyattn import cli
 from anyattn.bench import gate, goals, markdown, memory, overhead, plots, precision, providers, report, run, suites
 from anyattn.bench.cases import Case, from_json
 from anyattn.bench.inputs import Inputs
 from anyattn.bench.providers import Prepared, Refused
 from anyattn.bench.timing import measure
+from anyattn.config import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMITTED = ROOT / "benchmarks" / "results" / "cpu.json"

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 
 import anyattn
-from anyattn import api, dispatch, machine, settings
+from anyattn import api
 from anyattn.cli import demo, main, matrix
+from anyattn.config import machine, settings
+from anyattn.runtime import dispatch
 
 
 def fresh(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:

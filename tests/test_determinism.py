@@ -11,7 +11,7 @@ from engines import Engine
 from inputs import Inputs, build
 
 import anyattn
-from anyattn import settings
+from anyattn.config import settings
 
 BIG = Case("several_tiles", batch=2, seqlen_q=300, seqlen_k=411, group=2, causal=True, sink=True, dlse=True)
 CASES = [

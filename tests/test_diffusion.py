@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import anyattn.compat.diffusers
 from anyattn.compat import comfyui, xformers
-from anyattn.frameworks import execute
+from anyattn.runtime import execute
 
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-11}
 BATCH, ROWS, KEYS, NHEADS, HEAD_DIM = 2, 5, 9, 4, 8

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 import anyattn
-from anyattn import dispatch, settings
 from anyattn.backends.base import Backend
-from anyattn.errors import CompilationError
-from anyattn.problem import Problem
+from anyattn.config import settings
+from anyattn.definition.errors import CompilationError
+from anyattn.definition.problem import Problem
+from anyattn.runtime import dispatch
 
 X = np.ones((1, 4, 2, 8), np.float32)
 

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from anyattn.dtypes import narrow, raw, widen
+from anyattn.definition.dtypes import narrow, raw, widen
 
 EVERY = np.arange(2**16, dtype=np.uint16)
 

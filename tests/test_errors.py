@@ -11,8 +11,8 @@ import pytest
 from caches import Setup
 
 import anyattn
-from anyattn import dispatch, frameworks
-from anyattn.errors import CacheOverflow
+from anyattn.definition.errors import CacheOverflow
+from anyattn.runtime import dispatch
 
 BATCH, ROWS, KEYS, HEADS, HEADS_KV, DIM = 2, 5, 7, 4, 2, 8
 
@@ -325,5 +325,4 @@ def test_errors_come_before_any_backend_is_asked(monkeypatch: pytest.MonkeyPatch
         raise AssertionError("a plan was looked for")
 
     monkeypatch.setattr(dispatch, "choose", fail)
-    monkeypatch.setattr(frameworks.execute.dispatch, "choose", fail)
     refuses(anyattn.attention, dense(scale=float("inf")), ValueError, "scale")

@@ -12,9 +12,9 @@ import pytest
 from engines import Engine
 
 import anyattn
-from anyattn import dispatch
 from anyattn.cli import explain, features
-from anyattn.problem import INPUTS, SAVED, Array, Problem
+from anyattn.definition.problem import INPUTS, SAVED, Array, Problem
+from anyattn.runtime import dispatch
 
 INTERPRETED = True  # the table is about engines that are interpreted too
 

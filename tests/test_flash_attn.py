@@ -11,7 +11,6 @@ from test_torch_gradients import plain
 from torch import Tensor
 
 import anyattn
-from anyattn import philox
 from anyattn.compat.flash_attn import (
     flash_attn_func,
     flash_attn_kvpacked_func,
@@ -21,6 +20,7 @@ from anyattn.compat.flash_attn import (
 from anyattn.compat.flash_attn import flash_attn_interface as interface
 from anyattn.compat.flash_attn_3 import flash_attn_func as flash_attn_func_3
 from anyattn.compat.flash_attn_4 import flash_attn_func as flash_attn_func_4
+from anyattn.definition import philox
 
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-11}
 CU_Q, CU_K = (torch.tensor(x, dtype=torch.int32) for x in ([0, 3, 10], [0, 6, 14]))

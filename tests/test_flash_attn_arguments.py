@@ -17,8 +17,8 @@ from torch import Tensor
 from anyattn.compat.flash_attn import flash_attn_interface as two
 from anyattn.compat.flash_attn_3 import flash_attn_interface as three
 from anyattn.compat.flash_attn_4 import interface as four
+from anyattn.definition.problem import Options
 from anyattn.frameworks.torch import functional
-from anyattn.problem import Options
 
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-11}
 STATE = torch.tensor([1234, 0])  # what plain() takes as seed 1234

@@ -18,8 +18,8 @@ from engines import skip_module_without
 from hopper_inputs import aligned, drawn
 from inputs import Inputs
 
-from anyattn import accuracy
 from anyattn.backends.triton.device import Device, interpreted
+from anyattn.definition import accuracy
 
 pytest.importorskip("triton.backends.nvidia", reason="Triton is not for this platform")
 skip_module_without("triton")
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(not interpreted(), reason="on a GPU scripts/gpu.
 
 from gluon_emulator import Pointer, WrongProgramError, launch  # noqa: E402
 
-from anyattn.backends.triton.hopper import plan  # noqa: E402
+from anyattn.backends.triton.sm90 import plan  # noqa: E402
 
 CASE = Case(
     "hopper", batch=1, seqlen_q=200, seqlen_k=500, nheads_kv=1, head_dim=64, head_dim_v=64, dtype="float16", causal=True
@@ -231,19 +231,19 @@ def test_unaligned_strides_and_batch_invariance_are_refused() -> None:
 
 
 def test_a_triton_without_gluon(monkeypatch: pytest.MonkeyPatch) -> None:
-    from anyattn import settings
-    from anyattn.backends.triton import hopper
+    from anyattn.backends.triton import sm90
+    from anyattn.config import settings
 
     monkeypatch.setenv("ANYATTN_HOPPER", "1")
     settings.reload()
-    monkeypatch.delitem(sys.modules, "anyattn.backends.triton.hopper.dialect")
-    monkeypatch.delattr(hopper, "dialect")
+    monkeypatch.delitem(sys.modules, "anyattn.backends.triton.sm90.dialect")
+    monkeypatch.delattr(sm90, "dialect")
     monkeypatch.setitem(sys.modules, "triton.experimental", None)
-    missing = hopper.missing()
+    missing = sm90.missing()
     monkeypatch.undo()
     settings.reload()
     assert missing is not None and missing.startswith("off, as this Triton has no Gluon that they know")
-    assert hopper.missing() == "off, as no GPU has run them yet (ANYATTN_HOPPER=1 turns them on)"
+    assert sm90.missing() == "off, as no GPU has run them yet (ANYATTN_HOPPER=1 turns them on)"
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -261,9 +261,9 @@ def test_every_launch_on_a_device_is_of_these_kernels(monkeypatch: pytest.Monkey
     """Whatever would be shared out among more programs elsewhere."""
     import hopper_device
 
-    from anyattn import settings
     from anyattn.backends.triton import plan as portable
-    from anyattn.backends.triton.hopper.plan import HopperKernel
+    from anyattn.backends.triton.sm90.plan import HopperKernel
+    from anyattn.config import settings
 
     monkeypatch.setattr(portable, "forward_shape", portable.forward_shape)  # restored at the end, as are these
     monkeypatch.setattr(HopperKernel, "launch", lambda *_: None)

@@ -15,35 +15,24 @@ import anyattn
 
 ROOT = Path(anyattn.__file__).parent
 # Each part of the package, and the parts it may import; "lazy" ones only inside a function.
-DEFINITION = {"problem", "mask", "philox", "errors", "dtypes", "sequences", "kvcache", "reference"}
 ALLOWED = {
-    "mask": set(),
-    "philox": set(),
-    "errors": set(),
-    "dtypes": set(),
-    "settings": set(),
-    "machine": set(),
-    "tuned": {"settings"},
-    "problem": {"mask", "philox", "dtypes"},
-    "sequences": {"problem", "errors"},
-    "kvcache": {"problem", "sequences", "errors"},
-    "reference": DEFINITION,
-    "accuracy": DEFINITION,
-    "backends": DEFINITION | {"settings", "tuned"},
-    "dispatch": {"errors", "problem", "settings", "kvcache", "backends"},
-    "frameworks": DEFINITION | {"settings", "dispatch", "backends"},
-    "arguments": {"problem", "mask"},
-    "native": {"backends"},
-    "planning": {"api", "arguments", "dispatch"},
+    "definition": set(),
+    "config": set(),
+    "settings": {"config"},
+    "backends": {"definition", "config"},
+    "runtime": {"definition", "config", "backends"},
+    "frameworks": {"definition", "config", "backends", "runtime"},
+    "c_library": {"backends"},
     "vulkan": {"backends"},
-    "api": {"arguments", "dispatch", "errors", "problem", "mask", "frameworks"},
-    "heads_first": {"arguments", "frameworks"},
+    "introspection": {"api", "definition", "runtime"},
+    "api": {"definition", "frameworks"},
+    "sdpa": {"definition", "frameworks"},
 }
 LAZY = {
-    *[("dispatch", f"backends.{name}") for name in ("cpu", "triton", "vulkan", "numpy")],
+    *[("runtime", f"backends.{name}") for name in ("cpu", "triton", "vulkan", "numpy")],
     ("api", "frameworks."),
-    ("heads_first", "frameworks"),
-    ("native", "backends.cpu"),
+    ("sdpa", "frameworks"),
+    ("c_library", "backends.cpu"),
 }
 # May import any part; nothing below imports them.
 TOP = {"__init__", "__main__", "cli", "bench", "compat", "nn"}
@@ -161,11 +150,11 @@ def test_asking_vulkan_about_a_small_problem_imports_no_driver() -> None:
     """Every automatic call asks whether it avoids the problem; that needs neither a device nor anything slow."""
     result = fresh(
         "import sys, numpy; before = set(sys.modules)\n"
-        "from anyattn import dispatch, problem\n"
+        "from anyattn.definition import problem; from anyattn.runtime import dispatch\n"
         "x = problem.Array((1, 4, 2, 8), (64, 16, 8, 1), 'float32')\n"
         "small = problem.make_problem({'q': x, 'k': x, 'v': x}, problem.Options())\n"
         "assert dispatch.get('vulkan').avoids(small)\n"
-        "slow = {'dataclasses', 'json', 'pathlib', 'anyattn.reference'} & (set(sys.modules) - before)\n"
+        "slow = {'dataclasses', 'json', 'pathlib', 'anyattn.definition.reference'} & (set(sys.modules) - before)\n"
         "assert not slow, slow\n"
         "vulkan = {name for name in sys.modules if name.startswith('anyattn.backends.vulkan.')}\n"
         "assert vulkan == {'anyattn.backends.vulkan.backend', 'anyattn.backends.vulkan.crossover'}, vulkan\n"
@@ -197,7 +186,7 @@ def test_a_broken_library_is_a_reason_and_not_a_crash(tmp_path: Path) -> None:
     code = (
         f"import os; os.environ['ANYATTN_LIBRARY'] = {str(broken)!r}\n"
         "import warnings, numpy as np, anyattn\n"
-        "from anyattn import dispatch\n"
+        "from anyattn.runtime import dispatch\n"
         "x = np.ones((1, 4, 2, 8), np.float32)\n"
         "with warnings.catch_warnings(record=True) as caught:\n"
         "    warnings.simplefilter('always')\n"

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from oracle import Span, visible
 
 from anyattn import Mask
+from anyattn.definition.problem import Options, make_problem
 from anyattn.frameworks.numpy import adapter
-from anyattn.problem import Options, make_problem
 
 SIDES = st.one_of(st.none(), st.integers(0, 12))
 LENGTHS = {"n_q": st.integers(0, 12), "n_k": st.integers(0, 14), "leftpad": st.integers(0, 5)}

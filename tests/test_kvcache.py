@@ -13,7 +13,7 @@ from engines import Engine
 from inputs import build
 
 import anyattn
-from anyattn import accuracy
+from anyattn.definition import accuracy
 
 INTERPRETED = True
 

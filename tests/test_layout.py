@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import anyattn
-from anyattn import dispatch
 from anyattn.backends.cpu import layout, library
+from anyattn.runtime import dispatch
 
 HEADERS = [
     Path(__file__).parents[1] / "native/include/anyattn.h",

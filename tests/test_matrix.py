@@ -15,7 +15,8 @@ from engines import Engine
 from inputs import Inputs, build
 
 import anyattn
-from anyattn import accuracy, dispatch
+from anyattn.definition import accuracy
+from anyattn.runtime import dispatch
 
 INTERPRETED = True
 

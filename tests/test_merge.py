@@ -11,7 +11,7 @@ from engines import Engine
 from inputs import build
 
 import anyattn
-from anyattn import accuracy
+from anyattn.definition import accuracy
 
 
 def parts(case: Case, splits: list[int], engine: Engine) -> list[tuple[np.ndarray, np.ndarray]]:

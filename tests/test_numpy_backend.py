@@ -13,8 +13,9 @@ from cases import NAMED, Case, named, small
 from inputs import Inputs, build
 
 import anyattn
-from anyattn import accuracy, dispatch
 from anyattn.backends.numpy import tiles
+from anyattn.definition import accuracy, problem
+from anyattn.runtime import dispatch
 
 MB = 2**20
 MANY_TILES = [case for case in small(NAMED, 60_000) if case.seqlen_q > 7 and case.seqlen_k > 7]
@@ -83,7 +84,7 @@ def test_bias_gradient_is_not_held_twice() -> None:
 
 def test_keys_between_rows_intervals() -> None:
     """Negative bounds with chunks leave keys that no row sees in the middle of a tile; NaN there changes nothing."""
-    options = anyattn.problem.Options(left=-3, right=5, chunk=8, alignment="top-left")
+    options = problem.Options(left=-3, right=5, chunk=8, alignment="top-left")
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal((1, 40, 2, 8), np.float32) for _ in range(3))
     hidden = np.arange(40) % 8 < 3

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from anyattn.compat import onnx as adapter
-from anyattn.dtypes import widen
+from anyattn.definition.dtypes import widen
 
 OUTPUTS = ("Y", "present_key", "present_value")
 SCORES = {  # these ask for the matrix of scores, a fourth output

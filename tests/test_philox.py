@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from anyattn import philox
+from anyattn.definition import philox
 
 # philox4x32 of Random123's kat_vectors: rounds, counter, key, result.
 KNOWN_ANSWERS = """

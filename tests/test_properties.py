@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from inputs import BROADCASTS, LAYOUTS, build
 from test_matrix import refused, run
 
-from anyattn import accuracy
+from anyattn.definition import accuracy
 
 CONTENTS = ("normal", "normal", "normal", "huge", "equal_keys", "rising", "falling", "all_negative", "empty_sequences")
 LENGTHS = ("full", "full", "seqused", "leftpad", "both", "varlen", "varlen_seqused", "paged", "paged_varlen")

@@ -10,7 +10,7 @@ from cases import ALL, Case, named
 from inputs import Inputs, build
 from oracle import attention
 
-from anyattn import reference
+from anyattn.definition import reference
 
 torch = pytest.importorskip("torch")
 

@@ -16,8 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import anyattn
 import anyattn.compat.torch
-from anyattn.frameworks import execute
 from anyattn.frameworks.torch.aten import Override
+from anyattn.runtime import execute
 
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-11}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

@@ -12,8 +12,9 @@ import pytest
 from engines import engines
 
 import anyattn
-from anyattn import dispatch, settings
 from anyattn.cli import main
+from anyattn.config import settings
+from anyattn.runtime import dispatch
 
 X = np.ones((1, 4, 2, 8), np.float32)
 Set = Callable[..., None]

@@ -12,7 +12,7 @@ from inputs import build
 from test_matrix import refused, run
 
 import anyattn
-from anyattn import accuracy
+from anyattn.definition import accuracy
 
 LONG = Case("long", batch=1, seqlen_q=1, seqlen_k=1300, nheads_kv=3, group=4, head_dim=64, head_dim_v=64, causal=True)
 FEATURES = [

@@ -159,7 +159,7 @@ def test_a_changed_input_is_noticed() -> None:
 
 
 def test_backward_uses_the_backend_of_the_forward(monkeypatch: pytest.MonkeyPatch) -> None:
-    from anyattn.frameworks import execute
+    from anyattn.runtime import execute
 
     seen = []
     original = execute.backward

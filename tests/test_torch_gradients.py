@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import anyattn
-from anyattn import philox
+from anyattn.definition import philox
 
 BATCH, ROWS, KEYS, NHEADS, NHEADS_KV, HEAD_DIM, HEAD_DIM_V = 2, 7, 9, 4, 2, 8, 6
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-11}

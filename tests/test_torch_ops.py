@@ -16,8 +16,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from torch.utils.flop_counter import FlopCounterMode
 
 import anyattn
+from anyattn.definition.problem import INPUTS, Options
 from anyattn.frameworks.torch import autograd, fastpath, ops
-from anyattn.problem import INPUTS, Options
 
 GRAPHS = "aot_eager"  # traces like Inductor, without its compiler
 ATTENTION = "anyattn.forward.default"

@@ -13,11 +13,11 @@ from engines import skip_module_without
 from inputs import build
 
 import anyattn
-from anyattn import accuracy, dispatch
 from anyattn.backends.triton import backend, device, tuning
 from anyattn.backends.triton.device import INTERPRETER, interpreted
-from anyattn.frameworks import execute
+from anyattn.definition import accuracy
 from anyattn.frameworks.torch.adapter import adapter
+from anyattn.runtime import dispatch, execute
 
 skip_module_without("triton")
 pytestmark = pytest.mark.skipif(not interpreted(), reason="on a GPU tests/device runs instead")

@@ -20,7 +20,6 @@ from engines import Engine, engines
 from inputs import build
 
 import anyattn
-from anyattn import dispatch, settings
 from anyattn.backends.vulkan import api, crossover, engine, selftest
 from anyattn.backends.vulkan import device as devices
 from anyattn.backends.vulkan.crossover import CAUTIOUS, NEVER, Crossover
@@ -30,7 +29,9 @@ from anyattn.bench import crossover as measuring
 from anyattn.bench.crossover import Point
 from anyattn.bench.timing import Timing
 from anyattn.cli import main
-from anyattn.problem import Array, Options, Problem, make_problem
+from anyattn.config import settings
+from anyattn.definition.problem import Array, Options, Problem, make_problem
+from anyattn.runtime import dispatch
 
 GPU = DeviceInfo(
     index=0,

@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 from engines import Engine, engines
 
-from anyattn import settings
 from anyattn.backends.triton import device as devices
 from anyattn.backends.triton import measured, tuning
 from anyattn.backends.triton.measured import CHOICES, PHASES, Tiles
 from anyattn.bench import tiles
 from anyattn.bench.tiles import Workload
 from anyattn.cli import main
-from anyattn.errors import CompilationError
+from anyattn.config import settings
+from anyattn.definition.errors import CompilationError
 
 ARCH = "sm_90"
 BEST = (64, 32, 8, 3, 2)

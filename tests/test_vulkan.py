@@ -18,11 +18,13 @@ from inputs import build
 from test_matrix import run
 
 import anyattn
-from anyattn import accuracy, dispatch, settings
 from anyattn.backends.vulkan import api, forward, tuning
 from anyattn.backends.vulkan import device as devices
 from anyattn.backends.vulkan.engine import Job
 from anyattn.backends.vulkan.engine import current_engine as engine
+from anyattn.config import settings
+from anyattn.definition import accuracy
+from anyattn.runtime import dispatch
 
 ROOT = Path(__file__).resolve().parent.parent
 VULKAN = Engine("vulkan")
@@ -271,7 +273,7 @@ def test_validation_layer() -> None:
 def test_a_forked_child_is_told_why() -> None:
     code = (
         "import os, numpy as np, anyattn\n"
-        "from anyattn import dispatch\n"
+        "from anyattn.runtime import dispatch\n"
         "x = np.ones((1, 4, 1, 8), np.float32)\n"
         "anyattn.attention(x, x, x, backend='vulkan')\n"
         "child = os.fork()\n"

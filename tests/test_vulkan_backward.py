@@ -15,11 +15,12 @@ from test_vulkan import ROOT, VULKAN, fresh
 from test_vulkan import pytestmark as needs_vulkan
 
 import anyattn
-from anyattn import accuracy, dispatch
 from anyattn.backends.vulkan import device as devices
 from anyattn.backends.vulkan import tuning
 from anyattn.backends.vulkan.backward import BackwardPlan
 from anyattn.backends.vulkan.engine import current_engine
+from anyattn.definition import accuracy
+from anyattn.runtime import dispatch
 
 pytestmark = needs_vulkan
 

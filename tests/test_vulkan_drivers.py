@@ -62,7 +62,7 @@ def path_of_halves(driver: str) -> str:
     """How a plan for float16 computes: matrices are left out where their own test fails."""
     code = (
         "import sys; sys.path.insert(0, 'tests')\n"
-        "from cases import named; from inputs import build; from anyattn import dispatch\n"
+        "from cases import named; from inputs import build; from anyattn.runtime import dispatch\n"
         "problem, _ = build(named('huge_scores_f16')).canonical()\n"
         "print(dispatch.get('vulkan').plan(problem).path)"
     )

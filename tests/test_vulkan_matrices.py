@@ -18,10 +18,10 @@ from test_vulkan import VULKAN, check
 from test_vulkan_backward import gradients
 
 import anyattn
-from anyattn import dispatch
 from anyattn.backends.vulkan import device as devices
 from anyattn.backends.vulkan import tuning
 from anyattn.backends.vulkan.device import MATRICES
+from anyattn.runtime import dispatch
 
 pytestmark = pytest.mark.skipif(
     VULKAN not in engines() or devices.device().info.paths()[MATRICES] != "",

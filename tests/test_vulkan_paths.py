@@ -18,7 +18,6 @@ from test_vulkan import VULKAN
 from test_vulkan import pytestmark as needs_vulkan
 
 import anyattn
-from anyattn import dispatch, settings
 from anyattn.backends.vulkan import api, matrices, selftest, tuning
 from anyattn.backends.vulkan import device as devices
 from anyattn.backends.vulkan.commands import Commands
@@ -27,8 +26,10 @@ from anyattn.backends.vulkan.engine import current_engine
 from anyattn.backends.vulkan.matrices import Matrices, Shape
 from anyattn.backends.vulkan.memory import Memory
 from anyattn.backends.vulkan.pipeline import Pipelines
-from anyattn.errors import DeviceError, DeviceMemoryError
-from anyattn.problem import Problem
+from anyattn.config import settings
+from anyattn.definition.errors import DeviceError, DeviceMemoryError
+from anyattn.definition.problem import Problem
+from anyattn.runtime import dispatch
 
 pytestmark = needs_vulkan
 X = np.random.default_rng(0).standard_normal((1, 40, 2, 24), np.float32)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import anyattn
-from anyattn import dispatch
 from anyattn.backends.cpu import library
+from anyattn.runtime import dispatch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))

@@ -18,9 +18,10 @@ from unittest.mock import patch
 
 import masks
 
-from anyattn import cli, settings
+from anyattn import cli
 from anyattn.bench import markdown, plots, report
 from anyattn.cli import features
+from anyattn.config import settings
 
 ROOT = Path(__file__).resolve().parents[2]
 INCLUDE = ROOT / "native" / "include"

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from anyattn import reference
 from anyattn.cli.matrix import described
+from anyattn.definition import reference
 
 CELL = 18
 MARGIN = 34  # for the names of the axes

@@ -19,12 +19,12 @@ from .api import (
     flash_attention,
     merge,
 )
-from .dispatch import Explanation, backend
-from .errors import UnsupportedProblem
-from .heads_first import sdpa
-from .mask import Mask
-from .native import get_include, get_library
-from .planning import explain, get_available_backends, print_backend_info, warmup
+from .c_library import get_include, get_library
+from .definition.errors import UnsupportedProblem
+from .definition.mask import Mask
+from .introspection import explain, get_available_backends, print_backend_info, warmup
+from .runtime.dispatch import Explanation, backend
+from .sdpa import sdpa
 
 __version__ = "0.1.0"
 

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import frameworks
-from .arguments import Array, Window, bounds, check_parts, explicit, paged_lengths
-from .problem import Options
+from .definition.arguments import Array, Window, bounds, check_parts, explicit, paged_lengths
+from .definition.problem import Options
 
 
 class Gradients(NamedTuple):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import api
-from .arguments import Window
+from .definition.arguments import Window
 from .frameworks.torch import rotary
 
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy.typing as npt
 
-from ..problem import INPUTS, Array, Problem
+from ..definition.problem import INPUTS, Array, Problem
 
 if TYPE_CHECKING:
-    from ..kvcache import Append
+    from ..definition.kvcache import Append
 
 
 class Adapter(Protocol):
@@ -129,9 +129,9 @@ def contiguous(shape: Sequence[int], dtype: str, device: str = "cpu") -> Array:
 
 def append_on_host(append: Append, call: Call) -> None:
     """`Backend.append` as the definition has it, for a cache in host memory."""
-    from .. import reference
-    from ..dtypes import narrow, raw
-    from ..kvcache import ARRAYS
+    from ..definition import reference
+    from ..definition.dtypes import narrow, raw
+    from ..definition.kvcache import ARRAYS
 
     given = {name: getattr(call, name) for name in ARRAYS}
     arrays = {name: None if array is None else call.adapter.numpy(array) for name, array in given.items()}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..mask import Mask
+from ..definition.mask import Mask
 
 ITEMSIZE = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 BIASES = ("", "full", "key")  # (1, nheads, seqlen_q, seqlen_k) or (1, 1, 1, seqlen_k)

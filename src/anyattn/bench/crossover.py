@@ -12,7 +12,7 @@ import numpy.typing as npt
 from .. import api
 from ..backends.vulkan import crossover
 from ..backends.vulkan.crossover import NEVER, Crossover
-from ..problem import Array, Options, Problem, make_problem
+from ..definition.problem import Array, Options, Problem, make_problem
 from .timing import Timing, measure
 
 DTYPES = ("float32", "float16", "bfloat16")

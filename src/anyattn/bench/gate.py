@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .. import philox
+from ..definition import philox
 from .cases import Case
 from .inputs import SEED, Inputs
 

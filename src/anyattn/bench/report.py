@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..machine import processor
+from ..config.machine import processor
 from . import goals
 from .memory import LENGTHS
 from .providers import Provider

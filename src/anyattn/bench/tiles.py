@@ -9,11 +9,12 @@ from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .. import api, dispatch
+from .. import api
 from ..backends.triton import measured, tuning
 from ..backends.triton.device import device as card
 from ..backends.triton.measured import CHOICES, Tiles
-from ..errors import CompilationError
+from ..definition.errors import CompilationError
+from ..runtime import dispatch
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .. import settings
+from ..config import settings
 from . import tune
 from .table import table
 

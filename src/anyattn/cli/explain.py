@@ -8,8 +8,8 @@ import math
 import sys
 from typing import Any
 
-from .. import dispatch
-from ..problem import ALIGNMENTS, DTYPES, Array, Options, Problem, make_problem
+from ..definition.problem import ALIGNMENTS, DTYPES, Array, Options, Problem, make_problem
+from ..runtime import dispatch
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:

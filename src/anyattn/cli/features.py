@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .. import dispatch
 from ..backends.base import Backend
-from ..problem import Problem
+from ..definition.problem import Problem
+from ..runtime import dispatch
 from . import explain
 from .table import table
 

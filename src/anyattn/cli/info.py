@@ -12,8 +12,10 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from .. import __version__, dispatch, settings
-from ..machine import processor
+from .. import __version__
+from ..config import settings
+from ..config.machine import processor
+from ..runtime import dispatch
 from . import features
 from .table import table
 
@@ -119,11 +121,11 @@ def _backend(name: str) -> dict[str, Any]:
         "evidence": features.evidence(name),
     }
     if name == "triton":
-        from ..backends.triton import hopper
+        from ..backends.triton import sm90
         from ..backends.triton.backend import seen
 
         found["devices"] = [] if reason else seen()
-        found["hopper"] = hopper.missing() or "on"
+        found["hopper"] = sm90.missing() or "on"
     return found
 
 

@@ -13,12 +13,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .. import accuracy, api, dispatch, settings
-from ..arguments import explicit
-from ..dtypes import widen
-from ..errors import UnsupportedProblem
+from .. import api
+from ..config import settings
+from ..definition import accuracy
+from ..definition.arguments import explicit
+from ..definition.dtypes import widen
+from ..definition.errors import UnsupportedProblem
+from ..definition.problem import DTYPES, INPUTS, Problem, make_problem
 from ..frameworks import numpy as numpy_arrays
-from ..problem import DTYPES, INPUTS, Problem, make_problem
+from ..runtime import dispatch
 
 Arguments = dict[str, Any]
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from .. import dispatch
+from ..runtime import dispatch
 from .table import table
 
 SECONDS = 0.5  # for each measurement

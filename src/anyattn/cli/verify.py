@@ -8,7 +8,7 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from .. import dispatch
+from ..runtime import dispatch
 from .table import table
 
 

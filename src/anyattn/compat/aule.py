@@ -9,8 +9,10 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from .. import api, dispatch, heads_first
-from ..arguments import Array
+from .. import api
+from ..definition.arguments import Array
+from ..runtime import dispatch
+from ..sdpa import sdpa as anyattn_sdpa
 
 __version__ = "0.5.0"  # whose functions these are
 
@@ -131,9 +133,9 @@ def scaled_dot_product_attention(
         sys.stdout.write(f"anyattn: {_patch.backend or 'auto'} | shape={tuple(query.shape)} | causal={is_causal}\n")
     options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
     if _patch.backend is None:
-        return heads_first.sdpa(query, key, value, attn_mask, dropout_p, is_causal, **options)
+        return anyattn_sdpa(query, key, value, attn_mask, dropout_p, is_causal, **options)
     with dispatch.backend(_patch.backend):
-        return heads_first.sdpa(query, key, value, attn_mask, dropout_p, is_causal, **options)
+        return anyattn_sdpa(query, key, value, attn_mask, dropout_p, is_causal, **options)
 
 
 class _Patch:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import explicit
+from ..definition.arguments import explicit
+from ..definition.problem import Options
 from ..frameworks.torch import functional
-from ..problem import Options
 
 Bounds = tuple["int | None", "int | None"]
 

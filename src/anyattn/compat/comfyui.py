@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..heads_first import sdpa
+from ..sdpa import sdpa
 
 # What ComfyUI hands to every attention function, none of it about the result.
 _IGNORED = {"transformer_options", "low_precision_attention", "preferred_attention", "_inside_attn_wrapper"}

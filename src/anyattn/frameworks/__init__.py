@@ -19,9 +19,9 @@ def __getattr__(name: str) -> ModuleType:
 
         globals()[name] = functional
     elif name == "of_vulkan":
-        from . import vulkan
+        from . import vulkan_array
 
-        globals()[name] = vulkan
+        globals()[name] = vulkan_array
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module: ModuleType = globals()[name]

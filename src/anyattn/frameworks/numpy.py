@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .. import dispatch
-from ..kvcache import LABELS
-from ..problem import INPUTS, TABLES, Array, Options
-from . import execute
+from ..definition.kvcache import LABELS
+from ..definition.problem import INPUTS, TABLES, Array, Options
+from ..runtime import dispatch, execute
 
 logger = logging.getLogger("anyattn")
 

@@ -8,13 +8,13 @@ import threading
 from array import array as words
 from typing import TYPE_CHECKING, Any
 
-from ... import settings
-from ...problem import Array, Problem
+from ...config import settings
+from ...definition.problem import Array, Problem
 from ..base import Call, contiguous
 from . import layout, library
 
 if TYPE_CHECKING:
-    from ...kvcache import Append
+    from ...definition.kvcache import Append
 
 DTYPES = {"float32": 1, "float16": 2, "bfloat16": 3, "float64": 4, "bool": 5, "int32": 6}
 HAS_LEFT, HAS_RIGHT, TOP_LEFT, ROTARY_INTERLEAVED, BATCH_INVARIANT = 1, 2, 4, 8, 32

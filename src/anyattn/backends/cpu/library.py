@@ -7,7 +7,7 @@ import os
 import sys
 from functools import cache
 
-from ... import settings
+from ...config import settings
 from .layout import SIZE
 
 VERSION = 0x000100

@@ -24,8 +24,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ... import philox
-from ...dtypes import LOWEST_SCORE, widen
+from ...definition import philox
+from ...definition.dtypes import LOWEST_SCORE, widen
 from .tiles import Arrays, Floats, Keys, Rows, Sum, key_tiles, row_tiles, score_tile
 
 

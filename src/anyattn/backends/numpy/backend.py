@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ...kvcache import Append
-from ...problem import Problem
+from ...definition.kvcache import Append
+from ...definition.problem import Problem
 from ..base import Call, append_on_host
 from .attention import backward, forward
 from .tiles import Arrays

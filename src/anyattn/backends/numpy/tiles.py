@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...dtypes import narrow, raw, widen
-from ...problem import TABLES, Array, Problem
-from ...sequences import Sequence, sequences
+from ...definition.dtypes import narrow, raw, widen
+from ...definition.problem import TABLES, Array, Problem
+from ...definition.sequences import Sequence, sequences
 from ..base import Call
 
 Floats = npt.NDArray[Any]

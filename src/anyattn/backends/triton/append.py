@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ...kvcache import Append
-from ...problem import Array
+from ...definition.kvcache import Append
+from ...definition.problem import Array
 from ..base import contiguous
 from .arguments import view
 from .launch import Address, Kernel, Template, i32, i64

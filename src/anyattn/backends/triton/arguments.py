@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ... import philox
-from ...problem import Array, Problem
+from ...definition import philox
+from ...definition.problem import Array, Problem
 from .launch import Address, f32, i32, i64, stride
 from .views import Dense, Dropout, Heads, Interval, Scalars, Sizes, Tables, View
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from ...kvcache import Append
-from ...problem import Problem
+from ...definition.kvcache import Append
+from ...definition.problem import Problem
 from ..base import Call
 from .device import DEVICES, LARGEST_HEAD_DIM, cards, installed, interpreted, largest_head_dim, refusal
 

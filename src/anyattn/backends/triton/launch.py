@@ -17,7 +17,7 @@ import numpy as np
 import triton
 from triton.compiler import ASTSource
 
-from ...errors import CompilationError
+from ...definition.errors import CompilationError
 from ..base import Call
 from .device import interpreted
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
-from ... import settings, tuned
+from ...config import settings, tuning_files
 
 FILE = "triton-tiles.json"
 PHASES = ("forward", "decode", "dkv", "dq")
@@ -35,7 +35,7 @@ def save() -> Path:
     Raises:
         OSError: there is no cache folder, or it cannot be written.
     """
-    return tuned.save(FILE, _load())
+    return tuning_files.save(FILE, _load())
 
 
 def _name(phase: str, dtype: str, width: int) -> str:
@@ -46,7 +46,7 @@ def _name(phase: str, dtype: str, width: int) -> str:
 
 @cache
 def _load() -> dict[str, dict[str, Tiles]]:
-    return tuned.load(FILE, _parse)
+    return tuning_files.load(FILE, _parse)
 
 
 def _parse(entry: Mapping[str, list[int]]) -> dict[str, Tiles]:

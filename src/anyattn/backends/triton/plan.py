@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from ...problem import Problem
+from ...definition.problem import Problem
 from ..base import Call, contiguous
-from . import hopper, tuning
+from . import sm90, tuning
 from .arguments import common, statistics, view
 from .decode import combine_splits
 from .device import Device, device
@@ -74,7 +74,7 @@ def forward_kernels(problem: Problem) -> tuple[list[Kernel], int]:
     shape = forward_shape(problem, device(problem.device))
     if shape.splits == 1:
         kernel = forward_kernel(problem, shape)
-        return [kernel if shape.pack else hopper.instead_of(kernel, problem)], 0
+        return [kernel if shape.pack else sm90.instead_of(kernel, problem)], 0
     count = 1
     for size in problem.out_shape[:-1]:
         count *= size

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from ...problem import Array, Problem
+from ...definition.problem import Array, Problem
 from ..base import contiguous
 from . import tuning
 from .arguments import common, dense, sizes, statistics, tables, view

@@ -7,7 +7,7 @@ import sys
 from functools import cache
 from typing import Any
 
-from ...errors import DeviceError
+from ...definition.errors import DeviceError
 
 u32, u64, i32, size_t, pointer, char_p = (
     ctypes.c_uint32,

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...dtypes import widen
-from ...kvcache import Append
+from ...definition.dtypes import widen
+from ...definition.kvcache import Append
 from ..base import Call
 from . import tables, tuning
 from .arrays import VECTOR, Region

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ... import settings
-from ...errors import DeviceError
-from ...problem import Problem
+from ...config import settings
+from ...definition.errors import DeviceError
+from ...definition.problem import Problem
 from ..base import Call, Plan, append_on_host
 from . import crossover
 
 if TYPE_CHECKING:
-    from ...kvcache import Append
+    from ...definition.kvcache import Append
     from .device import DeviceInfo
 
 DTYPES = ("float32", "float16", "bfloat16")

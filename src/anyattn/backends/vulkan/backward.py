@@ -9,20 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from ...problem import Problem
+from ...definition.problem import Problem
 from ..base import Call
 from . import tables, tuning
 from .arrays import ALIGNMENT, VECTOR, Region, lse_region, rows_region, score_region
 from .device import MATRICES, DeviceInfo
 from .engine import DevicePlan, Engine, Grid, Job, Launch
-from .forward import (
-    SCORES,
-    bind,
-    numpy_view,
-    problem_launches,
-    problem_regions,
-    upload_tables,
-)
+from .forward import SCORES, bind, numpy_view, problem_launches, problem_regions, upload_tables
 from .memory import Buffer
 
 FLOAT = 4  # bytes

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from ... import settings
+from ...config import settings
 from . import api
 from .api import COMPUTE_STAGE, DeviceLost, address, make, u32, u64
 from .device import STORAGE_BUFFERS, Device

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ... import settings, tuned
-from ...problem import Array, Problem
+from ...config import settings, tuning_files
+from ...definition.problem import Array, Problem
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -104,7 +104,7 @@ def save(info: DeviceInfo, measured: Measured) -> Path:
         OSError: there is no cache folder, or it cannot be written.
     """
     every = {**_load(), _key(info): measured}
-    return tuned.save(FILE, {name: as_json(entry) for name, entry in every.items()})
+    return tuning_files.save(FILE, {name: as_json(entry) for name, entry in every.items()})
 
 
 def as_json(measured: Measured) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def _key(info: DeviceInfo) -> str:
 
 @cache
 def _load() -> dict[str, Measured]:
-    return tuned.load(FILE, _from_json)
+    return tuning_files.load(FILE, _from_json)
 
 
 def _from_json(entry: dict[str, Any]) -> Measured:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...problem import Array
+from ...definition.problem import Array
 from .api import DeviceLost
 from .arrays import VECTOR, Region, arranged, rows_region, write
 from .engine import Job, current_engine

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...problem import TABLES, Array, Problem
-from ...sequences import sequences
+from ...definition.problem import TABLES, Array, Problem
+from ...definition.sequences import sequences
 from ..base import Call
 from . import tables, tuning
 from .arrays import VECTOR, Region, lse_region, rows_region, score_region

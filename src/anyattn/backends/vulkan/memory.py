@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...errors import DeviceMemoryError
+from ...definition.errors import DeviceMemoryError
 from . import api
 from .api import OUT_OF_DEVICE_MEMORY, OUT_OF_HOST_MEMORY, VulkanError, address, make
 from .device import Device

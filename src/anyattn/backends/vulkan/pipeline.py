@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
-from ... import settings
+from ...config import settings
 from . import api
 from .api import COMPUTE_STAGE, address, make, u64
 from .device import STORAGE_BUFFERS, Device

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ... import reference
-from ...dtypes import narrow, widen
-from ...problem import INPUTS, SAVED, Array, Options, Problem, make_problem
+from ...definition import reference
+from ...definition.dtypes import narrow, widen
+from ...definition.problem import INPUTS, SAVED, Array, Options, Problem, make_problem
 from ..base import Call, contiguous
 from .api import DeviceLost, VulkanError
 from .backward import BackwardPlan

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ... import philox
-from ...problem import Problem
-from ...sequences import Sequence
+from ...definition import philox
+from ...definition.problem import Problem
+from ...definition.sequences import Sequence
 from .arrays import VECTOR, Region
 
 STRIDED = ("q", "k", "v", "out", "dq", "dk", "dv")

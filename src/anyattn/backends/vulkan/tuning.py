@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from ...problem import Problem
+from ...definition.problem import Problem
 from .arrays import VECTOR
 from .device import MATRICES, SCALAR, SHUFFLES, DeviceInfo
 from .matrices import Shape

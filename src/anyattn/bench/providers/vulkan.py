@@ -30,7 +30,7 @@ class AnyattnVulkan(Anyattn):
     backend = "vulkan"
 
     def absent(self) -> str | None:
-        from ... import dispatch
+        from ...runtime import dispatch
 
         return dispatch.get("vulkan").available(named=True)
 

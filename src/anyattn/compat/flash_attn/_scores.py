@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ... import reference
-from ...arguments import explicit
+from ...definition import reference
+from ...definition.arguments import explicit
+from ...definition.problem import INPUTS, Options, make_problem
 from ...frameworks.torch import functional, ops
 from ...frameworks.torch.adapter import adapter
-from ...problem import INPUTS, Options, make_problem
 from ..calls import Bounds, within
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...arguments import explicit
+from ...definition.arguments import explicit
 from ...frameworks.torch import functional
 from ...frameworks.torch.rotary import rotate
 from ..calls import Bounds, rows_of

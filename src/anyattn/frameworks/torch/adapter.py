@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ...problem import Array
+from ...definition.problem import Array
 
 logger = logging.getLogger("anyattn")
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...problem import SAVED, Options
-from .. import execute
+from ...definition.problem import SAVED, Options
+from ...runtime import execute
 from . import functional, ops
 from .adapter import adapter
 

@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ... import dispatch
-from ...problem import Options
-from .. import execute
+from ...definition.problem import Options
+from ...runtime import dispatch, execute
 from . import batching, fastpath, ops
 from .adapter import adapter
 

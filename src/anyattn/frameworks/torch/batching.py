@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...problem import INPUTS, TABLES
+from ...definition.problem import INPUTS, TABLES
 from . import ops
 
 Dims = Sequence["int | None"]

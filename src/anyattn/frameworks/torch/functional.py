@@ -13,10 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ... import dispatch
-from ...kvcache import LABELS
-from ...problem import TABLES, Options
-from .. import execute
+from ...definition.kvcache import LABELS
+from ...definition.problem import TABLES, Options
+from ...runtime import dispatch, execute
 from . import autograd, fastpath, kvcache, ops
 from .adapter import adapter
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...kvcache import ARRAYS, Room, check_append, make_append, room
-from ...settings import current
-from .. import execute
+from ...config.settings import current
+from ...definition.kvcache import ARRAYS, Room, check_append, make_append, room
+from ...runtime import execute
 from . import fastpath, ops
 from .adapter import adapter, rows
 from .rotary import rotate

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ...problem import INPUTS, SAVED, Options, make_problem
-from .. import execute
+from ...definition.problem import INPUTS, SAVED, Options, make_problem
+from ...runtime import execute
 from .adapter import adapter, rows
 
 DEVICES = ("CPU", "CUDA", "XPU", "MPS")  # dispatch keys of the kernels; which backend computes is decided below them

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ...problem import Options
+from ...definition.problem import Options
 from . import functional
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from triton.compiler import ASTSource
 
-from ....problem import Array, Problem
+from ....definition.problem import Array, Problem
 from ...base import Call, contiguous
 from .. import tuning
 from ..arguments import sizes, statistics, tables

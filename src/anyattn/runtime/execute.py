@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from typing import Any
 
-from .. import dispatch, settings
 from ..backends.base import Adapter, Call, contiguous
-from ..kvcache import ARRAYS as APPEND_ARRAYS
-from ..kvcache import check_append, make_append, room
-from ..problem import INPUTS, SAVED, TABLES, Array, Options, Problem, make_problem
-from ..sequences import check_tables
+from ..config import settings
+from ..definition.kvcache import ARRAYS as APPEND_ARRAYS
+from ..definition.kvcache import check_append, make_append, room
+from ..definition.problem import INPUTS, SAVED, TABLES, Array, Options, Problem, make_problem
+from ..definition.sequences import check_tables
+from . import dispatch
 
 _FIRST_TABLE = INPUTS.index(TABLES[0])
 _LAST_TABLE = _FIRST_TABLE + len(TABLES)

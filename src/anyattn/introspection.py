@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from . import dispatch
 from .api import framework_of
-from .arguments import Array, explicit
+from .definition.arguments import Array, explicit
+from .runtime import dispatch
 
 
 def explain(q: Array, k: Array, v: Array, **arguments: Any) -> dispatch.Explanation:

@@ -11,13 +11,13 @@ from contextvars import ContextVar
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
-from . import settings
-from .backends.base import Backend, Call, Plan
-from .errors import CompilationError, DeviceError, UnsupportedProblem
-from .problem import Problem, Variant
+from ..backends.base import Backend, Call, Plan
+from ..config import settings
+from ..definition.errors import CompilationError, DeviceError, UnsupportedProblem
+from ..definition.problem import Problem, Variant
 
 if TYPE_CHECKING:
-    from .kvcache import Append
+    from ..definition.kvcache import Append
 
 NAMES = ("cpu", "triton", "vulkan", "numpy")  # automatic order, but for what Vulkan gains from
 CACHE_SIZE = 1024
@@ -68,19 +68,19 @@ def get(name: str) -> Backend:
 
 def _create(name: str) -> Backend:
     if name == "cpu":
-        from .backends.cpu.backend import CpuBackend
+        from ..backends.cpu.backend import CpuBackend
 
         return CpuBackend()
     if name == "triton":
-        from .backends.triton.backend import TritonBackend
+        from ..backends.triton.backend import TritonBackend
 
         return TritonBackend()
     if name == "vulkan":
-        from .backends.vulkan.backend import VulkanBackend
+        from ..backends.vulkan.backend import VulkanBackend
 
         return VulkanBackend()
     if name == "numpy":
-        from .backends.numpy import NumpyBackend
+        from ..backends.numpy import NumpyBackend
 
         return NumpyBackend()
     raise ValueError(f"backend must be one of {', '.join(NAMES)}; got {name!r}")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .... import settings
-from ....problem import Problem
+from ....config import settings
+from ....definition.problem import Problem
 from ..device import device
 
 if TYPE_CHECKING:

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .. import dispatch
 from ..backends.base import Call
 from ..backends.vulkan.device_array import DeviceArray
-from ..problem import INPUTS, Array, Options
-from . import execute
+from ..definition.problem import INPUTS, Array, Options
+from ..runtime import dispatch, execute
 from . import numpy as numpy_arrays
 
 NDArray = npt.NDArray[Any]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .arguments import Array
+from .definition.arguments import Array
 
 
 def sdpa(

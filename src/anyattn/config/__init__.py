@@ -1,0 +1,1 @@
+"""Configuration: environment variables, measured tuning data, the machine."""

@@ -1,0 +1,145 @@
+"""Every environment variable of anyattn, read here and nowhere else.
+
+The environment is read at first use; `reload` reads it again (and forgets every cached plan).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+VARIABLES = {
+    "backend": ("ANYATTN_BACKEND", "", "backends to use, in order, separated by commas; empty: automatic choice"),
+    "require": ("ANYATTN_REQUIRE", "", "backends that must be available: missing ones raise at the first call"),
+    "cpu_target": ("ANYATTN_CPU_TARGET", "", "instruction set of the native engine; empty: the best of this machine"),
+    "num_threads": ("ANYATTN_NUM_THREADS", "0", "threads of the native engine; 0: the OpenMP runtime's or all cores"),
+    "omp_num_threads": ("OMP_NUM_THREADS", "", "OpenMP's own: threads at each level of nesting; the first is ours"),
+    "library": ("ANYATTN_LIBRARY", "", "path of the native library; empty: the one installed with the package"),
+    "vulkan_device": ("ANYATTN_VULKAN_DEVICE", "", "Vulkan device: its number or a part of its name; empty: the best"),
+    "vulkan_software": ("ANYATTN_VULKAN_SOFTWARE", "0", "1: Vulkan drivers that run on the CPU count as available"),
+    "vulkan_validate": ("ANYATTN_VULKAN_VALIDATE", "0", "1: Khronos' validation layer checks every Vulkan call"),
+    "vulkan_timeout": ("ANYATTN_VULKAN_TIMEOUT", "300", "seconds after which a Vulkan device that hangs is left"),
+    "cache": (
+        "ANYATTN_CACHE",
+        "",
+        "folder of compiled shaders and of what `anyattn tune` measured; empty: the user's",
+    ),
+    "check": ("ANYATTN_CHECK", "0", "1: check values in device memory too, at the price of a synchronisation"),
+    "hopper": ("ANYATTN_HOPPER", "0", "1: the Triton backend's kernels for Hopper (sm_90), which no GPU has run yet"),
+}
+MOST_THREADS = 4096  # of the native engine
+LONGEST_WAIT = 10**6  # seconds
+
+
+class Settings(NamedTuple):
+    """The environment, parsed. `VARIABLES` gives each field's variable, default and meaning."""
+
+    backend: tuple[str, ...]
+    require: tuple[str, ...]
+    cpu_target: str
+    num_threads: int
+    omp_num_threads: tuple[int, ...]
+    library: str
+    vulkan_device: str
+    vulkan_software: bool
+    vulkan_validate: bool
+    vulkan_timeout: int
+    cache: str
+    check: bool
+    hopper: bool
+
+
+# One entry, and no lock: dictionaries are safe among threads, and a forked child finds no lock that is held.
+_current: dict[str, Settings] = {}
+_listeners: list[Callable[[], None]] = []
+
+
+def current() -> Settings:
+    """The settings in force."""
+    return _current.get("settings") or _current.setdefault("settings", _read())
+
+
+def reload() -> Settings:
+    """Reads the environment again; everything that was derived from the old settings is forgotten."""
+    _current["settings"] = fresh = _read()
+    for listener in _listeners:
+        listener()
+    return fresh
+
+
+def on_reload(listener: Callable[[], None]) -> Callable[[], None]:
+    """Calls `listener` whenever the settings may have changed."""
+    _listeners.append(listener)
+    return listener
+
+
+def describe() -> dict[str, tuple[str, str]]:
+    """Variable name -> (value in force, meaning), for `anyattn info`."""
+    values = current()._asdict()
+    return {VARIABLES[name][0]: (_text(value), VARIABLES[name][2]) for name, value in values.items()}
+
+
+def _read() -> Settings:
+    raw = {name: os.environ.get(variable, default).strip() for name, (variable, default, _) in VARIABLES.items()}
+    num_threads = _number("num_threads", raw["num_threads"] or "0", 0, MOST_THREADS)
+    return Settings(
+        backend=_names(raw["backend"]),
+        require=_names(raw["require"]),
+        cpu_target=raw["cpu_target"],
+        num_threads=num_threads,
+        # who says how many threads needs no OpenMP to say it
+        omp_num_threads=() if num_threads else _levels("omp_num_threads", raw["omp_num_threads"]),
+        library=raw["library"],
+        vulkan_device=raw["vulkan_device"],
+        vulkan_software=_flag("vulkan_software", raw),
+        vulkan_validate=_flag("vulkan_validate", raw),
+        vulkan_timeout=_number("vulkan_timeout", raw["vulkan_timeout"] or "300", 1, LONGEST_WAIT),
+        cache=raw["cache"] or _cache_folder(),
+        check=_flag("check", raw),
+        hopper=_flag("hopper", raw),
+    )
+
+
+def _cache_folder() -> str:
+    """Where the system keeps a user's caches; "" for a user without a home."""
+    others = {"win32": ("LOCALAPPDATA", "AppData/Local"), "darwin": ("", "Library/Caches")}
+    variable, usual = others.get(sys.platform, ("XDG_CACHE_HOME", ".cache"))
+    given, home = os.environ.get(variable, ""), os.path.expanduser("~")
+    if os.path.isabs(given):
+        return os.path.join(given, "anyattn")
+    return "" if home == "~" else os.path.join(home, *usual.split("/"), "anyattn")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _flag(name: str, raw: dict[str, str]) -> bool:
+    return _number(name, raw[name] or "0", 0, 1) != 0
+
+
+def _number(name: str, text: str, least: int, most: int) -> int:
+    if not (text.isascii() and text.isdigit() and least <= int(text) <= most):
+        raise _nonsense(name, text, f"an integer from {least} to {most} ({VARIABLES[name][2]})")
+    return int(text)
+
+
+def _levels(name: str, text: str) -> tuple[int, ...]:
+    """The OpenMP runtimes only warn and go on with a number of their own."""
+    numbers = [part.strip().removeprefix("+") for part in text.split(",")] if text else []
+    if all(number.isascii() and number.isdigit() and 1 <= int(number) <= MOST_THREADS for number in numbers):
+        return tuple(int(number) for number in numbers)
+    other = f"ANYATTN_NUM_THREADS overrides {VARIABLES[name][0]} here"
+    raise _nonsense(name, text, f"integers from 1 to {MOST_THREADS}, separated by commas; {other}")
+
+
+def _nonsense(name: str, text: str, expected: str) -> ValueError:
+    return ValueError(f"{VARIABLES[name][0]}={text!r}: expected {expected}")
+
+
+def _text(value: object) -> str:
+    if isinstance(value, tuple):
+        return ",".join(str(item) for item in value)
+    return str(int(value)) if isinstance(value, bool) else str(value)

@@ -1,0 +1,1 @@
+"""The definition of attention: inputs, masks, problems and their rules, the reference. Needs NumPy alone."""

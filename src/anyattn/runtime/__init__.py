@@ -1,0 +1,1 @@
+"""Choosing a backend for a problem, and running it."""
