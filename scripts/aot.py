@@ -31,8 +31,8 @@ from triton.backends.compiler import GPUTarget
 from anyattn.backends.triton.append import kernels as append_kernels
 from anyattn.backends.triton.device import largest_head_dim, refusal
 from anyattn.backends.triton.launch import Kernel
-from anyattn.backends.triton.plan import forward_kernels
 from anyattn.backends.triton.plan_backward import backward_kernels
+from anyattn.backends.triton.plan_forward import forward_kernels
 from anyattn.backends.triton.tuning import has_tf32
 from anyattn.definition.kvcache import Append, make_append
 from anyattn.definition.problem import Array, Options, Problem, make_problem

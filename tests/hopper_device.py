@@ -46,20 +46,20 @@ def main() -> int:
 
 def prepare() -> list[Any]:
     """Hopper's kernels for small problems too, which others would share out better; fills with what they launch."""
-    from anyattn.backends.triton import plan
+    from anyattn.backends.triton import plan_forward
     from anyattn.backends.triton.sm90.plan import HopperKernel
 
     launches: list[Any] = []
-    launch, shape = HopperKernel.launch, plan.forward_shape
+    launch, shape = HopperKernel.launch, plan_forward.forward_shape
 
     def record(kernel: HopperKernel, *given: Any) -> None:
         launches.append(kernel.grid)
         launch(kernel, *given)
 
-    def whole(problem: Problem, gpu: Any) -> plan.Shape:
+    def whole(problem: Problem, gpu: Any) -> plan_forward.Shape:
         return shape(problem, gpu)._replace(pack=False, splits=1)
 
-    HopperKernel.launch, plan.forward_shape = record, whole  # type: ignore[method-assign]
+    HopperKernel.launch, plan_forward.forward_shape = record, whole  # type: ignore[method-assign]
     os.environ["ANYATTN_HOPPER"] = "1"
     settings.reload()
     return launches

@@ -31,7 +31,8 @@ def test_compiled_kernels_are_as_good_as_the_table_says(archs: str) -> None:
 def aot(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(SCRIPTS))
     import anyattn.backends.triton.append
-    import anyattn.backends.triton.plan_backward  # noqa: F401  (before the script turns the interpreter off)
+    import anyattn.backends.triton.plan_backward
+    import anyattn.backends.triton.plan_forward  # noqa: F401  (before the script turns the interpreter off)
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     import aot

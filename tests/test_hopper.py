@@ -43,7 +43,7 @@ SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 def run(inputs: Inputs, seed: int = 0, broken: frozenset[tuple[str, str]] = CLEAN) -> list[str]:
     """What is wrong with the emulated kernel's results."""
     problem, arrays = inputs.canonical()
-    assert not plan.refusals(problem)
+    assert not plan.unsupported_reasons(problem)
     out, lse = (np.full(int(np.prod(shape)) + 2 * GUARD, np.nan) for shape in (problem.out_shape, problem.lse_shape))
     memory = {"out": Pointer(out, GUARD), "lse": Pointer(lse, GUARD)}
     launch(plan.forward_kernel(problem, None), memory | {name: whole(arrays[name]) for name in "qkv"}, seed, broken)
@@ -118,7 +118,8 @@ def test_compiled_variants_pass_the_gates() -> None:
 def gates(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(SCRIPTS))
     import anyattn.backends.triton.append
-    import anyattn.backends.triton.plan_backward  # noqa: F401  (before the script turns the interpreter off)
+    import anyattn.backends.triton.plan_backward
+    import anyattn.backends.triton.plan_forward  # noqa: F401  (before the script turns the interpreter off)
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     import hopper
@@ -215,19 +216,21 @@ def test_the_portable_kernels_take_the_rest(why: str, recorded: Any) -> None:
 )
 def test_what_the_kernels_leave_to_others(change: dict[str, Any], reason: str) -> None:
     problem, _ = aligned(replace(CASE, **change)).canonical()
-    assert reason in "; ".join(plan.refusals(problem))
-    assert bool(plan.refusals(problem)) == bool(reason)
+    assert reason in "; ".join(plan.unsupported_reasons(problem))
+    assert bool(plan.unsupported_reasons(problem)) == bool(reason)
 
 
 def test_unaligned_strides_and_batch_invariance_are_refused() -> None:
     problem, _ = aligned(CASE).canonical()
     shifted = problem.k._replace(strides=(1, 64 * 500 + 4, 64, 1))
-    assert not plan.refusals(problem._replace(k=shifted._replace(strides=(1, 64, 3, 1)))), "one sequence, one head"
-    assert "16 bytes" in plan.refusals(problem._replace(k=shifted))[0]
+    assert not plan.unsupported_reasons(problem._replace(k=shifted._replace(strides=(1, 64, 3, 1)))), (
+        "one sequence, one head"
+    )
+    assert "16 bytes" in plan.unsupported_reasons(problem._replace(k=shifted))[0]
     for step in (0, -64):
         odd = problem.v._replace(strides=(1, step, 64, 1))
-        assert "16 bytes" in plan.refusals(problem._replace(v=odd))[0]
-    assert "batch_invariant" in plan.refusals(problem._replace(batch_invariant=True))[0]
+        assert "16 bytes" in plan.unsupported_reasons(problem._replace(v=odd))[0]
+    assert "batch_invariant" in plan.unsupported_reasons(problem._replace(batch_invariant=True))[0]
 
 
 def test_a_triton_without_gluon(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,11 +242,11 @@ def test_a_triton_without_gluon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "anyattn.backends.triton.sm90.dialect")
     monkeypatch.delattr(sm90, "dialect")
     monkeypatch.setitem(sys.modules, "triton.experimental", None)
-    missing = sm90.missing()
+    missing = sm90.reason_off()
     monkeypatch.undo()
     settings.reload()
     assert missing is not None and missing.startswith("off, as this Triton has no Gluon that they know")
-    assert sm90.missing() == "off, as no GPU has run them yet (ANYATTN_HOPPER=1 turns them on)"
+    assert sm90.reason_off() == "off, as no GPU has run them yet (ANYATTN_HOPPER=1 turns them on)"
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -261,7 +264,7 @@ def test_every_launch_on_a_device_is_of_these_kernels(monkeypatch: pytest.Monkey
     """Whatever would be shared out among more programs elsewhere."""
     import hopper_device
 
-    from anyattn.backends.triton import plan as portable
+    from anyattn.backends.triton import plan_forward as portable
     from anyattn.backends.triton.sm90.plan import HopperKernel
     from anyattn.config import settings
 

@@ -125,7 +125,7 @@ def _backend(name: str) -> dict[str, Any]:
         from ..backends.triton.backend import seen
 
         found["devices"] = [] if reason else seen()
-        found["hopper"] = sm90.missing() or "on"
+        found["hopper"] = sm90.reason_off() or "on"
     return found
 
 

@@ -1,4 +1,4 @@
-"""A Problem as arguments of kernels: numbers, and where the call's arrays will be."""
+"""A Problem as arguments and constants of kernels: numbers, and the places of the call's arrays."""
 
 from __future__ import annotations
 
@@ -6,8 +6,14 @@ from typing import Any
 
 from ...definition import philox
 from ...definition.problem import Array, Problem
+from . import tuning
+from .device import device
 from .launch import Address, f32, i32, i64, stride
+from .tuning import Config, chunks
 from .views import Dense, Dropout, Heads, Interval, Scalars, Sizes, Tables, View
+
+# torch's precision of float32 products: what Triton calls it
+PRECISIONS = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
 
 
 def common(problem: Problem) -> tuple[Any, ...]:
@@ -75,3 +81,43 @@ def sizes(problem: Problem) -> Sizes:
         *(i32(x) for x in (problem.batch, problem.seqlen_q, problem.seqlen_k, problem.nheads, problem.group)),
         *(i32(x) for x in (problem.q.shape[0] if problem.packed_q else 0, rows_k, entries, problem.page_size)),
     )
+
+
+def key_bytes(problem: Problem) -> int:
+    """Of k and v of one KV head of one sequence."""
+    return problem.seqlen_k * (problem.head_dim + problem.head_dim_v) * (4 if problem.dtype == "float32" else 2)
+
+
+def dims(problem: Problem) -> dict[str, int]:
+    """Head sizes and their chunks."""
+    (d0, d1), (e0, e1) = chunks(problem.head_dim), chunks(problem.head_dim_v)
+    sizes = {"HEAD_DIM": problem.head_dim, "HEAD_DIM_V": problem.head_dim_v}
+    return {**sizes, "D0": d0, "D1": d1, "E0": e0, "E1": e1}
+
+
+def flags(problem: Problem) -> dict[str, Any]:
+    """Constants of the mask, the scores and the products. HOLES: keys that no row sees may lie between those seen."""
+    interval = problem.interval
+    return {
+        "TOP_LEFT": problem.alignment == "top-left",
+        "LOWER": interval.left is not None or interval.chunk > 0 or problem.leftpad_k is not None,
+        "HOLES": any(bound is not None and bound < 0 for bound in (interval.left, interval.right)),
+        "NEGATIVE": problem.scale < 0,
+        "PRECISION": precision(problem),
+    }
+
+
+def precision(problem: Problem) -> str:
+    """How float32 is multiplied: as torch.set_float32_matmul_precision says, where the hardware has a choice."""
+    if problem.dtype != "float32" or not tuning.has_tf32(device(problem.device).arch):
+        return "ieee"
+    import torch
+
+    try:
+        return PRECISIONS[torch.get_float32_matmul_precision()]
+    except RuntimeError:  # set through torch's newer names, which it does not mix with this one
+        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def options(config: Config) -> dict[str, Any]:
+    return {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}

@@ -8,12 +8,11 @@ from typing import NamedTuple
 from ...definition.problem import Array, Problem
 from ..base import contiguous
 from . import tuning
-from .arguments import common, dense, sizes, statistics, tables, view
+from .arguments import common, dense, dims, flags, options, sizes, statistics, tables, view
 from .backward import attention_backward_delta, attention_backward_dkv, attention_backward_dq
 from .dbias import Walk, attention_backward_dbias, attention_backward_dsink, sum_parts
 from .device import Device, device
 from .launch import Address, Kernel, Template, i32, i64
-from .plan import dims, flags, options
 from .tuning import Config
 from .views import Dense, Schedule, View
 

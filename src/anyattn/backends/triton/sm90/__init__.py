@@ -1,4 +1,4 @@
-"""Kernels for Hopper (sm_90) in Gluon, Triton's lower-level language, behind the same plan as the portable ones."""
+"""Kernels for Hopper (sm_90) in Gluon, Triton's lower-level language. A plan uses them in place of portable kernels."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 ARCH = "sm_90"
 
 
-def missing() -> str | None:
-    """Why these kernels are not used, or None. A path that no GPU has shown right is off."""
+def reason_off() -> str | None:
+    """Return why these kernels are not used, or None. They are off because no GPU has shown them right."""
     if not settings.current().hopper:
         return "off, as no GPU has run them yet (ANYATTN_HOPPER=1 turns them on)"
     try:
@@ -25,10 +25,10 @@ def missing() -> str | None:
     return None
 
 
-def instead_of(portable: Kernel, problem: Problem) -> Kernel:
-    """A Hopper kernel for a forward, wherever one takes it; the portable one elsewhere."""
-    if device(problem.device).arch != ARCH or missing():
+def replace_portable(portable: Kernel, problem: Problem) -> Kernel:
+    """Return a Hopper kernel for a forward problem that one supports, otherwise the portable kernel."""
+    if device(problem.device).arch != ARCH or reason_off():
         return portable
     from . import plan
 
-    return portable if plan.refusals(problem) else plan.forward_kernel(problem, portable)
+    return portable if plan.unsupported_reasons(problem) else plan.forward_kernel(problem, portable)

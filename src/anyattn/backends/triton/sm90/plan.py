@@ -1,4 +1,4 @@
-"""Which problems the Hopper kernels take, and how they are launched."""
+"""Choice and launch of the Hopper kernels: the problems that they support, their descriptors and arguments."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from triton.compiler import ASTSource
 from ....definition.problem import Array, Problem
 from ...base import Call, contiguous
 from .. import tuning
-from ..arguments import sizes, statistics, tables
+from ..arguments import key_bytes, sizes, statistics, tables
 from ..device import Device, device
 from ..launch import ALIGNMENT, TYPES, Address, Kernel, Template, f32, i32, i64
-from ..plan import key_bytes
 from ..views import Schedule
 from .dialect import GluonASTSource, TensorDescriptor, gl
 from .forward import GROUPS, ROWS, attention_forward_hopper
@@ -28,8 +27,8 @@ STAGES = 2
 OPTIONS = {"num_warps": 4, "maxnreg": 168, "enable_fp_fusion": True}
 
 
-def refusals(problem: Problem) -> list[str]:
-    """Why the Hopper kernels leave a forward to the portable ones."""
+def unsupported_reasons(problem: Problem) -> list[str]:
+    """Return why the Hopper kernels leave a forward problem to the portable ones; empty if they compute it."""
     reasons = []
     if problem.dtype not in DTYPES:
         reasons.append(f"takes {' and '.join(DTYPES)}; q has {problem.dtype}")
@@ -48,16 +47,16 @@ def refusals(problem: Problem) -> list[str]:
         reasons.append(f"takes up to {LARGEST_SEQLEN} rows and keys")
     if problem.seqlen_q <= tuning.DECODE_ROWS:
         reasons.append(f"leaves up to {tuning.DECODE_ROWS} rows to decoding")
-    if 0 in (*problem.q.shape, visible_keys(problem)):
+    if 0 in (*problem.q.shape, count_visible_keys(problem)):
         reasons.append("has nothing to do")
-    if not all(mappable(array) for array in (problem.q, problem.k, problem.v)):
+    if not all(has_mappable_strides(array) for array in (problem.q, problem.k, problem.v)):
         reasons.append("takes strides that are positive multiples of 16 bytes")
     return reasons
 
 
 def forward_kernel(problem: Problem, portable: Kernel) -> Kernel:
-    """For a problem without refusals; `portable` runs where the addresses of a call are not aligned."""
-    keys = visible_keys(problem)
+    """Build the kernel of a supported problem. `portable` runs if the addresses of a call are not aligned."""
+    keys = count_visible_keys(problem)
     gpu = device(problem.device)
     out = contiguous(problem.out_shape, problem.dtype)
     rows, pairs = GROUPS.value * ROWS.value, problem.batch * problem.nheads
@@ -67,7 +66,7 @@ def forward_kernel(problem: Problem, portable: Kernel) -> Kernel:
         statistics("lse", contiguous(problem.lse_shape, "float32")),
         tables(problem),
         sizes(problem)._replace(seqlen_k=i32(keys)),
-        None if right is None else i32(offset(problem) + right + 1),
+        None if right is None else i32(diagonal_offset(problem) + right + 1),
         f32(problem.scale),
         schedule(problem, tiles, pairs, gpu),
     )
@@ -86,20 +85,21 @@ def schedule(problem: Problem, tiles: int, pairs: int, gpu: Device) -> Schedule:
     return Schedule(i32(tiles), i32(section), i32(1), i64(0), i64(0))
 
 
-def offset(problem: Problem) -> int:
+def diagonal_offset(problem: Problem) -> int:
+    """Return the key with which query 0 is aligned."""
     return 0 if problem.alignment == "top-left" else problem.seqlen_k - problem.seqlen_q
 
 
-def visible_keys(problem: Problem) -> int:
-    """Keys that some row sees: what lies behind them may be anything, so the copy engine is not shown it."""
+def count_visible_keys(problem: Problem) -> int:
+    """Return the number of keys that some query attends to. The copy engine must not read memory after them."""
     right = problem.interval.right
     if right is None:
         return problem.seqlen_k
-    return min(problem.seqlen_k, max(problem.seqlen_q + offset(problem) + right, 0))
+    return min(problem.seqlen_k, max(problem.seqlen_q + diagonal_offset(problem) + right, 0))
 
 
-def mappable(array: Array) -> bool:
-    """Whether the copy engine takes the strides (batch, row, head); those of a single entry do not matter."""
+def has_mappable_strides(array: Array) -> bool:
+    """Return whether the copy engine takes the strides (batch, row, head). An axis of size 1 may have any."""
     *steps, last = array.strides4()
     size = 2  # bytes of an element
     used = [step * size for step, count in zip(steps, array.shape, strict=False) if count > 1]
@@ -121,8 +121,8 @@ class Map:
     def signature(self) -> str:
         return f"tensordesc<{TYPES[self.address.dtype]}[{','.join(map(str, self.block))}],{self.layout!r}>"
 
-    def at(self, address: int) -> Any:
-        """The descriptor of an array there. Only the address is new, so nothing is checked again."""
+    def descriptor_at(self, address: int) -> Any:
+        """Return the descriptor of an array at `address`. Only the address is new, so nothing is checked again."""
         descriptor = object.__new__(TensorDescriptor)
         descriptor.__dict__.update(self._checked.__dict__, base=Base(address, self._checked.base.dtype))
         return descriptor
@@ -152,7 +152,9 @@ class MapTemplate(Template):
 
     def values(self, addresses: Sequence[Any]) -> list[Any]:
         values, mapped = super().values(addresses), addresses[-len(self.maps) :]
-        values[self.plain : self.plain] = [map_.at(address) for map_, address in zip(self.maps, mapped, strict=True)]
+        values[self.plain : self.plain] = [
+            map_.descriptor_at(address) for map_, address in zip(self.maps, mapped, strict=True)
+        ]
         return values
 
     def source(self, function: Any, aligned: bool) -> ASTSource:
