@@ -74,8 +74,10 @@ soak: require-native
 # own. Needs Python 3.10 to 3.12 (OLDEST_PYTHON=...); that torch's Triton is too old for ours.
 OLDEST ?= build/oldest
 OLDEST_PYTHON ?= $(PYTHON)
-OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,torch_api torch_gradients torch_ops nn sdpa sdpa_gpu rotary kvcache \
-	seeds accuracy numpy_backend flash_attn flash_attn_3_4 flash_attn_kvcache flash_attn_modules))
+OLDEST_TESTS := $(addprefix tests/,$(addsuffix .py, \
+	$(addprefix frameworks/test_,torch_api torch_gradients torch_ops nn sdpa sdpa_gpu) \
+	$(addprefix compat/test_,rotary seeds flash_attn flash_attn_3_4 flash_attn_kvcache flash_attn_modules) \
+	$(addprefix conformance/test_,kvcache accuracy) backends/test_numpy_backend))
 test-oldest: $(OLDEST)/requirements
 	$(OLDEST)/bin/python -m pip install --quiet --no-deps --no-build-isolation --config-settings=build-dir=$(OLDEST)/native .
 	ANYATTN_REQUIRE=cpu $(OLDEST)/bin/python -m pytest $(OLDEST_TESTS) -n $(JOBS) $(PYTEST_ARGS)
@@ -98,7 +100,7 @@ gpu:
 	ANYATTN_LIBRARY=$(abspath build/gpu/libanyattn.so) PYTHONPATH=src $(PYTHON) scripts/gpu.py \
 		--json benchmarks/results/gpu.json $(GPU_ARGS)
 
-# Every Triton kernel, compiled for GPUs that need not be here; AOT_ARGS=--write enters it into tests/aot.json. Then a
+# Every Triton kernel, compiled for GPUs that need not be here; AOT_ARGS=--write enters it into aot.json of the tests. Then a
 # subset by the oldest Triton that is supported: torch 2.10 and 2.11 bring it, and gfx1030 has no other. Hopper's own
 # kernels have gates instead of a table.
 aot: venv
@@ -108,7 +110,7 @@ aot: venv
 	PYTHONPATH=build/triton-3.6.0 $(BIN)/python scripts/aot.py $(AOT_ARGS)
 	PYTHONPATH=build/triton-3.6.0 $(BIN)/python scripts/aot.py --all --arch gfx1030 $(AOT_ARGS)
 	PYTHONPATH=build/triton-3.6.0 $(BIN)/python scripts/hopper.py
-	PYTHONPATH=build/triton-3.6.0 $(BIN)/python -m pytest tests/test_launch.py tests/test_hopper.py
+	PYTHONPATH=build/triton-3.6.0 $(BIN)/python -m pytest tests/backends/triton/test_launch.py tests/backends/triton/test_hopper.py
 
 bench: require-native $(VENV)/bench
 	$(BIN)/python -m anyattn bench --json build/bench.json --plot build/bench.png $(BENCH_ARGS)
@@ -122,7 +124,7 @@ docs: require-native $(VENV)/docs
 shaders:
 	$(PYTHON) scripts/make_shaders.py
 
-# More software drivers for tests/test_vulkan_drivers.py, unpacked into build/drivers; needs Debian's apt-get and its mirror.
+# More software drivers for tests/backends/vulkan/test_vulkan_drivers.py, unpacked into build/drivers; needs Debian's apt-get and its mirror.
 vulkan-drivers:
 	$(PYTHON) scripts/drivers.py
 
@@ -172,8 +174,8 @@ SANITIZED = LD_PRELOAD=$(ASAN) ASAN_OPTIONS=detect_leaks=0 ANYATTN_LIBRARY=$(abs
 	ANYATTN_REQUIRE=cpu $(BIN)/python
 sanitize-python: require-native sanitize-address
 	$(if $(findstring /,$(ASAN)),,$(error $(CXX) has no libasan.so: this target needs GCC))
-	$(SANITIZED) -m pytest tests/test_errors.py tests/test_kvcache.py tests/test_properties.py tests/test_boundary.py \
-		tests/test_torch_layouts.py -k "cpu or boundary" $(PYTEST_ARGS)
+	$(SANITIZED) -m pytest $(addprefix tests/conformance/test_,errors.py kvcache.py properties.py) \
+		tests/backends/cpu/test_boundary.py tests/frameworks/test_torch_layouts.py -k "cpu or boundary" $(PYTEST_ARGS)
 	$(SANITIZED) tests/soak.py --problems 150
 
 clean:

@@ -37,7 +37,7 @@ from anyattn.backends.triton.tuning import has_tf32
 from anyattn.definition.kvcache import Append, make_append
 from anyattn.definition.problem import Array, Options, Problem, make_problem
 
-TABLE = Path(__file__).resolve().parent.parent / "tests" / "aot.json"
+TABLE = Path(__file__).resolve().parent.parent / "tests" / "backends" / "triton" / "aot.json"
 NVIDIA = ("sm_70", "sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 AMD = ("gfx908", "gfx90a", "gfx942", "gfx950", "gfx1030", "gfx1100", "gfx1201")
 NO_MATRIX = ("sm_70", "sm_75", "gfx1030")  # Triton uses none, or there are none

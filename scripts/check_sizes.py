@@ -23,7 +23,7 @@ class Caps(NamedTuple):
 PYTHON = Caps(function=60, file=400)
 KERNELS = Caps(function=150, file=500)  # native code, shaders, jit-compiled Python
 TESTS = Caps(function=80, file=500)
-TABLES = Caps(function=80, file=1500)  # generated rows of tests/cases*.py
+TABLES = Caps(function=80, file=1500)  # generated rows of tests/harness/cases*.py
 
 PYTHON_FOLDERS = ("src", "tests", "scripts", "examples", "benchmarks", "docs")
 KERNEL_FOLDERS = ("native", "shaders", "examples")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -83,8 +84,8 @@ def machine() -> Found:
 
 def cases(device: str) -> Found:
     """The common matrix, also the cases that are too large for the interpreter."""
-    from cases import ALL
-    from device import compare
+    from device.arrays import compare
+    from harness.cases import ALL
 
     outcomes = {case.name: compare(case, device) for case in ALL}
     wrong = {name: lines for name, lines in outcomes.items() if lines and lines != ["refused"]}
@@ -94,7 +95,7 @@ def cases(device: str) -> Found:
 
 
 def claims(device: str) -> Found:
-    from device_claims import EVERYWHERE, GPU
+    from device.claims import EVERYWHERE, GPU
 
     wrong = {}
     every = {**EVERYWHERE, **GPU}
@@ -114,8 +115,9 @@ def hopper(device: str) -> Found:
     if card(device).arch != ARCH:
         return {"summary": f"not for {card(device).arch}"}
     try:
-        command = [sys.executable, str(TESTS / "hopper_device.py")]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LONGEST)
+        command = [sys.executable, str(TESTS / "device" / "hopper.py")]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=LONGEST)
     except subprocess.TimeoutExpired:
         return {"summary": f"do not end within {LONGEST} s", "wrong": {"launches": "hang, or are slow"}}
     said = done.stdout.splitlines()[-1:] or ["broken"]

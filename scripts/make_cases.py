@@ -1,8 +1,9 @@
-"""Writes tests/pairwise.txt: a table in which every pair of values of two factors meets in some row.
+"""Writes tests/harness/pairwise.txt: a table in which every pair of values of two factors meets in some row.
 
     python scripts/make_cases.py
 
-Greedy and seeded: the same table comes out every time. `tests/cases.py` reads it and says what each value means.
+Greedy and seeded: the same table comes out every time. `tests/harness/cases.py` reads it and says what each value
+means.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 
 SEED = 0
 TRIES = 24
-TABLE = Path(__file__).parent.parent / "tests" / "pairwise.txt"
+TABLE = Path(__file__).parent.parent / "tests" / "harness" / "pairwise.txt"
 FACTORS: dict[str, tuple[str, ...]] = {
     "seqlen_q": ("0", "1", "63", "111", "129", "517"),
     "seqlen_k": ("0", "1", "63", "111", "129", "517"),

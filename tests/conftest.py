@@ -17,14 +17,17 @@ os.environ.setdefault("ANYATTN_VULKAN_SOFTWARE", "1")
 os.environ["ANYATTN_CACHE"] = f"{os.devnull}/anyattn"
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import pytest
-from engines import Engine, engines
 from hypothesis import HealthCheck, settings
 
-from anyattn.frameworks.numpy import NumpyAdapter
+# A failed assertion of a helper shows its values, as one of a test does.
+pytest.register_assert_rewrite("harness", "backends", "compat", "device", "soak")
+
+from anyattn.frameworks.numpy import NumpyAdapter  # noqa: E402
+from harness.backends import Engine, engines  # noqa: E402
+from harness.memory import Memory  # noqa: E402
 
 # Nothing here may depend on time or on what ran before: no deadline, and the same examples every time.
 settings.register_profile(
@@ -34,31 +37,10 @@ settings.register_profile("full", settings.get_profile("default"), max_examples=
 settings.load_profile("default")
 
 # transformers, and what needs it, has left Python 3.10 behind (requirements/test.txt).
-collect_ignore = ["test_diffusion.py", "test_onnx.py", "test_transformers.py"] if sys.version_info < (3, 11) else []
+RECENT = ["compat/test_diffusion.py", "compat/test_onnx.py", "compat/test_transformers.py"]
+collect_ignore = RECENT if sys.version_info < (3, 11) else []
 
-GUARD = 256
 THREADS = 3  # more than tasks of small problems, and not a power of two
-
-
-class Memory:
-    """Hands out results and workspaces full of 0xFF (NaN in every float type) between guards that nobody may write."""
-
-    def __init__(self) -> None:
-        self.blocks: list[tuple[np.ndarray, int, int]] = []
-
-    def empty(self, shape: Sequence[int], dtype: np.dtype[Any]) -> np.ndarray:
-        size = int(np.prod(shape)) * dtype.itemsize
-        raw = np.full(size + 2 * GUARD + 128, 0xFF, np.uint8)
-        aligned = GUARD + -(raw.ctypes.data + GUARD) % 64
-        start = aligned + (0 if dtype == np.uint8 else dtype.itemsize)  # results may lie anywhere; workspace is aligned
-        self.blocks.append((raw, start, size))
-        return raw[start : start + size].view(dtype).reshape(shape)
-
-    def check(self) -> None:
-        blocks, self.blocks = self.blocks, []
-        for raw, start, size in blocks:
-            assert (raw[:start] == 0xFF).all(), "a backend wrote before the beginning of a result or workspace"
-            assert (raw[start + size :] == 0xFF).all(), "a backend wrote past the end of a result or workspace"
 
 
 @pytest.fixture(scope="session")
@@ -105,7 +87,7 @@ def _omitted(item: pytest.Item) -> bool:
         return False
     dtypes = [getattr(value, "dtype", value) for value in parameters.values() if value is not engine]
     # The matrix asserts that what an engine does not compute is refused.
-    refuses = item.module.__name__ == "test_matrix"
+    refuses = item.path.name == "test_matrix.py"
     return engine.too_slow_for(parameters.get("case")) or not (refuses or all(map(engine.computes, dtypes)))
 
 

@@ -26,17 +26,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from caches import Setup
-from caches import problems_of as cache_problems_of
-from cases import DTYPES, Case
-from conftest import Memory
-from engines import Engine, cpu_targets
-from inputs import BROADCASTS, LAYOUTS, Inputs, build
-from test_matrix import bits, refused, run
-from test_properties import CONTENTS, LENGTHS
 
 from anyattn.definition import accuracy, reference
 from anyattn.frameworks.numpy import NumpyAdapter
+from conformance.test_matrix import bits, refused, run
+from conformance.test_properties import CONTENTS, LENGTHS
+from harness.backends import Engine, cpu_targets
+from harness.cases import DTYPES, Case
+from harness.inputs import BROADCASTS, LAYOUTS, Inputs, build
+from harness.kvcache_cases import Setup
+from harness.kvcache_cases import problems_of as cache_problems_of
+from harness.memory import Memory
 
 LONGEST = 4096
 # Scores of all heads together: the reference computes a million of them, forward and backward, in half a second.

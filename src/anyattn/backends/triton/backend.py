@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .plan import TritonPlan
 
 OLDEST = (3, 6)
-# What is known of each card, for `anyattn info`. Compiled: tests/aot.json; expected: nothing has been seen to fail.
+# What is known of each card, for `anyattn info`. Compiled: tests' aot.json; expected: nothing has been seen to fail.
 EVIDENCE = {
     "tested": ("Triton's interpreter",),
     "compiled": (

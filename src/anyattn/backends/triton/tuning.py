@@ -25,8 +25,9 @@ Entry = TypeVar("Entry")
 # By family of architectures, whose name it begins with, and by the widest head that an entry serves.
 Table = dict[str, tuple[tuple[int, Entry], ...]]
 
-# 16-bit forward by the widest head that a row serves (compiled with Triton 3.9: no spills but those that tests/aot.json
-# lists). Where a card is not named its family's row holds; sm_7x and gfx10 have no matrix instructions in Triton.
+# 16-bit forward by the widest head that a row serves (compiled with Triton 3.9: no spills but those that the tests'
+# aot.json lists). Where a card is not named its family's row holds; sm_7x and gfx10 have no matrix instructions in
+# Triton.
 FORWARD: Table[Config] = {
     "sm_7": ((64, Config(32, 32, 4, 1)), (512, Config(16, 16, 4, 1))),
     "sm_9": (
@@ -127,7 +128,7 @@ def _decode(arch: str, dtype: str, width: int) -> Config:
 
 
 # 16-bit backward: (dk and dv, whose program owns tile_k keys; dq, whose program owns tile_q rows). On NVIDIA's cards
-# the first keeps addresses on the stack outside its loops; tests/aot.json says what spills, and what inside a loop.
+# the first keeps addresses on the stack outside its loops; the tests' aot.json says what spills, and what in a loop.
 BACKWARD: Table[tuple[Config, Config]] = {
     "sm_7": (
         (64, (Config(32, 32, 4, 1), Config(32, 32, 4, 1))),

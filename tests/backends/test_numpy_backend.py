@@ -1,0 +1,106 @@
+"""What is special to the NumPy backend: its memory, its tiles, and that it computes in host memory only."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+
+import anyattn
+from anyattn.backends.numpy import tiles
+from anyattn.definition import accuracy, problem
+from anyattn.runtime import dispatch
+from harness.cases import NAMED, Case, named, small
+from harness.inputs import Inputs, build
+
+MB = 2**20
+MANY_TILES = [case for case in small(NAMED, 60_000) if case.seqlen_q > 7 and case.seqlen_k > 7]
+
+
+def run(inputs: Inputs) -> dict[str, np.ndarray | None]:
+    arguments = {**inputs.arguments, "backend": "numpy"}
+    out, lse = anyattn.attention_forward(**arguments)
+    q, k, v = (arguments.pop(name) for name in ("q", "k", "v"))
+    gradients = anyattn.attention_backward(inputs.dout, q, k, v, out, lse, dlse=inputs.dlse, **arguments)
+    return {"out": out, "lse": lse, **gradients._asdict()}
+
+
+@pytest.mark.parametrize("size", [(16, 24, 600), (5, 7, 1), (64, 3, 5000)], ids=str)
+@pytest.mark.parametrize("case", MANY_TILES, ids=str)
+def test_many_small_tiles(case: Case, size: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most cases fit in one tile of the size that serves the machine best."""
+    for name, value in zip(("TILE_Q", "TILE_K", "TILE_ENTRIES"), size, strict=True):
+        monkeypatch.setattr(tiles, name, value)
+    inputs = build(case)
+    got = run(inputs)
+    problem, arrays = inputs.canonical(backward=True)
+    expected = accuracy.expected_forward(problem, arrays)
+    expected |= accuracy.expected_backward(problem, arrays, inputs.dout64, inputs.dlse64)
+    shaped = {name: got[name].reshape(want.value.shape) for name, want in expected.items()}
+    assert accuracy.check(expected, shaped) == []
+
+
+def peak(call: Callable[[], object]) -> int:
+    """Bytes that the call held at most, results included."""
+    call()
+    tracemalloc.start()
+    try:
+        call()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def case_of(seqlen: int, **options: object) -> Case:
+    sizes = {"batch": 1, "seqlen_q": seqlen, "seqlen_k": seqlen, "nheads_kv": 1, "head_dim": 8, "head_dim_v": 8}
+    return replace(named("plain"), causal=True, **{**sizes, **options})  # type: ignore[arg-type]
+
+
+OPTIONS: list[dict[str, object]] = [
+    {},
+    {"group": 4, "softcap": 3.0, "sink": True, "alibi": "h", "dtype": "bfloat16"},
+    {"dropout_p": 0.1, "bias": "row", "mask": "row", "dtype": "float16"},
+    {"lengths": "paged", "page_size": 16},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_memory_is_linear(options: dict[str, object]) -> None:
+    """The scores alone would take 4 and 16 MB per head in float32."""
+    peaks = [peak(partial(run, build(case_of(seqlen, **options)))) for seqlen in (1024, 2048)]
+    assert max(peaks) < 8 * MB
+    assert peaks[1] < 1.3 * peaks[0] + MB
+
+
+def test_bias_gradient_is_not_held_twice() -> None:
+    """A float16 dbias without broadcast axes is written tile by tile."""
+    inputs = build(case_of(1500, bias="full", dtype="float16"))
+    assert peak(partial(run, inputs)) < inputs.arguments["bias"].nbytes + 4 * MB
+
+
+def test_keys_between_rows_intervals() -> None:
+    """Negative bounds with chunks leave keys that no row sees in the middle of a tile; NaN there changes nothing."""
+    options = problem.Options(left=-3, right=5, chunk=8, alignment="top-left")
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, 40, 2, 8), np.float32) for _ in range(3))
+    hidden = np.arange(40) % 8 < 3
+    results = []
+    for stale in (0.0, np.nan):
+        k[:, hidden], v[:, hidden] = stale, stale
+        arrays = (q, k, v, *[None] * 13)
+        out, lse = anyattn.frameworks.numpy.forward(arrays, options, None, "numpy")
+        gradients = anyattn.frameworks.numpy.backward((out, lse, q, None), arrays, options, None, "numpy")
+        results.append([out, lse, *gradients[:3]])
+    for clean, dirty in zip(*results, strict=True):
+        np.testing.assert_array_equal(clean, dirty)
+
+
+def test_refuses_device_memory() -> None:
+    problem, _ = build(named("plain")).canonical()
+    elsewhere = problem._replace(q=problem.q._replace(device="cuda:0"))
+    assert dispatch.get("numpy").supports(problem) == []
+    assert "cuda:0" in dispatch.get("numpy").supports(elsewhere)[0]

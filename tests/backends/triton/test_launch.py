@@ -1,0 +1,122 @@
+"""What reaches a GPU's driver, by Triton's own launchers: kernels, addresses, streams and devices."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from harness.backends import skip_module_without
+from harness.paths import TESTS, python_path
+
+pytest.importorskip("triton.backends.nvidia", reason="no Triton here, and ANYATTN_REQUIRE does not ask for it")
+skip_module_without("triton")
+
+
+@pytest.fixture(scope="module", params=["nvidia", "amd"])
+def vendor(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def recorded(vendor: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """By scenario; compiled anew, in a process without the interpreter."""
+    cache = str(tmp_path_factory.mktemp("triton"))
+    environment = {**os.environ, "TRITON_CACHE_DIR": cache, "PYTHONPATH": python_path()}
+    script = TESTS / "backends" / "emulators" / "fake_gpu.py"
+    done = subprocess.run(
+        [sys.executable, script, vendor], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def kernels(found: Any) -> list[str]:
+    return [launch["kernel"] for launch in found["launches"]]
+
+
+def addresses(launch: Any) -> list[int]:
+    return [value for kind, value in launch["arguments"] if kind.startswith("*")]
+
+
+def test_arguments_are_where_the_kernel_expects_them(recorded: Any) -> None:
+    found = recorded["alignment"]
+    first, *_, last = found["launches"]
+    assert len(found["launches"]) == 4 and first["grid"] == [128, 1, 1]
+    assert addresses(last) == found["pointers"]
+    assert ["fp32", 0.125] in last["arguments"] and ["i32", 8 * 1024 * 64] in last["arguments"]
+
+
+def test_equal_plans_share_a_kernel(recorded: Any) -> None:
+    """It was loaded with the plan; an address that is not aligned needs another."""
+    assert recorded["alignment"]["loads"] == [0, 1]
+
+
+def test_the_current_stream_of_the_tensors_device(recorded: Any) -> None:
+    found = recorded["streams"]
+    where = [(launch["device"], launch["stream"]) for launch in found["launches"]]
+    assert where == [(0, 77), (1, 1077), (0, 88), (1, 1088)]
+    assert found["current"] == 0, "the current device is as before"
+
+
+def test_a_backward_runs_in_order_in_its_workspace(recorded: Any) -> None:
+    found = recorded["training"]
+    parts = ("delta", "dkv", "dq", "dsink")
+    assert kernels(found) == [f"attention_backward_{part}" for part in parts]
+    pointers = found["pointers"]
+    for launch in found["launches"]:
+        assert pointers["workspace"] in addresses(launch), "delta lies there"
+    results = [{pointers[f"d{name}"] for name in names} for names in ("", "kv", "q", ("sink",))]
+    assert all(wanted <= set(addresses(launch)) for wanted, launch in zip(results, found["launches"], strict=True))
+
+
+def test_decoding_splits_the_keys_and_combines(recorded: Any) -> None:
+    found = recorded["decoding"]
+    assert kernels(found) == ["attention_forward", "combine_splits"]
+    forward, combine = found["launches"]
+    pointers, splits = found["pointers"], forward["grid"][1]
+    assert splits > 1
+    part_lse = pointers["workspace"] + 4 * splits * 2 * 8 * 64  # behind the parts of out
+    assert {pointers["workspace"], part_lse} <= set(addresses(forward)) & set(addresses(combine))
+    assert {pointers["out"], pointers["lse"]} <= set(addresses(combine)) - set(addresses(forward))
+
+
+def test_an_append_runs_on_the_caches_device(recorded: Any) -> None:
+    found = recorded["append"]
+    assert kernels(found) == ["copy_rows"] * 3  # k, v and the rotated q
+    assert {launch["device"] for launch in found["launches"]} == {1}
+
+
+@pytest.mark.parametrize("scenario", ["training", "decoding", "append"])
+def test_a_call_may_be_captured_in_a_graph(recorded: Any, scenario: str) -> None:
+    """No operator of torch runs: nothing is allocated, copied or read back."""
+    assert recorded[scenario]["launches"] and recorded[scenario]["operators"] == []
+
+
+def test_float32_follows_torchs_precision(vendor: str, recorded: Any) -> None:
+    """Where the hardware has a choice."""
+    assert recorded["precision"]["loaded"] == [0, int(vendor == "nvidia"), 0]
+
+
+def test_a_kernel_that_does_not_compile_is_named(vendor: str, recorded: Any) -> None:
+    error, nvidia = recorded["refusal"]["error"], vendor == "nvidia"
+    for part in (
+        "attention_forward(HEAD_DIM=128,",
+        "num_warps=8" if nvidia else "num_warps=4",
+        "of k, lse, out, q, v",
+        "cuda 90" if nvidia else "hip gfx942",
+        "out of registers",
+    ):
+        assert part in error, error
+
+
+def test_strides_are_multiples_of_what_they_all_are() -> None:
+    from anyattn.backends.triton.launch import Address, Template, stride
+
+    for steps, divisor in (((64, 4096), 16), ((40, 320), 8), ((100, 800), 4), ((0, 7), 1), ((), 16)):
+        template = Template((Address("q", "float16"), *map(stride, steps)), {})
+        assert template.divisor == divisor

@@ -1,0 +1,191 @@
+"""What is special to the Triton backend: what it refuses, when it is chosen, any size of its tiles."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import anyattn
+from anyattn.backends.triton import backend, device, tuning
+from anyattn.backends.triton.device import INTERPRETER, interpreted
+from anyattn.definition import accuracy
+from anyattn.frameworks.torch.adapter import adapter
+from anyattn.runtime import dispatch, execute
+from harness.backends import skip_module_without
+from harness.cases import Case, named
+from harness.inputs import build
+
+skip_module_without("triton")
+pytestmark = pytest.mark.skipif(not interpreted(), reason="on a GPU tests/device runs instead")
+
+X = np.ones((1, 4, 2, 8), np.float32)
+
+
+def forward(given: dict[str, Any]) -> dict[str, np.ndarray]:
+    out, lse = anyattn.attention_forward(**given, backend="triton")
+    return {"out": out, "lse": lse}
+
+
+def test_automatic_choice_never_takes_the_interpreter() -> None:
+    explanation = anyattn.explain(X, X, X)
+    assert explanation.chosen != "triton" and "only if named" in explanation.reasons["triton"][0]
+    assert anyattn.explain(X, X, X, backend="triton").chosen == "triton"
+
+
+def test_refusals_name_what_is_accepted() -> None:
+    wide = np.ones((1, 4, 2, 513), np.float32)
+    with pytest.raises(anyattn.UnsupportedProblem, match=r"head_dim and head_dim_v up to 512; got 513"):
+        anyattn.attention(wide, wide, wide, backend="triton")
+    double = X.astype(np.float64)
+    with pytest.raises(anyattn.UnsupportedProblem, match="has no float64"):
+        anyattn.attention(double, double, double, backend="triton")
+    cache = np.zeros((1, 8, 2, 8))
+    with pytest.raises(anyattn.UnsupportedProblem, match=r"an append to a (?s:.)*has no float64"):
+        anyattn.attention_with_kvcache(double, cache, cache, k=double, v=double, cache_seqlens=0, backend="triton")
+
+
+def test_elsewhere_than_on_a_gpu_is_refused_with_a_reason() -> None:
+    problem, _ = build(named("plain")).canonical()
+    elsewhere = problem._replace(q=problem.q._replace(device="meta"))
+    assert "q is on meta" in dispatch.get("triton").supports(elsewhere)[0]
+
+
+def test_gradients_that_no_tile_of_a_card_holds_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "cards", lambda: [("cpu", "Abacus 9000", "sm_75")])
+    forward, _ = build(Case("wide", seqlen_q=4, seqlen_k=4, head_dim=160)).canonical()
+    backward, _ = build(Case("wide", seqlen_q=4, seqlen_k=4, head_dim=160)).canonical(backward=True)
+    supports = dispatch.get("triton").supports
+    assert supports(forward) == []
+    assert supports(backward) == ["takes head_dim and head_dim_v up to 128 for float32 gradients on sm_75; got 160"]
+
+
+@pytest.mark.parametrize("config", [(16, 16), (32, 128), (128, 32)], ids=str)
+@pytest.mark.parametrize("name", ["everything", "varlen_window_alibi", "chunk_window", "paged_odd_page_f16"])
+def test_any_tile_size(name: str, config: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Full tiles and edges on both sides, several of each."""
+    monkeypatch.setattr(tuning, "forward", lambda *_, **__: tuning.Config(*config))
+    inputs = build(named(name))
+    problem, arrays = inputs.canonical()
+    assert not accuracy.check(accuracy.expected_forward(problem, arrays), forward(inputs.arguments))
+
+
+@pytest.mark.parametrize("section", [1, 3, 100])
+def test_any_order_of_programs(section: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "section", lambda *_: section)
+    inputs = build(Case("sections", batch=2, seqlen_q=150, seqlen_k=90, nheads_kv=5, causal=True))
+    problem, arrays = inputs.canonical()
+    assert not accuracy.check(accuracy.expected_forward(problem, arrays), forward(inputs.arguments))
+
+
+@pytest.mark.parametrize("count", [2, 3, 7])
+@pytest.mark.parametrize("lengths", ["full", "varlen", "paged"])
+def test_any_number_of_splits(count: int, lengths: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More splits than some rows have keys, and a sink that only one of them may count."""
+    monkeypatch.setattr(tuning, "splits", lambda *_: count)
+    case = Case("splits", seqlen_q=3, seqlen_k=400, group=4, causal=True, sink=True, lengths=lengths, dropout_p=0.2)
+    inputs = build(case)
+    problem, arrays = inputs.canonical()
+    assert not accuracy.check(accuracy.expected_forward(problem, arrays), forward(inputs.arguments))
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 70])
+def test_batch_invariant(seqlen_q: int) -> None:
+    """Each sequence alone and in a batch: the same bits."""
+    inputs = build(Case("batch", batch=3, seqlen_q=seqlen_q, seqlen_k=300, group=4, causal=True, dtype="float16"))
+    q, k, v = (inputs.arguments[name] for name in "qkv")
+    flags = {"causal": True, "batch_invariant": True, "backend": "triton"}
+    out = anyattn.attention(q, k, v, **flags)
+    for b in range(3):
+        one = slice(b, b + 1)
+        assert anyattn.attention(q[one], k[one], v[one], **flags).tobytes() == out[one].tobytes()
+
+
+def test_from_run_to_run() -> None:
+    inputs = build(named("everything"))
+    out, lse = anyattn.attention_forward(**inputs.arguments, backend="triton")
+    grads = [
+        anyattn.attention_backward(
+            inputs.dout, out=out, lse=lse, dlse=inputs.dlse, **inputs.arguments, deterministic=True, backend="triton"
+        )
+        for _ in range(2)
+    ]
+    assert all(a.tobytes() == b.tobytes() for a, b in zip(*grads, strict=True))
+
+
+def test_splits_fill_the_processors() -> None:
+    assert tuning.splits(0, 100, 132) == tuning.splits(132, 100, 132) == tuning.splits(8, 4, 132) == 1
+    assert tuning.splits(8, 1000, 132) * 8 / 132 > 0.8
+    assert tuning.splits(8, 6, 132) <= 6
+
+
+@pytest.mark.parametrize(
+    ("size", "want"), [(1, (16, 0)), (64, (64, 0)), (96, (64, 32)), (100, (128, 0)), (300, (256, 64))]
+)
+def test_chunks_of_a_dimension(size: int, want: tuple[int, int]) -> None:
+    assert tuning.chunks(size) == want
+
+
+def test_every_architecture_has_a_config() -> None:
+    for arch in (INTERPRETER, "sm_90", "gfx1100", "sm_999", "xpu"):
+        for dtype in ("float32", "float16"):
+            for width in (16, 64, 80, 128, 256, 512):
+                config = tuning.forward(arch, dtype, width)
+                assert config.tile_q >= 16 and config.tile_k >= 16
+
+
+def test_devices_of_other_names() -> None:
+    assert device.device("sm_90") == device.Device("sm_90", 128, 2**25)
+
+
+def test_out_of_memory_on_a_gpu_is_torchs_own_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results and workspace are there before anything is written."""
+
+    def empty(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "empty", empty)
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        execute._workspace(adapter, 2**40, torch.zeros(1, device="meta"))
+
+
+@pytest.mark.parametrize(
+    ("version", "reason"),
+    [(None, "Triton is not installed"), ("3.5.1", r"Triton 3\.5 is too old: 3\.6 or later"), ("3.6.0+git1", None)],
+)
+def test_versions(version: str | None, reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever package brings Triton: torch for ROCm has one of its own."""
+
+    def found(name: str) -> str:
+        if version is None or name != "pytorch-triton-rocm":
+            raise device.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(device, "version", found)
+    got = backend.TritonBackend().available(named=True)
+    assert got is None if reason is None else re.match(reason, str(got))
+
+
+@pytest.mark.parametrize(
+    ("arch", "triton", "state"),
+    [
+        ("sm_90", "3.9", "compiled"),
+        ("sm_121", "3.9", "expected"),
+        ("sm_61", "3.9", "Triton compiles for sm_70 and later; this card is sm_61"),
+        ("gfx1030", "3.6", "compiled"),
+        ("gfx1030", "3.7", "Triton after 3.6 does not compile for gfx1030"),
+        ("xpu", "3.9", "expected"),
+    ],
+)
+def test_cards(arch: str, triton: str, state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `info` says of a card, and `explain` where it refuses."""
+    monkeypatch.setattr(device, "version", lambda name: triton)
+    monkeypatch.setattr(backend, "cards", lambda: [("cuda:0", "A card", arch)])
+    monkeypatch.setattr(backend, "interpreted", lambda: False)
+    assert backend.seen() == [{"device": "cuda:0", "name": "A card", "arch": arch, "state": state}]
+    problem, _ = build(named("plain")).canonical()
+    problem = problem._replace(q=problem.q._replace(device="cuda:0"))
+    assert backend.TritonBackend().supports(problem) == ([state] if state.startswith("Triton") else [])

@@ -1,0 +1,291 @@
+"""What only the Vulkan backend has: its device, memory, submissions, every shape of its kernels, and how it fails."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import anyattn
+from anyattn.backends.vulkan import api, forward, tuning
+from anyattn.backends.vulkan import device as devices
+from anyattn.backends.vulkan.engine import Job
+from anyattn.backends.vulkan.engine import current_engine as engine
+from anyattn.config import settings
+from anyattn.definition import accuracy
+from anyattn.runtime import dispatch
+from conformance.test_matrix import run
+from harness.backends import Engine, engines
+from harness.cases import Case, named
+from harness.inputs import build
+from harness.paths import python_path
+
+VULKAN = Engine("vulkan")
+pytestmark = pytest.mark.skipif(VULKAN not in engines(), reason="no Vulkan device: .ci/run requires one")
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    VULKAN.use()
+    dispatch.forget()
+    yield
+    dispatch.forget()
+
+
+def check(case: Case, direction: str = "forward") -> None:
+    inputs = build(case)
+    problem, arrays = inputs.canonical()
+    assert not accuracy.check(accuracy.expected_forward(problem, arrays), run(inputs, direction, VULKAN))
+
+
+CASES = [
+    Case("plain_f32", seqlen_q=33, seqlen_k=70, head_dim=64, head_dim_v=40, group=2, causal=True),
+    replace(named("everything"), name="features_f32", seqlen_q=40, seqlen_k=60, batch=2),
+    replace(named("everything_bf16"), name="features_bf16", seqlen_q=40, seqlen_k=60, batch=2),
+    Case("paged_f16", lengths="paged", dtype="float16", head_dim=128, head_dim_v=128, seqlen_q=5, page_size=3),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"lanes": 4, "rows": 1, "shuffle": True},
+        {"lanes": 8, "rows": 2, "shuffle": True},
+        {"lanes": 4, "rows": 2, "shuffle": False},
+        {"lanes": 2, "rows": 1, "workgroup": 64, "keys": 8, "shuffle": False},
+    ],
+    ids=lambda shape: "-".join(f"{name}{int(value)}" for name, value in shape.items()),
+)
+def test_every_shape_of_a_kernel(monkeypatch: pytest.MonkeyPatch, case: Case, shape: dict[str, Any]) -> None:
+    """What a GPU's configuration uses and a CPU's does not: several lanes per row, shuffles, unrolled loops."""
+    original = tuning.forward_config
+
+    def config(info: devices.DeviceInfo, problem: Any) -> tuning.Config:
+        chosen = replace(original(info, problem), features=tuning.feature_bits(problem), **shape)
+        dims = [-(-tuning.vectors(x) // chosen.lanes) * chosen.lanes for x in (problem.head_dim, problem.head_dim_v)]
+        return replace(chosen, dim=dims[0], dim_v=dims[1])
+
+    monkeypatch.setattr(tuning, "forward_config", config)
+    check(case)
+
+
+def test_unrolled_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = tuning.forward_config
+    monkeypatch.setattr(
+        tuning, "forward_config", lambda *x: replace(original(*x), dim=2, dim_v=1, features=0, unroll=True)
+    )
+    check(Case("unrolled", head_dim=7, head_dim_v=3))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("keys", [8, 24])
+def test_split_keys(monkeypatch: pytest.MonkeyPatch, case: Case, keys: int) -> None:
+    monkeypatch.setattr(tuning, "split_keys", lambda info, problem, config: keys)
+    check(case)
+
+
+def test_a_gpu_gets_shuffles_and_splits() -> None:
+    """The choice itself, on the description of a device that is not here."""
+    gpu = replace(devices.device().info, kind="discrete", subgroup=32, shuffle=True)
+    problem, _ = build(named("decode_f16")).canonical()
+    config = tuning.forward_config(gpu, problem)
+    assert config.shuffle and config.lanes > 1 and config.unroll
+    assert tuning.split_keys(gpu, problem, config) < problem.seqlen_k
+    assert tuning.split_keys(gpu, problem._replace(batch_invariant=True), config) >= problem.seqlen_k
+
+
+def test_long_keys_stay_below_the_iterations_of_a_software_driver() -> None:
+    """Mesa's leaves loops silently after 65,535: 40,000 keys are more than one workgroup may take."""
+    inputs = build(Case("long", batch=1, seqlen_q=3, seqlen_k=40_000, nheads_kv=1, head_dim=8, head_dim_v=8))
+    problem, _ = inputs.canonical()
+    assert forward.Setup.of(devices.device().info, problem).splits > 1
+    check(inputs.case)
+
+
+@pytest.mark.parametrize("limit", [30_000, 18_000])
+def test_arrays_larger_than_a_binding(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    """Parts of the heads, and of one head's sequences, are bound in turn."""
+    info = replace(devices.device().info, storage_range=limit)
+    monkeypatch.setattr(engine().device, "info", info)
+    case = Case("parts", batch=3, seqlen_q=17, seqlen_k=21, nheads_kv=4, group=2, bias="b1", mask="h1", alibi="bh")
+    problem, _ = build(case).canonical()
+    assert len(forward.Setup.of(info, problem).launches) > 1
+    check(case)
+
+
+def test_an_array_that_no_binding_holds_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine().device, "info", replace(devices.device().info, storage_range=1000))
+    with pytest.raises(anyattn.UnsupportedProblem, match=r"larger than a binding of .*: 1000 bytes"):
+        check(named("plain"))
+
+
+def test_short_submissions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow device gets its work in many dispatches and submissions: no watchdog sees a long one."""
+    submissions = []
+    finish = type(engine().commands).finish
+    monkeypatch.setattr(type(engine().commands), "finish", lambda self: (submissions.append(1), finish(self)))
+    monkeypatch.setattr(engine(), "rate", 1e3)
+    check(replace(named("everything"), batch=2, seqlen_q=70))
+    assert len(submissions) > 4
+
+
+def test_memory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that does not share its memory: everything goes through mapped buffers beside it."""
+    monkeypatch.setattr(engine().memory, "unified", False)
+    engine().memory.trim()
+    check(named("everything"))
+    assert any(buffer.host is None for buffers in engine().memory._free.values() for buffer in buffers)
+    engine().memory.trim()
+
+
+def test_buffers_are_used_again() -> None:
+    check(named("plain"))
+    kept = engine().memory.kept
+    check(named("plain"))
+    assert engine().memory.kept == kept > 0
+
+
+def test_out_of_device_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept is given back and tried again; then a MemoryError that says how much, and the next call is right."""
+    create, failures = engine().device.create, []
+
+    def refuse(name: str, info: Any) -> int:
+        if name == "vkAllocateMemory":
+            failures.append(name)
+            raise api.VulkanError("vkAllocateMemory: out of device memory (-2)", api.OUT_OF_DEVICE_MEMORY)
+        return create(name, info)
+
+    engine().memory.trim()
+    with monkeypatch.context() as patch:
+        patch.setattr(engine().device, "create", refuse)
+        with pytest.raises(MemoryError, match=r"no memory for \d+ bytes on .*out of device memory"):
+            check(named("plain"))
+    assert len(failures) == 2
+    check(named("plain"))
+
+
+def test_a_lost_device_is_opened_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = engine()
+    with monkeypatch.context() as patch:
+        patch.setattr(lost.commands, "_submit", lambda *arguments: api.LOST)
+        with pytest.raises(api.DeviceLost, match="vkQueueSubmit: device lost"):
+            check(named("plain"))
+    check(named("plain"))  # with the plan that was made for the lost one
+    assert engine() is not lost and not engine().device.lost
+
+
+def test_a_device_that_hangs_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ANYATTN_VULKAN_TIMEOUT", "1")
+    settings.reload()
+    hanging = engine()
+    with monkeypatch.context() as patch:
+        patch.setattr(hanging.commands, "_wait", lambda *arguments: api.TIMEOUT)
+        with pytest.raises(api.DeviceLost, match=r"did not answer within 1 s \(ANYATTN_VULKAN_TIMEOUT\)"):
+            check(named("plain"))
+    monkeypatch.undo()
+    settings.reload()
+    check(named("plain"))
+
+
+def test_offsets_that_positions_cannot_hold_are_refused() -> None:
+    x = np.ones((1, 4, 1, 8), np.float32)
+    with pytest.raises(ValueError, match=r"offset\[0\] is 1000000000; backend vulkan accepts"):
+        anyattn.attention(x, x, x, causal=True, offset=10**9, backend="vulkan")
+
+
+def test_software_is_taken_only_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not devices.device().info.software:
+        pytest.fail("this test expects a software driver")
+    monkeypatch.delenv("ANYATTN_VULKAN_SOFTWARE")
+    settings.reload()
+    x = np.ones((1, 4, 1, 8), np.float32)
+    assert "vulkan" not in anyattn.get_available_backends()
+    assert "name the backend" in str(dispatch.get("vulkan").available())
+    assert np.array_equal(anyattn.attention(x, x, x, backend="vulkan"), x)
+
+
+def test_an_unknown_device_names_those_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ANYATTN_VULKAN_DEVICE", "abacus")
+    settings.reload()
+    assert "expected one of 0: " in str(dispatch.get("vulkan").available())
+    monkeypatch.undo()
+    settings.reload()
+
+
+def fresh(code: str, **variables: str) -> str:
+    environment = {**os.environ, "ANYATTN_REQUIRE": "", "PYTHONPATH": python_path(), **variables}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    return result.stdout
+
+
+NO_DRIVER = {"VK_DRIVER_FILES": "/nowhere.json", "VK_ICD_FILENAMES": "/nowhere.json"}
+CALL = """
+import numpy as np, anyattn
+x = np.ones((1, 4, 1, 8), np.float32)
+assert np.array_equal(anyattn.attention(x, x, x), x)
+try: anyattn.attention(x, x, x, backend="vulkan")
+except anyattn.UnsupportedProblem as error: print(error)
+"""
+
+
+def test_no_driver_is_a_reason() -> None:
+    assert "vulkan: vkCreateInstance: incompatible driver" in fresh(CALL, **NO_DRIVER)
+
+
+def test_no_loader_is_a_reason() -> None:
+    code = "import ctypes\ndef missing(name, *a, **k): raise OSError(name + ': no such file')\n"
+    code += "import anyattn.backends.vulkan.api as api\napi.ctypes.CDLL = missing\n" + CALL
+    code = code.replace("anyattn.attention(x, x, x)", "x", 1)  # the native engine is loaded by the same function
+    assert "vulkan: no Vulkan loader is installed" in fresh(code)
+
+
+def test_import_and_small_calls_do_not_touch_vulkan() -> None:
+    code = "import sys, numpy as np, anyattn\nx = np.ones((1, 4, 1, 8), np.float32)\nanyattn.attention(x, x, x)\n"
+    code += "from anyattn.backends.vulkan import api\nprint(api.library.cache_info().currsize)"
+    assert fresh(code).strip() == "0"
+
+
+def test_validation_layer() -> None:
+    """Silent over every path of the forward pass, and heard where a call is wrong."""
+    code = (
+        "from dataclasses import replace\n"
+        "import pytest; from backends.vulkan import test_vulkan as t\n"
+        "from anyattn.backends.vulkan.engine import current_engine as engine, Job\n"
+        "from anyattn.backends.vulkan.api import VulkanError\n"
+        "for case in t.CASES: t.check(case)\n"
+        "with Job(engine()) as job:\n"
+        "    job.commands.fill(job.buffer(64), 62, 0)\n"
+        "    with pytest.raises(VulkanError, match='the validation layer says'): job.finish()\n"
+        "print('clean')\n"
+    )
+    assert fresh(code, ANYATTN_VULKAN_VALIDATE="1").strip() == "clean"
+
+
+def test_a_forked_child_is_told_why() -> None:
+    code = (
+        "import os, numpy as np, anyattn\n"
+        "from anyattn.runtime import dispatch\n"
+        "x = np.ones((1, 4, 1, 8), np.float32)\n"
+        "anyattn.attention(x, x, x, backend='vulkan')\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    dispatch.forget()\n"
+        "    fine = np.array_equal(anyattn.attention(x, x, x), x)\n"
+        "    os._exit(0 if fine and 'use spawn' in dispatch.get('vulkan').available() else 1)\n"
+        "print(os.waitpid(child, 0)[1])\n"
+    )
+    assert fresh(code).strip() == "0"
+
+
+def test_a_job_that_fails_leaves_nothing_behind() -> None:
+    with pytest.raises(ZeroDivisionError), Job(engine()) as job:
+        job.commands.fill(job.buffer(64), 64, 0)
+        raise ZeroDivisionError
+    check(named("plain"))

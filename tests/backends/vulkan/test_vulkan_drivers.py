@@ -1,0 +1,112 @@
+"""The Vulkan backend on drivers that `make vulkan-drivers` unpacks: Mesa with cooperative matrices, under the
+validation layer, and SwiftShader, which offers least. Each runs the common matrix in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from anyattn.backends.vulkan.pipeline import BINARIES
+from harness.paths import ROOT, python_path
+
+FOLDER = ROOT / "build" / "drivers"
+# of a module's preamble, SPIR-V specification 1.6, section 3.31
+CAPABILITY = 17
+SIXTEEN_OR_EIGHT_BITS = {9, 22, 39, 4433, 4434, 4435, 4436, 4448, 4449, 4450}
+COOPERATIVE_MATRIX = 6022
+
+
+def started(driver: str, *arguments: str, **variables: str) -> str:
+    """What Python prints under this driver."""
+    if not (FOLDER / driver).exists():
+        pytest.skip(f"NOT TESTED: Vulkan on {driver}: `make vulkan-drivers` installs it")
+    # of pytest-xdist, which does not run inside
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    environment |= {"ANYATTN_REQUIRE": "vulkan", "ANYATTN_VULKAN_SOFTWARE": "1", "PYTHONPATH": python_path()}
+    environment |= variables
+    command = [FOLDER / driver, sys.executable, *arguments]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, f"{result.stdout[-6000:]}\n{result.stderr[-2000:]}"
+    return result.stdout
+
+
+def passed(driver: str, *tests: str, **variables: str) -> int:
+    """How many tests passed; none may do anything else."""
+    options = ("-q", "-p", "no:xdist", "-p", "no:cacheprovider")
+    printed = started(driver, "-m", "pytest", *options, *tests, **variables)
+    found = re.search(r"^(\d+) passed(, \d+ deselected)? in .*\s*\Z", printed, re.MULTILINE)
+    assert found, printed[-2000:]
+    return int(found[1])
+
+
+def matrix(driver: str, cases: str, **variables: str) -> int:
+    """`passed`, of the common matrix."""
+    test = "tests/conformance/test_matrix.py::test_engine_equals_reference"
+    return passed(driver, test, "-k", f"vulkan and not float64 and ({cases})", **variables)
+
+
+def described(driver: str) -> dict[str, str]:
+    """What `anyattn info` says of its one device."""
+    [device] = json.loads(started(driver, "-m", "anyattn", "info", "--json"))["vulkan"]["devices"]
+    return device
+
+
+def path_of_halves(driver: str) -> str:
+    """How a plan for float16 computes: matrices are left out where their own test fails."""
+    code = (
+        "from harness.cases import named; from harness.inputs import build; from anyattn.runtime import dispatch\n"
+        "problem, _ = build(named('huge_scores_f16')).canonical()\n"
+        "print(dispatch.get('vulkan').plan(problem).path)"
+    )
+    return started(driver, "-c", code).strip()
+
+
+def test_mesa_is_one_with_cooperative_matrices() -> None:
+    found = described("mesa")
+    assert "llvmpipe" in found["name"] and "cooperative matrices" in found["paths"]
+    assert path_of_halves("mesa") == "cooperative matrices"
+
+
+def test_swiftshader_is_the_least_device() -> None:
+    found = described("swiftshader")
+    assert "SwiftShader" in found["name"] and "subgroups of 4" in found["driver"]
+    assert "cooperative matrices: the driver has no VK_KHR_cooperative_matrix" in found["off"]
+    assert path_of_halves("swiftshader") == "scalar"
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_matrix_on_mesa(direction: str) -> None:
+    assert matrix("mesa", direction, ANYATTN_VULKAN_VALIDATE="1") > 150
+
+
+def test_kernels_with_matrices_on_mesa() -> None:
+    assert passed("mesa", "tests/backends/vulkan/test_vulkan_matrices.py", ANYATTN_VULKAN_VALIDATE="1") >= 18
+
+
+SMOKE = "plain or everything or decode_paged or varlen_seqused or bias_float32 or paged_odd_page_f16"
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_matrix_on_swiftshader(direction: str) -> None:
+    assert matrix("swiftshader", f"{direction} and ({SMOKE})") > 5
+
+
+@pytest.mark.parametrize("path", sorted(BINARIES.glob("*.spv")), ids=lambda path: path.stem)
+def test_shaders_need_no_16_bit_types(path: Path) -> None:
+    """Values of 16 bits lie in pairs in words, for devices without the types; a matrix of them needs the types."""
+    words = np.fromfile(path, "<u4").tolist()
+    capabilities, at = set(), 5
+    while words[at] & 0xFFFF == CAPABILITY:
+        capabilities.add(words[at + 1])
+        at += words[at] >> 16
+    assert capabilities
+    if COOPERATIVE_MATRIX not in capabilities:
+        assert not capabilities & SIXTEEN_OR_EIGHT_BITS

@@ -1,0 +1,109 @@
+"""The kernels with cooperative matrices in every shape that some GPU gives them.
+
+Debian's Mesa has no matrices: test_vulkan_drivers.py runs this file on a newer one and counts what passed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import anyattn
+from anyattn.backends.vulkan import device as devices
+from anyattn.backends.vulkan import tuning
+from anyattn.backends.vulkan.device import MATRICES
+from anyattn.runtime import dispatch
+from backends.vulkan.test_vulkan import VULKAN, check
+from backends.vulkan.test_vulkan_backward import gradients
+from harness.backends import engines
+from harness.cases import Case, named
+from harness.inputs import build
+
+pytestmark = pytest.mark.skipif(
+    VULKAN not in engines() or devices.device().info.paths()[MATRICES] != "",
+    reason="no Vulkan device with cooperative matrices: test_vulkan_drivers.py has one",
+)
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    VULKAN.use()
+    dispatch.forget()
+    yield
+    dispatch.forget()
+
+
+CASES = [
+    replace(named("everything"), name="features", dtype="float16", seqlen_q=70, seqlen_k=90, batch=2),
+    Case("paged", lengths="paged", dtype="float16", head_dim=72, head_dim_v=40, seqlen_q=5, page_size=3),
+    Case("packed", lengths="varlen_seqused", dtype="float16", causal=True, batch=3, seqlen_q=40, seqlen_k=40, group=3),
+]
+SHAPES = [
+    {"lanes": 1, "rows": 1, "workgroup": 8},
+    {"lanes": 2, "rows": 2, "workgroup": 32},
+    {"lanes": 4, "rows": 4, "workgroup": 32, "keys": 16},
+    {"lanes": 8, "rows": 8, "workgroup": 16},
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda x: "-".join(f"{name}{value}" for name, value in x.items()))
+def test_every_shape_of_a_kernel(monkeypatch: pytest.MonkeyPatch, case: Case, shape: dict[str, Any]) -> None:
+    """Several lanes for a row, several rows for a lane, more keys than rows and the other way around."""
+    original = tuning.matrix_config
+
+    def config(*arguments: Any) -> tuning.Config:
+        chosen = original(*arguments)
+        assert chosen is not None and chosen.matrix is not None and chosen.subgroup == chosen.matrix.m == 8
+        return replace(chosen, **shape)
+
+    monkeypatch.setattr(tuning, "matrix_config", config)
+    check(case)
+    if case.lengths != "paged":
+        gradients(build(case))
+
+
+def test_unrolled_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU gets them."""
+    original = tuning.forward_config
+    monkeypatch.setattr(
+        tuning, "forward_config", lambda *x: replace(original(*x), dim=2, dim_v=2, features=0, unroll=True)
+    )
+    check(Case("unrolled", dtype="float16", head_dim=7, head_dim_v=3))
+
+
+def test_unrolled_loops_of_the_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = tuning.scalar_config
+    monkeypatch.setattr(
+        tuning, "scalar_config", lambda *x: replace(original(*x), dim=2, dim_v=2, features=0, unroll=True)
+    )
+    gradients(build(Case("unrolled", dtype="float16", head_dim=7, head_dim_v=3)))
+
+
+def test_parts_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver that bounds loops gets several dispatches, whose sums meet in memory."""
+    monkeypatch.setattr(tuning, "SOFTWARE_ITERATIONS", 1000)
+    gradients(build(CASES[0]))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_split_keys(monkeypatch: pytest.MonkeyPatch, case: Case) -> None:
+    monkeypatch.setattr(tuning, "split_keys", lambda info, problem, config: 32)
+    check(case)
+
+
+def test_long_keys() -> None:
+    check(Case("long", dtype="float16", batch=1, seqlen_q=9, seqlen_k=40_000, nheads_kv=1, head_dim=8, head_dim_v=8))
+
+
+def test_the_scale_of_dropout_may_be_beyond_float16() -> None:
+    rng = np.random.default_rng(0)
+    q, k = (rng.standard_normal((1, 512, 1, 16)).astype(np.float16) for _ in range(2))
+    v = np.full((1, 512, 1, 16), 1e-2, np.float16)
+    given = {"dropout_p": 1 - 1 / 65536, "seed": 1}  # what is kept is multiplied by 65,536
+    out, want = (anyattn.attention(q, k, v, **given, backend=name) for name in ("vulkan", "numpy"))
+    assert want.any() and np.allclose(out, want, rtol=1e-2)

@@ -1,0 +1,365 @@
+"""Models of transformers with attn_implementation="anyattn" against the same weights with "eager"."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import anyattn.compat.flash_attn
+import anyattn.compat.transformers as adapter
+from anyattn import api
+from compat import models
+from compat.models import DECODERS, GENERATORS, MODELS, SEQLEN, WINDOW
+
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+@cache
+def built(name: str) -> Any:
+    return MODELS[name].build()
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
+    """The arguments of every call of the two functions that the adapter is over."""
+    seen: list[dict[str, Any]] = []
+    for name in ("attention", "attention_varlen"):
+        original = getattr(api, name)
+
+        def spy(*arrays: Any, _name: str = name, _original: Any = original, **arguments: Any) -> Any:
+            seen.append({"function": _name, "q": arrays[0], "k": arrays[1], **arguments})
+            return _original(*arrays, **arguments)
+
+        monkeypatch.setattr(api, name, spy)
+    yield seen
+
+
+def no_score_sized_mask(calls: list[dict[str, Any]]) -> None:
+    assert calls
+    for call in calls:
+        mask = call.get("mask")
+        assert mask is None or mask.shape[1:3] == (1, 1)
+
+
+@pytest.mark.parametrize("side", ["", "left", "right"])
+@pytest.mark.parametrize("name", MODELS)
+def test_logits(name: str, side: str, calls: list[dict[str, Any]]) -> None:
+    model, given = built(name), models.inputs(MODELS[name], side)
+    want = models.logits(model, "eager", **given)
+    assert not calls
+    got = models.logits(model, "anyattn", **given)
+    valid = given.get("attention_mask", given.get("decoder_attention_mask"))
+    if MODELS[name].kind == "encoder-decoder":
+        valid = torch.ones(want.shape[:2])
+    torch.testing.assert_close(got[valid.bool()], want[valid.bool()], **TOLERANCE)
+    no_score_sized_mask(calls)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients(name: str) -> None:
+    """Of every parameter, sinks and T5's relative position bias included; to 1e-4 of each one's largest."""
+    model, given = built(name), models.inputs(MODELS[name], "left")
+    labels = given.get("decoder_input_ids", given.get("input_ids"))
+    mask = given.get("decoder_attention_mask", given.get("attention_mask"))
+    if mask.shape == labels.shape:  # what a row of padding predicts is noise
+        labels = labels.masked_fill((mask == 0) | (mask.roll(1, -1) == 0), -100)
+    given["labels"] = labels
+    if MODELS[name].kind == "encoder-decoder":
+        given.pop("decoder_input_ids")
+    want, got = (models.gradients(model, kind, **given) for kind in ("eager", "anyattn"))
+    assert want.keys() == got.keys()
+    for key, value in want.items():
+        error, largest = float((got[key] - value).abs().max()), float(value.abs().max())
+        assert error <= 1e-4 * largest + 1e-6, f"{key}: {error} of {largest}"
+
+
+@pytest.mark.parametrize("cache_implementation", [None, "static"])
+@pytest.mark.parametrize("name", GENERATORS)
+def test_generate(name: str, cache_implementation: str | None) -> None:
+    """Longer than the window, from a left-padded batch."""
+    model, given = built(name), models.inputs(MODELS[name], "left")
+    if MODELS[name].kind == "decoder":
+        options: dict[str, Any] = {}
+    else:
+        given = {key: x for key, x in given.items() if not key.startswith("decoder")}
+        options = {"decoder_start_token_id": 1}
+    options |= {"max_new_tokens": 2 * WINDOW, "min_new_tokens": 2 * WINDOW, "do_sample": False, "pad_token_id": 0}
+    both = []
+    for implementation in ("eager", "anyattn"):
+        model.set_attn_implementation(implementation)
+        torch.manual_seed(0)
+        both.append(model.generate(**given, **options, cache_implementation=cache_implementation))
+    assert torch.equal(*both)
+    assert len(both[0].unique()) > 2
+
+
+LENGTHS = (6, 1, 7)
+
+
+def packed() -> dict[str, Tensor]:
+    ids = models.tokens(1, sum(LENGTHS))
+    return {"input_ids": ids, "position_ids": torch.cat([torch.arange(n) for n in LENGTHS])[None]}
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_packed_sequences(name: str, calls: list[dict[str, Any]]) -> None:
+    """As each sequence gives alone, with a cache too; eager GPT-OSS knows no packing, and no eager model with one."""
+    model, given = built(name), packed()
+    alone = [models.logits(model, "eager", input_ids=ids) for ids in given["input_ids"].split(LENGTHS, 1)]
+    want = torch.cat(alone, 1)
+    if name != "gpt_oss":
+        torch.testing.assert_close(models.logits(model, "eager", **given, use_cache=False), want, **TOLERANCE)
+    for use_cache in (False, True):
+        got = models.logits(model, "anyattn", **given, use_cache=use_cache)
+        torch.testing.assert_close(got, want, **TOLERANCE)
+    assert {call["function"] for call in calls} == {"attention_varlen"}
+
+
+def test_packed_batch_of_two() -> None:
+    """Several packed rows, one of them a single sequence."""
+    model = built("mistral")
+    positions = torch.stack([packed()["position_ids"][0], torch.arange(SEQLEN)])
+    given = {"input_ids": models.tokens(), "position_ids": positions, "use_cache": False}
+    both = [models.logits(model, implementation, **given) for implementation in ("eager", "anyattn")]
+    torch.testing.assert_close(*both, **TOLERANCE)
+
+
+def test_packed_gradients() -> None:
+    model, given = built("mistral"), packed()
+    given |= {"labels": given["input_ids"], "use_cache": False}
+    want, got = (models.gradients(model, kind, **given) for kind in ("eager", "anyattn"))
+    for key, value in want.items():
+        torch.testing.assert_close(got[key], value, rtol=1e-4, atol=1e-5)
+
+
+def test_packed_by_cu_seqlens(calls: list[dict[str, Any]]) -> None:
+    """What DataCollatorWithFlattening(return_flash_attn_kwargs=True) adds."""
+    model, given = built("llama"), packed()
+    begins = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0)], dtype=torch.int32)
+    extra = {"cu_seq_lens_q": begins, "cu_seq_lens_k": begins, "max_length_q": 7, "max_length_k": 7}
+    want = models.logits(model, "anyattn", **given, use_cache=False)
+    torch.testing.assert_close(models.logits(model, "anyattn", **given, **extra), want, **TOLERANCE)
+    assert {call["function"] for call in calls} == {"attention_varlen"}
+
+
+@pytest.mark.parametrize("side", ["", "left"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt_oss"])
+@pytest.mark.parametrize("cache_class", ["DynamicCache", "StaticCache"])
+def test_prefill_in_chunks(name: str, cache_class: str, side: str) -> None:
+    """Several rows behind a cache: their positions come from it, with padding and window."""
+    import transformers
+
+    model, given = built(name), models.inputs(MODELS[name], side)
+    ids, valid = given["input_ids"], given["attention_mask"]
+    both = []
+    for implementation in ("eager", "anyattn"):
+        model.set_attn_implementation(implementation)
+        size = {} if cache_class == "DynamicCache" else {"max_cache_len": 20}
+        past = getattr(transformers, cache_class)(config=model.config, **size)
+        parts = []
+        for begin, end in ((0, 4), (4, 10), (10, 11), (11, SEQLEN)):
+            mask = valid[:, :end] if side else None
+            with torch.no_grad():
+                parts.append(model(input_ids=ids[:, begin:end], attention_mask=mask, past_key_values=past).logits)
+        both.append(torch.cat(parts, 1)[valid.bool()])
+    torch.testing.assert_close(*both, **TOLERANCE)
+
+
+def test_bfloat16() -> None:
+    """No further from the model in double precision than eager in bfloat16 is."""
+    model, ids = MODELS["llama"].build(), models.tokens()
+    exact = models.logits(model.double(), "eager", input_ids=ids)
+    model = model.bfloat16()
+    eager, got = (
+        float((models.logits(model, kind, input_ids=ids) - exact).abs().max()) for kind in ("eager", "anyattn")
+    )
+    assert got <= 2 * eager
+
+
+def test_gradient_checkpointing() -> None:
+    model, given = MODELS["mistral"].build(), models.inputs(MODELS["mistral"], "left")
+    given |= {"labels": given["input_ids"].masked_fill(given["attention_mask"].roll(1, -1) == 0, -100)}
+    want = models.gradients(model, "anyattn", **given)
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    got = models.gradients(model, "anyattn", **given)
+    for key, value in want.items():
+        assert torch.equal(got[key], value)
+
+
+def test_beam_search() -> None:
+    model, given = built("gemma2"), models.inputs(MODELS["gemma2"], "left")
+    both = []
+    for implementation in ("eager", "anyattn"):
+        model.set_attn_implementation(implementation)
+        both.append(model.generate(**given, max_new_tokens=8, do_sample=False, num_beams=3, pad_token_id=0))
+    assert torch.equal(*both)
+
+
+def test_holes_in_the_padding() -> None:
+    model, given = built("llama"), models.inputs(MODELS["llama"], "")
+    given["attention_mask"][0, 3] = given["attention_mask"][1, 7] = 0
+    want, got = (models.logits(model, kind, **given) for kind in ("eager", "anyattn"))
+    torch.testing.assert_close(got[given["attention_mask"].bool()], want[given["attention_mask"].bool()], **TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32], ids=str)
+def test_custom_dense_mask(dtype: torch.dtype, calls: list[dict[str, Any]]) -> None:
+    """A mask of four dimensions says everything: it need not be causal."""
+    model = built("llama")
+    seen = torch.rand(2, 1, SEQLEN, SEQLEN, generator=torch.Generator().manual_seed(4)) > 0.4
+    seen |= torch.eye(SEQLEN, dtype=torch.bool)
+    added = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    want = models.logits(model, "eager", input_ids=models.tokens(), attention_mask=added)
+    mask = seen if dtype is torch.bool else added
+    got = models.logits(model, "anyattn", input_ids=models.tokens(), attention_mask=mask)
+    torch.testing.assert_close(got, want, **TOLERANCE)
+    assert calls
+
+
+def test_position_bias_and_float_mask() -> None:
+    """T5's bias beside a mask of the caller's own."""
+    q, k, v, bias, mask = (torch.randn(2, 4, 6, n, generator=torch.Generator().manual_seed(n)) for n in (8, 8, 8, 6, 6))
+    mask = mask * 2
+    got, _ = adapter.attention(torch.nn.Module(), q, k, v, mask, scaling=1.0, position_bias=bias)
+    scores = q @ k.transpose(-1, -2) + bias + mask
+    torch.testing.assert_close(got, (scores.softmax(-1) @ v).transpose(1, 2), **TOLERANCE)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 6])
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "full"])
+def test_padding_mask_without_a_pattern(rows: int, is_causal: bool) -> None:
+    """What is left of a mask that something copied: the arguments tell the rest, as they do to FlashAttention."""
+    q, k, v = (torch.randn(2, 4, n, 8, generator=torch.Generator().manual_seed(i)) for i, n in enumerate((rows, 6, 6)))
+    padding = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])
+    arguments = {"is_causal": is_causal, "sliding_window": 3}
+    got, _ = adapter.attention(torch.nn.Module(), q, k, v, padding, **arguments)
+    distance = torch.arange(6 - rows, 6)[:, None] - torch.arange(6)
+    seen = (distance < 3) & (distance >= 0 if is_causal else distance > -3) & padding.bool()[:, None, None]
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen).nan_to_num()
+    torch.testing.assert_close(got, want.transpose(1, 2), **TOLERANCE)
+
+
+def test_positions_that_skip_are_one_sequence() -> None:
+    model = built("llama")
+    given = {"input_ids": models.tokens(1, 5), "position_ids": torch.tensor([[0, 1, 5, 6, 9]])}
+    want, got = (models.logits(model, kind, **given, use_cache=True) for kind in ("eager", "anyattn"))
+    torch.testing.assert_close(got, want, **TOLERANCE)
+
+
+def test_unknown_mask_functions_become_dense_masks() -> None:
+    """Here Llama 4's chunks, and a function that overlays another."""
+    from transformers import LlamaConfig, masking_utils
+
+    config = LlamaConfig(**models.GROUPED, attn_implementation="anyattn", attention_chunk_size=4)
+    arguments: dict[str, Any] = {"config": config, "inputs_embeds": torch.zeros(2, SEQLEN, 32)}
+    arguments |= {"attention_mask": models.padding("left"), "past_key_values": None}
+    chunked = masking_utils.create_chunked_causal_mask(**arguments)
+    overlaid = masking_utils.create_causal_mask(**arguments, or_mask_function=lambda b, h, q, k: k == 9)
+    config._attn_implementation = "sdpa"
+    assert torch.equal(chunked, masking_utils.create_chunked_causal_mask(**arguments))
+    assert overlaid.shape == (2, 1, SEQLEN, SEQLEN)
+    assert overlaid[:, 0, 5, 9].all()
+    assert not overlaid[:, 0, 5, 8].any()
+
+
+def test_a_mask_that_is_wanted_is_made() -> None:
+    """Models that add something to it ask for that."""
+    from transformers import LlamaConfig, masking_utils
+
+    config = LlamaConfig(**models.GROUPED, attn_implementation="anyattn")
+    arguments: dict[str, Any] = {"inputs_embeds": torch.zeros(2, SEQLEN, 32), "attention_mask": None}
+    arguments |= {"past_key_values": None, "allow_is_causal_skip": False}
+    assert masking_utils.create_causal_mask(config, **arguments).shape == (2, 1, SEQLEN, SEQLEN)
+
+
+def test_dropout_in_training(calls: list[dict[str, Any]]) -> None:
+    model = MODELS["llama"].build()
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    want = models.logits(model, "eager", input_ids=models.tokens())
+    torch.testing.assert_close(models.logits(model, "anyattn", input_ids=models.tokens()), want, **TOLERANCE)
+    assert {call["dropout_p"] for call in calls} == {0.0}
+    calls.clear()
+    outs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outs.append(model.train()(input_ids=models.tokens()).logits)
+    assert {call["dropout_p"] for call in calls} == {0.5}
+    assert torch.equal(outs[0], outs[1])
+    assert not torch.equal(outs[0], outs[2])
+
+
+def test_compiled_model() -> None:
+    """One graph; mask functions cannot be looked into there."""
+    model, given = built("mistral"), models.inputs(MODELS["mistral"], "left")
+    want = models.logits(model, "eager", **given, use_cache=False)
+    model.set_attn_implementation("anyattn")
+    compiled = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        got = compiled(**given, use_cache=False).logits
+    torch.testing.assert_close(got[given["attention_mask"].bool()], want[given["attention_mask"].bool()], **TOLERANCE)
+
+
+def test_weights_are_refused() -> None:
+    with pytest.raises(ValueError, match="output_attentions"):
+        models.logits(built("whisper"), "anyattn", **models.inputs(MODELS["whisper"], ""), output_attentions=True)
+    x = torch.zeros(1, 1, 4, 8)
+    with pytest.raises(ValueError, match="sinks"):
+        adapter.attention(torch.nn.Module(), x, x, x, None, sinks=torch.zeros(1, 1, 4, 1))
+    with pytest.raises(ValueError, match="position_bias"):
+        position_ids = torch.tensor([[0, 1, 0, 1]])
+        adapter.attention(torch.nn.Module(), x, x, x, None, position_bias=torch.zeros(4, 4), position_ids=position_ids)
+
+
+# Models that are hard-wired to flash_attention_2.
+
+
+@pytest.fixture
+def flash_attention_2() -> Iterator[None]:
+    adapter.install_flash_attention_2()
+    yield
+    adapter.uninstall_flash_attention_2()
+
+
+@pytest.mark.usefixtures("flash_attention_2")
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
+def test_flash_attention_2(name: str) -> None:
+    """Logits with padding, gradients, generated tokens, packed sequences."""
+    from transformers import modeling_flash_attention_utils
+
+    model, given = MODELS[name].build(), models.inputs(MODELS[name], "left")
+    valid = given["attention_mask"].bool()
+    want, got = (models.logits(model, kind, **given) for kind in ("eager", "flash_attention_2"))
+    torch.testing.assert_close(got[valid], want[valid], **TOLERANCE)
+    ids = models.tokens()
+    want, got = (models.gradients(model, kind, input_ids=ids, labels=ids) for kind in ("eager", "flash_attention_2"))
+    for key, value in want.items():
+        torch.testing.assert_close(got[key], value, rtol=1e-4, atol=1e-5)
+    want, got = (models.logits(model, kind, **packed(), use_cache=False) for kind in ("eager", "flash_attention_2"))
+    torch.testing.assert_close(got, want, **TOLERANCE)
+    both = []
+    for kind in ("eager", "flash_attention_2"):
+        model.set_attn_implementation(kind)
+        both.append(model.generate(**given, max_new_tokens=2 * WINDOW, do_sample=False, pad_token_id=0))
+    assert torch.equal(*both)
+    assert modeling_flash_attention_utils._flash_varlen_fn is anyattn.compat.flash_attn.flash_attn_varlen_func
+
+
+def test_flash_attention_2_is_undone() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(**models.GROUPED)
+    adapter.install_flash_attention_2()
+    adapter.install_flash_attention_2()
+    assert LlamaForCausalLM._from_config(config, attn_implementation="flash_attention_2")
+    with pytest.raises(ValueError, match="does not support Flash Attention"):
+        built("t5").set_attn_implementation("flash_attention_2")
+    adapter.uninstall_flash_attention_2()
+    adapter.uninstall_flash_attention_2()
+    with pytest.raises(ImportError, match="FlashAttention2"):
+        LlamaForCausalLM._from_config(config, attn_implementation="flash_attention_2")

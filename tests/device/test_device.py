@@ -1,0 +1,81 @@
+"""What `make gpu` runs on a card, here on host memory by Triton's interpreter; and what it says without a card."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from anyattn.backends.triton.device import INTERPRETER, interpreted
+from anyattn.bench import tiles
+from device.arrays import compare
+from device.claims import EVERYWHERE
+from harness.backends import skip_module_without
+from harness.cases import named
+from harness.paths import SCRIPTS
+
+skip_module_without("triton")
+pytestmark = pytest.mark.skipif(not interpreted(), reason="Triton compiles here: make gpu runs all of it on the card")
+
+
+@pytest.mark.parametrize("name", ["plain", "expanded", "varlen_window_alibi", "paged_varlen", "wide_heads"])
+def test_cases(name: str) -> None:
+    assert compare(named(name), "cpu") == (["refused"] if name == "wide_heads" else [])
+
+
+@pytest.mark.parametrize("name", EVERYWHERE)
+def test_claims(name: str) -> None:
+    EVERYWHERE[name]("cpu")
+
+
+def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, SCRIPTS / "gpu.py", "--json", tmp_path / "gpu.json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if torch.cuda.is_available():
+        return
+    assert done.returncode == 2 and done.stderr.startswith("no GPU: torch sees no GPU"), done.stderr
+    assert not (tmp_path / "gpu.json").exists()
+
+
+@pytest.mark.parametrize("part", ["ceilings", "speed", "decode", "latency", "memory", "training", "peers"])
+def test_parts_run(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On next to nothing, on a CPU: what they measure here means nothing."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    monkeypatch.syspath_prepend(str(SCRIPTS.parent / "examples"))
+    import gpu_times
+
+    tiny = gpu_times.Scale(64, 32, (8, 16), (16, 32), ((2, 20),), 2, 1, 1, 16)
+    arguments = {"others": {"flash": gpu_times.sdpa(gpu_times.SDPBackend.FLASH_ATTENTION)}} if part == "speed" else {}
+    found = getattr(gpu_times, part)("cpu", tiny, **arguments)
+    assert found and not found.get("wrong")
+    rows = found.get("rows", [])
+    assert not [row for row in rows if "error" in row.get("anyattn", {}) or "error" in row.get("flash", {})]
+    assert len(rows) == {"speed": 8, "decode": 1}.get(part, 0)
+
+
+def test_tiles_are_tuned_and_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import gpu
+
+    workload = tiles.Workload("dq", "float16", 16, 1, 20, 20, nheads_kv=1)
+    monkeypatch.setattr(tiles, "workloads", lambda _: [workload, workload._replace(dtype="float32")])
+    monkeypatch.setattr(tiles, "stopwatch", lambda call, **_: float(math.prod(tiles.table(workload, INTERPRETER))))
+    before = tiles.table(workload, INTERPRETER)
+    (row,) = gpu.tune("cpu")["rows"]
+    assert row["workload"] == workload._asdict()
+    assert row["tiles"] == (16, 16, 1, 1, 1) and row["before"] == before == tiles.table(workload, INTERPRETER)
+
+
+def test_a_part_that_breaks_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import gpu
+
+    found = gpu.run(lambda device: 1 / 0)
+    assert "ZeroDivisionError" in found["wrong"]["exception"] and found["summary"] == "broken"
+    assert gpu.run(lambda device: {"summary": device})["summary"] == "cuda"

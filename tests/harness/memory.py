@@ -1,0 +1,34 @@
+"""Guarded memory for results and workspaces: a write past either end is an error, and what nobody writes stays NaN."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+GUARD = 256
+
+
+class Memory:
+    """Buffers full of 0xFF (NaN in every float type) between guards that nobody may write."""
+
+    def __init__(self) -> None:
+        self.blocks: list[tuple[np.ndarray, int, int]] = []
+
+    def empty(self, shape: Sequence[int], dtype: np.dtype[Any]) -> np.ndarray:
+        """Return an array for a result or a workspace, filled with 0xFF."""
+        size = int(np.prod(shape)) * dtype.itemsize
+        raw = np.full(size + 2 * GUARD + 128, 0xFF, np.uint8)
+        aligned = GUARD + -(raw.ctypes.data + GUARD) % 64
+        # A workspace is aligned; a result may have any address.
+        start = aligned + (0 if dtype == np.uint8 else dtype.itemsize)
+        self.blocks.append((raw, start, size))
+        return raw[start : start + size].view(dtype).reshape(shape)
+
+    def check(self) -> None:
+        """Raise AssertionError if a guard of any buffer since the last check was written."""
+        blocks, self.blocks = self.blocks, []
+        for raw, start, size in blocks:
+            assert (raw[:start] == 0xFF).all(), "a backend wrote before the beginning of a result or workspace"
+            assert (raw[start + size :] == 0xFF).all(), "a backend wrote past the end of a result or workspace"

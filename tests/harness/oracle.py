@@ -1,0 +1,146 @@
+"""An independent definition, for the reference: each rule of the mask as a predicate, gradients by torch's autograd.
+
+Shares nothing with the package but the dropout bits (which test_philox checks against published vectors).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from anyattn.definition import philox
+
+if TYPE_CHECKING:
+    from harness.cases import Case
+    from harness.inputs import Inputs
+
+
+@dataclass(frozen=True)
+class Span:
+    """One sequence: rows and keys in use, left padding, position of row 0, and the places of its rows and key slots."""
+
+    index: int
+    n_q: int
+    n_k: int
+    leftpad: int
+    offset: int
+    rows: Any  # index of the n_q rows in q without heads: q[rows] is (n_q, nheads, head_dim)
+    slots: Any  # index of the n_k slots in k
+
+
+def visible(case: Case, span: Span) -> np.ndarray:
+    """(n_q, n_k): which keys the interval lets each row see, rule by rule."""
+    p = np.arange(span.n_q)[:, None] + span.offset
+    c = np.arange(span.n_k)[None, :] - span.leftpad
+    seen = np.broadcast_to(c >= 0, (span.n_q, span.n_k)).copy()
+    left, right = case.window or (None, None)
+    if case.causal:
+        seen &= c <= p
+    if right is not None:
+        seen &= c <= p + right
+    if left is not None:
+        seen &= c >= p - left
+    if case.chunk:
+        seen &= np.floor_divide(c, case.chunk) == np.floor_divide(p, case.chunk)
+    return seen
+
+
+def attention(inputs: Inputs) -> dict[str, np.ndarray | None]:
+    """out, lse and, for the case's dout and dlse, every gradient; float64."""
+    import torch
+
+    case, given = inputs.case, inputs.arguments
+    leaves = {name: _leaf(given.get(name)) for name in ("q", "k", "v", "bias", "sink")}
+    nheads = case.nheads_kv * case.group
+    out = np.zeros((*given["q"].shape[:-1], case.head_dim_v))
+    lse = np.full(inputs.lse_shape, -np.inf)
+    loss = torch.zeros((), dtype=torch.float64)
+    for span in inputs.spans:
+        for h in range(nheads):
+            o, line, live = _head(inputs, leaves, span, h)
+            where = inputs.lse_rows(span, h)
+            out[(*_pair(span.rows), h)] = o.detach().numpy()
+            lse[where] = np.where(live, line.detach().numpy(), -np.inf)
+            loss = loss + (o * torch.from_numpy(inputs.dout64[(*_pair(span.rows), h)])).sum()
+            if inputs.dlse is not None:
+                dl = torch.from_numpy(np.asarray(inputs.dlse, np.float64)[where])
+                loss = loss + (line * dl)[torch.from_numpy(live)].sum()
+    if loss.requires_grad:
+        loss.backward()
+    grads = {f"d{name}": _grad(leaf) for name, leaf in leaves.items()}
+    return {"out": out, "lse": lse, **grads}
+
+
+def _head(inputs: Inputs, leaves: dict[str, Any], span: Span, h: int) -> tuple[Any, Any, np.ndarray]:
+    """(out, lse, rows that have an lse) of one head; only keys that the interval lets some row see are ever touched."""
+    import torch
+
+    case, given = inputs.case, inputs.arguments
+    seen = visible(case, span)
+    used = np.flatnonzero(seen.any(axis=0))
+    seen = seen[:, used]
+    q = leaves["q"][(*_pair(span.rows), h)]
+    place = tuple(index[used] for index in _pair(span.slots)[-2:]) if case.lengths.startswith("paged") else None
+    if place is None:
+        *first, slots = _pair(span.slots)
+        place = (*first, np.arange(slots.start, slots.stop)[used])
+    k, v = leaves["k"][(*place, h // case.group)], leaves["v"][(*place, h // case.group)]
+    scale = case.head_dim**-0.5 if case.scale is None else case.scale
+    s = scale * (q @ k.T)
+    if case.softcap:
+        s = case.softcap * torch.tanh(s / case.softcap)
+    if leaves["bias"] is not None:
+        s = s + _part(leaves["bias"], inputs, span, h, used)
+        seen = seen & (_part(np.asarray(given["bias"], np.float64), inputs, span, h, used) > -np.inf)
+    if given.get("mask") is not None:
+        seen = seen & _part(given["mask"], inputs, span, h, used)
+    if given.get("alibi_slopes") is not None:
+        slopes = np.asarray(given["alibi_slopes"], np.float64)
+        slope = slopes[h] if slopes.ndim == 1 else slopes[span.index, h]
+        distance = np.abs(np.arange(span.n_q)[:, None] + span.offset - (used - span.leftpad)[None, :])
+        s = s - torch.from_numpy(slope * distance)
+    s = s.masked_fill(torch.from_numpy(~seen), -torch.inf)
+    columns = [s]
+    live = seen.any(axis=1)
+    if leaves["sink"] is not None:
+        columns.append(leaves["sink"][h].expand(span.n_q, 1))
+        live = live | bool(np.isfinite(given["sink"][h]))
+    safe = torch.where(torch.from_numpy(live)[:, None], torch.cat(columns, dim=1), 0.0)
+    if safe.shape[1] == 0:
+        return torch.zeros(span.n_q, case.head_dim_v, dtype=torch.float64), torch.zeros(span.n_q).double(), live
+    line = torch.logsumexp(safe, dim=1)
+    p = torch.exp(s - line[:, None]) if len(used) else s
+    if case.dropout_p:
+        head = span.index * case.nheads_kv * case.group + h
+        kept = philox.keep(inputs.rng_state, case.dropout_p, head, np.arange(span.n_q), used)
+        p = p * torch.from_numpy(kept / (1 - round(case.dropout_p * 65536) / 65536))
+    return p @ v, line, live
+
+
+def _part(array: Any, inputs: Inputs, span: Span, h: int, used: np.ndarray) -> Any:
+    """(n_q, used) entries of a dense bias or mask."""
+    sizes = (inputs.case.batch, inputs.case.nheads_kv * inputs.case.group, inputs.rows, inputs.slots)
+    shape = (1,) * (4 - array.ndim) + tuple(array.shape)
+    full = array.reshape(shape)
+    full = full.expand(sizes) if hasattr(full, "expand") else np.broadcast_to(full, sizes)
+    return full[span.index, h][: span.n_q][:, used]
+
+
+def _pair(index: Any) -> tuple[Any, ...]:
+    return index if isinstance(index, tuple) else (index,)
+
+
+def _leaf(array: Any) -> Any:
+    import torch
+
+    if array is None:
+        return None
+    return torch.from_numpy(np.array(array, np.float64)).requires_grad_()
+
+
+def _grad(leaf: Any) -> np.ndarray | None:
+    if leaf is None:
+        return None
+    return np.zeros(leaf.shape) if leaf.grad is None else leaf.grad.numpy()

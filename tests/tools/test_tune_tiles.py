@@ -1,0 +1,195 @@
+"""`anyattn tune` on the Triton kernels: uphill on any ground, and never to tiles that compute something else.
+
+The kernels run in the interpreter, where every choice of tiles computes the same; the clock is a formula.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from anyattn.backends.triton import device as devices
+from anyattn.backends.triton import measured, tuning
+from anyattn.backends.triton.measured import CHOICES, PHASES, Tiles
+from anyattn.bench import tiles
+from anyattn.bench.tiles import Workload
+from anyattn.cli import main
+from anyattn.config import settings
+from anyattn.definition.errors import CompilationError
+from harness.backends import Engine, engines
+
+ARCH = "sm_90"
+BEST = (64, 32, 8, 3, 2)
+
+
+@pytest.fixture(autouse=True)
+def _cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    monkeypatch.setenv("ANYATTN_CACHE", str(tmp_path / "cache"))
+    settings.reload()
+    yield tmp_path / "cache"
+    monkeypatch.undo()
+    settings.reload()
+
+
+def slope(found: Tiles) -> float:
+    """Slower with every step away from BEST."""
+    pairs = zip(CHOICES, found, BEST, strict=True)
+    return 1.1 ** sum(abs(choices.index(x) - choices.index(best)) for choices, x, best in pairs)
+
+
+@pytest.mark.parametrize("start", [(16, 16, 1, 1, 1), (128, 128, 8, 2, 1), BEST], ids=str)
+def test_climbing_ends_at_the_fastest(start: Tiles) -> None:
+    asked: list[Tiles] = []
+
+    def timed(found: Tiles) -> float:
+        asked.append(found)
+        return slope(found)
+
+    assert tiles.climb(start, slope(start), timed) == (BEST, 1.0)
+    assert len(set(asked)) == len(asked) and start not in asked, "nothing is measured twice"
+
+
+def test_noise_is_not_faster() -> None:
+    assert tiles.climb(BEST, 1.0, lambda _: 0.98) == (BEST, 1.0)
+
+
+def test_what_does_not_run_is_passed_by() -> None:
+    """A start that does not compile: any neighbour that does is better."""
+    found, seconds = tiles.climb(
+        (128, 64, 8, 2, 1), math.inf, lambda found: slope(found) if found[0] < 128 else math.inf
+    )
+    assert (found, seconds) == (BEST, 1.0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("phase", PHASES)
+def test_measured_tiles_go_before_the_table(phase: str, dtype: str) -> None:
+    found: dict[str, Callable[..., Any]] = {
+        "forward": lambda width: tuning.forward(ARCH, dtype, width),
+        "decode": lambda width: tuning.decode(ARCH, dtype, width, 100),
+        "dkv": lambda width: tuning.backward(ARCH, dtype, width)[0],
+        "dq": lambda width: tuning.backward(ARCH, dtype, width)[1],
+    }
+    before = {(name, width): config(width) for name, config in found.items() for width in (64, 80, 128, 256)}
+    assert BEST not in before.values()
+    measured.use(ARCH, phase, dtype, 128, BEST)
+    measured.save()
+    for (name, width), old in before.items():
+        assert found[name](width) == (BEST if name == phase and width in (80, 128) else old)
+    assert tuning.forward("sm_80", dtype, 128) != BEST, "another card"
+
+
+def test_a_heavy_forward_still_halves_its_keys() -> None:
+    measured.use(ARCH, "forward", "float16", 64, (64, 128, 8, 3, 2))
+    assert tuning.forward(ARCH, "bfloat16", 64, heavy=True) == (64, 64, 8, 3, 2)
+
+
+def test_few_rows_take_no_more_than_there_are() -> None:
+    measured.use(ARCH, "decode", "float16", 64, (64, 128, 8, 3, 2))
+    assert [tuning.decode(ARCH, "float16", 64, rows).tile_q for rows in (1, 17, 64)] == [16, 32, 64]
+
+
+@pytest.mark.parametrize(
+    "entry", ["null", "[]", '{"forward 16-bit 64": 3}', '{"forward 16-bit 64": [64, 48, 4, 1, 1]}']
+)
+def test_a_broken_file_says_so_and_does_not_count(entry: str, _cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    before = tuning.forward(ARCH, "float16", 64)
+    _cache.mkdir()
+    (_cache / measured.FILE).write_text(f'{{"{ARCH}": {entry}}}')
+    settings.reload()
+    with caplog.at_level(logging.WARNING, logger="anyattn"):
+        assert tuning.forward(ARCH, "float16", 64) == before
+    assert len(caplog.messages) == 1 and str(_cache / measured.FILE) in caplog.messages[0]
+
+
+interpreter = pytest.mark.skipif(Engine("triton") not in engines(), reason="no Triton here: .ci/run requires it")
+
+
+def small(phase: str) -> Workload:
+    return Workload(phase, "float32", 16, 1, 1 if phase == "decode" else 40, 50, nheads_kv=1)
+
+
+@interpreter
+@pytest.mark.parametrize("phase", PHASES)
+def test_tuning_leaves_the_fastest_in_use(phase: str) -> None:
+    times = iter([4.0, 3.0, 2.0])  # each step is faster, until the clock stands
+    result = tiles.tune(small(phase), "cpu", 0.1, clock=lambda call: next(times, 2.0))
+    assert result.seconds_before == 4.0 and result.seconds == 2.0 and result.tiles != result.before
+    assert tiles.table(small(phase), devices.INTERPRETER) == result.tiles
+
+
+@interpreter
+def test_other_results_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the clock says of them."""
+    first = tiles.calls(small("forward"), "cpu")
+    count = 0
+
+    def call() -> tuple[Any, ...]:
+        nonlocal count
+        count += 1
+        out, lse = first()
+        return (out, lse) if count == 1 else (out * 1.001, lse)
+
+    monkeypatch.setattr(tiles, "calls", lambda *_: call)
+    result = tiles.tune(small("forward"), "cpu", 0.1, clock=lambda call: 1.0 if count == 1 else 0.5)
+    assert result.tiles == result.before and count > 1
+
+
+@interpreter
+def test_tiles_that_do_not_compile_are_passed_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = tiles.calls(small("forward"), "cpu")
+
+    def call() -> tuple[Any, ...]:
+        if tuning.forward(devices.INTERPRETER, "float32", 16).num_warps != 4:
+            raise CompilationError("out of registers")
+        return first()
+
+    monkeypatch.setattr(tiles, "calls", lambda *_: call)
+    assert tiles.tune(small("forward"), "cpu", 0.1, clock=lambda call: 1.0).seconds == 1.0
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with a described card, on which nothing runs; without a Vulkan device."""
+    from anyattn.cli import tune
+
+    reasons = {"cpu": None, "triton": None, "vulkan": "no driver"}
+    monkeypatch.setattr(tune, "_missing", reasons.get)
+    monkeypatch.setattr(devices, "cards", lambda: [("cuda:0", "Abacus 9000", ARCH)])
+    monkeypatch.setattr(tiles, "card", lambda _: devices.Device(ARCH, 100, 2**20))
+    monkeypatch.setattr(tiles, "calls", lambda *_: lambda: ())
+    monkeypatch.setattr(tiles, "stopwatch", lambda call, **_: 1.0)
+
+
+@pytest.mark.usefixtures("card")
+def test_the_command_writes_what_it_finds(_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found) == ["triton"] and found["triton"]["arch"] == ARCH
+    rows = found["triton"]["tiles"]
+    assert {row["workload"].split()[0] for row in rows} == set(PHASES) and all(row["seconds"] == 1.0 for row in rows)
+    written = json.loads((_cache / measured.FILE).read_text())
+    assert len(written[ARCH]) == len(rows) == 20
+    assert main(["tune", "--backend", "triton"]) == 0
+    assert "Abacus 9000, sm_90: tiles of rows" in capsys.readouterr().out
+    assert main(["tune", "--backend", "vulkan"]) == 1
+    assert "vulkan is not available: no driver" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("card")
+def test_a_card_that_fails_leaves_nothing(
+    _cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> float:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(tiles, "stopwatch", fail)
+    assert main(["tune"]) == 1
+    assert "triton: CUDA error" in capsys.readouterr().err
+    assert not _cache.exists()
