@@ -52,7 +52,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> ModuleType:
-    """`anyattn.nn` and `anyattn.compat` are imported when they are first asked for: the former needs torch."""
-    if name in ("compat", "nn"):
+    """Import `anyattn.compat`, `anyattn.nn` or `anyattn.settings` when it is first used: `nn` needs torch."""
+    if name in ("compat", "nn", "settings"):
         return import_module(f".{name}", __name__)  # not `from . import`, which asks here again
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

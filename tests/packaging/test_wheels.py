@@ -70,7 +70,7 @@ def test_the_checks_see_what_is_wrong(tmp_path: Path, native: Path) -> None:
     installed = {f"anyattn/{name}": b"" for name in check_wheels.INSTALLED}
     wrong = {"anyattn/lib/libanyattn.so": native.read_bytes(), "anyattn/lib/libgomp-24e2ab19.so.1.0.0": b""}
     text = "\n".join(check_wheels.check(packed(tmp_path, "manylinux_2_5_aarch64", installed | wrong), ROOT))
-    assert "anyattn/mask.py is missing" in text
+    assert "anyattn/definition/mask.py is missing" in text
     assert "libgomp-24e2ab19.so.1.0.0 has no place in it" in text
     assert "its library is for" in text or check_wheels.parse(native.read_bytes()).machine == "arm64"
     if sys.platform == "linux":
