@@ -52,7 +52,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> ModuleType:
-    """Import `anyattn.compat`, `anyattn.nn` or `anyattn.settings` when it is first used: `nn` needs torch."""
-    if name in ("compat", "nn", "settings"):
+    """Import a public module when it is first used: `nn` needs torch, and no call needs the others."""
+    if name in ("compat", "nn", "settings", "vulkan"):
         return import_module(f".{name}", __name__)  # not `from . import`, which asks here again
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

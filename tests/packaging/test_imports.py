@@ -166,6 +166,11 @@ def test_a_numpy_call_never_imports_torch() -> None:
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
+def test_public_modules_are_attributes_after_one_import() -> None:
+    result = fresh("import anyattn; anyattn.settings.reload(); anyattn.vulkan.DeviceArray; anyattn.compat; anyattn.nn")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
 def test_every_public_name_exists() -> None:
     for name in anyattn.__all__:
         assert getattr(anyattn, name).__doc__, name
