@@ -126,15 +126,15 @@ def hopper(device: str) -> Found:
 
 
 def tune(device: str) -> Found:
-    """The fastest tiles of 16-bit dtypes, for the table of tuning.py; as many as there is time for. None is kept."""
-    from anyattn.bench import tiles
+    """Tune the tiles of 16-bit dtypes for the tables of tuning.py, for as long as there is time. Nothing is stored."""
+    from anyattn.bench import tune_triton
 
-    halves = [workload for workload in tiles.workloads(device) if workload.dtype != "float32"]
+    halves = [workload for workload in tune_triton.workloads(device) if workload.dtype != "float32"]
     results, start = [], time.perf_counter()
     for workload in halves:
         if time.perf_counter() - start > LONGEST / 2:
             break
-        results.append(tiles.tune(workload, device, SECONDS))
+        results.append(tune_triton.tune(workload, device, SECONDS))
         print(results[-1], flush=True)
     anyattn.settings.reload()
     gains = [result.seconds_before / result.seconds for result in results]

@@ -6,13 +6,14 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from anyattn.backends.triton.device import INTERPRETER, interpreted
-from anyattn.bench import tiles
+from anyattn.bench import tune_triton
 from device.arrays import compare
 from device.claims import EVERYWHERE
 from harness.backends import skip_module_without
@@ -63,13 +64,14 @@ def test_tiles_are_tuned_and_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(SCRIPTS))
     import gpu
 
-    workload = tiles.Workload("dq", "float16", 16, 1, 20, 20, nheads_kv=1)
-    monkeypatch.setattr(tiles, "workloads", lambda _: [workload, workload._replace(dtype="float32")])
-    monkeypatch.setattr(tiles, "stopwatch", lambda call, **_: float(math.prod(tiles.table(workload, INTERPRETER))))
-    before = tiles.table(workload, INTERPRETER)
+    workload = tune_triton.Workload("dq", "float16", 16, 1, 20, 20, nheads_kv=1)
+    monkeypatch.setattr(tune_triton, "workloads", lambda _: [workload, workload._replace(dtype="float32")])
+    in_use = partial(tune_triton.tiles_in_use, workload, INTERPRETER)
+    monkeypatch.setattr(tune_triton, "time_call", lambda call, **_: float(math.prod(in_use())))
+    before = in_use()
     (row,) = gpu.tune("cpu")["rows"]
     assert row["workload"] == workload._asdict()
-    assert row["tiles"] == (16, 16, 1, 1, 1) and row["before"] == before == tiles.table(workload, INTERPRETER)
+    assert row["tune_triton"] == (16, 16, 1, 1, 1) and row["before"] == before == in_use()
 
 
 def test_a_part_that_breaks_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

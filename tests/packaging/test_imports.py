@@ -149,7 +149,7 @@ def test_asking_vulkan_about_a_small_problem_imports_no_driver() -> None:
         "slow = {'dataclasses', 'json', 'pathlib', 'anyattn.definition.reference'} & (set(sys.modules) - before)\n"
         "assert not slow, slow\n"
         "vulkan = {name for name in sys.modules if name.startswith('anyattn.backends.vulkan.')}\n"
-        "assert vulkan == {'anyattn.backends.vulkan.backend', 'anyattn.backends.vulkan.crossover'}, vulkan\n"
+        "assert vulkan == {'anyattn.backends.vulkan.backend', 'anyattn.backends.vulkan.offload'}, vulkan\n"
     )
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 

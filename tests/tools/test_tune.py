@@ -1,4 +1,4 @@
-"""`anyattn tune`, and what the automatic choice makes of it: a GPU only for what is worth the way there.
+"""Tests of `anyattn tune` for Vulkan, and of the automatic choice: only problems worth offloading go to a GPU.
 
 The GPU is a description; what a real driver computes is the business of the other tests.
 """
@@ -17,14 +17,14 @@ from typing import Any
 import pytest
 
 import anyattn
-from anyattn.backends.vulkan import api, crossover, engine, selftest
+from anyattn.backends.vulkan import api, engine, offload, selftest
 from anyattn.backends.vulkan import device as devices
-from anyattn.backends.vulkan.crossover import CAUTIOUS, NEVER, Crossover
 from anyattn.backends.vulkan.device import DeviceInfo
 from anyattn.backends.vulkan.matrices import Matrices
-from anyattn.bench import crossover as measuring
-from anyattn.bench.crossover import Point
+from anyattn.backends.vulkan.offload import DEFAULT, NEVER, Work
+from anyattn.bench import tune_vulkan
 from anyattn.bench.timing import Timing
+from anyattn.bench.tune_vulkan import Point
 from anyattn.cli import main
 from anyattn.config import settings
 from anyattn.definition.problem import Array, Options, Problem, make_problem
@@ -100,9 +100,9 @@ def chosen(asked: Problem) -> str:
     return explained.chosen
 
 
-def test_before_anything_is_measured_only_large_problems_go(gpu: Callable[..., None]) -> None:
+def test_only_large_problems_are_offloaded_before_tuning(gpu: Callable[..., None]) -> None:
     gpu(GPU)
-    assert 2048.0 * 8192**2 > CAUTIOUS.operations > 2048.0 * 4096**2
+    assert 2048.0 * 8192**2 > DEFAULT.operations > 2048.0 * 4096**2
     assert chosen(problem(8192)) == chosen(problem(8192, back=True)) == "vulkan"
     assert chosen(problem(4096)) == chosen(problem(4096, back=True)) == "cpu"
 
@@ -113,15 +113,15 @@ def test_no_device_is_looked_for_where_none_is_worth_it(gpu: Callable[..., None]
     assert dispatch.choose(problem(1, 2**20), ()).name == "cpu"
 
 
-def test_a_measured_crossover_is_exact(gpu: Callable[..., None]) -> None:
+def test_tuned_thresholds_are_exact(gpu: Callable[..., None]) -> None:
     gpu(GPU)
-    measured = {
-        ("forward", "float32"): crossover.work(problem(1000)),
-        ("backward", "float32"): crossover.work(problem(500, back=True)),
+    thresholds = {
+        ("forward", "float32"): offload.work(problem(1000)),
+        ("backward", "float32"): offload.work(problem(500, back=True)),
         ("forward", "float16"): NEVER,
     }
-    crossover.save(GPU, measured)
-    assert dict(crossover.of(GPU)) == measured
+    offload.save_thresholds(GPU, thresholds)
+    assert dict(offload.tuned_thresholds(GPU)) == thresholds
     assert [chosen(problem(n)) for n in (999, 1000)] == ["cpu", "vulkan"]
     assert [chosen(problem(n, back=True)) for n in (499, 500)] == ["cpu", "vulkan"]
     assert chosen(problem(16384, dtype="float16")) == "cpu"
@@ -131,7 +131,7 @@ def test_a_measured_crossover_is_exact(gpu: Callable[..., None]) -> None:
 def test_few_operations_for_each_byte_stay(gpu: Callable[..., None]) -> None:
     """Decoding over a cache of any length, and a narrow window, are no more than their transfers."""
     gpu(GPU)
-    crossover.save(GPU, {("forward", "float32"): crossover.work(problem(512))})
+    offload.save_thresholds(GPU, {("forward", "float32"): offload.work(problem(512))})
     assert chosen(problem(512)) == "vulkan"
     assert chosen(problem(1, 2**20)) == "cpu"
     assert chosen(problem(2**14, left=15, right=0)) == "cpu"
@@ -141,12 +141,12 @@ def test_few_operations_for_each_byte_stay(gpu: Callable[..., None]) -> None:
 
 def test_another_device_is_not_this_one(gpu: Callable[..., None]) -> None:
     other = replace(GPU, cache_key="ab-2")
-    crossover.save(other, {("forward", "float32"): Crossover(1.0, 0.0)})
+    offload.save_thresholds(other, {("forward", "float32"): Work(1.0, 0.0)})
     for info, name in ((GPU, "cpu"), (other, "vulkan")):
         gpu(info)
         assert chosen(problem(512)) == name
-    crossover.save(GPU, {("forward", "float32"): NEVER})
-    assert crossover.of(other) == {("forward", "float32"): (1.0, 0.0)}
+    offload.save_thresholds(GPU, {("forward", "float32"): NEVER})
+    assert offload.tuned_thresholds(other) == {("forward", "float32"): (1.0, 0.0)}
 
 
 @pytest.mark.parametrize(
@@ -154,15 +154,15 @@ def test_another_device_is_not_this_one(gpu: Callable[..., None]) -> None:
 )
 def test_a_broken_file_says_so_and_does_not_count(text: str, _cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     _cache.mkdir()
-    (_cache / crossover.FILE).write_text(text)
+    (_cache / offload.FILE).write_text(text)
     with caplog.at_level(logging.WARNING, logger="anyattn"):
-        assert crossover.misses(problem(4096)) and not crossover.misses(problem(8192))
-    assert len(caplog.messages) == 1 and str(_cache / crossover.FILE) in caplog.messages[0]
+        assert offload.reasons_to_stay(problem(4096)) and not offload.reasons_to_stay(problem(8192))
+    assert len(caplog.messages) == 1 and str(_cache / offload.FILE) in caplog.messages[0]
 
 
 def test_software_is_not_chosen(gpu: Callable[..., None]) -> None:
     gpu(replace(GPU, kind="software"))
-    crossover.save(GPU, {("forward", "float32"): Crossover(1.0, 0.0)})
+    offload.save_thresholds(GPU, {("forward", "float32"): Work(1.0, 0.0)})
     assert chosen(problem(8192)) == "cpu"
     assert "runs on the CPU" in dispatch.explain(problem(8192), ()).reasons["vulkan"][0]
     assert dispatch.choose(problem(4), ("vulkan",)).name == "vulkan"
@@ -181,7 +181,7 @@ def test_a_large_problem_without_a_gpu_is_logged_once(
 
 def test_software_is_chosen_where_the_settings_say(gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     gpu(replace(GPU, kind="software"))
-    crossover.save(GPU, {("forward", "float32"): Crossover(1.0, 0.0)})
+    offload.save_thresholds(GPU, {("forward", "float32"): Work(1.0, 0.0)})
     monkeypatch.setenv("ANYATTN_VULKAN_SOFTWARE", "1")
     settings.reload()
     assert chosen(problem(512)) == "vulkan"
@@ -206,9 +206,9 @@ def test_work(case: Case, pairs: int) -> None:
     operations = 2 * 6 * pairs * (40 + 24)
     out = 2 * 30 * 6 * 24 * 2
     there = q.nbytes + k.nbytes + v.nbytes + bias.size * 2 + mask.size
-    assert crossover.work(inputs.canonical()[0]) == (operations, operations / (there + out))
+    assert offload.work(inputs.canonical()[0]) == (operations, operations / (there + out))
     gradients = q.nbytes + k.nbytes + v.nbytes + bias.size * 2
-    assert crossover.work(inputs.canonical(backward=True)[0]) == (
+    assert offload.work(inputs.canonical(backward=True)[0]) == (
         operations,
         operations / (there + 2 * out + gradients),
     )
@@ -221,16 +221,16 @@ def test_packed_sequences_count_their_rows() -> None:
         {"q": q, "k": q, "v": q, "cu_seqlens_q": table, "cu_seqlens_k": table},
         Options(max_seqlen_q=90, max_seqlen_k=90),
     )
-    assert crossover.work(packed).operations == 2048 * 100 * 90
+    assert offload.work(packed).operations == 2048 * 100 * 90
 
 
 @pytest.mark.parametrize(
     ("wins", "expected"), [("", None), ("000", None), ("011", 1), ("101", 2), ("110", None), ("111", 0), ("0101", 3)]
 )
-def test_the_crossover_is_the_first_of_the_wins_that_last(wins: str, expected: int | None) -> None:
+def test_threshold_is_the_first_of_the_wins_that_last(wins: str, expected: int | None) -> None:
     found = [Point("forward", "float32", 128 << i, 1.0, 0.9 if won == "1" else 0.96) for i, won in enumerate(wins)]
-    want = NEVER if expected is None else crossover.work(problem(128 << expected))
-    assert measuring.first(found) == want
+    want = NEVER if expected is None else offload.work(problem(128 << expected))
+    assert tune_vulkan.find_threshold(found) == want
 
 
 class Clock:
@@ -249,10 +249,10 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     found = Clock()
-    monkeypatch.setattr(measuring, "measure", found)
-    monkeypatch.setattr(measuring, "inputs", lambda dtype, seqlen: seqlen)
-    names = measuring.BACKENDS
-    monkeypatch.setattr(measuring, "calls", lambda direction, n: dict.fromkeys(names, lambda: n))
+    monkeypatch.setattr(tune_vulkan, "measure", found)
+    monkeypatch.setattr(tune_vulkan, "make_inputs", lambda dtype, seqlen: seqlen)
+    names = tune_vulkan.BACKENDS
+    monkeypatch.setattr(tune_vulkan, "make_calls", lambda direction, n: dict.fromkeys(names, lambda: n))
     return found
 
 
@@ -262,17 +262,17 @@ def test_tune_writes_what_it_measures(
     gpu(GPU)
     assert main(["tune"]) == 0
     text = capsys.readouterr().out
-    assert "Abacus 9000 is chosen from" in text and str(_cache / crossover.FILE) in text
+    assert "Abacus 9000 is chosen from" in text and str(_cache / offload.FILE) in text
     assert clock.seqlens[:7] == [128, 256, 512, 1024, 2048, 4096, 128]  # the last two before 128 are won
-    measured = crossover.of(GPU)
-    assert measured["forward", "float16"] == crossover.work(problem(2048, dtype="float16"))
-    assert set(measured) >= {(way, dtype) for way in ("forward", "backward") for dtype in ("float32", "float16")}
+    thresholds = offload.tuned_thresholds(GPU)
+    assert thresholds["forward", "float16"] == offload.work(problem(2048, dtype="float16"))
+    assert set(thresholds) >= {(way, dtype) for way in ("forward", "backward") for dtype in ("float32", "float16")}
     assert [chosen(problem(n, back=back)) for n in (1024, 2048) for back in (False, True)] == ["cpu"] * 2 + [
         "vulkan"
     ] * 2
     assert main(["tune", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["vulkan"]["crossover"]["forward float32"] == list(crossover.work(problem(2048)))
+    assert found["vulkan"]["crossover"]["forward float32"] == list(offload.work(problem(2048)))
     assert len(list(_cache.iterdir())) == 1
 
 
@@ -287,7 +287,7 @@ def test_info_says_from_where_on_each_device_is_chosen(
         main(["info"])
         assert said in capsys.readouterr().out
     gpu(GPU)
-    crossover.save(GPU, {("forward", "float32"): Crossover(1e9, 128.0), ("backward", "float32"): NEVER})
+    offload.save_thresholds(GPU, {("forward", "float32"): Work(1e9, 128.0), ("backward", "float32"): NEVER})
     main(["info"])
     assert (
         "forward float32 from 1e+09 operations, 1.3e+02 for each byte; backward float32 never"
@@ -319,7 +319,7 @@ def test_a_device_that_fails_leaves_nothing(
     def lose(*arguments: Any, **named: Any) -> None:
         raise api.DeviceLost("Abacus 9000: vkQueueSubmit: device lost")
 
-    monkeypatch.setattr(measuring, "measure", lose)
+    monkeypatch.setattr(tune_vulkan, "measure", lose)
     assert "device lost" in refused(capsys)
     assert not _cache.exists()
 
@@ -344,7 +344,7 @@ def test_nonsense_seconds_are_refused(seconds: str, capsys: pytest.CaptureFixtur
 def test_tune_on_the_driver_at_hand(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("ANYATTN_VULKAN_SOFTWARE", "1")
     settings.reload()
-    monkeypatch.setattr(measuring, "SEQLENS", (8, 16))
+    monkeypatch.setattr(tune_vulkan, "SEQLENS", (8, 16))
     assert main(["tune", "--seconds", "0.01", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["vulkan"]
     assert found["device"] == devices.instance().choose().name

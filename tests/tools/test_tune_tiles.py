@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from anyattn.backends.triton import device as devices
-from anyattn.backends.triton import measured, tuning
-from anyattn.backends.triton.measured import CHOICES, PHASES, Tiles
-from anyattn.bench import tiles
-from anyattn.bench.tiles import Workload
+from anyattn.backends.triton import tuning
+from anyattn.backends.triton.tuning import CHOICES, PHASES, Tiles
+from anyattn.bench import tune_triton
+from anyattn.bench.tune_triton import Workload
 from anyattn.cli import main
 from anyattn.config import settings
 from anyattn.definition.errors import CompilationError
@@ -51,17 +51,17 @@ def test_climbing_ends_at_the_fastest(start: Tiles) -> None:
         asked.append(found)
         return slope(found)
 
-    assert tiles.climb(start, slope(start), timed) == (BEST, 1.0)
+    assert tune_triton.climb(start, slope(start), timed) == (BEST, 1.0)
     assert len(set(asked)) == len(asked) and start not in asked, "nothing is measured twice"
 
 
 def test_noise_is_not_faster() -> None:
-    assert tiles.climb(BEST, 1.0, lambda _: 0.98) == (BEST, 1.0)
+    assert tune_triton.climb(BEST, 1.0, lambda _: 0.98) == (BEST, 1.0)
 
 
 def test_what_does_not_run_is_passed_by() -> None:
     """A start that does not compile: any neighbour that does is better."""
-    found, seconds = tiles.climb(
+    found, seconds = tune_triton.climb(
         (128, 64, 8, 2, 1), math.inf, lambda found: slope(found) if found[0] < 128 else math.inf
     )
     assert (found, seconds) == (BEST, 1.0)
@@ -69,7 +69,7 @@ def test_what_does_not_run_is_passed_by() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("phase", PHASES)
-def test_measured_tiles_go_before_the_table(phase: str, dtype: str) -> None:
+def test_tuned_tiles_take_precedence_over_the_table(phase: str, dtype: str) -> None:
     found: dict[str, Callable[..., Any]] = {
         "forward": lambda width: tuning.forward(ARCH, dtype, width),
         "decode": lambda width: tuning.decode(ARCH, dtype, width, 100),
@@ -78,20 +78,20 @@ def test_measured_tiles_go_before_the_table(phase: str, dtype: str) -> None:
     }
     before = {(name, width): config(width) for name, config in found.items() for width in (64, 80, 128, 256)}
     assert BEST not in before.values()
-    measured.use(ARCH, phase, dtype, 128, BEST)
-    measured.save()
+    tuning.use_tiles(ARCH, phase, dtype, 128, BEST)
+    tuning.save_tiles()
     for (name, width), old in before.items():
         assert found[name](width) == (BEST if name == phase and width in (80, 128) else old)
     assert tuning.forward("sm_80", dtype, 128) != BEST, "another card"
 
 
 def test_a_heavy_forward_still_halves_its_keys() -> None:
-    measured.use(ARCH, "forward", "float16", 64, (64, 128, 8, 3, 2))
+    tuning.use_tiles(ARCH, "forward", "float16", 64, (64, 128, 8, 3, 2))
     assert tuning.forward(ARCH, "bfloat16", 64, heavy=True) == (64, 64, 8, 3, 2)
 
 
 def test_few_rows_take_no_more_than_there_are() -> None:
-    measured.use(ARCH, "decode", "float16", 64, (64, 128, 8, 3, 2))
+    tuning.use_tiles(ARCH, "decode", "float16", 64, (64, 128, 8, 3, 2))
     assert [tuning.decode(ARCH, "float16", 64, rows).tile_q for rows in (1, 17, 64)] == [16, 32, 64]
 
 
@@ -101,11 +101,11 @@ def test_few_rows_take_no_more_than_there_are() -> None:
 def test_a_broken_file_says_so_and_does_not_count(entry: str, _cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     before = tuning.forward(ARCH, "float16", 64)
     _cache.mkdir()
-    (_cache / measured.FILE).write_text(f'{{"{ARCH}": {entry}}}')
+    (_cache / tuning.FILE).write_text(f'{{"{ARCH}": {entry}}}')
     settings.reload()
     with caplog.at_level(logging.WARNING, logger="anyattn"):
         assert tuning.forward(ARCH, "float16", 64) == before
-    assert len(caplog.messages) == 1 and str(_cache / measured.FILE) in caplog.messages[0]
+    assert len(caplog.messages) == 1 and str(_cache / tuning.FILE) in caplog.messages[0]
 
 
 interpreter = pytest.mark.skipif(Engine("triton") not in engines(), reason="no Triton here: .ci/run requires it")
@@ -119,15 +119,15 @@ def small(phase: str) -> Workload:
 @pytest.mark.parametrize("phase", PHASES)
 def test_tuning_leaves_the_fastest_in_use(phase: str) -> None:
     times = iter([4.0, 3.0, 2.0])  # each step is faster, until the clock stands
-    result = tiles.tune(small(phase), "cpu", 0.1, clock=lambda call: next(times, 2.0))
+    result = tune_triton.tune(small(phase), "cpu", 0.1, clock=lambda call: next(times, 2.0))
     assert result.seconds_before == 4.0 and result.seconds == 2.0 and result.tiles != result.before
-    assert tiles.table(small(phase), devices.INTERPRETER) == result.tiles
+    assert tune_triton.tiles_in_use(small(phase), devices.INTERPRETER) == result.tiles
 
 
 @interpreter
 def test_other_results_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the clock says of them."""
-    first = tiles.calls(small("forward"), "cpu")
+    first = tune_triton.make_call(small("forward"), "cpu")
     count = 0
 
     def call() -> tuple[Any, ...]:
@@ -136,22 +136,22 @@ def test_other_results_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         out, lse = first()
         return (out, lse) if count == 1 else (out * 1.001, lse)
 
-    monkeypatch.setattr(tiles, "calls", lambda *_: call)
-    result = tiles.tune(small("forward"), "cpu", 0.1, clock=lambda call: 1.0 if count == 1 else 0.5)
+    monkeypatch.setattr(tune_triton, "make_call", lambda *_: call)
+    result = tune_triton.tune(small("forward"), "cpu", 0.1, clock=lambda call: 1.0 if count == 1 else 0.5)
     assert result.tiles == result.before and count > 1
 
 
 @interpreter
 def test_tiles_that_do_not_compile_are_passed_by(monkeypatch: pytest.MonkeyPatch) -> None:
-    first = tiles.calls(small("forward"), "cpu")
+    first = tune_triton.make_call(small("forward"), "cpu")
 
     def call() -> tuple[Any, ...]:
         if tuning.forward(devices.INTERPRETER, "float32", 16).num_warps != 4:
             raise CompilationError("out of registers")
         return first()
 
-    monkeypatch.setattr(tiles, "calls", lambda *_: call)
-    assert tiles.tune(small("forward"), "cpu", 0.1, clock=lambda call: 1.0).seconds == 1.0
+    monkeypatch.setattr(tune_triton, "make_call", lambda *_: call)
+    assert tune_triton.tune(small("forward"), "cpu", 0.1, clock=lambda call: 1.0).seconds == 1.0
 
 
 @pytest.fixture
@@ -162,9 +162,9 @@ def card(monkeypatch: pytest.MonkeyPatch) -> None:
     reasons = {"cpu": None, "triton": None, "vulkan": "no driver"}
     monkeypatch.setattr(tune, "_missing", reasons.get)
     monkeypatch.setattr(devices, "cards", lambda: [("cuda:0", "Abacus 9000", ARCH)])
-    monkeypatch.setattr(tiles, "card", lambda _: devices.Device(ARCH, 100, 2**20))
-    monkeypatch.setattr(tiles, "calls", lambda *_: lambda: ())
-    monkeypatch.setattr(tiles, "stopwatch", lambda call, **_: 1.0)
+    monkeypatch.setattr(tune_triton, "card", lambda _: devices.Device(ARCH, 100, 2**20))
+    monkeypatch.setattr(tune_triton, "make_call", lambda *_: lambda: ())
+    monkeypatch.setattr(tune_triton, "time_call", lambda call, **_: 1.0)
 
 
 @pytest.mark.usefixtures("card")
@@ -174,7 +174,7 @@ def test_the_command_writes_what_it_finds(_cache: Path, capsys: pytest.CaptureFi
     assert list(found) == ["triton"] and found["triton"]["arch"] == ARCH
     rows = found["triton"]["tiles"]
     assert {row["workload"].split()[0] for row in rows} == set(PHASES) and all(row["seconds"] == 1.0 for row in rows)
-    written = json.loads((_cache / measured.FILE).read_text())
+    written = json.loads((_cache / tuning.FILE).read_text())
     assert len(written[ARCH]) == len(rows) == 20
     assert main(["tune", "--backend", "triton"]) == 0
     assert "Abacus 9000, sm_90: tiles of rows" in capsys.readouterr().out
@@ -189,7 +189,7 @@ def test_a_card_that_fails_leaves_nothing(
     def fail(*_: Any, **__: Any) -> float:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(tiles, "stopwatch", fail)
+    monkeypatch.setattr(tune_triton, "time_call", fail)
     assert main(["tune"]) == 1
     assert "triton: CUDA error" in capsys.readouterr().err
     assert not _cache.exists()

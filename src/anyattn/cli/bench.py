@@ -35,7 +35,11 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     add("--threads", type=int, default=0, metavar="N", help="of every provider (default: as the engine finds them)")
     add("--target", default="", metavar="NAME", help="instruction set of the native engine (`anyattn info` lists them)")
     add("--seconds", type=float, default=0.0, help=f"about so long for each case (default: 1, quick: {QUICK_SECONDS})")
-    add("--tune", action="store_true", help="measure first what suits the GPU of this machine: `anyattn tune`")
+    add(
+        "--tune",
+        action="store_true",
+        help="tune the backends for the GPU of this machine first: `anyattn tune`",
+    )
     add("--json", type=Path, metavar="FILE", help="write everything that was measured")
     add("--plot", type=Path, metavar="FILE", help="draw a PNG, or into a folder one for each plot (needs matplotlib)")
     add("--list", action="store_true", help="list suites, cases, sections and providers, and measure nothing")

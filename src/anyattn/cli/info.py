@@ -150,13 +150,13 @@ def _cpu() -> dict[str, Any]:
 
 
 def _vulkan() -> dict[str, Any]:
-    from ..backends.vulkan import crossover, device
+    from ..backends.vulkan import device, offload
 
     instance = device.instance()
     chosen = instance.choose().index
     return {
         "devices": [
-            {**info.describe(), "automatic": crossover.describe(info), "chosen": info.index == chosen}
+            {**info.describe(), "automatic": offload.describe(info), "chosen": info.index == chosen}
             for info in instance.devices
         ]
     }

@@ -1,4 +1,4 @@
-"""`anyattn tune`: measures what a GPU is worth and how it is used best, and keeps it in the user's cache folder."""
+"""`anyattn tune`: measure the fastest tiles and the sizes worth offloading, and store them in the cache folder."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ Found = dict[str, Any]
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "tune",
-        help="measure what suits the GPU of this machine",
-        description="Measures, and writes into the cache folder: which tiles of the Triton kernels are the fastest on "
-        "a GPU that torch reaches; and from which size on the Vulkan device in use is faster than the native engine, "
-        "transfers included, so that automatic choice takes it from there on. Takes minutes, and runs best on a "
-        "machine that does nothing else.",
+        help="tune the backends for the GPU of this machine",
+        description="Measures values for the GPU of this machine and writes them to the cache folder. Triton: the "
+        "fastest tiles of its kernels, on a GPU that torch reaches. Vulkan: the size from which the device in use is "
+        "faster than the cpu backend, transfers included; automatic choice offloads to it from that size on. Takes "
+        "minutes, and runs best on a machine that does nothing else.",
     )
-    parser.add_argument("--backend", choices=tuple(NEEDS), help="only this one (default: all that are available)")
+    parser.add_argument("--backend", choices=tuple(NEEDS), help="tune one backend (default: all that are available)")
     parser.add_argument("--seconds", type=_seconds, default=SECONDS, help="for each measurement (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Status 1 where there is no device to measure, or where measuring fails, which writes nothing."""
+    """Tune; status 1 if there is no device, or if a measurement fails, which writes nothing."""
     found: Found = {}
     missing, failed = [], []
     for name in (arguments.backend,) if arguments.backend else NEEDS:
@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
             missing.append(reasons[0])
             continue
         try:
-            found[name] = MEASURED[name](arguments.seconds)
+            found[name] = TUNE[name](arguments.seconds)
         except (OSError, RuntimeError, MemoryError) as error:
             failed.append(f"{name}: {error}")
     for reason in failed if found or failed else missing:
@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(found, indent=1))
     else:
         for name in found:
-            PRINTED[name](found[name])
+            PRINT[name](found[name])
     return 0 if found and not failed else 1
 
 
@@ -60,23 +60,23 @@ def _missing(backend: str) -> str | None:
     return dispatch.get(backend).available()
 
 
-def _tiles(seconds: float) -> Found:
-    """Each phase, dtype and head size: the tiles and times before and now."""
-    from ..backends.triton import measured
+def _tune_triton(seconds: float) -> Found:
+    """Return for each phase, dtype and head size the tiles and times before and now."""
     from ..backends.triton.device import cards
-    from ..bench import tiles
+    from ..backends.triton.tuning import save_tiles
+    from ..bench import tune_triton
 
     device, product, arch = cards()[0]
     results = []
-    for workload in tiles.workloads(device):
-        results.append(tiles.tune(workload, device, seconds))
-        _progress(tiles.label(workload))
+    for workload in tune_triton.workloads(device):
+        results.append(tune_triton.tune(workload, device, seconds))
+        _progress(tune_triton.label(workload))
     _progress("")
-    rows = [{**x._asdict(), "workload": tiles.label(x.workload)} for x in results]
-    return {"device": product, "arch": arch, "tiles": rows, "path": str(measured.save())}
+    rows = [{**x._asdict(), "workload": tune_triton.label(x.workload)} for x in results]
+    return {"device": product, "arch": arch, "tiles": rows, "path": str(save_tiles())}
 
 
-def _print_tiles(found: Found) -> None:
+def _print_triton(found: Found) -> None:
     print(f"{found['device']}, {found['arch']}: tiles of rows, of keys, warps, stages, stages of edges")
     rows = [
         (
@@ -90,33 +90,33 @@ def _print_tiles(found: Found) -> None:
     print(f"written to {found['path']}")
 
 
-def _crossover(seconds: float) -> Found:
-    """Every point, the crossover of each (direction, dtype), and why a dtype was not measured."""
-    from ..backends.vulkan import crossover, device
-    from ..bench import crossover as measuring
+def _tune_vulkan(seconds: float) -> Found:
+    """Return every point, the threshold of each (direction, dtype), and why a dtype was not measured."""
+    from ..backends.vulkan import device, offload
+    from ..bench import tune_vulkan
 
     info = device.instance().choose()
-    dtypes = measuring.dtypes()
+    dtypes = tune_vulkan.dtypes()
     every: list[Any] = []
-    measured = {}
+    thresholds = {}
     for direction in DIRECTIONS:
         for dtype in (name for name, reason in dtypes.items() if not reason):
             points = []
-            for point in measuring.points(direction, dtype, seconds):
+            for point in tune_vulkan.measure_points(direction, dtype, seconds):
                 points.append(point)
                 _progress(f"{direction} {dtype}, {point.seqlen} rows")
-            measured[direction, dtype] = measuring.first(points)
+            thresholds[direction, dtype] = tune_vulkan.find_threshold(points)
             every += points
     _progress("")
-    path = crossover.save(info, measured)
+    path = offload.save_thresholds(info, thresholds)
     absent = {name: reason for name, reason in dtypes.items() if reason}
-    chosen = {" ".join(key): crossover.text(value) for key, value in measured.items()}
-    chosen |= {name: f"{crossover.text(crossover.CAUTIOUS)}: not measured, {reason}" for name, reason in absent.items()}
-    values = crossover.as_json(measured)
+    chosen = {" ".join(key): offload.text(value) for key, value in thresholds.items()}
+    chosen |= {name: f"{offload.text(offload.DEFAULT)}: not measured, {reason}" for name, reason in absent.items()}
+    values = offload.as_json(thresholds)
     return {"device": info.name, "points": every, "crossover": values, "chosen": chosen, "path": str(path)}
 
 
-def _print_crossover(found: Found) -> None:
+def _print_vulkan(found: Found) -> None:
     rows = [
         (x.direction, x.dtype, str(x.seqlen), f"{1e3 * x.cpu:.2f}", f"{1e3 * x.vulkan:.2f}") for x in found["points"]
     ]
@@ -127,8 +127,8 @@ def _print_crossover(found: Found) -> None:
     print(f"written to {found['path']}")
 
 
-MEASURED: dict[str, Callable[[float], Found]] = {"triton": _tiles, "vulkan": _crossover}
-PRINTED: dict[str, Callable[[Found], None]] = {"triton": _print_tiles, "vulkan": _print_crossover}
+TUNE: dict[str, Callable[[float], Found]] = {"triton": _tune_triton, "vulkan": _tune_vulkan}
+PRINT: dict[str, Callable[[Found], None]] = {"triton": _print_triton, "vulkan": _print_vulkan}
 
 
 def _progress(text: str) -> None:

@@ -1,1 +1,1 @@
-"""Configuration: environment variables, measured tuning data, the machine."""
+"""Configuration: environment variables, tuned values, the machine."""

@@ -24,7 +24,7 @@ VARIABLES = {
     "cache": (
         "ANYATTN_CACHE",
         "",
-        "folder of compiled shaders and of what `anyattn tune` measured; empty: the user's",
+        "folder of compiled shaders and of the values that `anyattn tune` measured; empty: the user's",
     ),
     "check": ("ANYATTN_CHECK", "0", "1: check values in device memory too, at the price of a synchronisation"),
     "hopper": ("ANYATTN_HOPPER", "0", "1: the Triton backend's kernels for Hopper (sm_90), which no GPU has run yet"),

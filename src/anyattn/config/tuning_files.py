@@ -1,4 +1,4 @@
-"""What `anyattn tune` measured on this machine: one JSON file for each engine, in the user's cache folder."""
+"""Store of tuned values, which `anyattn tune` measures: one JSON file for each backend, in the user's cache folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger = logging.getLogger("anyattn")
 
 
 def load(name: str, parse: Callable[[Any], Entry]) -> dict[str, Entry]:
-    """The entries of a file, by device; {} without a file and, with a warning, where it is not what was written."""
+    """Return the entries of a file, by device; {} if there is no file or, with a warning, if it cannot be parsed."""
     if not settings.current().cache:
         return {}
     try:
@@ -35,7 +35,7 @@ def load(name: str, parse: Callable[[Any], Entry]) -> dict[str, Entry]:
 
 
 def save(name: str, entries: Mapping[str, Any]) -> Path:
-    """Writes the entries, by device, in place of all that were there; settings and plans are made anew.
+    """Replace the entries of a file, by device. Settings are then read again and plans made again.
 
     Raises:
         OSError: there is no cache folder, or it cannot be written.
@@ -49,10 +49,11 @@ def save(name: str, entries: Mapping[str, Any]) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = target.with_suffix(f".{os.getpid()}")
     fresh.write_text(json.dumps(entries, indent=1), encoding="utf-8")
-    fresh.replace(target)  # at once: a process that reads meanwhile sees the old or the new
+    fresh.replace(target)  # atomic: another process reads either the old or the new file
     settings.reload()
     return target
 
 
 def path(name: str) -> str:
+    """Return the path of a file in the cache folder."""
     return os.path.join(settings.current().cache, name)

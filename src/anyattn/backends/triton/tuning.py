@@ -1,18 +1,32 @@
-"""Tile sizes as data: by architecture, dtype, head_dim and phase, with one heuristic for what is not in the table.
+"""Tuning of the Triton kernels: tables of tile sizes by architecture, dtype, head_dim and phase, and heuristics.
 
-What `anyattn tune` measured on a card goes before the table.
+Tile sizes that `anyattn tune` stored for a card (tuned tiles) take precedence over the tables.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from . import measured
+from ...config import settings, tuning_files
 from .device import INTERPRETER
+
+FILE = "triton-tiles.json"
+PHASES = ("forward", "decode", "dkv", "dq")
+WIDTHS = (64, 128, 256, 512)  # tuned tiles of a width serve the head sizes above the next smaller width
+# What a tuned Config may hold, by field
+TILES = (16, 32, 64, 128, 256)
+WARPS = (1, 2, 4, 8, 16)
+STAGES = (1, 2, 3, 4, 5)
+CHOICES = (TILES, TILES, WARPS, STAGES, STAGES)
+
+Tiles = tuple[int, ...]  # the fields of a Config
 
 
 class Config(NamedTuple):
-    """One way to run a kernel. Loops over edge tiles have stages of their own: 1, and Hopper's spill nothing."""
+    """Launch configuration of a kernel. Loops over edge tiles have their own stages: 1 avoids spills on Hopper."""
 
     tile_q: int
     tile_k: int
@@ -89,7 +103,7 @@ SUM_ELEMENTS = 1024
 
 
 def chunks(size: int) -> tuple[int, int]:
-    """A dimension as one or two powers of two, each at least 16 (0: not needed): 96 is 64 + 32, 100 is 128."""
+    """Return a dimension as one or two powers of two, each at least 16 (0: not needed): 96 is 64 + 32, 100 is 128."""
     first = max(16, 1 << (size.bit_length() - 1))
     if size <= first:
         return first, 0
@@ -98,11 +112,11 @@ def chunks(size: int) -> tuple[int, int]:
 
 
 def forward(arch: str, dtype: str, width: int, *, heavy: bool = False) -> Config:
-    """For a tile of rows; width: the larger of the padded head_dim and head_dim_v.
+    """Return the configuration of the forward kernel; width: the larger of the padded head_dim and head_dim_v.
 
-    heavy: a bias, a mask, dropout or packed sequences, which hold more in registers: half the keys.
+    heavy: a bias, a mask, dropout or packed sequences, which need more registers, so tiles have half the keys.
     """
-    config = _measured("forward", arch, dtype, width) or _forward(arch, dtype, width)
+    config = _tuned("forward", arch, dtype, width) or _forward(arch, dtype, width)
     if heavy and arch != INTERPRETER:
         return config._replace(tile_k=min(config.tile_k, max(32, config.tile_k // 2)))
     return config
@@ -115,8 +129,8 @@ def _forward(arch: str, dtype: str, width: int) -> Config:
 
 
 def decode(arch: str, dtype: str, width: int, rows: int) -> Config:
-    """For few rows: as many as there are, to a power of two."""
-    config = _measured("decode", arch, dtype, width) or _decode(arch, dtype, width)
+    """Return the configuration of decoding: tile_q is `rows` rounded up to a power of two, up to the table's."""
+    config = _tuned("decode", arch, dtype, width) or _decode(arch, dtype, width)
     tile_q = max(16, 1 << (rows - 1).bit_length())
     return config._replace(tile_q=min(tile_q, config.tile_q))
 
@@ -183,9 +197,9 @@ BACKWARD_FLOAT32: Table[tuple[Config, Config]] = {
 
 
 def backward(arch: str, dtype: str, width: int) -> tuple[Config, Config]:
-    """For dk and dv, whose program owns tile_k keys; and for dq, whose program owns tile_q rows."""
+    """Return the configurations of dk and dv, whose program owns tile_k keys, and of dq, with tile_q queries."""
     dkv, dq = _backward(arch, dtype, width)
-    return _measured("dkv", arch, dtype, width) or dkv, _measured("dq", arch, dtype, width) or dq
+    return _tuned("dkv", arch, dtype, width) or dkv, _tuned("dq", arch, dtype, width) or dq
 
 
 def _backward(arch: str, dtype: str, width: int) -> tuple[Config, Config]:
@@ -195,7 +209,7 @@ def _backward(arch: str, dtype: str, width: int) -> tuple[Config, Config]:
 
 
 def bias(arch: str, dtype: str, width: int) -> Config:
-    """For dbias, whose program owns a tile of scores."""
+    """Return the configuration of dbias, whose program owns a tile of scores."""
     _, dq = backward(arch, dtype, width)
     return dq
 
@@ -205,25 +219,25 @@ def _row(table: Table[Entry], arch: str, width: int) -> Entry:
     return next(entry for widest, entry in table[family] if width <= widest)
 
 
-def _measured(phase: str, arch: str, dtype: str, width: int) -> Config | None:
-    numbers = measured.tiles(arch, phase, dtype, width)
-    return Config(*numbers) if numbers else None
+def _tuned(phase: str, arch: str, dtype: str, width: int) -> Config | None:
+    tiles = tuned_tiles(arch, phase, dtype, width)
+    return Config(*tiles) if tiles else None
 
 
 def has_tf32(arch: str) -> bool:
-    """Whether float32 can be multiplied with fewer bits."""
+    """Return whether the architecture can multiply float32 with fewer bits (TF32)."""
     return arch in (INTERPRETER, "xpu") or (arch.startswith("sm_") and not arch.startswith("sm_7"))
 
 
 def fill(rows: int, tile: int) -> float:
-    """The share of a tile's rows that are used."""
+    """Return the share of the rows of tiles that are used."""
     return rows / (-(-rows // tile) * tile) if rows else 1.0
 
 
 def splits(programs: int, tiles: int, processors: int) -> int:
-    """Into how many parts the keys are cut, so that every processor has work: the fewest within 85 % of the best.
+    """Return the number of splits of the keys: the fewest that keep processors busy within 85 % of the best.
 
-    programs: without splits; tiles: of keys, at most. As in FlashAttention's heuristics for decoding.
+    programs: without splits; tiles: of keys, at most. FlashAttention's decoding uses the same heuristic.
     """
     if programs == 0 or programs >= 0.8 * processors or tiles <= 4:
         return 1
@@ -234,5 +248,46 @@ def splits(programs: int, tiles: int, processors: int) -> int:
 
 
 def section(pairs: int, pair_bytes: int, l2_bytes: int) -> int:
-    """How many heads take turns tile by tile: the longest tiles of all of them first, while their keys stay in L2."""
+    """Return the number of heads that take turns tile by tile, longest tiles first, while their keys stay in L2."""
     return max(1, min(pairs, l2_bytes // 2 // max(pair_bytes, 1)))
+
+
+def tuned_tiles(arch: str, phase: str, dtype: str, width: int) -> Tiles | None:
+    """Return the tuned tiles of an architecture and a phase; None if there are none."""
+    return _load().get(arch, {}).get(_name(phase, dtype, width))
+
+
+def use_tiles(arch: str, phase: str, dtype: str, width: int, tiles: Tiles) -> None:
+    """Use these tiles for plans that this process makes from now on, until the settings are read again."""
+    _load().setdefault(arch, {})[_name(phase, dtype, width)] = tiles
+
+
+def save_tiles() -> Path:
+    """Write the tuned tiles that are in use to the cache folder.
+
+    Raises:
+        OSError: there is no cache folder, or it cannot be written.
+    """
+    return tuning_files.save(FILE, _load())
+
+
+def _name(phase: str, dtype: str, width: int) -> str:
+    """Return the key of an entry. Both 16-bit dtypes share their tiles."""
+    bits = 32 if dtype == "float32" else 16
+    return f"{phase} {bits}-bit {next(widest for widest in WIDTHS if width <= widest)}"
+
+
+@cache
+def _load() -> dict[str, dict[str, Tiles]]:
+    """Return the tuned tiles by architecture and key."""
+    return tuning_files.load(FILE, _parse)
+
+
+def _parse(entry: Mapping[str, list[int]]) -> dict[str, Tiles]:
+    for name, numbers in entry.items():
+        if len(numbers) != len(CHOICES) or any(x not in some for x, some in zip(numbers, CHOICES, strict=True)):
+            raise ValueError(f"{name} is {numbers}")
+    return {name: tuple(numbers) for name, numbers in entry.items()}
+
+
+settings.on_reload(_load.cache_clear)

@@ -11,7 +11,7 @@ from ...config import settings
 from ...definition.errors import DeviceError
 from ...definition.problem import Problem
 from ..base import Call, Plan, append_on_host
-from . import crossover
+from . import offload
 
 if TYPE_CHECKING:
     from ...definition.kvcache import Append
@@ -81,15 +81,15 @@ class VulkanBackend:
         return []
 
     def avoids(self, problem: Problem) -> list[str]:
-        """Transfers eat what a small problem gains; no device is looked at for one."""
+        """Avoid small problems, because transfers cost more than a GPU gains. For those no driver is asked."""
         if problem.device != "cpu":
             return []
-        too_small = crossover.misses(problem)
+        too_small = offload.reasons_to_stay(problem)
         if too_small or self.available():
             return too_small
         from . import device as devices
 
-        return crossover.misses(problem, devices.instance().choose())
+        return offload.reasons_to_stay(problem, devices.instance().choose())
 
     def plan(self, problem: Problem) -> Plan:
         from .backward import BackwardPlan

@@ -1,4 +1,4 @@
-"""Sizes of workgroups and tiles: what a pipeline is built with, chosen from the device's properties and the problem."""
+"""Tuning of the Vulkan kernels: workgroup and tile sizes of a pipeline, by heuristics from device and problem."""
 
 from __future__ import annotations
 

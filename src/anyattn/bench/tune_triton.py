@@ -1,4 +1,4 @@
-"""Which tiles of the Triton kernels are the fastest on the card in use: uphill from the table's, step by step."""
+"""Tune the Triton kernels: measure the fastest tiles on the card in use, by hill climbing from the tiles in use."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .. import api
-from ..backends.triton import measured, tuning
+from ..backends.triton import tuning
 from ..backends.triton.device import device as card
-from ..backends.triton.measured import CHOICES, Tiles
+from ..backends.triton.tuning import CHOICES, Tiles
 from ..definition.errors import CompilationError
 from ..runtime import dispatch
 
@@ -25,7 +25,7 @@ ERROR = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 3e-2}  # of the results w
 
 
 class Workload(NamedTuple):
-    """What the tiles of a phase are measured on: causal, 4 query heads for each KV head."""
+    """Problem on which the tiles of a phase are measured: causal, 4 query heads for each KV head."""
 
     phase: str
     dtype: str
@@ -37,7 +37,7 @@ class Workload(NamedTuple):
 
 
 class Result(NamedTuple):
-    """Tiles and seconds: the table's and the fastest."""
+    """Tiles and seconds: those in use before tuning, and the fastest."""
 
     workload: Workload
     before: Tiles
@@ -47,26 +47,26 @@ class Result(NamedTuple):
 
 
 def workloads(device: str) -> list[Workload]:
-    """By phase, dtype and head size. The tiles of one 16-bit dtype serve both."""
+    """Return the workloads by phase, dtype and head size. Both 16-bit dtypes share their tiles."""
     half = "float16" if card(device).arch in ("sm_70", "sm_75") else "bfloat16"
     kinds = [(half, 64), (half, 128), (half, 256), ("float32", 64), ("float32", 128)]
     return [
         Workload(phase, dtype, head_dim, *((16, 1, 8192) if phase == "decode" else (2, 4096, 4096)))
-        for phase in measured.PHASES
+        for phase in tuning.PHASES
         for dtype, head_dim in kinds
     ]
 
 
 def tune(workload: Workload, device: str, seconds: float, clock: Callable[..., float] | None = None) -> Result:
-    """Leaves the fastest tiles in use. Tiles that do not compile, or whose results differ, are not timed."""
-    measure = clock or partial(stopwatch, device=device, seconds=seconds)
+    """Measure the fastest tiles and leave them in use. Tiles that do not compile or change results are not timed."""
+    measure = clock or partial(time_call, device=device, seconds=seconds)
     arch = card(device).arch
-    call, before = calls(workload, device), table(workload, arch)
+    call, before = make_call(workload, device), tiles_in_use(workload, arch)
     key = (arch, workload.phase, workload.dtype, workload.head_dim)
     expected: list[Any] = []
 
     def timed(tiles: Tiles) -> float:
-        measured.use(*key, tiles)
+        tuning.use_tiles(*key, tiles)
         dispatch.forget()
         try:
             results = call()
@@ -80,13 +80,13 @@ def tune(workload: Workload, device: str, seconds: float, clock: Callable[..., f
 
     first = timed(before)
     tiles, fastest = climb(before, first, timed)
-    measured.use(*key, tiles)
+    tuning.use_tiles(*key, tiles)
     dispatch.forget()
     return Result(workload, before, first, tiles, fastest)
 
 
 def climb(start: Tiles, seconds: float, timed: Callable[[Tiles], float]) -> tuple[Tiles, float]:
-    """From neighbour to neighbour, as long as one is faster."""
+    """Return the end of a walk from neighbour to neighbour, for as long as one is faster, and its seconds."""
     known = {start: seconds}
     here, improved = start, True
     while improved:
@@ -101,7 +101,7 @@ def climb(start: Tiles, seconds: float, timed: Callable[[Tiles], float]) -> tupl
 
 
 def neighbours(tiles: Tiles) -> Iterator[Tiles]:
-    """One number goes to the next choice or to the one before."""
+    """Yield tiles in which one field has its next or previous choice."""
     for at, choices in enumerate(CHOICES):
         place = choices.index(tiles[at])
         for other in choices[max(place - 1, 0) : place + 2]:
@@ -109,8 +109,8 @@ def neighbours(tiles: Tiles) -> Iterator[Tiles]:
                 yield (*tiles[:at], other, *tiles[at + 1 :])
 
 
-def table(workload: Workload, arch: str) -> Tiles:
-    """The tiles that are in use."""
+def tiles_in_use(workload: Workload, arch: str) -> Tiles:
+    """Return the tiles that are in use: tuned, or from the table."""
     dtype, width = workload.dtype, workload.head_dim
     if workload.phase == "forward":
         return tuning.forward(arch, dtype, width)
@@ -120,11 +120,12 @@ def table(workload: Workload, arch: str) -> Tiles:
 
 
 def label(workload: Workload) -> str:
+    """Return a workload as text."""
     return f"{workload.phase} {workload.dtype} {workload.head_dim}"
 
 
-def calls(workload: Workload, device: str) -> Callable[[], tuple[Any, ...]]:
-    """The pass that the phase is part of, on unit normal arrays."""
+def make_call(workload: Workload, device: str) -> Callable[[], tuple[Any, ...]]:
+    """Return a call of the pass that the phase is part of, on unit normal arrays."""
     import torch
 
     draw = partial(torch.randn, device=device, dtype=getattr(torch, workload.dtype))
@@ -138,8 +139,8 @@ def calls(workload: Workload, device: str) -> Callable[[], tuple[Any, ...]]:
     return partial(api.attention_backward, draw(q.shape), q, k, v, out, lse, causal=True, backend="triton")
 
 
-def stopwatch(call: Callable[[], Any], device: str, seconds: float) -> float:
-    """Median of rounds that together take about so long, each as many calls as fit, on an idle device."""
+def time_call(call: Callable[[], Any], device: str, seconds: float) -> float:
+    """Return the median time of a call over rounds that together take about `seconds`, on an idle device."""
     once = _timed(call, 1, device)
     count = max(1, int(seconds / ROUNDS / max(once, 1e-6)))
     return median(_timed(call, count, device) for _ in range(ROUNDS))

@@ -1,4 +1,4 @@
-"""From which size on the Vulkan device in use is faster than the native engine, transfers included."""
+"""Tune offloading to Vulkan: measure from which size the device in use is faster than the CPU, transfers included."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import api
-from ..backends.vulkan import crossover
-from ..backends.vulkan.crossover import NEVER, Crossover
+from ..backends.vulkan.offload import NEVER, Work, work
 from ..definition.problem import Array, Options, Problem, make_problem
 from .timing import Timing, measure
 
@@ -27,7 +26,7 @@ Measure = Callable[[Mapping[str, Callable[[], Any]]], Mapping[str, Timing]]
 
 
 class Point(NamedTuple):
-    """Seconds of both engines at one size."""
+    """Seconds of both backends at one size."""
 
     direction: str
     dtype: str
@@ -41,7 +40,7 @@ class Point(NamedTuple):
 
 
 def dtypes() -> dict[str, str]:
-    """dtype -> why it cannot be measured; "" where it can."""
+    """Return by dtype why it cannot be measured, or ""."""
     try:
         import ml_dtypes  # noqa: F401
     except ImportError:
@@ -49,11 +48,11 @@ def dtypes() -> dict[str, str]:
     return dict.fromkeys(DTYPES, "")
 
 
-def points(direction: str, dtype: str, seconds: float) -> Iterator[Point]:
-    """Ever larger problems, until Vulkan has won twice in a row or both take too long."""
+def measure_points(direction: str, dtype: str, seconds: float) -> Iterator[Point]:
+    """Measure larger and larger problems until Vulkan has won twice in a row or both take too long."""
     won = 0
     for seqlen in SEQLENS:
-        functions = calls(direction, inputs(dtype, seqlen))
+        functions = make_calls(direction, make_inputs(dtype, seqlen))
         for function in functions.values():  # compiles, and takes memory
             function()
         times = measure(functions, seconds, rounds=3)
@@ -64,18 +63,18 @@ def points(direction: str, dtype: str, seconds: float) -> Iterator[Point]:
             return
 
 
-def first(found: list[Point]) -> Crossover:
-    """The smallest of the problems from which on Vulkan won every time; NEVER: it did not win the largest."""
+def find_threshold(points: list[Point]) -> Work:
+    """Return the work of the smallest problem from which on Vulkan always won; NEVER if it did not win the largest."""
     winning = NEVER
-    for point in reversed(found):
+    for point in reversed(points):
         if not point.won:
             break
-        winning = crossover.work(problem(point))
+        winning = work(describe_point(point))
     return winning
 
 
-def inputs(dtype: str, seqlen: int) -> Arrays:
-    """q, k, v and dout of one sequence, unit normal."""
+def make_inputs(dtype: str, seqlen: int) -> Arrays:
+    """Return q, k, v and dout of one sequence, unit normal."""
     if dtype == "bfloat16":
         import ml_dtypes  # noqa: F401  names the dtype
     draw = np.random.default_rng(seqlen).standard_normal
@@ -83,8 +82,8 @@ def inputs(dtype: str, seqlen: int) -> Arrays:
     return {name: draw(shape, np.float32).astype(dtype) for name in ("q", "k", "v", "dout")}
 
 
-def calls(direction: str, given: Arrays) -> dict[str, Callable[[], Any]]:
-    """Backend -> what is timed."""
+def make_calls(direction: str, given: Arrays) -> dict[str, Callable[[], Any]]:
+    """Return the call to time by backend."""
     q, k, v, dout = (given[name] for name in ("q", "k", "v", "dout"))
     if direction == "forward":
         return {name: partial(api.attention_forward, q, k, v, backend=name) for name in BACKENDS}
@@ -92,7 +91,8 @@ def calls(direction: str, given: Arrays) -> dict[str, Callable[[], Any]]:
     return {name: partial(api.attention_backward, dout, q, k, v, out, lse, backend=name) for name in BACKENDS}
 
 
-def problem(point: Point) -> Problem:
+def describe_point(point: Point) -> Problem:
+    """Return the problem that was measured at a point."""
     shape, lse = (1, point.seqlen, NHEADS, HEAD_DIM), (1, NHEADS, point.seqlen)
     described = dict.fromkeys(("q", "k", "v"), Array(shape, _strides(shape), point.dtype))
     if point.direction == "backward":

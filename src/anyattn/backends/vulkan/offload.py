@@ -1,0 +1,138 @@
+"""Decide whether a problem in host memory is large enough to offload to a GPU, transfers included.
+
+A problem qualifies if its operations, and its operations for each transferred byte, reach a threshold. `anyattn tune`
+measures the thresholds of a device; until then a cautious default applies. Decoding rarely qualifies, because it has
+few operations for each byte, however long the cache.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ...config import settings, tuning_files
+from ...definition.problem import Array, Problem
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from .device import DeviceInfo
+
+FILE = "vulkan-crossover.json"
+ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8, "bool": 1}
+
+
+class Work(NamedTuple):
+    """Amount of work: operations, and operations for each transferred byte. As a threshold, the least to offload."""
+
+    operations: float
+    per_byte: float
+
+
+DEFAULT = Work(1e11, 256.0)  # cautious
+NEVER = Work(math.inf, math.inf)
+# (direction, dtype) -> the least work to offload
+Thresholds = Mapping[tuple[str, str], Work]
+
+
+def work(problem: Problem) -> Work:
+    """Return the work of the forward pass, as if only the interval masked keys."""
+    interval, keys = problem.interval, problem.seqlen_k
+    if interval.left is not None and interval.right is not None:
+        keys = min(keys, max(interval.left + interval.right + 1, 0))
+    if interval.chunk:
+        keys = min(keys, interval.chunk)
+    rows = math.prod(problem.q.shape[:-2]) * problem.nheads
+    operations = 2.0 * rows * keys * (problem.head_dim + problem.head_dim_v)
+    return Work(operations, operations / max(_bytes(problem), 1))
+
+
+def _bytes(problem: Problem) -> int:
+    """Return the bytes of the large arrays, to the device and back."""
+    inputs = _size(problem.q) + _size(problem.k) + _size(problem.v) + _size(problem.bias)
+    out = math.prod(problem.out_shape) * ITEMSIZE[problem.dtype]
+    forward = inputs + _size(problem.mask) + out
+    return forward if problem.dout is None else forward + _size(problem.dout) + inputs
+
+
+def _size(array: Array | None) -> int:
+    return 0 if array is None else math.prod(array.shape) * ITEMSIZE[array.dtype]
+
+
+def reasons_to_stay(problem: Problem, info: DeviceInfo | None = None) -> list[str]:
+    """Return why the problem is not worth offloading to this device, or []; None: to any device, without a driver."""
+    size, key = work(problem), ("forward" if problem.dout is None else "backward", problem.dtype)
+    every = _load()
+    if info is None:
+        known = [DEFAULT, *(tuned.get(key, DEFAULT) for tuned in every.values())]
+        needed = Work(*(min(column) for column in zip(*known, strict=True)))
+    else:
+        needed = tuned_thresholds(info).get(key, DEFAULT)
+    if size.operations < needed.operations:
+        least = "no number of them pays" if needed == NEVER else f"{needed.operations:.2g} pay"
+        return [f"{size.operations:.2g} operations are fewer than pay for the transfers: {least}"]
+    if size.per_byte < needed.per_byte:
+        return [f"{size.per_byte:.2g} operations for each byte do not pay for the transfers: {needed.per_byte:.2g} do"]
+    return []
+
+
+def describe(info: DeviceInfo) -> str:
+    """Return the thresholds of the automatic choice for this device as text, for `anyattn info`."""
+    if info.software and not settings.current().vulkan_software:
+        return "never: it runs on the CPU, which the native engine uses better"
+    tuned = [f"{way} {dtype} {text(value)}" for (way, dtype), value in tuned_thresholds(info).items()]
+    return "; ".join(tuned) or f"{text(DEFAULT)}; not measured: anyattn tune"
+
+
+def text(threshold: Work) -> str:
+    """Return a threshold as text."""
+    if threshold == NEVER:
+        return "never"
+    return f"from {threshold.operations:.2g} operations, {threshold.per_byte:.2g} for each byte"
+
+
+def tuned_thresholds(info: DeviceInfo) -> Thresholds:
+    """Return the tuned thresholds of this device with this driver and processor; empty if there are none."""
+    return _load().get(_key(info), {})
+
+
+def save_thresholds(info: DeviceInfo, thresholds: Thresholds) -> Path:
+    """Write the tuned thresholds of a device to the cache folder; they replace its former ones.
+
+    Raises:
+        OSError: there is no cache folder, or it cannot be written.
+    """
+    every = {**_load(), _key(info): thresholds}
+    return tuning_files.save(FILE, {name: as_json(entry) for name, entry in every.items()})
+
+
+def as_json(thresholds: Thresholds) -> dict[str, Any]:
+    """Return "forward float32" -> [operations, operations for each byte], or null: never."""
+    return {" ".join(key): None if value == NEVER else list(value) for key, value in thresholds.items()}
+
+
+def _key(info: DeviceInfo) -> str:
+    return f"{info.name}, driver {info.cache_key}, {os.cpu_count()} cores"
+
+
+@cache
+def _load() -> dict[str, Thresholds]:
+    """Return the tuned thresholds by device, driver and processor."""
+    return tuning_files.load(FILE, _from_json)
+
+
+def _from_json(entry: dict[str, Any]) -> Thresholds:
+    found = {}
+    for name, value in entry.items():
+        direction, dtype = name.split()
+        threshold = NEVER if value is None else Work(*map(float, value))
+        if not all(number >= 0 for number in threshold):
+            raise ValueError(f"{name} is {value}")
+        found[direction, dtype] = threshold
+    return found
+
+
+settings.on_reload(_load.cache_clear)
