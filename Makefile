@@ -149,6 +149,7 @@ lint: $(VENV)/lint
 	$(BIN)/ruff check --output-format=concise .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	PYTHONPATH=src $(BIN)/lint-imports --no-cache
 	$(BIN)/python scripts/check_sizes.py
 	$(BIN)/python scripts/make_shaders.py --check
 	$(BIN)/clang-format --dry-run -Werror $(NATIVE)

@@ -1,129 +1,107 @@
-"""Who may import whom, and what a fresh process sees."""
+"""Contracts of the imports (pyproject.toml), and the modules that a fresh process loads."""
 
 from __future__ import annotations
 
-import ast
+import importlib.util
+import shutil
+import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
+import grimp
 import pytest
 
 import anyattn
+from harness.paths import ROOT
 from harness.processes import fresh
 
-ROOT = Path(anyattn.__file__).parent
-# Each part of the package, and the parts it may import; "lazy" ones only inside a function.
-ALLOWED = {
-    "definition": set(),
-    "config": set(),
-    "settings": {"config"},
-    "backends": {"definition", "config"},
-    "runtime": {"definition", "config", "backends"},
-    "frameworks": {"definition", "config", "backends", "runtime"},
-    "c_library": {"backends"},
-    "vulkan": {"backends"},
-    "introspection": {"api", "definition", "runtime"},
-    "api": {"definition", "frameworks"},
-    "sdpa": {"definition", "frameworks"},
-}
-LAZY = {
-    *[("runtime", f"backends.{name}") for name in ("cpu", "triton", "vulkan", "numpy")],
-    ("api", "frameworks."),
-    ("sdpa", "frameworks"),
-    ("c_library", "backends.cpu"),
-}
-# May import any part; nothing below imports them.
-TOP = {"__init__", "__main__", "cli", "bench", "compat", "nn"}
-NUMPY_ONLY = {*ALLOWED, "__init__"} - {"frameworks"}
+PACKAGE = Path(anyattn.__file__).parent
+CONTRACTS = ROOT / "pyproject.toml"
+# Parts that may use any package, inside functions.
+TOP = ("anyattn.bench", "anyattn.cli", "anyattn.compat")
+# Modules that import torch or Triton when they are imported.
+ON_TORCH = ("anyattn.compat", "anyattn.frameworks.torch", "anyattn.nn")
+ON_TRITON = ("anyattn.backends.triton",)
+REGISTERS = "anyattn.compat.transformers"  # with the package it stands for, when it is imported
 
 
-def modules() -> list[Path]:
-    """The wheel carries examples/ beside the modules: scripts that import what they like, and that nothing imports."""
-    return sorted(path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] != "examples")
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """Return a folder with a copy of the package and its contracts."""
+    shutil.copytree(PACKAGE, tmp_path / "anyattn", ignore=shutil.ignore_patterns("examples", "*.so", "__pycache__"))
+    shutil.copy(CONTRACTS, tmp_path)
+    return tmp_path
 
 
-def name_of(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
+def lint(folder: Path) -> tuple[int, str]:
+    """Check the contracts of the package in the folder: return the exit status and what import-linter prints."""
+    command = "from importlinter.cli import lint_imports_command as lint; lint()"
+    arguments = [sys.executable, "-c", command, "--no-cache"]
+    result = subprocess.run(arguments, capture_output=True, text=True, check=False, cwd=folder)
+    return result.returncode, result.stdout
 
 
-def imports(path: Path) -> Iterator[tuple[str, bool, int]]:
-    """(absolute name, inside a function or TYPE_CHECKING, line) of everything that a module imports."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    package = ["anyattn", *path.relative_to(ROOT).parts[:-1]]
-
-    def visit(node: ast.AST, lazy: bool) -> Iterator[tuple[str, bool, int]]:
-        for child in ast.iter_child_nodes(node):
-            inside = lazy or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)
-            inside = inside or (isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test))
-            if isinstance(child, ast.Import):
-                for alias in child.names:
-                    yield alias.name, inside, child.lineno
-            elif isinstance(child, ast.ImportFrom):
-                base = package[: len(package) - child.level + 1] if child.level else []
-                prefix = ".".join([*base, *([child.module] if child.module else [])])
-                for alias in child.names:
-                    yield f"{prefix}.{alias.name}", inside, child.lineno
-            else:
-                yield from visit(child, inside)
-
-    yield from visit(tree, False)
+def test_contracts_are_kept(copy: Path) -> None:
+    status, text = lint(copy)
+    assert status == 0, text
 
 
-def part_of(name: str) -> str:
-    return name.removeprefix("anyattn.").split(".")[0]
+@pytest.mark.parametrize(
+    ("module", "line", "contract"),
+    [
+        ("frameworks/numpy.py", "def f(): from .. import api", "The parts of the package are layers"),
+        ("definition/mask.py", "from ..config import settings", "The parts of the package are layers"),
+        ("rooms.py", "", "The parts of the package are layers"),
+        ("backends/triton/tuning.py", "from . import backend", "No cycle inside any package"),
+        ("definition/mask.py", "def f(): from . import problem", "No cycle inside any package"),
+        ("backends/numpy/tiles.py", "from ..cpu import layout", "Backends do not import each other"),
+        ("api.py", "from .backends.cpu import library", "Public functions reach a backend through runtime"),
+        ("compat/onnx.py", "from ..frameworks import numpy", "Compat uses the public functions"),
+        ("frameworks/__init__.py", "import importlib", "Frameworks are imported by statements"),
+        ("runtime/execute.py", "def f(): import torch", "PyTorch stays where it is the subject"),
+        ("frameworks/torch/ops.py", "import triton", "Triton stays in its backend"),
+    ],
+)
+def test_contracts_break(copy: Path, module: str, line: str, contract: str) -> None:
+    """One forbidden import breaks the contract that forbids it."""
+    with (copy / "anyattn" / module).open("a", encoding="utf-8") as file:
+        file.write(f"\n{line}\n")
+    status, text = lint(copy)
+    assert status == 1, text
+    assert f"{contract} BROKEN" in text, text
 
 
-def test_every_part_has_a_rule() -> None:
-    """A new module or folder is a decision about the import direction: write it down above."""
-    parts = {name_of(path).split(".")[0] for path in modules()}
-    assert parts <= set(ALLOWED) | TOP
+def third_parties() -> dict[str, set[str]]:
+    """Return every package outside the standard library that a module imports anywhere, and these modules."""
+    graph = grimp.build_graph("anyattn", include_external_packages=True, cache_dir=None)
+    outside = {name for name in graph.modules if graph.is_module_squashed(name)} - set(sys.stdlib_module_names)
+    return {name: graph.find_modules_that_directly_import(name) for name in outside}
 
 
-@pytest.mark.parametrize("path", modules(), ids=name_of)
-def test_imports_go_one_way(path: Path) -> None:
-    own, name = name_of(path).split(".")[0], name_of(path)
-    for target, lazy, line in imports(path):
-        if not target.startswith("anyattn"):
-            continue
-        other = part_of(target)
-        where = f"{name}:{line} imports {target}"
-        if own not in TOP and other != own:
-            assert other in ALLOWED[own], where
-        if own == other == "backends" and name.count(".") and target.count(".") > 1:
-            assert target.split(".")[2] in {name.split(".")[1], "base"}, f"{where}: backends never import each other"
-        if any(own == a and target.startswith(f"anyattn.{b}") for a, b in LAZY):
-            assert lazy, f"{where}: only inside a function"
+def test_third_parties() -> None:
+    """NumPy everywhere; torch and Triton where their contracts allow them; every other package in TOP."""
+    for name, modules in third_parties().items():
+        wrong = [module for module in modules if not module.startswith(TOP)]
+        assert name in ("numpy", "torch", "triton") or not wrong, f"{wrong} import {name}"
 
 
-@pytest.mark.parametrize("path", modules(), ids=name_of)
-def test_third_parties(path: Path) -> None:
-    """NumPy and the standard library; torch where it is the subject; others only inside functions of the top.
-
-    The Triton backend imports Triton, and torch, through which it reaches a GPU, inside functions.
-    """
-    own = name_of(path).split(".")[0]
-    for target, lazy, line in imports(path):
-        package = target.split(".")[0]
-        if package in sys.stdlib_module_names or package in ("anyattn", "numpy", "__future__"):
-            continue
-        where = f"{name_of(path)}:{line} imports {target}"
-        if name_of(path).startswith("frameworks.torch"):
-            assert package == "torch", where
-        elif name_of(path).startswith("backends.triton"):
-            assert package == "triton" or (package == "torch" and lazy), where
-        elif own in ("compat", "nn") and package == "torch":
-            continue  # these modules stand for packages that are built on torch, or are its layers
-        else:
-            assert lazy and own in TOP, where
-
-
-def test_frameworks_are_imported_by_statements() -> None:
-    """torch.compile(fullgraph=True) traces an import statement; importlib would break the graph."""
-    for path in modules():
-        if name_of(path).split(".")[0] in ("api", "arguments", "frameworks", "dispatch"):
-            assert not any(part_of(target) == "importlib" for target, _, _ in imports(path)), name_of(path)
+@pytest.mark.parametrize("package", ["numpy", "torch", "triton"])
+def test_other_packages_wait_for_a_call(package: str) -> None:
+    """Each module can be imported with NumPy alone, or with the one package it is about in addition."""
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    parts = {"numpy": ("anyattn",), "torch": ON_TORCH, "triton": ON_TRITON}[package]
+    modules = sorted(grimp.build_graph("anyattn", cache_dir=None).modules)
+    wanted = [name for name in modules if name.startswith(parts) and not name.startswith(REGISTERS)]
+    if package == "numpy":
+        wanted = [name for name in wanted if not name.startswith((*ON_TORCH, *ON_TRITON))]
+    missing = sorted(third_parties().keys() - {"numpy", package})
+    result = fresh(
+        "import sys; from importlib import import_module\n"
+        f"sys.modules |= dict.fromkeys({missing})\n"
+        f"for name in {wanted}: import_module(name)\n"
+    )
+    assert (result.returncode, result.stderr) == (0, ""), result.stderr
 
 
 def test_import_loads_numpy_alone_and_prints_nothing() -> None:
