@@ -4,6 +4,7 @@
 // long sum. `Plain` and its siblings are all that knows how operands are laid out.
 #pragma once
 #include "load.inl.h"
+#include "peak.inl.h"
 
 namespace anyattn {
 namespace {
@@ -320,6 +321,19 @@ struct Plain {
         TileAhead none{};
         accumulate(k, first, n, dim, g.ds + first * panel<C>, rows, dq, nullptr, none);
     }
+
+    static double peak(int64_t n, volatile double *sink) { return peak_rounds<C>(n, sink); }
+};
+
+// The products M that compute a dtype. An instruction set that has better ones for a dtype specializes this.
+template <int32_t dtype>
+struct Products {
+    using M = Plain<float>;
+};
+
+template <>
+struct Products<ANYATTN_FLOAT64> {
+    using M = Plain<double>;
 };
 
 }  // namespace

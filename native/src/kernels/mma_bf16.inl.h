@@ -133,6 +133,20 @@ ANYATTN_NOINLINE void pack_pairs(Pair *packed, const char *const *rows, int64_t 
     }
 }
 
+// Runs n rounds of independent sums in registers, like peak_rounds; returns their floating-point operations.
+ANYATTN_NOINLINE double peak_pairs(int64_t n, volatile double *sink) {
+    const __m512bh pairs = (__m512bh)_mm512_set1_epi32(int(*sink));
+    F32 acc[kRows][kPanelVectors], sum{};
+    float start = 0;
+    for_sums(acc, [&](F32 &x) { x = splat(start++); });
+    for (int64_t round = 0; round < n; ++round) {
+        for_sums(acc, [&](F32 &x) { x = (F32)_mm512_dpbf16_ps((__m512)x, pairs, pairs); });
+    }
+    for_sums(acc, [&](F32 &x) { sum += x; });
+    *sink = double(sum[0]);
+    return 4.0 * double(n) * kSums * lanes<float>;
+}
+
 struct FewDot;
 
 struct Dot {
@@ -306,6 +320,13 @@ struct Dot {
         TileAhead none{};
         accumulate(k, first, n, dim, from(g, first).ds_keys, rows, dq, nullptr, none);
     }
+
+    static double peak(int64_t n, volatile double *sink) { return peak_pairs(n, sink); }
+};
+
+template <>
+struct Products<ANYATTN_BFLOAT16> {
+    using M = Dot;
 };
 
 }  // namespace

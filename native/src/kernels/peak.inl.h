@@ -32,27 +32,5 @@ ANYATTN_NOINLINE double peak_rounds(int64_t n, volatile double *sink) {
     return 2.0 * double(n) * kSums * lanes<C>;
 }
 
-#if defined(__AVX512BF16__)
-ANYATTN_NOINLINE double peak_pairs(int64_t n, volatile double *sink) {
-    const __m512bh pairs = (__m512bh)_mm512_set1_epi32(int(*sink));
-    F32 acc[kRows][kPanelVectors], sum{};
-    float start = 0;
-    for_sums(acc, [&](F32 &x) { x = splat(start++); });
-    for (int64_t round = 0; round < n; ++round) {
-        for_sums(acc, [&](F32 &x) { x = (F32)_mm512_dpbf16_ps((__m512)x, pairs, pairs); });
-    }
-    for_sums(acc, [&](F32 &x) { sum += x; });
-    *sink = double(sum[0]);
-    return 4.0 * double(n) * kSums * lanes<float>;
-}
-#endif
-
-double peak(int32_t dtype, int64_t n, volatile double *sink) {
-#if defined(__AVX512BF16__)
-    if (dtype == ANYATTN_BFLOAT16) return peak_pairs(n, sink);
-#endif
-    return dtype == ANYATTN_FLOAT64 ? peak_rounds<double>(n, sink) : peak_rounds<float>(n, sink);
-}
-
 }  // namespace
 }  // namespace anyattn

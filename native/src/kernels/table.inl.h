@@ -1,5 +1,7 @@
-// The table of kernels of one instruction set: picks the arithmetic for the dtypes of a call.
+// The table of kernels of one instruction set, which picks the products for the dtypes of a call.
 #pragma once
+#include <type_traits>
+
 #include "dbias.inl.h"
 #include "few.inl.h"
 #include "forward.inl.h"
@@ -11,16 +13,25 @@
 namespace anyattn {
 namespace {
 
-// body(M()) for the M that computes this pass.
+using Float64 = Products<ANYATTN_FLOAT64>::M;
+using Float32 = Products<ANYATTN_FLOAT32>::M;
+using Bfloat16 = Products<ANYATTN_BFLOAT16>::M;
+
+double peak(int32_t dtype, int64_t n, volatile double *sink) {
+    if (dtype == ANYATTN_BFLOAT16) return Bfloat16::peak(n, sink);
+    return dtype == ANYATTN_FLOAT64 ? Float64::peak(n, sink) : Float32::peak(n, sink);
+}
+
+// Calls body(M()) with the products M of this pass.
 template <class Body>
 auto with_mma(const anyattn_call &call, [[maybe_unused]] int32_t pass, const Body &body) {
-    if (call.q.dtype == ANYATTN_FLOAT64) return body(Plain<double>());
-#if defined(__AVX512BF16__)
-    // A float32 dout keeps its precision: only the forward may then take pairs.
-    const bool pairs = pass == ANYATTN_FORWARD || call.dout.dtype == ANYATTN_BFLOAT16;
-    if (call.q.dtype == ANYATTN_BFLOAT16 && pairs) return body(Dot());
-#endif
-    return body(Plain<float>());
+    if (call.q.dtype == ANYATTN_FLOAT64) return body(Float64());
+    if constexpr (!std::is_same<Bfloat16, Float32>::value) {
+        // A float32 dout keeps its precision: the backward pass then multiplies float32 numbers.
+        const bool all_bfloat16 = pass == ANYATTN_FORWARD || call.dout.dtype == ANYATTN_BFLOAT16;
+        if (call.q.dtype == ANYATTN_BFLOAT16 && all_bfloat16) return body(Bfloat16());
+    }
+    return body(Float32());
 }
 
 int64_t lanes_of(const anyattn_call &call) { return call.q.dtype == ANYATTN_FLOAT64 ? lanes<double> : lanes<float>; }
