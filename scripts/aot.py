@@ -28,14 +28,16 @@ import triton
 from machine_code import resources
 from triton.backends.compiler import GPUTarget
 
-from anyattn.backends.triton.append import kernels as append_kernels
+from anyattn.backends.triton.append import append_kernels
 from anyattn.backends.triton.device import largest_head_dim, refusal
 from anyattn.backends.triton.launch import Kernel
 from anyattn.backends.triton.plan_backward import backward_kernels
 from anyattn.backends.triton.plan_forward import forward_kernels
 from anyattn.backends.triton.tuning import has_tf32
-from anyattn.definition.kvcache import Append, make_append
-from anyattn.definition.problem import Array, Options, Problem, make_problem
+from anyattn.definition.options import Options, Rotation
+from anyattn.definition.passes import APPEND, BACKWARD, FORWARD
+from anyattn.definition.problem import Array, Problem
+from anyattn.definition.validate import make_problem
 
 TABLE = Path(__file__).resolve().parent.parent / "tests" / "backends" / "triton" / "aot.json"
 NVIDIA = ("sm_70", "sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -208,7 +210,7 @@ def target_of(arch: str) -> GPUTarget:
     return GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
 
 
-def describe_append(device: str, dtype: str, size: int) -> Append:
+def describe_append(device: str, dtype: str, size: int) -> Problem:
     """One row for each of two sequences into a paged cache, with rotary."""
     rows, half = (2, 1), size // 4
     given = {
@@ -218,7 +220,7 @@ def describe_append(device: str, dtype: str, size: int) -> Append:
         "cache_seqlens": ((2,), "int32"), "block_table": ((2, 4), "int32"),
     }  # fmt: skip
     arrays = {name: array(*what, device) for name, what in given.items()}
-    return make_append(arrays, interleaved=True, by_row=True)
+    return make_problem(arrays, Rotation(interleaved=True, by_row=True), APPEND)
 
 
 def describe(
@@ -250,7 +252,7 @@ def describe(
         "lse": backward and (lse, "float32"),
     }
     arrays = {name: array(*what, arch) for name, what in given.items() if what}
-    return make_problem(arrays, Options(**options))
+    return make_problem(arrays, Options(**options), BACKWARD if backward else FORWARD)
 
 
 def array(shape: tuple[int, ...], dtype: str, device: str) -> Array:

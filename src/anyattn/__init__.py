@@ -10,21 +10,20 @@ from importlib import import_module
 from types import ModuleType
 
 from .api import (
-    Gradients,
     attention,
     attention_backward,
     attention_forward,
     attention_varlen,
     attention_with_kvcache,
-    flash_attention,
     merge,
 )
 from .c_library import get_include, get_library
 from .definition.errors import UnsupportedProblem
+from .definition.inputs import Gradients
 from .definition.mask import Mask
 from .introspection import explain, get_available_backends, print_backend_info, warmup
 from .runtime.dispatch import Explanation, backend
-from .sdpa import sdpa
+from .sdpa import flash_attention, sdpa
 
 __version__ = "0.1.0"
 

@@ -5,45 +5,45 @@ Here mask arguments become interval bounds and arguments their canonical order; 
 
 from __future__ import annotations
 
-from types import ModuleType
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, overload
 
-import numpy as np
+from .arguments import A, Array, Table, Window, bounds, check_parts, explicit, paged_lengths
+from .definition.inputs import NO_EXTRAS, Appended, Extras, Gradients, Inputs, Saved
+from .definition.options import Options, Rotation
+from .frameworks import framework_of
 
-from . import frameworks
-from .definition.arguments import Array, Window, bounds, check_parts, explicit, paged_lengths
-from .definition.problem import Options
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-
-class Gradients(NamedTuple):
-    """Gradients in the shapes and dtypes of the inputs; dbias and dsink are None where there was no bias or sink."""
-
-    dq: Array
-    dk: Array
-    dv: Array
-    dbias: Array | None
-    dsink: Array | None
+    from .arguments import CacheArguments, DenseArguments, ExplicitArguments, VarlenArguments
 
 
+@overload
+def attention(q: A, k: A, v: A, *, return_lse: Literal[False] = False, **arguments: Unpack[DenseArguments]) -> A: ...
+@overload
+def attention(q: A, k: A, v: A, *, return_lse: Literal[True], **arguments: Unpack[DenseArguments]) -> tuple[A, A]: ...
+@overload
+def attention(q: A, k: A, v: A, *, return_lse: bool, **arguments: Unpack[DenseArguments]) -> A | tuple[A, A]: ...
 def attention(
-    q: Array,
-    k: Array,
-    v: Array,
+    q: A,
+    k: A,
+    v: A,
     *,
     causal: bool = False,
     window: Window = None,
     chunk: int = 0,
     alignment: str = "bottom-right",
-    offset: int | Array | None = None,
+    offset: int | Table | None = None,
     scale: float | None = None,
     softcap: float = 0.0,
     bias: Array | None = None,
     mask: Array | None = None,
     alibi_slopes: Array | None = None,
     sink: Array | None = None,
-    seqused_q: Array | None = None,
-    seqused_k: Array | None = None,
-    leftpad_k: Array | None = None,
+    seqused_q: Table | None = None,
+    seqused_k: Table | None = None,
+    leftpad_k: Table | None = None,
     dropout_p: float = 0.0,
     seed: int | None = None,
     rng_state: Array | None = None,
@@ -51,7 +51,7 @@ def attention(
     batch_invariant: bool = False,
     return_lse: bool = False,
     backend: str | None = None,
-) -> Any:
+) -> A | tuple[A, A]:
     r"""Exact attention in O(N) memory.
 
         t_ij  = scale <q_i, k_j>                     then softcap tanh(t_ij / softcap) if softcap > 0
@@ -111,51 +111,82 @@ def attention(
     (1, 16, 2, 8)
     """
     left, right = bounds(causal, window)
-    options = Options(scale, softcap, left, right, chunk, alignment, dropout_p, 0, 0, deterministic, batch_invariant)
-    arrays = (
-        q,
-        k,
-        v,
-        bias,
-        mask,
-        alibi_slopes,
-        sink,
-        None,
-        None,
-        seqused_q,
-        seqused_k,
-        leftpad_k,
-        offset,
-        None,
-        None,
-        rng_state,
-    )
-    out, lse = framework_of(q).attention(arrays, options, seed, return_lse, backend)
+    options = Options(
+        scale=scale, softcap=softcap, left=left, right=right, chunk=chunk, alignment=alignment, dropout_p=dropout_p,
+        deterministic=deterministic, batch_invariant=batch_invariant,
+    )  # fmt: skip
+    if bias is mask is alibi_slopes is sink is seqused_q is seqused_k is leftpad_k is offset is rng_state is None:
+        extras = NO_EXTRAS
+    else:
+        extras = Extras(
+            bias=bias, mask=mask, alibi_slopes=alibi_slopes, sink=sink, seqused_q=seqused_q, seqused_k=seqused_k,
+            leftpad_k=leftpad_k, offset=offset, rng_state=rng_state,
+        )  # fmt: skip
+    out, lse = framework_of(q).attention(Inputs(q, k, v, extras), options, seed, return_lse, backend)
     return (out, lse) if return_lse else out
 
 
+@overload
 def attention_varlen(
-    q: Array,
-    k: Array,
-    v: Array,
-    cu_seqlens_q: Array,
-    cu_seqlens_k: Array | None,
+    q: A,
+    k: A,
+    v: A,
+    cu_seqlens_q: Table,
+    cu_seqlens_k: Table | None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     *,
-    block_table: Array | None = None,
+    return_lse: Literal[False] = False,
+    **arguments: Unpack[VarlenArguments],
+) -> A: ...
+@overload
+def attention_varlen(
+    q: A,
+    k: A,
+    v: A,
+    cu_seqlens_q: Table,
+    cu_seqlens_k: Table | None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    return_lse: Literal[True],
+    **arguments: Unpack[VarlenArguments],
+) -> tuple[A, A]: ...
+@overload
+def attention_varlen(
+    q: A,
+    k: A,
+    v: A,
+    cu_seqlens_q: Table,
+    cu_seqlens_k: Table | None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    return_lse: bool,
+    **arguments: Unpack[VarlenArguments],
+) -> A | tuple[A, A]: ...
+def attention_varlen(
+    q: A,
+    k: A,
+    v: A,
+    cu_seqlens_q: Table,
+    cu_seqlens_k: Table | None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    block_table: Array | Sequence[Sequence[int]] | None = None,
     causal: bool = False,
     window: Window = None,
     chunk: int = 0,
     alignment: str = "bottom-right",
-    offset: int | Array | None = None,
+    offset: int | Table | None = None,
     scale: float | None = None,
     softcap: float = 0.0,
     alibi_slopes: Array | None = None,
     sink: Array | None = None,
-    seqused_q: Array | None = None,
-    seqused_k: Array | None = None,
-    leftpad_k: Array | None = None,
+    seqused_q: Table | None = None,
+    seqused_k: Table | None = None,
+    leftpad_k: Table | None = None,
     dropout_p: float = 0.0,
     seed: int | None = None,
     rng_state: Array | None = None,
@@ -163,7 +194,7 @@ def attention_varlen(
     batch_invariant: bool = False,
     return_lse: bool = False,
     backend: str | None = None,
-) -> Any:
+) -> A | tuple[A, A]:
     """Attention over sequences of different lengths, packed one behind the other: no padding is computed or stored.
 
     Args:
@@ -189,34 +220,42 @@ def attention_varlen(
         raise ValueError("cu_seqlens_k is None: accepted only with block_table and seqused_k")
     cu_seqlens_k, seqused_k = paged_lengths(block_table, cu_seqlens_k, seqused_k)
     options = Options(
-        scale,
-        softcap,
-        left,
-        right,
-        chunk,
-        alignment,
-        dropout_p,
-        0 if max_seqlen_q is None else max_seqlen_q,
-        0 if max_seqlen_k is None else max_seqlen_k,
-        deterministic,
-        batch_invariant,
-    )
-    tables = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k, offset, block_table, None)
-    arrays = (q, k, v, None, None, alibi_slopes, sink, *tables, rng_state)
-    out, lse = framework_of(q).attention(arrays, options, seed, return_lse, backend)
+        scale=scale, softcap=softcap, left=left, right=right, chunk=chunk, alignment=alignment, dropout_p=dropout_p,
+        max_seqlen_q=0 if max_seqlen_q is None else max_seqlen_q,
+        max_seqlen_k=0 if max_seqlen_k is None else max_seqlen_k, deterministic=deterministic,
+        batch_invariant=batch_invariant,
+    )  # fmt: skip
+    extras = Extras(
+        alibi_slopes=alibi_slopes, sink=sink, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+        seqused_q=seqused_q, seqused_k=seqused_k, leftpad_k=leftpad_k, offset=offset, block_table=block_table,
+        rng_state=rng_state,
+    )  # fmt: skip
+    out, lse = framework_of(q).attention(Inputs(q, k, v, extras), options, seed, return_lse, backend)
     return (out, lse) if return_lse else out
 
 
+@overload
 def attention_with_kvcache(
-    q: Array,
-    k_cache: Array,
-    v_cache: Array,
+    q: A, k_cache: A, v_cache: A, *, return_lse: Literal[False] = False, **arguments: Unpack[CacheArguments]
+) -> A: ...
+@overload
+def attention_with_kvcache(
+    q: A, k_cache: A, v_cache: A, *, return_lse: Literal[True], **arguments: Unpack[CacheArguments]
+) -> tuple[A, A]: ...
+@overload
+def attention_with_kvcache(
+    q: A, k_cache: A, v_cache: A, *, return_lse: bool, **arguments: Unpack[CacheArguments]
+) -> A | tuple[A, A]: ...
+def attention_with_kvcache(
+    q: A,
+    k_cache: A,
+    v_cache: A,
     *,
     k: Array | None = None,
     v: Array | None = None,
-    cache_seqlens: int | Array | None = None,
-    cache_batch_idx: Array | None = None,
-    block_table: Array | None = None,
+    cache_seqlens: int | Table | None = None,
+    cache_batch_idx: Table | None = None,
+    block_table: Array | Sequence[Sequence[int]] | None = None,
     rotary_cos: Array | None = None,
     rotary_sin: Array | None = None,
     rotary_interleaved: bool = True,
@@ -225,19 +264,19 @@ def attention_with_kvcache(
     window: Window = None,
     chunk: int = 0,
     alignment: str = "bottom-right",
-    offset: int | Array | None = None,
+    offset: int | Table | None = None,
     scale: float | None = None,
     softcap: float = 0.0,
     bias: Array | None = None,
     mask: Array | None = None,
     alibi_slopes: Array | None = None,
     sink: Array | None = None,
-    seqused_q: Array | None = None,
-    leftpad_k: Array | None = None,
+    seqused_q: Table | None = None,
+    leftpad_k: Table | None = None,
     batch_invariant: bool = False,
     return_lse: bool = False,
     backend: str | None = None,
-) -> Any:
+) -> A | tuple[A, A]:
     """Attention to a KV cache after appending to it in place: a step of generation, or a chunk of prefill.
 
     Args:
@@ -270,29 +309,31 @@ def attention_with_kvcache(
     if not isinstance(num_splits, int) or num_splits < 0:
         raise ValueError(f"num_splits must be an integer >= 0 (0: automatic); got {num_splits!r}")
     left, right = bounds(causal, window)
-    options = Options(scale, softcap, left, right, chunk, alignment, batch_invariant=batch_invariant)
+    options = Options(
+        scale=scale, softcap=softcap, left=left, right=right, chunk=chunk, alignment=alignment,
+        batch_invariant=batch_invariant,
+    )  # fmt: skip
+    extras = Extras(
+        bias=bias, mask=mask, alibi_slopes=alibi_slopes, sink=sink, seqused_q=seqused_q, leftpad_k=leftpad_k,
+        offset=offset, block_table=block_table, cache_batch_idx=cache_batch_idx,
+    )  # fmt: skip
     framework = framework_of(q)
-    appended = {
-        "q": q, "k": k_cache, "v": v_cache, "new_k": k, "new_v": v, "rotary_cos": rotary_cos, "rotary_sin": rotary_sin,
-        "cache_seqlens": cache_seqlens, "cache_batch_idx": cache_batch_idx, "block_table": block_table,
-    }  # fmt: skip
 
-    def arrays(q: Array, seqused_k: Array | None) -> tuple[Array | None, ...]:
-        tables = (None, None, seqused_q, seqused_k, leftpad_k, offset, block_table, cache_batch_idx)
-        return (q, k_cache, v_cache, bias, mask, alibi_slopes, sink, *tables, None)
+    def check(seqused_k: Table | None) -> None:
+        framework.check(Inputs(q, k_cache, v_cache, extras._replace(seqused_k=seqused_k)), options, backend)
 
-    def check(seqused_k: Array | None) -> None:
-        framework.check(arrays(q, seqused_k), options, backend)
-
-    by_row = left is not None or right is not None
     rotated, seqused_k = framework.append(
-        appended, check=check, interleaved=rotary_interleaved, by_row=by_row, backend=backend
+        Appended(q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, block_table),
+        Rotation(interleaved=rotary_interleaved, by_row=left is not None or right is not None),
+        backend,
+        check=check,
     )
-    out, lse = framework.attention(arrays(rotated, seqused_k), options, None, return_lse, backend)
+    inputs = Inputs(rotated, k_cache, v_cache, extras._replace(seqused_k=seqused_k))
+    out, lse = framework.attention(inputs, options, None, return_lse, backend)
     return (out, lse) if return_lse else out
 
 
-def attention_forward(q: Array, k: Array, v: Array, **arguments: Any) -> tuple[Array, Array]:
+def attention_forward(q: A, k: A, v: A, **arguments: Unpack[ExplicitArguments]) -> tuple[A, A]:
     """(out, lse) without autograd, from the same arguments as `attention` or, with cu_seqlens_q, `attention_varlen`.
 
     dropout_p > 0 needs seed or rng_state, so that `attention_backward` can be given the same.
@@ -304,13 +345,12 @@ def attention_forward(q: Array, k: Array, v: Array, **arguments: Any) -> tuple[A
     >>> grads.dv.shape, grads.dbias is None
     ((1, 4, 2, 8), True)
     """
-    arrays, options, seed, backend = explicit(q, k, v, **arguments)
-    result: tuple[Array, Array] = framework_of(q).forward(arrays, options, seed, backend)
-    return result
+    inputs, options, seed, backend = explicit(q, k, v, arguments, "attention_forward")
+    return framework_of(q).forward(inputs, options, seed, backend)
 
 
 def attention_backward(
-    dout: Array, q: Array, k: Array, v: Array, out: Array, lse: Array, *, dlse: Array | None = None, **arguments: Any
+    dout: A, q: A, k: A, v: A, out: A, lse: A, *, dlse: A | None = None, **arguments: Unpack[ExplicitArguments]
 ) -> Gradients:
     """Gradients of sum(out * dout) (+ sum(lse * dlse)), from what `attention_forward` was given and returned.
 
@@ -321,11 +361,11 @@ def attention_backward(
     factors. dbias = ds summed over the broadcast axes; dsink_h = - sum_i exp(sink_h - lse_i) delta_i. Keys that no row
     sees get 0.
     """
-    arrays, options, seed, backend = explicit(q, k, v, **arguments)
-    return Gradients(*framework_of(q).backward((out, lse, dout, dlse), arrays, options, seed, backend))
+    inputs, options, seed, backend = explicit(q, k, v, arguments, "attention_backward")
+    return framework_of(q).backward(Saved(out, lse, dout, dlse), inputs, options, seed, backend)
 
 
-def merge(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tuple[Array, Array]:
+def merge(out_a: A, lse_a: A, out_b: A, lse_b: A) -> tuple[A, A]:
     """The exact attention over the union of two disjoint sets of keys, from the results over each.
 
         lse = log(exp(lse_a) + exp(lse_b))      out = out_a + (out_b - out_a) exp(lse_b - lse)
@@ -339,33 +379,4 @@ def merge(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tuple[Array
     True
     """
     check_parts(out_a, lse_a, out_b, lse_b)
-    result: tuple[Array, Array] = framework_of(out_a).merge(out_a, lse_a, out_b, lse_b)
-    return result
-
-
-def flash_attention(query: Array, key: Array, value: Array, causal: bool = True, scale: float | None = None) -> Array:
-    """Attention in the layout (batch, nheads, seqlen, head_dim); query may have more heads than key and value.
-
-    >>> import numpy as np, anyattn
-    >>> x = np.ones((1, 2, 4, 8), np.float32)
-    >>> anyattn.flash_attention(x, x, x).shape
-    (1, 2, 4, 8)
-    """
-    framework = framework_of(query)
-    for name, array in (("query", query), ("key", key), ("value", value)):
-        if getattr(array, "ndim", None) != 4:
-            raise ValueError(f"{name} must be (batch, nheads, seqlen, head_dim); got {getattr(array, 'shape', array)}")
-    arrays = (query.swapaxes(1, 2), key.swapaxes(1, 2), value.swapaxes(1, 2), *[None] * 13)
-    _, right = bounds(causal, None)
-    return framework.attention(arrays, Options(scale, right=right), None, False, None)[0].swapaxes(1, 2)
-
-
-def framework_of(array: Array) -> ModuleType:
-    """The module that serves this kind of array."""
-    if isinstance(array, np.ndarray):
-        return frameworks.of_numpy
-    if hasattr(type(array), "__torch_function__"):
-        return frameworks.of_torch
-    if hasattr(array, "__anyattn_vulkan__"):
-        return frameworks.of_vulkan
-    raise TypeError(f"q must be a numpy.ndarray, a torch.Tensor or a DeviceArray; got {type(array).__name__}")
+    return framework_of(out_a, "out_a").merge(out_a, lse_a, out_b, lse_b)

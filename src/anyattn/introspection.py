@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING
 
-from .api import framework_of
-from .definition.arguments import Array, explicit
+from .arguments import A, explicit
+from .frameworks import framework_of
 from .runtime import dispatch
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-def explain(q: Array, k: Array, v: Array, **arguments: Any) -> dispatch.Explanation:
+    from .arguments import ExplicitArguments
+
+
+def explain(q: A, k: A, v: A, **arguments: Unpack[ExplicitArguments]) -> dispatch.Explanation:
     """Which backend a call (arguments of `attention_forward`) gets, and every refusal. Computes nothing.
 
     >>> import numpy as np, anyattn
@@ -18,12 +23,11 @@ def explain(q: Array, k: Array, v: Array, **arguments: Any) -> dispatch.Explanat
     >>> anyattn.explain(x, x, x, causal=True).chosen in anyattn.get_available_backends()
     True
     """
-    arrays, options, seed, backend = explicit(q, k, v, **arguments)
-    result: dispatch.Explanation = framework_of(q).explain(arrays, options, seed, backend)
-    return result
+    inputs, options, seed, backend = explicit(q, k, v, arguments, "explain")
+    return framework_of(q).explain(inputs, options, seed, backend)
 
 
-def warmup(q: Array, k: Array, v: Array, *, backward: bool = False, **arguments: Any) -> None:
+def warmup(q: A, k: A, v: A, *, backward: bool = False, **arguments: Unpack[ExplicitArguments]) -> None:
     """Compiles the kernels of a call (arguments of `attention_forward`) ahead of the first one; computes nothing.
 
     GPU kernels are compiled once per dtype, head sizes and features, for any lengths, and are kept on disk. backward:
@@ -33,8 +37,8 @@ def warmup(q: Array, k: Array, v: Array, *, backward: bool = False, **arguments:
     >>> x = np.ones((1, 4, 2, 8), np.float32)
     >>> anyattn.warmup(x, x, x, causal=True, backward=True)
     """
-    arrays, options, seed, backend = explicit(q, k, v, **arguments)
-    framework_of(q).warmup(arrays, options, seed, backend, backward=backward)
+    inputs, options, seed, backend = explicit(q, k, v, arguments, "warmup")
+    framework_of(q).warmup(inputs, options, seed, backend, backward=backward)
 
 
 def get_available_backends() -> list[str]:
@@ -44,5 +48,5 @@ def get_available_backends() -> list[str]:
 
 def print_backend_info() -> None:
     """Prints the backends and why any of them is not available; `anyattn info` tells more."""
-    for name in dispatch.NAMES:
+    for name in dispatch.names():
         sys.stdout.write(f"{name}: {dispatch.get(name).available() or 'available'}\n")

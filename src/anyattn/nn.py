@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from . import api
-from .definition.arguments import Window
-from .frameworks.torch import rotary
+from .arguments import Window
+from .frameworks.torch_tools import rotary
 
 
 class KVCache:

@@ -1,23 +1,26 @@
-"""Public functions in the layout of torch.nn.functional: (..., nheads, seqlen, head_dim)."""
+"""The public functions whose arrays have heads first, as in torch.nn.functional: (..., nheads, seqlen, head_dim)."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from .definition.arguments import Array
+from .arguments import A, Array, bounds
+from .definition.inputs import Inputs
+from .definition.options import Options
+from .frameworks import framework_of
 
 
 def sdpa(
-    query: Array,
-    key: Array,
-    value: Array,
+    query: A,
+    key: A,
+    value: A,
     attn_mask: Array | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> Any:
+) -> A:
     """`torch.nn.functional.scaled_dot_product_attention`, argument for argument, on torch tensors.
 
     It also serves what torch computes with the whole score matrix in memory: dropout, a head_dim_v of its own, a float
@@ -50,4 +53,25 @@ def sdpa(
         raise TypeError(f"query must be a torch.Tensor; got {type(query).__name__}")
     from .frameworks.torch import sdpa as torch_sdpa
 
-    return torch_sdpa.sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    compute: Any = torch_sdpa.sdpa  # which checks what it gets
+    result: A = compute(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    return result
+
+
+def flash_attention(query: A, key: A, value: A, causal: bool = True, scale: float | None = None) -> A:
+    """Attention in the layout (batch, nheads, seqlen, head_dim); query may have more heads than key and value.
+
+    >>> import numpy as np, anyattn
+    >>> x = np.ones((1, 2, 4, 8), np.float32)
+    >>> anyattn.flash_attention(x, x, x).shape
+    (1, 2, 4, 8)
+    """
+    framework = framework_of(query, "query")
+    for name, array in (("query", query), ("key", key), ("value", value)):
+        if getattr(array, "ndim", None) != 4:
+            raise ValueError(f"{name} must be (batch, nheads, seqlen, head_dim); got {getattr(array, 'shape', array)}")
+    swapped: list[Any] = [array.swapaxes(1, 2) for array in (query, key, value)]
+    _, right = bounds(causal, None)
+    out, _ = framework.attention(Inputs(*swapped), Options(scale=scale, right=right), None, False, None)
+    result: A = out.swapaxes(1, 2)
+    return result

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import anyattn
-from anyattn.backends.base import Backend
+from anyattn.backends.base import Backend, Plan
 from anyattn.config import settings
 from anyattn.definition.errors import CompilationError
+from anyattn.definition.passes import FORWARD
 from anyattn.definition.problem import Problem
 from anyattn.runtime import dispatch
 
@@ -41,7 +42,7 @@ def missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ANYATTN_REQUIRE", raising=False)
     settings.reload()
     monkeypatch.setattr(dispatch.get("cpu"), "available", lambda **named: "no library")
-    monkeypatch.setattr(dispatch, "_warned", False)
+    dispatch._warned.clear()
 
 
 def served_by(monkeypatch: pytest.MonkeyPatch, **arguments: str) -> str:
@@ -52,7 +53,7 @@ def served_by(monkeypatch: pytest.MonkeyPatch, **arguments: str) -> str:
         planned.append(self.name)
         return plan(self, problem)
 
-    for name in dispatch.NAMES:
+    for name in dispatch.names():
         kind = type(dispatch.get(name))
         monkeypatch.setattr(kind, "plan", lambda self, problem, plan=kind.plan: spy(self, problem, plan))
     anyattn.attention(X, X, X, **arguments)
@@ -140,7 +141,7 @@ def test_unknown_names_are_refused_with_the_accepted_ones() -> None:
 def test_explain_names_the_choice_and_the_refusals() -> None:
     explanation = anyattn.explain(X, X, X, causal=True)
     assert explanation.chosen == dispatch.available()[0]
-    assert set(explanation.reasons) == set(dispatch.NAMES)
+    assert set(explanation.reasons) == set(dispatch.names())
     assert "float32" in str(explanation)
 
 
@@ -149,3 +150,52 @@ def test_nonsense_settings_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="ANYATTN_NUM_THREADS='many'"):
         settings.reload()
     monkeypatch.delenv("ANYATTN_NUM_THREADS")
+
+
+class Echo:
+    """A backend of somebody else: it computes the forward pass with the NumPy backend."""
+
+    name = "echo"
+    passes = frozenset((FORWARD,))
+    may_fail = False
+
+    def available(self, *, named: bool = False) -> str | None:
+        return None
+
+    def supports(self, problem: Problem) -> list[str]:
+        return []
+
+    def avoids(self, problem: Problem) -> list[str]:
+        return []
+
+    def plan(self, problem: Problem) -> Plan:
+        return dispatch.get("numpy").plan(problem)
+
+
+@pytest.fixture
+def echo() -> Iterator[None]:
+    yield
+    dispatch.unregister("echo")
+
+
+@pytest.mark.usefixtures("echo")
+def test_a_registered_backend_has_its_place_in_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    dispatch.register("echo", Echo, after="cpu")
+    assert dispatch.names()[:2] == ("cpu", "echo")
+    assert served_by(monkeypatch, backend="echo") == "numpy", "whose plan it takes"
+    explanation = anyattn.explain(X, X, X, backend="echo")
+    assert explanation.chosen == "echo"
+    monkeypatch.setenv("ANYATTN_BACKEND", "echo")
+    settings.reload()
+    assert anyattn.explain(X, X, X).chosen == "echo", "it survives a reload of the settings"
+    with pytest.raises(anyattn.UnsupportedProblem, match="echo: has no backward pass"):
+        anyattn.attention_backward(X, X, X, X, X, np.zeros((1, 2, X.shape[1]), X.dtype))
+    dispatch.register("echo", Echo)
+    assert dispatch.names()[-1] == "echo"
+
+
+def test_register_refuses_what_it_does_not_know() -> None:
+    with pytest.raises(ValueError, match="after must be one of cpu, triton, vulkan, numpy; got 'cuda'"):
+        dispatch.register("echo", Echo, after="cuda")
+    with pytest.raises(ValueError, match="part of anyattn"):
+        dispatch.unregister("cpu")

@@ -12,7 +12,10 @@ import pytest
 
 import anyattn
 from anyattn.backends.numpy import tiles
-from anyattn.definition import accuracy, problem
+from anyattn.definition import accuracy
+from anyattn.definition import inputs as arrays
+from anyattn.definition.options import Options
+from anyattn.frameworks import numpy
 from anyattn.runtime import dispatch
 from harness.cases import NAMED, Case, named, small
 from harness.inputs import Inputs, build
@@ -84,23 +87,23 @@ def test_bias_gradient_is_not_held_twice() -> None:
 
 def test_keys_between_rows_intervals() -> None:
     """Negative bounds with chunks leave keys that no row sees in the middle of a tile; NaN there changes nothing."""
-    options = problem.Options(left=-3, right=5, chunk=8, alignment="top-left")
+    options = Options(left=-3, right=5, chunk=8, alignment="top-left")
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal((1, 40, 2, 8), np.float32) for _ in range(3))
     hidden = np.arange(40) % 8 < 3
     results = []
     for stale in (0.0, np.nan):
         k[:, hidden], v[:, hidden] = stale, stale
-        arrays = (q, k, v, *[None] * 13)
-        out, lse = anyattn.frameworks.numpy.forward(arrays, options, None, "numpy")
-        gradients = anyattn.frameworks.numpy.backward((out, lse, q, None), arrays, options, None, "numpy")
-        results.append([out, lse, *gradients[:3]])
+        given = arrays.Inputs(q, k, v)
+        out, lse = numpy.forward(given, options, None, "numpy")
+        gradients = numpy.backward(arrays.Saved(out, lse, q), given, options, None, "numpy")
+        results.append([out, lse, gradients.dq, gradients.dk, gradients.dv])
     for clean, dirty in zip(*results, strict=True):
         np.testing.assert_array_equal(clean, dirty)
 
 
 def test_refuses_device_memory() -> None:
     problem, _ = build(named("plain")).canonical()
-    elsewhere = problem._replace(q=problem.q._replace(device="cuda:0"))
+    elsewhere = problem.with_arrays(q=problem.q._replace(device="cuda:0"))
     assert dispatch.get("numpy").supports(problem) == []
     assert "cuda:0" in dispatch.get("numpy").supports(elsewhere)[0]

@@ -16,7 +16,7 @@ from torch import Tensor
 from anyattn.compat.flash_attn import flash_attn_interface as two
 from anyattn.compat.flash_attn_3 import flash_attn_interface as three
 from anyattn.compat.flash_attn_4 import interface as four
-from anyattn.definition.problem import Options
+from anyattn.definition.options import Options
 from anyattn.frameworks.torch import functional
 from frameworks.test_torch_gradients import plain
 

@@ -12,7 +12,8 @@ import pytest
 
 import anyattn
 from anyattn.cli import explain, features
-from anyattn.definition.problem import INPUTS, SAVED, Array, Problem
+from anyattn.definition.passes import BACKWARD, FORWARD
+from anyattn.definition.problem import Array, Problem
 from anyattn.runtime import dispatch
 from harness.backends import Engine
 
@@ -52,16 +53,13 @@ def compute(problem: Problem, backend: str) -> Iterator[np.ndarray]:
         "batch_invariant": problem.batch_invariant,
         "backend": backend,
     }
-    if problem.dout is None:
+    if problem.pass_ is FORWARD:
         return iter(anyattn.attention_forward(**arrays, **options))
     return (x for x in anyattn.attention_backward(**arrays, **options) if x is not None)
 
 
 def given(problem: Problem) -> Iterator[tuple[str, Array]]:
-    for name in (*INPUTS, *SAVED):
-        described = getattr(problem, name)
-        if described is not None:
-            yield name, described
+    yield from problem.arrays.items()
 
 
 def make(name: str, described: Array, problem: Problem) -> np.ndarray:
@@ -79,7 +77,7 @@ def make(name: str, described: Array, problem: Problem) -> np.ndarray:
 
 def test_every_feature_of_a_problem_is_in_the_table(found: list[features.Feature]) -> None:
     problems = [features.problem(feature.flags, "backward") for feature in found]
-    assert {name for problem in problems for name, _ in given(problem)} == {*INPUTS, *SAVED}
+    assert {name for problem in problems for name, _ in given(problem)} == set(BACKWARD.inputs)
     parser = argparse.ArgumentParser(add_help=False)
     explain.add_features(parser)
     asked = {flag for feature in found for flag in feature.flags.split() if flag.startswith("--")}
@@ -88,7 +86,7 @@ def test_every_feature_of_a_problem_is_in_the_table(found: list[features.Feature
 
 def test_every_engine_is_in_the_table_and_every_refusal_has_a_note(found: list[features.Feature]) -> None:
     header, rows = features.cells(found)
-    assert header == ["feature", *(f"{name} {which}" for name in dispatch.NAMES for which in features.PASSES)]
+    assert header == ["feature", *(f"{name} {which}" for name in dispatch.names() for which in features.PASSES)]
     assert {len(row) for row in rows} == {len(header)}
     notes = features.footnotes(found)
     quoted = {int(number) for row in rows for cell in row[1:] if cell != "yes" for number in cell[4:-1].split("][")}

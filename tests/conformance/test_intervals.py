@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anyattn import Mask
-from anyattn.definition.problem import Options, make_problem
+from anyattn.definition.options import Options
+from anyattn.definition.validate import make_problem
 from anyattn.frameworks.numpy import adapter
 from harness.cases import Case
 from harness.oracle import Span, visible

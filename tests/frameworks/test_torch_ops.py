@@ -16,7 +16,9 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from torch.utils.flop_counter import FlopCounterMode
 
 import anyattn
-from anyattn.definition.problem import INPUTS, Options
+from anyattn.definition.inputs import GRADIENTS
+from anyattn.definition.options import Options
+from anyattn.definition.passes import BACKWARD, FORWARD
 from anyattn.frameworks.torch import autograd, fastpath, ops
 
 GRAPHS = "aot_eager"  # traces like Inductor, without its compiler
@@ -65,11 +67,13 @@ def calls() -> dict[str, tuple[dict[str, Tensor], Options]]:
 @pytest.mark.parametrize("kind", calls())
 def test_opcheck(kind: str) -> None:
     given, options = calls()[kind]
-    arrays = tuple(given.get(name) for name in INPUTS)
+    arrays = tuple(given.get(name) for name in FORWARD.inputs)
     torch.library.opcheck(torch.ops.anyattn.forward.default, (*arrays, *options, ""))
     out, lse = torch.ops.anyattn.forward(*arrays, *options)
+    saved = {"out": out, "lse": lse, "dout": normal(*out.shape), "dlse": normal(*lse.shape)}
+    arrays = tuple({**given, **saved}.get(name) for name in BACKWARD.inputs)
     for wanted in (True, False):
-        backward = (normal(*out.shape), *arrays, out, lse, normal(*lse.shape), *options, "", wanted, wanted)
+        backward = (*arrays, *options, "", *(wanted for _ in GRADIENTS))
         torch.library.opcheck(torch.ops.anyattn.backward.default, backward)
 
 

@@ -60,7 +60,7 @@ class Engine:
 def engines() -> tuple[Engine, ...]:
     """A backend that ANYATTN_REQUIRE names and that is not there is an error, never a shorter list."""
     found = []
-    for name in dispatch.NAMES:
+    for name in dispatch.names():
         missing = dispatch.get(name).available(named=True)
         if missing and name in settings.current().require:
             raise RuntimeError(f"ANYATTN_REQUIRE names {name}, which is not available: {missing}")

@@ -9,7 +9,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from anyattn.definition import arguments, problem
+from anyattn.arguments import explicit
+from anyattn.definition.inputs import flatten
+from anyattn.definition.passes import BACKWARD, FORWARD
+from anyattn.definition.problem import Problem, described
+from anyattn.definition.validate import make_problem
 from anyattn.frameworks import numpy as numpy_arrays
 from harness.cases import Case
 from harness.layouts import scattered
@@ -86,17 +90,18 @@ class Inputs:
         rng = np.random.default_rng(self.case.seed)
         return scattered(out, rng)[0], scattered(lse, rng)[0]
 
-    def canonical(self, *, backward: bool = False) -> tuple[problem.Problem, dict[str, Any]]:
+    def canonical(self, *, backward: bool = False) -> tuple[Problem, dict[str, Any]]:
         """The validated problem and its prepared arrays by name."""
-        arrays, options, seed, _ = arguments.explicit(**self.arguments)
-        prepared = dict(zip(problem.INPUTS, numpy_arrays.prepare(arrays, seed), strict=True))
-        described = dict(prepared)
+        given = dict(self.arguments)
+        inputs, options, seed, _ = explicit(*(given.pop(name) for name in ("q", "k", "v")), given, "canonical")
+        prepared = described(FORWARD.inputs, flatten(numpy_arrays.prepare(inputs, seed)), lambda x: x)
+        saved = {}
         if backward:
-            q, compute = prepared["q"], self.compute_dtype
-            out = np.zeros(self.dout.shape, q.dtype)
-            described |= {"out": out, "dout": self.dout, "lse": np.zeros(self.lse_shape, compute), "dlse": self.dlse}
-        metadata = {name: None if x is None else numpy_arrays.adapter.describe(x) for name, x in described.items()}
-        return problem.make_problem(metadata, options), prepared
+            out = np.zeros(self.dout.shape, prepared["q"].dtype)
+            saved = {"out": out, "dout": self.dout, "lse": np.zeros(self.lse_shape, self.compute_dtype)}
+            saved |= {} if self.dlse is None else {"dlse": self.dlse}
+        metadata = {name: numpy_arrays.adapter.describe(x) for name, x in {**prepared, **saved}.items()}
+        return make_problem(metadata, options, BACKWARD if backward else FORWARD), prepared
 
     @property
     def compute_dtype(self) -> np.dtype[Any]:

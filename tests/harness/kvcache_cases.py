@@ -9,6 +9,7 @@ import numpy as np
 
 import anyattn
 from anyattn.definition import accuracy
+from anyattn.definition.dtypes import DTYPES
 from harness.cases import Case
 from harness.inputs import NUMPY_DTYPES, build
 from harness.layouts import around, scattered
@@ -128,7 +129,7 @@ def problems_of(setup: Setup, backend: str) -> list[str]:
 
 def _appended(setup: Setup, given: dict[str, Any], before: dict[str, np.ndarray]) -> list[str]:
     """The new slots hold k, rotated, and v; all others what they held."""
-    tolerance = accuracy.EPS[setup.dtype] / 2 + 2 * accuracy.EPS["float64" if setup.dtype == "float64" else "float32"]
+    tolerance = DTYPES[setup.dtype].eps / 2 + 2 * DTYPES["float64" if setup.dtype == "float64" else "float32"].eps
     rotated = setup.rotary_dim
     wrong = []
     for b in range(setup.batch):
@@ -168,7 +169,7 @@ def _attended(setup: Setup, given: dict[str, Any], out: np.ndarray, lse: np.ndar
         q = np.array(rows).reshape(1, n_q, *given["q"].shape[2:]).astype(given["q"].dtype)
         want = _budgets(setup, q, k.astype(q.dtype), v.astype(q.dtype))
         # A rotated q may round the other way: one unit in the last place of q is one more eps on every score.
-        extra = accuracy.EPS[setup.dtype] * (setup.rotary_dim > 0)
+        extra = DTYPES[setup.dtype].eps * (setup.rotary_dim > 0)
         for name, got in (("out", out[b : b + 1, :n_q]), ("lse", lse[b : b + 1, :, :n_q])):
             limit = want[name].budget + extra * want["lse"].magnitude.max(initial=0.0)
             if not want[name].error(got) <= limit:

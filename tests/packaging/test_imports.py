@@ -20,7 +20,7 @@ CONTRACTS = ROOT / "pyproject.toml"
 # Parts that may use any package, inside functions.
 TOP = ("anyattn.bench", "anyattn.cli", "anyattn.compat")
 # Modules that import torch or Triton when they are imported.
-ON_TORCH = ("anyattn.compat", "anyattn.frameworks.torch", "anyattn.nn")
+ON_TORCH = ("anyattn.compat", "anyattn.frameworks.torch", "anyattn.frameworks.torch_tools", "anyattn.nn")
 ON_TRITON = ("anyattn.backends.triton",)
 REGISTERS = "anyattn.compat.transformers"  # with the package it stands for, when it is imported
 
@@ -56,7 +56,11 @@ def test_contracts_are_kept(copy: Path) -> None:
         ("definition/mask.py", "def f(): from . import problem", "No cycle inside any package"),
         ("backends/numpy/tiles.py", "from ..cpu import layout", "Backends do not import each other"),
         ("api.py", "from .backends.cpu import library", "Public functions reach a backend through runtime"),
-        ("compat/onnx.py", "from ..frameworks import numpy", "Compat uses the public functions"),
+        (
+            "compat/onnx.py",
+            "from ..frameworks import numpy",
+            "Compat uses the doors of the frameworks",
+        ),
         ("frameworks/__init__.py", "import importlib", "Frameworks are imported by statements"),
         ("runtime/execute.py", "def f(): import torch", "PyTorch stays where it is the subject"),
         ("frameworks/torch/ops.py", "import triton", "Triton stays in its backend"),
@@ -73,7 +77,9 @@ def test_contracts_break(copy: Path, module: str, line: str, contract: str) -> N
 
 def third_parties() -> dict[str, set[str]]:
     """Return every package outside the standard library that a module imports anywhere, and these modules."""
-    graph = grimp.build_graph("anyattn", include_external_packages=True, cache_dir=None)
+    graph = grimp.build_graph(
+        "anyattn", include_external_packages=True, exclude_type_checking_imports=True, cache_dir=None
+    )
     outside = {name for name in graph.modules if graph.is_module_squashed(name)} - set(sys.stdlib_module_names)
     return {name: graph.find_modules_that_directly_import(name) for name in outside}
 
@@ -120,9 +126,10 @@ def test_asking_vulkan_about_a_small_problem_imports_no_driver() -> None:
     """Every automatic call asks whether it avoids the problem; that needs neither a device nor anything slow."""
     result = fresh(
         "import sys, numpy; before = set(sys.modules)\n"
-        "from anyattn.definition import problem; from anyattn.runtime import dispatch\n"
-        "x = problem.Array((1, 4, 2, 8), (64, 16, 8, 1), 'float32')\n"
-        "small = problem.make_problem({'q': x, 'k': x, 'v': x}, problem.Options())\n"
+        "from anyattn.definition.options import Options; from anyattn.definition.problem import contiguous\n"
+        "from anyattn.definition.validate import make_problem; from anyattn.runtime import dispatch\n"
+        "x = contiguous((1, 4, 2, 8), 'float32')\n"
+        "small = make_problem({'q': x, 'k': x, 'v': x}, Options())\n"
         "assert dispatch.get('vulkan').avoids(small)\n"
         "slow = {'dataclasses', 'json', 'pathlib', 'anyattn.definition.reference'} & (set(sys.modules) - before)\n"
         "assert not slow, slow\n"

@@ -36,7 +36,7 @@ def test_info_tells_backends_and_settings(capsys: pytest.CaptureFixture[str]) ->
     assert found["settings"].keys() == {variable for variable, _, _ in settings.VARIABLES.values()}
     assert main(["info"]) == 0
     text = capsys.readouterr().out
-    assert all(name in text for name in (*dispatch.NAMES, "ANYATTN_BACKEND"))
+    assert all(name in text for name in (*dispatch.names(), "ANYATTN_BACKEND"))
     assert "\n\nnative engine\n  library " in text  # its own, not the last backend's
 
 
@@ -172,7 +172,7 @@ def test_verify_passes(capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(capsys.readouterr().out)
     assert found["ok"] and found["left_out"] == []
     assert {result["engine"].split()[0] for result in found["results"]} == {
-        name for name in dispatch.NAMES if not dispatch.get(name).available()
+        name for name in dispatch.names() if not dispatch.get(name).available()
     }
     for result in found["results"]:
         if result["forward"] is None:

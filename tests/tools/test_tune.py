@@ -27,7 +27,10 @@ from anyattn.bench.timing import Timing
 from anyattn.bench.tune_vulkan import Point
 from anyattn.cli import main
 from anyattn.config import settings
-from anyattn.definition.problem import Array, Options, Problem, make_problem
+from anyattn.definition.options import Options
+from anyattn.definition.passes import BACKWARD, FORWARD
+from anyattn.definition.problem import Array, Problem
+from anyattn.definition.validate import make_problem
 from anyattn.runtime import dispatch
 from harness.backends import Engine, engines
 from harness.cases import Case
@@ -91,7 +94,7 @@ def problem(
     given = {"q": q, "k": k, "v": k}
     if back:
         given |= {"out": q, "dout": q, "lse": array((1, 8, seqlen_q), "float32")}
-    return make_problem(given, Options(**of))
+    return make_problem(given, Options(**of), BACKWARD if back else FORWARD)
 
 
 def chosen(asked: Problem) -> str:

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from ..backends.cpu import library
-from ..backends.cpu.backend import DTYPES
+from ..definition.dtypes import DTYPES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,7 +19,7 @@ REPEATS = 5
 def flops(dtype: str) -> float | None:
     """What registers alone would allow in this dtype, now; float16 is computed in float32. None: no native library."""
     try:
-        return library.load().peak_flops(DTYPES["float32" if dtype == "float16" else dtype])
+        return library.load().peak_flops(DTYPES["float32" if dtype == "float16" else dtype].code)
     except library.LibraryError:
         return None
 

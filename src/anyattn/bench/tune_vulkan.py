@@ -11,7 +11,10 @@ import numpy.typing as npt
 
 from .. import api
 from ..backends.vulkan.offload import NEVER, Work, work
-from ..definition.problem import Array, Options, Problem, make_problem
+from ..definition.options import Options
+from ..definition.passes import BACKWARD, FORWARD
+from ..definition.problem import Array, Problem
+from ..definition.validate import make_problem
 from .timing import Timing, measure
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -97,7 +100,7 @@ def describe_point(point: Point) -> Problem:
     described = dict.fromkeys(("q", "k", "v"), Array(shape, _strides(shape), point.dtype))
     if point.direction == "backward":
         described |= dict.fromkeys(("out", "dout"), described["q"]) | {"lse": Array(lse, _strides(lse), "float32")}
-    return make_problem(described, Options())
+    return make_problem(described, Options(), BACKWARD if point.direction == "backward" else FORWARD)
 
 
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -8,7 +8,11 @@ import math
 import sys
 from typing import Any
 
-from ..definition.problem import ALIGNMENTS, DTYPES, Array, Options, Problem, make_problem
+from ..definition.dtypes import ATTENTION_DTYPES as DTYPES
+from ..definition.options import ALIGNMENTS, Options
+from ..definition.passes import BACKWARD, FORWARD
+from ..definition.problem import Array, Problem
+from ..definition.validate import make_problem
 from ..runtime import dispatch
 
 
@@ -81,7 +85,7 @@ def describe(a: argparse.Namespace) -> Problem:
     a.kv_heads = a.heads if a.kv_heads is None else a.kv_heads
     a.head_dim_v = a.head_dim if a.head_dim_v is None else a.head_dim_v
     given = {name: _array(shape, dtype, a.device) for name, (shape, dtype) in _shapes(a).items()}
-    return make_problem(given, _options(a))
+    return make_problem(given, _options(a), BACKWARD if a.backward else FORWARD)
 
 
 def _shapes(a: argparse.Namespace) -> dict[str, tuple[tuple[int, ...], str]]:

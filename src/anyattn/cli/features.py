@@ -92,7 +92,9 @@ def evidence(name: str) -> dict[str, tuple[str, ...]]:
 def hardware() -> str:
     """The same of all of them, as Markdown."""
     rows = [
-        f"| `{name}` | {how} | {'; '.join(where)} |" for name in dispatch.NAMES for how, where in evidence(name).items()
+        f"| `{name}` | {how} | {'; '.join(where)} |"
+        for name in dispatch.names()
+        for how, where in evidence(name).items()
     ]
     return "\n".join(["| Engine | State | Hardware |", "|---|---|---|", *rows])
 
@@ -104,7 +106,7 @@ def cells(found: list[Feature]) -> tuple[list[str], list[list[str]]]:
     def cell(reasons: list[str]) -> str:
         return f"no {''.join(f'[{numbers[reason]}]' for reason in reasons)}" if reasons else "yes"
 
-    header = ["feature", *(f"{name} {which}" for name in dispatch.NAMES for which in PASSES)]
+    header = ["feature", *(f"{name} {which}" for name in dispatch.names() for which in PASSES)]
     rows = [[f.name, *(cell(reasons) for reasons in _columns(f))] for f in found]
     return header, rows
 
@@ -121,7 +123,7 @@ def _columns(feature: Feature) -> Iterator[list[str]]:
 
 
 def _refusals(flags: str) -> dict[str, dict[str, list[str]]]:
-    return {name: {which: _reasons(dispatch.get(name), flags, which) for which in PASSES} for name in dispatch.NAMES}
+    return {name: {which: _reasons(dispatch.get(name), flags, which) for which in PASSES} for name in dispatch.names()}
 
 
 def _reasons(engine: Backend, flags: str, which: str) -> list[str]:

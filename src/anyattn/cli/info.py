@@ -54,7 +54,7 @@ def collect() -> dict[str, Any]:
         "processor": processor(),
         "cores": os.cpu_count(),
         "packages": {name: _version(name) for name in PACKAGES},
-        "backends": {name: _try(partial(_backend, name)) for name in dispatch.NAMES},
+        "backends": {name: _try(partial(_backend, name)) for name in dispatch.names()},
         "required": _required(),
         "cpu": _try(_cpu),
         "vulkan": _try(_vulkan),

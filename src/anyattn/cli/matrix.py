@@ -14,12 +14,16 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import api
+from ..arguments import explicit
 from ..config import settings
 from ..definition import accuracy
-from ..definition.arguments import explicit
-from ..definition.dtypes import widen
+from ..definition.dtypes import ATTENTION_DTYPES, widen
 from ..definition.errors import UnsupportedProblem
-from ..definition.problem import DTYPES, INPUTS, Problem, make_problem
+from ..definition.inputs import flatten
+from ..definition.passes import FORWARD
+from ..definition.problem import Problem
+from ..definition.problem import described as describe_arrays
+from ..definition.validate import make_problem
 from ..frameworks import numpy as numpy_arrays
 from ..runtime import dispatch
 
@@ -97,7 +101,7 @@ def engines(backend: str | None) -> tuple[list[Engine], dict[str, str]]:
     """Those that can run here, and why the others cannot."""
     found: list[Engine] = []
     absent: dict[str, str] = {}
-    for name in (backend,) if backend else dispatch.NAMES:
+    for name in (backend,) if backend else dispatch.names():
         why = dispatch.get(name).available(named=bool(backend))
         if why:
             absent[name] = why
@@ -213,7 +217,7 @@ def _starts(rng: np.random.Generator, batch: int, longest: int) -> npt.NDArray[n
 
 def _dtypes() -> dict[str, npt.DTypeLike]:
     """By name; bfloat16 only with ml_dtypes."""
-    found: dict[str, npt.DTypeLike] = {name: np.dtype(name) for name in DTYPES if name != "bfloat16"}
+    found: dict[str, npt.DTypeLike] = {name: np.dtype(name) for name in ATTENTION_DTYPES if name != "bfloat16"}
     try:
         import ml_dtypes
     except ImportError:
@@ -223,11 +227,12 @@ def _dtypes() -> dict[str, npt.DTypeLike]:
 
 def described(arguments: Arguments) -> tuple[Problem, dict[str, Any]]:
     """The problem, and its arrays as the reference takes them."""
-    given, options, seed, _ = explicit(**arguments)
-    adapter = numpy_arrays.adapter
-    prepared = dict(zip(INPUTS, numpy_arrays.prepare(given, seed), strict=True))
-    problem = make_problem({name: None if x is None else adapter.describe(x) for name, x in prepared.items()}, options)
-    return problem, {name: None if x is None else adapter.numpy(x) for name, x in prepared.items()}
+    given = dict(arguments)
+    q, k, v = (given.pop(name) for name in ("q", "k", "v"))
+    inputs, options, seed, _ = explicit(q, k, v, given, "described")
+    adapter, prepared = numpy_arrays.adapter, flatten(numpy_arrays.prepare(inputs, seed))
+    problem = make_problem(describe_arrays(FORWARD.inputs, prepared, adapter.describe), options)
+    return problem, describe_arrays(FORWARD.inputs, prepared, adapter.numpy)
 
 
 def _share(want: accuracy.Expected, got: npt.NDArray[Any] | None) -> float:

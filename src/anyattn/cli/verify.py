@@ -16,7 +16,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "verify", help="check every engine of this machine against float64"
     )
-    parser.add_argument("--backend", choices=dispatch.NAMES, help="only this one, which must then be available")
+    parser.add_argument("--backend", choices=dispatch.names(), help="only this one, which must then be available")
     parser.add_argument("--seed", type=int, default=0, help="of sizes and values (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON: one entry per problem and engine")
     return parser

@@ -10,11 +10,13 @@ import sys
 from typing import Any
 
 from .. import api
-from ..definition.arguments import Array
 from ..runtime import dispatch
 from ..sdpa import sdpa as anyattn_sdpa
 
 __version__ = "0.5.0"  # whose functions these are
+
+
+Array = Any  # a NumPy array or a torch tensor
 
 
 def flash_attention(
@@ -96,7 +98,7 @@ def precompute_rope_frequencies(
     """
     import torch
 
-    from ..frameworks.torch import rotary
+    from ..frameworks.torch_tools import rotary
 
     rows = torch.arange(seq_len, device=device, dtype=torch.float32)
     angles = torch.outer(rows, rotary.frequencies(head_dim, base, device))

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..definition.arguments import explicit
-from ..definition.problem import Options
-from ..frameworks.torch import functional
+from ..arguments import make_request
+from ..definition.inputs import Saved
+from ..frameworks import framework_of
 
 Bounds = tuple["int | None", "int | None"]
 
@@ -22,8 +22,8 @@ def attend(
 
     `bounds` stand for causal and window; unlike those they may be negative, which means something in flash_attn 4.
     """
-    arrays, options, seed, backend = explicit(q, k, v, **arguments)
-    return functional.attention(arrays, within(bounds, options), seed, return_lse, backend, want_lse=True)
+    inputs, options, seed, backend = make_request(q, k, v, bounds, **arguments)
+    return framework_of(q).attention(inputs, options, seed, return_lse, backend, want_lse=True)
 
 
 def gradients(
@@ -39,17 +39,9 @@ def gradients(
     **arguments: Any,
 ) -> tuple[Any, ...]:
     """(dq, dk, dv, dbias, dsink) from what `attend` was given and returned; lse may hold +inf for rows without keys."""
-    arrays, options, seed, backend = explicit(q, k, v, **arguments)
-    options = within(bounds, options)
+    inputs, options, seed, backend = make_request(q, k, v, bounds, **arguments)
     lse = lse.masked_fill(lse == torch.inf, -torch.inf)
-    return functional.backward((out, lse, dout, dlse), arrays, options, seed, backend)
-
-
-def within(bounds: Bounds, options: Options) -> Options:
-    """The options with these bounds. torch 2.6 compiles no `_replace`."""
-    values: Any = options
-    scale, softcap, _, _, *rest = values
-    return Options(scale, softcap, *bounds, *rest)
+    return framework_of(q).backward(Saved(out, lse, dout, dlse), inputs, options, seed, backend)
 
 
 def integer(name: str, value: Any) -> int:

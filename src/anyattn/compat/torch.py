@@ -23,7 +23,7 @@ from contextlib import contextmanager
 
 import torch.nn.attention
 
-from ..frameworks.torch.aten import Override
+from ..frameworks.torch_tools import Override
 
 
 def register() -> None:

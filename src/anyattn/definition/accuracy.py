@@ -18,14 +18,11 @@ import numpy as np
 import numpy.typing as npt
 
 from . import reference
-from .dtypes import narrow, widen
+from .dtypes import DTYPES, narrow, widen
 from .problem import Problem
 from .reference import Arrays, Float, Head, add_dbias, rows_lse
 
 ORDINARY_SCORE = 8.0
-EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
-# Below, a type has no bits left: numbers of that size, times what they are multiplied by, may be flushed to 0.
-SMALLEST = {"float64": 2.0**-1016, "float32": 2.0**-120, "float16": 2.0**-24, "bfloat16": 2.0**-120}
 
 
 @dataclass(frozen=True)
@@ -120,7 +117,7 @@ def _score_sizes(problem: Problem, head: Head) -> Float:
 
 def _rule(problem: Problem, largest_score: float, gradient: bool) -> _Rule:
     times = 3.0 if gradient else 2.0
-    scores = times * EPS[problem.compute_dtype] * max(0.0, largest_score - ORDINARY_SCORE)
+    scores = times * DTYPES[problem.compute_dtype].eps * max(0.0, largest_score - ORDINARY_SCORE)
     if problem.dtype == "float64":
         return _Rule(0.0, 64.0, scores)  # the definition is its own plain implementation
     return _Rule(times, 8.0 if gradient else 4.0, scores)
@@ -142,7 +139,7 @@ class _Sum:
         finite = np.isfinite(self.value)
         difference = np.abs(round_to(self.plain[finite], dtype) - self.value[finite])
         largest = self.magnitude.max(initial=0.0)
-        rounding = (rule.c * EPS[dtype] + rule.scores) * largest + SMALLEST[dtype]
+        rounding = (rule.c * DTYPES[dtype].eps + rule.scores) * largest + DTYPES[dtype].smallest
         return Expected(self.value, self.magnitude, float(rule.times * difference.max(initial=0.0) + rounding))
 
 

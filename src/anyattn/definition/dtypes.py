@@ -1,16 +1,43 @@
-"""Values of the four dtypes. NumPy has no bfloat16: such an array is ml_dtypes.bfloat16, or its bits as uint16."""
+"""The dtypes: one row each, and their values. NumPy has no bfloat16: such an array is ml_dtypes.bfloat16, or its bits
+as uint16.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 NDArray = npt.NDArray[Any]
 
-# By the dtype that is computed in: scores below hide a key as -inf does. Times log2(e), as engines keep them, they are.
+
+class Dtype(NamedTuple):
+    """What is known of a dtype, under its NumPy name."""
+
+    itemsize: int
+    code: int  # in the C ABI (anyattn.h); 0: no array there has it
+    compute: str = ""  # dtype of scores, softmax and sums for q of this dtype; "": q cannot have it
+    eps: float = 0.0
+    smallest: float = 0.0  # numbers below, times what they are multiplied by, may be flushed to 0
+    triton: str = ""
+
+
+DTYPES = {
+    "float32": Dtype(4, 1, "float32", 2.0**-23, 2.0**-120, "fp32"),
+    "float16": Dtype(2, 2, "float32", 2.0**-10, 2.0**-24, "fp16"),
+    "bfloat16": Dtype(2, 3, "float32", 2.0**-7, 2.0**-120, "bf16"),
+    "float64": Dtype(8, 4, "float64", 2.0**-52, 2.0**-1016),
+    "bool": Dtype(1, 5, triton="u8"),
+    "int32": Dtype(4, 6, triton="i32"),
+    "int64": Dtype(8, 0, triton="i64"),
+    "uint8": Dtype(1, 0),
+}
+ATTENTION_DTYPES = tuple(name for name, dtype in DTYPES.items() if dtype.compute)  # of q, k and v
+
+# Scores below this value, by compute dtype, mask their key as -inf does: times log2(e), as kernels keep scores, they
+# are -inf.
 LOWEST_SCORE = {name: float(np.finfo(name).min) * math.log(2.0) for name in ("float32", "float64")}
 
 

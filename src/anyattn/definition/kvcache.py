@@ -1,140 +1,94 @@
-"""What appending to a KV cache asks for, and its validation."""
+"""The rules of an append to a KV cache: metadata, which a Problem of the APPEND pass fulfils, and values of tables."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import NamedTuple
 
+from .dtypes import ATTENTION_DTYPES
 from .errors import CacheOverflow
-from .problem import DTYPES, Array
+from .problem import Array
 from .sequences import Tables, check_pages
 
-ARRAYS = (
-    "q",
-    "k",
-    "v",
-    "new_k",
-    "new_v",
-    "rotary_cos",
-    "rotary_sin",
-    "cache_seqlens",
-    "cache_batch_idx",
-    "block_table",
-)
-
-
 LABELS = {"k": "k_cache", "v": "v_cache", "new_k": "k", "new_v": "v"}  # the caller's names
+Given = Mapping[str, Array]
 
 
-@dataclass(frozen=True)  # no tuple: torch 2.6 compiles none with properties
-class Append:
-    """Metadata of one append: new keys are rotated and written behind `cache_seqlens`.
-
-    `by_row`: q row i is rotated at cache_seqlens + i (causal or windowed), else every row at cache_seqlens.
-    """
-
-    q: Array
-    k: Array  # the cache: (batch, slots, nheads_kv, head_dim) or (num_pages, page_size, nheads_kv, head_dim)
-    v: Array
-    new_k: Array
-    new_v: Array
-    rotary_cos: Array | None  # (positions, rotary_dim / 2)
-    rotary_sin: Array | None
-    cache_seqlens: Array
-    cache_batch_idx: Array | None
-    block_table: Array | None
-    interleaved: bool
-    by_row: bool
-
-    @property
-    def batch(self) -> int:
-        return self.q.shape[0]
-
-    @property
-    def seqlen_new(self) -> int:
-        return self.new_k.shape[1]
-
-    @property
-    def rotary_dim(self) -> int:
-        return 0 if self.rotary_cos is None else 2 * self.rotary_cos.shape[1]
-
-    @property
-    def page_size(self) -> int:
-        return 0 if self.block_table is None else self.k.shape[1]
-
-    @property
-    def slots(self) -> int:
-        """Keys that one sequence's cache can hold."""
-        return self.k.shape[1] if self.block_table is None else self.block_table.shape[1] * self.k.shape[1]
-
-
-def make_append(arrays: Mapping[str, Array | None], *, interleaved: bool, by_row: bool) -> Append:
-    """Validates the metadata of an append; raises ValueError or TypeError that names the argument."""
-    given = {name: arrays.get(name) for name in ARRAYS}
+def check_arrays(given: Given) -> None:
+    """Check the metadata of an append; raise ValueError or TypeError that names the argument."""
     for name in ("q", "k", "v", "new_k", "new_v", "cache_seqlens"):
-        if given[name] is None:
+        if name not in given:
             label = LABELS.get(name, name)
             raise ValueError(f"{label} is None: appending needs k, v and cache_seqlens (an int or one per sequence)")
-    append = Append(**given, interleaved=interleaved, by_row=by_row)  # type: ignore[arg-type]
-    _check_shapes(append)
-    _check_memory(append)
-    _check_rotary(append)
-    return append
+    _check_shapes(given)
+    _check_tables(given)
+    _check_memory(given)
+    _check_rotary(given)
 
 
-def _check_shapes(append: Append) -> None:
-    cache, new_k, new_v = append.k, append.new_k, append.new_v
-    if append.q.dtype not in DTYPES or any(x.dtype != append.q.dtype for x in (cache, append.v, new_k, new_v)):
-        found = ", ".join(x.dtype for x in (append.q, cache, append.v, new_k, new_v))
-        raise TypeError(f"q, k_cache, v_cache, k and v must have one dtype of {', '.join(DTYPES)}; got {found}")
-    if any(len(x.shape) != 4 for x in (append.q, cache, append.v, new_k, new_v)):
+def _check_shapes(given: Given) -> None:
+    q, cache, cache_v, new_k, new_v = large = [given[name] for name in ("q", "k", "v", "new_k", "new_v")]
+    if q.dtype not in ATTENTION_DTYPES or any(x.dtype != q.dtype for x in large):
+        found, accepted = ", ".join(x.dtype for x in large), ", ".join(ATTENTION_DTYPES)
+        raise TypeError(f"q, k_cache, v_cache, k and v must have one dtype of {accepted}; got {found}")
+    if any(len(x.shape) != 4 for x in large):
         raise ValueError(
             f"k and v must be (batch, seqlen_new, nheads_kv, head_dim); got k {new_k.shape}, v {new_v.shape}"
         )
-    want = (append.batch, new_k.shape[1], cache.shape[2])
-    if new_k.shape != (*want, cache.shape[3]) or new_v.shape != (*want, append.v.shape[3]):
+    want = (q.shape[0], new_k.shape[1], cache.shape[2])
+    if new_k.shape != (*want, cache.shape[3]) or new_v.shape != (*want, cache_v.shape[3]):
         raise ValueError(
-            f"k and v must be (batch, seqlen_new, nheads_kv, head_dim) like the cache {cache.shape}, {append.v.shape}; "
-            f"got k {new_k.shape}, v {new_v.shape} for q {append.q.shape}"
+            f"k and v must be (batch, seqlen_new, nheads_kv, head_dim) like the cache {cache.shape}, {cache_v.shape}; "
+            f"got k {new_k.shape}, v {new_v.shape} for q {q.shape}"
         )
-    entries, pages = append.cache_batch_idx, append.block_table
-    if entries is not None and (entries.shape != (append.batch,) or pages is not None):
-        raise ValueError(f"cache_batch_idx must be ({append.batch},), without block_table; got {entries.shape}")
-    if pages is not None and (len(pages.shape) != 2 or pages.shape[0] != append.batch):
-        raise ValueError(f"block_table must be (batch, max_pages) with batch {append.batch}; got {pages.shape}")
-    if entries is None and pages is None and cache.shape[0] != append.batch:
-        raise ValueError(f"k_cache must have q's batch {append.batch} as its first dimension; got {cache.shape}")
-    if append.cache_seqlens.shape != (append.batch,) or append.cache_seqlens.dtype != "int32":
-        raise ValueError(f"cache_seqlens must be an int or int32 ({append.batch},); got {append.cache_seqlens.shape}")
 
 
-def _check_memory(append: Append) -> None:
-    for name, cache in (("k_cache", append.k), ("v_cache", append.v)):
+def _check_tables(given: Given) -> None:
+    batch, cache, lengths = given["q"].shape[0], given["k"], given["cache_seqlens"]
+    entries, pages = given.get("cache_batch_idx"), given.get("block_table")
+    if entries is not None and (entries.shape != (batch,) or pages is not None):
+        raise ValueError(f"cache_batch_idx must be ({batch},), without block_table; got {entries.shape}")
+    if pages is not None and (len(pages.shape) != 2 or pages.shape[0] != batch):
+        raise ValueError(f"block_table must be (batch, max_pages) with batch {batch}; got {pages.shape}")
+    if entries is None and pages is None and cache.shape[0] != batch:
+        raise ValueError(f"k_cache must have q's batch {batch} as its first dimension; got {cache.shape}")
+    if lengths.shape != (batch,) or lengths.dtype != "int32":
+        raise ValueError(f"cache_seqlens must be an int or int32 ({batch},); got {lengths.shape}")
+
+
+def _check_memory(given: Given) -> None:
+    for name in ("k", "v"):
+        cache = given[name]
         axes = [
             axis for axis, (n, step) in enumerate(zip(cache.shape, cache.strides, strict=True)) if n > 1 and not step
         ]
         if axes and 0 not in cache.shape:
             raise ValueError(
-                f"{name} is expanded along axis {axes[0]}, so that new entries would overwrite each other; got strides "
-                f"{cache.strides} for {cache.shape}"
+                f"{LABELS[name]} is expanded along axis {axes[0]}, so that new entries would overwrite each other; "
+                f"got strides {cache.strides} for {cache.shape}"
             )
 
 
-def _check_rotary(append: Append) -> None:
-    cos, sin = append.rotary_cos, append.rotary_sin
+def _check_rotary(given: Given) -> None:
+    q, cos, sin = given["q"], given.get("rotary_cos"), given.get("rotary_sin")
     if (cos is None) != (sin is None):
         raise ValueError("rotary_cos and rotary_sin must be given together")
     if cos is None or sin is None:
         return
-    if len(cos.shape) != 2 or cos.shape != sin.shape or 2 * cos.shape[1] > append.q.shape[3]:
+    if len(cos.shape) != 2 or cos.shape != sin.shape or 2 * cos.shape[1] > q.shape[3]:
         raise ValueError(
             f"rotary_cos and rotary_sin must be (positions, rotary_dim / 2), "
-            f"rotary_dim <= head_dim {append.q.shape[3]}; got {cos.shape}, {sin.shape}"
+            f"rotary_dim <= head_dim {q.shape[3]}; got {cos.shape}, {sin.shape}"
         )
     for name, array in (("rotary_cos", cos), ("rotary_sin", sin)):
-        if array.dtype not in (append.q.dtype, "float32"):
-            raise TypeError(f"{name} has dtype {array.dtype}; accepted here: {append.q.dtype}, float32")
+        if array.dtype not in (q.dtype, "float32"):
+            raise TypeError(f"{name} has dtype {array.dtype}; accepted here: {q.dtype}, float32")
+
+
+def slots(given: Given) -> int:
+    """Return how many keys one sequence's cache can hold."""
+    pages, page_size = given.get("block_table"), given["k"].shape[1]
+    return page_size if pages is None else pages.shape[1] * page_size
 
 
 class Room(NamedTuple):
@@ -148,10 +102,14 @@ class Room(NamedTuple):
     positions_needed: int  # beyond cache_seqlens
 
 
-def room(append: Append) -> Room:
-    rows = max(append.seqlen_new, append.q.shape[1] if append.by_row else 1)
-    positions, needed = (0, 0) if append.rotary_cos is None else (append.rotary_cos.shape[0], rows)
-    return Room(append.seqlen_new, append.slots, append.k.shape[0], append.page_size, positions, needed)
+def room(given: Given, *, by_row: bool) -> Room:
+    """Return the sizes that an append's values must respect."""
+    q, cache, cos = given["q"], given["k"], given.get("rotary_cos")
+    seqlen_new = given["new_k"].shape[1]
+    rows = max(seqlen_new, q.shape[1] if by_row else 1)
+    positions, needed = (0, 0) if cos is None else (cos.shape[0], rows)
+    page_size = cache.shape[1] if "block_table" in given else 0
+    return Room(seqlen_new, slots(given), cache.shape[0], page_size, positions, needed)
 
 
 def check_append(sizes: Room, tables: Tables) -> None:

@@ -18,8 +18,8 @@ import numpy.typing as npt
 
 from . import philox
 from .dtypes import LOWEST_SCORE, narrow, raw, widen
-from .kvcache import Append
-from .problem import TABLES, Problem
+from .inputs import TABLES
+from .problem import Problem
 from .sequences import Sequence, sequences
 
 Float = npt.NDArray[np.float64]
@@ -191,12 +191,12 @@ def _rows_k(problem: Problem, sequence: Sequence, h_kv: int, block_table: Any) -
     return (sequence.batch_k, slots, h_kv)
 
 
-def append(problem: Append, arrays: Arrays) -> Float | None:
+def append(problem: Problem, arrays: Arrays) -> Float | None:
     """Writes new_k (rotated) and new_v into k and v, in place; returns q rotated (float64), or None without rotary."""
     dtype = problem.q.dtype
     k, v, new_k, new_v = (raw(arrays[name], dtype) for name in ("k", "v", "new_k", "new_v"))
     lengths = np.asarray(arrays["cache_seqlens"]).astype(np.int64)
-    rows = np.arange(problem.q.shape[1]) if problem.by_row else np.zeros(problem.q.shape[1], np.int64)
+    rows = np.arange(problem.q.shape[1]) if problem.rotation.by_row else np.zeros(problem.q.shape[1], np.int64)
     q = np.zeros(problem.q.shape) if problem.rotary_dim else None
     for b in range(problem.batch):
         slots = lengths[b] + np.arange(problem.seqlen_new)
@@ -213,14 +213,14 @@ def append(problem: Append, arrays: Arrays) -> Float | None:
     return q
 
 
-def rotate(problem: Append, arrays: Arrays, x: Float, positions: npt.NDArray[np.int64]) -> Float:
+def rotate(problem: Problem, arrays: Arrays, x: Float, positions: npt.NDArray[np.int64]) -> Float:
     """Rotates the first rotary_dim values of x (rows, nheads, head_dim) by the angles of `positions`."""
     half = problem.rotary_dim // 2
     assert problem.rotary_cos is not None and problem.rotary_sin is not None
     cos = widen(arrays["rotary_cos"][positions], problem.rotary_cos.dtype)[:, None, :]
     sin = widen(arrays["rotary_sin"][positions], problem.rotary_sin.dtype)[:, None, :]
-    first = slice(0, 2 * half, 2) if problem.interleaved else slice(0, half)
-    second = slice(1, 2 * half, 2) if problem.interleaved else slice(half, 2 * half)
+    first = slice(0, 2 * half, 2) if problem.rotation.interleaved else slice(0, half)
+    second = slice(1, 2 * half, 2) if problem.rotation.interleaved else slice(half, 2 * half)
     out: Float = x.copy()
     out[..., first] = x[..., first] * cos - x[..., second] * sin
     out[..., second] = x[..., first] * sin + x[..., second] * cos

@@ -11,8 +11,24 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..definition.dtypes import DTYPES
+from ..definition.inputs import (
+    FIELDS,
+    HEADS,
+    NO_EXTRAS,
+    SCORES,
+    STATE,
+    TABLE,
+    Appended,
+    Extras,
+    Gradients,
+    Inputs,
+    Saved,
+    reshape_gradients,
+)
 from ..definition.kvcache import LABELS
-from ..definition.problem import INPUTS, TABLES, Array, Options
+from ..definition.options import Options, Rotation
+from ..definition.problem import Array
 from ..runtime import dispatch, execute
 
 logger = logging.getLogger("anyattn")
@@ -51,82 +67,95 @@ class NumpyAdapter:
     def numpy(self, array: NDArray) -> NDArray:
         return array.view(np.uint16) if _name(array.dtype) == "bfloat16" else array
 
+    def tables_on_host(self, device: str) -> bool:
+        return True
+
 
 adapter = NumpyAdapter()
 
 
 def attention(
-    arrays: execute.Arrays, options: Options, seed: int | None, return_lse: bool, backend: str | None
+    inputs: Inputs,
+    options: Options,
+    seed: int | None,
+    return_lse: bool,
+    backend: str | None,
+    *,
+    want_lse: bool = False,
 ) -> tuple[NDArray, NDArray]:
-    """(out, lse); draws the dropout state from numpy.random where none is given. lse may be None if not returned."""
-    if options.dropout_p and arrays[-1] is None and seed is None:
-        # the legacy generator on purpose: np.random.seed reproduces the call
-        arrays = (*arrays[:-1], np.random.randint(-(2**63), 2**63 - 1, 2, dtype=np.int64))
-    return execute.forward(adapter, prepare(arrays, seed), options, backend, want_lse=return_lse)
+    """Return (out, lse); the dropout state comes from numpy.random where none is given."""
+    prepared = prepare(with_state(inputs, options, seed), seed)
+    return execute.forward(adapter, prepared, options, backend, want_lse=return_lse or want_lse)
 
 
-def forward(arrays: execute.Arrays, options: Options, seed: int | None, backend: str | None) -> tuple[NDArray, NDArray]:
-    return execute.forward(adapter, prepare(arrays, seed), options, backend)
+def with_state(inputs: Inputs, options: Options, seed: int | None) -> Inputs:
+    """Return the inputs with a dropout state where they need one."""
+    if not options.dropout_p or inputs.extras.rng_state is not None or seed is not None:
+        return inputs
+    # the legacy generator on purpose: np.random.seed reproduces the call
+    state = np.random.randint(-(2**63), 2**63 - 1, 2, dtype=np.int64)
+    return inputs._replace(extras=inputs.extras._replace(rng_state=state))
 
 
-def backward(
-    saved: execute.Arrays, arrays: execute.Arrays, options: Options, seed: int | None, backend: str | None
-) -> execute.Arrays:
-    """(dq, dk, dv, dbias or None, dsink or None); dbias has the shape of the bias that came."""
-    prepared = prepare(arrays, seed)
-    results = execute.backward(adapter, _saved(saved), prepared, options, backend)
-    if arrays[3] is None:
-        return results
-    return (*results[:3], results[3].reshape(np.shape(arrays[3])), results[4])
+def forward(inputs: Inputs, options: Options, seed: int | None, backend: str | None) -> tuple[NDArray, NDArray]:
+    return execute.forward(adapter, prepare(inputs, seed), options, backend)
 
 
-def explain(arrays: execute.Arrays, options: Options, seed: int | None, backend: str | None) -> dispatch.Explanation:
-    return execute.explain(adapter, prepare(arrays, seed), options, backend)
+def backward(saved: Saved, inputs: Inputs, options: Options, seed: int | None, backend: str | None) -> Gradients:
+    """Return the gradients; that of a bias has the shape in which the bias came."""
+    prepared = prepare(inputs, seed)
+    grads = execute.backward(adapter, _saved(saved), prepared, options, backend)
+    return reshape_gradients(grads, inputs.extras)
 
 
-def warmup(arrays: execute.Arrays, options: Options, seed: int | None, backend: str | None, *, backward: bool) -> None:
-    execute.warmup(adapter, prepare(arrays, seed), options, backend, backward=backward)
+def explain(inputs: Inputs, options: Options, seed: int | None, backend: str | None) -> dispatch.Explanation:
+    return execute.explain(adapter, prepare(inputs, seed), options, backend)
 
 
-def check(arrays: execute.Arrays, options: Options, backend: str | None) -> None:
-    execute.check(adapter, prepare(arrays, None), options, backend)
+def warmup(inputs: Inputs, options: Options, seed: int | None, backend: str | None, *, backward: bool) -> None:
+    execute.warmup(adapter, prepare(inputs, seed), options, backend, backward=backward)
+
+
+def check(inputs: Inputs, options: Options, backend: str | None) -> None:
+    execute.check(adapter, prepare(inputs, None), options, backend)
 
 
 def append(
-    arrays: dict[str, Any],
-    *,
-    check: Callable[[NDArray | None], None],
-    interleaved: bool,
-    by_row: bool,
-    backend: str | None,
+    arrays: Appended, rotation: Rotation, backend: str | None, *, check: Callable[[NDArray | None], None]
 ) -> tuple[NDArray, NDArray | None]:
-    """Appends to the cache in place; returns q (rotated) and the keys in use per sequence (None: all).
-
-    `check` is given the latter and raises if the attention would; it runs before anything is written.
-    """
-    q, new_k = arrays["q"], arrays["new_k"]
-    lengths = cache_lengths(arrays["cache_seqlens"], _array("q", q).shape[0] if q.ndim else 0)
+    """Append to the cache in place; return q (rotated) and the keys in use per sequence (None: all)."""
+    q, new_k = arrays.q, arrays.new_k
+    lengths = cache_lengths(arrays.cache_seqlens, _array("q", q).shape[0] if q.ndim else 0)
     if new_k is None:
-        if arrays["new_v"] is not None or arrays["rotary_cos"] is not None:
-            raise ValueError("v and rotary_cos need k, the new keys, as well")
+        check_no_new_keys(arrays)
         return q, lengths
-    tables = (*TABLES, "cache_seqlens")
-    prepared = {
-        name: None if x is None else _rows(LABELS.get(name, name), x)
-        for name, x in arrays.items()
-        if name not in tables
-    }
+    prepared = {name: None if x is None else _prepare_appended(name, x) for name, x in arrays._asdict().items()}
     for name in ("k", "v"):  # written in place: a copy would be lost
-        cache = _array(LABELS[name], arrays[name])
+        cache = _array(LABELS[name], getattr(arrays, name))
         if prepared[name] is not cache or not cache.flags.writeable:
             raise ValueError(f"{name}_cache must be writeable, aligned and contiguous in its last dimension")
-    for name in ("block_table", "cache_batch_idx"):
-        prepared[name] = None if arrays[name] is None else table(name, arrays[name])
     prepared["cache_seqlens"] = lengths
-    rows = sum(new_k.shape[1:2])  # of another rank, it is refused below
-    used = None if lengths is None else np.asarray(lengths + np.int32(rows), np.int32)
-    options = {"interleaved": interleaved, "by_row": by_row}
-    return execute.append(adapter, prepared, check=lambda: check(used), **options, backend=backend), used
+    used = keys_in_use(lengths, new_k)
+    rotated = execute.append(adapter, Appended(**prepared), rotation, backend, check=lambda: check(used))
+    return rotated, used
+
+
+def _prepare_appended(name: str, x: Any) -> Any:
+    if name == "cache_seqlens":
+        return x
+    return table(name, x) if name in FIELDS else _rows(LABELS.get(name, name), x)
+
+
+def check_no_new_keys(arrays: Appended) -> None:
+    """Raise ValueError where something belongs to new keys that are not given."""
+    if arrays.new_v is not None or arrays.rotary_cos is not None:
+        raise ValueError("v and rotary_cos need k, the new keys, as well")
+
+
+def keys_in_use(lengths: npt.NDArray[np.int32] | None, new_k: Any) -> npt.NDArray[np.int32] | None:
+    """Return the keys in use per sequence after an append; None where no lengths are given."""
+    rows = sum(new_k.shape[1:2])  # of another rank, it is refused later
+    return None if lengths is None else np.asarray(lengths + np.int32(rows), np.int32)
 
 
 def cache_lengths(lengths: Any, batch: int) -> npt.NDArray[np.int32] | None:
@@ -151,40 +180,56 @@ def merge(out_a: NDArray, lse_a: NDArray, out_b: NDArray, lse_b: NDArray) -> tup
     return (a + weight * (b - a)).astype(out_a.dtype), lse
 
 
-def prepare(arrays: execute.Arrays, seed: int | None) -> execute.Arrays:
-    """The arrays as `execute` wants them: views wherever possible."""
-    given = dict(zip(INPUTS, arrays, strict=True))
-    for name in ("q", "k", "v"):
-        given[name] = _rows(name, given[name])
-    for name in ("bias", "mask"):
-        if given[name] is not None:
-            array = _array(name, given[name])
-            given[name] = _rows(name, array.reshape((1,) * (4 - array.ndim) + array.shape) if array.ndim < 4 else array)
-    for name in ("alibi_slopes", "sink"):
-        if given[name] is not None:
-            given[name] = _floats(name, given[name], given["q"].dtype)
-    if isinstance(given["offset"], int | np.integer):
-        given["offset"] = np.full(_batch(given), _int("offset", given["offset"]), np.int32)
-    for name in TABLES:
-        if given[name] is not None:
-            given[name] = table(name, given[name])
+def prepare(inputs: Inputs, seed: int | None) -> Inputs:
+    """Return the arrays as `execute` wants them: views wherever possible."""
+    q, k, v = _rows("q", inputs.q), _rows("k", inputs.k), _rows("v", inputs.v)
+    extras = inputs.extras
+    if extras is NO_EXTRAS and seed is None:
+        return Inputs(q, k, v)
+    given: dict[str, Any] = {}
+    for name, x in zip(Extras._fields, extras, strict=True):
+        if x is not None:
+            given[name] = PREPARE[FIELDS[name].kind](name, x, inputs)
     if seed is not None:
-        if given["rng_state"] is not None:
+        if extras.rng_state is not None:
             raise ValueError("seed and rng_state exclude each other: rng_state is (seed, offset)")
         given["rng_state"] = np.array([_wrap(seed), 0], np.int64)
-    elif given["rng_state"] is not None:
-        given["rng_state"] = _whole(_array("rng_state", given["rng_state"]))
-    return tuple(given.values())
+    return Inputs(q, k, v, Extras(**given))
 
 
-def _saved(saved: execute.Arrays) -> execute.Arrays:
-    names = ("out", "lse", "dout", "dlse")
-    return tuple(None if x is None and name == "dlse" else _rows(name, x) for name, x in zip(names, saved, strict=True))
+def _prepare_scores(name: str, x: Any, inputs: Inputs) -> NDArray:
+    array = _array(name, x)
+    return _rows(name, array.reshape((1,) * (4 - array.ndim) + array.shape) if array.ndim < 4 else array)
 
 
-def _batch(given: dict[str, Any]) -> int:
-    table = given["cu_seqlens_q"]
-    return len(given["q"]) if table is None else len(table) - 1
+def _prepare_heads(name: str, x: Any, inputs: Inputs) -> NDArray:
+    array = _array(name, x)
+    if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
+        raise TypeError(f"{name} must be floating point; got {array.dtype.name}")
+    dtype = DTYPES.get(_name(inputs.q.dtype))
+    return _whole(array).astype(dtype.compute if dtype and dtype.compute else "float32", copy=False)
+
+
+def _prepare_table(name: str, x: Any, inputs: Inputs) -> NDArray:
+    if FIELDS[name].scalar and isinstance(x, int | np.integer):
+        x = np.full(_batch(inputs), _int(name, x), np.int32)
+    return table(name, x)
+
+
+def _prepare_state(name: str, x: Any, inputs: Inputs) -> NDArray:
+    return _whole(_array(name, x))
+
+
+PREPARE = {SCORES: _prepare_scores, HEADS: _prepare_heads, TABLE: _prepare_table, STATE: _prepare_state}
+
+
+def _saved(saved: Saved) -> Saved:
+    return Saved(*[None if x is None and name == "dlse" else _rows(name, x) for name, x in saved._asdict().items()])
+
+
+def _batch(inputs: Inputs) -> int:
+    boundaries = inputs.extras.cu_seqlens_q
+    return len(inputs.q) if boundaries is None else len(boundaries) - 1
 
 
 def _array(name: str, array: Any) -> NDArray:
@@ -220,13 +265,6 @@ def _whole(array: NDArray) -> NDArray:
     """Contiguous and aligned: itself, or a copy."""
     found = np.ascontiguousarray(array)
     return found if found.flags.aligned else found.copy()
-
-
-def _floats(name: str, array: Any, dtype: np.dtype[Any]) -> NDArray:
-    array = _array(name, array)
-    if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
-        raise TypeError(f"{name} must be floating point; got {array.dtype.name}")
-    return _whole(array).astype(np.float64 if dtype == np.float64 else np.float32, copy=False)
 
 
 def table(name: str, given: Any) -> npt.NDArray[np.int32]:

@@ -10,7 +10,10 @@ import numpy.typing as npt
 
 from ..backends.base import Call
 from ..backends.vulkan.device_array import DeviceArray
-from ..definition.problem import INPUTS, Array, Options
+from ..definition.inputs import Appended, Gradients, Inputs, Saved, flatten
+from ..definition.options import Options, Rotation
+from ..definition.passes import FORWARD
+from ..definition.problem import Array
 from ..runtime import dispatch, execute
 from . import numpy as numpy_arrays
 
@@ -44,73 +47,84 @@ class VulkanAdapter:
     def numpy(self, array: Any) -> NDArray:
         return array.numpy() if isinstance(array, DeviceArray) else numpy_arrays.adapter.numpy(array)
 
+    def tables_on_host(self, device: str) -> bool:
+        return True
+
 
 def attention(
-    arrays: execute.Arrays, options: Options, seed: int | None, return_lse: bool, backend: str | None
+    inputs: Inputs,
+    options: Options,
+    seed: int | None,
+    return_lse: bool,
+    backend: str | None,
+    *,
+    want_lse: bool = False,
 ) -> tuple[DeviceArray, NDArray]:
-    del return_lse
-    if options.dropout_p and arrays[-1] is None and seed is None:
-        arrays = (*arrays[:-1], np.random.randint(-(2**63), 2**63 - 1, 2, dtype=np.int64))
-    return forward(arrays, options, seed, backend)
+    return forward(numpy_arrays.with_state(inputs, options, seed), options, seed, backend)
 
 
-def forward(
-    arrays: execute.Arrays, options: Options, seed: int | None, backend: str | None
-) -> tuple[DeviceArray, NDArray]:
-    """(out, lse): out on the device, lse in host memory."""
-    prepared = prepare(arrays, seed)
-    adapter = _adapter(prepared[0])
-    ready = execute.find(adapter, prepared, options, backend or BACKEND)
-    call = Call(adapter, *prepared)
-    call.out = DeviceArray.zeros(ready.out_shape, prepared[0].dtype)
-    call.lse = np.empty(ready.lse_shape, np.float32)
-    ready.plan.forward(call)
+def forward(inputs: Inputs, options: Options, seed: int | None, backend: str | None) -> tuple[DeviceArray, NDArray]:
+    """Return (out, lse): out on the device, lse in host memory."""
+    prepared = prepare(inputs, seed)
+    adapter = _adapter(prepared.q)
+    ready = execute.find(adapter, FORWARD, flatten(prepared), options, backend or BACKEND)
+    shapes = {name: array.shape for name, array in ready.outputs}
+    out = DeviceArray.zeros(shapes["out"], prepared.q.dtype)
+    call = Call(adapter, prepared, out=out, lse=np.empty(shapes["lse"], np.float32))
+    execute.run(ready, call)
     return call.out, call.lse
 
 
-def backward(
-    saved: execute.Arrays, arrays: execute.Arrays, options: Options, seed: int | None, backend: str | None
-) -> execute.Arrays:
+def backward(saved: Saved, inputs: Inputs, options: Options, seed: int | None, backend: str | None) -> Gradients:
     raise TypeError("device arrays have no gradients: call attention_backward with NumPy arrays")
 
 
-def explain(arrays: execute.Arrays, options: Options, seed: int | None, backend: str | None) -> dispatch.Explanation:
-    prepared = prepare(arrays, seed)
-    return execute.explain(_adapter(prepared[0]), prepared, options, backend or BACKEND)
+def explain(inputs: Inputs, options: Options, seed: int | None, backend: str | None) -> dispatch.Explanation:
+    prepared = prepare(inputs, seed)
+    return execute.explain(_adapter(prepared.q), prepared, options, backend or BACKEND)
 
 
-def check(arrays: execute.Arrays, options: Options, backend: str | None) -> None:
-    prepared = prepare(arrays, None)
-    execute.check(_adapter(prepared[0]), prepared, options, backend or BACKEND)
+def warmup(inputs: Inputs, options: Options, seed: int | None, backend: str | None, *, backward: bool) -> None:
+    if backward:
+        raise TypeError("device arrays have no gradients: call warmup without backward=True, or with NumPy arrays")
+    prepared = prepare(inputs, seed)
+    execute.warmup(_adapter(prepared.q), prepared, options, backend or BACKEND, backward=False)
+
+
+def check(inputs: Inputs, options: Options, backend: str | None) -> None:
+    prepared = prepare(inputs, None)
+    execute.check(_adapter(prepared.q), prepared, options, backend or BACKEND)
 
 
 def append(
-    arrays: dict[str, Any],
-    *,
-    check: Callable[[NDArray | None], None],
-    interleaved: bool,
-    by_row: bool,
-    backend: str | None,
+    arrays: Appended, rotation: Rotation, backend: str | None, *, check: Callable[[NDArray | None], None]
 ) -> tuple[DeviceArray, NDArray | None]:
-    """As `frameworks.numpy.append`; new keys and values may come from the host."""
-    q = _device_array("q", arrays["q"])
-    lengths = numpy_arrays.cache_lengths(arrays["cache_seqlens"], q.shape[0])
-    if arrays["new_k"] is None:
-        if arrays["new_v"] is not None or arrays["rotary_cos"] is not None:
-            raise ValueError("v and rotary_cos need k, the new keys, as well")
+    """Append to the cache on the device, in place; new keys and values may come from the host."""
+    q = _device_array("q", arrays.q)
+    lengths = numpy_arrays.cache_lengths(arrays.cache_seqlens, q.shape[0])
+    if arrays.new_k is None:
+        numpy_arrays.check_no_new_keys(arrays)
         return q, lengths
-    prepared = dict(arrays, cache_seqlens=lengths)
-    for name in ("k", "v"):
-        prepared[name] = _device_array(f"{name}_cache", arrays[name])
-    for name in ("new_k", "new_v"):
-        prepared[name] = DeviceArray(arrays[name]) if isinstance(arrays[name], np.ndarray) else arrays[name]
-    for name in ("block_table", "cache_batch_idx"):
-        prepared[name] = None if arrays[name] is None else numpy_arrays.table(name, arrays[name])
-    used = None if lengths is None else np.asarray(lengths + np.int32(prepared["new_k"].shape[1]), np.int32)
-    options = {"interleaved": interleaved, "by_row": by_row}
-    adapter = _adapter(q)
-    rotated = execute.append(adapter, prepared, check=lambda: check(used), **options, backend=backend or BACKEND)
+    prepared = arrays._replace(
+        k=_device_array("k_cache", arrays.k),
+        v=_device_array("v_cache", arrays.v),
+        new_k=_from_host(arrays.new_k),
+        new_v=_from_host(arrays.new_v),
+        cache_seqlens=lengths,
+        cache_batch_idx=_table("cache_batch_idx", arrays.cache_batch_idx),
+        block_table=_table("block_table", arrays.block_table),
+    )
+    used = numpy_arrays.keys_in_use(lengths, prepared.new_k)
+    rotated = execute.append(_adapter(q), prepared, rotation, backend or BACKEND, check=lambda: check(used))
     return rotated, used
+
+
+def _from_host(array: Any) -> Any:
+    return DeviceArray(array) if isinstance(array, np.ndarray) else array
+
+
+def _table(name: str, array: Any) -> Any:
+    return None if array is None else numpy_arrays.table(name, array)
 
 
 def merge(out_a: DeviceArray, lse_a: NDArray, out_b: DeviceArray, lse_b: NDArray) -> tuple[DeviceArray, NDArray]:
@@ -119,12 +133,11 @@ def merge(out_a: DeviceArray, lse_a: NDArray, out_b: DeviceArray, lse_b: NDArray
     return DeviceArray(out), lse
 
 
-def prepare(arrays: execute.Arrays, seed: int | None) -> execute.Arrays:
-    """The arrays as `execute` wants them."""
-    given = dict(zip(INPUTS, arrays, strict=True))
-    devices = [_device_array(name, given[name]) for name in ("q", "k", "v")]
-    prepared = numpy_arrays.prepare((*[_stand_in(x) for x in devices], *arrays[3:]), seed)
-    return (*devices, *prepared[3:])
+def prepare(inputs: Inputs, seed: int | None) -> Inputs:
+    """Return the arrays as `execute` wants them."""
+    q, k, v = (_device_array(name, getattr(inputs, name)) for name in ("q", "k", "v"))
+    host = numpy_arrays.prepare(Inputs(_stand_in(q), _stand_in(k), _stand_in(v), inputs.extras), seed)
+    return host._replace(q=q, k=k, v=v)
 
 
 def _adapter(q: DeviceArray) -> VulkanAdapter:

@@ -1,4 +1,7 @@
-"""Which backend computes a problem, and why not the others. Argument > context manager > environment > automatic."""
+"""The choice of a backend for a problem, with reasons. Argument > context manager > environment > automatic.
+
+No backend is known here by name: `backends.ROWS` lists them, `register` adds others.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,14 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+from ..backends import ROWS, Row
 from ..backends.base import Backend, Call, Plan
 from ..config import settings
 from ..definition.errors import CompilationError, DeviceError, UnsupportedProblem
-from ..definition.problem import Problem, Variant
+from ..definition.problem import Array, Problem, Variant
 
-if TYPE_CHECKING:
-    from ..definition.kvcache import Append
-
-NAMES = ("cpu", "triton", "vulkan", "numpy")  # automatic order, but for what Vulkan gains from
 CACHE_SIZE = 1024
 NONE: Mapping[str, list[str]] = MappingProxyType({})
 
@@ -27,9 +27,10 @@ logger = logging.getLogger("anyattn")
 logger.addHandler(logging.NullHandler())
 
 _named: ContextVar[tuple[str, ...]] = ContextVar("anyattn_backend", default=())
+_rows: dict[str, Row] = {row.name: row for row in ROWS}  # in the order of automatic choice
 _backends: dict[str, Backend] = {}
 _passed_over: set[tuple[str, Variant]] = set()
-_warned = False
+_warned: set[str] = set()
 
 
 class Explanation(NamedTuple):
@@ -46,7 +47,7 @@ class Explanation(NamedTuple):
 
 @contextmanager
 def backend(*names: str) -> Iterator[None]:
-    """Uses only the named backends, in this order, inside the `with` block; none of them falls back to another.
+    """Use only the named backends, in this order, inside the `with` block; none of them falls back to another.
 
     >>> with backend("numpy"):
     ...     pass
@@ -60,170 +61,176 @@ def backend(*names: str) -> Iterator[None]:
         _named.reset(token)
 
 
+def names() -> tuple[str, ...]:
+    """Return the names of all backends, in the order of automatic choice."""
+    return tuple(_rows)
+
+
+def register(name: str, load: Callable[[], Backend], *, after: str | None = None, offloads: bool = False) -> None:
+    """Add a backend, or replace the one of that name; every cached plan is forgotten.
+
+    Args:
+        name: what `backend=` and ANYATTN_BACKEND call it.
+        load: makes the backend, at its first use; import what it needs in there.
+        after: the backend behind which automatic choice asks it; default: behind all others.
+        offloads: it computes arrays in host memory on another device, so it is asked first about problems that it does
+            not avoid.
+
+    Raises:
+        ValueError: there is no backend `after`.
+    """
+    if after is not None and after not in _rows:
+        raise ValueError(f"after must be one of {', '.join(_rows)}; got {after!r}")
+    rows = [row for row in _rows.values() if row.name != name]
+    place = len(rows) if after is None else 1 + [row.name for row in rows].index(after)
+    rows.insert(place, Row(name, load, offloads))
+    _rows.clear()
+    _rows.update((row.name, row) for row in rows)
+    forget()
+
+
+def unregister(name: str) -> None:
+    """Remove a backend that `register` added."""
+    if name in {row.name for row in ROWS}:
+        raise ValueError(f"name must be a registered backend; got {name!r}, which is part of anyattn")
+    _rows.pop(name)
+    forget()
+
+
 def get(name: str) -> Backend:
-    """The backend of that name; created at first use."""
-    # Without a lock, which a forked child might find held: of two that are created at once, one is kept.
-    return _backends.get(name) or _backends.setdefault(name, _create(name))
+    """Return the backend of that name; it is made at first use."""
+    # Without a lock, which a forked child might find held: of two that are made at once, one is kept.
+    return _backends.get(name) or _backends.setdefault(name, _make(name))
 
 
-def _create(name: str) -> Backend:
-    if name == "cpu":
-        from ..backends.cpu.backend import CpuBackend
-
-        return CpuBackend()
-    if name == "triton":
-        from ..backends.triton.backend import TritonBackend
-
-        return TritonBackend()
-    if name == "vulkan":
-        from ..backends.vulkan.backend import VulkanBackend
-
-        return VulkanBackend()
-    if name == "numpy":
-        from ..backends.numpy import NumpyBackend
-
-        return NumpyBackend()
-    raise ValueError(f"backend must be one of {', '.join(NAMES)}; got {name!r}")
+def _make(name: str) -> Backend:
+    row = _rows.get(name)
+    if row is None:
+        raise ValueError(f"backend must be one of {', '.join(_rows)}; got {name!r}")
+    return row.load()
 
 
 def named(argument: str | None) -> tuple[str, ...]:
-    """The backends that the caller ("cpu,numpy"), a context manager or the environment named; (): automatic."""
+    """Return the backends that the caller ("cpu,numpy"), a context manager or the environment named; (): automatic."""
     if argument and not isinstance(argument, str):
         raise TypeError(f"backend must be a name, or names separated by commas; got {argument!r}")
     return tuple(argument.split(",")) if argument else _named.get() or _from_settings("backend")
 
 
 def _from_settings(which: str) -> tuple[str, ...]:
-    """The backends that ANYATTN_BACKEND or ANYATTN_REQUIRE names."""
-    names: tuple[str, ...] = getattr(settings.current(), which)
-    for name in names:
-        if name not in NAMES:
+    """Return the backends that ANYATTN_BACKEND or ANYATTN_REQUIRE names."""
+    found: tuple[str, ...] = getattr(settings.current(), which)
+    for name in found:
+        if name not in _rows:
             variable, _, meaning = settings.VARIABLES[which]
-            raise ValueError(f"{variable}={','.join(names)!r}: expected {', '.join(NAMES)} ({meaning}); got {name!r}")
-    return names
+            raise ValueError(f"{variable}={','.join(found)!r}: expected {', '.join(_rows)} ({meaning}); got {name!r}")
+    return found
 
 
 def check_settings() -> None:
-    """Raises ValueError where the environment names a backend that does not exist."""
+    """Raise ValueError where the environment names a backend that does not exist."""
     for which in ("backend", "require"):
         _from_settings(which)
 
 
-def plan(problem: Problem, names: tuple[str, ...], failed: Mapping[str, list[str]] = NONE) -> Plan:
-    """Of the first backend that computes the problem and whose device and kernels work; those of a named one must.
+def plan(problem: Problem, asked: tuple[str, ...], failed: Mapping[str, list[str]] = NONE) -> Plan:
+    """Return a plan from the first backend that supports the problem and initialises successfully.
 
-    failed: reasons against those that were tried.
+    Errors of backends that the caller named (`asked`) propagate. failed: reasons against those that were tried.
     """
     failed = dict(failed)
     while True:
-        chosen = choose(problem, names, failed)
+        chosen = choose(problem, asked, failed)
         try:
             made = chosen.plan(problem)
-            if chosen.may_fail and not names:
-                return Retreat(made, chosen.name, problem)
+            if chosen.may_fail and not asked:
+                return FallbackPlan(made, chosen.name, problem)
             return made
         except (CompilationError, DeviceError) as error:
-            if names:
+            if asked:
                 raise
             logger.warning("%s passed over: %s", chosen.name, error)
             failed[chosen.name] = [str(error)]
 
 
-class Retreat:
-    """A plan that nobody named, on a device that may fail: then the next backend computes this call and later ones."""
+class FallbackPlan:
+    """An automatically chosen plan; on DeviceError, the next backend computes this and all later calls."""
 
     lse_optional = False  # the next backend may need it
 
     def __init__(self, made: Plan, name: str, problem: Problem) -> None:
         self._name, self._problem = name, problem
-        self._take(made)
+        self._use(made)
 
-    def _take(self, made: Plan) -> None:
-        self._plan, self.forward_bytes, self.backward_bytes = made, made.forward_bytes, made.backward_bytes
+    def _use(self, made: Plan) -> None:
+        self._plan, self.workspace_bytes = made, made.workspace_bytes
 
     def warmup(self) -> None:
         self._plan.warmup()
 
-    def forward(self, call: Call) -> None:
+    def run(self, call: Call) -> None:
         try:
-            self._plan.forward(call)
+            self._plan.run(call)
         except DeviceError as error:
-            self._retreat(error, call, "forward_bytes")
-            self._plan.forward(call)
+            self._fall_back(error, call)
+            self._plan.run(call)
 
-    def backward(self, call: Call) -> None:
-        try:
-            self._plan.backward(call)
-        except DeviceError as error:
-            self._retreat(error, call, "backward_bytes")
-            self._plan.backward(call)
-
-    def _retreat(self, error: DeviceError, call: Call, workspace: str) -> None:
+    def _fall_back(self, error: DeviceError, call: Call) -> None:
         logger.warning("%s failed, from now on the next backend computes %s: %s", self._name, self._problem, error)
-        self._take(plan(self._problem, (), {self._name: [str(error)]}))
-        size = getattr(self, workspace)
+        self._use(plan(self._problem, (), {self._name: [str(error)]}))
+        size = self.workspace_bytes
         call.workspace = call.adapter.empty((size,), "uint8", call.q) if size else None
 
 
-def choose(problem: Problem, names: tuple[str, ...], failed: Mapping[str, list[str]] = NONE) -> Backend:
-    """The first backend that computes the problem. failed: reasons against those that were tried.
+def choose(problem: Problem, asked: tuple[str, ...], failed: Mapping[str, list[str]] = NONE) -> Backend:
+    """Return the first backend that computes the problem. failed: reasons against those that were tried.
 
     Raises:
-        UnsupportedProblem: none does, among those named if any are.
+        UnsupportedProblem: none does, among those that the caller named (`asked`) if any are.
     """
     _check_required()
     refusals: dict[str, list[str]] = {}
-    for name in names or _automatic(problem):
-        reasons = failed.get(name) or refuse(get(name), problem, named=bool(names))
+    for name in asked or _automatic(problem):
+        reasons = failed.get(name) or refuse(get(name), problem, named=bool(asked))
         if not reasons:
-            if not names:
-                _tell(problem, refusals)
+            if not asked:
+                _report(problem, refusals)
             return get(name)
         refusals[name] = reasons
     raise UnsupportedProblem(str(problem), refusals)
 
 
 def _automatic(problem: Problem) -> tuple[str, ...]:
-    """Vulkan first where it pays to go through a GPU; for small problems no device is even looked for."""
-    if problem.device != "cpu" or get("vulkan").avoids(problem):
-        return NAMES
-    return ("vulkan", *(name for name in NAMES if name != "vulkan"))
+    """Return all backends, those first that gain from computing arrays in host memory on another device.
+
+    A backend may avoid small problems without looking for its device.
+    """
+    offloading = [row.name for row in _rows.values() if row.offloads and problem.device == "cpu"]
+    first = [name for name in offloading if not get(name).avoids(problem)]
+    return (*first, *(name for name in _rows if name not in first))
 
 
 def refuse(candidate: Backend, problem: Problem, *, named: bool = True) -> list[str]:
-    """[] or why this backend does not compute the problem; one that the caller did not name may have more reasons."""
+    """Return [] or why this backend does not compute the problem; unless the caller named it, it may avoid it."""
     missing = candidate.available(named=named)
-    return [missing] if missing else ([] if named else candidate.avoids(problem)) or candidate.supports(problem)
+    if missing:
+        return [missing]
+    if problem.pass_ not in candidate.passes:
+        return [f"has no {problem.pass_} pass"]
+    return ([] if named else candidate.avoids(problem)) or candidate.supports(problem)
 
 
-def choose_append(append: Append, names: tuple[str, ...]) -> Backend:
-    """The first backend that appends to this cache; the attention behind it may use another.
-
-    Raises:
-        UnsupportedProblem: none does, among those named if any are.
-    """
-    _check_required()
-    refusals: dict[str, list[str]] = {}
-    for name in names or NAMES:
-        candidate = get(name)
-        missing = candidate.available(named=bool(names))
-        refusals[name] = [missing] if missing else candidate.supports_append(append)
-        if not refusals[name]:
-            return candidate
-    raise UnsupportedProblem(f"an append to a {append.k.shape} cache on {append.q.device}", refusals)
-
-
-def explain(problem: Problem, names: tuple[str, ...]) -> Explanation:
-    """What `choose` would do, with every backend's reasons."""
-    order = names or _automatic(problem)
-    reasons = {name: refuse(get(name), problem, named=bool(names)) for name in order}
+def explain(problem: Problem, asked: tuple[str, ...]) -> Explanation:
+    """Return what `choose` would do, with every backend's reasons."""
+    order = asked or _automatic(problem)
+    reasons = {name: refuse(get(name), problem, named=bool(asked)) for name in order}
     chosen = next((name for name, refusal in reasons.items() if not refusal), None)
     return Explanation(str(problem), chosen, reasons)
 
 
 def available() -> list[str]:
-    """Names of the backends that run here, best first."""
-    return [name for name in NAMES if get(name).available() is None]
+    """Return the names of the backends that run here, best first."""
+    return [name for name in _rows if get(name).available() is None]
 
 
 def _check_required() -> None:
@@ -233,31 +240,30 @@ def _check_required() -> None:
             raise RuntimeError(f"ANYATTN_REQUIRE names {name}, which is not available: {missing}")
 
 
-def _tell(problem: Problem, refusals: dict[str, list[str]]) -> None:
-    """Logs once per class of problems which backends were passed over; warns once if the native engine is missing."""
-    global _warned
+def _report(problem: Problem, refusals: dict[str, list[str]]) -> None:
+    """Log once per class of problems which backends were passed over; warn once about one that should be there."""
     for name, reasons in refusals.items():
         if (name, problem.variant) not in _passed_over:
             _passed_over.add((name, problem.variant))
             logger.info("%s passed over for %s: %s", name, problem, "; ".join(reasons))
-    missing = get("cpu").available() if "cpu" in refusals else None
-    if missing and not _warned:
-        _warned = True
-        warnings.warn(f"anyattn uses its slower NumPy backend: {missing}", RuntimeWarning, stacklevel=2)
+        warning = _rows[name].missed
+        missing = get(name).available() if warning and name not in _warned else None
+        if missing:
+            _warned.add(name)
+            warnings.warn(f"{warning}: {missing}", RuntimeWarning, stacklevel=2)
 
 
 class Ready(NamedTuple):
-    """What calls with the same metadata have in common; of the problem, what each of them reads."""
+    """Cached result of a lookup: the validated problem, its plan, and what every call reads of the problem."""
 
     problem: Problem
     plan: Plan
-    out_shape: tuple[int, ...]
-    lse_shape: tuple[int, ...]
+    outputs: tuple[tuple[str, Array], ...]
     has_tables: bool
 
 
 class _Cache(threading.local):
-    """Per thread: raw metadata and who is asked for -> Ready. Cleared when full, replaced when the settings change."""
+    """Per thread: raw metadata and the backends asked for -> Ready. Cleared when full or when the settings change."""
 
     def __init__(self) -> None:
         self.entries: dict[Hashable, Ready] = {}
@@ -267,11 +273,11 @@ _cache = _Cache()
 
 
 def lookup(key: Hashable, backend: str | None, build: Callable[[], Problem]) -> Ready:
-    """The validated problem and its plan, found by a raw tuple of metadata; built at the first such call."""
-    entries, asked = _cache.entries, (key, backend or _named.get())
+    """Return the validated problem and its plan, found by a raw tuple of metadata; built at the first such call."""
+    entries, wanted = _cache.entries, (key, backend or _named.get())
     try:
-        found = entries.get(asked)
-    except TypeError:  # a list or an array where a number belongs: told by name
+        found = entries.get(wanted)
+    except TypeError:  # a list or an array where a number belongs: the checks name it
         named(backend)
         build()
         raise
@@ -280,13 +286,14 @@ def lookup(key: Hashable, backend: str | None, build: Callable[[], Problem]) -> 
             entries.clear()
         problem = build()
         made = plan(problem, named(backend))
-        found = entries[asked] = Ready(problem, made, problem.out_shape, problem.lse_shape, problem.has_tables)
+        outputs = tuple(problem.outputs().items())
+        found = entries[wanted] = Ready(problem, made, outputs, problem.has_tables)
     return found
 
 
 @settings.on_reload
 def forget() -> None:
-    """Drops every cached plan and backend."""
+    """Drop every cached plan and backend."""
     global _cache
     _cache = _Cache()
     _backends.clear()

@@ -1,95 +1,139 @@
-"""One call, for every framework: find the plan, check table values, allocate the results, run.
+"""One call, for every framework and every pass: find its plan, allocate its outputs, run it.
 
-Arrays come prepared (see each framework's `prepare`): in the order of `problem.INPUTS`, last dimension contiguous,
-tables int32, slopes and sink in the compute dtype, bias and mask with four dimensions.
+Arrays come prepared (see each framework's `prepare`): last dimension contiguous, tables int32, slopes and sink in the
+compute dtype, bias and mask with four dimensions. A caller who owns the output buffers calls `find` and `run` alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
-from ..backends.base import Adapter, Call, contiguous
+from ..backends.base import Adapter, Call
 from ..config import settings
-from ..definition.kvcache import ARRAYS as APPEND_ARRAYS
-from ..definition.kvcache import check_append, make_append, room
-from ..definition.problem import INPUTS, SAVED, TABLES, Array, Options, Problem, make_problem
+from ..definition import kvcache
+from ..definition.inputs import TABLES, Appended, Gradients, Inputs, Saved, flatten
+from ..definition.options import Options, Rotation
+from ..definition.passes import APPEND, BACKWARD, FORWARD, Pass
+from ..definition.problem import Problem, described
 from ..definition.sequences import check_tables
+from ..definition.validate import make_problem
 from . import dispatch
 
-_FIRST_TABLE = INPUTS.index(TABLES[0])
-_LAST_TABLE = _FIRST_TABLE + len(TABLES)
-_ABSENT = (None,) * (len(INPUTS) - 3)
-Arrays = tuple[Any, ...]
+_APPEND_TABLES = ("cache_seqlens", "cache_batch_idx", "block_table")
 
 
-def full(arrays: Arrays) -> Arrays:
-    """All of INPUTS, from those or from q, k and v alone."""
-    return arrays if len(arrays) > 3 else (*arrays, *_ABSENT)
+def find(
+    adapter: Adapter,
+    pass_: Pass,
+    arrays: Sequence[Any],
+    options: Options | Rotation,
+    backend: str | None,
+    metadata: Hashable = None,
+) -> dispatch.Ready:
+    """Return the problem that the arrays ask for and its plan; the values of its tables are checked.
+
+    Args:
+        arrays: in the order of the pass's inputs, without those at the end that a plain call does not have.
+        metadata: the adapter's key of these arrays, where the caller has it already.
+    """
+    key = (pass_.name, options, metadata or adapter.keys(arrays))
+    ready = dispatch.lookup(key, backend, lambda: _problem(adapter, pass_, arrays, options))
+    if ready.has_tables:
+        _check_values(adapter, ready.problem, dict(zip(pass_.inputs, arrays, strict=False)))
+    return ready
+
+
+def allocate(adapter: Adapter, ready: dispatch.Ready, call: Call, absent: Sequence[str] = ()) -> None:
+    """Give the call its workspace and new outputs, but for those that nobody asked for."""
+    like = call.q
+    for name, array in ready.outputs:
+        if name not in absent:
+            setattr(call, name, adapter.empty(array.shape, array.dtype, like))
+    size = ready.plan.workspace_bytes
+    if size:
+        call.workspace = _workspace(adapter, size, like)
+
+
+def run(ready: dispatch.Ready, call: Call) -> None:
+    """Run the plan on a call that has every input, output and workspace."""
+    ready.plan.run(call)
 
 
 def forward(
     adapter: Adapter,
-    arrays: Arrays,
+    inputs: Inputs,
     options: Options,
     backend: str | None,
     metadata: Hashable = None,
     *,
     want_lse: bool = True,
 ) -> tuple[Any, Any]:
-    """(out, lse), new and contiguous; lse may be None where it is not wanted.
-
-    metadata: of the arrays, where the caller has it already.
-    """
-    problem, plan, out_shape, lse_shape, _ = find(adapter, arrays, options, backend, metadata)
-    q = arrays[0]
-    call = Call(adapter, *arrays)
-    call.out = adapter.empty(out_shape, problem.dtype, q)
-    if want_lse or not plan.lse_optional:
-        call.lse = adapter.empty(lse_shape, problem.compute_dtype, q)
-    if plan.forward_bytes:
-        call.workspace = _workspace(adapter, plan.forward_bytes, q)
-    plan.forward(call)
+    """Return (out, lse), new and contiguous; lse may be None where it is not wanted."""
+    ready = find(adapter, FORWARD, flatten(inputs), options, backend, metadata)
+    call = Call(adapter, inputs)
+    allocate(adapter, ready, call, () if want_lse or not ready.plan.lse_optional else ("lse",))
+    ready.plan.run(call)
     return call.out, call.lse
 
 
 def backward(
     adapter: Adapter,
-    saved: Arrays,
-    arrays: Arrays,
+    saved: Saved,
+    inputs: Inputs,
     options: Options,
     backend: str | None,
     metadata: Hashable = None,
     *,
-    want_dbias: bool = True,
-    want_dsink: bool = True,
-) -> Arrays:
-    """(dq, dk, dv, dbias or None, dsink or None) from `saved` = (out, lse, dout, dlse or None).
+    absent: Sequence[str] = (),
+) -> Gradients:
+    """Return the gradients, new and contiguous; those named in `absent`, and those of absent arrays, are None."""
+    ready = find(adapter, BACKWARD, flatten(inputs, saved), options, backend, metadata)
+    call = Call(adapter, inputs, **saved._asdict())
+    allocate(adapter, ready, call, absent)
+    ready.plan.run(call)
+    return Gradients._make([getattr(call, name) for name in Gradients._fields])
 
-    metadata: of (*arrays, *saved), where the caller has it already.
+
+def append(
+    adapter: Adapter, arrays: Appended, rotation: Rotation, backend: str | None, *, check: Callable[[], None]
+) -> Any:
+    """Write new_k and new_v into the cache, in place, and return q, rotated if rotary is given.
+
+    `check` raises if the attention after the append would; it runs before anything is written.
     """
-    key = (options, metadata or adapter.keys((*arrays, *saved)), "backward")
-    described = (*INPUTS, *SAVED)
-    ready = dispatch.lookup(
-        key, backend, lambda: make_problem(_describe(adapter, described, (*full(arrays), *saved)), options)
-    )
-    if ready.has_tables:
-        _check_values(adapter, ready.problem, arrays)
-    problem, plan = ready.problem, ready.plan
-    q = arrays[0]
-    call = Call(adapter, *arrays)
-    call.out, call.lse, call.dout, call.dlse = saved
-    call.dq = adapter.empty(problem.q.shape, problem.dtype, q)
-    call.dk = adapter.empty(problem.k.shape, problem.dtype, q)
-    call.dv = adapter.empty(problem.v.shape, problem.dtype, q)
-    if problem.bias is not None and want_dbias:
-        call.dbias = adapter.empty(problem.bias.shape, problem.bias.dtype, q)
-    if problem.sink is not None and want_dsink:
-        call.dsink = adapter.empty(problem.sink.shape, problem.sink.dtype, q)
-    if plan.backward_bytes:
-        call.workspace = _workspace(adapter, plan.backward_bytes, q)
-    plan.backward(call)
-    return call.dq, call.dk, call.dv, call.dbias, call.dsink
+    ready = find(adapter, APPEND, arrays, rotation, backend)
+    check()
+    call = Call(adapter, **arrays._asdict())
+    allocate(adapter, ready, call)
+    ready.plan.run(call)
+    return arrays.q if call.out is None else call.out
+
+
+def check(adapter: Adapter, inputs: Inputs, options: Options, backend: str | None) -> None:
+    """Check everything that `forward` checks, before something else is written."""
+    find(adapter, FORWARD, flatten(inputs), options, backend)
+
+
+def warmup(adapter: Adapter, inputs: Inputs, options: Options, backend: str | None, *, backward: bool) -> None:
+    """Compile what `forward` and, if asked for, `backward` need for these arrays; run nothing."""
+    names = dispatch.named(backend)
+    problem = _problem(adapter, FORWARD, flatten(inputs), options)
+    dispatch.plan(problem, names).warmup()
+    if backward:
+        outputs = problem.outputs()
+        saved = Saved(out=outputs["out"], lse=outputs["lse"], dout=outputs["out"])
+        arrays = {**problem.arrays, **saved._asdict()}
+        dispatch.plan(make_problem(arrays, options, BACKWARD), names).warmup()
+
+
+def explain(adapter: Adapter, inputs: Inputs, options: Options, backend: str | None) -> dispatch.Explanation:
+    """Return which backend `forward` would take, and why not the others."""
+    return dispatch.explain(_problem(adapter, FORWARD, flatten(inputs), options), dispatch.named(backend))
+
+
+def _problem(adapter: Adapter, pass_: Pass, arrays: Sequence[Any], options: Options | Rotation) -> Problem:
+    return make_problem(described(pass_.inputs, arrays, adapter.describe), options, pass_)
 
 
 def _workspace(adapter: Adapter, size: int, like: Any) -> Any:
@@ -99,80 +143,13 @@ def _workspace(adapter: Adapter, size: int, like: Any) -> Any:
         raise MemoryError(f"no memory for {size} bytes of workspace") from error
 
 
-def check(adapter: Adapter, arrays: Arrays, options: Options, backend: str | None) -> None:
-    """Everything that `forward` checks, before something else is written."""
-    find(adapter, arrays, options, backend)
-
-
-def warmup(adapter: Adapter, arrays: Arrays, options: Options, backend: str | None, *, backward: bool) -> None:
-    """Compiles what `forward` and, if asked for, `backward` need for these arrays, and runs nothing."""
-    described = _describe(adapter, INPUTS, arrays)
-    names = dispatch.named(backend)
-    problem = make_problem(described, options)
-    dispatch.plan(problem, names).warmup()
-    if backward:
-        out = contiguous(problem.out_shape, problem.dtype, problem.device)
-        lse = contiguous(problem.lse_shape, problem.compute_dtype, problem.device)
-        problem = make_problem({**described, "out": out, "dout": out, "lse": lse}, options)
-        dispatch.plan(problem, names).warmup()
-
-
-def explain(adapter: Adapter, arrays: Arrays, options: Options, backend: str | None) -> dispatch.Explanation:
-    """Which backend `forward` would take and why not the others."""
-    return dispatch.explain(make_problem(_describe(adapter, INPUTS, arrays), options), dispatch.named(backend))
-
-
-def append(
-    adapter: Adapter,
-    arrays: dict[str, Any],
-    *,
-    check: Callable[[], None],
-    interleaved: bool,
-    by_row: bool,
-    backend: str | None,
-) -> Any:
-    """Writes new_k and new_v into the cache and returns q, rotated if rotary is given. See kvcache.Append.
-
-    `check` raises if the attention behind the append would; it runs before anything is written.
-    """
-    described = _describe(adapter, APPEND_ARRAYS, tuple(arrays.get(name) for name in APPEND_ARRAYS))
-    problem = make_append(described, interleaved=interleaved, by_row=by_row)
-    engine = dispatch.choose_append(problem, dispatch.named(backend))
-    if _tables_are_checked(problem.q.device):
-        tables = {name: arrays.get(name) for name in ("cache_seqlens", "cache_batch_idx", "block_table")}
-        check_append(room(problem), {name: None if x is None else adapter.numpy(x) for name, x in tables.items()})
-    check()
-    call = Call(adapter, **{name: arrays.get(name) for name in APPEND_ARRAYS})
-    if problem.rotary_dim:
-        call.out = adapter.empty(problem.q.shape, problem.q.dtype, arrays["q"])
-    engine.append(problem, call)
-    return call.out if problem.rotary_dim else arrays["q"]
-
-
-def _describe(adapter: Adapter, names: tuple[str, ...], arrays: Arrays) -> dict[str, Array | None]:
-    return {name: None if x is None else adapter.describe(x) for name, x in zip(names, arrays, strict=True)}
-
-
-def find(
-    adapter: Adapter, arrays: Arrays, options: Options, backend: str | None, metadata: Hashable = None
-) -> dispatch.Ready:
-    """The forward pass that the arrays ask for, its tables checked."""
-    key = (options, metadata or adapter.keys(arrays))
-    ready = dispatch.lookup(key, backend, lambda: make_problem(_describe(adapter, INPUTS, full(arrays)), options))
-    if ready.has_tables:
-        _check_values(adapter, ready.problem, arrays)
-    return ready
-
-
-def _tables_are_checked(device: str) -> bool:
-    """Those of Vulkan's arrays stay in host memory."""
-    return device == "cpu" or device.startswith("vulkan") or settings.current().check
-
-
-def _check_values(adapter: Adapter, problem: Problem, arrays: Arrays) -> None:
-    """Tables in host memory are checked before any work; on a device only if ANYATTN_CHECK asks for it."""
-    if not _tables_are_checked(problem.device):
+def _check_values(adapter: Adapter, problem: Problem, given: Mapping[str, Any]) -> None:
+    """Check tables in host memory before any work; on a device only if ANYATTN_CHECK asks for it."""
+    if not (adapter.tables_on_host(problem.device) or settings.current().check):
         return
-    tables = arrays[_FIRST_TABLE:_LAST_TABLE]
-    views = {name: None if x is None else adapter.numpy(x) for name, x in zip(TABLES, tables, strict=True)}
-    check_tables(problem, views)
+    names = _APPEND_TABLES if problem.pass_ is APPEND else TABLES
+    tables = {name: adapter.numpy(given[name]) for name in names if given.get(name) is not None}
+    if problem.pass_ is APPEND:
+        kvcache.check_append(kvcache.room(problem.arrays, by_row=problem.rotation.by_row), tables)
+    else:
+        check_tables(problem, tables)

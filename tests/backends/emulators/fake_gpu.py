@@ -31,8 +31,8 @@ from anyattn.backends.base import Call
 from anyattn.backends.triton.backend import TritonBackend
 from anyattn.backends.triton.plan import TritonPlan
 from anyattn.definition.errors import CompilationError
-from anyattn.definition.kvcache import ARRAYS
-from anyattn.definition.problem import INPUTS, SAVED, Problem
+from anyattn.definition.passes import ARRAYS
+from anyattn.definition.problem import Problem
 from anyattn.frameworks.torch.adapter import adapter
 
 Found = dict[str, Any]
@@ -197,16 +197,9 @@ def _tensor(array: Any) -> torch.Tensor:
 
 def _call(problem: Problem, plan: TritonPlan) -> Call:
     """With every result that there is."""
-    given = {name: getattr(problem, name) for name in (*INPUTS, *SAVED)}
-    call = Call(adapter, **{name: _tensor(array) for name, array in given.items() if array is not None})
-    if problem.dout is None:
-        call.out = torch.zeros(problem.out_shape, dtype=getattr(torch, problem.dtype))
-        call.lse = torch.zeros(problem.lse_shape)
-    else:
-        results = {f"d{name}": getattr(call, name) for name in ("q", "k", "v", "bias", "sink")}
-        for name, like in results.items():
-            setattr(call, name, None if like is None else torch.zeros_like(like))
-    call.workspace = torch.zeros(max(plan.forward_bytes, plan.backward_bytes, 1), dtype=torch.uint8)
+    arrays = {**problem.arrays, **problem.outputs()}
+    call = Call(adapter, **{name: _tensor(array) for name, array in arrays.items()})
+    call.workspace = torch.zeros(max(plan.workspace_bytes, 1), dtype=torch.uint8)
     return call
 
 
@@ -216,8 +209,8 @@ def _run(problem: Problem) -> Found:
     call = _call(problem, plan)
     before = len(launches)
     with Watch() as watch:
-        (plan.forward if problem.dout is None else plan.backward)(call)
-    given = {name: getattr(call, name, None) for name in Call.__annotations__ if name != "adapter"}
+        plan.run(call)
+    given = {name: getattr(call, name, None) for name in (*ARRAYS, "workspace")}
     where = {name: array.data_ptr() for name, array in given.items() if isinstance(array, torch.Tensor)}
     return {"launches": launches[before:], "operators": watch.seen, "pointers": where}
 
@@ -228,12 +221,12 @@ def alignment() -> Found:
     plan, before = TritonPlan(problem), len(launches)
     call = _call(problem, plan)
     loads.clear()
-    plan.forward(call)
-    plan.forward(call)
-    TritonPlan(problem).forward(call)
+    plan.run(call)
+    plan.run(call)
+    TritonPlan(problem).run(call)
     aligned = len(loads)
     call.q = torch.zeros(call.q.numel() + 1, dtype=torch.float16)[1:].view(call.q.shape)
-    plan.forward(call)
+    plan.run(call)
     pointers = [x.data_ptr() for x in (call.q, call.k, call.v, call.out, call.lse)]
     return {"loads": [aligned, len(loads)], "launches": launches[before:], "pointers": pointers}
 
@@ -258,10 +251,10 @@ def decoding() -> Found:
 
 def append() -> Found:
     problem, before = aot.describe_append("cuda:1", "float16", 64), len(launches)
-    arrays = {name: getattr(problem, name) for name in ARRAYS}
-    call = Call(adapter, **{name: _tensor(x) for name, x in arrays.items() if x is not None}, out=_tensor(problem.q))
+    plan = TritonBackend().plan(problem)
+    call = _call(problem, plan)
     with Watch() as watch:
-        TritonBackend().append(problem, call)
+        plan.run(call)
     return {"launches": launches[before:], "operators": watch.seen}
 
 
@@ -272,7 +265,7 @@ def precision() -> Found:
     for setting in ("highest", "high", "highest"):
         torch.set_float32_matmul_precision(setting)
         before = len(loads)
-        plan.forward(call)
+        plan.run(call)
         found.append(len(loads) - before)
     return {"loaded": found}
 

@@ -42,12 +42,14 @@ def launched(hopper: str, shift: int = 0, **changes: Any) -> Found:
     os.environ["ANYATTN_HOPPER"] = hopper
     settings.reload()
     problem = fake_gpu.aot.describe("cuda:0", "float16", 64, backward=False, right=0, seqlen_q=1000)
-    problem = problem._replace(**changes)
+    arrays = {name: change for name, change in changes.items() if isinstance(change, Array)}
+    scalars = {name: change for name, change in changes.items() if name not in arrays}
+    problem = problem.with_arrays(**arrays)._replace(**scalars)
     plan = TritonPlan(problem)
     call = fake_gpu._call(problem, plan)
     call.q = torch.zeros(call.q.numel() + shift, dtype=torch.float16)[shift:].view(call.q.shape)
     fake_gpu.launches.clear()
-    plan.forward(call)
+    plan.run(call)
     pointers = {name: getattr(call, name).data_ptr() for name in ("q", "k", "v", "out")}
     return {"launches": list(fake_gpu.launches), "pointers": pointers}
 

@@ -50,7 +50,7 @@ def test_refusals_name_what_is_accepted() -> None:
 
 def test_elsewhere_than_on_a_gpu_is_refused_with_a_reason() -> None:
     problem, _ = build(named("plain")).canonical()
-    elsewhere = problem._replace(q=problem.q._replace(device="meta"))
+    elsewhere = problem.with_arrays(q=problem.q._replace(device="meta"))
     assert "q is on meta" in dispatch.get("triton").supports(elsewhere)[0]
 
 
@@ -187,5 +187,5 @@ def test_cards(arch: str, triton: str, state: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(backend, "interpreted", lambda: False)
     assert backend.seen() == [{"device": "cuda:0", "name": "A card", "arch": arch, "state": state}]
     problem, _ = build(named("plain")).canonical()
-    problem = problem._replace(q=problem.q._replace(device="cuda:0"))
+    problem = problem.with_arrays(q=problem.q._replace(device="cuda:0"))
     assert backend.TritonBackend().supports(problem) == ([state] if state.startswith("Triton") else [])

@@ -1,4 +1,4 @@
-"""CpuBackend: host memory, every feature, forward and backward; sequences of a paged cache have no backward."""
+"""CpuBackend: host memory, every feature, every pass; a KV cache has no backward pass."""
 
 from __future__ import annotations
 
@@ -6,17 +6,14 @@ import ctypes
 import operator
 import threading
 from array import array as words
-from typing import TYPE_CHECKING, Any
 
 from ...config import settings
+from ...definition.dtypes import DTYPES
+from ...definition.passes import APPEND, BACKWARD, FORWARD
 from ...definition.problem import Array, Problem
-from ..base import Call, contiguous
+from ..base import Call, without_cache_gradients
 from . import layout, library
 
-if TYPE_CHECKING:
-    from ...definition.kvcache import Append
-
-DTYPES = {"float32": 1, "float16": 2, "bfloat16": 3, "float64": 4, "bool": 5, "int32": 6}
 HAS_LEFT, HAS_RIGHT, TOP_LEFT, ROTARY_INTERLEAVED, BATCH_INVARIANT = 1, 2, 4, 8, 32
 OUT_OF_MEMORY = 7
 MESSAGE_BYTES = 512
@@ -49,6 +46,7 @@ class CpuBackend:
     """The native engine."""
 
     name = "cpu"
+    passes = frozenset((FORWARD, BACKWARD, APPEND))
     may_fail = False
 
     def available(self, *, named: bool = False) -> str | None:
@@ -61,32 +59,15 @@ class CpuBackend:
     def supports(self, problem: Problem) -> list[str]:
         reasons = []
         if problem.device != "cpu":
-            reasons.append(f"computes in host memory only; q is on {problem.device}")
-        if problem.dout is not None and (problem.paged or problem.cache_batch_idx is not None):
-            reasons.append("has no backward through a KV cache (block_table, cache_batch_idx)")
-        return reasons
+            verb = "writes to" if problem.pass_ is APPEND else "computes in"
+            reasons.append(f"{verb} host memory only; q is on {problem.device}")
+        return reasons + without_cache_gradients(problem)
 
     def avoids(self, problem: Problem) -> list[str]:
         return []
 
     def plan(self, problem: Problem) -> CpuPlan:
         return CpuPlan(library.load(), problem)
-
-    def supports_append(self, append: Append) -> list[str]:
-        return [] if append.q.device == "cpu" else [f"writes to host memory only; q is on {append.q.device}"]
-
-    def append(self, append: Append, call: Call) -> None:
-        native = library.load()
-        values = _common(native) | _append_values(append)
-        names: tuple[str, ...] = ("q", "k", "v", "new_k", "new_v", "rotary_cos", "rotary_sin")
-        if call.out is None:  # no rotary: q stays as it is
-            values = {name: value for name, value in values.items() if not name.startswith("q.")}
-            names = names[1:]
-        else:
-            values |= _array("out", contiguous(append.q.shape, append.q.dtype))
-            names = (*names, "out")
-        tables = ("cache_seqlens", "cache_batch_idx", "block_table")
-        _Template(native, library.APPEND, values, names, tables).run(call)
 
 
 class CpuPlan:
@@ -95,36 +76,21 @@ class CpuPlan:
     lse_optional = True
 
     def __init__(self, native: library.Library, problem: Problem) -> None:
-        backward = problem.dout is not None
-        values = _common(native) | _problem_values(problem)
-        outputs = _gradients(problem) if backward else _results(problem)
-        for name in outputs:
-            values |= _array(name, outputs[name])
-        arrays = (
-            "q",
-            "k",
-            "v",
-            "bias",
-            "mask",
-            "alibi_slopes",
-            "sink",
-            *(("out", "lse", "dout", "dlse") if backward else ()),
-        )
-        tables = tuple(name for name in layout.TABLES if getattr(problem, name, None) is not None)
-        names = tuple(name for name in arrays if getattr(problem, name) is not None)
-        which = library.BACKWARD if backward else library.FORWARD
-        self._template = _Template(native, which, values, (*names, *outputs), tables)
-        needed = self._template.workspace()
-        self.forward_bytes = 0 if backward else needed
-        self.backward_bytes = needed if backward else 0
+        values = _common(native) | (_append_values(problem) if problem.pass_ is APPEND else _attention_values(problem))
+        outputs = problem.outputs()
+        inputs = {name: array for name, array in problem.arrays.items() if name in layout.ARRAYS}
+        if problem.pass_ is APPEND and not outputs:  # without rotary, q stays as it is
+            del inputs["q"]
+        for name, array in {**inputs, **outputs}.items():
+            values |= _array(name, array)
+        tables = tuple(name for name in layout.TABLES if name in problem.arrays)
+        self._template = _Template(native, library.PASSES[problem.pass_.name], values, (*inputs, *outputs), tables)
+        self.workspace_bytes = 0 if problem.pass_ is APPEND else self._template.workspace()
 
     def warmup(self) -> None:
-        pass
+        """Do nothing: there is nothing to compile."""
 
-    def forward(self, call: Call) -> None:
-        self._template.run(call)
-
-    def backward(self, call: Call) -> None:
+    def run(self, call: Call) -> None:
         self._template.run(call)
 
 
@@ -184,13 +150,13 @@ def _common(native: library.Library) -> Values:
     }
 
 
-def _problem_values(problem: Problem) -> Values:
+def _attention_values(problem: Problem) -> Values:
     interval = problem.interval
     flags = (HAS_LEFT if interval.left is not None else 0) | (HAS_RIGHT if interval.right is not None else 0)
     flags |= TOP_LEFT if problem.alignment == "top-left" else 0
     flags |= BATCH_INVARIANT if problem.batch_invariant else 0
     pages = problem.block_table
-    values: Values = {
+    return {
         "flags": flags,
         "batch": problem.batch,
         "seqlen_q": problem.seqlen_q,
@@ -212,38 +178,28 @@ def _problem_values(problem: Problem) -> Values:
         "chunk": interval.chunk,
         "dropout_threshold": problem.dropout_threshold,
     }
-    for name in ("q", "k", "v", "bias", "mask", "alibi_slopes", "sink", "out", "lse", "dout", "dlse"):
-        array: Array | None = getattr(problem, name)
-        if array is not None:
-            values |= _array(name, array)
-    return values
 
 
-def _append_values(append: Append) -> Values:
-    paged, cache = append.block_table is not None, append.k
-    values: Values = {
-        "flags": (ROTARY_INTERLEAVED if append.interleaved else 0) | (HAS_LEFT if append.by_row else 0),
-        "batch": append.batch,
-        "seqlen_q": append.q.shape[1],
-        "seqlen_k": append.slots,
-        "nheads": append.q.shape[2],
-        "nheads_kv": cache.shape[2],
-        "head_dim": append.q.shape[3],
-        "head_dim_v": append.v.shape[3],
-        "batch_k": 0 if paged else cache.shape[0],
-        "num_pages": cache.shape[0] if paged else 0,
-        "page_size": append.page_size,
-        "max_pages": append.block_table.shape[1] if append.block_table is not None else 0,
-        "left": append.slots,
-        "rotary_dim": append.rotary_dim,
-        "rotary_positions": append.rotary_cos.shape[0] if append.rotary_cos is not None else 0,
-        "seqlen_new": append.seqlen_new,
+def _append_values(problem: Problem) -> Values:
+    rotation, cache, pages, cos = problem.rotation, problem.k, problem.block_table, problem.rotary_cos
+    return {
+        "flags": (ROTARY_INTERLEAVED if rotation.interleaved else 0) | (HAS_LEFT if rotation.by_row else 0),
+        "batch": problem.batch,
+        "seqlen_q": problem.seqlen_q,
+        "seqlen_k": problem.seqlen_k,
+        "nheads": problem.nheads,
+        "nheads_kv": problem.nheads_kv,
+        "head_dim": problem.head_dim,
+        "head_dim_v": problem.head_dim_v,
+        "batch_k": 0 if problem.paged else cache.shape[0],
+        "num_pages": cache.shape[0] if problem.paged else 0,
+        "page_size": problem.page_size,
+        "max_pages": 0 if pages is None else pages.shape[1],
+        "left": problem.seqlen_k,
+        "rotary_dim": problem.rotary_dim,
+        "rotary_positions": 0 if cos is None else cos.shape[0],
+        "seqlen_new": problem.seqlen_new,
     }
-    for name in ("q", "k", "v", "new_k", "new_v", "rotary_cos", "rotary_sin"):
-        array: Array | None = getattr(append, name)
-        if array is not None:
-            values |= _array(name, array)
-    return values
 
 
 def _array(name: str, array: Array) -> Values:
@@ -257,22 +213,4 @@ def _array(name: str, array: Array) -> Values:
         strides = array.strides4()
     padded = (*strides, *[0] * (4 - len(strides)))
     values: Values = {f"{name}.stride{axis}": stride for axis, stride in enumerate(padded)}
-    return values | {f"{name}.dtype": DTYPES[array.dtype]}
-
-
-def _results(problem: Problem) -> dict[str, Array]:
-    return {
-        "out": contiguous(problem.out_shape, problem.dtype),
-        "lse": contiguous(problem.lse_shape, problem.compute_dtype),
-    }
-
-
-def _gradients(problem: Problem) -> dict[str, Array]:
-    inputs: dict[str, Any] = {
-        "dq": problem.q,
-        "dk": problem.k,
-        "dv": problem.v,
-        "dbias": problem.bias,
-        "dsink": problem.sink,
-    }
-    return {name: contiguous(x.shape, x.dtype) for name, x in inputs.items() if x is not None}
+    return values | {f"{name}.dtype": DTYPES[array.dtype].code}

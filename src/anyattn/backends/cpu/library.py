@@ -12,7 +12,7 @@ from .layout import SIZE
 
 VERSION = 0x000100
 NAME = {"win32": "anyattn.dll", "darwin": "libanyattn.dylib"}.get(sys.platform, "libanyattn.so")
-FORWARD, BACKWARD, APPEND = 0, 1, 2
+PASSES = {"forward": 0, "backward": 1, "append": 2}  # anyattn_pass in anyattn.h
 
 
 class LibraryError(RuntimeError):
@@ -26,7 +26,7 @@ class Library:
         self.path = path
         self._dll = dll = ctypes.CDLL(path)
         call = [ctypes.c_void_p]
-        self.passes = (dll.anyattn_forward, dll.anyattn_backward, dll.anyattn_append)
+        self.passes = [getattr(dll, f"anyattn_{name}") for name in PASSES]
         for function in self.passes:
             function.argtypes, function.restype = call, ctypes.c_int32
         self.workspace = dll.anyattn_workspace

@@ -1,63 +1,56 @@
-"""NumpyBackend: every problem whose arrays lie in host memory."""
+"""NumpyBackend: every problem whose arrays are in host memory."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from ...definition.kvcache import Append
+from ...definition.passes import APPEND, BACKWARD, FORWARD
 from ...definition.problem import Problem
-from ..base import Call, append_on_host
+from ..base import Call, Plan
+from ..host_append import HostAppendPlan
 from .attention import backward, forward
 from .tiles import Arrays
 
 EVIDENCE = {"tested": ("anything with NumPy",)}
+COMPUTE = {FORWARD: forward, BACKWARD: backward}
 
 
 class NumpyPlan:
-    """Temporaries come from NumPy, so there is no workspace."""
+    """A plan without workspace, because temporaries come from NumPy."""
 
-    forward_bytes = 0
-    backward_bytes = 0
+    workspace_bytes = 0
     lse_optional = False
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
 
     def warmup(self) -> None:
-        pass
+        """Do nothing: there is nothing to compile."""
 
     # NaN and infinities of the caller go through in silence, as on every backend
     @np.errstate(all="ignore")
-    def forward(self, call: Call) -> None:
-        forward(Arrays(self.problem, call))
-
-    @np.errstate(all="ignore")
-    def backward(self, call: Call) -> None:
-        backward(Arrays(self.problem, call))
+    def run(self, call: Call) -> None:
+        COMPUTE[self.problem.pass_](Arrays(self.problem, call))
 
 
 class NumpyBackend:
-    """Slower than the native engine, but always there."""
+    """Slower than the CPU engine, but available everywhere."""
 
     name = "numpy"
+    passes = frozenset((FORWARD, BACKWARD, APPEND))
     may_fail = False
 
     def available(self, *, named: bool = False) -> str | None:
         return None
 
     def supports(self, problem: Problem) -> list[str]:
-        if problem.device != "cpu":
-            return [f"computes in host memory only; q is on {problem.device}"]
-        return []
+        if problem.device == "cpu":
+            return []
+        verb = "writes to" if problem.pass_ is APPEND else "computes in"
+        return [f"{verb} host memory only; q is on {problem.device}"]
 
     def avoids(self, problem: Problem) -> list[str]:
         return []
 
-    def plan(self, problem: Problem) -> NumpyPlan:
-        return NumpyPlan(problem)
-
-    def supports_append(self, append: Append) -> list[str]:
-        return [] if append.q.device == "cpu" else [f"writes to host memory only; q is on {append.q.device}"]
-
-    def append(self, append: Append, call: Call) -> None:
-        append_on_host(append, call)
+    def plan(self, problem: Problem) -> Plan:
+        return HostAppendPlan(problem) if problem.pass_ is APPEND else NumpyPlan(problem)

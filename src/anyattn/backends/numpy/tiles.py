@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ...definition.dtypes import narrow, raw, widen
-from ...definition.problem import TABLES, Array, Problem
+from ...definition.inputs import TABLES
+from ...definition.problem import Array, Problem
 from ...definition.sequences import Sequence, sequences
 from ..base import Call
 

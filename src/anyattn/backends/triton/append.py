@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-from ...definition.kvcache import Append
-from ...definition.problem import Array
-from ..base import contiguous
+from ...definition.problem import Problem
 from .arguments import view
 from .launch import Address, Kernel, Template, i32, i64
 from .tiles import clamp, narrow
@@ -85,53 +82,50 @@ def copy_rows(
 HEADS = 4  # heads of one program
 
 
-@lru_cache(1024)
-def kernels(append: Append) -> list[Kernel]:
-    """k and v into the cache and, with rotary, q into the call's `out`."""
-    found = [
-        _kernel(append, ("new_k", append.new_k), ("k", append.k), rotated=True, by_row=True),
-        _kernel(append, ("new_v", append.new_v), ("v", append.v), rotated=False, by_row=True),
-    ]
-    if append.rotary_dim:
-        out = contiguous(append.q.shape, append.q.dtype)
-        found.append(_kernel(append, ("q", append.q), ("out", out), rotated=True, by_row=append.by_row))
+def append_kernels(problem: Problem) -> list[Kernel]:
+    """Return the kernels that copy new keys and values into the cache and, with rotary, rotate q into `out`."""
+    found = [_kernel(problem, "new_k", "k", rotated=True), _kernel(problem, "new_v", "v", rotated=False)]
+    if problem.rotary_dim:
+        found.append(_kernel(problem, "q", "out", rotated=True))
     return found
 
 
-def _kernel(
-    append: Append, source: tuple[str, Array], target: tuple[str, Array], *, rotated: bool, by_row: bool
-) -> Kernel:
-    batch, rows, nheads, dim = source[1].shape
-    half = append.rotary_dim // 2 if rotated else 0
-    arguments = (view(*source), view(*target), _rotation(append, half), _cache(append), i32(rows), i32(nheads))
+def _kernel(problem: Problem, source: str, target: str, *, rotated: bool) -> Kernel:
+    arrays = {**problem.arrays, **problem.outputs()}
+    batch, rows, nheads, dim = arrays[source].shape
+    half = problem.rotary_dim // 2 if rotated else 0
+    arguments = (
+        view(source, arrays[source]), view(target, arrays[target]), _rotation(problem, half), _cache(problem),
+        i32(rows), i32(nheads),
+    )  # fmt: skip
     constants = {
         "DIM": dim,
         "WIDTH": 1 << max(0, dim - 1).bit_length(),
         "HALF": half,
-        "INTERLEAVED": append.interleaved,
-        "BY_ROW": by_row,
-        "APPEND": target[0] != "out",
+        "INTERLEAVED": problem.rotation.interleaved,
+        "BY_ROW": target != "out" or problem.rotation.by_row,
+        "APPEND": target != "out",
         "HEADS": HEADS,
     }
     return Kernel(copy_rows, Template(arguments, constants), (batch * rows, -(-nheads // HEADS)), {})
 
 
-def _rotation(append: Append, half: int) -> Rotation:
-    cos, sin = append.rotary_cos, append.rotary_sin
+def _rotation(problem: Problem, half: int) -> Rotation:
+    cos, sin = problem.rotary_cos, problem.rotary_sin
     if not half or cos is None or sin is None:
         return Rotation(None, None, None, None, None)
     addresses = Address("rotary_cos", cos.dtype), Address("rotary_sin", sin.dtype)
     return Rotation(*addresses, i64(cos.strides[0]), i64(sin.strides[0]), i32(cos.shape[0]))
 
 
-def _cache(append: Append) -> Cache:
-    pages = append.block_table
+def _cache(problem: Problem) -> Cache:
+    pages = problem.block_table
     return Cache(
         Address("cache_seqlens", "int32"),
-        None if append.cache_batch_idx is None else Address("cache_batch_idx", "int32"),
+        None if problem.cache_batch_idx is None else Address("cache_batch_idx", "int32"),
         None if pages is None else Address("block_table", "int32"),
         i64(0 if pages is None else pages.shape[1]),
-        i32(append.slots),
-        i32(append.k.shape[0]),
-        i32(append.page_size),
+        i32(problem.seqlen_k),
+        i32(problem.k.shape[0]),
+        i32(problem.page_size),
     )

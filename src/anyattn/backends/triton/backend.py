@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from ...definition.kvcache import Append
+from ...definition.passes import APPEND, BACKWARD, FORWARD
 from ...definition.problem import Problem
-from ..base import Call
+from ..base import without_cache_gradients
 from .device import DEVICES, LARGEST_HEAD_DIM, cards, installed, interpreted, largest_head_dim, refusal
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ class TritonBackend:
     """NVIDIA, AMD and Intel GPUs."""
 
     name = "triton"
+    passes = frozenset((FORWARD, BACKWARD, APPEND))
     may_fail = False
 
     def available(self, *, named: bool = False) -> str | None:
@@ -56,10 +57,9 @@ class TritonBackend:
 
     def supports(self, problem: Problem) -> list[str]:
         reasons = _misplaced(problem.device) + _without(problem.dtype)
-        reasons = reasons or _too_wide(problem)
-        if problem.dout is not None and (problem.paged or problem.cache_batch_idx is not None):
-            reasons.append("has no backward through a KV cache (block_table, cache_batch_idx)")
-        return reasons
+        if problem.pass_ is APPEND:
+            return reasons
+        return (reasons or _too_wide(problem)) + without_cache_gradients(problem)
 
     def avoids(self, problem: Problem) -> list[str]:
         return []
@@ -68,15 +68,6 @@ class TritonBackend:
         from .plan import TritonPlan
 
         return TritonPlan(problem)
-
-    def supports_append(self, append: Append) -> list[str]:
-        return _misplaced(append.q.device) + _without(append.q.dtype)
-
-    def append(self, append: Append, call: Call) -> None:
-        from .append import kernels
-        from .launch import run_all
-
-        run_all(kernels(append), call, append.q.device)
 
 
 def seen() -> list[dict[str, str]]:
@@ -101,8 +92,8 @@ def _misplaced(where: str) -> list[str]:
 
 def _too_wide(problem: Problem) -> list[str]:
     arch = next((arch for name, _, arch in cards() if name == problem.device), "")
-    backward = problem.dout is not None
-    largest, width = largest_head_dim(arch, problem.dtype, backward=backward), max(problem.head_dim, problem.head_dim_v)
+    largest = largest_head_dim(arch, problem.dtype, backward=problem.pass_ is BACKWARD)
+    width = max(problem.head_dim, problem.head_dim_v)
     if width <= largest:
         return []
     what = "" if largest == LARGEST_HEAD_DIM else f" for {problem.dtype} gradients on {arch}"

@@ -17,6 +17,7 @@ import numpy as np
 import triton
 from triton.compiler import ASTSource
 
+from ...definition.dtypes import DTYPES
 from ...definition.errors import CompilationError
 from ..base import Call
 from .device import interpreted
@@ -24,9 +25,6 @@ from .device import interpreted
 LARGEST_STRIDE = 2**23  # times the rows of a tile, at most 128, and plus the dimensions: below 2^31
 ALIGNMENT = 16  # bytes of addresses: what the widest loads need; strides are known to be multiples of up to as much
 INTERPRETED = interpreted()  # as the kernels, which decide it when they are imported
-TYPES = {
-    "float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int32": "i32", "int64": "i64", "bool": "u8",
-}  # fmt: skip
 
 
 class Number(NamedTuple):
@@ -146,7 +144,7 @@ class _Part:
 def _kind(leaf: Leaf) -> str:
     if leaf is None:
         return "constexpr"
-    return leaf.kind if isinstance(leaf, Number) else "*" + TYPES[leaf.dtype]
+    return leaf.kind if isinstance(leaf, Number) else "*" + DTYPES[leaf.dtype].triton
 
 
 class Kernel:

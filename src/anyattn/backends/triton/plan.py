@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from ...definition.passes import APPEND, BACKWARD, FORWARD
 from ...definition.problem import Problem
 from ..base import Call
 from .arguments import precision
 from .launch import Kernel, run_all, warmup_all
-from .plan_forward import forward_kernels
 
-OPTIONAL = frozenset(("dbias", "dsink"))  # results that a call may not want
+OPTIONAL = frozenset(("dbias", "dsink"))  # outputs that a call may lack
 
 
 class TritonPlan:
@@ -18,35 +18,41 @@ class TritonPlan:
 
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
-        kernels, needed = self._build()
+        kernels, self.workspace_bytes = build(problem)
         self._built = {precision(problem): kernels}
-        self.forward_bytes, self.backward_bytes = (needed, 0) if problem.dout is None else (0, needed)
         warmup_all([kernel for kernel in kernels if not kernel.template.names & OPTIONAL], problem.device)
 
     def warmup(self) -> None:
         warmup_all(self._kernels(), self._problem.device)
 
-    def forward(self, call: Call) -> None:
-        run_all(self._kernels(), call, self._problem.device)
-
-    def backward(self, call: Call) -> None:
-        wanted = [
-            kernel
-            for kernel in self._kernels()
-            if all(getattr(call, name) is not None for name in kernel.template.names & OPTIONAL)
-        ]
-        run_all(wanted, call, self._problem.device)
+    def run(self, call: Call) -> None:
+        kernels = self._kernels()
+        if self._problem.pass_ is BACKWARD:
+            kernels = [kernel for kernel in kernels if _wanted(kernel, call)]
+        run_all(kernels, call, self._problem.device)
 
     def _kernels(self) -> list[Kernel]:
-        """For the precision of float32 products that is in force."""
+        """Return the kernels for the precision of float32 products that torch asks for now."""
         now = precision(self._problem)
         if now not in self._built:
-            self._built[now], _ = self._build()
+            self._built[now], _ = build(self._problem)
         return self._built[now]
 
-    def _build(self) -> tuple[list[Kernel], int]:
-        if self._problem.dout is None:
-            return forward_kernels(self._problem)
-        from .plan_backward import backward_kernels
 
-        return backward_kernels(self._problem)
+def _wanted(kernel: Kernel, call: Call) -> bool:
+    return all(getattr(call, name) is not None for name in kernel.template.names & OPTIONAL)
+
+
+def build(problem: Problem) -> tuple[list[Kernel], int]:
+    """Return the kernels of the problem's pass and their bytes of workspace; only that pass is imported."""
+    if problem.pass_ is FORWARD:
+        from .plan_forward import forward_kernels
+
+        return forward_kernels(problem)
+    if problem.pass_ is APPEND:
+        from .append import append_kernels
+
+        return append_kernels(problem), 0
+    from .plan_backward import backward_kernels
+
+    return backward_kernels(problem)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from ...definition.problem import Array, Problem
-from ..base import contiguous
+from ...definition.problem import Array, Problem, contiguous
 from . import tuning
 from .arguments import common, dense, dims, flags, options, sizes, statistics, tables, view
 from .backward import attention_backward_delta, attention_backward_dkv, attention_backward_dq

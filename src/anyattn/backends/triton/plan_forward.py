@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ...definition.problem import Problem
-from ..base import contiguous
+from ...definition.problem import Problem, contiguous
 from . import sm90, tuning
 from .arguments import common, dims, flags, key_bytes, options, statistics, view
 from .decode import combine_splits

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 
 from ...config import settings
 from ...definition.errors import DeviceError
+from ...definition.passes import APPEND, BACKWARD, FORWARD
 from ...definition.problem import Problem
-from ..base import Call, Plan, append_on_host
+from ..base import Plan, without_cache_gradients
+from ..host_append import HostAppendPlan
 from . import offload
 
 if TYPE_CHECKING:
-    from ...definition.kvcache import Append
     from .device import DeviceInfo
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -29,6 +30,7 @@ class VulkanBackend:
     """Attention through Vulkan compute shaders."""
 
     name = "vulkan"
+    passes = frozenset((FORWARD, BACKWARD, APPEND))
     may_fail = True
 
     def available(self, *, named: bool = False) -> str | None:
@@ -45,7 +47,9 @@ class VulkanBackend:
 
     def supports(self, problem: Problem) -> list[str]:
         reasons = _misplaced(problem.device)
-        if problem.device.startswith("vulkan") and problem.dout is not None:
+        if problem.pass_ is APPEND:
+            return reasons
+        if problem.device.startswith("vulkan") and problem.pass_ is BACKWARD:
             reasons.append("has no backward on device arrays")
         if problem.dtype not in DTYPES:
             reasons.append(f"computes {', '.join(DTYPES)}; q is {problem.dtype}")
@@ -53,7 +57,7 @@ class VulkanBackend:
             size = getattr(problem, name)
             if size > MAX_HEAD_DIM:
                 reasons.append(f"{name} {size} > {MAX_HEAD_DIM}")
-        if problem.dout is not None:
+        if problem.pass_ is BACKWARD:
             reasons += _backward_reasons(problem)
         return reasons or self._limits(problem)
 
@@ -67,7 +71,7 @@ class VulkanBackend:
             info = _info(problem)
         except DeviceError as error:
             return [str(error)]
-        if problem.dout is None:
+        if problem.pass_ is FORWARD:
             setup = Setup.of(info, problem)
             regions, launches = setup.regions, setup.launches
         else:
@@ -84,6 +88,8 @@ class VulkanBackend:
         """Avoid small problems, because transfers cost more than a GPU gains. For those no driver is asked."""
         if problem.device != "cpu":
             return []
+        if problem.pass_ is APPEND:
+            return ["a cache in host memory is appended to there"]
         too_small = offload.reasons_to_stay(problem)
         if too_small or self.available():
             return too_small
@@ -92,24 +98,17 @@ class VulkanBackend:
         return offload.reasons_to_stay(problem, devices.instance().choose())
 
     def plan(self, problem: Problem) -> Plan:
+        if problem.pass_ is APPEND and problem.device == "cpu":
+            return HostAppendPlan(problem)  # a cache in host memory is not sent back and forth for a row
+        from .append import AppendPlan
         from .backward import BackwardPlan
         from .engine import current_engine
         from .forward import ForwardPlan
 
-        kind = ForwardPlan if problem.dout is None else BackwardPlan
+        if problem.pass_ is APPEND:
+            return AppendPlan(problem)
+        kind = ForwardPlan if problem.pass_ is FORWARD else BackwardPlan
         return kind(current_engine(), _info(problem), problem)
-
-    def supports_append(self, append: Append) -> list[str]:
-        return _misplaced(append.q.device)
-
-    def append(self, append: Append, call: Call) -> None:
-        if append.q.device == "cpu":
-            append_on_host(append, call)  # a cache in host memory is not sent back and forth for a row
-        else:
-            from . import append as appending
-            from . import engine
-
-            appending.append_on_device(engine.current_engine(), append, call)
 
 
 def _misplaced(device: str) -> list[str]:
@@ -124,13 +123,11 @@ def _info(problem: Problem) -> DeviceInfo:
     from .engine import current_engine
     from .selftest import usable
 
-    return usable(current_engine(), "forward" if problem.dout is None else "backward", problem.dtype)
+    return usable(current_engine(), problem.pass_, problem.dtype)
 
 
 def _backward_reasons(problem: Problem) -> list[str]:
-    reasons = []
-    if problem.paged or problem.cache_batch_idx is not None:
-        reasons.append("has no backward through a KV cache (block_table, cache_batch_idx)")
+    reasons = without_cache_gradients(problem)
     for name in ("out", "dout"):
         dtype = getattr(problem, name).dtype
         if dtype != problem.dtype:

@@ -20,7 +20,7 @@ from .memory import Buffer
 
 FLOAT = 4  # bytes
 STEP = ALIGNMENT // FLOAT
-INPUTS = ("q", "k", "v", *SCORES, "out", "lse", "dout", "dlse")
+UPLOADED = ("q", "k", "v", *SCORES, "out", "lse", "dout", "dlse")
 DELTA_BINDINGS = ("tables", "heads", "out", "", "", "dout", "lse", "", "", "dlse", "stats", "sink_terms")
 BINDINGS = ("tables", "heads", "q", "k", "v", "dout", "stats", "bias", "mask", "")
 WHOLE = Launch((0, 1), (0, 1))  # of shaders that take an array as one row of numbers
@@ -98,7 +98,7 @@ class BackwardPlan(DevicePlan):
         unused = () if self.problem.bias is not None else ("dbias",)
         return {name: config for name, config in self.configs.items() if name not in unused}
 
-    def backward(self, call: Call) -> None:
+    def run(self, call: Call) -> None:
         if 0 in self.problem.lse_shape:
             self._nothing(call)
             return
@@ -124,9 +124,6 @@ class BackwardPlan(DevicePlan):
                 self._finish_sink(job, buffers["sink_terms"], call)
             job.finish()
 
-    def forward(self, call: Call) -> None:
-        raise NotImplementedError("a plan of the backward pass")
-
     def _nothing(self, call: Call) -> None:
         """No row, no gradient."""
         for name in ("dq", "dk", "dv", "dbias", "dsink"):
@@ -135,7 +132,7 @@ class BackwardPlan(DevicePlan):
                 array[...] = 0
 
     def _upload(self, job: Job, call: Call) -> dict[str, Buffer]:
-        views = {name: numpy_view(call, name) for name in INPUTS}
+        views = {name: numpy_view(call, name) for name in UPLOADED}
         buffers = {name: job.upload(name, self.regions[name], x) for name, x in views.items() if x is not None}
         return buffers | upload_tables(job, self.problem, self.values, call)
 

@@ -65,8 +65,7 @@ def current_engine() -> Engine:
 class DevicePlan(ABC):
     """A plan outlives its device: once that is lost, the device opened in its place computes."""
 
-    forward_bytes = 0
-    backward_bytes = 0
+    workspace_bytes = 0
     lse_optional = False
 
     def __init__(self, engine: Engine) -> None:

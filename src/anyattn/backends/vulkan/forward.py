@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...definition.problem import TABLES, Array, Problem
+from ...definition.dtypes import DTYPES
+from ...definition.inputs import TABLES
+from ...definition.problem import Array, Problem
 from ...definition.sequences import sequences
 from ..base import Call
 from . import tables, tuning
@@ -20,7 +22,6 @@ from .device_array import DeviceArray, device_width
 from .engine import DevicePlan, Engine, Grid, Job, Launch, launches
 from .memory import Buffer
 
-ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "bool": 1}
 BINDINGS = ("tables", "heads", "q", "k", "v", "out", "lse", "bias", "mask")
 SPLIT_BINDINGS = ("tables", "heads", "q", "k", "v", "", "partial_lse", "bias", "mask", "partial")
 COMBINE_BINDINGS = ("tables", "", "", "", "", "out", "lse", "", "", "partial", "partial_lse")
@@ -33,7 +34,7 @@ SOFTMAX_OPERATIONS = 16
 
 def problem_regions(problem: Problem, dim: int, dim_v: int) -> dict[str, Region]:
     """Where q, k, v, out, lse and, if given, bias and mask lie; dim and dim_v in vectors."""
-    itemsize = ITEMSIZE[problem.dtype]
+    itemsize = DTYPES[problem.dtype].itemsize
     width, width_v = VECTOR * dim, VECTOR * dim_v
     if problem.device != "cpu":
         width, width_v = device_width(problem.head_dim), device_width(problem.head_dim_v)
@@ -47,13 +48,13 @@ def problem_regions(problem: Problem, dim: int, dim_v: int) -> dict[str, Region]
     for name in SCORES:
         array: Array | None = getattr(problem, name)
         if array is not None:
-            regions[name] = score_region(array.shape, ITEMSIZE[array.dtype])
+            regions[name] = score_region(array.shape, DTYPES[array.dtype].itemsize)
     return regions
 
 
 def problem_launches(problem: Problem, regions: Mapping[str, Region], limit: int, splits: int = 1) -> list[Launch]:
     """See `engine.launches`; packed, paged and reordered sequences cannot be told apart in memory."""
-    scales = {"out": splits * 4 // ITEMSIZE[problem.dtype], "lse": splits} if splits > 1 else {}
+    scales = {"out": splits * 4 // DTYPES[problem.dtype].itemsize, "lse": splits} if splits > 1 else {}
     heads = {name: 1 if name in KV_ARRAYS else problem.group for name in regions}
     whole = problem.packed_q or problem.packed_k or problem.paged or problem.cache_batch_idx is not None
     return launches(regions, heads, (problem.nheads_kv, problem.batch), limit, whole, scales)
@@ -102,7 +103,7 @@ class ForwardPlan(DevicePlan):
         found = {"forward": self.config}
         return found if self.splits == 1 else found | {"combine": self._combining()}
 
-    def forward(self, call: Call) -> None:
+    def run(self, call: Call) -> None:
         problem = self.problem
         if 0 in problem.lse_shape:
             return
@@ -130,9 +131,6 @@ class ForwardPlan(DevicePlan):
             array.check(job)
             return array.buffer
         return job.upload(name, self.regions[name], call.adapter.numpy(array))
-
-    def backward(self, call: Call) -> None:
-        raise NotImplementedError("a plan of the forward pass")
 
     def _partial_values(self) -> tables.Values:
         """How far the results of two splits lie apart: as much as the largest launch needs."""

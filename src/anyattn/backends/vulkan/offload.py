@@ -14,6 +14,8 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...config import settings, tuning_files
+from ...definition.dtypes import DTYPES
+from ...definition.passes import FORWARD
 from ...definition.problem import Array, Problem
 
 if TYPE_CHECKING:
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
     from .device import DeviceInfo
 
 FILE = "vulkan-crossover.json"
-ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8, "bool": 1}
 
 
 class Work(NamedTuple):
@@ -53,18 +54,18 @@ def work(problem: Problem) -> Work:
 def _bytes(problem: Problem) -> int:
     """Return the bytes of the large arrays, to the device and back."""
     inputs = _size(problem.q) + _size(problem.k) + _size(problem.v) + _size(problem.bias)
-    out = math.prod(problem.out_shape) * ITEMSIZE[problem.dtype]
+    out = math.prod(problem.out_shape) * DTYPES[problem.dtype].itemsize
     forward = inputs + _size(problem.mask) + out
-    return forward if problem.dout is None else forward + _size(problem.dout) + inputs
+    return forward if problem.pass_ is FORWARD else forward + _size(problem.dout) + inputs
 
 
 def _size(array: Array | None) -> int:
-    return 0 if array is None else math.prod(array.shape) * ITEMSIZE[array.dtype]
+    return 0 if array is None else math.prod(array.shape) * DTYPES[array.dtype].itemsize
 
 
 def reasons_to_stay(problem: Problem, info: DeviceInfo | None = None) -> list[str]:
     """Return why the problem is not worth offloading to this device, or []; None: to any device, without a driver."""
-    size, key = work(problem), ("forward" if problem.dout is None else "backward", problem.dtype)
+    size, key = work(problem), (problem.pass_.name, problem.dtype)
     every = _load()
     if info is None:
         known = [DEFAULT, *(tuned.get(key, DEFAULT) for tuned in every.values())]

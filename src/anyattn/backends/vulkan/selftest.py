@@ -13,8 +13,12 @@ import numpy.typing as npt
 
 from ...definition import reference
 from ...definition.dtypes import narrow, widen
-from ...definition.problem import INPUTS, SAVED, Array, Options, Problem, make_problem
-from ..base import Call, contiguous
+from ...definition.inputs import Inputs
+from ...definition.options import Options
+from ...definition.passes import BACKWARD, FORWARD, Pass
+from ...definition.problem import Problem, contiguous
+from ...definition.validate import make_problem
+from ..base import Call
 from .api import DeviceLost, VulkanError
 from .backward import BackwardPlan
 from .device import SCALAR, DeviceInfo
@@ -45,35 +49,33 @@ def failures() -> list[str]:
     ]
 
 
-def usable(engine: Engine, direction: str, dtype: str) -> DeviceInfo:
+def usable(engine: Engine, pass_: Pass, dtype: str) -> DeviceInfo:
     """The device without the paths that fail.
 
     Raises:
         VulkanError: every path does. DeviceLost: the device did not survive the last. DeviceMemoryError: it is full.
     """
-    info, problem = engine.device.info, _problem(direction, dtype)
-    results = _results.setdefault((info.cache_key, direction, dtype), {})
+    info, problem = engine.device.info, _problem(pass_, dtype)
+    results = _results.setdefault((info.cache_key, pass_.name, dtype), {})
     while True:
-        plan = (ForwardPlan if problem.dout is None else BackwardPlan)(engine, info, problem)
+        plan = (ForwardPlan if pass_ is FORWARD else BackwardPlan)(engine, info, problem)
         if plan.path not in results:
             results[plan.path] = wrong = _try(plan, problem)
             if wrong:
-                logger.warning("%s: %s left out: %s (%s, %s)", info.name, plan.path, wrong, direction, dtype)
+                logger.warning("%s: %s left out: %s (%s, %s)", info.name, plan.path, wrong, pass_, dtype)
         wrong = results[plan.path]
         if not wrong:
             return info
         if plan.path == SCALAR:
-            raise VulkanError(f"{info.name} computes wrongly: {wrong} ({direction}, {dtype})")
+            raise VulkanError(f"{info.name} computes wrongly: {wrong} ({pass_}, {dtype})")
         info = info.without(plan.path)
 
 
-def _problem(direction: str, dtype: str) -> Problem:
-    given: dict[str, Array | None] = dict.fromkeys((*INPUTS, *SAVED))
-    names = ("q", "k", "v") if direction == "forward" else ("q", "k", "v", "dout")
-    given |= {name: contiguous(SHAPES[name], dtype) for name in names}
-    if direction == "backward":
+def _problem(pass_: Pass, dtype: str) -> Problem:
+    given = {name: contiguous(shape, dtype) for name, shape in SHAPES.items() if name in pass_.inputs}
+    if pass_ is BACKWARD:
         given |= {"out": given["dout"], "lse": contiguous(LSE_SHAPE, "float32")}
-    return make_problem(given, OPTIONS)
+    return make_problem(given, OPTIONS, pass_)
 
 
 class _HostArrays:
@@ -99,8 +101,9 @@ def _mismatches(plan: Any, problem: Problem) -> str:
     dtype, rng = problem.dtype, np.random.default_rng(0)
     arrays = {name: narrow(rng.standard_normal(shape), dtype) for name, shape in SHAPES.items()}
     out, lse = reference.forward(problem, arrays)
-    call = Call(_HostArrays(), arrays["q"], arrays["k"], arrays["v"])  # type: ignore[arg-type]  # all that plans use
-    if problem.dout is None:
+    inputs = Inputs(arrays["q"], arrays["k"], arrays["v"])
+    call = Call(_HostArrays(), inputs)  # type: ignore[arg-type]  # all that plans use
+    if problem.pass_ is FORWARD:
         wanted = {"out": out, "lse": lse}
     else:
         call.out, call.lse, call.dout = narrow(out, dtype), lse.astype(np.float32), arrays["dout"]
@@ -108,7 +111,7 @@ def _mismatches(plan: Any, problem: Problem) -> str:
         wanted = {name: found[name] for name in ("dq", "dk", "dv")}
     for name, value in wanted.items():
         setattr(call, name, narrow(np.full_like(value, np.nan), "float32" if name == "lse" else dtype))
-    plan.forward(call) if problem.dout is None else plan.backward(call)
+    plan.run(call)
     return "; ".join(filter(None, (_mismatch(call, name, value, dtype) for name, value in wanted.items())))
 
 

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...frameworks.torch import functional
+from ...arguments import make_request
+from ...frameworks.torch_tools import dropped_scores, random_state
 from ..calls import attend, gradients, integer, only_speed, store, window_bounds
-from ._scores import dropped_scores
 
 Results = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -44,12 +44,14 @@ class Scores(NamedTuple):
 def forward(q: Tensor, k: Tensor, v: Tensor, scores: Scores, return_softmax: bool, keys: int, **tables: Any) -> Results:
     """(out, lse with +inf for rows without keys, S_dmask, rng_state); out has gradients."""
     arguments = {**scores.arguments(keys), **tables}
-    rng_state = functional.random_state(q) if scores.dropout_p > 0 else q.new_zeros(2, dtype=torch.int64)
+    rng_state = random_state(q) if scores.dropout_p > 0 else q.new_zeros(2, dtype=torch.int64)
     arguments["rng_state"] = rng_state
     out, lse = attend(q, k, v, **arguments)
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)
-    s_dmask = dropped_scores(q, k, v, **arguments) if return_softmax and scores.dropout_p > 0 else q.new_empty(0)
-    return out, lse, s_dmask, rng_state
+    if not (return_softmax and scores.dropout_p > 0):
+        return out, lse, q.new_empty(0), rng_state
+    interval = arguments.pop("bounds")
+    return out, lse, dropped_scores(*make_request(q, k, v, interval, **arguments)), rng_state
 
 
 def _flash_attn_forward(

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ...api import attention_with_kvcache
+from ...frameworks.torch_tools import round_multiple
 from ..calls import attend, only_speed, window_bounds
 from ._private import (
     Scores,
@@ -43,7 +44,6 @@ from ._private import (
     forward,
     varlen_tables,
 )
-from ._scores import round_multiple
 
 USE_TRITON_ROCM = False
 

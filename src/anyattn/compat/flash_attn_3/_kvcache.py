@@ -11,9 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...definition.arguments import explicit
-from ...frameworks.torch import functional
-from ...frameworks.torch.rotary import rotate
+from ...arguments import make_request
+from ...definition.inputs import Appended
+from ...definition.options import Rotation
+from ...frameworks import framework_of
+from ...frameworks.torch_tools import per_sequence
+from ...frameworks.torch_tools import rotary as rotations
 from ..calls import Bounds, rows_of
 from ..inputs import FP8
 
@@ -45,7 +48,7 @@ class NewKeys:
         batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
         first = self.cache_seqlens
         if isinstance(first, int):
-            first = functional.per_sequence("cache_seqlens", first, batch, q.device)
+            first = per_sequence("cache_seqlens", first, batch, q.device)
         if self.k is None or self.v is None:
             self._check_absent()
             return q, first
@@ -81,20 +84,25 @@ class NewKeys:
 def _append(arrays: tuple[Tensor, ...], sequence: Tensor, slots: Tensor, options: dict[str, Any]) -> None:
     q, k_cache, v_cache, new_k, new_v = (_as_words(x) for x in arrays)
     pages, entries = options["block_table"], options["cache_batch_idx"]
-    appended: dict[str, Any] = {
-        "q": new_k[:, None], "k": k_cache, "v": v_cache, "new_k": new_k[:, None], "new_v": new_v[:, None],
-        "rotary_cos": None, "rotary_sin": None, "cache_seqlens": slots, "cache_batch_idx": None, "block_table": None,
-    }  # fmt: skip
     if pages is None:
-        appended["cache_batch_idx"] = sequence if entries is None else entries[sequence]
-    else:
-        appended["block_table"] = pages[sequence]
+        entries = sequence if entries is None else entries[sequence]
+    framework = framework_of(q)
 
     def check(used: Tensor | None) -> None:
-        given, chosen, _, backend = explicit(q, k_cache, v_cache, **options)
-        functional.check(given, chosen, backend)
+        inputs, chosen, _, backend = make_request(q, k_cache, v_cache, (None, None), **options)
+        framework.check(inputs, chosen, backend)
 
-    functional.append(appended, check=check, interleaved=True, by_row=True, backend=None)
+    appended = Appended(
+        q=new_k[:, None],
+        k=k_cache,
+        v=v_cache,
+        new_k=new_k[:, None],
+        new_v=new_v[:, None],
+        cache_seqlens=slots,
+        cache_batch_idx=entries if pages is None else None,
+        block_table=None if pages is None else pages[sequence],
+    )
+    framework.append(appended, Rotation(interleaved=True, by_row=True), None, check=check)
 
 
 def _as_words(x: Tensor) -> Tensor:
@@ -134,5 +142,5 @@ def _rotate(x: Tensor, rotary: Rotary, first: Tensor, cu_seqlens: Tensor | None,
         if low < 0 or high >= cos.shape[0]:
             raise ValueError(f"rotary_cos has {cos.shape[0]} positions; this call needs {low} to {high}")
     if cu_seqlens is None:
-        return rotate(x, cos, sin, positions, interleaved)
-    return rotate(x[None], cos, sin, positions, interleaved)[0]
+        return rotations.rotate(x, cos, sin, positions, interleaved)
+    return rotations.rotate(x[None], cos, sin, positions, interleaved)[0]

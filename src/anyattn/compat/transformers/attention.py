@@ -89,6 +89,6 @@ def _begins(position_ids: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
 
 
 def _packed(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, options: dict[str, Any]) -> Tensor:
-    arrays = (q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), pattern.cu_seqlens_q, pattern.cu_seqlens_k)
+    arrays: Any = (q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), pattern.cu_seqlens_q, pattern.cu_seqlens_k)
     out: Tensor = api.attention_varlen(*arrays, window=(pattern.left, pattern.right), **options)
     return out.reshape(*q.shape[:2], *out.shape[1:])

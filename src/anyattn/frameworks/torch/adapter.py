@@ -11,24 +11,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ...definition.dtypes import DTYPES
 from ...definition.problem import Array
 
 logger = logging.getLogger("anyattn")
 
-NAMES = {
-    dtype: str(dtype).removeprefix("torch.")
-    for dtype in (
-        torch.float32,
-        torch.float16,
-        torch.bfloat16,
-        torch.float64,
-        torch.int32,
-        torch.int64,
-        torch.bool,
-        torch.uint8,
-    )
-}
-DTYPES = {name: dtype for dtype, name in NAMES.items()}
+NAMES = {getattr(torch, name): name for name in DTYPES}
+TORCH_DTYPES = {name: dtype for dtype, name in NAMES.items()}
 
 
 class TorchAdapter:
@@ -51,7 +40,7 @@ class TorchAdapter:
         return tuple(key)
 
     def empty(self, shape: Sequence[int], dtype: str, like: Tensor) -> Tensor:
-        wanted = DTYPES[dtype]
+        wanted = TORCH_DTYPES[dtype]
         try:
             if like.dtype is wanted:  # faster so, and a tuple of sizes is slower to parse
                 return like.new_empty(*shape)
@@ -67,6 +56,9 @@ class TorchAdapter:
     def numpy(self, array: Tensor) -> npt.NDArray[Any]:
         array = array.detach().cpu()
         return array.view(torch.uint16).numpy() if array.dtype is torch.bfloat16 else array.numpy()
+
+    def tables_on_host(self, device: str) -> bool:
+        return device == "cpu"
 
 
 adapter = TorchAdapter()

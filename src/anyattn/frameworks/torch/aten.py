@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...definition.problem import SAVED, Options
+from ...definition.inputs import NO_EXTRAS, Extras, Inputs, Saved
+from ...definition.options import Options
 from ...runtime import execute
 from . import functional, ops
 from .adapter import adapter
@@ -34,8 +35,8 @@ def forward(
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """aten::_scaled_dot_product_flash_attention_for_cpu: (output, logsumexp)."""
-    arrays, options = _call(query, key, value, dropout_p, is_causal, attn_mask, scale)
-    result, lse = execute.forward(adapter, arrays, options, None)
+    inputs, options = _call(query, key, value, dropout_p, is_causal, attn_mask, scale)
+    result, lse = execute.forward(adapter, inputs, options, None)
     return _laid_out(result.transpose(1, 2), query), lse.transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -60,11 +61,10 @@ def backward(
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """aten::_scaled_dot_product_flash_attention_for_cpu_backward: (grad_query, grad_key, grad_value)."""
-    arrays, options = _call(query, key, value, dropout_p, is_causal, attn_mask, scale)
-    saved = (out.transpose(1, 2), logsumexp, grad_out.transpose(1, 2), None)
-    saved = ops.contiguous_rows(saved, SAVED)
-    dq, dk, dv, _, _ = execute.backward(adapter, saved, arrays, options, None, want_dbias=False)
-    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+    inputs, options = _call(query, key, value, dropout_p, is_causal, attn_mask, scale)
+    saved = ops.contiguous_saved(Saved(out.transpose(1, 2), logsumexp, grad_out.transpose(1, 2)))
+    grads = execute.backward(adapter, saved, inputs, options, None, absent=("dbias",))
+    return grads.dq.transpose(1, 2), grads.dk.transpose(1, 2), grads.dv.transpose(1, 2)
 
 
 def gpu_forward(
@@ -79,9 +79,9 @@ def gpu_forward(
 ) -> tuple[Any, ...]:
     """aten::_scaled_dot_product_flash_attention: (output, logsumexp, -, -, max_q, max_k, rng_state, unused, unused)."""
     _without_scores(return_debug_mask)
-    arrays, options = _call(query, key, value, dropout_p, is_causal, None, scale)
-    arrays, state = _with_dropout(arrays, dropout_p)
-    out, lse = execute.forward(adapter, arrays, options, None)
+    inputs, options = _call(query, key, value, dropout_p, is_causal, None, scale)
+    inputs, state = _with_dropout(inputs, dropout_p)
+    out, lse = execute.forward(adapter, inputs, options, None)
     sizes = (query.shape[2], key.shape[2])
     return _laid_out(out.transpose(1, 2), query), lse, None, None, *sizes, *state, query.new_empty(0)
 
@@ -105,10 +105,10 @@ def gpu_backward(
     scale: float | None = None,
 ) -> tuple[Tensor, ...]:
     """aten::_scaled_dot_product_flash_attention_backward: (grad_query, grad_key, grad_value)."""
-    arrays, options = _call(query, key, value, dropout_p, is_causal, None, scale)
-    arrays, _ = _with_dropout(arrays, dropout_p, rng_state, unused)
-    saved = ops.contiguous_rows((out.transpose(1, 2), logsumexp, grad_out.transpose(1, 2), None), SAVED)
-    grads = execute.backward(adapter, saved, arrays, options, None)
+    inputs, options = _call(query, key, value, dropout_p, is_causal, None, scale)
+    inputs, _ = _with_dropout(inputs, dropout_p, rng_state, unused)
+    saved = ops.contiguous_saved(Saved(out.transpose(1, 2), logsumexp, grad_out.transpose(1, 2)))
+    grads = execute.backward(adapter, saved, inputs, options, None)
     return tuple(_laid_out(grad.transpose(1, 2), x) for grad, x in zip(grads, (query, key, value), strict=False))
 
 
@@ -117,15 +117,15 @@ def _without_scores(return_debug_mask: bool) -> None:
         raise NotImplementedError("return_debug_mask=True: anyattn keeps no scores")
 
 
-def _with_dropout(arrays: ops.Arrays, p: float, *carried: Tensor) -> tuple[ops.Arrays, tuple[Tensor, ...]]:
-    """The arrays with Philox's state in the last place, and that state in the two tensors in which torch carries it."""
+def _with_dropout(inputs: Inputs, p: float, *carried: Tensor) -> tuple[Inputs, tuple[Tensor, ...]]:
+    """Return the inputs with Philox's state, and that state in the two tensors in which torch carries it."""
     if not p:
-        return arrays, _carry(torch.zeros(2, dtype=torch.int64, device=arrays[0].device))
+        return inputs, _carry(torch.zeros(2, dtype=torch.int64, device=inputs.q.device))
     if not carried:
-        state = functional.random_state(arrays[0])
+        state = functional.random_state(inputs.q)
     else:
         state = torch.stack(carried) if _TWO_STATES else carried[0].view(torch.int64)
-    return (*arrays[:-1], state), _carry(state)
+    return inputs._replace(extras=inputs.extras._replace(rng_state=state)), _carry(state)
 
 
 def _carry(state: Tensor) -> tuple[Tensor, ...]:
@@ -143,14 +143,15 @@ def _call(
     is_causal: bool,
     attn_mask: Tensor | None,
     scale: float | None,
-) -> tuple[ops.Arrays, Options]:
+) -> tuple[Inputs, Options]:
     if attn_mask is not None:  # additive by now, whatever the user gave
         attn_mask = attn_mask[(None,) * (4 - attn_mask.ndim)]
-        wide = torch.float64 if query.dtype is torch.float64 else torch.float32
+        wide = ops.compute_dtype(query)
         attn_mask = attn_mask if attn_mask.dtype in (query.dtype, wide) else attn_mask.to(wide)
-    options = Options(scale, right=0 if is_causal else None, alignment="top-left", dropout_p=dropout_p)
-    arrays = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask, *[None] * 12)
-    return ops.contiguous_rows(arrays), options
+    options = Options(scale=scale, right=0 if is_causal else None, alignment="top-left", dropout_p=dropout_p)
+    extras = NO_EXTRAS if attn_mask is None else Extras(bias=attn_mask)
+    inputs = Inputs(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), extras)
+    return ops.contiguous_inputs(inputs), options
 
 
 def packed_forward(
@@ -178,12 +179,18 @@ def packed_forward(
     if block_table is not None and cum_seq_k is not None:  # it tells lengths alone
         seqused_k = cum_seq_k.diff() if seqused_k is None else seqused_k
         cum_seq_k = None
-    tables = (cum_seq_q, cum_seq_k, None, seqused_k, None, None, block_table, None)
+    extras = Extras(
+        alibi_slopes=alibi_slopes,
+        cu_seqlens_q=cum_seq_q,
+        cu_seqlens_k=cum_seq_k,
+        seqused_k=seqused_k,
+        block_table=block_table,
+    )
     options = _packed_options(dropout_p, is_causal, scale, window_size_left, window_size_right)
     options = options._replace(max_seqlen_q=max_q, max_seqlen_k=max_k, batch_invariant=num_splits == 1)
-    arrays = ops.contiguous_rows((query, key, value, None, None, alibi_slopes, None, *tables, None))
-    arrays, state = _with_dropout(arrays, dropout_p)
-    out, lse = execute.forward(adapter, arrays, options, None)
+    inputs = ops.contiguous_inputs(Inputs(query, key, value, extras))
+    inputs, state = _with_dropout(inputs, dropout_p)
+    out, lse = execute.forward(adapter, inputs, options, None)
     return _laid_out(out, query), lse, *state, query.new_empty(0)
 
 
@@ -210,10 +217,10 @@ def packed_backward(
     """aten::_flash_attention_backward: (grad_query, grad_key, grad_value)."""
     options = _packed_options(dropout_p, is_causal, scale, window_size_left, window_size_right)
     options = options._replace(max_seqlen_q=max_q, max_seqlen_k=max_k)
-    arrays = ops.contiguous_rows((query, key, value, *[None] * 4, cum_seq_q, cum_seq_k, *[None] * 7))
-    arrays, _ = _with_dropout(arrays, dropout_p, rng_state, unused)
-    saved = ops.contiguous_rows((out, logsumexp, grad_out, None), SAVED)
-    grads = execute.backward(adapter, saved, arrays, options, None)
+    inputs = Inputs(query, key, value, Extras(cu_seqlens_q=cum_seq_q, cu_seqlens_k=cum_seq_k))
+    inputs, _ = _with_dropout(ops.contiguous_inputs(inputs), dropout_p, rng_state, unused)
+    saved = ops.contiguous_saved(Saved(out, logsumexp, grad_out))
+    grads = execute.backward(adapter, saved, inputs, options, None)
     return tuple(_laid_out(grad, x) for grad, x in zip(grads, (query, key, value), strict=False))
 
 
@@ -221,7 +228,7 @@ def _packed_options(
     dropout_p: float, is_causal: bool, scale: float | None, left: int | None, right: int | None
 ) -> Options:
     left, right = (None if side is None or side < 0 else side for side in (left, right))
-    return Options(scale, left=left, right=0 if is_causal else right, dropout_p=dropout_p)
+    return Options(scale=scale, left=left, right=0 if is_causal else right, dropout_p=dropout_p)
 
 
 _PACKED = {"_flash_attention_forward": packed_forward, "_flash_attention_backward": packed_backward}

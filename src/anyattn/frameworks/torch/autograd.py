@@ -2,105 +2,84 @@
 
 from __future__ import annotations
 
+import inspect
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...definition.problem import Options
+from ...definition.inputs import GRADIENTS, NO_EXTRAS, Extras, Gradients, Inputs, Saved, flatten, make_inputs
+from ...definition.options import Options
+from ...definition.passes import FORWARD
 from ...runtime import dispatch, execute
 from . import batching, fastpath, ops
 from .adapter import adapter
 
+Results = tuple[Tensor | None, ...]
+
 
 class Static(NamedTuple):
-    """What a call is besides its tensors."""
+    """All of a call that is no tensor. metadata: of its arrays, for the way without the operator."""
 
-    lse_gradient: bool
-    backend: str
     options: Options
+    backend: str
+    lse_gradient: bool
+    metadata: Any = None
 
 
 class Attention(torch.autograd.Function):
-    """(out, lse) from the arrays of INPUTS, at top level as autograd needs them, and a Static."""
+    """(out, lse) from a Static and the inputs of the forward pass, at top level as autograd needs them."""
 
     @staticmethod
-    def forward(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        bias: Tensor | None,
-        mask: Tensor | None,
-        alibi_slopes: Tensor | None,
-        sink: Tensor | None,
-        cu_seqlens_q: Tensor | None,
-        cu_seqlens_k: Tensor | None,
-        seqused_q: Tensor | None,
-        seqused_k: Tensor | None,
-        leftpad_k: Tensor | None,
-        offset: Tensor | None,
-        block_table: Tensor | None,
-        cache_batch_idx: Tensor | None,
-        rng_state: Tensor | None,
-        static: Static,
-    ) -> tuple[Tensor, Tensor]:
-        # Dynamo counts these parameters: with *inputs it would pass a context as well
-        scores = (bias, mask, alibi_slopes, sink)
-        tables = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k, offset, block_table, cache_batch_idx)
-        out, lse = ops.forward(q, k, v, *scores, *tables, rng_state, *static.options, static.backend)
-        return out, lse
+    def forward(static: Static, *arrays: Tensor | None) -> tuple[Tensor, Tensor]:
+        return ops.call_forward(make_inputs(*arrays), static.options, static.backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        *arrays, static = inputs
-        _save(ctx, arrays, static, *output)
+        static, *arrays = inputs
+        _save(ctx, static, arrays, *output)
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Results:
         *arrays, out, lse = ctx.saved_tensors
-        static, needs = ctx.static, ctx.needs_input_grad
+        static, inputs = ctx.static, make_inputs(*arrays)
         dout = torch.zeros_like(out) if dout is None else dout
-        dlse = dlse if static.lse_gradient else None
-        want_dbias, want_dsink = (needs[3], needs[6]) if len(arrays) > 3 else (False, False)
-        saved, tail = (out, lse, dout, dlse), (static.backend, want_dbias, want_dsink)
-        create_graph = torch.is_grad_enabled()  # or torch.func
-        metadata = None if create_graph else fastpath.metadata((*arrays, *saved))
-        if metadata is not None:
-            call = (saved, tuple(arrays), static.options, static.backend, metadata)
-            grads = execute.backward(adapter, *call, want_dbias=want_dbias, want_dsink=want_dsink)
-        else:
-            tensors = (dout, *execute.full(tuple(arrays)), out, lse, dlse)
-            if create_graph:
-                grads = AttentionGradients.apply(*tensors, (*static.options, *tail))
-            else:
-                grads = ops.backward(*tensors, *static.options, *tail)
-        dq, dk, dv, dbias, dsink = grads
-        grads = (dq, dk, dv, dbias if want_dbias else None, None, None, dsink if want_dsink else None, *[None] * 11)
-        return grads[: len(needs)]
+        saved = Saved(out, lse, dout, dlse if static.lse_gradient else None)
+        _, _, _, _, *needs = ctx.needs_input_grad  # of the optional arrays, if they were passed
+        wants = _wants(Extras(*needs)) if needs else tuple(False for _ in GRADIENTS)
+        grads = _gradients(saved, inputs, static, wants)
+        found = {name: getattr(grads, f"d{name}") for name, want in zip(GRADIENTS, wants, strict=True) if want}
+        extras = NO_EXTRAS._replace(**found) if needs else ()
+        return (None, grads.dq, grads.dk, grads.dv, *extras)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
-        return batching.forward(
-            info.batch_size, in_dims[:-1], inputs[:-1], lambda *arrays: Attention.apply(*arrays, inputs[-1])
-        )
+    def vmap(info: Any, in_dims: tuple[Any, ...], static: Static, *arrays: Any) -> tuple[Any, Any]:
+        _, *dims = in_dims
+        return batching.forward(info.batch_size, dims, arrays, lambda *xs: Attention.apply(static, *xs))
+
+
+# Dynamo counts the parameters: of *arrays alone it would think that a context comes first.
+_parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY) for name in ("static", *FORWARD.inputs)]
+Attention.forward.__signature__ = inspect.Signature(_parameters)  # type: ignore[attr-defined]
 
 
 class DirectAttention(torch.autograd.Function):
-    """The same by the kernel itself, without its operator and setup_context, perhaps from q, k and v alone."""
+    """Attention in plain eager execution: without operator and setup_context; of a plain call, q, k and v alone."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        *arrays, static, metadata = inputs
-        out, lse = execute.forward(adapter, tuple(arrays), static.options, static.backend, metadata)
-        _save(ctx, arrays, static, out, lse)
+    def forward(ctx: Any, static: Static, *arrays: Any) -> tuple[Tensor, Tensor]:
+        inputs = make_inputs(*arrays)
+        out, lse = execute.forward(adapter, inputs, static.options, static.backend, static.metadata)
+        _save(ctx, static, arrays, out, lse)
         return out, lse
 
     backward = staticmethod(Attention.backward)
 
 
-def _save(ctx: Any, arrays: Sequence[Any], static: Static, out: Tensor, lse: Tensor) -> None:
-    """What the backward needs."""
+def _save(ctx: Any, static: Static, arrays: Sequence[Any], out: Tensor, lse: Tensor) -> None:
+    """Save what the backward needs."""
     ctx.static = static
     ctx.save_for_backward(*arrays, out, lse)
     ctx.set_materialize_grads(False)
@@ -108,16 +87,45 @@ def _save(ctx: Any, arrays: Sequence[Any], static: Static, out: Tensor, lse: Ten
         ctx.mark_non_differentiable(lse)
 
 
+_of_gradients = operator.attrgetter(*GRADIENTS)
+
+
+def _wants(needs: Extras) -> tuple[bool, ...]:
+    return tuple([getattr(needs, name) for name in GRADIENTS])
+
+
+def _gradients(saved: Saved, inputs: Inputs, static: Static, wants: tuple[bool, ...]) -> Gradients:
+    """Return the gradients, by the backend itself in plain eager execution, otherwise by the operator."""
+    create_graph = torch.is_grad_enabled()  # or torch.func
+    metadata = None if create_graph else fastpath.metadata(flatten(inputs, saved))
+    if metadata is not None:
+        absent = ops.absent(wants)
+        return execute.backward(adapter, saved, inputs, static.options, static.backend, metadata, absent=absent)
+    if create_graph:
+        call = GradientsCall(static.options, static.backend, wants)
+        q, k, v, extras = inputs
+        return Gradients(*AttentionGradients.apply(call, q, k, v, *saved, *extras))
+    return ops.call_backward(saved, inputs, static.options, static.backend, wants)
+
+
+class GradientsCall(NamedTuple):
+    """All of a call of `backward` that is no tensor."""
+
+    options: Options
+    backend: str
+    wants: tuple[bool, ...]
+
+
 class AttentionGradients(torch.autograd.Function):
     """The operator `backward`, with a derivative (a second derivative of attention) that raises instead of lying."""
 
     @staticmethod
-    def forward(*inputs: Any) -> ops.Arrays:
-        results: ops.Arrays = ops.backward(*inputs[:-1], *inputs[-1])
+    def forward(call: GradientsCall, *arrays: Any) -> tuple[Tensor, ...]:
+        results: tuple[Tensor, ...] = ops.backward(*arrays, *call.options, call.backend, *call.wants)
         return results
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: ops.Arrays) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         pass
 
     @staticmethod
@@ -125,14 +133,13 @@ class AttentionGradients(torch.autograd.Function):
         raise NotImplementedError("anyattn has no second derivative: its backward cannot be differentiated")
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
-        return batching.backward(
-            info.batch_size, in_dims[:-1], inputs[:-1], lambda *tensors: AttentionGradients.apply(*tensors, inputs[-1])
-        )
+    def vmap(info: Any, in_dims: tuple[Any, ...], call: GradientsCall, *arrays: Any) -> tuple[Any, Any]:
+        _, *dims = in_dims
+        return batching.backward(info.batch_size, dims, arrays, lambda *xs: AttentionGradients.apply(call, *xs))
 
 
 class AttentionWithTangents(Attention):
-    """Where tangents may be: forward mode is not built. A class apart, since Dynamo refuses any that defines jvp."""
+    """Attention where tangents may come, which are refused. A class apart, since Dynamo refuses any that has a jvp."""
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -143,38 +150,34 @@ _direct = fastpath.base_apply(DirectAttention)
 
 
 def attention(
-    arrays: ops.Arrays,
-    metadata: ops.Arrays | None,
+    inputs: Inputs,
+    metadata: tuple[Any, ...] | None,
     options: Options,
     lse_gradient: bool,
     backend: str,
     *,
     want_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse), differentiable in q, k, v, bias and sink, and through lse if asked for.
+    """Return (out, lse), differentiable in q, k, v and the arrays of GRADIENTS, and through lse if asked for.
 
     metadata: of the arrays, where nothing watches; else None. want_lse: otherwise lse may be None.
     """
     if metadata is not None:
-        if not (torch.is_grad_enabled() and _differentiated(*arrays[:7])):
-            return execute.forward(adapter, arrays, options, backend, metadata, want_lse=want_lse)
+        if not (torch.is_grad_enabled() and _is_differentiated(inputs)):
+            return execute.forward(adapter, inputs, options, backend, metadata, want_lse=want_lse)
         # named now: the backward may run outside this `with backend(...)`
         named = backend or ",".join(dispatch.named(None))
-        out, lse = _direct(*arrays, Static(lse_gradient, named, options), metadata)
+        out, lse = _direct(Static(options, named, lse_gradient, metadata), *flatten(inputs))
         return out, lse
     fastpath.break_inside_transforms()
     function = AttentionWithTangents if fastpath.forward_mode() else Attention
-    out, lse = function.apply(*fastpath.distinct(arrays), Static(lse_gradient, backend, options))
+    q, k, v, extras = inputs
+    out, lse = function.apply(Static(options, backend, lse_gradient), *fastpath.distinct((q, k, v, *extras)))
     return out, lse
 
 
-def _differentiated(
-    q: Tensor, k: Tensor, v: Tensor, bias: Any = None, mask: Any = None, alibi_slopes: Any = None, sink: Any = None
-) -> bool:
-    return (
-        q.requires_grad
-        or k.requires_grad
-        or v.requires_grad
-        or (bias is not None and bias.requires_grad)
-        or (sink is not None and sink.requires_grad)
-    )
+def _is_differentiated(inputs: Inputs) -> bool:
+    q, k, v, extras = inputs
+    if q.requires_grad or k.requires_grad or v.requires_grad:
+        return True
+    return extras is not NO_EXTRAS and any(x is not None and x.requires_grad for x in _of_gradients(extras))

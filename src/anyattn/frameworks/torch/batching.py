@@ -8,38 +8,54 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...definition.problem import INPUTS, TABLES
+from ...definition.inputs import FIELDS, HEADS, SCORES, STATE
+from ...definition.passes import BACKWARD, FORWARD
 from . import ops
 
 Dims = Sequence["int | None"]
 Results = tuple[Tensor, ...]
+Mapped = dict[str, tuple[Tensor, "int | None"]]  # the arrays that are given, and the dimension of their samples
 
 
-def fold(samples: int, dims: Dims, arrays: ops.Arrays, *, gradients: bool = False) -> ops.Arrays | None:
-    """The arrays of all samples as those of one call (batch entry n * batch + b), or None where only a loop is right.
+def fold(samples: int, given: Mapped, *, gradients: bool = False) -> dict[str, Tensor] | None:
+    """Return the arrays of all samples as one call's (batch entry n * batch + b), or None if only a loop is right.
 
     `gradients`: the results hold one gradient per sample of every array, of those that the samples share as well.
     """
-    given = {name: (x, dim) for name, x, dim in zip(INPUTS, arrays, dims, strict=True) if x is not None}
     mapped = {name for name, (_, dim) in given.items() if dim is not None}
-    if given.keys() & {"cu_seqlens_q", "cu_seqlens_k", "rng_state"} or "sink" in (given if gradients else mapped):
+    if any(_needs_loop(name, name in mapped or gradients) for name in given):
         return None
     paged = bool(given.keys() & {"block_table", "cache_batch_idx"})
     if paged and (gradients or mapped & {"k", "v"}):
         return None
     q = _front(samples, *given["q"])
-    folded: dict[str, Tensor | None] = {}
+    folded: dict[str, Tensor] = {}
     for name, (x, dim) in given.items():
-        if name in ("bias", "mask", "alibi_slopes"):
-            folded[name] = _fold_score(samples, q.shape[1], x, dim, per_sample=gradients and name == "bias")
-            if folded[name] is None:
+        if name in FIELDS and FIELDS[name].kind in (SCORES, HEADS) and not _is_shared(name):
+            per_sample = gradients and FIELDS[name].gradient
+            score = _fold_score(samples, q.shape[1], x, dim, per_sample=per_sample)
+            if score is None:
                 return None
-        elif name == "sink" or (paged and name in ("k", "v")):
+            folded[name] = score
+        elif _is_shared(name) or (paged and name in ("k", "v")):
             folded[name] = x
         else:
-            assert name in ("q", "k", "v", *TABLES)
             folded[name] = _front(samples, x, dim).flatten(0, 1)
-    return tuple(folded.get(name) for name in INPUTS)
+    return folded
+
+
+def _is_shared(name: str) -> bool:
+    """Return whether an array has one number per head for all sequences, so that samples cannot differ in one call."""
+    return name in FIELDS and FIELDS[name].kind == HEADS and all("batch" not in shape for shape in FIELDS[name].shapes)
+
+
+def _needs_loop(name: str, differs: bool) -> bool:
+    """Return whether an array forbids one call: boundaries of packed sequences, dropout's state, numbers of heads."""
+    if name not in FIELDS:
+        return False
+    field = FIELDS[name]
+    packed = any("batch + 1" in shape for shape in field.shapes)
+    return packed or field.kind == STATE or (_is_shared(name) and differs)
 
 
 def _fold_score(samples: int, batch: int, x: Tensor, dim: int | None, *, per_sample: bool) -> Tensor | None:
@@ -76,40 +92,49 @@ def loop(samples: int, dims: Dims, inputs: Sequence[Any], call: Callable[..., Se
 
 
 def forward(
-    samples: int, dims: Dims, arrays: ops.Arrays, call: Callable[..., Results]
+    samples: int, dims: Dims, arrays: Sequence[Any], call: Callable[..., Results]
 ) -> tuple[Results, tuple[int, int]]:
-    """(results, their dims) of `call(*arrays)`, one call or one per sample."""
-    folded = fold(samples, dims, arrays)
+    """Return (results, their dims) of `call(*arrays)`, inputs of the forward pass, in one call or one per sample."""
+    folded = fold(samples, _given(FORWARD.inputs, arrays, dims))
     if folded is None:
         return loop(samples, dims, arrays, call), (0, 0)
-    return unfold(samples, call(*folded)), (0, 0)
+    return unfold(samples, call(*[folded.get(name) for name in FORWARD.inputs])), (0, 0)
 
 
 def backward(
-    samples: int, dims: Dims, tensors: Sequence[Any], call: Callable[..., Results]
+    samples: int, dims: Dims, arrays: Sequence[Any], call: Callable[..., Results]
 ) -> tuple[Results, tuple[int, ...]]:
-    """The same for `call(dout, *arrays, out, lse, dlse)`: one gradient per sample of every array."""
-    dout, *arrays, out, lse, dlse = tensors
-    folded = fold(samples, dims[1:-3], tuple(arrays), gradients=True)
+    """Return the same for the inputs of the backward pass: one gradient per sample of every array."""
+    given = _given(BACKWARD.inputs, arrays, dims)
+    folded = fold(samples, given, gradients=True)
     if folded is None:
-        return loop(samples, dims, tensors, call), (0,) * 5
-    saved = [
-        None if x is None else _front(samples, x, dim).flatten(0, 1)
-        for x, dim in zip((dout, out, lse, dlse), (dims[0], *dims[-3:]), strict=True)
-    ]
-    return unfold(samples, call(saved[0], *folded, *saved[1:])), (0,) * 5
+        return loop(samples, dims, arrays, call), tuple(0 for _ in BACKWARD.outputs)
+    results = unfold(samples, call(*[folded.get(name) for name in BACKWARD.inputs]))
+    return results, tuple(0 for _ in BACKWARD.outputs)
+
+
+def _given(names: Sequence[str], arrays: Sequence[Any], dims: Dims) -> Mapped:
+    """Return the arrays that are given; the dispatcher may have stripped the dims of trailing defaults."""
+    padded = (*dims, *(None for _ in arrays))
+    return {name: (x, dim) for name, x, dim in zip(names, arrays, padded, strict=False) if x is not None}
 
 
 @torch.library.register_vmap("anyattn::forward", lib=ops.library)
 def _forward(info: Any, in_dims: Dims, *arguments: Any) -> tuple[Results, tuple[int, int]]:
-    arrays, options, backend = ops.forward_arguments(arguments)
-    dims = (*in_dims, *[None] * len(arrays))[: len(arrays)]
-    return forward(info.batch_size, dims, arrays, lambda *xs: ops.forward(*xs, *options, backend))
+    inputs, options, backend = ops.forward_arguments(arguments)
+    q, k, v, extras = inputs
+    dims = _array_dims(in_dims, FORWARD.inputs)
+    return forward(info.batch_size, dims, (q, k, v, *extras), lambda *xs: ops.forward(*xs, *options, backend))
 
 
 @torch.library.register_vmap("anyattn::backward", lib=ops.library)
 def _backward(info: Any, in_dims: Dims, *arguments: Any) -> tuple[Results, tuple[int, ...]]:
-    (out, lse, dout, dlse), arrays, options, *rest = ops.backward_arguments(arguments)
-    tensors = (dout, *arrays, out, lse, dlse)
-    dims = (*in_dims, None)[: len(tensors)]  # the dispatcher may have stripped dlse
-    return backward(info.batch_size, dims, tensors, lambda *xs: ops.backward(*xs, *options, *rest))
+    saved, inputs, options, backend, wants = ops.backward_arguments(arguments)
+    q, k, v, extras = inputs
+    arrays, dims = (q, k, v, *saved, *extras), _array_dims(in_dims, BACKWARD.inputs)
+    return backward(info.batch_size, dims, arrays, lambda *xs: ops.backward(*xs, *options, backend, *wants))
+
+
+def _array_dims(in_dims: Dims, names: Sequence[str]) -> Dims:
+    """Return one dimension per array: those of options are dropped, and stripped ones are None."""
+    return [dim for _, dim in zip(names, (*in_dims, *(None for _ in names)), strict=False)]

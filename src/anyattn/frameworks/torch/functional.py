@@ -13,103 +13,103 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...definition.inputs import (
+    FIELDS,
+    HEADS,
+    NO_EXTRAS,
+    SCORES,
+    STATE,
+    TABLE,
+    Appended,
+    Extras,
+    Gradients,
+    Inputs,
+    Saved,
+    flatten,
+    reshape_gradients,
+)
 from ...definition.kvcache import LABELS
-from ...definition.problem import TABLES, Options
+from ...definition.options import Options, Rotation
 from ...runtime import dispatch, execute
 from . import autograd, fastpath, kvcache, ops
 from .adapter import adapter
 
-Arrays = ops.Arrays
-
 
 def attention(
-    arrays: Arrays, options: Options, seed: int | None, return_lse: bool, backend: str | None, *, want_lse: bool = False
+    inputs: Inputs,
+    options: Options,
+    seed: int | None,
+    return_lse: bool,
+    backend: str | None,
+    *,
+    want_lse: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) with autograd; draws the dropout state from torch's generator where none is given.
+    """Return (out, lse) with autograd; draw the dropout state from torch's generator where none is given.
 
     With return_lse gradients flow through lse; want_lse asks for its values alone. With neither it may be None.
     """
     metadata = None
-    if seed is None and not options.dropout_p and _bare(arrays) and not fastpath.maybe_autocast():
-        arrays = arrays[:3]
-        if arrays[1] is not None and arrays[2] is not None:
-            metadata = fastpath.metadata(arrays)  # all the preparation that the commonest call needs
+    if seed is None and not options.dropout_p and not fastpath.maybe_autocast() and inputs.extras is NO_EXTRAS:
+        q, k, v, _ = inputs
+        if k is not None and v is not None:
+            metadata = fastpath.metadata((q, k, v))  # all the preparation that the commonest call needs
     if metadata is None:
-        arrays = prepare(execute.full(arrays), seed, draw=options.dropout_p != 0)
-        metadata = fastpath.metadata(arrays)
-    return autograd.attention(arrays, metadata, options, return_lse, backend or "", want_lse=want_lse or return_lse)
+        inputs = prepare(inputs, seed, draw=options.dropout_p != 0)
+        metadata = fastpath.metadata(flatten(inputs))
+    return autograd.attention(inputs, metadata, options, return_lse, backend or "", want_lse=want_lse or return_lse)
 
 
-def _bare(arrays: Arrays) -> bool:
-    """Whether only q, k and v are given."""
-    _, _, _, a, b, c, d, e, f, g, h, i, j, l, m, n = arrays
-    return a is b is c is d is e is f is g is h is i is j is l is m is n is None
-
-
-def forward(arrays: Arrays, options: Options, seed: int | None, backend: str | None) -> tuple[Tensor, Tensor]:
-    """(out, lse) without autograd."""
-    prepared = _detach(prepare(arrays, seed))
-    metadata = fastpath.metadata(prepared)
+def forward(inputs: Inputs, options: Options, seed: int | None, backend: str | None) -> tuple[Tensor, Tensor]:
+    """Return (out, lse) without autograd."""
+    prepared = detach(prepare(inputs, seed))
+    metadata = fastpath.metadata(flatten(prepared))
     if metadata is not None:
         return execute.forward(adapter, prepared, options, backend, metadata)
-    out, lse = ops.forward(*prepared, *options, backend or "")
-    return out, lse
+    return ops.call_forward(prepared, options, backend or "")
 
 
-def backward(saved: Arrays, arrays: Arrays, options: Options, seed: int | None, backend: str | None) -> Arrays:
-    """(dq, dk, dv, dbias or None, dsink or None) from saved = (out, lse, dout, dlse or None)."""
-    prepared = _detach(prepare(arrays, seed))
-    for name, x in zip(("out", "lse", "dout"), saved[:3], strict=True):
-        _tensor(name, x)
-    out, lse, dout, dlse = _detach(saved)
-    dlse = None if dlse is None else _tensor("dlse", dlse)
-    metadata = fastpath.metadata((*prepared, out, lse, dout, dlse))
+def backward(saved: Saved, inputs: Inputs, options: Options, seed: int | None, backend: str | None) -> Gradients:
+    """Return the gradients; that of a bias has the shape in which the bias came."""
+    prepared = detach(prepare(inputs, seed))
+    given = {name: x if x is None and name == "dlse" else _tensor(name, x) for name, x in saved._asdict().items()}
+    saved = Saved(*[None if x is None else x.detach() for x in given.values()])
+    metadata = fastpath.metadata(flatten(prepared, saved))
     if metadata is not None:
-        grads = execute.backward(adapter, (out, lse, dout, dlse), prepared, options, backend, metadata)
+        grads = execute.backward(adapter, saved, prepared, options, backend, metadata)
     else:
-        grads = ops.backward(dout, *prepared, out, lse, dlse, *options, backend or "")
-    dq, dk, dv, dbias, dsink = grads
-    dbias = None if arrays[3] is None else dbias.reshape(arrays[3].shape)
-    return dq, dk, dv, dbias, None if arrays[6] is None else dsink
+        grads = ops.call_backward(saved, prepared, options, backend or "")
+    return reshape_gradients(grads, inputs.extras)
 
 
-def explain(arrays: Arrays, options: Options, seed: int | None, backend: str | None) -> dispatch.Explanation:
-    return execute.explain(adapter, ops.contiguous_rows(prepare(arrays, seed)), options, backend)
+def explain(inputs: Inputs, options: Options, seed: int | None, backend: str | None) -> dispatch.Explanation:
+    return execute.explain(adapter, ops.contiguous_inputs(prepare(inputs, seed)), options, backend)
 
 
-def warmup(arrays: Arrays, options: Options, seed: int | None, backend: str | None, *, backward: bool) -> None:
-    execute.warmup(adapter, ops.contiguous_rows(prepare(arrays, seed)), options, backend, backward=backward)
+def warmup(inputs: Inputs, options: Options, seed: int | None, backend: str | None, *, backward: bool) -> None:
+    execute.warmup(adapter, ops.contiguous_inputs(prepare(inputs, seed)), options, backend, backward=backward)
 
 
-def check(arrays: Arrays, options: Options, backend: str | None) -> None:
-    execute.check(adapter, ops.contiguous_rows(prepare(arrays, None)), options, backend)
+def check(inputs: Inputs, options: Options, backend: str | None) -> None:
+    execute.check(adapter, ops.contiguous_inputs(prepare(inputs, None)), options, backend)
 
 
 def append(
-    arrays: dict[str, Any],
-    *,
-    check: Callable[[Tensor | None], None],
-    interleaved: bool,
-    by_row: bool,
-    backend: str | None,
+    arrays: Appended, rotation: Rotation, backend: str | None, *, check: Callable[[Tensor | None], None]
 ) -> tuple[Tensor, Tensor | None]:
-    """Appends to the cache in place; returns q (rotated) and the keys in use per sequence (None: all).
-
-    `check` is given the latter and raises if the attention would; it runs before anything is written.
-    """
-    q, lengths = _tensor("q", arrays["q"]), arrays["cache_seqlens"]
+    """Append to the cache in place; return q (rotated) and the keys in use per sequence (None: all)."""
+    q, lengths = _tensor("q", arrays.q), arrays.cache_seqlens
     if lengths is not None:
         batch = q.shape[0] if q.ndim else 0
         if isinstance(lengths, (int, np.integer)):
             lengths = per_sequence("cache_seqlens", lengths, batch, q.device)
         lengths = table("cache_seqlens", lengths)
-    if arrays["new_k"] is None:
-        if arrays["new_v"] is not None or arrays["rotary_cos"] is not None:
+    if arrays.new_k is None:
+        if arrays.new_v is not None or arrays.rotary_cos is not None:
             raise ValueError("v and rotary_cos need k, the new keys, as well")
         return q, lengths
     given: dict[str, Any] = {
         name: None if x is None else _tensor(LABELS.get(name, name), x)
-        for name, x in arrays.items()
+        for name, x in arrays._asdict().items()
         if name != "cache_seqlens"
     }
     given["cache_seqlens"] = lengths
@@ -122,9 +122,8 @@ def append(
     if _autocast_dtype(q) is not None:
         for name in ("q", "new_k", "new_v"):  # the cache's dtype is what it is
             given[name] = given[name].to(given["k"].dtype) if given[name].dtype in _CASTABLE else given[name]
-    used = None if lengths is None else lengths + sum(given["new_k"].shape[1:2])  # of another rank, it is refused below
-    rotation = {"interleaved": interleaved, "by_row": by_row}
-    return kvcache.append(given, check=lambda: check(used), **rotation, backend=backend), used
+    used = None if lengths is None else lengths + sum(given["new_k"].shape[1:2])  # of another rank, it is refused later
+    return kvcache.append(Appended(**given), rotation, backend, check=lambda: check(used)), used
 
 
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,33 +138,28 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
     return (a + weight * (b - a)).to(out_a.dtype), lse
 
 
-def prepare(arrays: Arrays, seed: int | None, *, draw: bool = False) -> Arrays:
-    """The arrays as the operators take them. Conversions are outside the autograd.Function, so gradients pass them."""
-    q, k, v, bias, mask, slopes, sink = arrays[:7]
-    tables, rng_state = arrays[7:15], arrays[15]
+def prepare(inputs: Inputs, seed: int | None, *, draw: bool = False) -> Inputs:
+    """Return the arrays as the operators take them.
+
+    Conversions are outside the autograd.Function, so gradients pass them. draw: a state of dropout is needed.
+    """
+    q, k, v, extras = inputs
     if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
-        q, k, v = (_tensor(name, x) for name, x in zip("qkv", (q, k, v), strict=True))
+        q, k, v = _tensor("q", q), _tensor("k", k), _tensor("v", v)
     low = _autocast_dtype(q)
     if low is not None:
         q, k, v = (x.to(low) if x.dtype in _CASTABLE else x for x in (q, k, v))
-    if bias is not None:
-        bias = _scores("bias", bias)
-        if low is not None and bias.dtype in _CASTABLE - {torch.float32}:
-            bias = bias.to(low)  # float32 is accepted beside any dtype
-    if mask is not None:
-        mask = _scores("mask", mask)
-    if slopes is not None:
-        slopes = _floats("alibi_slopes", slopes, q.dtype)
-        if slopes.requires_grad and torch.is_grad_enabled():
-            raise ValueError("alibi_slopes requires grad, but has no gradient here: pass alibi_slopes.detach()")
-    if sink is not None:
-        sink = _floats("sink", sink, q.dtype)
-    cu_q, cu_k, used_q, used_k, leftpad, offset, pages, entries = tables
-    if not (cu_q is cu_k is used_q is used_k is leftpad is offset is pages is entries is None):
-        tables = _tables(q, tables)
-    if seed is not None or rng_state is not None or draw:
-        rng_state = random_state(q, seed, rng_state)
-    return (q, k, v, bias, mask, slopes, sink, *tables, rng_state)
+    given: dict[str, Any] = {}
+    for name, x in zip(Extras._fields, extras, strict=True):
+        if x is not None:
+            given[name] = _PREPARE[FIELDS[name].kind](name, x, q, extras.cu_seqlens_q)
+    if low is not None:
+        for name, x in given.items():
+            if FIELDS[name].kind == SCORES and x.dtype in _CASTABLE - {torch.float32}:
+                given[name] = x.to(low)  # float32 is accepted with any dtype
+    if seed is not None or draw:
+        given["rng_state"] = random_state(q, seed, extras.rng_state)
+    return Inputs(q, k, v, Extras(**given) if given else NO_EXTRAS)
 
 
 _CASTABLE = frozenset((torch.float32, torch.float16, torch.bfloat16))
@@ -187,26 +181,34 @@ def _tensor(name: str, array: Any) -> Tensor:
     return array
 
 
-def _scores(name: str, array: Any) -> Tensor:
-    """A view with four dimensions."""
+def _prepare_scores(name: str, array: Any, q: Tensor, cu_seqlens_q: Any) -> Tensor:
+    """Return a view with four dimensions."""
     x = _tensor(name, array)
     return x.reshape((1,) * (4 - x.ndim) + tuple(x.shape)) if x.ndim < 4 else x
 
 
-def _floats(name: str, array: Any, dtype: torch.dtype) -> Tensor:
+def _prepare_heads(name: str, array: Any, q: Tensor, cu_seqlens_q: Any) -> Tensor:
     x = _tensor(name, array)
     if not x.is_floating_point():
         raise TypeError(f"{name} must be floating point; got {x.dtype}")
-    return x.to(torch.float64 if dtype is torch.float64 else torch.float32).contiguous()
+    x = x.to(ops.compute_dtype(q)).contiguous()
+    if not FIELDS[name].gradient and x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} requires grad, but has no gradient here: pass {name}.detach()")
+    return x
 
 
-def _tables(q: Tensor, tables: Arrays) -> Arrays:
-    given = dict(zip(TABLES, tables, strict=True))
-    if isinstance(given["offset"], (int, np.integer)):
-        cu_seqlens_q = given["cu_seqlens_q"]
+def _prepare_table(name: str, array: Any, q: Tensor, cu_seqlens_q: Any) -> Tensor:
+    if FIELDS[name].scalar and isinstance(array, (int, np.integer)):
         batch = q.shape[0] if cu_seqlens_q is None else _tensor("cu_seqlens_q", cu_seqlens_q).shape[0] - 1
-        given["offset"] = per_sequence("offset", given["offset"], batch, q.device)
-    return tuple([None if x is None else table(name, x) for name, x in given.items()])
+        array = per_sequence(name, array, batch, q.device)
+    return table(name, array)
+
+
+def _prepare_state(name: str, array: Any, q: Tensor, cu_seqlens_q: Any) -> Tensor:
+    return _tensor(name, array).contiguous()
+
+
+_PREPARE = {SCORES: _prepare_scores, HEADS: _prepare_heads, TABLE: _prepare_table, STATE: _prepare_state}
 
 
 def per_sequence(name: str, value: Any, batch: int, device: torch.device) -> Tensor:
@@ -249,5 +251,9 @@ def random_state(q: Tensor, seed: int | None = None, rng_state: Any = None) -> T
     return torch.nn.functional.pad(torch.full((1,), number, dtype=torch.int64, device=q.device), (0, 1))
 
 
-def _detach(arrays: Arrays) -> Arrays:
-    return tuple([x.detach() if isinstance(x, Tensor) else x for x in arrays])
+def detach(inputs: Inputs) -> Inputs:
+    """Return the inputs without their history of gradients."""
+    q, k, v, extras = inputs
+    if extras is not NO_EXTRAS:
+        extras = Extras(*[None if x is None else x.detach() for x in extras])
+    return Inputs(q.detach(), k.detach(), v.detach(), extras)

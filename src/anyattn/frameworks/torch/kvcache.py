@@ -12,7 +12,11 @@ import torch
 from torch import Tensor
 
 from ...config.settings import current
-from ...definition.kvcache import ARRAYS, Room, check_append, make_append, room
+from ...definition import kvcache
+from ...definition.inputs import Appended
+from ...definition.kvcache import Room, check_append
+from ...definition.options import Rotation
+from ...definition.problem import described
 from ...runtime import execute
 from . import fastpath, ops
 from .adapter import adapter, rows
@@ -21,39 +25,38 @@ from .rotary import rotate
 TABLES = ("cache_seqlens", "cache_batch_idx", "block_table")
 
 
-def append(
-    given: dict[str, Any], *, check: Callable[[], None], interleaved: bool, by_row: bool, backend: str | None
-) -> Tensor:
-    """Writes new_k, rotated, and new_v into the cache k and v; returns q, rotated. Tables are int32."""
-    for name in ("k", "v"):  # attention would copy it, all of it, at every step
-        cache = given[name]
+def append(arrays: Appended, rotation: Rotation, backend: str | None, *, check: Callable[[], None]) -> Tensor:
+    """Write new_k, rotated, and new_v into the cache k and v; return q, rotated. Tables are int32."""
+    for name, cache in (("k", arrays.k), ("v", arrays.v)):  # attention would copy it, all of it, at every step
         if cache is not None and cache.ndim and cache.stride(-1) != 1 and cache.shape[-1] != 1:
             raise ValueError(f"{name}_cache must be contiguous in its last dimension; got strides {cache.stride()}")
-    if not fastpath.plain(tuple(given.values())):
-        return _traced(given, interleaved=interleaved, by_row=by_row)
-    prepared = {name: x if x is None or name in TABLES else rows(name, x) for name, x in given.items()}
-    options: dict[str, Any] = {"interleaved": interleaved, "by_row": by_row, "backend": backend}
-    q: Tensor = execute.append(adapter, prepared, check=check, **options)
-    for name in ("k", "v"):
-        if not given[name].is_inference():
-            torch.autograd.graph.increment_version(given[name])
+    if not fastpath.plain(arrays):
+        return _traced(arrays, rotation)
+    prepared = [x if x is None or name in TABLES else rows(name, x) for name, x in arrays._asdict().items()]
+    q: Tensor = execute.append(adapter, Appended(*prepared), rotation, backend, check=check)
+    for cache in (arrays.k, arrays.v):
+        if not cache.is_inference():
+            torch.autograd.graph.increment_version(cache)
     return q
 
 
-def _traced(given: dict[str, Any], *, interleaved: bool, by_row: bool) -> Tensor:
-    described = {name: None if given[name] is None else adapter.describe(given[name]) for name in ARRAYS}
-    problem = make_append(described, interleaved=interleaved, by_row=by_row)
-    q: Tensor = given["q"]
-    new_k: Tensor = given["new_k"]
-    lengths, entry, row = torch.ops.anyattn.cache_slots(*[given[name] for name in TABLES], *room(problem))
-    if problem.rotary_dim:
-        tables = (given["rotary_cos"], given["rotary_sin"])
+def _traced(arrays: Appended, rotation: Rotation) -> Tensor:
+    given = described(Appended._fields, arrays, adapter.describe)
+    kvcache.check_arrays(given)
+    q: Tensor = arrays.q
+    new_k: Tensor = arrays.new_k
+    tables = (arrays.cache_seqlens, arrays.cache_batch_idx, arrays.block_table)
+    room = kvcache.room(given, by_row=rotation.by_row)
+    lengths, entry, row = torch.ops.anyattn.cache_slots(*tables, *room)
+    if arrays.rotary_cos is not None:
+        angles = (arrays.rotary_cos, arrays.rotary_sin)
         first = lengths[:, None]
-        positions = first + torch.arange(q.shape[1], device=q.device) if by_row else first
-        q = rotate(q, *tables, positions, interleaved)
-        new_k = rotate(new_k, *tables, first + torch.arange(problem.seqlen_new, device=q.device), interleaved)
-    given["k"].index_put_((entry, row), new_k)
-    given["v"].index_put_((entry, row), given["new_v"])
+        positions = first + torch.arange(q.shape[1], device=q.device) if rotation.by_row else first
+        q = rotate(q, *angles, positions, rotation.interleaved)
+        new_positions = first + torch.arange(new_k.shape[1], device=q.device)
+        new_k = rotate(new_k, *angles, new_positions, rotation.interleaved)
+    arrays.k.index_put_((entry, row), new_k)
+    arrays.v.index_put_((entry, row), arrays.new_v)
     return q
 
 
@@ -93,8 +96,9 @@ def _slots(
 
 @torch.library.register_fake("anyattn::cache_slots", lib=ops.library)
 def _fake_slots(cache_seqlens: Tensor, *arguments: Any) -> Sequence[Tensor]:
-    shape = (cache_seqlens.shape[0], arguments[2])
-    sizes = (shape[:1], shape, shape)
+    _, _, seqlen_new, *_ = arguments
+    batch = cache_seqlens.shape[0]
+    sizes = ((batch,), (batch, seqlen_new), (batch, seqlen_new))
     return tuple(cache_seqlens.new_empty(size, dtype=torch.int64) for size in sizes)
 
 

@@ -1,120 +1,204 @@
 """The operators `anyattn::forward` and `anyattn::backward`: schemas, kernels, fakes and flop formulas.
 
-Dense, packed and paged calls are one operator. No argument is mutated: a mutated view made inside a graph is misplaced
-by Inductor. Sizes and window bounds are SymInt, so that one graph serves every length.
+Dense, packed and paged calls are one operator. Arrays come in the order of the pass's inputs, then the options, so the
+schemas follow from the definition. No argument is mutated: a mutated view made inside a graph is misplaced by Inductor.
+Sizes and window bounds are SymInt, so that one graph serves every length.
 """
 
 from __future__ import annotations
 
+import operator
+from collections import namedtuple
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ...definition.problem import INPUTS, SAVED, Options, make_problem
+from ...definition.inputs import GRADIENTS, NO_EXTRAS, Extras, Gradients, Inputs, Saved, flatten, make_inputs
+from ...definition.options import Options
+from ...definition.passes import BACKWARD, FORWARD, Pass
+from ...definition.problem import described
+from ...definition.validate import make_problem
 from ...runtime import execute
 from .adapter import adapter, rows
 
 DEVICES = ("CPU", "CUDA", "XPU", "MPS")  # dispatch keys of the kernels; which backend computes is decided below them
-Arrays = tuple[Any, ...]  # Tensor or None, in the order of INPUTS
+_TYPES = {"float": "float", "int": "SymInt", "str": "str", "bool": "bool"}  # of Python -> of schemas
+_OPTIONAL = ("dlse", *Extras._fields)
+_WANTS = tuple(f"want_d{name}" for name in GRADIENTS)  # which gradients of optional arrays are computed
 
-_OPTIONAL = ", ".join(f"Tensor? {name}{{0}}" for name in INPUTS[3:])
-_SCALARS = (
-    "float? scale=None, float softcap=0.0, SymInt? left=None, SymInt? right=None, SymInt chunk=0, "
-    'str alignment="bottom-right", float dropout_p=0.0, SymInt max_seqlen_q=0, SymInt max_seqlen_k=0, '
-    'bool deterministic=False, bool batch_invariant=False, str backend=""'
-)
-_DEFAULTS = (*[None] * len(INPUTS[3:]), *Options(), "")  # of what follows q, k, v in the schema of forward
+
+def schema(pass_: Pass, flags: Sequence[str] = ()) -> str:
+    """Return the schema of a pass's operator: its arrays, the options, the backend, and boolean flags."""
+    arrays = [f"Tensor? {name}=None" if name in _OPTIONAL else f"Tensor {name}" for name in pass_.inputs]
+    scalars = [
+        f"{_schema_type(kind)} {name}={_literal(Options._field_defaults[name])}"
+        for name, kind in Options.__annotations__.items()
+    ]
+    flags = [f"bool {name}=True" for name in flags]
+    results = ", ".join(f"Tensor {name}" for name in pass_.outputs)
+    return f"{pass_}({', '.join([*arrays, *scalars, 'str backend=' + _literal(''), *flags])}) -> ({results})"
+
+
+def _schema_type(annotation: Any) -> str:
+    """Return "float?" for "float | None"; NamedTuple wraps postponed annotations."""
+    kind, _, optional = getattr(annotation, "__forward_arg__", annotation).partition(" | ")
+    return _TYPES[kind] + ("?" if optional else "")
+
+
+def _literal(value: Any) -> str:
+    return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def _arguments(fields: Sequence[str], defaults: Sequence[Any]) -> Any:
+    """Return a NamedTuple of an operator's arguments; the dispatcher strips trailing defaults."""
+    return namedtuple("Arguments", fields, defaults=defaults)
+
 
 library = torch.library.Library("anyattn", "DEF")
-library.define(
-    f"forward(Tensor q, Tensor k, Tensor v, {_OPTIONAL.format('=None')}, {_SCALARS}) -> (Tensor out, Tensor lse)"
+library.define(schema(FORWARD))
+library.define(schema(BACKWARD, _WANTS))
+
+_SCALARS = (*Options._fields, "backend")
+_Forward = _arguments((*FORWARD.inputs, *_SCALARS), (*NO_EXTRAS, *Options(), ""))
+_Backward = _arguments(
+    (*BACKWARD.inputs, *_SCALARS, *_WANTS), (None, *NO_EXTRAS, *Options(), "", *(True for _ in _WANTS))
 )
-library.define(
-    f"backward(Tensor dout, Tensor q, Tensor k, Tensor v, {_OPTIONAL.format('')}, Tensor out, Tensor lse, "
-    f"Tensor? dlse=None, {_SCALARS}, bool want_dbias=True, bool want_dsink=True) "
-    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsink)"
-)
+_inputs = operator.attrgetter("q", "k", "v", *Extras._fields)
+_saved = operator.attrgetter(*Saved._fields)
+_options = operator.attrgetter(*Options._fields)
+_wants = operator.attrgetter(*_WANTS)
 
 
-def contiguous_rows(arrays: Arrays, names: Sequence[str] = INPUTS) -> Arrays:
-    """The arrays with contiguous last dimensions: themselves, but for the one kind of copy that is allowed."""
-    return tuple([None if x is None else rows(name, x) for name, x in zip(names, arrays, strict=True)])
+class ForwardArguments(NamedTuple):
+    """The arguments of `anyattn::forward`."""
+
+    inputs: Inputs
+    options: Options
+    backend: str
 
 
-def forward_arguments(arguments: Sequence[Any]) -> tuple[Arrays, Options, str]:
-    """(arrays, options, backend) of a call of `forward`; the dispatcher strips trailing defaults."""
-    full = (*arguments, *_DEFAULTS[len(arguments) - 3 :])
-    return full[:16], Options(*full[16:-1]), full[-1]
+class BackwardArguments(NamedTuple):
+    """The arguments of `anyattn::backward`; wants: whether each of GRADIENTS is computed."""
+
+    saved: Saved
+    inputs: Inputs
+    options: Options
+    backend: str
+    wants: tuple[bool, ...]
 
 
-def backward_arguments(arguments: Sequence[Any]) -> tuple[Arrays, Arrays, Options, str, bool, bool]:
-    """(saved, arrays, options, backend, want_dbias, want_dsink) of a call of `backward`."""
-    defaults = (None, *Options(), "", True, True)  # from dlse on
-    full = (*arguments, *defaults[len(arguments) - 19 :])
-    dout, arrays, (out, lse, dlse), scalars = full[0], full[1:17], full[17:20], full[20:]
-    return (out, lse, dout, dlse), arrays, Options(*scalars[:-3]), scalars[-3], scalars[-2], scalars[-1]
+def forward_arguments(arguments: Sequence[Any]) -> ForwardArguments:
+    """Return the arguments of a call of `forward`."""
+    given = _Forward(*arguments)
+    return ForwardArguments(make_inputs(*_inputs(given)), Options(*_options(given)), given.backend)
+
+
+def backward_arguments(arguments: Sequence[Any]) -> BackwardArguments:
+    """Return the arguments of a call of `backward`."""
+    given = _Backward(*arguments)
+    inputs, options = make_inputs(*_inputs(given)), Options(*_options(given))
+    return BackwardArguments(Saved(*_saved(given)), inputs, options, given.backend, _wants(given))
+
+
+def call_forward(inputs: Inputs, options: Options, backend: str) -> tuple[Tensor, Tensor]:
+    """Call the operator `forward`."""
+    q, k, v, extras = inputs
+    result: tuple[Tensor, Tensor] = forward(q, k, v, *extras, *options, backend)
+    return result
+
+
+def call_backward(
+    saved: Saved, inputs: Inputs, options: Options, backend: str, wants: Sequence[bool] = ()
+) -> Gradients:
+    """Call the operator `backward`; gradients that are absent are empty tensors."""
+    q, k, v, extras = inputs
+    return Gradients(*backward(q, k, v, *saved, *extras, *options, backend, *wants))
+
+
+def contiguous_inputs(inputs: Inputs) -> Inputs:
+    """Return the inputs with contiguous last dimensions: themselves, but for the one kind of copy that is allowed."""
+    q, k, v, extras = inputs
+    if extras is not NO_EXTRAS:
+        extras = Extras(*[None if x is None else rows(name, x) for name, x in extras._asdict().items()])
+    return Inputs(rows("q", q), rows("k", k), rows("v", v), extras)
+
+
+def contiguous_saved(saved: Saved) -> Saved:
+    """Return what was saved with contiguous last dimensions."""
+    return Saved(*[None if x is None else rows(name, x) for name, x in saved._asdict().items()])
+
+
+def absent(wants: Sequence[bool]) -> list[str]:
+    """Return the names of the gradients that are not wanted."""
+    return [f"d{name}" for name, want in zip(GRADIENTS, wants, strict=True) if not want]
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    arrays, options, backend = forward_arguments(arguments)
-    return execute.forward(adapter, contiguous_rows(arrays), options, backend)
+    inputs, options, backend = forward_arguments(arguments)
+    return execute.forward(adapter, contiguous_inputs(inputs), options, backend)
 
 
-def _backward(*arguments: Any) -> Arrays:
-    """Absent gradients are empty tensors here: a schema's results are always there."""
-    saved, arrays, options, backend, want_dbias, want_dsink = backward_arguments(arguments)
-    saved, arrays = contiguous_rows(saved, SAVED), contiguous_rows(arrays)
-    wanted = {"want_dbias": want_dbias, "want_dsink": want_dsink}
-    results = execute.backward(adapter, saved, arrays, options, backend, **wanted)
-    return tuple(arguments[0].new_empty(0) if x is None else x for x in results)
+def _backward(*arguments: Any) -> tuple[Tensor, ...]:
+    """Compute the gradients; absent ones are empty tensors, because a schema has no optional results."""
+    saved, inputs, options, backend, wants = backward_arguments(arguments)
+    saved, inputs = contiguous_saved(saved), contiguous_inputs(inputs)
+    results = execute.backward(adapter, saved, inputs, options, backend, absent=absent(wants))
+    return tuple(inputs.q.new_empty(0) if x is None else x for x in results)
 
 
 @torch.library.register_fake("anyattn::forward", lib=library)
 def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    arrays, options, _ = forward_arguments(arguments)
-    for name, x in zip(INPUTS, arrays, strict=True):
-        if x is not None and x.device != arrays[0].device:
-            raise ValueError(f"{name} is on {x.device} but q is on {arrays[0].device}")
-    if arrays[0].is_meta and not any(isinstance(n, torch.SymInt) for x in arrays if x is not None for n in x.shape):
-        given = zip(INPUTS, arrays, strict=True)  # nothing behind this one would refuse them
-        make_problem({name: adapter.describe(x) for name, x in given if x is not None}, options)
-    q, v, packed = arrays[0], arrays[2], arrays[7] is not None
-    wide = torch.float64 if q.dtype is torch.float64 else torch.float32
+    inputs, options, _ = forward_arguments(arguments)
+    q, _, v, extras = inputs
+    arrays = flatten(inputs)
+    for name, x in zip(FORWARD.inputs, arrays, strict=False):
+        if x is not None and x.device != q.device:
+            raise ValueError(f"{name} is on {x.device} but q is on {q.device}")
+    if q.is_meta and not any(isinstance(n, torch.SymInt) for x in arrays if x is not None for n in x.shape):
+        # no kernel after this fake would refuse them
+        make_problem(described(FORWARD.inputs, arrays, adapter.describe), options)
+    packed = extras.cu_seqlens_q is not None
     lse_shape = (q.shape[1], q.shape[0]) if packed else (q.shape[0], q.shape[2], q.shape[1])
-    return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(lse_shape, dtype=wide)
+    return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(lse_shape, dtype=compute_dtype(q))
+
+
+def compute_dtype(q: Tensor) -> torch.dtype:
+    """Return the dtype of scores, softmax and lse."""
+    return torch.float64 if q.dtype is torch.float64 else torch.float32
 
 
 @torch.library.register_fake("anyattn::backward", lib=library)
-def _fake_backward(*arguments: Any) -> Arrays:
-    _, (q, k, v, bias, _, _, sink, *_), _, _, want_dbias, want_dsink = backward_arguments(arguments)
-    wanted = (q, k, v, bias if want_dbias else None, sink if want_dsink else None)
-    return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in wanted)
+def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    _, inputs, _, _, wants = backward_arguments(arguments)
+    q, k, v, extras = inputs
+    optional = [getattr(extras, name) if want else None for name, want in zip(GRADIENTS, wants, strict=True)]
+    return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (q, k, v, *optional))
 
 
-def _score_elements(shapes: Sequence[Any]) -> Any:
-    """Entries of the score matrices of all heads, as if dense; packed sequences count as equally long."""
-    given = dict(zip(INPUTS, shapes, strict=True))
-    q, k, cu_seqlens_q, pages = given["q"], given["k"], given["cu_seqlens_q"], given["block_table"]
-    batch, rows = (q[0], q[0] * q[1]) if cu_seqlens_q is None else (cu_seqlens_q[0] - 1, q[0])
+def _score_elements(inputs: Inputs) -> Any:
+    """Return the entries of the score matrices of all heads, as if dense; packed sequences count as equally long."""
+    q, k, _, extras = inputs  # shapes
+    packed, pages = extras.cu_seqlens_q, extras.block_table
+    batch, queries = (q[0], q[0] * q[1]) if packed is None else (packed[0] - 1, q[0])
     keys = k[1] if pages is None else pages[1] * k[1]
-    if given["cu_seqlens_k"] is not None:
+    if extras.cu_seqlens_k is not None:
         keys = k[0] // max(batch, 1)
-    return rows * q[-2] * keys
+    return queries * q[-2] * keys
 
 
 @register_flop_formula(torch.ops.anyattn.forward)
 def _forward_flops(*arguments: Any, out_shape: Any = None, **rest: Any) -> Any:
-    shapes, _, _ = forward_arguments(arguments)
-    return 2 * _score_elements(shapes) * (shapes[0][-1] + shapes[2][-1])
+    shapes = forward_arguments(arguments).inputs
+    return 2 * _score_elements(shapes) * (shapes.q[-1] + shapes.v[-1])
 
 
 @register_flop_formula(torch.ops.anyattn.backward)
 def _backward_flops(*arguments: Any, out_shape: Any = None, **rest: Any) -> Any:
-    shapes = backward_arguments(arguments)[1]
-    return 2 * _score_elements(shapes) * (3 * shapes[0][-1] + 2 * shapes[2][-1])
+    shapes = backward_arguments(arguments).inputs
+    return 2 * _score_elements(shapes) * (3 * shapes.q[-1] + 2 * shapes.v[-1])
 
 
 for _key in DEVICES:

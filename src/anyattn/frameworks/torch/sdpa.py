@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from ...definition.problem import Options
+from ...definition.inputs import NO_EXTRAS, Extras, Inputs
+from ...definition.options import Options
 from . import functional
 
 
@@ -34,9 +35,11 @@ def sdpa(
     if not _plain(query, key, value, enable_gqa):
         query, key, value, attn_mask, leading = _four_dimensions(query, key, value, attn_mask, enable_gqa)
     bias, mask = _scores(query, attn_mask, is_causal)
-    options = Options(scale, right=0 if is_causal else None, alignment="top-left", dropout_p=dropout_p)
-    arrays = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), bias, mask, *[None] * 11)
-    out = functional.attention(arrays, options, None, False, None)[0].transpose(1, 2)
+    options = Options(scale=scale, right=0 if is_causal else None, alignment="top-left", dropout_p=dropout_p)
+    extras = NO_EXTRAS if bias is mask is None else Extras(bias=bias, mask=mask)
+    inputs = Inputs(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), extras)
+    out, _ = functional.attention(inputs, options, None, False, None)
+    out = out.transpose(1, 2)
     return out if leading is None else out.reshape(leading + out.shape[-2:])
 
 

@@ -7,18 +7,19 @@ from typing import Any, NamedTuple
 
 from triton.compiler import ASTSource
 
-from ....definition.problem import Array, Problem
-from ...base import Call, contiguous
+from ....definition.dtypes import DTYPES
+from ....definition.problem import Array, Problem, contiguous
+from ...base import Call
 from .. import tuning
 from ..arguments import key_bytes, sizes, statistics, tables
 from ..device import Device, device
-from ..launch import ALIGNMENT, TYPES, Address, Kernel, Template, f32, i32, i64
+from ..launch import ALIGNMENT, Address, Kernel, Template, f32, i32, i64
 from ..views import Schedule
 from .dialect import GluonASTSource, TensorDescriptor, gl
 from .forward import GROUPS, ROWS, attention_forward_hopper
 
 HEAD_DIMS = (64, 128)
-DTYPES = ("float16", "bfloat16")
+HALVES = ("float16", "bfloat16")
 LARGEST_SEQLEN = 2**28  # sums of a few lengths stay below 2^31
 LARGEST_STRIDE = 2**40  # bytes
 TILE_K = 128
@@ -30,8 +31,8 @@ OPTIONS = {"num_warps": 4, "maxnreg": 168, "enable_fp_fusion": True}
 def unsupported_reasons(problem: Problem) -> list[str]:
     """Return why the Hopper kernels leave a forward problem to the portable ones; empty if they compute it."""
     reasons = []
-    if problem.dtype not in DTYPES:
-        reasons.append(f"takes {' and '.join(DTYPES)}; q has {problem.dtype}")
+    if problem.dtype not in HALVES:
+        reasons.append(f"takes {' and '.join(HALVES)}; q has {problem.dtype}")
     if problem.head_dim not in HEAD_DIMS or problem.head_dim_v != problem.head_dim:
         reasons.append(f"takes head_dim = head_dim_v of {' or '.join(map(str, HEAD_DIMS))}")
     others = set(problem.variant.features) - {"right"}
@@ -116,10 +117,10 @@ class Map:
         self.layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
         steps = [step if count > 1 else dim for step, count in zip(array.strides4(), array.shape, strict=True)]
         shape, strides = [batch, heads, rows, dim], [steps[0], steps[2], steps[1], 1]
-        self._checked = TensorDescriptor(Base(0, TYPES[array.dtype]), shape, strides, self.block, self.layout)
+        self._checked = TensorDescriptor(Base(0, DTYPES[array.dtype].triton), shape, strides, self.block, self.layout)
 
     def signature(self) -> str:
-        return f"tensordesc<{TYPES[self.address.dtype]}[{','.join(map(str, self.block))}],{self.layout!r}>"
+        return f"tensordesc<{DTYPES[self.address.dtype].triton}[{','.join(map(str, self.block))}],{self.layout!r}>"
 
     def descriptor_at(self, address: int) -> Any:
         """Return the descriptor of an array at `address`. Only the address is new, so nothing is checked again."""

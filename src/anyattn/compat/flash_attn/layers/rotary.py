@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ....frameworks.torch import rotary
+from ....frameworks.torch_tools import rotary
 from ..ops.triton.rotary import apply_rotary, prepare
 
 

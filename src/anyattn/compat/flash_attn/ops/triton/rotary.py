@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .....frameworks.torch import rotary
+from .....frameworks.torch_tools import rotary
 
 
 def apply_rotary(

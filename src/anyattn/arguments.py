@@ -1,0 +1,193 @@
+"""From the arguments that users give to what frameworks take: interval bounds, Options, Inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar
+
+import numpy as np
+
+from .definition.inputs import NO_EXTRAS, Extras, Inputs
+from .definition.options import Options
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    from torch import Tensor
+
+    from .backends.vulkan.device_array import DeviceArray
+
+    Array = npt.NDArray[Any] | Tensor | DeviceArray
+    Table = Array | Sequence[int]  # lengths and positions
+else:
+    Array = Table = Any
+
+A = TypeVar("A", bound="Array")  # the kind of array that comes in is the kind that comes out
+Window = Sequence["int | None"] | None
+
+
+class SharedArguments(TypedDict, total=False):
+    """The keywords of every attention function; `attention` describes them."""
+
+    causal: bool
+    window: Window
+    chunk: int
+    alignment: str
+    offset: int | Table | None
+    scale: float | None
+    softcap: float
+    alibi_slopes: Array | None
+    sink: Array | None
+    seqused_q: Table | None
+    leftpad_k: Table | None
+    batch_invariant: bool
+    backend: str | None
+
+
+class DropoutArguments(TypedDict, total=False):
+    """The keywords of the functions that can drop entries."""
+
+    dropout_p: float
+    seed: int | None
+    rng_state: Array | None
+    deterministic: bool
+
+
+class DenseArguments(SharedArguments, DropoutArguments, total=False):
+    """The keywords of `attention`."""
+
+    bias: Array | None
+    mask: Array | None
+    seqused_k: Table | None
+
+
+class VarlenArguments(SharedArguments, DropoutArguments, total=False):
+    """The keywords of `attention_varlen`."""
+
+    block_table: Array | Sequence[Sequence[int]] | None
+    seqused_k: Table | None
+
+
+class CacheArguments(SharedArguments, total=False):
+    """The keywords of `attention_with_kvcache`."""
+
+    k: Array | None
+    v: Array | None
+    cache_seqlens: int | Table | None
+    cache_batch_idx: Table | None
+    block_table: Array | Sequence[Sequence[int]] | None
+    rotary_cos: Array | None
+    rotary_sin: Array | None
+    rotary_interleaved: bool
+    num_splits: int
+    bias: Array | None
+    mask: Array | None
+
+
+class ExplicitArguments(DenseArguments, total=False):
+    """The keywords of `attention_forward`, and of the functions that take the same: those of every kind of call."""
+
+    cu_seqlens_q: Table | None
+    cu_seqlens_k: Table | None
+    max_seqlen_q: int | None
+    max_seqlen_k: int | None
+    block_table: Array | Sequence[Sequence[int]] | None
+    cache_batch_idx: Table | None
+
+
+class Request(NamedTuple):
+    """A call in the form that every framework takes."""
+
+    inputs: Inputs
+    options: Options
+    seed: int | None
+    backend: str | None
+
+
+def bounds(causal: bool, window: Window) -> tuple[int | None, int | None]:
+    """(left, right) of the interval that causal and window ask for together."""
+    if causal is None or isinstance(causal, (str, float, tuple, list, dict)):  # "False" would be true
+        raise TypeError(f"causal must be True or False; got {causal!r}")
+    if window is None:
+        return None, 0 if causal else None
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise ValueError(f"window must be a pair (left, right) or None; got {window!r}")
+    for side in window:
+        if side is not None and (not _is_length(side) or side < 0):
+            raise ValueError(f"window must hold integers >= 0 or None (unbounded); got {window!r}")
+    left, right = window
+    return left, 0 if causal else right
+
+
+def _is_length(side: Any) -> bool:
+    """An integer whose value is its key among cached plans (a tensor's is not), or one of torch's in a trace."""
+    return isinstance(side, (int, np.integer)) or type(side).__name__ == "SymInt"
+
+
+def check_parts(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> None:
+    """Raises where they are no results over two sets of keys: nothing is broadcast."""
+    parts = {"out_a": out_a, "lse_a": lse_a, "out_b": out_b, "lse_b": lse_b}
+    for name, x in parts.items():
+        if not hasattr(x, "shape"):
+            raise TypeError(f"{name} must be an array or a tensor; got {type(x).__name__}")
+    shape = tuple(out_a.shape)
+    want = (*shape[:-3], *shape[-3:-1][::-1])  # (..., seqlen, nheads) of out as (..., nheads, seqlen)
+    if len(shape) < 3 or out_b.shape != shape or lse_a.shape != want or lse_b.shape != want:
+        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in parts.items())
+        raise ValueError(
+            f"merge takes two out (..., seqlen, nheads, head_dim_v), two lse (..., nheads, seqlen); got {shapes}"
+        )
+
+
+def paged_lengths(block_table: Any, cu_seqlens_k: Any, seqused_k: Any) -> tuple[Any, Any]:
+    """(cu_seqlens_k, seqused_k): with pages, cumulative lengths say nothing about places; only lengths are kept."""
+    if block_table is None or cu_seqlens_k is None:
+        return cu_seqlens_k, seqused_k
+    if seqused_k is None:
+        cu_seqlens_k = np.asarray(cu_seqlens_k) if isinstance(cu_seqlens_k, (list, tuple)) else cu_seqlens_k
+        seqused_k = cu_seqlens_k[1:] - cu_seqlens_k[:-1]
+    return None, seqused_k
+
+
+_EXPLICIT = frozenset(ExplicitArguments.__annotations__)
+
+
+def explicit(q: Array, k: Array, v: Array, arguments: Mapping[str, Any], caller: str) -> Request:
+    """Return the request of an explicit call from its keywords (ExplicitArguments).
+
+    Raises:
+        TypeError: an unknown keyword, under the name of the public function that was called.
+    """
+    for name in arguments:
+        if name not in _EXPLICIT:
+            raise TypeError(f"{caller}() got an unexpected keyword argument {name!r}")
+    interval = bounds(arguments.get("causal", False), arguments.get("window"))
+    rest = {name: x for name, x in arguments.items() if name not in ("causal", "window")}
+    return make_request(q, k, v, interval, **rest)
+
+
+def make_request(
+    q: Array,
+    k: Array,
+    v: Array,
+    interval: tuple[int | None, int | None],
+    *,
+    seed: int | None = None,
+    backend: str | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    **arguments: Any,
+) -> Request:
+    """Return the request of a call with the interval (left, right); other keywords are fields of Extras and Options."""
+    cu_seqlens_k, seqused_k = arguments.get("cu_seqlens_k"), arguments.get("seqused_k")
+    cu_seqlens_k, seqused_k = paged_lengths(arguments.get("block_table"), cu_seqlens_k, seqused_k)
+    given = {**arguments, "cu_seqlens_k": cu_seqlens_k, "seqused_k": seqused_k}
+    extras = {name: given[name] for name in Extras._fields if given.get(name) is not None}
+    left, right = interval
+    options = Options(
+        left=left,
+        right=right,
+        max_seqlen_q=0 if max_seqlen_q is None else max_seqlen_q,
+        max_seqlen_k=0 if max_seqlen_k is None else max_seqlen_k,
+        **{name: x for name, x in given.items() if name not in Extras._fields},
+    )
+    return Request(Inputs(q, k, v, Extras(**extras) if extras else NO_EXTRAS), options, seed, backend)

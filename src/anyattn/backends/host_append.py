@@ -1,0 +1,31 @@
+"""An append to a cache in host memory, computed by the definition: for backends without a kernel of their own there."""
+
+from __future__ import annotations
+
+from ..definition.passes import APPEND
+from ..definition.problem import Problem
+from .base import Call
+
+
+class HostAppendPlan:
+    """A plan of the APPEND pass on arrays in host memory."""
+
+    workspace_bytes = 0
+    lse_optional = False
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+
+    def warmup(self) -> None:
+        """Do nothing: there is nothing to compile."""
+
+    def run(self, call: Call) -> None:
+        from ..definition import reference
+        from ..definition.dtypes import narrow, raw
+
+        given = {name: getattr(call, name) for name in APPEND.inputs}
+        arrays = {name: None if array is None else call.adapter.numpy(array) for name, array in given.items()}
+        q = reference.append(self.problem, arrays)
+        if q is not None:
+            dtype = self.problem.dtype
+            raw(call.adapter.numpy(call.out), dtype)[...] = narrow(q, dtype)

@@ -1,0 +1,140 @@
+"""Every array of a call, once: its name, its shape, its dtypes, its gradient.
+
+All that depends on the list of arrays follows from it: the operators' schemas, the checks, the arrays of a Problem and
+of a Call, the positions of gradients, the rules of vmap and the flags of `anyattn explain`. A new optional array is a
+field of `Extras` and a row of `FIELDS`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Extras(NamedTuple):
+    """Every optional array, in the order of the operators' schemas. No properties: torch 2.6 compiles none."""
+
+    bias: Any = None
+    mask: Any = None
+    alibi_slopes: Any = None
+    sink: Any = None
+    cu_seqlens_q: Any = None
+    cu_seqlens_k: Any = None
+    seqused_q: Any = None
+    seqused_k: Any = None
+    leftpad_k: Any = None
+    offset: Any = None
+    block_table: Any = None
+    cache_batch_idx: Any = None
+    rng_state: Any = None
+
+
+NO_EXTRAS = Extras()  # `inputs.extras is NO_EXTRAS` says that a call is plain
+
+
+class Inputs(NamedTuple):
+    """The arrays that every attention call reads."""
+
+    q: Any
+    k: Any
+    v: Any
+    extras: Extras = NO_EXTRAS
+
+
+class Saved(NamedTuple):
+    """What the backward pass reads in addition to the inputs; dlse may be None."""
+
+    out: Any
+    lse: Any
+    dout: Any
+    dlse: Any = None
+
+
+class Gradients(NamedTuple):
+    """Gradients in the shapes and dtypes of the inputs; dbias and dsink are None where there was no bias or sink."""
+
+    dq: Any
+    dk: Any
+    dv: Any
+    dbias: Any = None
+    dsink: Any = None
+
+
+class Appended(NamedTuple):
+    """The arrays of an append to a KV cache: the cache (k, v), new keys and values, and their places.
+
+    q is rotated like the keys; a call without new keys only reads `cache_seqlens`.
+    """
+
+    q: Any
+    k: Any
+    v: Any
+    new_k: Any = None
+    new_v: Any = None
+    rotary_cos: Any = None
+    rotary_sin: Any = None
+    cache_seqlens: Any = None
+    cache_batch_idx: Any = None
+    block_table: Any = None
+
+
+# Kinds of optional arrays; frameworks prepare, and vmap folds, each kind in one way.
+SCORES = "scores"  # broadcast to (batch, nheads, seqlen_q, seqlen_k)
+HEADS = "heads"  # one number per head, in the compute dtype
+TABLE = "table"  # int32 lengths and positions; values in host memory are checked
+STATE = "state"  # of the random generator
+
+
+class Field(NamedTuple):
+    """What is known of an optional array."""
+
+    kind: str
+    shapes: tuple[tuple[str, ...], ...]  # accepted shapes, by the names of sizes
+    dtypes: tuple[str, ...]  # accepted dtypes; "q": of q, "compute": of scores and sums
+    gradient: bool = False
+    scalar: bool = False  # an int stands for one number per sequence
+    note: str = ""  # for error messages
+
+
+_SCORES = (("batch", "nheads", "seqlen_q", "seqlen_k"),)
+_SEQUENCES = (("batch",),)
+_BOUNDARIES = (("batch + 1",),)
+FIELDS: dict[str, Field] = {
+    "bias": Field(SCORES, _SCORES, ("q", "compute"), gradient=True),
+    "mask": Field(SCORES, _SCORES, ("bool",)),
+    "alibi_slopes": Field(HEADS, (("nheads",), ("batch", "nheads")), ("compute",)),
+    "sink": Field(HEADS, (("nheads",),), ("compute",), gradient=True),
+    "cu_seqlens_q": Field(TABLE, _BOUNDARIES, ("int32",)),
+    "cu_seqlens_k": Field(TABLE, _BOUNDARIES, ("int32",)),
+    "seqused_q": Field(TABLE, _SEQUENCES, ("int32",)),
+    "seqused_k": Field(TABLE, _SEQUENCES, ("int32",)),
+    "leftpad_k": Field(TABLE, _SEQUENCES, ("int32",)),
+    "offset": Field(TABLE, _SEQUENCES, ("int32",), scalar=True),
+    "block_table": Field(TABLE, (("batch", "max_pages"),), ("int32",)),
+    "cache_batch_idx": Field(TABLE, _SEQUENCES, ("int32",)),
+    "rng_state": Field(STATE, (("2",),), ("int64",), note="seed and offset"),
+}
+TABLES = tuple(name for name, field in FIELDS.items() if field.kind == TABLE)
+GRADIENTS = tuple(name for name, field in FIELDS.items() if field.gradient)  # in addition to q, k and v
+
+
+def make_inputs(q: Any, k: Any, v: Any, *extras: Any) -> Inputs:
+    """Return the inputs from a flat list: q, k and v alone, or with every optional array."""
+    for x in extras:
+        if x is not None:
+            return Inputs(q, k, v, Extras(*extras))
+    return Inputs(q, k, v)
+
+
+def flatten(inputs: Inputs, saved: Saved | tuple[()] = ()) -> tuple[Any, ...]:
+    """Return the arrays as one flat tuple, in the order of a pass's inputs; a plain call has no extras in it."""
+    q, k, v, extras = inputs
+    return (q, k, v, *saved) if extras is NO_EXTRAS else (q, k, v, *saved, *extras)
+
+
+def reshape_gradients(grads: Gradients, extras: Extras) -> Gradients:
+    """Return the gradients of optional arrays in the shapes in which those came, and None for absent ones."""
+    found = {}
+    for name in GRADIENTS:
+        array, gradient = getattr(extras, name), getattr(grads, f"d{name}")
+        found[f"d{name}"] = None if array is None else gradient.reshape(array.shape)
+    return grads._replace(**found)

@@ -1,0 +1,37 @@
+"""The scalars of a call."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+ALIGNMENTS = ("bottom-right", "top-left")
+
+
+class Options(NamedTuple):
+    """The scalars of attention, in the order of the operators' schemas.
+
+    `left` and `right` are inclusive and None where unbounded; a max_seqlen of 0 is not known.
+    """
+
+    scale: float | None = None
+    softcap: float = 0.0
+    left: int | None = None
+    right: int | None = None
+    chunk: int = 0
+    alignment: str = "bottom-right"
+    dropout_p: float = 0.0
+    max_seqlen_q: int = 0
+    max_seqlen_k: int = 0
+    deterministic: bool = False
+    batch_invariant: bool = False
+
+
+class Rotation(NamedTuple):
+    """The scalars of an append.
+
+    interleaved: rotary pairs are (0, 1), (2, 3), ...; else (0, d/2), (1, d/2 + 1), ...
+    by_row: q row i is rotated at cache_seqlens + i (causal or windowed), else every row at cache_seqlens.
+    """
+
+    interleaved: bool = True
+    by_row: bool = False

@@ -1,0 +1,30 @@
+"""The passes: what each of them reads and writes. A backend lists those that it computes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from .inputs import Appended, Extras, Gradients, Saved
+
+
+class Pass(NamedTuple):
+    """A computation on the arrays of a call, by the names of its inputs and outputs.
+
+    Optional arrays come last, so that a plain call passes a prefix of the inputs.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+FORWARD = Pass("forward", ("q", "k", "v", *Extras._fields), ("out", "lse"))
+BACKWARD = Pass("backward", ("q", "k", "v", *Saved._fields, *Extras._fields), Gradients._fields)
+# Writes new keys and values into the cache, in place; `out` is q, rotated.
+APPEND = Pass("append", Appended._fields, ("out",))
+
+PASSES = (FORWARD, BACKWARD, APPEND)
+ARRAYS = tuple(dict.fromkeys(name for one in PASSES for name in (*one.inputs, *one.outputs)))

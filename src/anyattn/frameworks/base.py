@@ -1,0 +1,68 @@
+"""The contract of a framework: a module that does, for one kind of array, what every public function needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ..definition.inputs import Appended, Gradients, Inputs, Saved
+from ..definition.options import Options, Rotation
+
+if TYPE_CHECKING:
+    from ..runtime.dispatch import Explanation
+
+
+class Framework(Protocol):
+    """Arrays of one kind in, arrays of that kind out. Each function computes what it says, or refuses by name.
+
+    Inputs come as the user gave them: a framework converts, checks kinds of arrays and prepares them. `backend` is a
+    name, several separated by commas, or None: automatic choice. An int `seed` stands for rng_state.
+    """
+
+    def attention(
+        self,
+        inputs: Inputs,
+        options: Options,
+        seed: int | None,
+        return_lse: bool,
+        backend: str | None,
+        *,
+        want_lse: bool = False,
+    ) -> tuple[Any, Any]:
+        """Return (out, lse), with gradients if the framework has them; draw the dropout state where none is given.
+
+        return_lse: gradients flow through lse too. want_lse: its values are wanted. With neither, lse may be None.
+        """
+
+    def forward(self, inputs: Inputs, options: Options, seed: int | None, backend: str | None) -> tuple[Any, Any]:
+        """Return (out, lse) without recording gradients."""
+
+    def backward(
+        self, saved: Saved, inputs: Inputs, options: Options, seed: int | None, backend: str | None
+    ) -> Gradients:
+        """Return the gradients from what `forward` got and returned."""
+
+    def append(
+        self, arrays: Appended, rotation: Rotation, backend: str | None, *, check: Callable[[Any], None]
+    ) -> tuple[Any, Any]:
+        """Append to the cache in place; return q (rotated) and the keys in use per sequence (None: all).
+
+        `check` is called with the latter and raises if the attention would; it runs before anything is written.
+        """
+
+    def check(self, inputs: Inputs, options: Options, backend: str | None) -> None:
+        """Raise what `forward` would raise before it computes."""
+
+    def explain(self, inputs: Inputs, options: Options, seed: int | None, backend: str | None) -> Explanation:
+        """Return which backend `forward` would take, and why not the others."""
+
+    def warmup(
+        self, inputs: Inputs, options: Options, seed: int | None, backend: str | None, *, backward: bool
+    ) -> None:
+        """Compile what `forward` and, if asked for, `backward` need; compute nothing."""
+
+    def merge(self, out_a: Any, lse_a: Any, out_b: Any, lse_b: Any) -> tuple[Any, Any]:
+        """Return (out, lse) over the union of two disjoint sets of keys."""
+
+
+FUNCTIONS = ("attention", "forward", "backward", "append", "check", "explain", "warmup", "merge")

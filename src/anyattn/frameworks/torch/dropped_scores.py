@@ -1,0 +1,69 @@
+"""The matrix of scores and dropped entries that flash_attn calls S_dmask and returns to its tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...definition import reference
+from ...definition.inputs import Inputs, flatten
+from ...definition.options import Options
+from ...definition.passes import FORWARD
+from ...definition.problem import described
+from ...definition.validate import make_problem
+from . import functional, ops
+from .adapter import adapter
+
+
+def round_multiple(x: int, m: int) -> int:
+    """Return the smallest multiple of m that is not below x."""
+    return (x + m - 1) // m * m
+
+
+def dropped_scores(inputs: Inputs, options: Options, seed: int | None, backend: str | None) -> Tensor:
+    """Return (batch, nheads, seqlen_q, seqlen_k), both lengths rounded up to 128, in q's dtype.
+
+    exp(s - maximum of the row) where a query attends to a key, negative where dropout drops it, 0 elsewhere. Computed
+    head by head from the definition itself, in float64: as slow as the matrix is large.
+    """
+    q, k, v, extras = functional.detach(functional.prepare(inputs, seed))
+    scores: Tensor = torch.ops.anyattn.dropped_scores(q, k, v, *extras, *options, backend or "")
+    return scores
+
+
+def _empty(inputs: Inputs, options: Options) -> Tensor:
+    """Return the result, 0."""
+    q, k, starts = inputs.q, inputs.k, inputs.extras.cu_seqlens_q
+    batch, rows = q.shape[:2] if starts is None else (starts.shape[0] - 1, options.max_seqlen_q)
+    keys = k.shape[1] if starts is None else options.max_seqlen_k
+    empty: Tensor = q.new_zeros((batch, q.shape[-2], round_multiple(rows, 128), round_multiple(keys, 128)))
+    return empty
+
+
+def _dropped_scores(*arguments: Any) -> Tensor:
+    """An operator, with the arguments of `anyattn::forward`, since what is traced cannot look at values."""
+    inputs, options, _ = ops.forward_arguments(arguments)
+    scores = _empty(inputs, options)
+    arrays = flatten(ops.contiguous_inputs(inputs))
+    problem = make_problem(described(FORWARD.inputs, arrays, adapter.describe), options)
+    views = described(FORWARD.inputs, arrays, adapter.numpy)
+    for head in reference.heads(problem, views):
+        top = head.s.max(axis=1, initial=-np.inf, keepdims=True)
+        weights = np.exp(head.s - np.where(np.isfinite(top), top, 0.0))
+        n_q, n_k = weights.shape
+        scores[head.sequence.number, head.h, :n_q, :n_k] = torch.from_numpy(np.where(head.d == 0, -weights, weights))
+    return scores
+
+
+def _fake(*arguments: Any) -> Tensor:
+    inputs, options, _ = ops.forward_arguments(arguments)
+    return _empty(inputs, options)
+
+
+_arguments = ops.schema(FORWARD).removeprefix("forward").rpartition(" -> ")[0]
+ops.library.define(f"dropped_scores{_arguments} -> Tensor")
+ops.library.impl("dropped_scores", _dropped_scores, "CompositeExplicitAutograd")
+torch.library.register_fake("anyattn::dropped_scores", _fake, lib=ops.library)

@@ -1,0 +1,11 @@
+"""What `compat` and `nn` need of torch tensors beyond the Framework protocol: the one list of it.
+
+They import it from here, and nothing from `frameworks.torch`.
+"""
+
+from .torch import rotary
+from .torch.aten import Override
+from .torch.dropped_scores import dropped_scores, round_multiple
+from .torch.functional import per_sequence, random_state
+
+__all__ = ["Override", "dropped_scores", "per_sequence", "random_state", "rotary", "round_multiple"]
