@@ -18,9 +18,8 @@ from unittest.mock import patch
 
 import masks
 
-from anyattn import cli
+from anyattn import capabilities, cli
 from anyattn.bench import markdown, plots, report
-from anyattn.cli import features
 from anyattn.config import settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,9 +56,9 @@ def settings_table(_: str) -> str:
 
 
 def features_table(_: str) -> str:
-    found = features.collect()
-    notes = [f"* [{number}] {reason}" for reason, number in features.footnotes(found).items()]
-    return "\n".join([table(*features.cells(found)), "", *notes])
+    found = capabilities.collect()
+    notes = [f"* [{number}] {reason}" for reason, number in capabilities.footnotes(found).items()]
+    return "\n".join([table(*capabilities.cells(found)), "", *notes])
 
 
 def command_line(_: str) -> str:
@@ -99,7 +98,7 @@ def _parts() -> Iterator[tuple[str, Callable[[str], str]]]:
     yield "settings", settings_table
     yield "command line", command_line
     yield "features", features_table
-    yield "hardware", lambda _: features.hardware()
+    yield "hardware", lambda _: markdown.hardware()
     yield "machine", lambda _: next(report.notes(results())) + f", {results()['machine']['date']}"
     yield "refused", lambda _: "\n".join(f"* {note}" for note in report.notes(results()) if note.startswith("refused"))
     yield "accuracy", lambda _: markdown.accuracy(results())

@@ -1,4 +1,4 @@
-"""The table of features says what engines do: where it says yes they compute, where it says no they raise just that."""
+"""Tests of the table of features: where it says yes a backend computes, where it says no it raises those reasons."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 import anyattn
-from anyattn.cli import explain, features
+from anyattn import capabilities
+from anyattn.cli import explain
+from anyattn.definition.describe import Description, describe
 from anyattn.definition.passes import BACKWARD, FORWARD
 from anyattn.definition.problem import Array, Problem
 from anyattn.runtime import dispatch
@@ -21,15 +23,15 @@ INTERPRETED = True  # the table is about engines that are interpreted too
 
 
 @pytest.fixture(scope="module")
-def found() -> list[features.Feature]:
-    return features.collect()
+def found() -> list[capabilities.Feature]:
+    return capabilities.collect()
 
 
-def test_an_engine_does_what_the_table_says(engine: Engine, found: list[features.Feature]) -> None:
+def test_an_engine_does_what_the_table_says(engine: Engine, found: list[capabilities.Feature]) -> None:
     for feature in found:
-        for which in features.PASSES:
-            reasons = feature.refusals[engine.backend][which]
-            problem = features.problem(feature.flags, which)
+        for pass_ in capabilities.PASSES:
+            reasons = feature.refusals[engine.backend][pass_.name]
+            problem = describe(feature.description._replace(pass_=pass_))
             if reasons:
                 with pytest.raises(anyattn.UnsupportedProblem) as raised:
                     compute(problem, engine.backend)
@@ -75,19 +77,43 @@ def make(name: str, described: Array, problem: Problem) -> np.ndarray:
     return np.random.default_rng(0).standard_normal(described.shape).astype(kind)
 
 
-def test_every_feature_of_a_problem_is_in_the_table(found: list[features.Feature]) -> None:
-    problems = [features.problem(feature.flags, "backward") for feature in found]
+def test_every_feature_of_a_problem_is_in_the_table(found: list[capabilities.Feature]) -> None:
+    problems = [describe(feature.description._replace(pass_=BACKWARD)) for feature in found]
     assert {name for problem in problems for name, _ in given(problem)} == set(BACKWARD.inputs)
+    asked = {change for feature in found for change in changes(feature.description, capabilities.SMALL)}
     parser = argparse.ArgumentParser(add_help=False)
     explain.add_features(parser)
-    asked = {flag for feature in found for flag in feature.flags.split() if flag.startswith("--")}
-    assert {action.option_strings[0] for action in parser._actions} - {"--backward"} <= asked
+    for action in parser._actions:
+        flag = action.option_strings[0]
+        if flag != "--backward":
+            assert flag_changes(action) <= asked, flag
 
 
-def test_every_engine_is_in_the_table_and_every_refusal_has_a_note(found: list[features.Feature]) -> None:
-    header, rows = features.cells(found)
-    assert header == ["feature", *(f"{name} {which}" for name in dispatch.names() for which in features.PASSES)]
+def flag_changes(action: argparse.Action) -> set[str]:
+    """Return what a flag of `anyattn explain` changes in the description."""
+    parser = explain.add_parser(argparse.ArgumentParser().add_subparsers())
+    values = {"--window": ["1", "1"], "--alignment": ["top-left"]}
+    given = values.get(action.option_strings[0], [] if action.nargs == 0 else ["0.5" if action.type is float else "3"])
+    found = set(changes(explain.parse(parser.parse_args([action.option_strings[0], *given])), Description()))
+    assert found
+    return found
+
+
+def changes(description: Description, plain: Description) -> Iterator[str]:
+    """Yield the fields, options and optional arrays in which a description differs from a plain one."""
+    yield from description.extras
+    for name, value, default in zip(Description._fields, description, plain, strict=True):
+        if name == "options":
+            names = zip(value._fields, value, default, strict=True)
+            yield from (option for option, given, usual in names if given != usual)
+        elif name != "extras" and value != default:
+            yield name
+
+
+def test_every_engine_is_in_the_table_and_every_refusal_has_a_note(found: list[capabilities.Feature]) -> None:
+    header, rows = capabilities.cells(found)
+    assert header == ["feature", *(f"{name} {pass_}" for name in dispatch.names() for pass_ in capabilities.PASSES)]
     assert {len(row) for row in rows} == {len(header)}
-    notes = features.footnotes(found)
+    notes = capabilities.footnotes(found)
     quoted = {int(number) for row in rows for cell in row[1:] if cell != "yes" for number in cell[4:-1].split("][")}
     assert quoted == set(notes.values()) == set(range(1, len(notes) + 1))

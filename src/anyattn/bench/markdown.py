@@ -11,13 +11,24 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..cli import features
+from ..capabilities import evidence
+from ..runtime import dispatch
 
 QUOTED = ("(1, 8, 2048, 64)", "(1, 16, 2048, 128)")
 WORKLOADS = (
     *("GQA 32:8 prefill", "decode B=1", "decode B=8", "decode pages of 16", "32 rows", "window 256", "window 1024"),
     *("varlen", "dense bias", "mask documents", "dropout", "backward few heads", "backward GQA"),
 )
+
+
+def hardware() -> str:
+    """Return the hardware of each backend by how well it is known to work there."""
+    rows = [
+        f"| `{name}` | {how} | {'; '.join(where)} |"
+        for name in dispatch.names()
+        for how, where in evidence(name).items()
+    ]
+    return "\n".join(["| Engine | State | Hardware |", "|---|---|---|", *rows])
 
 
 def accuracy(results: dict[str, Any]) -> str:
@@ -63,7 +74,7 @@ def workloads(results: dict[str, Any]) -> str:
 def fill(text: str, results: dict[str, Any]) -> str:
     """The text with everything between `<!-- NAME:begin -->` and `<!-- NAME:end -->` written anew."""
     sections = {
-        "hardware": features.hardware(),
+        "hardware": hardware(),
         "accuracy": accuracy(results),
         "speed": speed(results),
         "workloads": workloads(results),

@@ -12,11 +12,10 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from .. import __version__
+from .. import __version__, capabilities
 from ..config import settings
 from ..config.machine import processor
 from ..runtime import dispatch
-from . import features
 from .table import table
 
 PACKAGES = ("numpy", "torch", "ml_dtypes", "triton")
@@ -27,14 +26,18 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "info", help="backends, instruction sets, threads, versions, settings"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--features", action="store_true", help="what each engine computes, and why not more")
+    parser.add_argument(
+        "--features",
+        action="store_true",
+        help="table of the features that each backend computes",
+    )
     return parser
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Status 1 if a backend that the settings require is not available even to those who name it."""
     if arguments.features:
-        print(features.text(features.collect()))
+        print(features_text(capabilities.collect()))
         return 0
     found = collect()
     print(json.dumps(found, indent=2) if arguments.json else text(found))
@@ -60,6 +63,12 @@ def collect() -> dict[str, Any]:
         "vulkan": _try(_vulkan),
         "settings": _try(_settings),
     }
+
+
+def features_text(found: list[capabilities.Feature]) -> str:
+    """Return the table of features with the reasons below it."""
+    notes = [f"[{number}] {reason}" for reason, number in capabilities.footnotes(found).items()]
+    return "\n".join([table(*capabilities.cells(found), left=True), "", *notes])
 
 
 def text(found: dict[str, Any]) -> str:
@@ -118,7 +127,7 @@ def _backend(name: str) -> dict[str, Any]:
         "available": reason is None,
         "named": missing is None,
         "reason": missing or reason,
-        "evidence": features.evidence(name),
+        "evidence": capabilities.evidence(name),
     }
     if name == "triton":
         from ..backends.triton import sm90
