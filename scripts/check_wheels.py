@@ -74,9 +74,21 @@ def functions(source: Path) -> set[str]:
     return set(re.findall(r"^ANYATTN_API [^;(]*?\b(anyattn_\w+)\(", header, re.MULTILINE))
 
 
+def machine_of(tag: str) -> str:
+    """Return the architecture of a platform tag: x86_64 or arm64."""
+    return MACHINES[next(name for name in MACHINES if tag.endswith(name))]
+
+
+def instruction_sets(source: Path, machine: str) -> list[str]:
+    """Return the instruction sets that targets.def lists for an architecture, best first."""
+    text = (source / "native" / "src" / "targets.def").read_text()
+    rows = re.findall(r"^ANYATTN_TARGET\((\w+), (\w+),", text, re.MULTILINE)
+    return [name for name, architecture in rows if architecture in ("any", machine)]
+
+
 def _check_library(library: Library, tag: str, declared: set[str]) -> Iterator[str]:
     system, *version = re.match(r"([a-z]+)(?:_(\d+)_(\d+))?", tag).groups()
-    machine = MACHINES[next(name for name in MACHINES if tag.endswith(name))]
+    machine = machine_of(tag)
     if library.machine != machine:
         yield f"its library is for {library.machine}"
     if library.exports != declared:
@@ -127,16 +139,17 @@ def _pe(binary: lief.PE.Binary) -> Library:
     return Library(machine, exports, [library.name for library in binary.imports])
 
 
-def check_objects(objects: Iterable[Path], tag: str) -> Iterator[str]:
-    """The object of an instruction set defines its table of kernels and nothing else that others see.
+def check_objects(objects: Iterable[Path], tag: str, source: Path) -> Iterator[str]:
+    """Yield a message unless each instruction set has an object that exports its table of kernels alone.
 
-    Of a template or an inline function that two of them share one would be kept: the baseline could run AVX-512 code.
+    The linker keeps one copy of a template or an inline function that two objects export. The baseline could then run
+    AVX-512 code.
     """
     targets = [path for path in objects if path.name.startswith("target_")]
-    names = {path.name.partition(".")[0].removeprefix("target_") for path in targets}
-    wanted = {"baseline"} if tag.endswith(("arm64", "aarch64")) else {"baseline", "avx2", "avx512", "avx512bf16"}
+    names = sorted(path.name.partition(".")[0].removeprefix("target_") for path in targets)
+    wanted = sorted(instruction_sets(source, machine_of(tag)))
     if names != wanted:
-        yield f"has the instruction sets {sorted(names)}, not {sorted(wanted)}"
+        yield f"has the instruction sets {names}, not {wanted}"
     for path in targets:
         shared = list(_shared(path))
         if len(shared) != 1 or "kernels_" not in shared[0]:

@@ -106,7 +106,7 @@ def problems_of(wheel: Path, tag: str) -> Iterator[str]:
         yield problem
     if failed:
         yield f"see {WORK / f'{tag}.log'}"
-    yield from check_objects((WORK / tag).rglob("*.o*"), tag)
+    yield from check_objects((WORK / tag).rglob("*.o*"), tag, ROOT)
 
 
 if __name__ == "__main__":

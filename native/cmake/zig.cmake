@@ -14,9 +14,7 @@ endif()
 set(CMAKE_C_COMPILER "${ANYATTN_ZIG}" cc -target ${ANYATTN_ZIG_TARGET})
 set(CMAKE_CXX_COMPILER "${ANYATTN_ZIG}" c++ -target ${ANYATTN_ZIG_TARGET})
 set(CMAKE_FIND_ROOT_PATH_MODE_PROGRAM NEVER)
-# It compiles every instruction set. To ask is to link, and that for each would compile the C++ library anew.
-foreach(target avx2 avx512 avx512bf16)
-  set(ANYATTN_COMPILES_${target} TRUE)
-endforeach()
+# zig compiles every instruction set. A check of each would link, and so compile the C++ library again.
+set(ANYATTN_COMPILES_ALL TRUE)
 set(ANYATTN_HAS_MARCH FALSE)
 set(CMAKE_SHARED_LINKER_FLAGS_INIT -s)  # no symbols but those exported: CMAKE_STRIP knows one format only

@@ -1,4 +1,4 @@
-// What one instruction set offers to the rest of the engine. Every target_*.cc fills one table from the same source.
+// The interface between the kernels of one instruction set and the rest of the engine: one table per instruction set.
 #pragma once
 #include "anyattn.h"
 
@@ -28,7 +28,7 @@ struct Partial {
     int64_t dk_stride, dv_stride;
 };
 
-// A call reaches a kernel validated; sequences, heads and blocks are chosen by schedule.cc.
+// A call reaches a kernel validated. forward.cc and backward.cc choose its sequences, heads and blocks.
 struct Kernels {
     const char *name;
     // Bytes of scratch that one worker needs, 64-byte aligned.
@@ -62,9 +62,8 @@ struct Kernels {
     double (*peak)(int32_t dtype, int64_t n, volatile double *sink);
 };
 
-extern const Kernels kernels_baseline;
-extern const Kernels kernels_avx2;
-extern const Kernels kernels_avx512;
-extern const Kernels kernels_avx512bf16;
+#define ANYATTN_TARGET(name, ...) extern const Kernels kernels_##name;
+#include "targets.def"
+#undef ANYATTN_TARGET
 
 }  // namespace anyattn

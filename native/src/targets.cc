@@ -49,23 +49,18 @@ bool system_saves(unsigned state) {
 
 #endif
 
+constexpr bool is_always_available() { return true; }
+
 struct Target {
     const Kernels *kernels;
     bool available;
 };
 
-// Asked once, when the library is loaded: the processor does not change.
+// Initialized once, when the library is loaded: the processor does not change.
 const Target targets[] = {
-#if defined(ANYATTN_HAVE_AVX512BF16)
-    {&kernels_avx512bf16, has_avx512bf16()},
-#endif
-#if defined(ANYATTN_HAVE_AVX512)
-    {&kernels_avx512, has_avx512()},
-#endif
-#if defined(ANYATTN_HAVE_AVX2)
-    {&kernels_avx2, has_avx2()},
-#endif
-    {&kernels_baseline, true},
+#define ANYATTN_TARGET(name, architecture, flags, is_available, ...) {&kernels_##name, is_available()},
+#include "compiled_targets.def"
+#undef ANYATTN_TARGET
 };
 
 constexpr int32_t kTargets = sizeof targets / sizeof targets[0];

@@ -1,4 +1,4 @@
-// The instruction sets compiled into this library, best first, and which of them this machine runs.
+// The instruction sets compiled into this library, best first, and which of them this machine supports.
 #pragma once
 #include "kernels.h"
 

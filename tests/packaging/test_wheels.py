@@ -35,6 +35,15 @@ def test_the_library_brings_no_openmp_runtime(native: Path) -> None:
     assert needs and not [name for name in needs if "omp" in name]
 
 
+def test_every_available_instruction_set_has_a_row_in_targets_def(native: Path) -> None:
+    rows = check_wheels.instruction_sets(ROOT, check_wheels.parse(native.read_bytes()).machine)
+    available = library.load().targets()
+    assert available == [name for name in rows if name in available]
+    assert rows[-1] == available[-1] == "baseline"
+    assert "avx2" in check_wheels.instruction_sets(ROOT, "x86_64")
+    assert check_wheels.instruction_sets(ROOT, "arm64") == ["baseline"]
+
+
 def packed(folder: Path, tag: str, files: dict[str, bytes]) -> Path:
     """A wheel of the sources and these files."""
     wheel = folder / f"anyattn-0.1.0-py3-none-{tag}.whl"

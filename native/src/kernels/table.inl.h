@@ -5,10 +5,7 @@
 #include "dbias.inl.h"
 #include "few.inl.h"
 #include "forward.inl.h"
-#include "peak.inl.h"
-#if defined(__AVX512BF16__)
-#include "few_bf16.inl.h"
-#endif
+#include ANYATTN_PRODUCTS  // the products header of this instruction set, see targets.def
 
 namespace anyattn {
 namespace {

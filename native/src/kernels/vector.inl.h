@@ -1,5 +1,5 @@
-// Vectors of one instruction set, by the compilers' vector extensions. The target_*.cc that includes this says how
-// wide they are (ANYATTN_VECTOR_BYTES) and how many of them hold the queries of a panel (ANYATTN_PANEL_VECTORS).
+// Vectors of one instruction set, by the compilers' vector extensions. Its row in targets.def sets their width
+// (ANYATTN_VECTOR_BYTES) and the number of vectors that hold the queries of a panel (ANYATTN_PANEL_VECTORS).
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -25,6 +25,12 @@
 
 namespace anyattn {
 namespace {
+
+#if defined(__aarch64__)
+constexpr bool kIsArm64 = true;  // twice as many vector registers as x86-64 without AVX-512
+#else
+constexpr bool kIsArm64 = false;
+#endif
 
 constexpr int kVectorBytes = ANYATTN_VECTOR_BYTES;
 constexpr int kPanelVectors = ANYATTN_PANEL_VECTORS;
