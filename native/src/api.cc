@@ -101,7 +101,7 @@ int32_t run_kernels(const anyattn_call &call, int32_t pass) {
     if (call.workspace) {
         if (const int32_t status = check_workspace(call, needed)) return status;
     }
-    const Block workspace(call.workspace ? 0 : needed);
+    const Buffer workspace(call.workspace ? 0 : needed);
     if (needed > 0 && !call.workspace && !workspace.data()) return out_of_memory(call, "workspace", needed);
 
     const int32_t threads = threads_of(call, pass);
@@ -127,7 +127,7 @@ int32_t run_pass(const anyattn_call *from, int32_t pass) {
     return run_kernels(call, pass);
 }
 
-// The tables above use std::vector and std::thread; what they throw ends here.
+// A pass keeps tables in std::vector and starts std::thread. Their exceptions end here.
 template <class Body>
 int32_t guarded(const anyattn_call *call, const Body &body) {
     try {

@@ -128,7 +128,7 @@ void clear_keys(const anyattn_call &call, int64_t entry, int64_t begin, int64_t 
 // Adds up the splits and writes dk and dv: one block of allocated rows of one KV head.
 void reduce_block(const Run &run, const Layout &l, int64_t block, int64_t h_kv) {
     const anyattn_call &call = run.call;
-    const Rows rows = rows_k(call);
+    const AllocatedRows rows = rows_k(call);
     const Sequence s = sequence(call, rows.sequence_of(block));
     const int64_t begin = (block - rows.first_block(s.index)) * kBlockQ;
     const int64_t end = min64(begin + kBlockQ, rows.allocated(s.index));
@@ -143,7 +143,7 @@ void reduce_block(const Run &run, const Layout &l, int64_t block, int64_t h_kv) 
 
 bool reduce_splits(const Run &run, const Layout &l) {
     const anyattn_call &call = run.call;
-    const Rows rows = rows_k(call);
+    const AllocatedRows rows = rows_k(call);
     const int64_t inside = rows.blocks() * call.nheads_kv;
     const bool all_used = l.in_place && !call.cu_seqlens_k && !call.seqused_k;
     if (all_used) return true;

@@ -7,7 +7,7 @@ constexpr int64_t kKeepBytes = int64_t(8) << 20;
 
 // One per thread that calls; released when the thread ends.
 struct Kept {
-    Block block{0};
+    Buffer buffer{0};
     int64_t bytes = 0;
     bool busy = false;
 };
@@ -23,24 +23,24 @@ Scratch::Scratch(int64_t bytes) : data_(nullptr), from_thread_(!kept.busy) {
         return;
     }
     if (!from_thread_) {
-        own_ = Block(bytes);
+        own_ = Buffer(bytes);
         data_ = own_.data();
         return;
     }
     if (kept.bytes < bytes) {
-        kept.block = Block(0);
-        kept.block = Block(bytes);
-        kept.bytes = kept.block.data() ? bytes : 0;
+        kept.buffer = Buffer(0);
+        kept.buffer = Buffer(bytes);
+        kept.bytes = kept.buffer.data() ? bytes : 0;
     }
     kept.busy = true;
-    data_ = kept.block.data();
+    data_ = kept.buffer.data();
 }
 
 Scratch::~Scratch() {
     if (!from_thread_) return;
     kept.busy = false;
     if (kept.bytes > kKeepBytes) {
-        kept.block = Block(0);
+        kept.buffer = Buffer(0);
         kept.bytes = 0;
     }
 }

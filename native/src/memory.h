@@ -8,17 +8,17 @@ namespace anyattn {
 
 constexpr std::size_t kAlignment = 64;
 
-// A 64-byte aligned block; data() is null where the system has no more memory.
-class Block {
+// 64-byte aligned memory. data() is null where the system has no more memory.
+class Buffer {
   public:
-    explicit Block(int64_t bytes)
+    explicit Buffer(int64_t bytes)
         : data_(bytes > 0 ? ::operator new(static_cast<std::size_t>(bytes), std::align_val_t(kAlignment), std::nothrow)
                           : nullptr) {}
-    ~Block() { ::operator delete(data_, std::align_val_t(kAlignment)); }
-    Block(const Block &) = delete;
-    Block &operator=(const Block &) = delete;
-    Block(Block &&other) noexcept : data_(other.data_) { other.data_ = nullptr; }
-    Block &operator=(Block &&other) noexcept {
+    ~Buffer() { ::operator delete(data_, std::align_val_t(kAlignment)); }
+    Buffer(const Buffer &) = delete;
+    Buffer &operator=(const Buffer &) = delete;
+    Buffer(Buffer &&other) noexcept : data_(other.data_) { other.data_ = nullptr; }
+    Buffer &operator=(Buffer &&other) noexcept {
         void *mine = data_;
         data_ = other.data_;
         other.data_ = mine;
@@ -42,7 +42,7 @@ class Scratch {
     char *data() const { return data_; }  // null: out of memory (or no bytes were asked for)
 
   private:
-    Block own_{0};
+    Buffer own_{0};
     char *data_;
     bool from_thread_;
 };

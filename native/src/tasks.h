@@ -22,7 +22,7 @@ constexpr int64_t blocks_of(int64_t rows) { return (rows + kBlockQ - 1) / kBlock
 
 // The allocated rows of all sequences in blocks of kBlockQ that never cross a sequence, numbered through without a
 // table: the b-th packed sequence, r rows behind the first, begins at block r / kBlockQ + b, which leaves it room.
-struct Rows {
+struct AllocatedRows {
     const int32_t *cu;
     int64_t batch, seqlen, total;
 
@@ -47,9 +47,13 @@ struct Rows {
     int64_t outside_row(int64_t index) const { return index < cu[0] ? index : cu[batch] + index - cu[0]; }
 };
 
-inline Rows rows_q(const anyattn_call &call) { return {call.cu_seqlens_q, call.batch, call.seqlen_q, call.total_q}; }
+inline AllocatedRows rows_q(const anyattn_call &call) {
+    return {call.cu_seqlens_q, call.batch, call.seqlen_q, call.total_q};
+}
 
-inline Rows rows_k(const anyattn_call &call) { return {call.cu_seqlens_k, call.batch, call.seqlen_k, call.total_k}; }
+inline AllocatedRows rows_k(const anyattn_call &call) {
+    return {call.cu_seqlens_k, call.batch, call.seqlen_k, call.total_k};
+}
 
 inline char *element(const anyattn_array &array, int64_t i, int64_t j, int64_t k) {
     const int64_t offset = i * array.stride[0] + j * array.stride[1] + k * array.stride[2];
@@ -68,7 +72,7 @@ inline void clear_row(const anyattn_array &array, int64_t entry, int64_t row, in
 template <class Body>
 bool for_unused_rows(const anyattn_call &call, int32_t threads, const Body &body) {
     if (!call.seqused_q && !call.cu_seqlens_q) return true;
-    const Rows rows = rows_q(call);
+    const AllocatedRows rows = rows_q(call);
     const int64_t inside = rows.blocks() * call.nheads;
     return run_tasks(call, threads, inside + blocks_of(rows.outside()), [&](int64_t task, int32_t) {
         if (task < inside) {

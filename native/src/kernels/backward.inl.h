@@ -38,13 +38,13 @@ struct TileScratch {
 
 // lse and delta_i = <dout_i, out_i> - dlse_i of a block's rows.
 template <class C>
-ANYATTN_NOINLINE void row_statistics(const Block<C> &block, C *lse, C *delta) {
+ANYATTN_NOINLINE void row_statistics(const ScoreBlock<C> &block, C *lse, C *delta) {
     using V = typename Lanes<C>::V;
     const anyattn_call &call = block.call;
-    const Rows out = query_rows(call.out, call, block.s, block.h, block.i0);
-    const Rows dout = query_rows(call.dout, call, block.s, block.h, block.i0);
-    const Rows saved = row_values(call.lse, call, block.s, block.h, block.i0);
-    const Rows dlse = row_values(call.dlse, call, block.s, block.h, block.i0);
+    const StridedRows out = query_rows(call.out, call, block.s, block.h, block.i0);
+    const StridedRows dout = query_rows(call.dout, call, block.s, block.h, block.i0);
+    const StridedRows saved = row_values(call.lse, call, block.s, block.h, block.i0);
+    const StridedRows dlse = row_values(call.dlse, call, block.s, block.h, block.i0);
     for (int i = 0; i < kBlockQ; ++i) {
         lse[i] = infinity(C());
         delta[i] = 0;
@@ -62,7 +62,7 @@ ANYATTN_NOINLINE void row_statistics(const Block<C> &block, C *lse, C *delta) {
 }
 
 template <class M>
-void prepare_rows(const Block<typename M::C> &block, const TileScratch<M> &w) {
+void prepare_rows(const ScoreBlock<typename M::C> &block, const TileScratch<M> &w) {
     const anyattn_call &call = block.call;
     constexpr int width = panel<typename M::C>;
     const RowTable q = block.table(call.q), dout = block.table(call.dout);
@@ -124,7 +124,7 @@ struct Range {
 // P and dS (times scale) of panel p and keys [j0, j1), stored by Out; the rest of the tile is zero. With `capped`, dS is
 // the gradient before the softcap. Returns the keys that the panel may see.
 template <class M, class Out>
-Range fill_gradients(const Block<typename M::C> &block, const TileScratch<M> &w, const typename M::Keys &keys,
+Range fill_gradients(const ScoreBlock<typename M::C> &block, const TileScratch<M> &w, const typename M::Keys &keys,
                      const typename M::Keys &values, int p, int64_t j0, int64_t j1, typename M::C scale, bool capped,
                      const typename Out::Gradients &gradients, TileAhead &ahead) {
     using C = typename M::C;
@@ -171,7 +171,7 @@ struct BackwardScratch {
 
 // Part of dsink: a row without keys has lse = sink, weight 1.
 template <class C>
-double sink_gradient(const Block<C> &block, const C *lse, const C *delta) {
+double sink_gradient(const ScoreBlock<C> &block, const C *lse, const C *delta) {
     const double sink = double(block.sink(0));
     double sum = 0;
     if (!(sink > -infinity(0.0))) return sum;
@@ -183,15 +183,15 @@ double sink_gradient(const Block<C> &block, const C *lse, const C *delta) {
 }
 
 template <class M>
-void backward_block(const Block<typename M::C> &block, const BackwardScratch<M> &w, const Partial &partial,
+void backward_block(const ScoreBlock<typename M::C> &block, const BackwardScratch<M> &w, const Partial &partial,
                     double *sink_partial) {
     using C = typename M::C;
     const anyattn_call &call = block.call;
     const TileScratch<M> &tiles = w.tiles;
     prepare_rows(block, tiles);
     if (sink_partial) *sink_partial += sink_gradient(block, tiles.lse, tiles.delta);
-    const Rows q = query_rows(call.q, call, block.s, block.h, block.i0);
-    const Rows dout = query_rows(call.dout, call, block.s, block.h, block.i0);
+    const StridedRows q = query_rows(call.q, call, block.s, block.h, block.i0);
+    const StridedRows dout = query_rows(call.dout, call, block.s, block.h, block.i0);
     const RowTable dq = block.table(call.dq);
     const auto q_rows = M::load_rows(q, block.rows, call.head_dim, w.q_rows);
     const auto dout_rows = M::load_rows(dout, block.rows, call.head_dim_v, w.dout_rows);
@@ -228,7 +228,7 @@ void backward_group(const anyattn_call &call, int64_t b, int64_t h_kv, int64_t s
     Arena arena{static_cast<char *>(memory), 0};
     const BackwardScratch<M> w(call, arena);
     for (int64_t at = split; at < group * blocks; at += splits) {
-        const Block<typename M::C> block(call, query_block(s, h_kv * group + at / blocks, at % blocks));
+        const ScoreBlock<typename M::C> block(call, query_block(s, h_kv * group + at / blocks, at % blocks));
         backward_block<M>(block, w, partial, sink_partial ? sink_partial + at : nullptr);
     }
 }

@@ -40,7 +40,7 @@ ANYATTN_NOINLINE void sum_tile(double *sum, const C *ds, int64_t n, int64_t rows
 }
 
 template <class M>
-void add_block(const Block<typename M::C> &block, const DbiasTile &tile, const DbiasScratch<M> &w) {
+void add_block(const ScoreBlock<typename M::C> &block, const DbiasTile &tile, const DbiasScratch<M> &w) {
     using C = typename M::C;
     using Out = Plain<C>;
     const anyattn_call &call = block.call;
@@ -95,7 +95,7 @@ void dbias_tile(const anyattn_call &call, int64_t bias_b, int64_t bias_h, int64_
         const int64_t i_end = tile.summed(2) ? s.n_q : min64(s.n_q, tile.i0 + tile.rows);
         for (int64_t h = bias_h; h < h_end; ++h) {
             for (int64_t i = tile.i0; i < i_end; i += kBlockQ) {
-                add_block(Block<C>(call, query_block(s, h, i / kBlockQ)), tile, w);
+                add_block(ScoreBlock<C>(call, query_block(s, h, i / kBlockQ)), tile, w);
             }
         }
     }

@@ -54,7 +54,7 @@ struct ForwardScratch {
     C *S, *added, *keep, *alpha;  // alpha: rescale of this tile, per row
     char *k, *v;
     KeyRows *k_rows, *v_rows;
-    Block<C> *blocks;
+    ScoreBlock<C> *blocks;
     ForwardState<M> *states;
 
     ForwardScratch(const anyattn_call &call, int64_t count, Arena &arena) {
@@ -67,7 +67,7 @@ struct ForwardScratch {
         v = arena.take<char>(M::key_buffer(call.head_dim_v, kSumKeys));
         k_rows = arena.take<KeyRows>(count);
         v_rows = arena.take<KeyRows>(count);
-        blocks = arena.take<Block<C>>(count);
+        blocks = arena.take<ScoreBlock<C>>(count);
         states = arena.take<ForwardState<M>>(count);
         for (int64_t i = 0; i < count; ++i) {
             const ForwardState<M> state(call, arena);
@@ -128,7 +128,7 @@ ANYATTN_NOINLINE void softmax_pass(typename M::C *S, int64_t n, int vectors, typ
 
 // The sink joins the sum; alpha becomes what the sums of values are divided by, inverted; lse where asked for.
 template <class C>
-ANYATTN_NOINLINE void finish_rows(const Block<C> &block, C *m, C *l, C *alpha) {
+ANYATTN_NOINLINE void finish_rows(const ScoreBlock<C> &block, C *m, C *l, C *alpha) {
     using V = typename Lanes<C>::V;
     alignas(64) C sink[kBlockQ];
     for (int r = 0; r < block.rows; ++r) sink[r] = r % block.per_head == 0 ? block.sink(r) : sink[r - 1];
@@ -143,14 +143,14 @@ ANYATTN_NOINLINE void finish_rows(const Block<C> &block, C *m, C *l, C *alpha) {
     }
     if (!block.call.lse.data) return;
     for (int r = 0; r < block.rows; ++r) {
-        const Rows lse = row_values(block.call.lse, block.call, block.s, block.head(r), block.row(r));
+        const StridedRows lse = row_values(block.call.lse, block.call, block.s, block.head(r), block.row(r));
         const double value = l[r] == 0 ? -infinity(0.0) : double(m[r]) * kLn2 + __builtin_log(double(l[r]));
         store(lse.row(0), C(value));
     }
 }
 
 template <class M>
-void start(const Block<typename M::C> &block, const ForwardState<M> &state) {
+void start(const ScoreBlock<typename M::C> &block, const ForwardState<M> &state) {
     using C = typename M::C;
     const anyattn_call &call = block.call;
     const RowTable q = block.table(call.q);
@@ -167,7 +167,7 @@ void start(const Block<typename M::C> &block, const ForwardState<M> &state) {
 
 // Adds the keys [j0, j1): one tile.
 template <class M>
-void attend(const Block<typename M::C> &block, const ForwardState<M> &state, const ForwardScratch<M> &w,
+void attend(const ScoreBlock<typename M::C> &block, const ForwardState<M> &state, const ForwardScratch<M> &w,
             const typename M::Keys &keys, const typename M::Keys &values, int64_t j0, int64_t j1, TileAhead &next) {
     using C = typename M::C;
     using V = typename M::V;
@@ -192,7 +192,7 @@ void attend(const Block<typename M::C> &block, const ForwardState<M> &state, con
 
 // Writes the rows of a block: out and lse, or the partial.
 template <class M>
-void write_block(const Block<typename M::C> &block, const ForwardState<M> &state, typename M::C *alpha,
+void write_block(const ScoreBlock<typename M::C> &block, const ForwardState<M> &state, typename M::C *alpha,
                  const ForwardPartial<typename M::C> *partial) {
     using C = typename M::C;
     const anyattn_call &call = block.call;
@@ -229,9 +229,9 @@ void forward_blocks(const anyattn_call &call, const BlockSet &set, int64_t begin
     Arena arena{static_cast<char *>(memory), 0};
     const ForwardScratch<M> w(call, set.count(), arena);
     for (int64_t i = 0; i < set.count(); ++i)
-        start(*new (w.blocks + i) Block<C>(call, block_of(call, set, i)), w.states[i]);
+        start(*new (w.blocks + i) ScoreBlock<C>(call, block_of(call, set, i)), w.states[i]);
     for (int64_t g = 0; g < set.groups; ++g) {
-        const Block<C> &block = w.blocks[g * set.shared()];
+        const ScoreBlock<C> &block = w.blocks[g * set.shared()];
         w.k_rows[g] = key_rows(call.k, call, block.s, block.h_kv);
         w.v_rows[g] = key_rows(call.v, call, block.s, block.h_kv);
     }
@@ -273,7 +273,7 @@ void merge_partial(const anyattn_call &call, const QueryBlock &rows, void *into,
 template <class C>
 void finish_partial(const anyattn_call &call, const QueryBlock &rows, const void *memory) {
     using V = typename Lanes<C>::V;
-    const Block<C> block(call, rows);
+    const ScoreBlock<C> block(call, rows);
     const ForwardPartial<C> partial(call, memory);
     alignas(64) C m[kBlockQ] = {}, l[kBlockQ] = {}, alpha[kBlockQ];
     for (int r = 0; r < block.rows; ++r) {

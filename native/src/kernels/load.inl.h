@@ -135,8 +135,8 @@ ANYATTN_INLINE C load_scalar(const char *p, int32_t dtype) {
     return load_part<C>(p, dtype, 1)[0];
 }
 
-// Rows i of one head of q, out, dout or dq.
-struct Rows {
+// The rows of one head of q, out, dout or dq, or its values in lse or dlse: `stride` bytes apart.
+struct StridedRows {
     char *data;
     int64_t stride;  // bytes
     int32_t dtype;
@@ -145,7 +145,8 @@ struct Rows {
     char *at(int64_t i, int64_t d) const { return row(i) + d * dtype_size(dtype); }
 };
 
-inline Rows query_rows(const anyattn_array &array, const anyattn_call &call, const Sequence &s, int64_t h, int64_t i0) {
+inline StridedRows query_rows(const anyattn_array &array, const anyattn_call &call, const Sequence &s, int64_t h,
+                              int64_t i0) {
     const int64_t entry = call.cu_seqlens_q ? 0 : s.index * array.stride[0];
     const int64_t offset = entry + (s.row_q + i0) * array.stride[1] + h * array.stride[2];
     const int64_t size = dtype_size(array.dtype);
@@ -153,7 +154,8 @@ inline Rows query_rows(const anyattn_array &array, const anyattn_call &call, con
 }
 
 // lse or dlse of row i0 and, `stride` bytes on, the rows after it.
-inline Rows row_values(const anyattn_array &array, const anyattn_call &call, const Sequence &s, int64_t h, int64_t i0) {
+inline StridedRows row_values(const anyattn_array &array, const anyattn_call &call, const Sequence &s, int64_t h,
+                              int64_t i0) {
     const int64_t entry = call.cu_seqlens_q ? 0 : s.index * array.stride[0];
     const int64_t offset = entry + h * array.stride[1] + (s.row_q + i0) * array.stride[2];
     const int64_t size = dtype_size(array.dtype);
@@ -162,7 +164,7 @@ inline Rows row_values(const anyattn_array &array, const anyattn_call &call, con
 
 // The keys (or values) of one KV head of one sequence, wherever they lie.
 struct KeyRows {
-    Rows rows;
+    StridedRows rows;
     const int32_t *pages;  // null: not paged
     int64_t page_size, page_stride;
 
@@ -193,7 +195,7 @@ inline KeyRows key_rows(const anyattn_array &array, const anyattn_call &call, co
     int64_t offset = h_kv * array.stride[2];
     if (call.cu_seqlens_k) offset += s.row_k * array.stride[1];
     if (!call.cu_seqlens_k && !call.block_table) offset += s.batch_k * array.stride[0];
-    const Rows rows{static_cast<char *>(array.data) + offset * size, array.stride[1] * size, array.dtype};
+    const StridedRows rows{static_cast<char *>(array.data) + offset * size, array.stride[1] * size, array.dtype};
     const int32_t *pages = call.block_table ? call.block_table + s.index * call.max_pages : nullptr;
     return {rows, pages, call.page_size, array.stride[0] * size};
 }
@@ -258,7 +260,7 @@ ANYATTN_NOINLINE void copy_keys(C *to, int64_t stride, const KeyRows &keys, int6
 }
 
 template <class C>
-ANYATTN_NOINLINE void copy_rows(C *to, int64_t stride, const Rows &rows, int64_t n, int64_t dim) {
+ANYATTN_NOINLINE void copy_rows(C *to, int64_t stride, const StridedRows &rows, int64_t n, int64_t dim) {
     with_dtype<C>(rows.dtype, [&](auto t) {
         for (int64_t i = 0; i < n; ++i) copy_row<C, decltype(t)::value>(to + i * stride, rows.row(i), dim);
     });

@@ -284,7 +284,7 @@ struct Plain {
     // Rows of q or dout as the second operand of dK and dV: whole vectors.
     static int64_t row_buffer(int64_t dim) { return kBlockQ * round_up(dim, lanes<C>) * (int64_t)sizeof(C); }
 
-    static Keys load_rows(const Rows &rows, int64_t n, int64_t dim, char *buffer) {
+    static Keys load_rows(const StridedRows &rows, int64_t n, int64_t dim, char *buffer) {
         // Rows far apart would evict each other from L1, where every tile of keys reads them again.
         const bool dense = rows.stride == dim * (int64_t)sizeof(C);
         if (rows.dtype == dtype_of<C> && dim % lanes<C> == 0 && dense) {

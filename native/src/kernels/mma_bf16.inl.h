@@ -111,7 +111,7 @@ ANYATTN_NOINLINE void pair_keys(Pair *pairs, int64_t stride, const KeyRows &keys
     pair_rows(pairs, stride, n, dim, [&](int64_t r) { return keys.row(j + r); });
 }
 
-ANYATTN_NOINLINE void pair_queries(Pair *pairs, int64_t stride, const Rows &rows, int64_t n, int64_t dim) {
+ANYATTN_NOINLINE void pair_queries(Pair *pairs, int64_t stride, const StridedRows &rows, int64_t n, int64_t dim) {
     pair_rows(pairs, stride, n, dim, [&](int64_t r) { return rows.row(r); });
 }
 
@@ -291,7 +291,7 @@ struct Dot {
     }
 
     static int64_t row_buffer(int64_t dim) { return kBlockQ / 2 * round_up(dim, 16) * (int64_t)sizeof(Pair); }
-    static QueryPairs load_rows(const Rows &rows, int64_t n, int64_t dim, char *buffer) {
+    static QueryPairs load_rows(const StridedRows &rows, int64_t n, int64_t dim, char *buffer) {
         Pair *pairs = reinterpret_cast<Pair *>(buffer);
         pair_queries(pairs, round_up(dim, 16), rows, n, dim);
         return {pairs, round_up(dim, 16)};

@@ -9,7 +9,7 @@ namespace {
 // Query rows of one sequence that are computed together, and what turns products into scores there. Row r of the block
 // is row i0 + r % per_head of head h + r / per_head; several heads share their keys.
 template <class Compute>
-struct Block {
+struct ScoreBlock {
     using C = Compute;
     const anyattn_call &call;
     Sequence s;
@@ -20,7 +20,7 @@ struct Block {
     bool sloped, scored;  // scored: something other than intervals and the mask acts on scores
     alignas(64) C slope[kBlockQ], place[kBlockQ];  // of each row: in log2 units; r % per_head
 
-    Block(const anyattn_call &a, const QueryBlock &q)
+    ScoreBlock(const anyattn_call &a, const QueryBlock &q)
         : call(a), s(sequence(a, q.b)), h(q.h), h_kv(q.h / (a.nheads / a.nheads_kv)), i0(q.i0) {
         per_head = (int)q.rows;
         rows = (int)(q.heads * q.rows);
@@ -66,7 +66,7 @@ struct Block {
         RowTable result;
         result.dtype = array.dtype;
         for (int r = 0; r < rows; r += per_head) {
-            const Rows of_head = query_rows(array, call, s, head(r), i0);
+            const StridedRows of_head = query_rows(array, call, s, head(r), i0);
             for (int i = 0; i < per_head; ++i) result.row[r + i] = of_head.row(i);
         }
         return result;
@@ -98,8 +98,8 @@ inline TileAhead next_tile(const anyattn_call &call, const KeyRows *k, const Key
 
 // added[key][lane] from an array of (row, key) for keys [j, j + n) of panel p; Merge(new, old) is stored.
 template <class C, class Merge>
-ANYATTN_INLINE void spread(C *added, const Block<C> &block, int p, const anyattn_array &array, int64_t j, int64_t n,
-                           const Merge &merge) {
+ANYATTN_INLINE void spread(C *added, const ScoreBlock<C> &block, int p, const anyattn_array &array, int64_t j,
+                           int64_t n, const Merge &merge) {
     using V = typename Lanes<C>::V;
     constexpr int width = lanes<C>;
     const int64_t size = dtype_size(array.dtype);
@@ -131,7 +131,7 @@ ANYATTN_INLINE void spread(C *added, const Block<C> &block, int p, const anyattn
 enum MaskUse { kSeesNone, kSeesSome, kSeesAll };
 
 template <class C>
-ANYATTN_NOINLINE MaskUse mask_use(const Block<C> &block, int p, int64_t j, int64_t n) {
+ANYATTN_NOINLINE MaskUse mask_use(const ScoreBlock<C> &block, int p, int64_t j, int64_t n) {
     const anyattn_array &mask = block.call.mask;
     if (!mask.data) return kSeesAll;
     const int64_t count = mask.stride[3] ? n : 1;
@@ -150,7 +150,7 @@ ANYATTN_NOINLINE MaskUse mask_use(const Block<C> &block, int p, int64_t j, int64
 
 // Bias in natural units, -inf where the boolean mask hides a key. `added` has n rows.
 template <class C>
-ANYATTN_NOINLINE void fill_added(C *added, const Block<C> &block, int p, int64_t j, int64_t n, MaskUse use) {
+ANYATTN_NOINLINE void fill_added(C *added, const ScoreBlock<C> &block, int p, int64_t j, int64_t n, MaskUse use) {
     using V = typename Lanes<C>::V;
     const anyattn_call &call = block.call;
     if (call.bias.data) {
@@ -164,7 +164,7 @@ ANYATTN_NOINLINE void fill_added(C *added, const Block<C> &block, int p, int64_t
 
 // Per lane, the rows of the tile [j, j + n) that its query may see; none in lanes without a query.
 template <class C>
-ANYATTN_NOINLINE void lane_bounds(const Block<C> &block, int p, int64_t j, int64_t n, C *low, C *high) {
+ANYATTN_NOINLINE void lane_bounds(const ScoreBlock<C> &block, int p, int64_t j, int64_t n, C *low, C *high) {
     const int rows = block.panel_rows(p);
     for (int x = 0; x < panel<C>; ++x) {
         const int64_t i = block.row(p * panel<C> + (x < rows ? x : 0));
@@ -194,8 +194,8 @@ struct Bounds {
 // Scores of the tile S of panel p and keys [j, j + n), in place; raises `top` anew. Products times factor are in log2
 // units. added: null or from fill_added; steep: null, or takes the derivative of the softcap; bounds: null or the edge.
 template <class C>
-ANYATTN_NOINLINE void score_pass(const Block<C> &block, int p, int64_t j, int64_t n, C factor, const C *added, C *steep,
-                                 const Bounds<C> *bounds, C *S, typename Lanes<C>::V *top) {
+ANYATTN_NOINLINE void score_pass(const ScoreBlock<C> &block, int p, int64_t j, int64_t n, C factor, const C *added,
+                                 C *steep, const Bounds<C> *bounds, C *S, typename Lanes<C>::V *top) {
     using V = typename Lanes<C>::V;
     const V hidden = splat(-infinity(C()));
     const V cap = splat(block.cap), per_cap = splat(block.cap != 0 ? 1 / block.cap : 0);
@@ -234,7 +234,7 @@ ANYATTN_NOINLINE void score_pass(const Block<C> &block, int p, int64_t j, int64_
 
 // Runs what this tile needs of the above; returns what its products must still be multiplied by.
 template <class C>
-ANYATTN_INLINE C score_tile(const Block<C> &block, int p, int64_t j, int64_t n, MaskUse use, C factor, C *added,
+ANYATTN_INLINE C score_tile(const ScoreBlock<C> &block, int p, int64_t j, int64_t n, MaskUse use, C factor, C *added,
                             C *steep, C *S, typename Lanes<C>::V *top) {
     const bool edge = block.edge(p, j, j + n), masked = use == kSeesSome;
     if (!edge && !block.scored && !masked) return factor;
@@ -248,7 +248,7 @@ ANYATTN_INLINE C score_tile(const Block<C> &block, int p, int64_t j, int64_t n, 
 
 // Dropout factors of a tile, 0 or 1 / (1 - p).
 template <class C>
-ANYATTN_INLINE void keep_tile(C *keep, const Block<C> &block, int p, int64_t j, int64_t n) {
+ANYATTN_INLINE void keep_tile(C *keep, const ScoreBlock<C> &block, int p, int64_t j, int64_t n) {
     const anyattn_call &call = block.call;
     DropoutCounter counter{call.rng_state[0],
                            (uint32_t)call.rng_state[1],
