@@ -115,9 +115,9 @@ aot: venv
 bench: require-native $(VENV)/bench
 	$(BIN)/python -m anyattn bench --json build/bench.json --plot build/bench.png $(BENCH_ARGS)
 
-# Into build/site; a warning is an error. The site loads nothing from the network.
+# Into build/site; a warning is an error, but --quiet would hide it. The site loads nothing from the network.
 docs: require-native $(VENV)/docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 	$(BIN)/python scripts/site/check.py build/site
 
 # Needs glslangValidator 16 (GLSLANG=... says where); the binaries are committed, so nobody else does.

@@ -58,7 +58,10 @@ def settings_table(_: str) -> str:
 def features_table(_: str) -> str:
     found = capabilities.collect()
     notes = [f"* [{number}] {reason}" for reason, number in capabilities.footnotes(found).items()]
-    return "\n".join([table(*capabilities.cells(found)), "", *notes])
+    header, rows = capabilities.cells(found)
+    # Markdown would read "[3][4]" as a link
+    rows = [[cell.replace("][", "], [") for cell in row] for row in rows]
+    return "\n".join([table(header, rows), "", *notes])
 
 
 def command_line(_: str) -> str:
