@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import posixpath
 import re
-from pathlib import Path, PurePosixPath
 from typing import Any
 
 import generated
@@ -12,15 +11,10 @@ import reference
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File
 
-FENCE = re.compile(r"^(```.*?^```$)", re.DOTALL | re.MULTILINE)
-# A list or a table below a line of text, or below a block of code: GitHub sees it, Python-Markdown wants an empty line.
-GLUED = re.compile(r"^(?![*|#\s]|\d+\. )(.+)\n(?=\* |\d+\. |\|)", re.MULTILINE)
 OUTSIDE = re.compile(r"\[([^\]]+)\]\(((?:\.\./)+[^)]+)\)")
 
 
 def on_config(config: Any) -> Any:
-    pages = {path.relative_to(config.docs_dir).as_posix() for path in Path(config.docs_dir).rglob("*.md")}
-    config.nav = expand(config.nav, pages | reference.pages().keys())
     config.mdx_configs["pymdownx.superfences"] = {
         "custom_fences": [{"name": "math", "class": "math", "format": math}],
     }
@@ -36,27 +30,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    parts = FENCE.split(inside(markdown, page.file.src_uri))
-    text = "".join(f"{part}\n" if part.startswith("```") else GLUED.sub(r"\1\n\n", part) for part in parts)
-    return generated.fill(text, page.file.src_uri)
-
-
-def expand(nav: list[Any], pages: set[str]) -> list[Any]:
-    """The navigation, each pattern replaced by the pages that match it and are not named themselves."""
-    named = set(re.findall(r"[\w./-]+\.md", str(nav)))
-
-    def entries(items: list[Any]) -> list[Any]:
-        found: list[Any] = []
-        for item in items:
-            if isinstance(item, dict):
-                found += [{title: entries(value) for title, value in item.items()}]
-            elif "*" in item:
-                found += sorted((page for page in pages - named if PurePosixPath(page).match(item)), key=str.lower)
-            else:
-                found.append(item)
-        return found
-
-    return entries(nav)
+    return generated.fill(inside(markdown, page.file.src_uri), page.file.src_uri)
 
 
 def math(source: str, *_: Any, **__: Any) -> str:
