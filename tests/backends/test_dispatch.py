@@ -157,6 +157,7 @@ class Echo:
 
     name = "echo"
     passes = frozenset((FORWARD,))
+    extras = frozenset(("bias",))
     may_fail = False
 
     def available(self, *, named: bool = False) -> str | None:
@@ -190,6 +191,8 @@ def test_a_registered_backend_has_its_place_in_the_order(monkeypatch: pytest.Mon
     assert anyattn.explain(X, X, X).chosen == "echo", "it survives a reload of the settings"
     with pytest.raises(anyattn.UnsupportedProblem, match="echo: has no backward pass"):
         anyattn.attention_backward(X, X, X, X, X, np.zeros((1, 2, X.shape[1]), X.dtype))
+    with pytest.raises(anyattn.UnsupportedProblem, match="echo: does not take mask"):
+        anyattn.attention(X, X, X, mask=np.ones((4, 4), bool))
     dispatch.register("echo", Echo)
     assert dispatch.names()[-1] == "echo"
 

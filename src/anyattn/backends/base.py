@@ -85,6 +85,7 @@ class Backend(Protocol):
 
     name: str
     passes: frozenset[Pass]
+    extras: frozenset[str]  # names of the optional arrays that it takes; a problem with another one is refused
     may_fail: bool  # its device may be lost or full: plans then raise DeviceError, having written nothing
 
     def available(self, *, named: bool = False) -> str | None:

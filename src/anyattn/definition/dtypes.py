@@ -34,7 +34,13 @@ DTYPES = {
     "int64": Dtype(8, 0, triton="i64"),
     "uint8": Dtype(1, 0),
 }
-ATTENTION_DTYPES = tuple(name for name, dtype in DTYPES.items() if dtype.compute)  # of q, k and v
+ATTENTION_DTYPES = tuple(name for name, dtype in DTYPES.items() if dtype.compute)  # of q
+
+
+def key_dtypes(q: str) -> tuple[str, ...]:
+    """Return the dtypes that k and v may have for q of this dtype."""
+    return (q,)
+
 
 # Scores below this value, by compute dtype, mask their key as -inf does: times log2(e), as kernels keep scores, they
 # are -inf.

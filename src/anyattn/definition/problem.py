@@ -43,7 +43,8 @@ class Variant(NamedTuple):
     """The key of compiled code: no sizes, no strides, no scalars."""
 
     pass_: str
-    dtype: str
+    dtype: str  # of q
+    dtype_kv: str
     head_dim: int
     head_dim_v: int
     grouped: bool
@@ -204,7 +205,7 @@ class Problem(NamedTuple):
             "rotary": self.rotary_dim > 0,
         }
         names = tuple(name for name, on in features.items() if on)
-        return Variant(self.pass_.name, self.dtype, self.head_dim, self.head_dim_v, self.group > 1, names)
+        return Variant(self.pass_.name, self.dtype, self.k.dtype, self.head_dim, self.head_dim_v, self.group > 1, names)
 
     def _has(self, *names: str) -> bool:
         return any(name in self.arrays for name in names)

@@ -11,7 +11,7 @@ import numbers
 from collections.abc import Mapping
 
 from . import kvcache, philox
-from .dtypes import ATTENTION_DTYPES, DTYPES
+from .dtypes import ATTENTION_DTYPES, DTYPES, key_dtypes
 from .inputs import FIELDS, SCORES, Field, Saved
 from .mask import Mask
 from .options import ALIGNMENTS, Options, Rotation
@@ -142,12 +142,12 @@ def _check_dtypes(given: Given) -> None:
     q, k, v = (given[name] for name in ("q", "k", "v"))
     if q.dtype not in ATTENTION_DTYPES:
         raise TypeError(f"q has dtype {q.dtype}; accepted are {', '.join(ATTENTION_DTYPES)}")
-    if not q.dtype == k.dtype == v.dtype:
+    if k.dtype != v.dtype or k.dtype not in key_dtypes(q.dtype):
         raise TypeError(f"q, k and v must have one dtype; got {q.dtype}, {k.dtype}, {v.dtype}: convert them first")
     names = {"q": q.dtype, "compute": DTYPES[q.dtype].compute}
     accepted = {**{name: field.dtypes for name, field in FIELDS.items()}, **_SAVED}
     for name, array in given.items():
-        dtypes = tuple(names.get(dtype, dtype) for dtype in accepted.get(name, ("q",)))
+        dtypes = tuple(names.get(dtype, dtype) for dtype in accepted.get(name, (array.dtype,)))
         if array.dtype not in dtypes:
             raise TypeError(f"{name} has dtype {array.dtype}; accepted here: {', '.join(dict.fromkeys(dtypes))}")
 

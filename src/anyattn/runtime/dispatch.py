@@ -18,6 +18,7 @@ from ..backends import ROWS, Row
 from ..backends.base import Backend, Call, Plan
 from ..config import settings
 from ..definition.errors import CompilationError, DeviceError, UnsupportedProblem
+from ..definition.inputs import FIELDS
 from ..definition.problem import Array, Problem, Variant
 
 CACHE_SIZE = 1024
@@ -217,6 +218,9 @@ def refuse(candidate: Backend, problem: Problem, *, named: bool = True) -> list[
         return [missing]
     if problem.pass_ not in candidate.passes:
         return [f"has no {problem.pass_} pass"]
+    unknown = [name for name in problem.arrays if name in FIELDS and name not in candidate.extras]
+    if unknown:
+        return [f"does not take {', '.join(unknown)}"]
     return ([] if named else candidate.avoids(problem)) or candidate.supports(problem)
 
 

@@ -9,6 +9,7 @@ from array import array as words
 
 from ...config import settings
 from ...definition.dtypes import DTYPES
+from ...definition.inputs import Extras
 from ...definition.passes import APPEND, BACKWARD, FORWARD
 from ...definition.problem import Array, Problem
 from ..base import Call, without_cache_gradients
@@ -47,6 +48,7 @@ class CpuBackend:
 
     name = "cpu"
     passes = frozenset((FORWARD, BACKWARD, APPEND))
+    extras = frozenset(Extras._fields) & {*layout.ARRAYS, *layout.TABLES}
     may_fail = False
 
     def available(self, *, named: bool = False) -> str | None:

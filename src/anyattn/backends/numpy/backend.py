@@ -12,6 +12,11 @@ from .attention import backward, forward
 from .tiles import Arrays
 
 EVIDENCE = {"tested": ("anything with NumPy",)}
+# Optional arrays that the kernels read.
+EXTRAS = (
+    *("bias", "mask", "alibi_slopes", "sink", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"),
+    *("leftpad_k", "offset", "block_table", "cache_batch_idx", "rng_state"),
+)
 COMPUTE = {FORWARD: forward, BACKWARD: backward}
 
 
@@ -38,6 +43,7 @@ class NumpyBackend:
 
     name = "numpy"
     passes = frozenset((FORWARD, BACKWARD, APPEND))
+    extras = frozenset(EXTRAS)
     may_fail = False
 
     def available(self, *, named: bool = False) -> str | None:

@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from .plan import TritonPlan
 
 OLDEST = (3, 6)
+# Optional arrays that the kernels read.
+EXTRAS = (
+    *("bias", "mask", "alibi_slopes", "sink", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"),
+    *("leftpad_k", "offset", "block_table", "cache_batch_idx", "rng_state"),
+)
 # What is known of each card, for `anyattn info`. Compiled: tests' aot.json; expected: nothing has been seen to fail.
 EVIDENCE = {
     "tested": ("Triton's interpreter",),
@@ -30,6 +35,7 @@ class TritonBackend:
 
     name = "triton"
     passes = frozenset((FORWARD, BACKWARD, APPEND))
+    extras = frozenset(EXTRAS)
     may_fail = False
 
     def available(self, *, named: bool = False) -> str | None:

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from .device import DeviceInfo
 
 DTYPES = ("float32", "float16", "bfloat16")
+# Optional arrays that the kernels read.
+EXTRAS = (
+    *("bias", "mask", "alibi_slopes", "sink", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"),
+    *("leftpad_k", "offset", "block_table", "cache_batch_idx", "rng_state"),
+)
 MAX_HEAD_DIM = 256
 EVIDENCE = {
     "tested": ("Mesa's software driver with and without cooperative matrices", "SwiftShader"),
@@ -31,6 +36,7 @@ class VulkanBackend:
 
     name = "vulkan"
     passes = frozenset((FORWARD, BACKWARD, APPEND))
+    extras = frozenset(EXTRAS)
     may_fail = True
 
     def available(self, *, named: bool = False) -> str | None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...arguments import make_request
 from ...frameworks.torch_tools import dropped_scores, random_state
-from ..calls import attend, gradients, integer, only_speed, store, window_bounds
+from .._flash_attn_common.calls import attend, gradients, integer, only_speed, store, window_bounds
 
 Results = tuple[Tensor, Tensor, Tensor, Tensor]
 

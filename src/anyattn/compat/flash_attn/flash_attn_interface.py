@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ...api import attention_with_kvcache
 from ...frameworks.torch_tools import round_multiple
-from ..calls import attend, only_speed, window_bounds
+from .._flash_attn_common.calls import attend, only_speed, window_bounds
 from ._private import (
     Scores,
     _flash_attn_backward,

@@ -17,8 +17,8 @@ from ...definition.options import Rotation
 from ...frameworks import framework_of
 from ...frameworks.torch_tools import per_sequence
 from ...frameworks.torch_tools import rotary as rotations
-from ..calls import Bounds, rows_of
-from ..inputs import FP8
+from .._flash_attn_common.calls import Bounds, rows_of
+from .._flash_attn_common.inputs import FP8
 
 
 class Rotary(NamedTuple):

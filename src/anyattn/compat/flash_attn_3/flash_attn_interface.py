@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from ...api import attention_with_kvcache
-from ..calls import integer, only_speed, window_bounds
-from ..combine import combine
-from ..inputs import FP8, attend_extended
+from .._flash_attn_common.calls import integer, only_speed, window_bounds
+from .._flash_attn_common.combine import combine
+from .._flash_attn_common.inputs import FP8, attend_extended
 from ._kvcache import NewKeys, Rotary
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calls import Bounds, gradients, integer, maximum, only_speed, store
-from ..inputs import Descales, attend_extended
+from .._flash_attn_common.calls import Bounds, gradients, integer, maximum, only_speed, store
+from .._flash_attn_common.inputs import Descales, attend_extended
 
 Result = tuple[Tensor, "Tensor | None"]
 

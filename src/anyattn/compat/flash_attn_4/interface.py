@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calls import only_speed
-from ..combine import combine, used_rows
+from .._flash_attn_common.calls import only_speed
+from .._flash_attn_common.combine import combine, used_rows
 from ._private import Result, _flash_attn_bwd, _flash_attn_fwd, attend_4, refuse
 
 

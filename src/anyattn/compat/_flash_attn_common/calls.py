@@ -1,4 +1,4 @@
-"""What the flash_attn modules share: their arguments in anyattn's terms, and one way to what computes."""
+"""Convert arguments of flash_attn and call anyattn through the Framework protocol."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import make_request
-from ..definition.inputs import Saved
-from ..frameworks import framework_of
+from ...arguments import make_request
+from ...definition.inputs import Saved
+from ...frameworks import framework_of
 
 Bounds = tuple["int | None", "int | None"]
 
