@@ -148,7 +148,7 @@ def paged_lengths(block_table: Any, cu_seqlens_k: Any, seqused_k: Any) -> tuple[
     return None, seqused_k
 
 
-_EXPLICIT = frozenset(ExplicitArguments.__annotations__)
+_EXPLICIT = ExplicitArguments.__optional_keys__
 
 
 def explicit(q: Array, k: Array, v: Array, arguments: Mapping[str, Any], caller: str) -> Request:
