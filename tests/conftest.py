@@ -16,9 +16,8 @@ os.environ.setdefault("ANYATTN_VULKAN_SOFTWARE", "1")
 # no folder: no measurement of this machine decides what is tested, and nothing is left behind
 os.environ["ANYATTN_CACHE"] = f"{os.devnull}/anyattn"
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -27,7 +26,7 @@ pytest.register_assert_rewrite("harness", "backends", "compat", "device", "soak"
 
 from anyattn.frameworks.numpy import NumpyAdapter  # noqa: E402
 from harness.backends import Engine, engines  # noqa: E402
-from harness.memory import Memory  # noqa: E402
+from harness.memory import Memory, guarded_empty  # noqa: E402
 
 # Nothing here may depend on time or on what ran before: no deadline, and the same examples every time.
 settings.register_profile(
@@ -45,13 +44,9 @@ THREADS = 3  # more than tasks of small problems, and not a power of two
 
 @pytest.fixture(scope="session")
 def _memory() -> Iterator[Memory]:
-    memory, original = Memory(), NumpyAdapter.empty
-
-    def empty(self: NumpyAdapter, shape: Sequence[int], dtype: str, like: np.ndarray) -> np.ndarray:
-        return memory.empty(shape, original(self, (0,) * len(shape), dtype, like).dtype)
-
+    memory = Memory()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(NumpyAdapter, "empty", empty)
+        patch.setattr(NumpyAdapter, "empty", guarded_empty(memory))
         yield memory
 
 

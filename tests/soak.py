@@ -29,14 +29,13 @@ import numpy as np
 
 from anyattn.definition import accuracy, reference
 from anyattn.frameworks.numpy import NumpyAdapter
-from conformance.test_matrix import bits, refused, run
-from conformance.test_properties import CONTENTS, LENGTHS
 from harness.backends import Engine, cpu_targets
-from harness.cases import DTYPES, Case
+from harness.cases import CONTENTS, DTYPES, LENGTHS, Case
+from harness.checks import bits, expected, refused, run
 from harness.inputs import BROADCASTS, LAYOUTS, Inputs, build
 from harness.kvcache_cases import Setup
 from harness.kvcache_cases import problems_of as cache_problems_of
-from harness.memory import Memory
+from harness.memory import Memory, guarded_empty
 
 LONGEST = 4096
 # Scores of all heads together: the reference computes a million of them, forward and backward, in half a second.
@@ -179,7 +178,6 @@ def _attention(case: Case, target: str) -> list[str]:
     inputs = build(case)
     inputs.arguments["batch_invariant"] = case.seed % 5 == 0
     before = inputs.bytes()
-    problem, arrays = inputs.canonical()
     wrong = []
     for direction in ("forward", "backward"):
         engine = Engine("cpu", target)
@@ -187,11 +185,7 @@ def _attention(case: Case, target: str) -> list[str]:
         if refused(inputs, direction, engine):
             continue
         got = run(inputs, direction, engine)
-        if direction == "forward":
-            want = accuracy.expected_forward(problem, arrays)
-        else:
-            want = accuracy.expected_backward(problem, arrays, inputs.dout64, inputs.dlse64)
-        want = {name: replace(x, value=flushed(x.value)) for name, x in want.items()}
+        want = {name: replace(x, value=flushed(x.value)) for name, x in expected(inputs, direction).items()}
         lines = accuracy.check(want, got)
         if lines and case.dtype == "float64":
             lines = accuracy.check(widened(want, inputs, direction), {name: flushed(x) for name, x in got.items()})
@@ -292,10 +286,7 @@ class Run:
 
 def guarded(state: Run) -> Run:
     """From here on, results and workspaces of NumPy come from the run's memory."""
-    original = NumpyAdapter.empty
-    NumpyAdapter.empty = lambda self, shape, dtype, like: state.memory.empty(  # type: ignore[method-assign]
-        shape, original(self, (0,) * len(shape), dtype, like).dtype
-    )
+    NumpyAdapter.empty = guarded_empty(state.memory)  # type: ignore[method-assign]
     return state
 
 

@@ -29,6 +29,21 @@ void drop_strides(anyattn_array *array, int bits) {
 
 }  // namespace
 
+std::vector<Config> edge_sizes() {
+    std::vector<Config> found;
+    for (int64_t seqlen : {0, 1, 63, 64, 65, 130}) {
+        for (int64_t head_dim : {1, 8, 59, 64}) {
+            Config config;
+            config.seqlen_q = seqlen;
+            config.seqlen_k = 130 - seqlen;
+            config.head_dim = head_dim;
+            config.head_dim_v = head_dim + 3;
+            found.push_back(config);
+        }
+    }
+    return found;
+}
+
 std::vector<int32_t> targets() {
     std::vector<int32_t> available;
     for (int32_t i = 0; anyattn_target_name(i); ++i) {

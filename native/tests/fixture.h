@@ -22,6 +22,11 @@ struct Config {
     int32_t target = 0, threads = 0;
 };
 
+inline constexpr int32_t kDtypes[] = {ANYATTN_FLOAT32, ANYATTN_FLOAT16, ANYATTN_BFLOAT16, ANYATTN_FLOAT64};
+
+// Lengths and head sizes on both sides of a tile's; 0 queries, and 0 keys.
+std::vector<Config> edge_sizes();
+
 class Fixture {
   public:
     explicit Fixture(const Config &config);

@@ -17,6 +17,7 @@ from anyattn.definition import inputs as arrays
 from anyattn.definition.options import Options
 from anyattn.frameworks import numpy
 from anyattn.runtime import dispatch
+from harness import checks
 from harness.cases import NAMED, Case, named, small
 from harness.inputs import Inputs, build
 
@@ -40,9 +41,7 @@ def test_many_small_tiles(case: Case, size: tuple[int, int, int], monkeypatch: p
         monkeypatch.setattr(tiles, name, value)
     inputs = build(case)
     got = run(inputs)
-    problem, arrays = inputs.canonical(backward=True)
-    expected = accuracy.expected_forward(problem, arrays)
-    expected |= accuracy.expected_backward(problem, arrays, inputs.dout64, inputs.dlse64)
+    expected = checks.expected(inputs) | checks.expected(inputs, "backward")
     shaped = {name: got[name].reshape(want.value.shape) for name, want in expected.items()}
     assert accuracy.check(expected, shaped) == []
 

@@ -16,28 +16,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import anyattn.compat.diffusers
 from anyattn.compat import comfyui, xformers
 from anyattn.runtime import execute
+from harness.plain_torch import plain_output
+from harness.tensors import close, leaf, normal
 
-TOLERANCE = {"rtol": 1e-9, "atol": 1e-11}
 BATCH, ROWS, KEYS, NHEADS, HEAD_DIM = 2, 5, 9, 4, 8
-
-
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def gradients(out: Tensor, *inputs: Tensor) -> list[Tensor]:
     return [out, *torch.autograd.grad(out, inputs, normal(*out.shape, seed=9).to(out.dtype), retain_graph=True)]
-
-
-def close(got: list[Tensor], want: list[Tensor], **tolerance: float) -> None:
-    for one, other in zip(got, want, strict=True):
-        torch.testing.assert_close(one, other, **(tolerance or TOLERANCE))
-
-
-def plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None) -> Tensor:
-    """(batch, seqlen, nheads, head_dim), every score in memory."""
-    s = torch.einsum("bihd,bjhd->bhij", q, k) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
-    return torch.einsum("bhij,bjhd->bihd", torch.softmax(s if bias is None else s + bias, -1), v)
 
 
 def triangle(rows: int, keys: int, offset: int = 0) -> Tensor:
@@ -47,7 +33,7 @@ def triangle(rows: int, keys: int, offset: int = 0) -> Tensor:
 
 def inputs(rows: int = ROWS, keys: int = KEYS) -> list[Tensor]:
     shapes = ((BATCH, rows, NHEADS, HEAD_DIM), (BATCH, keys, NHEADS, HEAD_DIM), (BATCH, keys, NHEADS, 6))
-    return [normal(*shape, seed=seed).requires_grad_() for seed, shape in enumerate(shapes)]
+    return [leaf(*shape, seed=seed) for seed, shape in enumerate(shapes)]
 
 
 # xFormers
@@ -55,16 +41,16 @@ def inputs(rows: int = ROWS, keys: int = KEYS) -> list[Tensor]:
 
 @pytest.mark.parametrize("shape", [(BATCH, NHEADS, ROWS, KEYS), (1, 1, 1, KEYS)], ids=str)
 def test_xformers_tensor_bias(shape: tuple[int, ...]) -> None:
-    given, bias = inputs(), normal(*shape, seed=5).requires_grad_()
+    given, bias = inputs(), leaf(*shape, seed=5)
     got = xformers.memory_efficient_attention(*given, bias, 0.0, 0.3, op=("any", "kernel"))
-    close(gradients(got, *given, bias), gradients(plain(*given, bias, 0.3), *given, bias))
+    close(gradients(got, *given, bias), gradients(plain_output(*given, bias=bias, scale=0.3), *given, bias))
 
 
 @pytest.mark.parametrize("name", ["LowerTriangularMask", "LowerTriangularFromBottomRightMask"])
 def test_xformers_triangles(name: str) -> None:
     given = inputs()
     got = xformers.memory_efficient_attention(*given, attn_bias=getattr(xformers, name)())
-    want = plain(*given, triangle(ROWS, KEYS, KEYS - ROWS if "Bottom" in name else 0))
+    want = plain_output(*given, bias=triangle(ROWS, KEYS, KEYS - ROWS if "Bottom" in name else 0))
     close(gradients(got, *given), gradients(want, *given))
 
 
@@ -79,7 +65,7 @@ def test_xformers_blocks(kind: str, seqlens_k: tuple[int, ...] | None) -> None:
     splits = (x.split(n, 1) for x, n in zip(given, (seqlens_q, *[seqlens_k or seqlens_q] * 2), strict=True))
     for q, k, v in zip(*splits, strict=True):
         offset = {"full": k.shape[1], "top-left": 0, "bottom-right": k.shape[1] - q.shape[1]}[kind]
-        blocks.append(plain(q, k, v, triangle(q.shape[1], k.shape[1], offset)))
+        blocks.append(plain_output(q, k, v, bias=triangle(q.shape[1], k.shape[1], offset)))
     got = xformers.memory_efficient_attention(*given, mask)
     close(gradients(got, *given), gradients(torch.cat(blocks, 1), *given))
 
@@ -97,12 +83,12 @@ def test_xformers_layouts() -> None:
     q, k, v = inputs()
     one = [x[:, :, 0] for x in (q, k, v)]
     bias = normal(BATCH, ROWS, KEYS)
-    want = plain(*[x.unsqueeze(2) for x in one], bias.unsqueeze(1)).squeeze(2)
+    want = plain_output(*[x.unsqueeze(2) for x in one], bias=bias.unsqueeze(1)).squeeze(2)
     close([xformers.memory_efficient_attention(*one, bias)], [want])
     groups = q.unflatten(2, (2, 2))
     k5, v5 = (x[:, :, :2].unsqueeze(3).expand(-1, -1, -1, 2, -1) for x in (k, v))
     bias = normal(BATCH, 2, 2, ROWS, KEYS)
-    want = plain(q, k5.flatten(2, 3), v5.flatten(2, 3), bias.flatten(1, 2)).unflatten(2, (2, 2))
+    want = plain_output(q, k5.flatten(2, 3), v5.flatten(2, 3), bias=bias.flatten(1, 2)).unflatten(2, (2, 2))
     for keys, values in ((k5, v5), (k5[:, :, :, :1], v5[:, :, :, :1]), (k5.contiguous(), v5)):
         got = xformers.memory_efficient_attention(groups, keys, values, bias)
         close(gradients(got, q, k, v), gradients(want, q, k, v))
@@ -166,7 +152,7 @@ def test_comfyui_scale_and_groups() -> None:
     q, k, v = (x.detach().transpose(1, 2) for x in inputs())
     got = comfyui.attention(q, k[:, :2], v[:, :2], NHEADS, skip_reshape=True, scale=0.2, enable_gqa=True)
     k, v = (x[:, :2].repeat_interleave(2, 1).transpose(1, 2) for x in (k, v))
-    close([got], [plain(q.transpose(1, 2), k, v, None, 0.2).flatten(2)])
+    close([got], [plain_output(q.transpose(1, 2), k, v, scale=0.2).flatten(2)])
     with pytest.raises(TypeError, match="causal_offset"):
         comfyui.attention(q, k, v, NHEADS, causal_offset=1)
 

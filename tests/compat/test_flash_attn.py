@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from typing import Any
 
 import pytest
@@ -20,24 +21,16 @@ from anyattn.compat.flash_attn import flash_attn_interface as interface
 from anyattn.compat.flash_attn_3 import flash_attn_func as flash_attn_func_3
 from anyattn.compat.flash_attn_4 import flash_attn_func as flash_attn_func_4
 from anyattn.definition import philox
-from frameworks.test_torch_gradients import plain
+from harness.plain_torch import plain_attention
+from harness.tensors import TOLERANCE, leaf, normal, qkv
 
-TOLERANCE = {"rtol": 1e-9, "atol": 1e-11}
+dense = partial(qkv, head_dim_v=8, grad=True)
 CU_Q, CU_K = (torch.tensor(x, dtype=torch.int32) for x in ([0, 3, 10], [0, 6, 14]))
-
-
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def dense(rows: int = 5, keys: int = 7, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
-    shapes = ((2, rows, 4, 8), (2, keys, 2, 8), (2, keys, 2, 8))
-    return tuple(normal(*shape, seed=seed, dtype=dtype).requires_grad_() for seed, shape in enumerate(shapes))
 
 
 def packed() -> tuple[Tensor, ...]:
     shapes = ((10, 4, 8), (14, 2, 8), (14, 2, 8))
-    return tuple(normal(*shape, seed=seed).requires_grad_() for seed, shape in enumerate(shapes))
+    return tuple(leaf(*shape, seed=seed) for seed, shape in enumerate(shapes))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -135,7 +128,7 @@ def test_windows_from_the_number_of_keys_on_are_unbounded() -> None:
 
 def test_slopes_of_every_sequence() -> None:
     slopes = normal(2, 4, seed=7).abs()
-    want = plain(*dense(), causal=True, alibi_slopes=slopes)[0]
+    want = plain_attention(*dense(), causal=True, alibi_slopes=slopes)[0]
     torch.testing.assert_close(
         flash_attn_func(*dense(), causal=True, alibi_slopes=slopes.float()), want, rtol=1e-6, atol=1e-6
     )
@@ -224,7 +217,7 @@ def test_the_private_backward_honours_every_argument(name: str, varlen: bool) ->
     """Into strided buffers, from the reference's own out and lse."""
     q, k, v = dense()
     value, meaning = GRADIENTS[name]
-    out, lse = plain(q, k, v, **meaning)
+    out, lse = plain_attention(q, k, v, **meaning)
     dout = normal(*out.shape, seed=9)
     want = torch.autograd.grad(out, (q, k, v), dout)
     packed_dkv = torch.full((2, 7, 2, 2, 8), torch.nan, dtype=torch.float64)
@@ -284,7 +277,7 @@ def test_ring_attention(causal: bool) -> None:
     """Three ranks: forward by blocks of keys, merged by lse; backward by blocks with the merged out and lse."""
     ranks, size = 3, 4
     q, k, v = dense(rows=ranks * size, keys=ranks * size)
-    want = plain(q, k, v, causal=causal)[0]
+    want = plain_attention(q, k, v, causal=causal)[0]
     dout = normal(*want.shape, seed=9)
     expected = torch.autograd.grad(want, (q, k, v), dout)
     q, k, v = (x.detach() for x in (q, k, v))

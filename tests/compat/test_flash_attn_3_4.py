@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,24 +12,12 @@ from torch import Tensor
 
 from anyattn.compat import flash_attn_3, flash_attn_4
 from anyattn.compat.flash_attn_4 import interface
-from frameworks.test_torch_gradients import plain
+from harness.plain_torch import plain_attention
+from harness.tensors import TOLERANCE, ints, leaf, normal, qkv
 
-TOLERANCE = {"rtol": 1e-9, "atol": 1e-11}
+dense = partial(qkv, grad=True)
 FP8 = torch.float8_e4m3fn
 MODULES = [flash_attn_3, flash_attn_4]
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def dense(rows: int = 5, keys: int = 7) -> tuple[Tensor, ...]:
-    shapes = ((2, rows, 4, 8), (2, keys, 2, 8), (2, keys, 2, 6))
-    return tuple(normal(*shape, seed=seed).requires_grad_() for seed, shape in enumerate(shapes))
-
-
-def ints(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
@@ -40,7 +29,7 @@ def test_fp8(packed: bool) -> None:
         x.double() * f.repeat_interleave(x.shape[2] // 2, 1)[:, None, :, None]
         for x, f in zip((q, k, v), factors.values(), strict=True)
     ]
-    want, want_lse = plain(*wide, causal=True)
+    want, want_lse = plain_attention(*wide, causal=True)
     options: dict[str, Any] = {**{name: x.float() for name, x in factors.items()}, "causal": True}
     options["return_attn_probs"] = True
     if packed:
@@ -90,11 +79,11 @@ BACKWARD: dict[str, Any] = {
 @pytest.mark.parametrize("sink", [False, True], ids=["plain", "sink"])
 def test_gradients_flow_through_lse(sink: bool) -> None:
     q, k, v = dense()
-    logits = normal(4, seed=8).requires_grad_() if sink else None
+    logits = leaf(4, seed=8) if sink else None
     leaves = (q, k, v, *((logits,) if logits is not None else ()))
     dout, dlse = normal(2, 5, 4, 6, seed=9), normal(2, 4, 5, seed=10)
     out, lse = flash_attn_4.flash_attn_func(q, k, v, causal=True, learnable_sink=logits, softcap=2.0, return_lse=True)
-    want = plain(q, k, v, causal=True, sink=logits, softcap=2.0)
+    want = plain_attention(q, k, v, causal=True, sink=logits, softcap=2.0)
     grads = [torch.autograd.grad((a * dout).sum() + (b * dlse).sum(), leaves) for a, b in ((out, lse), want)]
     for one, other in zip(*grads, strict=True):
         torch.testing.assert_close(one, other, **TOLERANCE)
@@ -154,7 +143,7 @@ def test_windows_of_flash_attn_4(window: Any, causal: bool, mask: Tensor) -> Non
     """A negative bound moves an edge past the row itself; two of them bound nothing."""
     tensors = dense()
     out, _ = flash_attn_4.flash_attn_func(*tensors, causal=causal, window_size=window)
-    want = plain(*tensors, mask=mask)[0]
+    want = plain_attention(*tensors, mask=mask)[0]
     torch.testing.assert_close(out, want, **TOLERANCE)
     grads = [torch.autograd.grad(x.square().sum(), tensors) for x in (out, want)]
     for one, other in zip(*grads, strict=True):
@@ -175,7 +164,7 @@ def test_what_torch_calls(varlen: bool) -> None:
     lengths: dict[str, Any] = {"max_seqlen_q": 5, "max_seqlen_k": 7, "seqused_k": None, "page_table": None}
     buffer = torch.empty(2, 4, 5, 6, dtype=torch.float64).transpose(1, 2)
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    want, want_lse = plain(*leaves, window=(3, 1), scale=0.2)
+    want, want_lse = plain_attention(*leaves, window=(3, 1), scale=0.2)
     dout = normal(*want.shape, seed=9)
     expected = list(torch.autograd.grad(want, leaves, dout))
     if varlen:
@@ -209,7 +198,7 @@ def test_absorbed_product_alone() -> None:
     """q and k None: the shared latent is key and value."""
     qv, v = normal(2, 5, 4, 6), normal(2, 7, 1, 6)
     out, _ = interface._flash_attn_fwd(None, None, v, qv=qv, causal=True)
-    torch.testing.assert_close(out, plain(qv, v, v, causal=True)[0], **TOLERANCE)
+    torch.testing.assert_close(out, plain_attention(qv, v, v, causal=True)[0], **TOLERANCE)
     with pytest.raises(TypeError, match="qv"):
         interface._flash_attn_fwd(None, None, v)
 
@@ -218,9 +207,8 @@ def test_absorbed_product_alone() -> None:
 def test_layouts_of_flash_attn_4(kind: str) -> None:
     q, k, v = (x.detach() for x in dense(keys=6))
     used = ints(4, 6)
-    want = torch.cat(
-        [plain(q[b : b + 1], k[b : b + 1, :n], v[b : b + 1, :n], causal=True)[0] for b, n in enumerate((4, 6))]
-    )
+    each = ((q[b : b + 1], k[b : b + 1, :n], v[b : b + 1, :n]) for b, n in enumerate((4, 6)))
+    want = torch.cat([plain_attention(*tensors, causal=True)[0] for tensors in each])
     options: dict[str, Any] = {"causal": True, "seqused_k": used}
     if kind == "dense q, pages":
         k, v = (x.unflatten(1, (3, 2)).flatten(0, 1)[[2, 0, 4, 3, 5, 1]] for x in (k, v))
@@ -272,7 +260,7 @@ def test_combine_of_attention_over_parts_is_attention() -> None:
     out, lse = flash_attn_3.flash_attn_combine(
         *(torch.stack(x) for x in zip(*((o, l.mT) for o, l in parts), strict=True))
     )
-    want, want_lse = plain(q, k, v)
+    want, want_lse = plain_attention(q, k, v)
     torch.testing.assert_close(out, want.detach(), **TOLERANCE)
     torch.testing.assert_close(lse, want_lse.mT.detach(), **TOLERANCE)
 

@@ -18,19 +18,11 @@ from anyattn.compat.flash_attn_3 import flash_attn_interface as three
 from anyattn.compat.flash_attn_4 import interface as four
 from anyattn.definition.options import Options
 from anyattn.frameworks.torch import functional
-from frameworks.test_torch_gradients import plain
+from harness.plain_torch import plain_attention
+from harness.tensors import TOLERANCE, ints, leaf, normal
 
-TOLERANCE = {"rtol": 1e-9, "atol": 1e-11}
-STATE = torch.tensor([1234, 0])  # what plain() takes as seed 1234
+STATE = torch.tensor([1234, 0])  # what plain_attention() takes as seed 1234
 BATCH, ROWS, KEYS, NHEADS, NHEADS_KV, HEAD_DIM = 2, 5, 7, 4, 2, 8
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def lengths(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
 
 
 Dense = tuple[Tensor, Tensor, Tensor]
@@ -46,7 +38,7 @@ class Call:
     fixed: dict[str, Any] = field(default_factory=dict)
 
     def tensors(self) -> list[Tensor]:
-        return [normal(*shape, seed=seed).requires_grad_() for seed, shape in enumerate(self.shapes.values())]
+        return [leaf(*shape, seed=seed) for seed, shape in enumerate(self.shapes.values())]
 
     def out(self, tensors: list[Tensor], arguments: dict[str, Any]) -> Tensor:
         result = self.function(**{**dict(zip(self.shapes, tensors, strict=True)), **self.fixed, **arguments})
@@ -60,7 +52,7 @@ class Call:
 Q, K = (BATCH, ROWS, NHEADS, HEAD_DIM), (BATCH, KEYS, NHEADS_KV, HEAD_DIM)
 QKV = {"q": Q, "k": K, "v": K}
 PACKED = {name: (x[0] * x[1], *x[2:]) for name, x in QKV.items()}
-CU_Q, CU_K = lengths(0, ROWS, 2 * ROWS), lengths(0, KEYS, 2 * KEYS)
+CU_Q, CU_K = ints(0, ROWS, 2 * ROWS), ints(0, KEYS, 2 * KEYS)
 VARLEN = {"cu_seqlens_q": CU_Q, "cu_seqlens_k": CU_K, "max_seqlen_q": ROWS, "max_seqlen_k": KEYS}
 PLAIN = {"dropout_p": 0.0, "softmax_scale": None, "causal": False}
 WINDOW = {"window_size_left": -1, "window_size_right": -1, "softcap": 0.0, "alibi_slopes": None}
@@ -137,7 +129,7 @@ SPEED: dict[str, list[Any]] = {
     "sm_margin": [8],
     "zero_tensors": [True],
     "min_seqlen_k": [2],
-    "scheduler_metadata": [lengths(0, 0)],
+    "scheduler_metadata": [ints(0, 0)],
     "seqlen_k_per_split": [64],
     "disable_scheduler_metadata": [True],
     "tile_mn": [(64, 64)],
@@ -203,13 +195,13 @@ def check(call: Call, arguments: dict[str, Any], want: Callable[..., Tensor]) ->
 
 @pytest.mark.parametrize("kind", CALLS)
 def test_defaults(kind: str) -> None:
-    check(CALLS[kind], {}, lambda q, k, v: plain(q, k, v)[0])
+    check(CALLS[kind], {}, lambda q, k, v: plain_attention(q, k, v)[0])
 
 
 @pytest.mark.parametrize("kind, name", pairs(CHANGES))
 def test_it_changes_the_result_as_the_formulas_say(kind: str, name: str) -> None:
     call, (value, meaning) = CALLS[kind], CHANGES[name]
-    check(call, {name: value}, lambda q, k, v: plain(q, k, v, **meaning)[0])
+    check(call, {name: value}, lambda q, k, v: plain_attention(q, k, v, **meaning)[0])
     tensors = call.tensors()
     assert not torch.allclose(call.out(tensors, {name: value}), call.out(tensors, {}))
 
@@ -249,7 +241,7 @@ def test_the_sink_has_a_gradient(kind: str, name: str) -> None:
         return
     call, sinks = CALLS[kind], [SINK.clone().requires_grad_() for _ in range(2)]
     got = call.out(call.tensors(), {name: sinks[0]})
-    want = plain(*call.dense(*call.tensors()), sink=sinks[1])[0].reshape(got.shape)
+    want = plain_attention(*call.dense(*call.tensors()), sink=sinks[1])[0].reshape(got.shape)
     one, other = (torch.autograd.grad(x.square().sum(), sink)[0] for x, sink in zip((got, want), sinks, strict=True))
     torch.testing.assert_close(one, other, **TOLERANCE)
 
@@ -257,10 +249,10 @@ def test_the_sink_has_a_gradient(kind: str, name: str) -> None:
 @pytest.mark.parametrize("kind, name", pairs({"qv"}))
 def test_qv_is_a_second_product(kind: str, name: str) -> None:
     call = CALLS[kind]
-    qv, other = (normal(*call.shapes["q"], seed=5).requires_grad_() for _ in range(2))
+    qv, other = (leaf(*call.shapes["q"], seed=5) for _ in range(2))
 
     def want(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return plain(torch.cat((q, other.view_as(q)), -1), torch.cat((k, v), -1), v)[0]
+        return plain_attention(torch.cat((q, other.view_as(q)), -1), torch.cat((k, v), -1), v)[0]
 
     check(call, {name: qv}, want)
     if "forward" not in kind:
@@ -278,7 +270,7 @@ def test_descales_multiply_their_tensor(kind: str, name: str) -> None:
         scaled = dict(zip("qkv", tensors, strict=True))
         x = scaled[name[0]]
         scaled[name[0]] = x * factor.repeat_interleave(x.shape[2] // NHEADS_KV, 1)[:, None, :, None]
-        return plain(*scaled.values())[0]
+        return plain_attention(*scaled.values())[0]
 
     check(CALLS[kind], {name: factor}, want)
     with pytest.raises(ValueError, match=name):
@@ -305,19 +297,19 @@ def by_sequence(
         out = torch.zeros_like(q)
         for i, j in zip(rows, keys, strict=True):
             index = torch.arange(i.start, i.stop)
-            out = out.index_add(0, index, plain(q[None, i], k[None, j], v[None, j], causal=True)[0][0])
+            out = out.index_add(0, index, plain_attention(q[None, i], k[None, j], v[None, j], causal=True)[0][0])
         return out
 
     return want
 
 
 TABLES = {
-    "cu_seqlens_q": (lengths(0, 3, 8), by_sequence([0, 3, 8], [0, 7, 14])),
-    "cu_seqlens_k": (lengths(0, 8, 12), by_sequence([0, 5, 10], [0, 8, 12])),
-    "cu_seqlens": (lengths(0, 3, 8), by_sequence([0, 3, 8], [0, 3, 8])),
-    "seqused_q": (lengths(2, 5), by_sequence([0, 5, 10], [0, 7, 14], used_q=[2, 5])),
-    "seqused_k": (lengths(2, 7), by_sequence([0, 5, 10], [0, 7, 14], used_k=[2, 7])),
-    "leftpad_k": (lengths(3, 0), by_sequence([0, 5, 10], [0, 7, 14], first=(3, 0))),
+    "cu_seqlens_q": (ints(0, 3, 8), by_sequence([0, 3, 8], [0, 7, 14])),
+    "cu_seqlens_k": (ints(0, 8, 12), by_sequence([0, 5, 10], [0, 8, 12])),
+    "cu_seqlens": (ints(0, 3, 8), by_sequence([0, 3, 8], [0, 3, 8])),
+    "seqused_q": (ints(2, 5), by_sequence([0, 5, 10], [0, 7, 14], used_q=[2, 5])),
+    "seqused_k": (ints(2, 7), by_sequence([0, 5, 10], [0, 7, 14], used_k=[2, 7])),
+    "leftpad_k": (ints(3, 0), by_sequence([0, 5, 10], [0, 7, 14], first=(3, 0))),
 }
 
 
@@ -334,7 +326,7 @@ def test_tables_say_where_sequences_are(kind: str, name: str) -> None:
 def test_longest_lengths_are_checked_and_may_be_tensors(kind: str, name: str) -> None:
     call = CALLS[kind]
     want = call.out(call.tensors(), {})
-    for value in (torch.tensor(9), lengths(7)):
+    for value in (torch.tensor(9), ints(7)):
         assert torch.equal(call.out(call.tensors(), {name: value}), want)
     with pytest.raises(ValueError, match="more than the max_seqlen given"):
         call.out(call.tensors(), {name: 4})
@@ -360,7 +352,7 @@ def test_pages(kind: str, name: str) -> None:
 
 def test_the_number_of_heads_splits_packed_projections() -> None:
     qkv = normal(BATCH, ROWS, 3, NHEADS, HEAD_DIM)
-    want = plain(*qkv.unbind(2))[0]
+    want = plain_attention(*qkv.unbind(2))[0]
     torch.testing.assert_close(three.flash_attn_qkvpacked_func(qkv), want, **TOLERANCE)
     for bad in (qkv.flatten(2, 3), qkv[:, :, :2]):
         with pytest.raises(ValueError, match="qkv"):

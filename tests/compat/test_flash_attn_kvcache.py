@@ -12,21 +12,13 @@ import torch
 from torch import Tensor
 
 from anyattn.compat import flash_attn, flash_attn_3
-from frameworks.test_torch_gradients import plain
+from harness.plain_torch import plain_attention
+from harness.tensors import TOLERANCE, ints, normal
 
-TOLERANCE = {"rtol": 1e-9, "atol": 1e-11}
 BATCH, SLOTS, NHEADS, NHEADS_KV, HEAD_DIM, HEAD_DIM_V = 3, 12, 4, 2, 8, 6
 LENGTHS = (5, 0, 8)
 FUNCTIONS = {"2": flash_attn.flash_attn_with_kvcache, "3": flash_attn_3.flash_attn_with_kvcache}
 FP8 = torch.float8_e4m3fn
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def ints(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
 
 
 @dataclass(frozen=True)
@@ -105,7 +97,9 @@ def expected(setup: Setup, given: dict[str, Any], first: tuple[int, ...] = LENGT
         caches.append((k, v))
         skip = (2, 0, 5)[b] if setup.place == "leftpad" else 0
         window = tuple(None if side < 0 else side for side in setup.window)
-        out, lse = plain(q[None], k[None, skip:], v[None, skip:], causal=setup.causal, window=window, **setup.meaning)
+        out, lse = plain_attention(
+            q[None], k[None, skip:], v[None, skip:], causal=setup.causal, window=window, **setup.meaning
+        )
         outs.append(out[0])
         lines.append(lse[0])
     return torch.stack(outs), torch.stack(lines), caches
@@ -363,7 +357,7 @@ def test_what_flash_attn_3_adds(place: str, name: str) -> None:
             factor = options[name][b]
             x[name[0]] = x[name[0]] * (factor.repeat_interleave(2) if name == "q_descale" else factor)[:, None]
         tensors = [array[None] for array in x.values()]
-        outs.append(plain(*tensors, causal=setup.causal, **setup.meaning)[0][0])
+        outs.append(plain_attention(*tensors, causal=setup.causal, **setup.meaning)[0][0])
     if name == "attention_chunk":  # unbounded window: only the chunk makes queries turn row by row
         setup = replace(setup, window=(-1, -1))
     torch.testing.assert_close(setup.call("3", given, **options), torch.stack(outs), **TOLERANCE)

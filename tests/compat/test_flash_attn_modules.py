@@ -26,35 +26,10 @@ from anyattn.compat.flash_attn.modules.mha import (
     get_alibi_slopes,
 )
 from anyattn.compat.flash_attn.utils.generation import InferenceParams
+from harness.plain_torch import plain_output
+from harness.tensors import leaf, normal
 
 WIDTH, HEADS = 24, 4
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def eager(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    causal: bool = False,
-    window: Any = (-1, -1),
-    keep: Any = None,
-    alibi: Any = None,
-) -> Tensor:
-    """Attention of (batch, seqlen, nheads, head_dim) with all scores in memory, aligned to the bottom right."""
-    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
-    scores = torch.einsum("bihd,bjhd->bhij", q, k) * q.shape[-1] ** -0.5
-    distance = torch.arange(k.shape[1]) - torch.arange(q.shape[1])[:, None] - (k.shape[1] - q.shape[1])
-    hidden = distance > 0 if causal else torch.zeros_like(distance, dtype=torch.bool)
-    left, right = window
-    hidden = hidden | ((-distance > left) if left >= 0 else False) | ((distance > right) if right >= 0 else False)
-    if alibi is not None:
-        scores = scores - torch.tensor(alibi)[:, None, None] * distance.abs()
-    hidden = hidden[None, None] if keep is None else hidden[None, None] | ~keep[:, None, None]
-    return torch.einsum("bhij,bjhd->bihd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
 
 
 def equal(got: Tensor, want: Tensor) -> None:
@@ -78,7 +53,7 @@ MASK = torch.tensor([[1, 1, 1, 0, 0], [0, 1, 0, 1, 1], [0, 0, 0, 0, 0]], dtype=t
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64], ids=str)
 def test_padding_round_trip(dtype: torch.dtype) -> None:
-    x = normal(3, 5, 2, 4).requires_grad_()
+    x = leaf(3, 5, 2, 4)
     rows, indices, cu_seqlens, max_seqlen, seqused = unpad_input(x, MASK.to(dtype))
     assert torch.equal(rows, x[MASK]) and indices.tolist() == MASK.flatten().nonzero().flatten().tolist()
     assert (cu_seqlens.tolist(), cu_seqlens.dtype, max_seqlen) == ([0, 3, 6, 6], torch.int32, 3)
@@ -107,7 +82,7 @@ def test_concatenated_sequences() -> None:
 
 
 def test_first_axis_and_residual() -> None:
-    x, indices = normal(6, 2, 3).requires_grad_(), torch.tensor([4, 0, 1])
+    x, indices = leaf(6, 2, 3), torch.tensor([4, 0, 1])
     assert torch.equal(index_first_axis(x, indices), x[indices])
     picked, residual = index_first_axis_residual(x, indices)
     assert torch.equal(residual, x)
@@ -132,23 +107,25 @@ def test_alibi_slopes(nheads: int) -> None:
 @pytest.mark.parametrize("causal", [False, True])
 def test_inner_modules(causal: bool) -> None:
     """Dense and packed, flash and with a padding mask; `causal` of a call overrides the module's."""
-    qkv = normal(3, 5, 3, HEADS, 6).requires_grad_()
+    qkv = leaf(3, 5, 3, HEADS, 6)
     q, k, v = qkv.unbind(2)
-    want = eager(q, k, v, causal=causal)
+    want = plain_output(q, k, v, causal=causal)
     for module in (FlashSelfAttention(causal), SelfAttention(causal)):
         equal(module(qkv), want)
-        equal(module(qkv, causal=not causal), eager(q, k, v, causal=not causal))
+        equal(module(qkv, causal=not causal), plain_output(q, k, v, causal=not causal))
         same_gradients(module, module(qkv), want, (qkv,))
     for cross in (FlashCrossAttention(causal), CrossAttention(causal)):
-        equal(cross(q[:, 2:], qkv[:, :, 1:]), eager(q[:, 2:], k, v, causal=causal))
-        equal(cross(q, qkv[:, :, 1:, :2], causal=not causal), eager(q, k[:, :, :2], v[:, :, :2], causal=not causal))
+        equal(cross(q[:, 2:], qkv[:, :, 1:]), plain_output(q[:, 2:], k, v, causal=causal))
+        fewer = (k[:, :, :2], v[:, :, :2])
+        equal(cross(q, qkv[:, :, 1:, :2], causal=not causal), plain_output(q, *fewer, causal=not causal))
     keep = torch.tensor([[True] * 5, [True, False, True, True, True], [True, True, True, False, False]])
-    equal(SelfAttention(causal)(qkv, key_padding_mask=keep), eager(q, k, v, causal=causal, keep=keep))
+    want = plain_output(q, k, v, causal=causal, mask=keep[:, None, None])
+    equal(SelfAttention(causal)(qkv, key_padding_mask=keep), want)
     rows, indices, cu_seqlens, longest, _ = unpad_input(qkv, keep)
     packed = FlashSelfAttention(causal, window_size=(2, -1))(rows, cu_seqlens=cu_seqlens, max_seqlen=longest)
     for b in range(3):
         alone = [x[b : b + 1, keep[b]] for x in (q, k, v)]
-        equal(pad_input(packed, indices, 3, 5)[b, keep[b]], eager(*alone, causal=causal, window=(2, -1))[0])
+        equal(pad_input(packed, indices, 3, 5)[b, keep[b]], plain_output(*alone, causal=causal, window=(2, None))[0])
     lengths = (cu_seqlens, longest, cu_seqlens, longest)
     crossed = FlashCrossAttention(causal, window_size=(2, -1))(rows[:, 0], rows[:, 1:], None, *lengths)
     equal(crossed, packed)
@@ -159,7 +136,7 @@ def test_causal_with_a_padding_mask() -> None:
     q, kv = normal(1, 2, 1, 4), normal(1, 5, 2, 1, 4, seed=1)
     keep = torch.tensor([[True, True, True, False, False]])
     got = CrossAttention(causal=True)(q, kv, key_padding_mask=keep)
-    equal(got, eager(q, kv[:, :3, 0], kv[:, :3, 1], causal=True))
+    equal(got, plain_output(q, kv[:, :3, 0], kv[:, :3, 1], causal=True))
 
 
 def test_dropout_in_training_only() -> None:
@@ -170,7 +147,7 @@ def test_dropout_in_training_only() -> None:
         first, second = module(qkv), module(qkv)
         torch.manual_seed(0)
         assert torch.equal(module(qkv), first) and not torch.equal(first, second)
-        equal(module.eval()(qkv), eager(*qkv.unbind(2)))
+        equal(module.eval()(qkv), plain_output(*qkv.unbind(2)))
 
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -198,7 +175,7 @@ def expected(mha: MHA, x: Tensor, options: dict[str, Any], **scores: Any) -> Ten
     if options.get("rotary_emb_dim"):
         q, k = (rotated(y, options.get("rotary_emb_interleaved", False)) for y in (q, k))
     q = q * options.get("softmax_scale", d**-0.5) * d**0.5
-    out = eager(q, k, v, causal=options.get("causal", False), **scores)
+    out = plain_output(q, k, v, causal=options.get("causal", False), **scores)
     return F.linear(out.flatten(2), mha.out_proj.weight, mha.out_proj.bias)
 
 
@@ -215,7 +192,7 @@ def rotated(x: Tensor, interleaved: bool) -> Tensor:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_mha(shape: str, flash: bool) -> None:
     options = SHAPES[shape]
-    mha, x = MHA(WIDTH, HEADS, **options, use_flash_attn=flash).double(), normal(2, 7, WIDTH).requires_grad_()
+    mha, x = MHA(WIDTH, HEADS, **options, use_flash_attn=flash).double(), leaf(2, 7, WIDTH)
     got = mha(x)
     if options.get("return_residual"):
         got, residual = got
@@ -228,7 +205,7 @@ def test_mha(shape: str, flash: bool) -> None:
 @pytest.mark.parametrize("shape", ["rotary", "grouped rotary"])
 def test_mha_compiled(shape: str) -> None:
     """The rotation in place of two views of one projection too."""
-    mha, x = MHA(WIDTH, HEADS, **SHAPES[shape], use_flash_attn=True).double(), normal(2, 7, WIDTH).requires_grad_()
+    mha, x = MHA(WIDTH, HEADS, **SHAPES[shape], use_flash_attn=True).double(), leaf(2, 7, WIDTH)
     want = mha(x)
     got = torch.compile(mha, fullgraph=True, backend="aot_eager")(x)
     equal(got, want)
@@ -237,8 +214,8 @@ def test_mha_compiled(shape: str) -> None:
 
 def test_mha_with_window_alibi_and_packed_sequences() -> None:
     options: dict[str, Any] = {"num_heads_kv": 2, "causal": True, "use_alibi": True, "window_size": (3, -1)}
-    mha, x = MHA(WIDTH, HEADS, **options, use_flash_attn=True).double(), normal(2, 7, WIDTH).requires_grad_()
-    scores = {"window": (3, -1), "alibi": get_alibi_slopes(HEADS)}
+    mha, x = MHA(WIDTH, HEADS, **options, use_flash_attn=True).double(), leaf(2, 7, WIDTH)
+    scores = {"window": (3, None), "alibi_slopes": torch.tensor(get_alibi_slopes(HEADS))}
     want = expected(mha, x, options, **scores)
     equal(mha(x), want)
     same_gradients(mha, mha(x), want, (x,))
@@ -251,16 +228,16 @@ def test_mha_with_window_alibi_and_packed_sequences() -> None:
 def test_mha_with_a_padding_mask() -> None:
     mha, x = MHA(WIDTH, HEADS, causal=True).double(), normal(2, 5, WIDTH)
     keep = torch.tensor([[True] * 5, [True, True, False, True, False]])
-    equal(mha(x, key_padding_mask=keep), expected(mha, x, {"causal": True}, keep=keep))
+    equal(mha(x, key_padding_mask=keep), expected(mha, x, {"causal": True}, mask=keep[:, None, None]))
 
 
 @pytest.mark.parametrize("flash", [False, True])
 def test_cross_attention(flash: bool) -> None:
     mha = MHA(WIDTH, HEADS, 2, cross_attn=True, use_flash_attn=flash, return_residual=True).double()
-    x, x_kv = normal(2, 5, WIDTH).requires_grad_(), normal(2, 8, WIDTH, seed=1).requires_grad_()
+    x, x_kv = leaf(2, 5, WIDTH), leaf(2, 8, WIDTH, seed=1)
     q = F.linear(x, mha.Wq.weight, mha.Wq.bias).unflatten(-1, (HEADS, -1))
     k, v = F.linear(x_kv, mha.Wkv.weight, mha.Wkv.bias).unflatten(-1, (2, 2, -1)).unbind(2)
-    want = F.linear(eager(q, k, v).flatten(2), mha.out_proj.weight, mha.out_proj.bias)
+    want = F.linear(plain_output(q, k, v).flatten(2), mha.out_proj.weight, mha.out_proj.bias)
     got, residual = mha(x, x_kv)
     assert residual is x
     equal(got, want)

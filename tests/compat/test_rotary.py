@@ -17,13 +17,10 @@ from anyattn.compat.flash_attn.layers.rotary import (
     apply_rotary_emb_torch,
 )
 from anyattn.compat.flash_attn.ops.triton.rotary import apply_rotary
+from harness.tensors import normal
 
 LENGTH = 24
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def tables(half: int, dtype: torch.dtype = torch.float64, seed: int = 7) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,8 @@ from torch import Tensor
 
 import anyattn
 from anyattn import compat
+from harness.plain_torch import plain_attention
+from harness.tensors import leaf, normal
 
 
 @pytest.fixture(autouse=True)
@@ -26,15 +28,10 @@ def _installed() -> Iterator[None]:
         assert name not in sys.modules
 
 
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
 def eager(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None = None, scale: float | None = None) -> Tensor:
-    """(batch, nheads, seqlen, head_dim), with all scores in memory."""
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
-    return (scores if hidden is None else scores.masked_fill(hidden, -torch.inf)).softmax(-1) @ v
+    """Return `plain_attention` of tensors (batch, nheads, seqlen, head_dim)."""
+    heads_last = [x.transpose(1, 2) for x in (q, k, v)]
+    return plain_attention(*heads_last, mask=None if hidden is None else ~hidden, scale=scale)[0].transpose(1, 2)
 
 
 def after(rows: int, keys: int, offset: int = 0) -> Tensor:
@@ -58,7 +55,7 @@ def same(got: Tensor, want: Tensor, inputs: tuple[Tensor, ...] = ()) -> None:
 def test_aule_trains_with_grouped_heads(kv_heads: int) -> None:
     from aule import flash_attention
 
-    q, k, v = (normal(2, heads, 16, 8, seed=s).requires_grad_() for s, heads in enumerate((8, kv_heads, kv_heads)))
+    q, k, v = (leaf(2, heads, 16, 8, seed=s) for s, heads in enumerate((8, kv_heads, kv_heads)))
     same(flash_attention(q, k, v, causal=True), eager(q, k, v, after(16, 16)), (q, k, v))
     same(flash_attention(q, k, v), eager(q, k, v, after(16, 16)))
     same(flash_attention(q, k, v, False, 0.2), eager(q, k, v, scale=0.2), (q, k, v))
@@ -87,7 +84,7 @@ def test_aule_takes_numpy_arrays() -> None:
 def test_aule_rotates() -> None:
     from aule import apply_rope_separate, flash_attention, flash_attention_rope, precompute_rope_frequencies
 
-    q, k, v = (normal(2, heads, 9, 8, seed=s).requires_grad_() for s, heads in enumerate((4, 2, 2)))
+    q, k, v = (leaf(2, heads, 9, 8, seed=s) for s, heads in enumerate((4, 2, 2)))
     cos, sin = precompute_rope_frequencies(16, 8, dtype=torch.float64)
     angles = torch.outer(torch.arange(16).float(), 1 / 10000 ** (torch.arange(4) / 4))
     assert torch.equal(cos, angles.cos().double()) and sin.shape == (16, 4)
@@ -164,7 +161,7 @@ def test_aule_installs_itself_into_torch(capsys: pytest.CaptureFixture[str]) -> 
 def test_flash_attention_forward(blocks: dict[str, int]) -> None:
     from flash_attention import flash_attention_backward, flash_attention_forward
 
-    Q, K, V = (normal(2, 4, 300, 8, seed=s).requires_grad_() for s in range(3))
+    Q, K, V = (leaf(2, 4, 300, 8, seed=s) for s in range(3))
     O = flash_attention_forward(Q, K, V, **blocks)
     assert torch.equal(O, flash_attention_forward(Q, K, V))
     same(O, eager(Q, K, V), (Q, K, V))
@@ -183,7 +180,7 @@ def test_flash_attention_in_half_precision() -> None:
     """Computed on float16 inputs; the result and the gradients have Q's dtype."""
     from flash_attention import flash_attention_backward, flash_attention_forward
 
-    Q, K, V = (normal(2, 4, 64, 16, seed=s, dtype=torch.float32).requires_grad_() for s in range(3))
+    Q, K, V = (leaf(2, 4, 64, 16, seed=s, dtype=torch.float32) for s in range(3))
     O, l, m = flash_attention_forward(Q, K, V, Bc=64, Br=32, use_half=True, return_stats=True)
     O.sum().backward()
     assert O.dtype is Q.dtype and torch.equal(O, O.half().float())
@@ -213,7 +210,7 @@ def test_flash_attention_refuses() -> None:
 def test_flash_attention_amd() -> None:
     from flash_attention_amd import FlashAttention, flash_attn_func
 
-    q, k, v = (normal(2, rows, 4, 8, seed=s).requires_grad_() for s, rows in enumerate((12, 16, 16)))
+    q, k, v = (leaf(2, rows, 4, 8, seed=s) for s, rows in enumerate((12, 16, 16)))
 
     def want(hidden: Tensor | None = None, scale: float | None = None) -> Tensor:
         return eager(*[x.transpose(1, 2) for x in (q, k, v)], hidden, scale).transpose(1, 2)
@@ -233,7 +230,7 @@ def test_flash_attention_amd() -> None:
 def test_flash_attn_triton() -> None:
     from flash_attn_triton import FlashAttention, flash_attn_func, flash_attn_qkvpacked_func
 
-    qkv = normal(2, 13, 3, 4, 8).requires_grad_()
+    qkv = leaf(2, 13, 3, 4, 8)
     q, k, v = qkv.unbind(2)
     heads = [x.transpose(1, 2) for x in (q, k, v)]
     want = eager(*heads, after(13, 13)).transpose(1, 2)

@@ -12,6 +12,7 @@ import anyattn
 from anyattn.definition import accuracy
 from harness.backends import Engine
 from harness.cases import DTYPES, Case
+from harness.checks import expected
 from harness.inputs import build
 from harness.kvcache_cases import Setup, problems_of
 
@@ -57,7 +58,7 @@ def test_decode_steps_equal_prefill(dtype: str, page_size: int, engine: Engine) 
     case = Case("prefill", batch=2, seqlen_q=steps, seqlen_k=steps, group=3, dtype=dtype, causal=True)
     inputs = build(case)
     q, k, v = (inputs.arguments[name] for name in "qkv")
-    want = accuracy.expected_forward(*inputs.canonical())
+    want = expected(inputs)
     lead = (2, steps)
     table = None
     if page_size:
@@ -83,7 +84,7 @@ def test_prefill_in_chunks_equals_prefill(engine: Engine) -> None:
     case = Case("chunks", batch=3, seqlen_q=30, seqlen_k=30, group=2, causal=True, window=(12, None), offset="", seed=1)
     inputs = build(case)
     q, k, v = (inputs.arguments[name] for name in "qkv")
-    want = accuracy.expected_forward(*inputs.canonical())
+    want = expected(inputs)
     pad = 4
     k_cache, v_cache = (np.full((3, 36, *x.shape[2:]), np.nan, x.dtype) for x in (k, v))
     outs, lses = [], []

@@ -13,9 +13,10 @@ import pytest
 
 import anyattn
 from anyattn.definition import accuracy
-from anyattn.runtime import dispatch
+from harness import checks
 from harness.backends import Engine
 from harness.cases import ALL, SMALL, Case, sampled
+from harness.checks import DIRECTIONS, bits, refused, run
 from harness.inputs import Inputs, build
 
 INTERPRETED = True
@@ -28,14 +29,10 @@ def inputs_of(case: Case) -> Inputs:
 
 @lru_cache(maxsize=24)  # the long matrix comes back to a row for each engine
 def expected(case: Case, direction: str) -> dict[str, accuracy.Expected]:
-    inputs = inputs_of(case)
-    problem, arrays = inputs.canonical()
-    if direction == "forward":
-        return accuracy.expected_forward(problem, arrays)
-    return accuracy.expected_backward(problem, arrays, inputs.dout64, inputs.dlse64)
+    return checks.expected(inputs_of(case), direction)
 
 
-@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("case", ALL, ids=str)
 def test_engine_equals_reference(case: Case, direction: str, engine: Engine) -> None:
     inputs = inputs_of(case)
@@ -53,47 +50,12 @@ def test_long_matrix(seed: int, engine: Engine) -> None:
     """10 rows a seed: nearly every triple of features meets somewhere."""
     wrong = []
     for case in sampled(seed, 10):
-        for direction in ("forward", "backward"):
+        for direction in DIRECTIONS:
             inputs = inputs_of(case)
             if not refused(inputs, direction, engine):
                 lines = accuracy.check(expected(case, direction), run(inputs, direction, engine))
                 wrong += [f"{case} {direction}: {line}" for line in lines]
     assert not wrong
-
-
-def run(inputs: Inputs, direction: str, engine: Engine) -> dict[str, np.ndarray | None]:
-    """The results by name; their dtypes and layout are checked here."""
-    case, given = inputs.case, inputs.arguments
-    if direction == "forward":
-        out, lse = anyattn.attention_forward(**given, backend=engine.backend)
-        assert out.dtype == given["q"].dtype and lse.dtype == inputs.compute_dtype
-        assert out.flags.c_contiguous and lse.flags.c_contiguous
-        return {"out": out, "lse": lse}
-    out, lse = inputs.saved(*anyattn.attention_forward(**given, backend=engine.backend))
-    grads = anyattn.attention_backward(inputs.dout, out=out, lse=lse, dlse=inputs.dlse, **given, backend=engine.backend)
-    got = grads._asdict()
-    for name in ("q", "k", "v", "bias", "sink"):
-        gradient, array = got[f"d{name}"], given.get(name)
-        assert (gradient is None) == (array is None), name
-        if array is not None:
-            assert gradient.dtype == array.dtype and gradient.shape == array.shape and gradient.flags.c_contiguous, name
-    if case.bias:
-        got["dbias"] = got["dbias"].reshape((1,) * (4 - got["dbias"].ndim) + got["dbias"].shape)
-    return got
-
-
-def refused(inputs: Inputs, direction: str, engine: Engine) -> bool:
-    """Whether the engine says that it does not compute this; then the call must raise with the same reasons."""
-    backend, (problem, _) = dispatch.get(engine.backend), inputs.canonical(backward=direction == "backward")
-    reasons = dispatch.refuse(backend, problem)
-    if not reasons:
-        return False
-    assert engine.may_refuse(problem), f"{engine} must compute this: {reasons}"
-    with pytest.raises(anyattn.UnsupportedProblem) as caught:
-        run(inputs, direction, engine)
-    told = caught.value.refusals[engine.backend]  # a forward that is refused comes first, with its own reasons
-    assert told and set(told) <= set(reasons)
-    return True
 
 
 @pytest.mark.parametrize("case", SMALL, ids=str)
@@ -118,7 +80,3 @@ def test_public_functions_agree(case: Case, engine: Engine) -> None:
     got = function(**given, return_lse=True)
     assert np.array_equal(bits(got[0]), bits(out)) and np.array_equal(bits(got[1]), bits(lse))
     assert np.array_equal(bits(function(**given)), bits(out))
-
-
-def bits(array: np.ndarray) -> np.ndarray:
-    return array.view(np.uint8)

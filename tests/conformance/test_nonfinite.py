@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from conformance.test_matrix import run
 from harness.backends import Engine
 from harness.cases import Case
+from harness.checks import run
 from harness.inputs import Inputs, build
 
 # Two sequences, two KV heads with two query heads each; several tiles of rows and keys.

@@ -7,14 +7,10 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anyattn.definition import accuracy
-from conformance.test_matrix import refused, run
 from harness.backends import Engine
-from harness.cases import DTYPES, Case
+from harness.cases import CONTENTS, DTYPES, LENGTHS, Case
+from harness.checks import refused, wrong
 from harness.inputs import BROADCASTS, LAYOUTS, build
-
-CONTENTS = ("normal", "normal", "normal", "huge", "equal_keys", "rising", "falling", "all_negative", "empty_sequences")
-LENGTHS = ("full", "full", "seqused", "leftpad", "both", "varlen", "varlen_seqused", "paged", "paged_varlen")
 
 
 def _sides() -> st.SearchStrategy[int | None]:
@@ -68,9 +64,6 @@ def test_random_problems(engine: Engine, case: Case) -> None:
         case = replace(case, dtype="float32", bias_dtype="")
     inputs = build(case)
     before = inputs.bytes()
-    problem, arrays = inputs.canonical()
-    assert not accuracy.check(accuracy.expected_forward(problem, arrays), run(inputs, "forward", engine))
-    if not refused(inputs, "backward", engine):
-        want = accuracy.expected_backward(problem, arrays, inputs.dout64, inputs.dlse64)
-        assert not accuracy.check(want, run(inputs, "backward", engine))
+    assert not wrong(inputs, "forward", engine)
+    assert refused(inputs, "backward", engine) or not wrong(inputs, "backward", engine)
     assert inputs.bytes() == before, "an input, or memory around it, was written"

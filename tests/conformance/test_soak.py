@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 
 import soak
-from conformance.test_properties import CONTENTS, LENGTHS
 from harness.backends import engines
-from harness.cases import DTYPES
+from harness.cases import CONTENTS, DTYPES, LENGTHS
 from harness.inputs import BROADCASTS, LAYOUTS
 from harness.memory import Memory
 

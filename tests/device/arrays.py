@@ -11,6 +11,7 @@ import torch
 import anyattn
 from anyattn.definition import accuracy
 from harness.cases import Case
+from harness.checks import expected
 from harness.inputs import build
 
 ARRAYS = ("q", "k", "v", "bias", "mask", "alibi_slopes", "sink", "rng_state")
@@ -55,11 +56,10 @@ def compare(case: Case, device: str, backend: str = "triton") -> list[str]:
             given[name] = to_device(value, device)
         elif isinstance(value, list):
             given[name] = torch.tensor(value, dtype=torch.int32, device=device)
-    problem, arrays = inputs.canonical()
     try:
         out, lse = anyattn.attention_forward(**given)
-        wrong = accuracy.check(accuracy.expected_forward(problem, arrays), {"out": to_numpy(out), "lse": to_numpy(lse)})
-        if problem.paged:
+        wrong = accuracy.check(expected(inputs), {"out": to_numpy(out), "lse": to_numpy(lse)})
+        if case.lengths.startswith("paged"):
             return wrong
         dout = to_device(inputs.dout, device)
         dlse = None if inputs.dlse is None else to_device(inputs.dlse, device)
@@ -69,4 +69,4 @@ def compare(case: Case, device: str, backend: str = "triton") -> list[str]:
     got = {name: to_numpy(gradient) for name, gradient in grads._asdict().items()}
     if got["dbias"] is not None:
         got["dbias"] = got["dbias"].reshape((1,) * (4 - got["dbias"].ndim) + got["dbias"].shape)
-    return wrong + accuracy.check(accuracy.expected_backward(problem, arrays, inputs.dout64, inputs.dlse64), got)
+    return wrong + accuracy.check(expected(inputs, "backward"), got)

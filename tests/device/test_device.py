@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +16,7 @@ from device.claims import EVERYWHERE
 from harness.backends import skip_module_without
 from harness.cases import named
 from harness.paths import SCRIPTS
+from harness.processes import run_python
 
 skip_module_without("triton")
 pytestmark = pytest.mark.skipif(not interpreted(), reason="Triton compiles here: make gpu runs all of it on the card")
@@ -35,9 +33,7 @@ def test_claims(name: str) -> None:
 
 
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, SCRIPTS / "gpu.py", "--json", tmp_path / "gpu.json"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = run_python(SCRIPTS / "gpu.py", "--json", tmp_path / "gpu.json", without=("TRITON_INTERPRET",))
     if torch.cuda.is_available():
         return
     assert done.returncode == 2 and done.stderr.startswith("no GPU: torch sees no GPU"), done.stderr
@@ -71,7 +67,7 @@ def test_tiles_are_tuned_and_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     before = in_use()
     (row,) = gpu.tune("cpu")["rows"]
     assert row["workload"] == workload._asdict()
-    assert row["tune_triton"] == (16, 16, 1, 1, 1) and row["before"] == before == in_use()
+    assert row["tiles"] == (16, 16, 1, 1, 1) and row["before"] == before == in_use()
 
 
 def test_a_part_that_breaks_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

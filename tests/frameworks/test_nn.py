@@ -13,6 +13,8 @@ from torch import Tensor
 
 import anyattn
 from anyattn.nn import Attention, KVCache, alibi_slopes
+from harness.plain_torch import plain_attention
+from harness.tensors import leaf, normal
 
 WIDTH, ROWS = 24, 9
 EVERYTHING: dict[str, Any] = {
@@ -27,10 +29,6 @@ LAYERS: dict[str, dict[str, Any]] = {
 }
 
 
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def layer(name: str) -> Attention:
     torch.manual_seed(0)
     made = Attention(WIDTH, 4, **LAYERS[name]).double()
@@ -40,10 +38,10 @@ def layer(name: str) -> Attention:
 
 
 def expected(layer: Attention, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-    """The layer's formula with all scores in memory."""
+    """Return the layer's output by its formula, with all scores in memory."""
     source = x if context is None else context
     q, k, v = (
-        F.linear(y, projection.weight, projection.bias).unflatten(-1, (heads, -1)).transpose(1, 2)
+        F.linear(y, projection.weight, projection.bias).unflatten(-1, (heads, -1))
         for y, projection, heads in (
             (x, layer.q, layer.nheads),
             (source, layer.k, layer.nheads_kv),
@@ -51,22 +49,11 @@ def expected(layer: Attention, x: Tensor, context: Tensor | None = None, mask: T
         )
     )
     if layer.rotary_dim:
-        q, k = rotated(layer, q), rotated(layer, k)
-    k, v = (y.repeat_interleave(layer.nheads // layer.nheads_kv, 1) for y in (k, v))
-    scores = q @ k.mT * (layer.head_dim**-0.5 if layer.scale is None else layer.scale)
-    if layer.softcap:
-        scores = layer.softcap * torch.tanh(scores / layer.softcap)
-    distance = torch.arange(k.shape[2]) - torch.arange(q.shape[2])[:, None] - (k.shape[2] - q.shape[2])
-    if layer._slopes is not None:
-        scores = scores - (torch.tensor(alibi_slopes(layer.nheads))[:, None, None] * distance.abs()).to(scores)
-    hidden = (distance > 0) & layer.causal
-    if layer.window is not None:
-        hidden = hidden | (-distance > layer.window[0])
-    scores = scores.masked_fill(hidden if mask is None else hidden | ~mask, -torch.inf)
-    if layer.sink is not None:
-        scores = torch.cat((scores, layer.sink.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)), -1)
-    probabilities = scores.softmax(-1)[..., : k.shape[2]]
-    return F.linear((probabilities @ v).transpose(1, 2).flatten(2), layer.out.weight, layer.out.bias)
+        q, k = (rotated(layer, y.transpose(1, 2)).transpose(1, 2) for y in (q, k))
+    slopes = None if layer._slopes is None else torch.tensor(alibi_slopes(layer.nheads)).to(q)
+    options = {name: getattr(layer, name) for name in ("causal", "window", "scale", "softcap", "sink")}
+    out, _ = plain_attention(q, k, v, mask=mask, alibi_slopes=slopes, **options)
+    return F.linear(out.flatten(2), layer.out.weight, layer.out.bias)
 
 
 def rotated(layer: Attention, x: Tensor) -> Tensor:
@@ -86,7 +73,7 @@ def close(got: Tensor, want: Tensor) -> None:
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_forward_and_gradients(name: str) -> None:
-    made, x, dout = layer(name), normal(2, ROWS, WIDTH).requires_grad_(), normal(2, ROWS, WIDTH, seed=1)
+    made, x, dout = layer(name), leaf(2, ROWS, WIDTH), normal(2, ROWS, WIDTH, seed=1)
     got, want = made(x), expected(made, x)
     close(got, want)
     wanted = (x, *made.parameters())

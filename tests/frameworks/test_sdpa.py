@@ -18,17 +18,13 @@ import anyattn
 import anyattn.compat.torch
 from anyattn.frameworks.torch.aten import Override
 from anyattn.runtime import execute
+from harness.tensors import close, leaf, normal
 
-TOLERANCE = {"rtol": 1e-9, "atol": 1e-11}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
 def leaves(shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    return [normal(*shape, seed=seed, dtype=dtype).requires_grad_() for seed, shape in enumerate(shapes)]
+    return [leaf(*shape, seed=seed, dtype=dtype) for seed, shape in enumerate(shapes)]
 
 
 def results(function: Callable[..., Tensor], inputs: list[Tensor], **arguments: Any) -> list[Tensor]:
@@ -48,11 +44,6 @@ def equal(got: list[Tensor], want: list[Tensor]) -> None:
     for one, other in zip(got, want, strict=True):
         assert one.dtype == other.dtype
         assert torch.equal(one, other)
-
-
-def close(got: list[Tensor], want: list[Tensor], **tolerance: float) -> None:
-    for one, other in zip(got, want, strict=True):
-        torch.testing.assert_close(one, other, **(tolerance or TOLERANCE))
 
 
 SHAPES = {  # query, key, value
@@ -196,7 +187,7 @@ def test_mask_that_is_no_tensor() -> None:
 
 def test_sdpa_compiles() -> None:
     inputs = leaves(SHAPES["broadcast batches"], torch.float32)
-    mask = normal(4, 5, 9, dtype=torch.float32).requires_grad_()
+    mask = leaf(4, 5, 9, dtype=torch.float32)
     compiled = torch.compile(anyattn.sdpa, fullgraph=True, backend="aot_eager")
     equal(results(compiled, inputs, attn_mask=mask), results(anyattn.sdpa, inputs, attn_mask=mask))
 
@@ -354,7 +345,7 @@ def test_hook_in_compiled_code(calls: list[str]) -> None:
 def test_hook_in_multihead_attention(training: bool, calls: list[str]) -> None:
     torch.manual_seed(0)
     module = torch.nn.MultiheadAttention(16, 4, batch_first=True, dtype=torch.float64).train(training)
-    x = normal(2, 6, 16).requires_grad_()
+    x = leaf(2, 6, 16)
     padding = torch.tensor([[False] * 6, [False] * 4 + [True] * 2])
     causal = torch.nn.Transformer.generate_square_subsequent_mask(6, dtype=torch.float64)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,17 +12,12 @@ import torch
 from torch import Tensor
 
 import anyattn
+from harness import tensors
 
+normal = partial(tensors.normal, dtype=torch.float32)
+leaf = partial(tensors.leaf, dtype=torch.float32)
+qkv = partial(tensors.qkv, dtype=torch.float32)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
-
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def qkv(dtype: torch.dtype = torch.float32, grad: bool = False) -> tuple[Tensor, ...]:
-    shapes = ((2, 5, 4, 8), (2, 7, 2, 8), (2, 7, 2, 6))
-    return tuple(normal(*shape, seed=seed, dtype=dtype).requires_grad_(grad) for seed, shape in enumerate(shapes))
 
 
 def numpy(x: Tensor) -> np.ndarray:
@@ -50,10 +46,11 @@ def test_the_same_bits_as_numpy(kind: str, dtype: torch.dtype) -> None:
     options = {
         name: x.to(wide) if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in options.items()
     }
-    got = anyattn.attention(*qkv(dtype), **options)
-    assert numpy(anyattn.attention(*qkv(dtype), **options | {"return_lse": False})).tobytes() == numpy(got[0]).tobytes()
+    got = anyattn.attention(*qkv(dtype=dtype), **options)
+    alone = anyattn.attention(*qkv(dtype=dtype), **options | {"return_lse": False})
+    assert numpy(alone).tobytes() == numpy(got[0]).tobytes()
     options = {name: numpy(x) if isinstance(x, Tensor) else x for name, x in options.items()}
-    want = anyattn.attention(*[numpy(x) for x in qkv(dtype)], **options)
+    want = anyattn.attention(*[numpy(x) for x in qkv(dtype=dtype)], **options)
     for one, other in zip(got, want, strict=True):
         assert one.is_contiguous()
         assert numpy(one).dtype == other.dtype
@@ -62,7 +59,7 @@ def test_the_same_bits_as_numpy(kind: str, dtype: torch.dtype) -> None:
 
 def test_explicit_functions_agree_with_autograd() -> None:
     q, k, v = qkv(grad=True)
-    bias, sink = normal(5, 7).requires_grad_(), normal(4).requires_grad_()
+    bias, sink = leaf(5, 7), leaf(4)
     options: dict[str, Any] = {"bias": bias, "sink": sink, "causal": True, "dropout_p": 0.1, "seed": 3}
     out, lse = anyattn.attention(q, k, v, **options, return_lse=True)
     dout, dlse = normal(*out.shape, seed=7), normal(*lse.shape, seed=8)
@@ -318,7 +315,7 @@ def test_kvcache_counts_as_an_in_place_change() -> None:
 
 
 def test_kvcache_refuses_gradients() -> None:
-    cache = [normal(2, 16, 2, 8, seed=seed).requires_grad_() for seed in (5, 6)]
+    cache = [leaf(2, 16, 2, 8, seed=seed) for seed in (5, 6)]
     with pytest.raises(ValueError, match="no gradients flow through a KV cache"):
         step(cache, 4)
     with torch.no_grad():

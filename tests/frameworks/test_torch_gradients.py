@@ -2,83 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import anyattn
-from anyattn.definition import philox
+from harness.plain_torch import plain_attention
+from harness.tensors import TOLERANCE, leaf, normal
 
 BATCH, ROWS, KEYS, NHEADS, NHEADS_KV, HEAD_DIM, HEAD_DIM_V = 2, 7, 9, 4, 2, 8, 6
-TOLERANCE = {"rtol": 1e-9, "atol": 1e-11}
 SEED = 1234
-
-
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def leaf(*shape: int, seed: int = 0) -> Tensor:
-    return normal(*shape, seed=seed).requires_grad_()
-
-
-def plain(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    causal: bool = False,
-    window: tuple[int | None, int | None] | None = None,
-    chunk: int = 0,
-    alignment: str = "bottom-right",
-    offset: int | None = None,
-    scale: float | None = None,
-    softcap: float = 0.0,
-    bias: Tensor | None = None,
-    mask: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
-    sink: Tensor | None = None,
-    dropout_p: float = 0.0,
-    seed: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """(out, lse) as the formulas say, every score in memory."""
-    rows, keys, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
-    k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
-    s = torch.einsum("bihd,bjhd->bhij", q, k) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
-    s = softcap * torch.tanh(s / softcap) if softcap else s
-    s = s if bias is None else s + bias
-    if offset is None:
-        offset = keys - rows if alignment == "bottom-right" else 0
-    p, c = (torch.arange(rows) + offset)[:, None], torch.arange(keys)[None]
-    if alibi_slopes is not None:
-        s = s - alibi_slopes.reshape(-1, q.shape[2], 1, 1) * (p - c).abs()
-    left, right = window or (None, None)
-    right = 0 if causal else right
-    seen = torch.ones(rows, keys, dtype=torch.bool)
-    seen = seen if left is None else seen & (c >= p - left)
-    seen = seen if right is None else seen & (c <= p + right)
-    seen = seen & (c // chunk == p.div(chunk, rounding_mode="floor")) if chunk else seen
-    s = s.masked_fill(~(seen if mask is None else seen & mask), -torch.inf)
-    logits = s if sink is None else torch.cat((s, sink.reshape(1, -1, 1, 1).expand(*s.shape[:3], 1)), -1)
-    some = logits.isfinite().any(-1)
-    safe = torch.where(some.unsqueeze(-1), logits, 0.0)
-    lse = torch.where(some, safe.logsumexp(-1), -torch.inf)
-    weights = torch.where(some.unsqueeze(-1), logits.softmax(-1) if bool(some.all()) else safe.softmax(-1), 0.0)
-    if dropout_p:
-        weights = weights * kept(weights.shape, dropout_p, seed) * philox.keep_scale(dropout_p)
-    return torch.einsum("bhij,bjhd->bihd", weights[..., :keys], v), lse
-
-
-def kept(shape: tuple[int, ...], dropout_p: float, seed: int) -> Tensor:
-    batch, nheads, rows, keys = shape
-    state, i, j = np.array([seed, 0]), np.arange(rows), np.arange(keys)
-    heads = [philox.keep(state, dropout_p, head, i, j) for head in range(batch * nheads)]
-    return torch.from_numpy(np.stack(heads)).reshape(shape)
 
 
 def bias_of(*shape: int) -> Callable[[], dict[str, Any]]:
@@ -150,7 +86,7 @@ def test_features(feature: str) -> None:
     qkv, options = inputs(), FEATURES[feature]()
     leaves = [*qkv, *[x for x in options.values() if isinstance(x, Tensor) and x.requires_grad]]
     out, lse = anyattn.attention(*qkv, **options, return_lse=True)
-    want_out, want_lse = plain(*qkv, **options)
+    want_out, want_lse = plain_attention(*qkv, **options)
     torch.testing.assert_close(out, want_out, **TOLERANCE)
     torch.testing.assert_close(lse, want_lse, **TOLERANCE)
     got, want = gradients(scalar(out, lse), leaves), gradients(scalar(want_out, want_lse), leaves)
@@ -161,7 +97,7 @@ def test_features(feature: str) -> None:
 def test_lse_alone_has_gradients() -> None:
     q, k, v = inputs()
     got = torch.autograd.grad(anyattn.attention(q, k, v, return_lse=True)[1].sum(), (q, k, v), allow_unused=True)
-    want = torch.autograd.grad(plain(q, k, v)[1].sum(), (q, k))
+    want = torch.autograd.grad(plain_attention(q, k, v)[1].sum(), (q, k))
     torch.testing.assert_close(got[0], want[0], **TOLERANCE)
     torch.testing.assert_close(got[1], want[1], **TOLERANCE)
     assert got[2] is None or not got[2].any()
@@ -173,7 +109,7 @@ def test_lengths() -> None:
     used, leftpad = torch.tensor([9, 6]), torch.tensor([2, 0])
     out = anyattn.attention(q, k, v, causal=True, seqused_k=used, leftpad_k=leftpad)
     parts = [
-        plain(q[b : b + 1], k[b : b + 1, left:n], v[b : b + 1, left:n], causal=True)[0]
+        plain_attention(q[b : b + 1], k[b : b + 1, left:n], v[b : b + 1, left:n], causal=True)[0]
         for b, (left, n) in enumerate(((2, 9), (0, 6)))
     ]
     want = torch.cat(parts)
@@ -194,7 +130,7 @@ def test_packed_sequences() -> None:
     parts = []
     for b in range(3):
         rows, keys = slice(*cu_q[b : b + 2].tolist()), slice(*cu_k[b : b + 2].tolist())
-        parts.append(plain(q[None, rows], k[None, keys], v[None, keys], **options))
+        parts.append(plain_attention(q[None, rows], k[None, keys], v[None, keys], **options))
     want_out, want_lse = torch.cat([o[0] for o, _ in parts]), torch.cat([s[0] for _, s in parts], -1)
     torch.testing.assert_close(out, want_out, **TOLERANCE)
     torch.testing.assert_close(lse, want_lse, **TOLERANCE)
@@ -224,7 +160,7 @@ def test_strided_inputs(layout: str) -> None:
         buffers = [leaf(2, 7, 4, 8), leaf(1, 9, 1, 8), leaf(1, 9, 1, 8)]
         views = lambda: (buffers[0], *(x.expand(2, 9, 4, 8) for x in buffers[1:]))  # noqa: E731
     got = gradients(scalar(*anyattn.attention(*views(), causal=True, return_lse=True)), buffers)
-    want = gradients(scalar(*plain(*views(), causal=True)), buffers)
+    want = gradients(scalar(*plain_attention(*views(), causal=True)), buffers)
     for one, other in zip(got, want, strict=True):
         torch.testing.assert_close(one, other, **TOLERANCE)
 
@@ -234,7 +170,7 @@ def test_output_gradients_of_any_strides() -> None:
     weight = normal(HEAD_DIM_V, NHEADS, ROWS, BATCH, seed=10).permute(3, 2, 1, 0)
     for dout in (weight, torch.ones(()).double().expand(BATCH, ROWS, NHEADS, HEAD_DIM_V)):
         got = torch.autograd.grad(anyattn.attention(q, k, v), (q, k, v), dout)
-        want = torch.autograd.grad(plain(q, k, v)[0], (q, k, v), dout)
+        want = torch.autograd.grad(plain_attention(q, k, v)[0], (q, k, v), dout)
         for one, other in zip(got, want, strict=True):
             torch.testing.assert_close(one, other, **TOLERANCE)
 
@@ -253,7 +189,7 @@ def test_merge_is_exact_and_differentiable() -> None:
     q, k, v = inputs()
     halves = [anyattn.attention(q, k[:, s], v[:, s], return_lse=True) for s in (slice(0, 4), slice(4, None))]
     out, lse = anyattn.merge(*halves[0], *halves[1])
-    want_out, want_lse = plain(q, k, v)
+    want_out, want_lse = plain_attention(q, k, v)
     torch.testing.assert_close(out, want_out, **TOLERANCE)
     torch.testing.assert_close(lse, want_lse, **TOLERANCE)
     got, want = gradients(scalar(out, lse), [q, k, v]), gradients(scalar(want_out, want_lse), [q, k, v])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -20,7 +21,12 @@ from anyattn.definition.inputs import GRADIENTS
 from anyattn.definition.options import Options
 from anyattn.definition.passes import BACKWARD, FORWARD
 from anyattn.frameworks.torch import autograd, fastpath, ops
+from harness import tensors
+from harness.tensors import ints
 
+normal = partial(tensors.normal, dtype=torch.float32)
+leaf = partial(tensors.leaf, dtype=torch.float32)
+qkv = partial(tensors.qkv, dtype=torch.float32)
 GRAPHS = "aot_eager"  # traces like Inductor, without its compiler
 ATTENTION = "anyattn.forward.default"
 
@@ -33,19 +39,6 @@ def _fresh() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def qkv(rows: int = 5, keys: int = 7, batch: int = 2, grad: bool = False) -> tuple[Tensor, ...]:
-    shapes = ((batch, rows, 4, 8), (batch, keys, 2, 8), (batch, keys, 2, 6))
-    return tuple(normal(*shape, seed=seed).requires_grad_(grad) for seed, shape in enumerate(shapes))
-
-
-def table(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
-
-
 def calls() -> dict[str, tuple[dict[str, Tensor], Options]]:
     """Arguments of the operators, one call for each kind of problem."""
     q, k, v = qkv()
@@ -53,14 +46,14 @@ def calls() -> dict[str, tuple[dict[str, Tensor], Options]]:
     packed = {"q": normal(8, 4, 8), "k": normal(12, 2, 8), "v": normal(12, 2, 6)}
     pages = {"q": q, "k": normal(6, 4, 2, 8), "v": normal(6, 4, 2, 6)}
     scores = {"bias": normal(1, 4, 1, 7), "mask": normal(2, 1, 5, 7) > -1, "alibi_slopes": normal(4).abs()}
-    lengths = {"seqused_q": table(5, 4), "seqused_k": table(7, 6), "leftpad_k": table(1, 0), "offset": table(0, 2)}
+    lengths = {"seqused_q": ints(5, 4), "seqused_k": ints(7, 6), "leftpad_k": ints(1, 0), "offset": ints(0, 2)}
     return {
         "dense": (dense, Options(right=0)),
         "scores": ({**dense, **scores, "sink": normal(4)}, Options(softcap=2.0, left=3, scale=0.3)),
         "lengths": ({**dense, **lengths}, Options(chunk=4, alignment="top-left")),
         "dropout": ({**dense, "rng_state": torch.tensor([3, 4])}, Options(dropout_p=0.2)),
-        "packed": ({**packed, "cu_seqlens_q": table(0, 3, 8), "cu_seqlens_k": table(0, 5, 12)}, Options()),
-        "paged": ({**pages, "block_table": table(5, 0, 1, 2).view(2, 2), "seqused_k": table(7, 3)}, Options()),
+        "packed": ({**packed, "cu_seqlens_q": ints(0, 3, 8), "cu_seqlens_k": ints(0, 5, 12)}, Options()),
+        "paged": ({**pages, "block_table": ints(5, 0, 1, 2).view(2, 2), "seqused_k": ints(7, 3)}, Options()),
     }
 
 
@@ -85,7 +78,7 @@ def test_schemas_mutate_nothing() -> None:
 FEATURES: dict[str, Callable[[], dict[str, Any]]] = {
     "causal": lambda: {"causal": True},
     "return_lse": lambda: {"return_lse": True},
-    "scores": lambda: {"bias": normal(4, 1, 1), "sink": normal(4).requires_grad_(), "softcap": 3.0},
+    "scores": lambda: {"bias": normal(4, 1, 1), "sink": leaf(4), "softcap": 3.0},
     "tables": lambda: {"offset": 1, "seqused_k": torch.tensor([4, 3]), "window": (3, 0)},
     "dropout": lambda: {"dropout_p": 0.25, "seed": 5},
 }
@@ -114,8 +107,8 @@ def test_compile_makes_one_graph_for_all_lengths(feature: str) -> None:
 def test_compile_packed_sequences() -> None:
     compiled = torch.compile(anyattn.attention_varlen, fullgraph=True, dynamic=True, backend=GRAPHS)
     for rows in (6, 10, 13):
-        x = normal(rows, 2, 8).requires_grad_()
-        cu = table(0, rows // 3, rows)
+        x = leaf(rows, 2, 8)
+        cu = ints(0, rows // 3, rows)
         out = compiled(x, x, x, cu, cu, rows, rows, causal=True)
         torch.testing.assert_close(out, anyattn.attention_varlen(x, x, x, cu, cu, rows, rows, causal=True))
         out.sum().backward()
@@ -275,7 +268,7 @@ def test_vmap(kind: str) -> None:
 
 
 def test_vmap_of_packed_sequences() -> None:
-    x, cu = normal(3, 8, 2, 8), table(0, 3, 8)
+    x, cu = normal(3, 8, 2, 8), ints(0, 3, 8)
     mapped = torch.vmap(lambda x: anyattn.attention_varlen(x, x, x, cu, cu, causal=True))(x)
     torch.testing.assert_close(mapped, torch.stack([anyattn.attention_varlen(y, y, y, cu, cu, causal=True) for y in x]))
 
@@ -311,7 +304,7 @@ def test_forward_mode_raises() -> None:
 
 def test_autocast() -> None:
     q, k, v = qkv(grad=True)
-    bias = normal(2, 4, 5, 7).requires_grad_()
+    bias = leaf(2, 4, 5, 7)
     with torch.autocast("cpu", torch.bfloat16):
         out = anyattn.attention(q, k, v, bias=bias)
         compiled = torch.compile(anyattn.attention, fullgraph=True, backend=GRAPHS)(q, k, v, bias=bias)
@@ -362,7 +355,7 @@ def test_flop_counter() -> None:
     with FlopCounterMode(display=False) as counter:
         anyattn.attention(q, k, v).sum().backward()
     assert counter.get_total_flops() == 2 * scores * (8 + 6) + 2 * scores * (3 * 8 + 2 * 6)
-    x, cu = normal(12, 2, 8), table(0, 6, 12)
+    x, cu = normal(12, 2, 8), ints(0, 6, 12)
     with FlopCounterMode(display=False) as counter:
         anyattn.attention_varlen(x, x, x, cu, cu)
     assert counter.get_total_flops() == 2 * 2 * (6 * 6 * 2) * 16

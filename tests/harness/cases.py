@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
+# What random problems are drawn from; a value that stands here more than once is drawn more often.
+CONTENTS = ("normal", "normal", "normal", "huge", "equal_keys", "rising", "falling", "all_negative", "empty_sequences")
+LENGTHS = ("full", "full", "seqused", "leftpad", "both", "varlen", "varlen_seqused", "paged", "paged_varlen")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +45,7 @@ class Case:
     scale: float | None = None
     layout: str = "bshd"  # see inputs.LAYOUTS
     dlse: bool = False
-    content: str = "normal"  # see inputs.CONTENTS
+    content: str = "normal"  # CONTENTS, and what named cases have besides
     page_size: int = 0  # 0: drawn
     seed: int = 0
 

@@ -11,6 +11,7 @@ import anyattn
 from anyattn.definition import accuracy
 from anyattn.definition.dtypes import DTYPES
 from harness.cases import Case
+from harness.checks import expected
 from harness.inputs import NUMPY_DTYPES, build
 from harness.layouts import around, scattered
 
@@ -180,4 +181,4 @@ def _attended(setup: Setup, given: dict[str, Any], out: np.ndarray, lse: np.ndar
 def _budgets(setup: Setup, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> dict[str, accuracy.Expected]:
     inputs = build(Case("gathered", batch=1, seqlen_q=1, seqlen_k=1, nheads_kv=1, head_dim=1, head_dim_v=1))
     inputs.arguments = {"q": q, "k": k, "v": v, "causal": setup.causal, "window": setup.window}
-    return accuracy.expected_forward(*inputs.canonical())
+    return expected(inputs)

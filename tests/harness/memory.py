@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+
+from anyattn.frameworks.numpy import NumpyAdapter
 
 GUARD = 256
 
@@ -32,3 +34,13 @@ class Memory:
         for raw, start, size in blocks:
             assert (raw[:start] == 0xFF).all(), "a backend wrote before the beginning of a result or workspace"
             assert (raw[start + size :] == 0xFF).all(), "a backend wrote past the end of a result or workspace"
+
+
+def guarded_empty(memory: Memory) -> Callable[..., np.ndarray]:
+    """Return a replacement of `NumpyAdapter.empty` whose arrays come from this memory."""
+    original = NumpyAdapter.empty
+
+    def empty(self: NumpyAdapter, shape: Sequence[int], dtype: str, like: np.ndarray) -> np.ndarray:
+        return memory.empty(shape, original(self, (0,) * len(shape), dtype, like).dtype)
+
+    return empty

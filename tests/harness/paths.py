@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -12,5 +11,5 @@ SCRIPTS = ROOT / "scripts"
 
 
 def python_path() -> str:
-    """Return a PYTHONPATH with which a child process imports what this process imports, the harness included."""
-    return os.pathsep.join([str(TESTS), *sys.path])
+    """Return a PYTHONPATH with which a child process imports the harness, before what this process was given."""
+    return os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -1,14 +1,28 @@
-"""Fresh Python processes, for what this process can no longer show: first imports, settings, crashes."""
+"""New Python processes, for what this process can no longer show: first imports, settings, crashes."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from pathlib import Path
+
+from harness.paths import python_path
+
+
+def run_python(
+    *arguments: str | Path, without: tuple[str, ...] = (), timeout: float = 1800, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run Python in a process that can import the harness.
+
+    without: prefixes of environment variables that the process does not get; variables: those that it gets besides.
+    """
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(without)}
+    environment |= {"PYTHONPATH": python_path(), **variables}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=timeout)
 
 
 def fresh(code: str) -> subprocess.CompletedProcess[str]:
-    """Run code in a new interpreter, where warnings are errors and none of this project's settings is set."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("ANYATTN_")}
-    command = [sys.executable, "-W", "error", "-c", code]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=1800, env=environment)
+    """Run code in a process where warnings are errors and none of this project's settings is set."""
+    return run_python("-W", "error", "-c", code, without=("ANYATTN_",))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +15,7 @@ from anyattn import api
 from anyattn.cli import demo, main, matrix
 from anyattn.config import machine, settings
 from anyattn.runtime import dispatch
-
-
-def fresh(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A process of its own, as a user starts it."""
-    return subprocess.run(
-        [sys.executable, *command], env=os.environ | environment, capture_output=True, text=True, check=False
-    )
+from harness.processes import run_python
 
 
 def test_info_tells_backends_and_settings(capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,21 +71,21 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     ids=lambda environment: next(iter(environment)),
 )
 def test_info_works_when_something_is_broken(environment: dict[str, str]) -> None:
-    result = fresh("-m", "anyattn", "info", ANYATTN_REQUIRE="", **environment)
+    result = run_python("-m", "anyattn", "info", ANYATTN_REQUIRE="", **environment)
     assert result.returncode == 0, result.stderr
     assert next(iter(environment.values())) in result.stdout
 
 
 def test_info_fails_where_a_required_backend_is_missing() -> None:
-    result = fresh("-m", "anyattn", "info", ANYATTN_REQUIRE="cpu", ANYATTN_LIBRARY="/nowhere/libanyattn.so")
+    result = run_python("-m", "anyattn", "info", ANYATTN_REQUIRE="cpu", ANYATTN_LIBRARY="/nowhere/libanyattn.so")
     assert result.returncode == 1
     assert "not available: cpu" in result.stderr
-    assert fresh("-m", "anyattn", "info", ANYATTN_REQUIRE="numpy").returncode == 0
+    assert run_python("-m", "anyattn", "info", ANYATTN_REQUIRE="numpy").returncode == 0
 
 
 def test_info_imports_no_torch() -> None:
     code = "import sys; from anyattn.cli import main; main(['info']); assert 'torch' not in sys.modules"
-    result = fresh("-c", code)
+    result = run_python("-c", code)
     assert result.returncode == 0, result.stderr
 
 

@@ -17,7 +17,7 @@ from anyattn.backends.cpu import layout, library
 from anyattn.frameworks.numpy import NumpyAdapter
 from harness.cases import Case
 from harness.inputs import build
-from harness.memory import Memory
+from harness.memory import Memory, guarded_empty
 
 OFFSETS = {name: layout.offset(name) for name, _ in layout.FIELDS}
 KINDS = dict(layout.FIELDS)
@@ -79,9 +79,7 @@ class Process:
         self.native.passes = tuple(self._wrap(which) for which in range(3))
         self.mutations = mutations
         self.memory = Memory()
-        NumpyAdapter.empty = lambda adapter, shape, dtype, like: self.memory.empty(  # type: ignore[method-assign]
-            shape, like.dtype if dtype == like.dtype.name else np.dtype(dtype)
-        )
+        NumpyAdapter.empty = guarded_empty(self.memory)  # type: ignore[method-assign]
         self.calls = self.refused = 0
         self.case_index = 0
         self.written: list[np.ndarray] = []

@@ -27,6 +27,7 @@ import anyattn
 from anyattn.backends.cpu import library
 from anyattn.config import settings
 from anyattn.definition import accuracy
+from harness import checks
 from harness.cases import Case
 from harness.inputs import Inputs, build
 
@@ -38,9 +39,7 @@ NAMES = ("dq", "dk", "dv", "dsink")
 @cache
 def expected(case: Case) -> tuple[Inputs, dict[str, accuracy.Expected]]:
     inputs = build(case)
-    problem, arrays = inputs.canonical()
-    want = accuracy.expected_forward(problem, arrays)
-    return inputs, want | accuracy.expected_backward(problem, arrays, inputs.dout64, inputs.dlse64)
+    return inputs, checks.expected(inputs) | checks.expected(inputs, "backward")
 
 
 def compute(case: Case = CASE, framework: str = "numpy") -> str:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from harness.backends import Engine, engines
-from harness.paths import python_path
+from harness.processes import run_python
 
 
 @pytest.mark.parametrize("target", [engine.target for engine in engines() if engine.backend == "cpu"])
@@ -18,9 +15,7 @@ from harness.paths import python_path
 def test_wrong_fields(kind: str, target: str) -> None:
     """In a process of its own, which a crash ends."""
     Engine("cpu", target).use()
-    command = [sys.executable, str(Path(__file__).parent / "boundary.py"), kind]
-    environment = {**os.environ, "PYTHONPATH": python_path()}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=1800)
+    result = run_python(Path(__file__).parent / "boundary.py", kind)
     assert result.returncode == 0, result.stderr[-3000:]
     calls, refused = (int(word) for word in result.stdout.split())
     assert calls > 400

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 
 from backends.cpu import scenarios
 from harness.backends import engines
-from harness.paths import python_path
+from harness.processes import run_python
 
 pytestmark = [
     pytest.mark.skipif(not any(engine.backend == "cpu" for engine in engines()), reason="the native engine's threads"),
@@ -23,23 +22,15 @@ MANY = ("beside_torch", "fork_both", "python_threads", "inside_openmp")
 SETTINGS = ("OMP_", "GOMP_", "KMP_", "ANYATTN_NUM_THREADS", "ANYATTN_CPU_TARGET", "ANYATTN_BACKEND")
 
 
-def fresh(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A process without this one's settings of threads, where the native engine must be there and no other."""
-    base = {name: value for name, value in os.environ.items() if not name.startswith(SETTINGS)}
-    base |= {"ANYATTN_REQUIRE": "cpu", "PYTHONPATH": python_path()}
-    return subprocess.run(
-        [sys.executable, "-X", "faulthandler", *command],
-        env=base | environment,
-        cwd=FOLDER,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=2 * scenarios.HANG_SECONDS,
-    )
+def fresh(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run Python without this process's settings of threads, where the CPU backend is required."""
+    environment = {"ANYATTN_REQUIRE": "cpu", **environment}
+    options = ("-X", "faulthandler")
+    return run_python(*options, *command, without=SETTINGS, timeout=2 * scenarios.HANG_SECONDS, **environment)
 
 
 def digest(name: str, script: str = "scenarios.py", **environment: str) -> str:
-    result = fresh(script, name, **environment)
+    result = fresh(FOLDER / script, name, **environment)
     assert result.returncode == 0, result.stderr
     return result.stdout.splitlines()[-1]
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
 from harness.backends import skip_module_without
 from harness.paths import SCRIPTS
+from harness.processes import run_python
 
 pytest.importorskip("triton.backends.nvidia", reason="Triton is not for this platform")
 skip_module_without("triton")
@@ -21,9 +19,7 @@ GOOD = {"registers": 200, "spills": 8, "spills_in_loops": 0, "shared": 1000, "ma
 @pytest.mark.parametrize("archs", TOGETHER)
 def test_compiled_kernels_are_as_good_as_the_table_says(archs: str) -> None:
     """In a process of its own: here Triton interprets."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, SCRIPTS / "aot.py", "--jobs", "1", "--arch", archs]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = run_python(SCRIPTS / "aot.py", "--jobs", "1", "--arch", archs, without=("TRITON_INTERPRET",))
     assert done.returncode == 0, done.stdout + done.stderr
 
 

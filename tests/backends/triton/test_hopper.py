@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +16,11 @@ from anyattn.backends.triton.device import Device, interpreted
 from anyattn.definition import accuracy
 from harness.backends import skip_module_without
 from harness.cases import Case
+from harness.checks import expected
 from harness.hopper_inputs import aligned, drawn
 from harness.inputs import Inputs
-from harness.paths import SCRIPTS, TESTS, python_path
+from harness.paths import SCRIPTS, TESTS
+from harness.processes import run_python
 
 pytest.importorskip("triton.backends.nvidia", reason="Triton is not for this platform")
 skip_module_without("triton")
@@ -48,7 +48,7 @@ def run(inputs: Inputs, seed: int = 0, broken: frozenset[tuple[str, str]] = CLEA
     launch(plan.forward_kernel(problem, None), memory | {name: whole(arrays[name]) for name in "qkv"}, seed, broken)
     assert all(np.isnan(array[edge]).all() for array in (out, lse) for edge in (slice(GUARD), slice(-GUARD, None)))
     got = {"out": out[GUARD:-GUARD].reshape(problem.out_shape), "lse": lse[GUARD:-GUARD].reshape(problem.lse_shape)}
-    return accuracy.check(accuracy.expected_forward(problem, arrays), got)
+    return accuracy.check(expected(inputs), got)
 
 
 def whole(view: np.ndarray) -> Pointer:
@@ -99,11 +99,8 @@ def test_emulator_sees_what_barriers_are_for(operation: str, name: str) -> None:
 
 
 def without_interpreter(script: Path, *arguments: str) -> str:
-    """What a script prints that compiles for a GPU, in a process of its own: here Triton interprets."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": python_path()}
-    command = [sys.executable, str(script), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    """Return what a script prints that compiles for a GPU, in a process of its own: here Triton interprets."""
+    done = run_python(script, *arguments, without=("TRITON_INTERPRET",))
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
 from harness.backends import skip_module_without
-from harness.paths import TESTS, python_path
+from harness.paths import TESTS
+from harness.processes import run_python
 
 pytest.importorskip("triton.backends.nvidia", reason="no Triton here, and ANYATTN_REQUIRE does not ask for it")
 skip_module_without("triton")
@@ -26,11 +24,7 @@ def vendor(request: pytest.FixtureRequest) -> str:
 def recorded(vendor: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """By scenario; compiled anew, in a process without the interpreter."""
     cache = str(tmp_path_factory.mktemp("triton"))
-    environment = {**os.environ, "TRITON_CACHE_DIR": cache, "PYTHONPATH": python_path()}
-    script = TESTS / "backends" / "emulators" / "fake_gpu.py"
-    done = subprocess.run(
-        [sys.executable, script, vendor], capture_output=True, text=True, env=environment, check=False
-    )
+    done = run_python(TESTS / "backends" / "emulators" / "fake_gpu.py", vendor, TRITON_CACHE_DIR=cache)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -12,22 +12,18 @@ import torch
 import anyattn
 from anyattn.backends.triton import backend, device, tuning
 from anyattn.backends.triton.device import INTERPRETER, interpreted
-from anyattn.definition import accuracy
 from anyattn.frameworks.torch.adapter import adapter
 from anyattn.runtime import dispatch, execute
-from harness.backends import skip_module_without
+from harness.backends import Engine, skip_module_without
 from harness.cases import Case, named
+from harness.checks import wrong
 from harness.inputs import build
 
 skip_module_without("triton")
 pytestmark = pytest.mark.skipif(not interpreted(), reason="on a GPU tests/device runs instead")
 
 X = np.ones((1, 4, 2, 8), np.float32)
-
-
-def forward(given: dict[str, Any]) -> dict[str, np.ndarray]:
-    out, lse = anyattn.attention_forward(**given, backend="triton")
-    return {"out": out, "lse": lse}
+TRITON = Engine("triton")
 
 
 def test_automatic_choice_never_takes_the_interpreter() -> None:
@@ -69,16 +65,14 @@ def test_any_tile_size(name: str, config: tuple[int, int], monkeypatch: pytest.M
     """Full tiles and edges on both sides, several of each."""
     monkeypatch.setattr(tuning, "forward", lambda *_, **__: tuning.Config(*config))
     inputs = build(named(name))
-    problem, arrays = inputs.canonical()
-    assert not accuracy.check(accuracy.expected_forward(problem, arrays), forward(inputs.arguments))
+    assert not wrong(inputs, "forward", TRITON)
 
 
 @pytest.mark.parametrize("section", [1, 3, 100])
 def test_any_order_of_programs(section: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "section", lambda *_: section)
     inputs = build(Case("sections", batch=2, seqlen_q=150, seqlen_k=90, nheads_kv=5, causal=True))
-    problem, arrays = inputs.canonical()
-    assert not accuracy.check(accuracy.expected_forward(problem, arrays), forward(inputs.arguments))
+    assert not wrong(inputs, "forward", TRITON)
 
 
 @pytest.mark.parametrize("count", [2, 3, 7])
@@ -88,8 +82,7 @@ def test_any_number_of_splits(count: int, lengths: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(tuning, "splits", lambda *_: count)
     case = Case("splits", seqlen_q=3, seqlen_k=400, group=4, causal=True, sink=True, lengths=lengths, dropout_p=0.2)
     inputs = build(case)
-    problem, arrays = inputs.canonical()
-    assert not accuracy.check(accuracy.expected_forward(problem, arrays), forward(inputs.arguments))
+    assert not wrong(inputs, "forward", TRITON)
 
 
 @pytest.mark.parametrize("seqlen_q", [1, 70])

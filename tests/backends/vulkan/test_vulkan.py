@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -18,41 +14,15 @@ from anyattn.backends.vulkan import device as devices
 from anyattn.backends.vulkan.engine import Job
 from anyattn.backends.vulkan.engine import current_engine as engine
 from anyattn.config import settings
-from anyattn.definition import accuracy
 from anyattn.runtime import dispatch
-from conformance.test_matrix import run
-from harness.backends import Engine, engines
+from backends.vulkan.common import FORWARD_CASES, check_forward, fresh_plans, needs_vulkan, printed
 from harness.cases import Case, named
 from harness.inputs import build
-from harness.paths import python_path
 
-VULKAN = Engine("vulkan")
-pytestmark = pytest.mark.skipif(VULKAN not in engines(), reason="no Vulkan device: .ci/run requires one")
+pytestmark = [needs_vulkan, fresh_plans]
 
 
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    VULKAN.use()
-    dispatch.forget()
-    yield
-    dispatch.forget()
-
-
-def check(case: Case, direction: str = "forward") -> None:
-    inputs = build(case)
-    problem, arrays = inputs.canonical()
-    assert not accuracy.check(accuracy.expected_forward(problem, arrays), run(inputs, direction, VULKAN))
-
-
-CASES = [
-    Case("plain_f32", seqlen_q=33, seqlen_k=70, head_dim=64, head_dim_v=40, group=2, causal=True),
-    replace(named("everything"), name="features_f32", seqlen_q=40, seqlen_k=60, batch=2),
-    replace(named("everything_bf16"), name="features_bf16", seqlen_q=40, seqlen_k=60, batch=2),
-    Case("paged_f16", lengths="paged", dtype="float16", head_dim=128, head_dim_v=128, seqlen_q=5, page_size=3),
-]
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", FORWARD_CASES, ids=str)
 @pytest.mark.parametrize(
     "shape",
     [
@@ -73,7 +43,7 @@ def test_every_shape_of_a_kernel(monkeypatch: pytest.MonkeyPatch, case: Case, sh
         return replace(chosen, dim=dims[0], dim_v=dims[1])
 
     monkeypatch.setattr(tuning, "forward_config", config)
-    check(case)
+    check_forward(case)
 
 
 def test_unrolled_loops(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,14 +51,14 @@ def test_unrolled_loops(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         tuning, "forward_config", lambda *x: replace(original(*x), dim=2, dim_v=1, features=0, unroll=True)
     )
-    check(Case("unrolled", head_dim=7, head_dim_v=3))
+    check_forward(Case("unrolled", head_dim=7, head_dim_v=3))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", FORWARD_CASES, ids=str)
 @pytest.mark.parametrize("keys", [8, 24])
 def test_split_keys(monkeypatch: pytest.MonkeyPatch, case: Case, keys: int) -> None:
     monkeypatch.setattr(tuning, "split_keys", lambda info, problem, config: keys)
-    check(case)
+    check_forward(case)
 
 
 def test_a_gpu_gets_shuffles_and_splits() -> None:
@@ -106,7 +76,7 @@ def test_long_keys_stay_below_the_iterations_of_a_software_driver() -> None:
     inputs = build(Case("long", batch=1, seqlen_q=3, seqlen_k=40_000, nheads_kv=1, head_dim=8, head_dim_v=8))
     problem, _ = inputs.canonical()
     assert forward.Setup.of(devices.device().info, problem).splits > 1
-    check(inputs.case)
+    check_forward(inputs.case)
 
 
 @pytest.mark.parametrize("limit", [30_000, 18_000])
@@ -117,13 +87,13 @@ def test_arrays_larger_than_a_binding(monkeypatch: pytest.MonkeyPatch, limit: in
     case = Case("parts", batch=3, seqlen_q=17, seqlen_k=21, nheads_kv=4, group=2, bias="b1", mask="h1", alibi="bh")
     problem, _ = build(case).canonical()
     assert len(forward.Setup.of(info, problem).launches) > 1
-    check(case)
+    check_forward(case)
 
 
 def test_an_array_that_no_binding_holds_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine().device, "info", replace(devices.device().info, storage_range=1000))
     with pytest.raises(anyattn.UnsupportedProblem, match=r"larger than a binding of .*: 1000 bytes"):
-        check(named("plain"))
+        check_forward(named("plain"))
 
 
 def test_short_submissions(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +102,7 @@ def test_short_submissions(monkeypatch: pytest.MonkeyPatch) -> None:
     finish = type(engine().commands).finish
     monkeypatch.setattr(type(engine().commands), "finish", lambda self: (submissions.append(1), finish(self)))
     monkeypatch.setattr(engine(), "rate", 1e3)
-    check(replace(named("everything"), batch=2, seqlen_q=70))
+    check_forward(replace(named("everything"), batch=2, seqlen_q=70))
     assert len(submissions) > 4
 
 
@@ -140,15 +110,15 @@ def test_memory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """A device that does not share its memory: everything goes through mapped buffers beside it."""
     monkeypatch.setattr(engine().memory, "unified", False)
     engine().memory.trim()
-    check(named("everything"))
+    check_forward(named("everything"))
     assert any(buffer.host is None for buffers in engine().memory._free.values() for buffer in buffers)
     engine().memory.trim()
 
 
 def test_buffers_are_used_again() -> None:
-    check(named("plain"))
+    check_forward(named("plain"))
     kept = engine().memory.kept
-    check(named("plain"))
+    check_forward(named("plain"))
     assert engine().memory.kept == kept > 0
 
 
@@ -166,9 +136,9 @@ def test_out_of_device_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(engine().device, "create", refuse)
         with pytest.raises(MemoryError, match=r"no memory for \d+ bytes on .*out of device memory"):
-            check(named("plain"))
+            check_forward(named("plain"))
     assert len(failures) == 2
-    check(named("plain"))
+    check_forward(named("plain"))
 
 
 def test_a_lost_device_is_opened_anew(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,8 +146,8 @@ def test_a_lost_device_is_opened_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(lost.commands, "_submit", lambda *arguments: api.LOST)
         with pytest.raises(api.DeviceLost, match="vkQueueSubmit: device lost"):
-            check(named("plain"))
-    check(named("plain"))  # with the plan that was made for the lost one
+            check_forward(named("plain"))
+    check_forward(named("plain"))  # with the plan that was made for the lost one
     assert engine() is not lost and not engine().device.lost
 
 
@@ -188,10 +158,10 @@ def test_a_device_that_hangs_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(hanging.commands, "_wait", lambda *arguments: api.TIMEOUT)
         with pytest.raises(api.DeviceLost, match=r"did not answer within 1 s \(ANYATTN_VULKAN_TIMEOUT\)"):
-            check(named("plain"))
+            check_forward(named("plain"))
     monkeypatch.undo()
     settings.reload()
-    check(named("plain"))
+    check_forward(named("plain"))
 
 
 def test_offsets_that_positions_cannot_hold_are_refused() -> None:
@@ -219,12 +189,6 @@ def test_an_unknown_device_names_those_there(monkeypatch: pytest.MonkeyPatch) ->
     settings.reload()
 
 
-def fresh(code: str, **variables: str) -> str:
-    environment = {**os.environ, "ANYATTN_REQUIRE": "", "PYTHONPATH": python_path(), **variables}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    return result.stdout
-
-
 NO_DRIVER = {"VK_DRIVER_FILES": "/nowhere.json", "VK_ICD_FILENAMES": "/nowhere.json"}
 CALL = """
 import numpy as np, anyattn
@@ -236,36 +200,36 @@ except anyattn.UnsupportedProblem as error: print(error)
 
 
 def test_no_driver_is_a_reason() -> None:
-    assert "vulkan: vkCreateInstance: incompatible driver" in fresh(CALL, **NO_DRIVER)
+    assert "vulkan: vkCreateInstance: incompatible driver" in printed(CALL, **NO_DRIVER)
 
 
 def test_no_loader_is_a_reason() -> None:
     code = "import ctypes\ndef missing(name, *a, **k): raise OSError(name + ': no such file')\n"
     code += "import anyattn.backends.vulkan.api as api\napi.ctypes.CDLL = missing\n" + CALL
     code = code.replace("anyattn.attention(x, x, x)", "x", 1)  # the native engine is loaded by the same function
-    assert "vulkan: no Vulkan loader is installed" in fresh(code)
+    assert "vulkan: no Vulkan loader is installed" in printed(code)
 
 
 def test_import_and_small_calls_do_not_touch_vulkan() -> None:
     code = "import sys, numpy as np, anyattn\nx = np.ones((1, 4, 1, 8), np.float32)\nanyattn.attention(x, x, x)\n"
     code += "from anyattn.backends.vulkan import api\nprint(api.library.cache_info().currsize)"
-    assert fresh(code).strip() == "0"
+    assert printed(code).strip() == "0"
 
 
 def test_validation_layer() -> None:
     """Silent over every path of the forward pass, and heard where a call is wrong."""
     code = (
         "from dataclasses import replace\n"
-        "import pytest; from backends.vulkan import test_vulkan as t\n"
+        "import pytest; from backends.vulkan.common import FORWARD_CASES, check_forward\n"
         "from anyattn.backends.vulkan.engine import current_engine as engine, Job\n"
         "from anyattn.backends.vulkan.api import VulkanError\n"
-        "for case in t.CASES: t.check(case)\n"
+        "for case in FORWARD_CASES: check_forward(case)\n"
         "with Job(engine()) as job:\n"
         "    job.commands.fill(job.buffer(64), 62, 0)\n"
         "    with pytest.raises(VulkanError, match='the validation layer says'): job.finish()\n"
         "print('clean')\n"
     )
-    assert fresh(code, ANYATTN_VULKAN_VALIDATE="1").strip() == "clean"
+    assert printed(code, ANYATTN_VULKAN_VALIDATE="1").strip() == "clean"
 
 
 def test_a_forked_child_is_told_why() -> None:
@@ -281,11 +245,11 @@ def test_a_forked_child_is_told_why() -> None:
         "    os._exit(0 if fine and 'use spawn' in dispatch.get('vulkan').available() else 1)\n"
         "print(os.waitpid(child, 0)[1])\n"
     )
-    assert fresh(code).strip() == "0"
+    assert printed(code).strip() == "0"
 
 
 def test_a_job_that_fails_leaves_nothing_behind() -> None:
     with pytest.raises(ZeroDivisionError), Job(engine()) as job:
         job.commands.fill(job.buffer(64), 64, 0)
         raise ZeroDivisionError
-    check(named("plain"))
+    check_forward(named("plain"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,49 +13,14 @@ from anyattn.backends.vulkan import device as devices
 from anyattn.backends.vulkan import tuning
 from anyattn.backends.vulkan.backward import BackwardPlan
 from anyattn.backends.vulkan.engine import current_engine
-from anyattn.definition import accuracy
-from anyattn.runtime import dispatch
-from backends.vulkan.test_vulkan import VULKAN, fresh
-from backends.vulkan.test_vulkan import pytestmark as needs_vulkan
-from conformance.test_matrix import run
+from backends.vulkan.common import BACKWARD_CASES, check_backward, checked_gradients, fresh_plans, needs_vulkan, printed
 from harness.cases import Case, named
-from harness.inputs import Inputs, build
+from harness.inputs import build
 from harness.paths import ROOT
 
-pytestmark = needs_vulkan
+pytestmark = [needs_vulkan, fresh_plans]
 
 
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    VULKAN.use()
-    dispatch.forget()
-    yield
-    dispatch.forget()
-
-
-def gradients(inputs: Inputs) -> dict[str, Any]:
-    """Checked against float64."""
-    problem, arrays = inputs.canonical()
-    got = run(inputs, "backward", VULKAN)
-    assert not accuracy.check(accuracy.expected_backward(problem, arrays, inputs.dout64, inputs.dlse64), got)
-    return got
-
-
-def check(case: Case) -> None:
-    gradients(build(case))
-
-
-# Sums over every axis of a bias; several tiles of rows and of keys; all features; sequences of different lengths.
-SMALL = {"seqlen_q": 40, "seqlen_k": 60, "batch": 2}
-CASES = [
-    Case("plain_f32", seqlen_q=33, seqlen_k=70, head_dim=64, head_dim_v=40, group=2, causal=True, sink=True, dlse=True),
-    replace(named("everything"), name="features_f32", **SMALL),
-    replace(named("everything_bf16"), name="features_bf16", **SMALL),
-    Case("bias_of_all_f16", bias="one", dtype="float16", head_dim=128, head_dim_v=24, **SMALL),
-    Case("bias_of_rows", bias="column", lengths="both", **SMALL),
-    Case("bias_of_keys", bias="row", group=2, **SMALL),
-    Case("packed_f16", lengths="varlen_seqused", dtype="float16", causal=True, batch=3, seqlen_q=40, seqlen_k=40),
-]
 SHAPES = [
     {"lanes": 4, "own": 1, "step": 4, "shuffle": True},
     {"lanes": 8, "own": 2, "step": 2, "shuffle": True},
@@ -65,7 +29,7 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[2]], ids=str)
+@pytest.mark.parametrize("case", [BACKWARD_CASES[0], BACKWARD_CASES[2]], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda x: "-".join(f"{name}{int(value)}" for name, value in x.items()))
 def test_every_shape_of_a_kernel(monkeypatch: pytest.MonkeyPatch, case: Case, shape: dict[str, Any]) -> None:
     """What a GPU's configuration uses and a CPU's does not: several lanes per row or key, shuffles."""
@@ -81,7 +45,7 @@ def test_every_shape_of_a_kernel(monkeypatch: pytest.MonkeyPatch, case: Case, sh
         return found
 
     monkeypatch.setattr(tuning, "backward_configs", configs)
-    check(case)
+    check_backward(case)
 
 
 def test_a_gpu_gets_lanes_and_shuffles() -> None:
@@ -94,18 +58,18 @@ def test_a_gpu_gets_lanes_and_shuffles() -> None:
     assert all(not configs[name].shuffle and configs[name].lanes == 1 for name in ("delta", "dbias", "sum", "store"))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", BACKWARD_CASES, ids=str)
 def test_parts_add_up(monkeypatch: pytest.MonkeyPatch, case: Case) -> None:
     """A driver that bounds loops gets several dispatches, whose sums meet in memory."""
     monkeypatch.setattr(tuning, "SOFTWARE_ITERATIONS", 200)
-    check(case)
+    check_backward(case)
 
 
 def test_long_sequences_stay_below_the_iterations_of_a_software_driver() -> None:
     """Mesa's leaves loops silently after 65,535: these rows and keys are more than one workgroup may take."""
     long = Case("long", batch=1, seqlen_q=9000, nheads_kv=1, group=4, seqlen_k=3, head_dim=8, head_dim_v=8, dlse=True)
-    check(long)
-    check(replace(long, seqlen_q=2, group=1, seqlen_k=20_000))
+    check_backward(long)
+    check_backward(replace(long, seqlen_q=2, group=1, seqlen_k=20_000))
 
 
 @pytest.mark.parametrize("limit", [60_000, 30_000])
@@ -117,15 +81,15 @@ def test_arrays_larger_than_a_binding(monkeypatch: pytest.MonkeyPatch, limit: in
     for case in (Case("b1", bias="b1", dtype="float16", **parts), Case("one", bias="one", mask="h1", **parts)):
         inputs = build(case)
         assert len(BackwardPlan(current_engine(), info, inputs.canonical(backward=True)[0]).launches) > 1
-        gradients(inputs)
+        checked_gradients(inputs)
 
 
 def test_the_same_bits_in_any_batch_and_in_any_number_of_submissions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dropout aside, a sequence's gradients depend on itself alone; nothing depends on how the work is handed over."""
     inputs = build(replace(named("everything"), dropout_p=0.0, bias="", mask="", alibi="h", batch=3))
-    first = gradients(inputs)
+    first = checked_gradients(inputs)
     monkeypatch.setattr(current_engine(), "rate", 1e3)
-    again = gradients(inputs)
+    again = checked_gradients(inputs)
     assert all(np.array_equal(first[name], again[name]) for name in first if first[name] is not None)
     given = {"lse": None} | inputs.arguments
     given["out"], given["lse"] = anyattn.attention_forward(**inputs.arguments, backend="vulkan")
@@ -138,7 +102,7 @@ def test_memory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """A device that does not share its memory: everything goes through mapped buffers beside it."""
     monkeypatch.setattr(current_engine().memory, "unified", False)
     current_engine().memory.trim()
-    check(CASES[2])
+    check_backward(BACKWARD_CASES[2])
     current_engine().memory.trim()
 
 
@@ -154,13 +118,13 @@ def test_what_has_no_backward_says_so() -> None:
 
 def test_validation_layer() -> None:
     code = (
-        "from backends.vulkan import test_vulkan_backward as t\n"
+        "from backends.vulkan.common import BACKWARD_CASES, check_backward\n"
         "from anyattn.backends.vulkan import tuning\n"
         "tuning.SOFTWARE_ITERATIONS = 2000\n"
-        "for case in t.CASES: t.check(case)\n"
+        "for case in BACKWARD_CASES: check_backward(case)\n"
         "print('clean')\n"
     )
-    assert fresh(code, ANYATTN_VULKAN_VALIDATE="1").strip() == "clean"
+    assert printed(code, ANYATTN_VULKAN_VALIDATE="1").strip() == "clean"
 
 
 def test_the_example_gpt_trains_to_the_same_losses(monkeypatch: pytest.MonkeyPatch) -> None:

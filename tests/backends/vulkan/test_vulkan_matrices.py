@@ -5,7 +5,6 @@ Debian's Mesa has no matrices: test_vulkan_drivers.py runs this file on a newer 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,25 +15,15 @@ import anyattn
 from anyattn.backends.vulkan import device as devices
 from anyattn.backends.vulkan import tuning
 from anyattn.backends.vulkan.device import MATRICES
-from anyattn.runtime import dispatch
-from backends.vulkan.test_vulkan import VULKAN, check
-from backends.vulkan.test_vulkan_backward import gradients
+from backends.vulkan.common import VULKAN, check_backward, check_forward, fresh_plans
 from harness.backends import engines
 from harness.cases import Case, named
-from harness.inputs import build
 
-pytestmark = pytest.mark.skipif(
+needs_matrices = pytest.mark.skipif(
     VULKAN not in engines() or devices.device().info.paths()[MATRICES] != "",
     reason="no Vulkan device with cooperative matrices: test_vulkan_drivers.py has one",
 )
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    VULKAN.use()
-    dispatch.forget()
-    yield
-    dispatch.forget()
+pytestmark = [needs_matrices, fresh_plans]
 
 
 CASES = [
@@ -62,9 +51,9 @@ def test_every_shape_of_a_kernel(monkeypatch: pytest.MonkeyPatch, case: Case, sh
         return replace(chosen, **shape)
 
     monkeypatch.setattr(tuning, "matrix_config", config)
-    check(case)
+    check_forward(case)
     if case.lengths != "paged":
-        gradients(build(case))
+        check_backward(case)
 
 
 def test_unrolled_loops(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,7 +62,7 @@ def test_unrolled_loops(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         tuning, "forward_config", lambda *x: replace(original(*x), dim=2, dim_v=2, features=0, unroll=True)
     )
-    check(Case("unrolled", dtype="float16", head_dim=7, head_dim_v=3))
+    check_forward(Case("unrolled", dtype="float16", head_dim=7, head_dim_v=3))
 
 
 def test_unrolled_loops_of_the_backward(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,23 +70,24 @@ def test_unrolled_loops_of_the_backward(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(
         tuning, "scalar_config", lambda *x: replace(original(*x), dim=2, dim_v=2, features=0, unroll=True)
     )
-    gradients(build(Case("unrolled", dtype="float16", head_dim=7, head_dim_v=3)))
+    check_backward(Case("unrolled", dtype="float16", head_dim=7, head_dim_v=3))
 
 
 def test_parts_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """A driver that bounds loops gets several dispatches, whose sums meet in memory."""
     monkeypatch.setattr(tuning, "SOFTWARE_ITERATIONS", 1000)
-    gradients(build(CASES[0]))
+    check_backward(CASES[0])
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_split_keys(monkeypatch: pytest.MonkeyPatch, case: Case) -> None:
     monkeypatch.setattr(tuning, "split_keys", lambda info, problem, config: 32)
-    check(case)
+    check_forward(case)
 
 
 def test_long_keys() -> None:
-    check(Case("long", dtype="float16", batch=1, seqlen_q=9, seqlen_k=40_000, nheads_kv=1, head_dim=8, head_dim_v=8))
+    sizes = {"batch": 1, "seqlen_q": 9, "seqlen_k": 40_000, "nheads_kv": 1, "head_dim": 8, "head_dim_v": 8}
+    check_forward(Case("long", dtype="float16", **sizes))
 
 
 def test_the_scale_of_dropout_may_be_beyond_float16() -> None:

@@ -26,8 +26,7 @@ from anyattn.config import settings
 from anyattn.definition.errors import DeviceError, DeviceMemoryError
 from anyattn.definition.problem import Problem
 from anyattn.runtime import dispatch
-from backends.vulkan.test_vulkan import VULKAN
-from backends.vulkan.test_vulkan import pytestmark as needs_vulkan
+from backends.vulkan.common import needs_vulkan
 from harness.cases import Case
 from harness.inputs import build
 
@@ -36,13 +35,9 @@ X = np.random.default_rng(0).standard_normal((1, 40, 2, 24), np.float32)
 
 
 @pytest.fixture(autouse=True)
-def _untested(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _untested(fresh_plans: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing has passed its test yet."""
-    VULKAN.use()
-    dispatch.forget()
     monkeypatch.setattr(selftest, "_results", {})
-    yield
-    dispatch.forget()
 
 
 @pytest.fixture

@@ -1,0 +1,61 @@
+"""Cases and checks that the modules of this folder share, child processes included."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from anyattn.definition import accuracy
+from harness.backends import Engine, engines
+from harness.cases import Case, named
+from harness.checks import expected, run, wrong
+from harness.inputs import Inputs, build
+from harness.processes import run_python
+
+VULKAN = Engine("vulkan")
+needs_vulkan = pytest.mark.skipif(VULKAN not in engines(), reason="no Vulkan device: .ci/run requires one")
+fresh_plans = pytest.mark.usefixtures("fresh_plans")
+
+_SMALL = {"seqlen_q": 40, "seqlen_k": 60, "batch": 2}
+FORWARD_CASES = [
+    Case("plain_f32", seqlen_q=33, seqlen_k=70, head_dim=64, head_dim_v=40, group=2, causal=True),
+    replace(named("everything"), name="features_f32", **_SMALL),
+    replace(named("everything_bf16"), name="features_bf16", **_SMALL),
+    Case("paged_f16", lengths="paged", dtype="float16", head_dim=128, head_dim_v=128, seqlen_q=5, page_size=3),
+]
+# Sums over every axis of a bias; several tiles of rows and of keys; all features; sequences of different lengths.
+BACKWARD_CASES = [
+    Case("plain_f32", seqlen_q=33, seqlen_k=70, head_dim=64, head_dim_v=40, group=2, causal=True, sink=True, dlse=True),
+    replace(named("everything"), name="features_f32", **_SMALL),
+    replace(named("everything_bf16"), name="features_bf16", **_SMALL),
+    Case("bias_of_all_f16", bias="one", dtype="float16", head_dim=128, head_dim_v=24, **_SMALL),
+    Case("bias_of_rows", bias="column", lengths="both", **_SMALL),
+    Case("bias_of_keys", bias="row", group=2, **_SMALL),
+    Case("packed_f16", lengths="varlen_seqused", dtype="float16", causal=True, batch=3, seqlen_q=40, seqlen_k=40),
+]
+
+
+def check_forward(case: Case) -> None:
+    """Compare the outputs with float64."""
+    assert not wrong(build(case), "forward", VULKAN)
+
+
+def check_backward(case: Case) -> None:
+    """Compare the gradients with float64."""
+    assert not wrong(build(case), "backward", VULKAN)
+
+
+def checked_gradients(inputs: Inputs) -> dict[str, Any]:
+    """Return the gradients, compared with float64."""
+    got = run(inputs, "backward", VULKAN)
+    assert not accuracy.check(expected(inputs, "backward"), got)
+    return got
+
+
+def printed(code: str, **variables: str) -> str:
+    """Return what a new process prints that need not find any backend."""
+    result = run_python("-c", code, **{"ANYATTN_REQUIRE": "", **variables})
+    assert result.returncode == 0, result.stderr
+    return result.stdout
