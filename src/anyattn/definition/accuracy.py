@@ -1,16 +1,22 @@
 """How wrong a backend may be: float64 values, and for each result an error budget that follows from the problem.
 
-    error <= 2 * error of a plain implementation in that dtype + c * eps(dtype) * A             (gradients: 3 times)
+    error <= 2 * error of a plain implementation in that dtype + c * eps(compute dtype) * A     (gradients: 3 times)
+             + 4 * eps(dtype) * R   if that dtype has 16 bits
 
 A is the largest value of the result's own expression on absolute values, and where that is 0 the result must be 0. The
 plain implementation is standard attention with the inputs' dtype in memory: scores, softmax and sums in float32, P and
 dt rounded before the second product, as the definition allows. Scores s beyond 8 lose bits before the softmax, and P
 with them: a relative error of eps |s|, which one plain result shows only by chance, so for those it is added.
+
+P, dt, out and the results may be rounded to 16 bits. Each number is rounded by itself, so the errors of a sum's terms
+add up like the sides of a right angle: R is the root of the sum of the squares of the terms. 4 eps is 8 times the
+largest error of one rounding, which by Hoeffding's bound one sum in 10^13 exceeds (Higham and Mary, "A new approach to
+probabilistic rounding error analysis", 2019).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,76 +26,113 @@ import numpy.typing as npt
 from . import reference
 from .dtypes import DTYPES, narrow, widen
 from .problem import Problem
-from .reference import Arrays, Float, Head, add_dbias, rows_lse
+from .reference import Arrays, Float, Head, Part, add_gradients, head_gradients, rows_lse, sink_weight
 
 ORDINARY_SCORE = 8.0
+HALF = ("float16", "bfloat16")
 
 
 @dataclass(frozen=True)
 class Expected:
-    """One result: its float64 value, the same expression on absolute values, and the largest error accepted."""
+    """One result: its float64 value, the same expression on absolute values, and the largest error accepted.
+
+    `known` says where the value was computed, if not everywhere; the rest of a result is not compared.
+    """
 
     value: Float
     magnitude: Float
     budget: float
+    known: npt.NDArray[np.bool_] | None = None
 
     def error(self, got: npt.NDArray[Any]) -> float:
         """Largest absolute error; inf for a wrong shape, a NaN, a wrong infinity, not 0 where nothing contributes."""
         if got.shape != self.value.shape:
             return np.inf
         values = widen(got, "bfloat16" if got.dtype == np.uint16 else got.dtype.name)
-        finite = np.isfinite(self.value)
-        fixed = ~finite | (self.magnitude == 0)
-        if not np.array_equal(values[fixed], self.value[fixed]):
+        want, magnitude = self.value, self.magnitude
+        if self.known is not None:
+            values, want, magnitude = (x[self.known] for x in (values, want, magnitude))
+        finite = np.isfinite(want)
+        fixed = ~finite | (magnitude == 0)
+        if not np.array_equal(values[fixed], want[fixed]):
             return np.inf
-        difference = np.abs(values[finite] - self.value[finite])
+        difference = np.abs(values[finite] - want[finite])
         return float(np.where(np.isnan(difference), np.inf, difference).max(initial=0.0))
 
 
-@dataclass(frozen=True)
-class _Rule:
-    """The budget's numbers: a multiple of the plain implementation's error, of eps * A, and what large scores add."""
-
-    times: float
-    c: float
-    scores: float
-
-
-def expected_forward(problem: Problem, arrays: Arrays) -> dict[str, Expected]:
-    """out and lse."""
-    value_out, value_lse = reference.forward(problem, arrays)
-    out, lse = _Sum(problem, value_out), _Sum(problem, value_lse)
-    for head in reference.heads(problem, arrays):
-        plain = _Plain(problem, arrays, head)
-        out.add(head.rows_q, plain.out, (head.p * head.d) @ np.abs(head.v))
+def expected_forward(problem: Problem, arrays: Arrays, parts: Iterable[Part] | None = None) -> dict[str, Expected]:
+    """Compute out and lse: all rows, or the rows of `parts`."""
+    sums = _Sums(problem, {"out": problem.out_shape, "lse": problem.lse_shape})
+    sums.value["lse"][...] = -np.inf
+    for head in reference.heads(problem, arrays, parts):
+        plain, p = _Plain(problem, arrays, head), head.p * head.d
         s = _score_sizes(problem, head).max(axis=1, initial=0.0)
         size = np.where(np.isfinite(head.lse), np.maximum(s, 1.0), 0.0)  # a sum near 1 has errors too
-        lse.add(rows_lse(problem, head), plain.lse, size)
-    lse.plain[~np.isfinite(value_lse)] = -np.inf
-    rule = _rule(problem, lse.magnitude.max(initial=0.0), gradient=False)
-    return {"out": out.expected(rule, problem.dtype), "lse": lse.expected(rule, problem.compute_dtype)}
+        sums.put("out", head.rows_q, head.out, plain.out, p @ np.abs(head.v), p**2 @ head.v**2)
+        sums.put("lse", rows_lse(problem, head), head.lse, plain.lse, size, np.zeros_like(size))
+    largest = sums.absolutes["lse"].max(initial=0.0)
+    return {name: sums.expected(name, largest, gradient=False, whole=parts is None) for name in ("out", "lse")}
 
 
-def expected_backward(problem: Problem, arrays: Arrays, dout: Float, dlse: Float | None) -> dict[str, Expected]:
-    """dq, dk, dv and, where the problem has them, dbias and dsink."""
-    exact = vars(reference.backward(problem, arrays, dout, dlse))
-    sums = {name: _Sum(problem, value) for name, value in exact.items() if value is not None}
+def expected_backward(
+    problem: Problem, arrays: Arrays, dout: Float, dlse: Float | None, parts: Iterable[Part] | None = None
+) -> dict[str, Expected]:
+    """Compute dq, dk, dv and, where the problem has them, dbias and dsink.
+
+    `parts` gives dq, dk and dv alone. It must hold every row of every query head that shares a key head.
+    """
+    inputs = {x: getattr(problem, x) for x in (("q", "k", "v", "bias", "sink") if parts is None else ("q", "k", "v"))}
+    sums = _Sums(problem, {f"d{name}": array.shape for name, array in inputs.items() if array is not None})
     largest = 0.0
-    for head in reference.heads(problem, arrays):
-        largest = max(largest, _score_sizes(problem, head).max(initial=0.0))
+    for head in reference.heads(problem, arrays, parts):
         do = dout[head.rows_q]
         dl = np.zeros_like(head.lse) if dlse is None else dlse[rows_lse(problem, head)]
-        plain = _Plain(problem, arrays, head)
-        terms, sizes = plain.backward(do, dl), _magnitudes(problem, arrays, head, do, dl)
-        rows = {"dq": head.rows_q, "dk": head.rows_k, "dv": head.rows_k, "dsink": (head.h,)}
-        for name, total in sums.items():
-            if name == "dbias":
-                add_dbias(total.plain, head, terms[name])
-                add_dbias(total.magnitude, head, sizes[name])
-            else:
-                total.add(rows[name], terms[name], sizes[name])
-    rule = _rule(problem, largest, gradient=True)
-    return {name: total.expected(rule, problem.dtype) for name, total in sums.items()}
+        largest = max(largest, _score_sizes(problem, head).max(initial=0.0))
+        terms = head_gradients(problem, arrays, head, do, dl)
+        add_gradients(sums.value, head, terms)
+        add_gradients(sums.plain, head, _Plain(problem, arrays, head).backward(do, dl))
+        add_gradients(sums.absolutes, head, _absolutes(problem, arrays, head, do, dl))
+        if sums.rounded:
+            add_gradients(sums.squares, head, _squares(problem, arrays, head, do, terms["dbias"]))
+        if parts is not None:
+            add_gradients(sums.known, head, dict.fromkeys(sums.known, np.True_))
+    return {name: sums.expected(name, largest, gradient=True, whole=parts is None) for name in sums.value}
+
+
+class _Sums:
+    """Every result while heads are added up: exact, from the plain implementation, and what budgets are made of."""
+
+    def __init__(self, problem: Problem, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        def zeros(dtype: str) -> dict[str, npt.NDArray[Any]]:
+            return {name: np.zeros(shape, dtype) for name, shape in shapes.items()}
+
+        self.problem = problem
+        self.rounded = problem.dtype in HALF
+        self.value, self.absolutes, self.squares = zeros("float64"), zeros("float64"), zeros("float64")
+        self.plain, self.known = zeros(problem.compute_dtype), zeros("bool")
+
+    def put(self, name: str, rows: Any, *terms: npt.NDArray[Any]) -> None:
+        """Set rows, each of which belongs to one head; terms: value, plain, absolutes and squares."""
+        for sums, x in zip((self.value, self.plain, self.absolutes, self.squares), terms, strict=True):
+            sums[name][rows] = x
+        self.known[name][rows] = True
+
+    def expected(self, name: str, largest_score: float, *, gradient: bool, whole: bool) -> Expected:
+        """Derive the budget of one result by the formula above."""
+        value, absolutes, compute = self.value[name], self.absolutes[name], self.problem.compute_dtype
+        dtype = compute if name == "lse" else self.problem.dtype
+        times, c = (3.0, 8.0) if gradient else (2.0, 4.0)
+        scores = times * max(0.0, largest_score - ORDINARY_SCORE)
+        if dtype == "float64":  # the definition is its own plain implementation
+            times, c = 0.0, 64.0
+        finite = np.isfinite(value)
+        error = np.abs(round_to(self.plain[name][finite], dtype) - value[finite]).max(initial=0.0)
+        budget = times * error + DTYPES[dtype].smallest
+        budget += (c + scores) * DTYPES[compute].eps * absolutes.max(initial=0.0)
+        if dtype in HALF:
+            largest = np.abs(value[finite]).max(initial=0.0)  # the result is a term too
+            budget += 4.0 * DTYPES[dtype].eps * max(np.sqrt(self.squares[name].max(initial=0.0)), largest)
+        return Expected(value, absolutes, float(budget), None if whole else self.known[name])
 
 
 def check(expected: Mapping[str, Expected], got: Mapping[str, npt.NDArray[Any] | None]) -> list[str]:
@@ -113,34 +156,6 @@ def _score_sizes(problem: Problem, head: Head) -> Float:
     if problem.dtype == "float64" or problem.softcap > 0:
         sizes = np.maximum(sizes, abs(problem.scale) * (np.abs(head.q) @ np.abs(head.k).T))
     return np.where(seen, sizes, 0.0)
-
-
-def _rule(problem: Problem, largest_score: float, gradient: bool) -> _Rule:
-    times = 3.0 if gradient else 2.0
-    scores = times * DTYPES[problem.compute_dtype].eps * max(0.0, largest_score - ORDINARY_SCORE)
-    if problem.dtype == "float64":
-        return _Rule(0.0, 64.0, scores)  # the definition is its own plain implementation
-    return _Rule(times, 8.0 if gradient else 4.0, scores)
-
-
-class _Sum:
-    """One result while its heads are added up: from the plain implementation, and on absolute values."""
-
-    def __init__(self, problem: Problem, value: Float) -> None:
-        self.value = value
-        self.plain = np.zeros(value.shape, problem.compute_dtype)
-        self.magnitude = np.zeros(value.shape)
-
-    def add(self, rows: Any, plain: npt.NDArray[Any], magnitude: Float) -> None:
-        np.add.at(self.plain, rows, plain)
-        np.add.at(self.magnitude, rows, magnitude)
-
-    def expected(self, rule: _Rule, dtype: str) -> Expected:
-        finite = np.isfinite(self.value)
-        difference = np.abs(round_to(self.plain[finite], dtype) - self.value[finite])
-        largest = self.magnitude.max(initial=0.0)
-        rounding = (rule.c * DTYPES[dtype].eps + rule.scores) * largest + DTYPES[dtype].smallest
-        return Expected(self.value, self.magnitude, float(rule.times * difference.max(initial=0.0) + rounding))
 
 
 class _Plain:
@@ -182,22 +197,33 @@ class _Plain:
         }
 
 
-def _magnitudes(problem: Problem, arrays: Arrays, head: Head, do: Float, dl: Float) -> dict[str, Any]:
+def _absolutes(problem: Problem, arrays: Arrays, head: Head, do: Float, dl: Float) -> dict[str, Any]:
     """The terms of every gradient on absolute values."""
     q, k, v, do = (np.abs(x) for x in (head.q, head.k, head.v, do))
     delta = (do * ((head.p * head.d) @ v)).sum(-1) + np.abs(dl)
     ds = head.p * (head.d * (do @ v.T) + delta[:, None])
-    sink = -np.inf if problem.sink is None else float(np.asarray(arrays["sink"])[head.h])
-    weight = np.exp(np.minimum(sink - head.lse, 0.0)) if np.isfinite(sink) else np.zeros_like(delta)
     return {
         "dq": abs(problem.scale) * (ds @ k),
         "dk": abs(problem.scale) * (ds.T @ q),
         "dv": (head.p * head.d).T @ do,
         "dbias": ds,
-        "dsink": (weight * delta).sum(),
+        "dsink": (sink_weight(problem, arrays, head) * delta).sum(),
+    }
+
+
+def _squares(problem: Problem, arrays: Arrays, head: Head, do: Float, ds: Float) -> dict[str, Any]:
+    """Squares of the terms of every gradient: of P and dt, and of what out brings by way of delta, one number a row."""
+    slope = 1.0 - (head.t / problem.softcap) ** 2 if problem.softcap > 0 else 1.0
+    p, dt, delta = (head.p * slope), (ds * slope) ** 2, ((do * head.out) ** 2).sum(-1)
+    return {
+        "dq": problem.scale**2 * (dt @ head.k**2 + delta[:, None] * (p @ head.k) ** 2),
+        "dk": problem.scale**2 * ((dt + p**2 * delta[:, None]).T @ head.q**2),
+        "dv": ((head.p * head.d) ** 2).T @ do**2,
+        "dbias": head.p**2 * delta[:, None],
+        "dsink": (sink_weight(problem, arrays, head) ** 2 * delta).sum(),
     }
 
 
 def round_to(x: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
     """x rounded to a 16-bit dtype, in its own type; other dtypes leave it alone."""
-    return widen(narrow(x, dtype), dtype, x.dtype.name) if dtype in ("float16", "bfloat16") else x
+    return widen(narrow(x, dtype), dtype, x.dtype.name) if dtype in HALF else x

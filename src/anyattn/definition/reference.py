@@ -9,9 +9,9 @@ Source: Dao et al., "FlashAttention-2" (2023), sections 2 and 3; options as in f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ from .problem import Problem
 from .sequences import Sequence, sequences
 
 Float = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
 Arrays = Mapping[str, Any]
 
 
@@ -37,12 +38,21 @@ class Gradients:
     dsink: Float | None
 
 
+class Part(NamedTuple):
+    """Query rows of one head of one sequence. Problems that are too large for the reference are checked in parts."""
+
+    sequence: int  # its number in the batch
+    h: int
+    rows: Ints
+
+
 @dataclass
 class Head:
     """Everything about one query head of one sequence: inputs as float64 rows, and what they give."""
 
     sequence: Sequence
     h: int
+    rows: Ints  # of the sequence: all, or those of a Part
     rows_q: tuple[Any, ...]  # index of the head's rows in q, out, dout, dq
     rows_k: tuple[Any, ...]  # index of the keys' rows in k, v, dk, dv
     q: Float  # (n_q, head_dim)
@@ -68,59 +78,77 @@ def forward(problem: Problem, arrays: Arrays) -> tuple[Float, Float]:
 
 def backward(problem: Problem, arrays: Arrays, dout: Float, dlse: Float | None = None) -> Gradients:
     """Gradients of sum(out * dout) + sum(lse * dlse)."""
-    grads = Gradients(
-        dq=np.zeros(problem.q.shape),
-        dk=np.zeros(problem.k.shape),
-        dv=np.zeros(problem.v.shape),
-        dbias=None if problem.bias is None else np.zeros(problem.bias.shape),
-        dsink=None if problem.sink is None else np.zeros(problem.sink.shape),
-    )
+    grads = gradient_arrays(problem)
     for head in heads(problem, arrays):
-        do = dout[head.rows_q]
         dl = np.zeros_like(head.lse) if dlse is None else dlse[rows_lse(problem, head)]
-        dp = head.d * (do @ head.v.T)
-        delta = (do * head.out).sum(-1) - dl
-        ds = head.p * (dp - delta[:, None])
-        dt = ds * (1 - (head.t / problem.softcap) ** 2) if problem.softcap > 0 else ds
-        grads.dq[head.rows_q] = problem.scale * dt @ head.k
-        np.add.at(grads.dk, head.rows_k, problem.scale * dt.T @ head.q)
-        np.add.at(grads.dv, head.rows_k, (head.p * head.d).T @ do)
-        if grads.dbias is not None:
-            add_dbias(grads.dbias, head, ds)
-        if grads.dsink is not None:
-            sink = float(np.asarray(arrays["sink"])[head.h])
-            # 1 where the row sees no key
-            weight = np.exp(np.minimum(sink - head.lse, 0.0)) if np.isfinite(sink) else 0.0
-            grads.dsink[head.h] -= (weight * delta).sum()
-    return grads
+        add_gradients(grads, head, head_gradients(problem, arrays, head, dout[head.rows_q], dl))
+    return Gradients(grads["dq"], grads["dk"], grads["dv"], grads.get("dbias"), grads.get("dsink"))
 
 
-def heads(problem: Problem, arrays: Arrays) -> Iterator[Head]:
-    """Every query head of every sequence, computed."""
-    tables = {name: arrays.get(name) for name in TABLES}
-    q, k, v = (widen(np.asarray(arrays[name]), problem.dtype) for name in ("q", "k", "v"))
-    for sequence in sequences(problem, tables):
-        for h in range(problem.nheads):
-            rows_q = _rows_q(problem, sequence, h)
-            rows_k = _rows_k(problem, sequence, h // problem.group, tables["block_table"])
-            yield _head(problem, arrays, sequence, h, (rows_q, rows_k), (q[rows_q], k[rows_k], v[rows_k]))
+def gradient_arrays(problem: Problem, dtype: str = "float64") -> dict[str, npt.NDArray[Any]]:
+    """Zeros in the shape of every gradient that the problem has."""
+    inputs = {"q": problem.q, "k": problem.k, "v": problem.v, "bias": problem.bias, "sink": problem.sink}
+    return {f"d{name}": np.zeros(array.shape, dtype) for name, array in inputs.items() if array is not None}
 
 
-def _head(
-    problem: Problem, arrays: Arrays, sequence: Sequence, h: int, rows: tuple[Any, Any], qkv: tuple[Float, Float, Float]
-) -> Head:
-    q, k, v = qkv
+def head_gradients(problem: Problem, arrays: Arrays, head: Head, do: Float, dl: Float) -> dict[str, Any]:
+    """The terms that one head adds to every gradient; do, dl: its rows of dout and dlse."""
+    dp = head.d * (do @ head.v.T)
+    delta = (do * head.out).sum(-1) - dl
+    ds = head.p * (dp - delta[:, None])
+    dt = ds * (1 - (head.t / problem.softcap) ** 2) if problem.softcap > 0 else ds
+    return {
+        "dq": problem.scale * dt @ head.k,
+        "dk": problem.scale * dt.T @ head.q,
+        "dv": (head.p * head.d).T @ do,
+        "dbias": ds,
+        "dsink": -(sink_weight(problem, arrays, head) * delta).sum(),
+    }
+
+
+def sink_weight(problem: Problem, arrays: Arrays, head: Head) -> Float:
+    """Each row's probability of the sink: 1 where it attends to no key."""
+    sink = -np.inf if problem.sink is None else float(np.asarray(arrays["sink"])[head.h])
+    return np.exp(np.minimum(sink - head.lse, 0.0)) if np.isfinite(sink) else np.zeros_like(head.lse)
+
+
+def add_gradients(sums: Mapping[str, npt.NDArray[Any]], head: Head, terms: Mapping[str, Any]) -> None:
+    """Adds one head's terms to the gradients that `sums` has."""
+    places: dict[str, Any] = {"dq": head.rows_q, "dk": head.rows_k, "dv": head.rows_k, "dsink": head.h}
+    for name, total in sums.items():
+        if name == "dbias":
+            _add_dbias(total, head, terms[name])
+        elif name in ("dk", "dv"):
+            np.add.at(total, places[name], terms[name])  # a page may serve a sequence twice
+        else:
+            total[places[name]] += terms[name]
+
+
+def heads(problem: Problem, arrays: Arrays, parts: Iterable[Part] | None = None) -> Iterator[Head]:
+    """Every query head of every sequence, computed; or only these parts."""
+    found = list(sequences(problem, {name: arrays.get(name) for name in TABLES}))
+    if parts is None:
+        parts = (Part(s.number, h, np.arange(s.n_q)) for s in found for h in range(problem.nheads))
+    for part in parts:
+        yield _head(problem, arrays, found[part.sequence], part.h, part.rows)
+
+
+def _head(problem: Problem, arrays: Arrays, sequence: Sequence, h: int, rows: Ints) -> Head:
+    rows_q = _rows_q(problem, sequence, h, rows)
+    rows_k = _rows_k(problem, sequence, h // problem.group, arrays.get("block_table"))
+    places = (("q", rows_q), ("k", rows_k), ("v", rows_k))
+    q, k, v = (widen(np.asarray(arrays[name])[place], problem.dtype) for name, place in places)
     keys = np.arange(sequence.n_k)
-    lo, hi = problem.interval.bounds(sequence.positions(), sequence.n_k, sequence.leftpad)
+    lo, hi = problem.interval.bounds(sequence.positions()[rows], sequence.n_k, sequence.leftpad)
     seen = np.asarray((lo[:, None] <= keys) & (keys < hi[:, None]))
     used = np.asarray(seen.any(axis=0))  # memory that no row may see is never read into a result
     k, v = np.where(used[:, None], k, 0.0), np.where(used[:, None], v, 0.0)
     t = problem.scale * (q @ k.T)
     if problem.softcap > 0:
         t = problem.softcap * np.tanh(t / problem.softcap)
-    s = t + _score_terms(problem, arrays, sequence, h)
+    s = t + _score_terms(problem, arrays, sequence, h, rows)
     if problem.mask is not None:
-        seen &= _tile(np.asarray(arrays["mask"]), sequence, h) != 0
+        seen &= _tile(np.asarray(arrays["mask"]), sequence, h, rows) != 0
     s = np.where(seen & ~(s < LOWEST_SCORE[problem.compute_dtype]), s, -np.inf)  # NaN stays
     sink = -np.inf if problem.sink is None else float(np.asarray(arrays["sink"])[h])
     lse = _logsumexp(s, sink)
@@ -128,23 +156,21 @@ def _head(
     d = np.ones_like(p)
     if problem.dropout_threshold:
         state = np.asarray(arrays["rng_state"])
-        kept = philox.keep(
-            state, problem.dropout_p, sequence.number * problem.nheads + h, np.arange(sequence.n_q), keys
-        )
+        kept = philox.keep(state, problem.dropout_p, sequence.number * problem.nheads + h, rows, keys)
         d = kept * philox.keep_scale(problem.dropout_p)
-    return Head(sequence, h, *rows, q, k, v, t, s, p, d, lse, (p * d) @ v)
+    return Head(sequence, h, rows, rows_q, rows_k, q, k, v, t, s, p, d, lse, (p * d) @ v)
 
 
-def _score_terms(problem: Problem, arrays: Arrays, sequence: Sequence, h: int) -> Float | float:
+def _score_terms(problem: Problem, arrays: Arrays, sequence: Sequence, h: int, rows: Ints) -> Float | float:
     """bias_ij - slope |p - c|"""
     terms: Float | float = 0.0
     if problem.bias is not None:
-        terms = terms + _tile(widen(np.asarray(arrays["bias"]), problem.bias.dtype), sequence, h)
+        terms = terms + widen(_tile(np.asarray(arrays["bias"]), sequence, h, rows), problem.bias.dtype)
     if problem.alibi_slopes is not None:
         slopes = np.asarray(arrays["alibi_slopes"], np.float64)
         slope = slopes[h] if slopes.ndim == 1 else slopes[sequence.number, h]
         c = np.arange(sequence.n_k) - sequence.leftpad
-        terms = terms - slope * np.abs(sequence.positions()[:, None] - c)
+        terms = terms - slope * np.abs(sequence.positions()[rows, None] - c)
     return terms
 
 
@@ -156,30 +182,36 @@ def _logsumexp(s: Float, sink: float) -> Float:
         return np.asarray(safe + np.log(np.exp(s - safe[:, None]).sum(axis=1) + np.exp(sink - safe)))
 
 
-def _tile(array: npt.NDArray[Any], sequence: Sequence, h: int) -> npt.NDArray[Any]:
-    """(n_q, n_k) or broadcastable part of a (batch, nheads, seqlen_q, seqlen_k) array."""
+def _plane(array: npt.NDArray[Any], sequence: Sequence, h: int) -> npt.NDArray[Any]:
+    """(seqlen_q or 1, n_k or 1): a view of a (batch, nheads, seqlen_q, seqlen_k) array or of one that broadcasts."""
     batch, nheads = array.shape[:2]
-    tile = array[sequence.number if batch > 1 else 0, h if nheads > 1 else 0]
-    return np.asarray(tile[: sequence.n_q if tile.shape[0] > 1 else 1, : sequence.n_k if tile.shape[1] > 1 else 1])
+    plane = array[sequence.number if batch > 1 else 0, h if nheads > 1 else 0]
+    return np.asarray(plane[:, : sequence.n_k if plane.shape[1] > 1 else 1])
 
 
-def add_dbias(dbias: Float, head: Head, ds: Float) -> None:
-    tile = _tile(dbias, head.sequence, head.h)
-    axes = tuple(axis for axis in (0, 1) if tile.shape[axis] == 1)
-    tile += ds.sum(axis=axes, keepdims=True) if axes else ds
+def _tile(array: npt.NDArray[Any], sequence: Sequence, h: int, rows: Ints) -> npt.NDArray[Any]:
+    """Its rows, or the one row that serves all."""
+    plane = _plane(array, sequence, h)
+    return plane[rows] if plane.shape[0] > 1 else plane
 
 
-def _rows_q(problem: Problem, sequence: Sequence, h: int) -> tuple[Any, ...]:
-    if problem.packed_q:
-        return (slice(sequence.row_q, sequence.row_q + sequence.n_q), h)
-    return (sequence.number, slice(0, sequence.n_q), h)
+def _add_dbias(dbias: npt.NDArray[Any], head: Head, ds: npt.NDArray[Any]) -> None:
+    plane = _plane(dbias, head.sequence, head.h)
+    if plane.shape[1] == 1:
+        ds = ds.sum(axis=1, keepdims=True)
+    if plane.shape[0] == 1:
+        plane += ds.sum(axis=0, keepdims=True)
+    else:
+        plane[head.rows] += ds
+
+
+def _rows_q(problem: Problem, sequence: Sequence, h: int, rows: Ints) -> tuple[Any, ...]:
+    return (sequence.row_q + rows, h) if problem.packed_q else (sequence.number, rows, h)
 
 
 def rows_lse(problem: Problem, head: Head) -> tuple[Any, ...]:
     s = head.sequence
-    if problem.packed_q:
-        return (head.h, slice(s.row_q, s.row_q + s.n_q))
-    return (s.number, head.h, slice(0, s.n_q))
+    return (head.h, s.row_q + head.rows) if problem.packed_q else (s.number, head.h, head.rows)
 
 
 def _rows_k(problem: Problem, sequence: Sequence, h_kv: int, block_table: Any) -> tuple[Any, ...]:
