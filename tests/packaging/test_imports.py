@@ -18,7 +18,7 @@ from harness.processes import fresh
 PACKAGE = Path(anyattn.__file__).parent
 CONTRACTS = ROOT / "pyproject.toml"
 # Parts that may use any package, inside functions.
-TOP = ("anyattn.bench", "anyattn.cli", "anyattn.compat")
+TOP = ("anyattn.bench", "anyattn.cli", "anyattn.compat", "anyattn.testing")
 # Modules that import torch or Triton when they are imported.
 ON_TORCH = ("anyattn.compat", "anyattn.frameworks.torch", "anyattn.frameworks.torch_tools", "anyattn.nn")
 ON_TRITON = ("anyattn.backends.triton",)

@@ -1,0 +1,96 @@
+"""Checks of results against float64, within the budgets that `definition/accuracy.py` derives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .. import api
+from ..definition import accuracy
+from ..definition.accuracy import Expected
+from .arrays import make_inputs
+from .cases import Case
+from .inputs import CaseInputs
+
+Results = dict[str, npt.NDArray[Any] | None]
+
+PASSES = ("forward", "backward")
+
+
+def check(case: Case, backend: str | None = None, passes: Iterable[str] = PASSES) -> list[str]:
+    """Compute a case and return [] or one line for everything that is wrong.
+
+    Raises:
+        UnsupportedProblem: the backend refuses the case.
+    """
+    inputs = make_inputs(case)
+    before = inputs.bytes()
+    lines = []
+    for name in passes:
+        want = expected(inputs, name)
+        got = compute(inputs, name, backend)
+        lines += [f"{name}: {line}" for line in malformed(inputs, got) or compare(want, got)]
+    if inputs.bytes() != before:
+        lines.append("an input, or memory around it, was written")
+    return lines
+
+
+def expected(inputs: CaseInputs, name: str) -> dict[str, Expected]:
+    """Compute the results of a pass in float64, each with the largest error that is accepted."""
+    problem, arrays = inputs.describe()
+    if name == "forward":
+        return accuracy.expected_forward(problem, arrays)
+    return accuracy.expected_backward(problem, arrays, inputs.dout64, inputs.dlse64)
+
+
+def compute(inputs: CaseInputs, name: str, backend: str | None = None) -> Results:
+    """Call `attention_forward`, and for the backward `attention_backward` too; return the results of the pass by name.
+
+    Raises:
+        UnsupportedProblem: the backend refuses the problem.
+    """
+    given = {**inputs.arguments, "backend": backend}
+    out, lse = api.attention_forward(**given)
+    if name == "forward":
+        return {"out": out, "lse": lse}
+    out, lse = inputs.saved(out, lse)
+    got: Results = api.attention_backward(inputs.dout, out=out, lse=lse, dlse=inputs.dlse, **given)._asdict()
+    return got
+
+
+def compare(expected: Mapping[str, Expected], got: Mapping[str, npt.NDArray[Any] | None]) -> list[str]:
+    """Return [] or one line for each result whose error is beyond its budget."""
+    return accuracy.check(expected, {name: _as_expected(want, got[name]) for name, want in expected.items()})
+
+
+def malformed(inputs: CaseInputs, got: Mapping[str, npt.NDArray[Any] | None]) -> list[str]:
+    """Return [] or one line for each result that is missing, not contiguous, or of the wrong dtype or shape."""
+    given = inputs.arguments
+    wanted = {f"d{x}": (given[x].dtype, given[x].shape) for x in ("q", "k", "v", "bias", "sink") if x in given}
+    wanted |= {"out": (given["q"].dtype, inputs.dout.shape), "lse": (inputs.compute_dtype, inputs.lse_shape)}
+    lines = []
+    for name, x in got.items():
+        want = wanted.get(name)
+        if x is None or want is None:
+            lines += [f"{name} is missing"] if want else []
+            lines += [f"{name} belongs to an input that the call does not have"] if x is not None else []
+        elif (x.dtype, x.shape) != want:
+            lines.append(f"{name} is {x.dtype} {x.shape}, not {want[0]} {want[1]}")
+        elif not x.flags.c_contiguous:
+            lines.append(f"{name} is not contiguous")
+    return lines
+
+
+def share(want: Expected, got: npt.NDArray[Any] | None) -> float:
+    """Return the error of a result as a share of its budget."""
+    found = _as_expected(want, got)
+    error = np.inf if found is None else want.error(found)
+    return error / want.budget if want.budget else np.inf if error else 0.0
+
+
+def _as_expected(want: Expected, got: npt.NDArray[Any] | None) -> npt.NDArray[Any] | None:
+    """A view with the leading axes of size 1 that the gradient of a bias with fewer than four dimensions lacks."""
+    return got if got is None else got[(None,) * (want.value.ndim - got.ndim)]

@@ -1,0 +1,113 @@
+"""The inputs of a case: the arguments of its call, and where in the arrays each sequence is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..definition.problem import Problem
+from .cases import Case
+from .layouts import scattered
+from .problems import describe
+
+Array = npt.NDArray[Any]
+Index = Any  # of some rows: a slice, or a tuple of indices
+
+
+@dataclass(frozen=True)
+class Span:
+    """One sequence: rows and keys in use, left padding, position of row 0, and the places of its rows and key slots."""
+
+    index: int
+    n_q: int
+    n_k: int
+    leftpad: int
+    offset: int
+    rows: Index  # of the n_q rows in q without heads: q[rows] is (n_q, nheads, head_dim)
+    slots: Index  # of the n_k slots in k
+
+
+@dataclass
+class CaseInputs:
+    """The inputs of `attention_forward` and `attention_backward` for one case, and the memory around them."""
+
+    case: Case
+    arguments: dict[str, Any]  # of attention_forward, q, k and v included
+    spans: list[Span]
+    rows: int  # seqlen_q of the problem
+    slots: int  # seqlen_k of the problem
+    dout: Array
+    dlse: Array | None
+    buffers: list[Array] = field(default_factory=list)  # the memory that most arrays are views of
+
+    @property
+    def packed(self) -> bool:
+        return "cu_seqlens_q" in self.arguments
+
+    @property
+    def lse_shape(self) -> tuple[int, ...]:
+        q = self.arguments["q"]
+        return (q.shape[1], q.shape[0]) if self.packed else (q.shape[0], q.shape[2], q.shape[1])
+
+    @property
+    def rng_state(self) -> Array:
+        state: Array = self.arguments["rng_state"]
+        return state
+
+    @cached_property
+    def dout64(self) -> Array:
+        return self.dout.astype(np.float64)
+
+    @cached_property
+    def dlse64(self) -> Array | None:
+        return None if self.dlse is None else self.dlse.astype(np.float64)
+
+    def lse_rows(self, span: Span, h: int) -> tuple[Any, ...]:
+        """Return the index of a head's rows in lse."""
+        return (h, span.rows) if self.packed else (span.rows[0], h, span.rows[1])
+
+    def bytes(self) -> list[bytes]:
+        """Return what the memory in and around the inputs holds, to see that a call writes none of it."""
+        return [buffer.tobytes() for buffer in self.buffers]
+
+    def saved(self, out: Array, lse: Array) -> tuple[Array, Array]:
+        """Return out and lse as the backward gets them: themselves, or copies that are laid out like the inputs."""
+        if self.case.layout != "any":
+            return out, lse
+        rng = np.random.default_rng(self.case.seed)
+        return scattered(out, rng)[0], scattered(lse, rng)[0]
+
+    def describe(self, *, backward: bool = False) -> tuple[Problem, dict[str, Any]]:
+        """Return the validated problem, of the forward or the backward, and the arrays by name."""
+        if not backward:
+            return describe(self.arguments)
+        out, lse = np.zeros(self.dout.shape, self.dout.dtype), np.zeros(self.lse_shape, self.compute_dtype)
+        saved = {"out": out, "lse": lse, "dout": self.dout}
+        return describe(self.arguments, saved if self.dlse is None else {**saved, "dlse": self.dlse})
+
+    @property
+    def compute_dtype(self) -> np.dtype[Any]:
+        return np.dtype(np.float64 if self.case.dtype == "float64" else np.float32)
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """Return NumPy's dtype of that name; bfloat16 is ml_dtypes.bfloat16."""
+    if name != "bfloat16":
+        return np.dtype(name)
+    import ml_dtypes
+
+    found: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+    return found
+
+
+def has_dtype(name: str) -> bool:
+    """Return whether NumPy arrays of this dtype can be made here: bfloat16 needs ml_dtypes."""
+    try:
+        numpy_dtype(name)
+    except ImportError:
+        return False
+    return True

@@ -1,0 +1,41 @@
+"""The problem of a call, and its arrays as the reference takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy.typing as npt
+
+from ..arguments import explicit
+from ..definition.inputs import flatten
+from ..definition.passes import BACKWARD, FORWARD
+from ..definition.problem import Problem, described
+from ..definition.validate import make_problem
+from ..frameworks import framework_of
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+def describe(arguments: Mapping[str, Any], saved: Mapping[str, Any] | None = None) -> tuple[Problem, Arrays]:
+    """Return the validated problem of a call, and by name the arrays that it has, as NumPy arrays.
+
+    Args:
+        arguments: of `attention_forward`, on NumPy arrays or torch tensors.
+        saved: out, lse, dout and, if there is one, dlse; with them the problem is that of the backward.
+    """
+    given = dict(arguments)
+    q, k, v = (given.pop(name) for name in ("q", "k", "v"))
+    inputs, options, seed, _ = explicit(q, k, v, given, "describe")
+    framework: Any = framework_of(q)  # its functions below are no part of the protocol
+    prepared = described(FORWARD.inputs, flatten(framework.prepare(inputs, seed)), lambda x: x)
+    metadata = {name: framework.adapter.describe(x) for name, x in {**prepared, **(saved or {})}.items()}
+    problem = make_problem(metadata, options, BACKWARD if saved else FORWARD)
+    return problem, {name: framework.adapter.numpy(x) for name, x in prepared.items()}
+
+
+def to_numpy(array: Any) -> npt.NDArray[Any]:
+    """Return an array as the reference takes it: in host memory, bfloat16 as its bits."""
+    framework: Any = framework_of(array)
+    found: npt.NDArray[Any] = framework.adapter.numpy(array)
+    return found
