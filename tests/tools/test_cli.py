@@ -12,9 +12,10 @@ import pytest
 
 import anyattn
 from anyattn import api
-from anyattn.cli import demo, main, matrix
+from anyattn.cli import demo, main
 from anyattn.config import machine, settings
 from anyattn.runtime import dispatch
+from anyattn.testing import cases
 from harness.processes import run_python
 
 
@@ -154,7 +155,7 @@ def test_wrong_usage_is_refused(arguments: str) -> None:
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only some problems, so that this takes no time; `make test` runs the engines over a larger matrix anyway."""
     names = ("bias", "varlen", "paged", "lengths")
-    monkeypatch.setattr(matrix, "FEATURES", {name: matrix.FEATURES[name] for name in names})
+    monkeypatch.setattr(cases, "FEATURES", {name: cases.FEATURES[name] for name in names})
 
 
 @pytest.mark.usefixtures("few")
