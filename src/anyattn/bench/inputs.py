@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -54,6 +54,15 @@ class Inputs:
             return Sequence(*(x[b] for x in arrays))
         start, end = (int(x) for x in self.cu_seqlens[b : b + 2])
         return Sequence(*(x[start:end] for x in arrays))
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of `attention_forward` that ask for this; without a cache, whose keys are the same."""
+        case = self.case
+        tables = {"cu_seqlens_q": self.cu_seqlens, "cu_seqlens_k": self.cu_seqlens} if case.packed else {}
+        options = {"causal": case.causal, "window": case.window, "softcap": case.softcap, "dropout_p": case.dropout_p}
+        scores = {"bias": self.bias, "mask": self.mask, "alibi_slopes": self.alibi_slopes, "sink": self.sink}
+        arrays = {"q": self.q, "k": self.k, "v": self.v}
+        return {**arrays, **tables, **scores, **options, "seed": SEED if case.dropout_p else None}
 
     @cached_property
     def parts(self) -> list[Inputs]:

@@ -27,7 +27,7 @@ def errors(case: Case, seeds: int, threads: int) -> dict[str, list[float]]:
             prepared = by_name(name).prepare(inputs, threads)
             assert prepared is not None
             out = prepared.results(prepared.run())[0]
-            found[name].append(expected.errors([out])["out"][0])
+            found[name].append(expected.errors([out])["out"])
     return found
 
 
