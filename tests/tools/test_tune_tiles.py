@@ -112,7 +112,7 @@ interpreter = pytest.mark.skipif(Engine("triton") not in engines(), reason="no T
 
 
 def small(phase: str) -> Workload:
-    return Workload(phase, "float32", 16, 1, 1 if phase == "decode" else 40, 50, nheads_kv=1)
+    return Workload(phase, "float32", 16, 1, 1 if phase == "decode" else 40, 50, nheads_kv=2)
 
 
 @interpreter
@@ -125,32 +125,44 @@ def test_tuning_leaves_the_fastest_in_use(phase: str) -> None:
 
 
 @interpreter
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_wrong_number_is_found(phase: str) -> None:
+    task = tune_triton.make_task(small(phase), "cpu")
+    results = [x for x in task.call() if x is not None]
+    assert task.is_right(tuple(results))
+    for at, x in enumerate(results):
+        wrong = x.clone()
+        wrong.view(-1)[-1] += 0.01
+        assert not task.is_right((*results[:at], wrong, *results[at + 1 :]))
+
+
+@interpreter
 def test_other_results_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the clock says of them."""
-    first = tune_triton.make_call(small("forward"), "cpu")
+    right = tune_triton.make_task(small("forward"), "cpu")
     count = 0
 
     def call() -> tuple[Any, ...]:
         nonlocal count
         count += 1
-        out, lse = first()
+        out, lse = right.call()
         return (out, lse) if count == 1 else (out * 1.001, lse)
 
-    monkeypatch.setattr(tune_triton, "make_call", lambda *_: call)
+    monkeypatch.setattr(tune_triton, "make_task", lambda *_: right._replace(call=call))
     result = tune_triton.tune(small("forward"), "cpu", 0.1, clock=lambda call: 1.0 if count == 1 else 0.5)
     assert result.tiles == result.before and count > 1
 
 
 @interpreter
 def test_tiles_that_do_not_compile_are_passed_by(monkeypatch: pytest.MonkeyPatch) -> None:
-    first = tune_triton.make_call(small("forward"), "cpu")
+    right = tune_triton.make_task(small("forward"), "cpu")
 
     def call() -> tuple[Any, ...]:
         if tuning.forward(devices.INTERPRETER, "float32", 16).num_warps != 4:
             raise CompilationError("out of registers")
-        return first()
+        return right.call()
 
-    monkeypatch.setattr(tune_triton, "make_call", lambda *_: call)
+    monkeypatch.setattr(tune_triton, "make_task", lambda *_: right._replace(call=call))
     assert tune_triton.tune(small("forward"), "cpu", 0.1, clock=lambda call: 1.0).seconds == 1.0
 
 
@@ -163,7 +175,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "_missing", reasons.get)
     monkeypatch.setattr(devices, "cards", lambda: [("cuda:0", "Abacus 9000", ARCH)])
     monkeypatch.setattr(tune_triton, "card", lambda _: devices.Device(ARCH, 100, 2**20))
-    monkeypatch.setattr(tune_triton, "make_call", lambda *_: lambda: ())
+    monkeypatch.setattr(tune_triton, "make_task", lambda *_: tune_triton.Task(lambda: (), {}))
     monkeypatch.setattr(tune_triton, "time_call", lambda call, **_: 1.0)
 
 

@@ -7,25 +7,23 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from statistics import median
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from .. import api
+from .. import api, testing
 from ..backends.triton import tuning
 from ..backends.triton.device import device as card
 from ..backends.triton.tuning import CHOICES, Tiles
+from ..definition.accuracy import Expected
 from ..definition.errors import CompilationError
 from ..runtime import dispatch
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 FASTER = 0.97  # of the time, to count as faster: a difference below is noise
 ROUNDS = 5
-ERROR = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 3e-2}  # of the results with the table's tiles
+GROUP = 4  # query heads of a key head
 
 
 class Workload(NamedTuple):
-    """Problem on which the tiles of a phase are measured: causal, 4 query heads for each KV head."""
+    """Problem on which the tiles of a phase are measured: causal, GROUP query heads for each key head."""
 
     phase: str
     dtype: str
@@ -34,6 +32,18 @@ class Workload(NamedTuple):
     seqlen_q: int
     seqlen_k: int
     nheads_kv: int = 4
+
+
+class Task(NamedTuple):
+    """The call that is timed, and what it must return for the last key head of the last sequence."""
+
+    call: Callable[[], tuple[Any, ...]]
+    expected: dict[str, Expected]
+
+    def is_right(self, results: tuple[Any, ...]) -> bool:
+        """Return whether results are within their budgets."""
+        got = {name: testing.to_numpy(_last(name, x)) for name, x in zip(self.expected, results, strict=False)}
+        return not testing.compare(self.expected, got)
 
 
 class Result(NamedTuple):
@@ -58,25 +68,20 @@ def workloads(device: str) -> list[Workload]:
 
 
 def tune(workload: Workload, device: str, seconds: float, clock: Callable[..., float] | None = None) -> Result:
-    """Measure the fastest tiles and leave them in use. Tiles that do not compile or change results are not timed."""
+    """Measure the fastest tiles and leave them in use. Tiles that do not compile or compute wrongly are not timed."""
     measure = clock or partial(time_call, device=device, seconds=seconds)
     arch = card(device).arch
-    call, before = make_call(workload, device), tiles_in_use(workload, arch)
+    task, before = make_task(workload, device), tiles_in_use(workload, arch)
     key = (arch, workload.phase, workload.dtype, workload.head_dim)
-    expected: list[Any] = []
 
     def timed(tiles: Tiles) -> float:
         tuning.use_tiles(*key, tiles)
         dispatch.forget()
         try:
-            results = call()
+            results = task.call()
         except CompilationError:
             return math.inf
-        if not expected:
-            expected.extend(results)
-        if not all(_agree(x, y, ERROR[workload.dtype]) for x, y in zip(results, expected, strict=True)):
-            return math.inf
-        return measure(call)
+        return measure(task.call) if task.is_right(results) else math.inf
 
     first = timed(before)
     tiles, fastest = climb(before, first, timed)
@@ -124,19 +129,29 @@ def label(workload: Workload) -> str:
     return f"{workload.phase} {workload.dtype} {workload.head_dim}"
 
 
-def make_call(workload: Workload, device: str) -> Callable[[], tuple[Any, ...]]:
-    """Return a call of the pass that the phase is part of, on unit normal arrays."""
+def make_task(workload: Workload, device: str) -> Task:
+    """Return a call of the pass that the phase is part of, on unit normal arrays, and its expected results."""
     import torch
 
     draw = partial(torch.randn, device=device, dtype=getattr(torch, workload.dtype))
-    nheads, size = 4 * workload.nheads_kv, workload.head_dim
+    nheads, size = GROUP * workload.nheads_kv, workload.head_dim
     q = draw(workload.batch, workload.seqlen_q, nheads, size)
     k, v = (draw(workload.batch, workload.seqlen_k, workload.nheads_kv, size) for _ in range(2))
+    last = {"q": _last("q", q), "k": _last("k", k), "v": _last("v", v), "causal": True}
     forward = partial(api.attention_forward, q, k, v, causal=True, backend="triton")
     if workload.phase in ("forward", "decode"):
-        return forward
-    out, lse = forward()
-    return partial(api.attention_backward, draw(q.shape), q, k, v, out, lse, causal=True, backend="triton")
+        return Task(forward, testing.expected_results(last))
+    (out, lse), dout = forward(), draw(q.shape)
+    backward = partial(api.attention_backward, dout, q, k, v, out, lse, causal=True, backend="triton")
+    return Task(backward, testing.expected_results(last, _last("dout", dout)))
+
+
+def _last(name: str, array: Any) -> Any:
+    """Return what an array has of the last key head of the last sequence."""
+    if name == "lse":  # (batch, nheads, seqlen_q)
+        return array[-1:, -GROUP:]
+    heads = 1 if name in ("k", "v", "dk", "dv") else GROUP
+    return array[-1:, :, -heads:]
 
 
 def time_call(call: Callable[[], Any], device: str, seconds: float) -> float:
@@ -161,9 +176,3 @@ def _synchronize(device: str) -> None:
         import torch
 
         getattr(torch, kind).synchronize(device)
-
-
-def _agree(x: Tensor | None, y: Tensor | None, error: float) -> bool:
-    if x is None or y is None:
-        return x is y
-    return bool((x - y).double().norm() <= error * y.double().norm())
