@@ -19,100 +19,102 @@ import torch
 import anyattn
 from anyattn import cli
 from anyattn.bench import gate, goals, markdown, memory, overhead, plots, precision, providers, report, run, suites
-from anyattn.bench.cases import Case, from_json
 from anyattn.bench.inputs import Inputs
 from anyattn.bench.providers import Prepared, Refused
 from anyattn.bench.timing import measure
+from anyattn.bench.workloads import Workload, from_json
 from anyattn.config import settings
 from harness.paths import ROOT
 
 COMMITTED = ROOT / "benchmarks" / "results" / "cpu.json"
-EVERY = [case for name, cases in suites.SUITES.items() for case in cases()]
+EVERY = [workload for name, workloads in suites.SUITES.items() for workload in workloads()]
 
 
-def small(case: Case) -> Case:
+def small(workload: Workload) -> Workload:
     """The same features at a size that takes no time."""
-    left, right = case.window or (None, None)
-    cross = case.seqlen_k != case.seqlen_q
+    left, right = workload.window or (None, None)
+    cross = workload.seqlen_k != workload.seqlen_q
     return replace(
-        case,
+        workload,
         name="small",
-        batch=min(case.batch, 2),
-        nheads=2 * case.group,
+        batch=min(workload.batch, 2),
+        nheads=2 * workload.group,
         nheads_kv=2,
-        seqlen_q=min(case.seqlen_q, 45),
-        seqlen_k=83 if cross else min(case.seqlen_k, 45),
-        window=case.window and (left and min(left, 7), right),
-        lengths=case.lengths and (5, 33, 1, 17),
+        seqlen_q=min(workload.seqlen_q, 45),
+        seqlen_k=83 if cross else min(workload.seqlen_k, 45),
+        window=workload.window and (left and min(left, 7), right),
+        lengths=workload.lengths and (5, 33, 1, 17),
     )
 
 
-SMALL = list(dict.fromkeys(small(case) for case in EVERY))
+SMALL = list(dict.fromkeys(small(workload) for workload in EVERY))
 
 
-def of(case: Case) -> str:
-    return case.label.replace(" ", "-")
+def of(workload: Workload) -> str:
+    return workload.label.replace(" ", "-")
 
 
-def brute_force(case: Case) -> np.ndarray:
+def brute_force(workload: Workload) -> np.ndarray:
     """(pairs, keys that some row sees), rule by rule."""
     pairs, keys = 0, 0
-    for n_q, n_k in case.sequences():
+    for n_q, n_k in workload.sequences():
         i, j = np.arange(n_q)[:, None] + n_k - n_q, np.arange(n_k)
         seen = np.ones((n_q, n_k), bool)
-        left, right = case.window or (None, None)
-        if case.causal:
+        left, right = workload.window or (None, None)
+        if workload.causal:
             seen &= j <= i
         if left is not None:
             seen &= j >= i - left
         if right is not None:
             seen &= j <= i + right
         keys += int(seen.any(axis=0).sum())
-        if case.mask == "padding":
+        if workload.mask == "padding":
             seen &= j < n_k - n_k // 4
-        if case.mask == "documents":
+        if workload.mask == "documents":
             seen &= i // -(-n_k // 4) == j // -(-n_k // 4)
         pairs += int(seen.sum())
     return np.array([pairs, keys])
 
 
-@pytest.mark.parametrize("case", SMALL, ids=of)
-def test_useful_work_is_what_brute_force_counts(case: Case) -> None:
-    pairs, keys = brute_force(case)
-    d, dv, size = case.head_dim, case.head_dim_v, 4 if case.dtype == "float32" else 2
-    products = [d, dv, d, d, dv] if case.backward else [d, dv]  # S, dP, dQ, dK, dV; S, PV
-    assert case.flops == pairs * case.nheads * 2 * sum(products)
-    assert case.kv_bytes == keys * case.nheads_kv * (d + dv) * size
-    assert case.bytes > case.kv_bytes
+@pytest.mark.parametrize("workload", SMALL, ids=of)
+def test_useful_work_is_what_brute_force_counts(workload: Workload) -> None:
+    pairs, keys = brute_force(workload)
+    d, dv, size = workload.head_dim, workload.head_dim_v, 4 if workload.dtype == "float32" else 2
+    products = [d, dv, d, d, dv] if workload.backward else [d, dv]  # S, dP, dQ, dK, dV; S, PV
+    assert workload.flops == pairs * workload.nheads * 2 * sum(products)
+    assert workload.kv_bytes == keys * workload.nheads_kv * (d + dv) * size
+    assert workload.bytes > workload.kv_bytes
 
 
 def test_whole_suites() -> None:
     for name in suites.SUITES:
-        cases = suites.select([name])
-        assert cases
-        assert all(case.suite == name for case in cases)
-        assert len(set(cases)) == len(cases)
-        assert len({(case.name, case.label) for case in cases}) == len(cases), "two rows that nobody can tell apart"
-        for case in cases:
-            assert case.flops > 0
-            assert case.nheads % case.nheads_kv == 0
-            assert 2 * case.kv_bytes < 4 * 2**30
+        workloads = suites.select([name])
+        assert workloads
+        assert all(workload.suite == name for workload in workloads)
+        assert len(set(workloads)) == len(workloads)
+        assert len({(workload.name, workload.label) for workload in workloads}) == len(workloads), (
+            "two rows that nobody can tell apart"
+        )
+        for workload in workloads:
+            assert workload.flops > 0
+            assert workload.nheads % workload.nheads_kv == 0
+            assert 2 * workload.kv_bytes < 4 * 2**30
     features = ("causal", "window", "softcap", "alibi", "sink", "dropout_p", "bias", "mask", "lengths", "page_size")
-    assert all(any(getattr(case, name) for case in EVERY) for name in features)
-    decode = [case for case in suites.bars() if case.cache and not case.page_size]
-    assert {case.dtype for case in decode} == {"float32", "bfloat16"}
-    assert all(case.kv_bytes >= 256 * 2**20 for case in decode)
+    assert all(any(getattr(workload, name) for workload in EVERY) for name in features)
+    decode = [workload for workload in suites.bars() if workload.cache and not workload.page_size]
+    assert {workload.dtype for workload in decode} == {"float32", "bfloat16"}
+    assert all(workload.kv_bytes >= 256 * 2**20 for workload in decode)
 
 
-@pytest.mark.parametrize("case", SMALL, ids=of)
-def test_a_case_survives_json(case: Case) -> None:
-    assert from_json(json.loads(json.dumps(asdict(case) | {"label": case.label}))) == case
+@pytest.mark.parametrize("workload", SMALL, ids=of)
+def test_a_case_survives_json(workload: Workload) -> None:
+    assert from_json(json.loads(json.dumps(asdict(workload) | {"label": workload.label}))) == workload
 
 
-@pytest.mark.parametrize("case", SMALL, ids=of)
-def test_the_gate_agrees_with_the_definition(case: Case) -> None:
+@pytest.mark.parametrize("workload", SMALL, ids=of)
+def test_the_gate_agrees_with_the_definition(workload: Workload) -> None:
     """In float64, the NumPy backend is the definition to 1e-9, and the gate's own formulas are too."""
-    exact = Inputs(replace(case, dtype="float64", suite="", cache=False, page_size=0))
+    exact = Inputs(replace(workload, dtype="float64", suite="", cache=False, page_size=0))
     with anyattn.backend("numpy"):
         assert answer(providers.by_name("anyattn"), gate.Gate(exact)) == "right"
 
@@ -122,10 +124,10 @@ PRESENT = [
 ]  # which compiles for seconds
 
 
-@pytest.mark.parametrize("case", SMALL, ids=of)
-def test_providers_pass_the_gate_or_refuse(case: Case) -> None:
+@pytest.mark.parametrize("workload", SMALL, ids=of)
+def test_providers_pass_the_gate_or_refuse(workload: Workload) -> None:
     """Ours refuses nothing; the others are right about whatever they do not refuse."""
-    inputs = Inputs(case)
+    inputs = Inputs(workload)
     torch.manual_seed(0)  # torch draws its own dropout
     expected = gate.Gate(inputs)
     answers = {provider.name: answer(provider, expected) for provider in PRESENT}
@@ -134,9 +136,9 @@ def test_providers_pass_the_gate_or_refuse(case: Case) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("case", [case for case in SMALL if case.window or case.softcap], ids=of)
-def test_compiled_flex_attention_passes_the_gate(case: Case) -> None:
-    assert not answer(providers.by_name("flex_attention"), gate.Gate(Inputs(case))).startswith("wrong")
+@pytest.mark.parametrize("workload", [workload for workload in SMALL if workload.window or workload.softcap], ids=of)
+def test_compiled_flex_attention_passes_the_gate(workload: Workload) -> None:
+    assert not answer(providers.by_name("flex_attention"), gate.Gate(Inputs(workload))).startswith("wrong")
 
 
 def answer(provider: Any, expected: gate.Gate) -> str:
@@ -178,14 +180,14 @@ def nudged(index: int, amount: float) -> Callable[[list[torch.Tensor]], list[tor
     return change
 
 
-LARGE = Case("large", 1, 4, 1024, 32, nheads_kv=2, causal=True)
+LARGE = Workload("large", 1, 4, 1024, 32, nheads_kv=2, causal=True)
 
 
 @pytest.mark.parametrize("size", ["small", "sampled"])
 @pytest.mark.parametrize(("backward", "index"), [(False, 0), (True, 0), (True, 1), (True, 2)])
 def test_the_gate_refuses_a_wrong_result(size: str, backward: bool, index: int) -> None:
-    case = replace(LARGE, backward=backward) if size == "sampled" else small(replace(LARGE, backward=backward))
-    row = run.run_case(case, [Fake(nudged(index, 1e-4)), Fake(nudged(index, 0.0), "right")], 1, 0.0)
+    workload = replace(LARGE, backward=backward) if size == "sampled" else small(replace(LARGE, backward=backward))
+    row = run.run_workload(workload, [Fake(nudged(index, 1e-4)), Fake(nudged(index, 0.0), "right")], 1, 0.0)
     assert set(row["seconds"]) == {"right"}
     assert ": error " in row["wrong"]["fake"]
 
@@ -194,7 +196,7 @@ def test_the_gate_refuses_a_wrong_result(size: str, backward: bool, index: int) 
     "change", [lambda x: [x[0][:, 1:]], lambda x: [x[0] * torch.nan], lambda x: [x[0], x[0]]], ids=["shape", "nan", "2"]
 )
 def test_the_gate_refuses_what_is_no_result(change: Any) -> None:
-    row = run.run_case(small(LARGE), [Fake(change)], 1, 0.0)
+    row = run.run_workload(small(LARGE), [Fake(change)], 1, 0.0)
     assert not row["seconds"]
     assert row["wrong"]["fake"]
 
@@ -202,14 +204,14 @@ def test_the_gate_refuses_what_is_no_result(change: Any) -> None:
 @pytest.mark.parametrize("change", [lambda x: [x[0] * 0], lambda x: [x[0] * 1.4]], ids=["zero", "scale"])
 def test_the_gate_refuses_wrong_dropout(change: Any) -> None:
     """Of other random bits than ours, averages and spread are still checked."""
-    inputs = Inputs(Case("dropout", 1, 4, 256, 64, dropout_p=0.1))
+    inputs = Inputs(Workload("dropout", 1, 4, 256, 64, dropout_p=0.1))
     expected = gate.Gate(inputs)
     ours = providers.by_name("anyattn").prepare(inputs, 1)
     assert ours is not None
     out = ours.results(ours.run())
     assert expected.wrong(out, own_dropout=True) is None
     assert "spread" in str(expected.wrong(change(out), own_dropout=True))
-    plain = Inputs(replace(inputs.case, dropout_p=0.0))
+    plain = Inputs(replace(inputs.workload, dropout_p=0.0))
     without = providers.by_name("torch SDPA").prepare(plain, 1)
     assert without is not None
     assert "spread" in str(expected.wrong(without.results(without.run()), own_dropout=True))
@@ -217,7 +219,7 @@ def test_the_gate_refuses_wrong_dropout(change: Any) -> None:
 
 def plan(**changes: Any) -> run.Plan:
     given = {
-        "cases": [small(LARGE)],
+        "workloads": [small(LARGE)],
         "sections": (),
         "providers": providers.PROVIDERS[:2],
         "threads": 1,
@@ -240,7 +242,7 @@ def test_who_is_absent_is_named() -> None:
 
 def test_results_are_kept_after_every_step() -> None:
     kept: list[tuple[int, bool]] = []
-    wanted = plan(cases=[small(LARGE)] * 2, sections=("citizen",), providers=providers.PROVIDERS[:1])
+    wanted = plan(workloads=[small(LARGE)] * 2, sections=("citizen",), providers=providers.PROVIDERS[:1])
     run.run(replace(wanted, keep=lambda results: kept.append((len(results["cases"]), "citizen" in results))))
     assert kept == [(1, False), (2, False), (2, True)]
 
@@ -250,13 +252,13 @@ def test_a_failure_is_told_and_the_rest_goes_on() -> None:
         def prepare(self, inputs: Inputs, threads: int) -> Prepared:
             raise RuntimeError("out of order")
 
-    row = run.run_case(small(LARGE), [Broken(nudged(0, 0.0)), OURS], 1, 0.0)
+    row = run.run_workload(small(LARGE), [Broken(nudged(0, 0.0)), OURS], 1, 0.0)
     assert row["refused"] == {"fake": "RuntimeError: out of order"}
     assert set(row["seconds"]) == {"anyattn"}
 
 
 def test_a_refusal_is_told_with_its_reason() -> None:
-    results = run.run(plan(cases=[replace(small(LARGE), softcap=2.0)]))
+    results = run.run(plan(workloads=[replace(small(LARGE), softcap=2.0)]))
     assert results["cases"][0]["refused"] == {"torch SDPA": "no softcap"}
     assert any("no softcap" in line for line in report.notes(results))
 
@@ -269,9 +271,9 @@ def measured() -> dict[str, Any]:
     lengths = [
         replace(small(LARGE), name=f"length {n}", seqlen_q=n, seqlen_k=n, backward=b) for n in (8, 16) for b in (0, 1)
     ]
-    decode = Case("decode", 1, 4, 1, 16, seqlen_k=1024, nheads_kv=2, cache=True)
+    decode = Workload("decode", 1, 4, 1, 16, seqlen_k=1024, nheads_kv=2, cache=True)
     sections = tuple(name for name in run.SECTIONS if name not in ("features", "memory"))
-    results = run.run(plan(cases=[*lengths, decode], sections=sections, quick=True))
+    results = run.run(plan(workloads=[*lengths, decode], sections=sections, quick=True))
     patch.undo()
     memory = {"suite": "", "mib": {"anyattn": 1.0, "torch SDPA": 2.0}, "refused": {}, "label": "x"}
     results["memory"] = [asdict(replace(LARGE, backward=True)) | memory]
@@ -330,21 +332,23 @@ def imagined(target: str) -> dict[str, Any]:
         return {name: {"median": 1.0} for name in names} | {"anyattn": {"median": 0.5}}
 
     peers = [provider.name for provider in providers.PROVIDERS]
-    cases = [
-        asdict(case)
-        | {"flops": case.flops, "kv_bytes": case.kv_bytes, "seconds": timings(peers)}
-        | {"peak_flops": 4 * case.flops, "stream_bytes": 4 * case.kv_bytes}
-        for case in suites.select(["bars"])
+    workloads = [
+        asdict(workload)
+        | {"flops": workload.flops, "kv_bytes": workload.kv_bytes, "seconds": timings(peers)}
+        | {"peak_flops": 4 * workload.flops, "stream_bytes": 4 * workload.kv_bytes}
+        for workload in suites.select(["bars"])
     ]
     features = ("plain", "all off", "softcap", "alibi", "sink", "dropout 0.1")
     calls = ("torch SDPA", "anyattn, gradients recorded")
     return {
         "machine": {"cpu_target": target, "threads": 2},
-        "cases": cases,
+        "cases": workloads,
         "features": {dtype: timings(features) for dtype in ("float32", "bfloat16")},
         "small_calls": {str(shape): timings(calls) for shape in overhead.SMALL},
         "citizen": timings(("attention", "attention after", "mm", "mm after")),
-        "memory": [asdict(case) | {"label": case.label, "mib": {"anyattn": 100.0}} for case in memory.cases()],
+        "memory": [
+            asdict(workload) | {"label": workload.label, "mib": {"anyattn": 100.0}} for workload in memory.workloads()
+        ],
     }
 
 
@@ -372,10 +376,10 @@ def test_what_was_not_measured_is_no_goal_reached() -> None:
 
 
 def test_memory_is_measured_in_a_process_of_its_own() -> None:
-    case = replace(LARGE, seqlen_q=256, seqlen_k=256)
-    assert isinstance(memory.peak("anyattn", case, 1), float)
-    assert memory.peak("torch SDPA (packed)", case, 1) is None
-    assert memory.peak("torch SDPA", replace(case, softcap=1.0), 1) == "no softcap"
+    workload = replace(LARGE, seqlen_q=256, seqlen_k=256)
+    assert isinstance(memory.peak("anyattn", workload, 1), float)
+    assert memory.peak("torch SDPA (packed)", workload, 1) is None
+    assert memory.peak("torch SDPA", replace(workload, softcap=1.0), 1) == "no softcap"
 
 
 def test_timing_takes_turns() -> None:
@@ -396,7 +400,7 @@ def test_list_measures_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     monkeypatch.setattr(run, "run", None)
     status, out, _ = bench("--list", capsys)
     assert status == 0
-    assert all(case.label in out for name in suites.DEFAULT for case in suites.SUITES[name]())
+    assert all(workload.label in out for name in suites.DEFAULT for workload in suites.SUITES[name]())
     assert all(name in out for name in (*run.SECTIONS, *(provider.name for provider in providers.PROVIDERS)))
 
 

@@ -10,12 +10,12 @@ import pytest
 pytest.importorskip("torch")
 
 from anyattn.bench import gate, providers, run, suites
-from anyattn.bench.cases import Case
 from anyattn.bench.inputs import Inputs
 from anyattn.bench.providers import Refused
+from anyattn.bench.workloads import Workload
 
 OURS, AULE = (providers.by_name(name) for name in ("anyattn Vulkan", "aule-attention Vulkan"))
-CASE = Case("vulkan", 1, 2, 24, 16, suite="vulkan")
+CASE = Workload("vulkan", 1, 2, 24, 16, suite="vulkan")
 
 
 def test_an_absent_peer_says_how_to_get_it() -> None:
@@ -28,9 +28,9 @@ def test_other_suites_do_not_measure_vulkan(provider: providers.Provider) -> Non
 
 
 @pytest.mark.skipif(OURS.absent() is not None, reason="no Vulkan device: .ci/run requires one")
-@pytest.mark.parametrize("case", [replace(CASE, causal=True), replace(CASE, backward=True, nheads_kv=1)], ids=str)
-def test_ours_passes_the_gate_on_the_device(case: Case) -> None:
-    inputs = Inputs(case)
+@pytest.mark.parametrize("workload", [replace(CASE, causal=True), replace(CASE, backward=True, nheads_kv=1)], ids=str)
+def test_ours_passes_the_gate_on_the_device(workload: Workload) -> None:
+    inputs = Inputs(workload)
     prepared = OURS.prepare(inputs, 1)
     assert prepared is not None and run.check(gate.Gate(inputs), prepared) is None
 
@@ -51,6 +51,6 @@ def test_what_aule_does_not_compute_is_refused(features: dict[str, Any], reason:
 
 
 def test_the_suite_is_small_enough_for_a_software_driver() -> None:
-    cases = suites.select(["vulkan"])
-    assert {case.backward for case in cases} == {False, True}
-    assert max(case.flops for case in cases) < 5e9
+    workloads = suites.select(["vulkan"])
+    assert {workload.backward for workload in workloads} == {False, True}
+    assert max(workload.flops for workload in workloads) < 5e9

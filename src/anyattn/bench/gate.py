@@ -32,8 +32,8 @@ class Gate:
     def expected(self) -> dict[str, Expected]:
         """Compute the results that are compared, in the order in which providers return them."""
         inputs = self.inputs
-        names = ("dq", "dk", "dv") if inputs.case.backward else ("out",)
-        found = testing.expected_results(inputs.arguments(), inputs.dout if inputs.case.backward else None)
+        names = ("dq", "dk", "dv") if inputs.workload.backward else ("out",)
+        found = testing.expected_results(inputs.arguments(), inputs.dout if inputs.workload.backward else None)
         return {name: found[name] for name in names}
 
     def wrong(self, results: list[Tensor], own_dropout: bool = False) -> str | None:
@@ -43,7 +43,7 @@ class Gate:
         compared.
         """
         inputs = self.inputs
-        arrays = (inputs.q, inputs.k, inputs.v) if inputs.case.backward else (inputs.dout,)
+        arrays = (inputs.q, inputs.k, inputs.v) if inputs.workload.backward else (inputs.dout,)
         shapes = [tuple(x.shape) for x in arrays]
         if [tuple(x.shape) for x in results] != shapes:
             return f"shapes {[tuple(x.shape) for x in results]} are not {shapes}"
@@ -60,7 +60,7 @@ class Gate:
 
 def _wrong_spread(inputs: Inputs, out: Tensor) -> str | None:
     """Over a provider's own dropout, out_i has mean sum_j P_ij v_j and variance p / (1 - p) sum_j P_ij^2 v_j^2."""
-    odds = inputs.case.dropout_p / (1.0 - inputs.case.dropout_p)
+    odds = inputs.workload.dropout_p / (1.0 - inputs.workload.dropout_p)
     problem, arrays = testing.describe(inputs.arguments())
     parts = testing.sample(problem, arrays, backward=False)
     got, squares = widen(testing.to_numpy(out), problem.dtype), []

@@ -11,9 +11,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from .cases import ITEMSIZE, Case, from_json
 from .inputs import Inputs
 from .providers import Provider, Refused, by_name
+from .workloads import ITEMSIZE, Workload, from_json
 
 STATUS = Path("/proc/self/status")
 LENGTHS = (1024, 2048, 4096, 8192)
@@ -21,9 +21,9 @@ MIB = 2.0**20
 QUICK = ("anyattn", "torch SDPA", "softmax(QK^T)V")
 
 
-def cases() -> list[Case]:
+def workloads() -> list[Workload]:
     """Forward, and forward with backward, against length; then the features that others pay for with a matrix."""
-    base = Case("memory", 1, 8, 4096, 64)
+    base = Workload("memory", 1, 8, 4096, 64)
     by_length = [
         replace(base, seqlen_q=n, seqlen_k=n, causal=True, backward=backward, name=f"memory {n}")
         for n in LENGTHS
@@ -37,31 +37,31 @@ def cases() -> list[Case]:
         replace(base, dropout_p=0.1),
         replace(base, alibi=True),
         replace(base, head_dim_v=32),
-        Case("memory", 1, 32, 1, 128, seqlen_k=32768, nheads_kv=8, cache=True),
+        Workload("memory", 1, 32, 1, 128, seqlen_k=32768, nheads_kv=8, cache=True),
     ]
 
 
 def measure(providers: Iterable[Provider], threads: int, quick: bool = False) -> list[dict[str, Any]]:
-    """One row for each case: provider -> MiB beyond inputs and results."""
-    chosen = [case for case in cases() if not quick or case.name == "memory 4096"]
+    """One row for each workload: provider -> MiB beyond inputs and results."""
+    chosen = [workload for workload in workloads() if not quick or workload.name == "memory 4096"]
     if quick:
         providers = [provider for provider in providers if provider.name in QUICK]
     rows = []
-    for case in chosen:
+    for workload in chosen:
         used, refused = {}, {}
         for provider in providers:
-            answer = peak(provider.name, case, threads)
+            answer = peak(provider.name, workload, threads)
             if isinstance(answer, float):
                 used[provider.name] = answer
             elif answer:
                 refused[provider.name] = answer
-        rows.append(asdict(case) | {"label": case.label, "mib": used, "refused": refused})
+        rows.append(asdict(workload) | {"label": workload.label, "mib": used, "refused": refused})
     return rows
 
 
-def peak(provider: str, case: Case, threads: int) -> float | str | None:
+def peak(provider: str, workload: Workload, threads: int) -> float | str | None:
     """MiB beyond inputs and results, or why there is no figure; None where the provider has no such variant."""
-    command = [sys.executable, "-m", __name__, provider, json.dumps(asdict(case)), str(threads)]
+    command = [sys.executable, "-m", __name__, provider, json.dumps(asdict(workload)), str(threads)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         return (result.stderr.strip().splitlines() or [f"exit status {result.returncode}"])[-1]
@@ -69,32 +69,32 @@ def peak(provider: str, case: Case, threads: int) -> float | str | None:
     return float(answer) if isinstance(answer, int | float) else answer
 
 
-def results_mib(case: Case) -> float:
+def results_mib(workload: Workload) -> float:
     """Out (float32 lse beside it) and, backward, the gradients."""
-    rows = case.batch * case.seqlen_q * case.nheads
-    keys = case.batch * case.seqlen_k * case.nheads_kv
-    d, dv, size = case.head_dim, case.head_dim_v, ITEMSIZE[case.dtype]
+    rows = workload.batch * workload.seqlen_q * workload.nheads
+    keys = workload.batch * workload.seqlen_k * workload.nheads_kv
+    d, dv, size = workload.head_dim, workload.head_dim_v, ITEMSIZE[workload.dtype]
     forward = rows * (dv * size + 4)
-    return (forward + (rows * d + keys * (d + dv)) * size * case.backward) / MIB
+    return (forward + (rows * d + keys * (d + dv)) * size * workload.backward) / MIB
 
 
 def _main() -> None:
     import torch
 
-    name, case, threads = sys.argv[1], from_json(json.loads(sys.argv[2])), int(sys.argv[3])
+    name, workload, threads = sys.argv[1], from_json(json.loads(sys.argv[2])), int(sys.argv[3])
     torch.set_num_threads(threads)
-    sys.stdout.write(json.dumps(_measured(by_name(name), case, threads)))
+    sys.stdout.write(json.dumps(_measured(by_name(name), workload, threads)))
 
 
-def _measured(provider: Provider, case: Case, threads: int) -> float | str | None:
+def _measured(provider: Provider, workload: Workload, threads: int) -> float | str | None:
     """Libraries and threads are there before, from a small call; masks and layouts that a provider needs count."""
     try:
-        tiny = replace(case, seqlen_q=min(64, case.seqlen_q), seqlen_k=64)
+        tiny = replace(workload, seqlen_q=min(64, workload.seqlen_q), seqlen_k=64)
         warm = provider.prepare(Inputs(tiny), threads)
         if warm is None:
             return None
         warm.run()
-        inputs = Inputs(case)
+        inputs = Inputs(workload)
         for array in ("q", "k", "v", "dout"):
             inputs.heads_first(array)
         before = _reset()
@@ -105,7 +105,7 @@ def _measured(provider: Provider, case: Case, threads: int) -> float | str | Non
         del kept
     except (Refused, NotImplementedError) as error:
         return str(error)
-    return used - results_mib(case)
+    return used - results_mib(workload)
 
 
 def _reset() -> float:

@@ -70,7 +70,7 @@ def _speed(backward: bool) -> Callable[[Results, Any], None]:
 
 
 def _roofline(results: Results, axis: Any) -> None:
-    """Each case at its arithmetic intensity, below the two measured ceilings."""
+    """Each workload at its arithmetic intensity, below the two measured ceilings."""
     import numpy as np
 
     rows = _intense(results)

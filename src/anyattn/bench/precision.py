@@ -7,21 +7,21 @@ from statistics import median
 from typing import Any
 
 from . import gate
-from .cases import Case
 from .inputs import Inputs
 from .providers import by_name
+from .workloads import Workload
 
-CASE = Case("accuracy", 1, 8, 512, 64)
+CASE = Workload("accuracy", 1, 8, 512, 64)
 SEEDS = 10
 NAMES = ("anyattn", "torch SDPA", "softmax(QK^T)V")
 DTYPES = ("float32", "float16", "bfloat16")
 
 
-def errors(case: Case, seeds: int, threads: int) -> dict[str, list[float]]:
-    """Provider -> largest absolute error of each seed, on inputs rounded to the case's dtype."""
+def errors(workload: Workload, seeds: int, threads: int) -> dict[str, list[float]]:
+    """Provider -> largest absolute error of each seed, on inputs rounded to the workload's dtype."""
     found: dict[str, list[float]] = {name: [] for name in NAMES}
     for seed in range(seeds):
-        inputs = Inputs(case, seed)
+        inputs = Inputs(workload, seed)
         expected = gate.Gate(inputs)
         for name in NAMES:
             prepared = by_name(name).prepare(inputs, threads)

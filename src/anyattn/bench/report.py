@@ -120,7 +120,7 @@ _CASES = ("case", "ms", "spread", "GFLOP/s", "of peak", "GB/s", "of read", "anya
 
 
 def _case(row: Results) -> Iterator[tuple[str, ...]]:
-    """A line with the case and one for each provider; GB/s of K and V where reading them is the work."""
+    """A line with the workload and one for each provider; GB/s of K and V where reading them is the work."""
     name = row["label"] if row["label"].startswith(row["name"]) else f"{row['name']}: {row['label']}"
     yield (name, *[""] * (len(_CASES) - 1))
     ours = row["seconds"].get(OURS, {}).get("median")

@@ -1,4 +1,4 @@
-"""Runs the benchmark: correctness gate first, then timing in turns, then what is not a case."""
+"""Runs the benchmark: correctness gate first, then timing in turns, then what is not a workload."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from . import ceilings, citizen, gate, memory, overhead, precision, report
-from .cases import Case
 from .inputs import Inputs
 from .providers import Prepared, Provider, Refused
 from .timing import measure
+from .workloads import Workload
 
 Row = dict[str, Any]
 Progress = Callable[[str], None]
@@ -18,10 +18,13 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure. `seconds`: for each case; `quick`: sections measure less; `keep` gets the results so far after
-    each step, so that a run that is broken off has not been for nothing."""
+    """The measurements to make.
 
-    cases: list[Case]
+    `seconds`: for each workload. `quick`: sections measure less. `keep` gets the results so far after each step, so
+    that a run that is broken off has not been for nothing.
+    """
+
+    workloads: list[Workload]
     sections: tuple[str, ...]
     providers: tuple[Provider, ...]
     threads: int
@@ -33,10 +36,10 @@ class Plan:
     @property
     def steps(self) -> int:
         """How often `progress` is called."""
-        return len(self.cases) + len(self.sections)
+        return len(self.workloads) + len(self.sections)
 
 
-# Besides the suites of cases. Each takes the plan and the providers that are there.
+# Besides the suites of workloads. Each takes the plan and the providers that are there.
 SECTIONS: dict[str, Callable[[Plan, tuple[Provider, ...]], Any]] = {
     "features": lambda plan, present: overhead.features(plan.seconds * (1 if plan.quick else 4)),
     "small_calls": lambda plan, present: overhead.small_calls(plan.seconds),
@@ -53,9 +56,9 @@ def run(plan: Plan) -> dict[str, Any]:
     present = tuple(p for p in plan.providers if p.name not in absent)
     results: dict[str, Any] = {"machine": report.header(plan.threads, plan.providers), "absent": absent, "cases": []}
     stream = ceilings.Stream()
-    for case in plan.cases:
-        plan.progress(f"{case.name}: {case.label}")
-        results["cases"].append(run_case(case, present, plan.threads, plan.seconds, stream))
+    for workload in plan.workloads:
+        plan.progress(f"{workload.name}: {workload.label}")
+        results["cases"].append(run_workload(workload, present, plan.threads, plan.seconds, stream))
         _level(results["cases"])
         plan.keep(results)
     for name in plan.sections:
@@ -74,11 +77,15 @@ def _level(rows: list[Row]) -> None:
             row["peak_flops"] = peak
 
 
-def run_case(
-    case: Case, providers: Iterable[Provider], threads: int, seconds: float, stream: ceilings.Stream | None = None
+def run_workload(
+    workload: Workload,
+    providers: Iterable[Provider],
+    threads: int,
+    seconds: float,
+    stream: ceilings.Stream | None = None,
 ) -> Row:
     """One row: seconds of every provider that is right, and why the others were not timed."""
-    inputs = Inputs(case)
+    inputs = Inputs(workload)
     expected = gate.Gate(inputs)
     functions: dict[str, Callable[[], Any]] = {}
     refused: dict[str, str] = {}
@@ -97,10 +104,15 @@ def run_case(
             wrong[provider.name] = problem
         elif prepared is not None:
             functions[provider.name] = prepared.run
-    before = _ceilings(case, stream)
+    before = _ceilings(workload, stream)
     timings = measure(functions, seconds) if functions else {}
-    after = _ceilings(case, stream)
-    row = asdict(case) | {"label": case.label, "flops": case.flops, "bytes": case.bytes, "kv_bytes": case.kv_bytes}
+    after = _ceilings(workload, stream)
+    row = asdict(workload) | {
+        "label": workload.label,
+        "flops": workload.flops,
+        "bytes": workload.bytes,
+        "kv_bytes": workload.kv_bytes,
+    }
     row |= {name: ceilings.best(before[name], after[name]) for name in before}
     row |= {"refused": refused, "wrong": wrong}
     return row | {"seconds": {name: asdict(timing) for name, timing in timings.items()}}
@@ -111,6 +123,6 @@ def check(expected: gate.Gate, prepared: Prepared) -> str | None:
     return expected.wrong(prepared.results(prepared.run()), prepared.own_dropout)
 
 
-def _ceilings(case: Case, stream: ceilings.Stream | None) -> dict[str, float | None]:
-    read = stream.read() if stream is not None and case.reads_memory else None
-    return {"peak_flops": ceilings.flops(case.dtype), "stream_bytes": read}
+def _ceilings(workload: Workload, stream: ceilings.Stream | None) -> dict[str, float | None]:
+    read = stream.read() if stream is not None and workload.reads_memory else None
+    return {"peak_flops": ceilings.flops(workload.dtype), "stream_bytes": read}

@@ -101,14 +101,14 @@ def _plan(arguments: argparse.Namespace) -> Any:
             raise ValueError(f"no suite or section {name!r}; there are: {', '.join((*SUITES, *SECTIONS))}")
     suites = [name for name in named if name in SUITES] if named else ["quick"] if arguments.quick else list(DEFAULT)
     sections = [name for name in named if name in SECTIONS] if named else [] if arguments.filter else list(SECTIONS)
-    cases = select(suites, arguments.filter)
-    if suites and not cases:
+    workloads = select(suites, arguments.filter)
+    if suites and not workloads:
         raise ValueError(f"no case of {', '.join(suites)} matches {arguments.filter!r}; --list shows them")
     if arguments.seconds < 0:
         raise ValueError(f"--seconds must be >= 0; got {arguments.seconds}")
     seconds = arguments.seconds or (QUICK_SECONDS if arguments.quick else 1.0)
     providers = choose(arguments.peers.split(","))
-    return Plan(cases, tuple(sections), providers, threads, seconds, arguments.quick)
+    return Plan(workloads, tuple(sections), providers, threads, seconds, arguments.quick)
 
 
 def _apply(threads: int) -> int:
@@ -160,7 +160,7 @@ def _environment(arguments: argparse.Namespace) -> Iterator[None]:
 
 
 def _list(plan: Any) -> None:
-    rows = [(case.suite, case.name, case.label) for case in plan.cases]
+    rows = [(workload.suite, workload.name, workload.label) for workload in plan.workloads]
     print(table(("suite", "case", "(batch, nheads, seqlen, head_dim)"), rows, left=True))
     print(f"\nsections: {', '.join(plan.sections)}\nproviders:")
     for provider in plan.providers:

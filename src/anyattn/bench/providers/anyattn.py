@@ -23,10 +23,10 @@ class Anyattn:
 
     def prepare(self, inputs: Inputs, threads: int) -> Prepared | None:
         """The engine follows the settings and torch, so `threads` is already in force."""
-        case = inputs.case
-        if case.cache:
+        workload = inputs.workload
+        if workload.cache:
             return Prepared(self._cached(inputs), lambda out: [out])
-        if not case.backward:
+        if not workload.backward:
             arrays = (inputs.q, inputs.k, inputs.v)
             return Prepared(lambda: self.attend(inputs, *arrays), lambda out: [out])
         run = differentiate([inputs.q, inputs.k, inputs.v], lambda *arrays: self.attend(inputs, *arrays), inputs.dout)
@@ -35,11 +35,11 @@ class Anyattn:
     def attend(self, inputs: Inputs, q: Tensor, k: Tensor, v: Tensor) -> Any:
         from ... import attention, attention_varlen
 
-        case, options = inputs.case, _options(inputs, self.backend)
-        if case.dropout_p:
-            options |= {"dropout_p": case.dropout_p, "seed": SEED}
-        if case.packed:
-            longest = case.seqlen_q
+        workload, options = inputs.workload, _options(inputs, self.backend)
+        if workload.dropout_p:
+            options |= {"dropout_p": workload.dropout_p, "seed": SEED}
+        if workload.packed:
+            longest = workload.seqlen_q
             return attention_varlen(q, k, v, inputs.cu_seqlens, inputs.cu_seqlens, longest, longest, **options)
         return attention(q, k, v, **options)
 
@@ -48,20 +48,20 @@ class Anyattn:
 
         from ... import attention_with_kvcache
 
-        case, options = inputs.case, _options(inputs, self.backend)
-        k, v = inputs.pages if case.page_size else (inputs.k, inputs.v)
-        options["block_table"] = inputs.block_table if case.page_size else None
-        options["cache_seqlens"] = torch.full((case.batch,), case.seqlen_k, dtype=torch.int32)
+        workload, options = inputs.workload, _options(inputs, self.backend)
+        k, v = inputs.pages if workload.page_size else (inputs.k, inputs.v)
+        options["block_table"] = inputs.block_table if workload.page_size else None
+        options["cache_seqlens"] = torch.full((workload.batch,), workload.seqlen_k, dtype=torch.int32)
         return lambda: attention_with_kvcache(inputs.q, k, v, **options)
 
 
 def _options(inputs: Inputs, backend: str | None) -> dict[str, Any]:
-    """What the case asks for; what it does not is left out, as a user's call leaves it out."""
-    case = inputs.case
+    """What the workload asks for; what it does not is left out, as a user's call leaves it out."""
+    workload = inputs.workload
     given = {
-        "causal": case.causal or None,
-        "window": case.window,
-        "softcap": case.softcap or None,
+        "causal": workload.causal or None,
+        "window": workload.window,
+        "softcap": workload.softcap or None,
         "bias": inputs.bias,
         "mask": inputs.mask,
         "alibi_slopes": inputs.alibi_slopes,

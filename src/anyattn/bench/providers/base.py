@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..cases import Case
 from ..inputs import Inputs
+from ..workloads import Workload
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,7 +16,7 @@ LIMIT_BYTES = 3 * 2**30  # of one array of masks or scores
 
 
 class Refused(Exception):
-    """Why a provider cannot compute a case."""
+    """Why a provider cannot compute a workload."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +45,8 @@ class Provider(Protocol):
         """None where this variant does not arise; what cannot be computed raises Refused."""
 
 
-def refuse(case: Case, **features: Any) -> None:
-    """Raises for the first of these features (name -> whether the case has it, or True) that is there."""
+def refuse(workload: Workload, **features: Any) -> None:
+    """Raises for the first of these features (name -> whether the workload has it, or True) that is there."""
     for reason, present in features.items():
         if present:
             raise Refused(f"no {reason.replace('_', ' ')}")
@@ -60,7 +60,7 @@ def installed(*packages: str) -> str | None:
 
 
 def per_sequence(inputs: Inputs, prepare: Callable[[Inputs], Prepared]) -> Prepared:
-    """A packed case as a loop over its sequences."""
+    """A packed workload as a loop over its sequences."""
     import torch
 
     prepared = [prepare(part) for part in inputs.parts]

@@ -6,8 +6,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from ..cases import Case
 from ..inputs import Inputs
+from ..workloads import Workload
 from .base import Prepared, Refused, refuse, swapped
 
 if TYPE_CHECKING:
@@ -36,10 +36,16 @@ class Flex:
         return None
 
     def prepare(self, inputs: Inputs, threads: int) -> Prepared | None:
-        case = inputs.case
-        if not (case.window or case.softcap) or case.packed or case.backward:
+        workload = inputs.workload
+        if not (workload.window or workload.softcap) or workload.packed or workload.backward:
             return None
-        refuse(case, sink=case.sink, dropout=case.dropout_p, bias_here=case.bias, pages_here=case.page_size)
+        refuse(
+            workload,
+            sink=workload.sink,
+            dropout=workload.dropout_p,
+            bias_here=workload.bias,
+            pages_here=workload.page_size,
+        )
         if self._spent > COMPILE_SECONDS:
             raise Refused(f"its compile budget of {COMPILE_SECONDS:.0f} s is spent")
         start = time.perf_counter()
@@ -54,27 +60,29 @@ def _compiled(inputs: Inputs) -> Prepared:
     import torch._inductor.config
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    case = inputs.case
+    workload = inputs.workload
     torch._inductor.config.compile_threads = 1
     torch._dynamo.reset()  # after eight recompilations it would silently take an unfused path
     attend: Any = torch.compile(flex_attention, dynamic=False)
     q, k, v = (inputs.heads_first(name) for name in ("q", "k", "v"))
-    visible = _visible(case)
-    mask = None if visible is None else create_block_mask(visible, None, None, case.seqlen_q, case.seqlen_k, "cpu")
+    visible = _visible(workload)
+    mask = (
+        None if visible is None else create_block_mask(visible, None, None, workload.seqlen_q, workload.seqlen_k, "cpu")
+    )
     change = _change(inputs)
 
     def run() -> Tensor:
         with torch.no_grad():
-            out: Tensor = attend(q, k, v, score_mod=change, block_mask=mask, enable_gqa=case.group > 1)
+            out: Tensor = attend(q, k, v, score_mod=change, block_mask=mask, enable_gqa=workload.group > 1)
             return out
 
     return Prepared(run, lambda out: swapped([out]))
 
 
-def _visible(case: Case) -> Any:
-    interval, shift = case.interval, case.seqlen_k - case.seqlen_q
+def _visible(workload: Workload) -> Any:
+    interval, shift = workload.interval, workload.seqlen_k - workload.seqlen_q
     left, right = interval.left, interval.right
-    if case.mask:
+    if workload.mask:
         raise Refused("no boolean mask here")
     if left is None and right is None:
         return None
@@ -88,8 +96,8 @@ def _visible(case: Case) -> Any:
 def _change(inputs: Inputs) -> Any:
     import torch
 
-    case, slopes = inputs.case, inputs.alibi_slopes
-    shift, cap = case.seqlen_k - case.seqlen_q, case.softcap
+    workload, slopes = inputs.workload, inputs.alibi_slopes
+    shift, cap = workload.seqlen_k - workload.seqlen_q, workload.softcap
     if not cap and slopes is None:
         return None
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..cases import Case
 from ..inputs import Inputs
+from ..workloads import Workload
 from .base import Prepared, Refused, installed, refuse
 
 if TYPE_CHECKING:
@@ -22,80 +22,87 @@ class OnnxRuntime:
         return installed("onnxruntime", "onnx")
 
     def prepare(self, inputs: Inputs, threads: int) -> Prepared:
-        case = inputs.case
+        workload = inputs.workload
         refuse(
-            case,
-            backward=case.backward,
-            packed_sequences=case.packed,
-            pages=case.page_size,
-            dropout=case.dropout_p,
-            sink_here=case.sink,
-            **{f"{case.dtype} kernel": case.dtype != "float32"},
+            workload,
+            backward=workload.backward,
+            packed_sequences=workload.packed,
+            pages=workload.page_size,
+            dropout=workload.dropout_p,
+            sink_here=workload.sink,
+            **{f"{workload.dtype} kernel": workload.dtype != "float32"},
         )
-        if case.group > 1:
-            return _decode(inputs, threads) if case.seqlen_q == 1 else _grouped(inputs, threads)
+        if workload.group > 1:
+            return _decode(inputs, threads) if workload.seqlen_q == 1 else _grouped(inputs, threads)
         return _multi_head(inputs, threads)
 
 
 def _multi_head(inputs: Inputs, threads: int) -> Prepared:
-    case = inputs.case
-    refuse(case, window=case.window, softcap=case.softcap)
-    if case.causal and case.seqlen_q not in (1, case.seqlen_k):
+    workload = inputs.workload
+    refuse(workload, window=workload.window, softcap=workload.softcap)
+    if workload.causal and workload.seqlen_q not in (1, workload.seqlen_k):
         raise Refused("no causal mask aligned to the last key")
     feeds = {name: _flat(inputs, name) for name in ("q", "k", "v")}
     names = ["q", "k", "v"]
     hidden = inputs.mask
     if inputs.additive is not None or hidden is not None:
-        size = (1, case.nheads, case.seqlen_q, case.seqlen_k)
+        size = (1, workload.nheads, workload.seqlen_q, workload.seqlen_k)
         bias = np.zeros(size, np.float32) if inputs.additive is None else inputs.additive.expand(size).numpy()
         feeds["bias"] = np.ascontiguousarray(bias if hidden is None else np.where(hidden.numpy(), bias, -np.inf))
         names = ["q", "k", "v", "", "", "bias"]
-    causal = int(case.causal and case.seqlen_q == case.seqlen_k)
-    attributes = {"num_heads": case.nheads, "unidirectional": causal}
+    causal = int(workload.causal and workload.seqlen_q == workload.seqlen_k)
+    attributes = {"num_heads": workload.nheads, "unidirectional": causal}
     session = _session("MultiHeadAttention", names, feeds, ["o"], attributes, threads)
-    return Prepared(lambda: session.run(None, feeds), lambda returned: _unflat(case, returned[0]))
+    return Prepared(lambda: session.run(None, feeds), lambda returned: _unflat(workload, returned[0]))
 
 
 def _grouped(inputs: Inputs, threads: int) -> Prepared:
     """Prefill; the operator is causal, and it has no other bidirectional form."""
-    case = inputs.case
-    left, right = case.window or (None, None)
-    if not case.causal and right != 0:
+    workload = inputs.workload
+    left, right = workload.window or (None, None)
+    if not workload.causal and right != 0:
         raise Refused("grouped heads only with a causal mask")
     refuse(
-        case,
-        bias_here=case.bias,
-        ALiBi=case.alibi,
-        mask_here=case.mask,
-        lengths_of_q_and_k_that_differ=case.seqlen_q != case.seqlen_k,
-        head_dim_v=case.head_dim != case.head_dim_v,
+        workload,
+        bias_here=workload.bias,
+        ALiBi=workload.alibi,
+        mask_here=workload.mask,
+        lengths_of_q_and_k_that_differ=workload.seqlen_q != workload.seqlen_k,
+        head_dim_v=workload.head_dim != workload.head_dim_v,
     )
     feeds = {name: _flat(inputs, name) for name in ("q", "k", "v")}
-    feeds["last"] = np.full(case.batch, case.seqlen_k - 1, np.int32)
-    feeds["total"] = np.array(case.seqlen_k, np.int32)
+    feeds["last"] = np.full(workload.batch, workload.seqlen_k - 1, np.int32)
+    feeds["total"] = np.array(workload.seqlen_k, np.int32)
     names = ["q", "k", "v", "", "", "last", "total"]
-    attributes: dict[str, Any] = {"num_heads": case.nheads, "kv_num_heads": case.nheads_kv}
+    attributes: dict[str, Any] = {"num_heads": workload.nheads, "kv_num_heads": workload.nheads_kv}
     if left is not None:
         attributes["local_window_size"] = left + 1
-    if case.softcap:
-        attributes["softcap"] = case.softcap
+    if workload.softcap:
+        attributes["softcap"] = workload.softcap
     session = _session("GroupQueryAttention", names, feeds, ["o", "k_out", "v_out"], attributes, threads)
-    return Prepared(lambda: session.run(["o"], feeds), lambda returned: _unflat(case, returned[0]))
+    return Prepared(lambda: session.run(["o"], feeds), lambda returned: _unflat(workload, returned[0]))
 
 
 def _decode(inputs: Inputs, threads: int) -> Prepared:
     """One row against a cache that the operator appends to in place: the last key is the new one."""
     import onnxruntime
 
-    case = inputs.case
-    refuse(case, window=case.window, bias_here=case.bias, mask_here=case.mask, ALiBi=case.alibi, softcap=case.softcap)
+    workload = inputs.workload
+    refuse(
+        workload,
+        window=workload.window,
+        bias_here=workload.bias,
+        mask_here=workload.mask,
+        ALiBi=workload.alibi,
+        softcap=workload.softcap,
+    )
     feeds = {name: _flat(inputs, name) for name in ("q", "k", "v")}
     feeds |= {name: np.ascontiguousarray(feeds[name][:, -1:]) for name in ("k", "v")}
     feeds |= {f"{name}_cache": inputs.heads_first(name).numpy() for name in ("k", "v")}
-    feeds["last"] = np.full(case.batch, case.seqlen_k - 1, np.int32)
-    feeds["total"] = np.array(case.seqlen_k, np.int32)
+    feeds["last"] = np.full(workload.batch, workload.seqlen_k - 1, np.int32)
+    feeds["total"] = np.array(workload.seqlen_k, np.int32)
     names = ["q", "k", "v", "k_cache", "v_cache", "last", "total"]
-    attributes = {"num_heads": case.nheads, "kv_num_heads": case.nheads_kv}
+    attributes = {"num_heads": workload.nheads, "kv_num_heads": workload.nheads_kv}
     session = _session("GroupQueryAttention", names, feeds, ["o", "k_out", "v_out"], attributes, threads)
     binding = session.io_binding()
     values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(x) for name, x in feeds.items()}
@@ -109,7 +116,7 @@ def _decode(inputs: Inputs, threads: int) -> Prepared:
         session.run_with_iobinding(binding)
         return binding
 
-    return Prepared(run, lambda bound: _unflat(case, bound.get_outputs()[0].numpy()))
+    return Prepared(run, lambda bound: _unflat(workload, bound.get_outputs()[0].numpy()))
 
 
 def _flat(inputs: Inputs, name: str) -> Any:
@@ -117,10 +124,10 @@ def _flat(inputs: Inputs, name: str) -> Any:
     return getattr(inputs, name).flatten(2).numpy()
 
 
-def _unflat(case: Case, out: Any) -> list[Tensor]:
+def _unflat(workload: Workload, out: Any) -> list[Tensor]:
     import torch
 
-    return [torch.from_numpy(out).reshape(case.batch, case.seqlen_q, case.nheads, case.head_dim_v)]
+    return [torch.from_numpy(out).reshape(workload.batch, workload.seqlen_q, workload.nheads, workload.head_dim_v)]
 
 
 def _session(

@@ -25,17 +25,17 @@ class OpenVino:
         return installed("openvino")
 
     def prepare(self, inputs: Inputs, threads: int) -> Prepared:
-        case = inputs.case
+        workload = inputs.workload
         refuse(
-            case,
-            backward=case.backward,
-            packed_sequences=case.packed,
-            pages=case.page_size,
-            grouped_heads=case.group > 1,
-            dropout=case.dropout_p,
-            softcap=case.softcap,
-            sink=case.sink,
-            **{case.dtype: case.dtype not in HINTS},
+            workload,
+            backward=workload.backward,
+            packed_sequences=workload.packed,
+            pages=workload.page_size,
+            grouped_heads=workload.group > 1,
+            dropout=workload.dropout_p,
+            softcap=workload.softcap,
+            sink=workload.sink,
+            **{workload.dtype: workload.dtype not in HINTS},
         )
         import torch
 
@@ -57,10 +57,15 @@ def _request(inputs: Inputs, threads: int) -> tuple[Any, list[Any]]:
     import openvino
     from openvino import opset13
 
-    case = inputs.case
+    workload = inputs.workload
     arrays = {name: inputs.heads_first(name).float().numpy() for name in ("q", "k", "v")}
-    causal = case.causal and case.window is None and case.seqlen_q == case.seqlen_k and not (case.bias or case.mask)
-    if case.alibi or not causal:
+    causal = (
+        workload.causal
+        and workload.window is None
+        and workload.seqlen_q == workload.seqlen_k
+        and not (workload.bias or workload.mask)
+    )
+    if workload.alibi or not causal:
         mask = _mask(inputs)
         causal = False
         if mask is not None:
@@ -69,7 +74,7 @@ def _request(inputs: Inputs, threads: int) -> tuple[Any, list[Any]]:
     node = opset13.scaled_dot_product_attention(*parameters, causal=causal)
     properties = {
         "INFERENCE_NUM_THREADS": threads,
-        "INFERENCE_PRECISION_HINT": HINTS[case.dtype],
+        "INFERENCE_PRECISION_HINT": HINTS[workload.dtype],
         "NUM_STREAMS": 1,
     }
     compiled = openvino.Core().compile_model(openvino.Model([node], parameters, "attention"), "CPU", properties)
@@ -82,11 +87,11 @@ def _request(inputs: Inputs, threads: int) -> tuple[Any, list[Any]]:
 
 def _mask(inputs: Inputs) -> Any:
     """float32 (1, nheads or 1, seqlen_q, seqlen_k), or None."""
-    case = inputs.case
+    workload = inputs.workload
     additive, visible = inputs.additive, inputs.visible
     if additive is None and visible is None:
         return None
-    size = (1, 1 if additive is None else additive.shape[1], case.seqlen_q, case.seqlen_k)
+    size = (1, 1 if additive is None else additive.shape[1], workload.seqlen_q, workload.seqlen_k)
     if 4 * np.prod(size) > LIMIT_BYTES:
         raise Refused(f"its mask would take {4 * np.prod(size) / 2**30:.1f} GiB")
     mask = np.zeros(size, np.float32) if additive is None else additive.float().expand(size).numpy()

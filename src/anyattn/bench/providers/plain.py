@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..cases import Case
 from ..inputs import Inputs
+from ..workloads import Workload
 from .base import LIMIT_BYTES, Prepared, Refused, differentiate, installed, per_sequence, refuse, swapped
 
 if TYPE_CHECKING:
@@ -24,8 +24,8 @@ class TorchPlain:
         return None
 
     def prepare(self, inputs: Inputs, threads: int) -> Prepared:
-        _check(inputs.case)
-        return per_sequence(inputs, self._dense) if inputs.case.packed else self._dense(inputs)
+        _check(inputs.workload)
+        return per_sequence(inputs, self._dense) if inputs.workload.packed else self._dense(inputs)
 
     def _dense(self, inputs: Inputs) -> Prepared:
         arrays = [inputs.heads_first(name) for name in ("q", "k", "v")]
@@ -34,7 +34,7 @@ class TorchPlain:
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return _torch(inputs, q, k, v, hidden)
 
-        if inputs.case.backward:
+        if inputs.workload.backward:
             return Prepared(differentiate(arrays, attend, inputs.heads_first("dout")), swapped)
         return Prepared(lambda: attend(*arrays), lambda out: swapped([out]))
 
@@ -42,12 +42,12 @@ class TorchPlain:
 def _torch(inputs: Inputs, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> Tensor:
     import torch
 
-    case = inputs.case
-    if case.group > 1:
-        k, v = (x.repeat_interleave(case.group, dim=1) for x in (k, v))
-    s = (q * case.head_dim**-0.5) @ k.transpose(-1, -2)
-    if case.softcap:
-        s = case.softcap * torch.tanh(s / case.softcap)
+    workload = inputs.workload
+    if workload.group > 1:
+        k, v = (x.repeat_interleave(workload.group, dim=1) for x in (k, v))
+    s = (q * workload.head_dim**-0.5) @ k.transpose(-1, -2)
+    if workload.softcap:
+        s = workload.softcap * torch.tanh(s / workload.softcap)
     if inputs.additive is not None:
         s = s + inputs.additive
     if hidden is not None:
@@ -70,29 +70,29 @@ class NumpyPlain:
         return None
 
     def prepare(self, inputs: Inputs, threads: int) -> Prepared:
-        case = inputs.case
-        _check(case)
-        refuse(case, backward=case.backward, **{case.dtype: case.dtype != "float32"})
+        workload = inputs.workload
+        _check(workload)
+        refuse(workload, backward=workload.backward, **{workload.dtype: workload.dtype != "float32"})
         _limit_threads(threads)
-        return per_sequence(inputs, self._dense) if case.packed else self._dense(inputs)
+        return per_sequence(inputs, self._dense) if workload.packed else self._dense(inputs)
 
     def _dense(self, inputs: Inputs) -> Prepared:
         import torch
 
-        case = inputs.case
+        workload = inputs.workload
         q, k, v = (inputs.heads_first(name).numpy() for name in ("q", "k", "v"))
         # the query heads of a KV head as rows of one product
-        rows = (case.batch, case.nheads_kv, case.group * case.seqlen_q)
-        q = q.reshape(*rows, case.head_dim)
+        rows = (workload.batch, workload.nheads_kv, workload.group * workload.seqlen_q)
+        q = q.reshape(*rows, workload.head_dim)
         additive = None if inputs.additive is None else inputs.additive.numpy()
         hidden = None if inputs.visible is None else ~inputs.visible.numpy()
         sink = None if inputs.sink is None else inputs.sink.numpy()[:, None, None]
-        whole = (case.batch, case.nheads, case.seqlen_q, case.seqlen_k)
+        whole = (workload.batch, workload.nheads, workload.seqlen_q, workload.seqlen_k)
 
         def run() -> Any:
-            s = np.matmul(q * np.float32(case.head_dim**-0.5), k.swapaxes(-1, -2)).reshape(whole)
-            if case.softcap:
-                s = np.float32(case.softcap) * np.tanh(s / np.float32(case.softcap))
+            s = np.matmul(q * np.float32(workload.head_dim**-0.5), k.swapaxes(-1, -2)).reshape(whole)
+            if workload.softcap:
+                s = np.float32(workload.softcap) * np.tanh(s / np.float32(workload.softcap))
             if additive is not None:
                 s += additive
             if hidden is not None:
@@ -103,10 +103,10 @@ class NumpyPlain:
             np.exp(s, out=s)
             total = s.sum(axis=-1, keepdims=True)
             s /= total if sink is None else total + np.exp(sink - top)
-            return np.matmul(s.reshape(*rows, case.seqlen_k), v)
+            return np.matmul(s.reshape(*rows, workload.seqlen_k), v)
 
         def results(out: Any) -> list[Tensor]:
-            return swapped([torch.from_numpy(out.reshape(*whole[:3], case.head_dim_v))])
+            return swapped([torch.from_numpy(out.reshape(*whole[:3], workload.head_dim_v))])
 
         return Prepared(run, results)
 
@@ -123,7 +123,7 @@ def _limit_threads(threads: int) -> None:
         raise Refused(f"no way to give it {threads} threads: pip install threadpoolctl")
 
 
-def _check(case: Case) -> None:
-    refuse(case, dropout_here=case.dropout_p, pages=case.page_size)
-    if case.matrix_bytes > LIMIT_BYTES:
-        raise Refused(f"its matrix of scores would take {case.matrix_bytes / 2**30:.1f} GiB")
+def _check(workload: Workload) -> None:
+    refuse(workload, dropout_here=workload.dropout_p, pages=workload.page_size)
+    if workload.matrix_bytes > LIMIT_BYTES:
+        raise Refused(f"its matrix of scores would take {workload.matrix_bytes / 2**30:.1f} GiB")

@@ -1,12 +1,12 @@
-"""torch.nn.functional.scaled_dot_product_attention, by its best path for each case."""
+"""torch.nn.functional.scaled_dot_product_attention, by its best path for each workload."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ..cases import ITEMSIZE, Case
 from ..inputs import Inputs
+from ..workloads import ITEMSIZE, Workload
 from .base import LIMIT_BYTES, Prepared, Refused, differentiate, per_sequence, refuse, swapped
 
 if TYPE_CHECKING:
@@ -23,22 +23,22 @@ class Sdpa:
         return None
 
     def prepare(self, inputs: Inputs, threads: int) -> Prepared | None:
-        case = inputs.case
-        refuse(case, softcap=case.softcap, sink=case.sink)
-        if case.dropout_p and case.backward:
+        workload = inputs.workload
+        refuse(workload, softcap=workload.softcap, sink=workload.sink)
+        if workload.dropout_p and workload.backward:
             raise Refused("its gradients under its own dropout are not compared")
-        if case.packed:
+        if workload.packed:
             return per_sequence(inputs, self._dense)
         return self._dense(inputs)
 
     def _dense(self, inputs: Inputs) -> Prepared:
-        case = inputs.case
+        workload = inputs.workload
         attend = _attend(inputs)
-        if case.page_size:
+        if workload.page_size:
             return Prepared(_gathered(inputs, attend), lambda out: swapped([out]))
         arrays = [inputs.heads_first(name) for name in ("q", "k", "v")]
-        own = case.dropout_p > 0
-        if case.backward:
+        own = workload.dropout_p > 0
+        if workload.backward:
             return Prepared(differentiate(arrays, attend, inputs.heads_first("dout")), swapped)
         return Prepared(lambda: attend(*arrays), lambda out: swapped([out]), own_dropout=own)
 
@@ -54,16 +54,22 @@ class SdpaPacked:
         return None
 
     def prepare(self, inputs: Inputs, threads: int) -> Prepared | None:
-        case = inputs.case
-        if case.group == 1 or case.seqlen_q != 1 or case.packed or case.page_size or case.backward:
+        workload = inputs.workload
+        if workload.group == 1 or workload.seqlen_q != 1 or workload.packed or workload.page_size or workload.backward:
             return None
-        if inputs.visible is not None or inputs.additive is not None or case.dropout_p or case.softcap or case.sink:
+        if (
+            inputs.visible is not None
+            or inputs.additive is not None
+            or workload.dropout_p
+            or workload.softcap
+            or workload.sink
+        ):
             return None
         from torch.nn.functional import scaled_dot_product_attention
 
-        q = inputs.q.reshape(case.batch, case.nheads_kv, case.group, case.head_dim)
+        q = inputs.q.reshape(workload.batch, workload.nheads_kv, workload.group, workload.head_dim)
         k, v = inputs.heads_first("k"), inputs.heads_first("v")
-        shape = (case.batch, 1, case.nheads, case.head_dim_v)
+        shape = (workload.batch, 1, workload.nheads, workload.head_dim_v)
         return Prepared(lambda: scaled_dot_product_attention(q, k, v), lambda out: [out.reshape(shape)])
 
 
@@ -77,26 +83,32 @@ class SdpaPadded:
         return None
 
     def prepare(self, inputs: Inputs, threads: int) -> Prepared | None:
-        case = inputs.case
-        if not case.packed or case.backward:
+        workload = inputs.workload
+        if not workload.packed or workload.backward:
             return None
-        refuse(case, softcap=case.softcap, sink=case.sink, dropout_here=case.dropout_p, ALiBi_here=case.alibi)
+        refuse(
+            workload,
+            softcap=workload.softcap,
+            sink=workload.sink,
+            dropout_here=workload.dropout_p,
+            ALiBi_here=workload.alibi,
+        )
         import torch
         from torch.nn.functional import scaled_dot_product_attention
 
         q, k, v = (_padded(x, inputs).transpose(1, 2).contiguous() for x in (inputs.q, inputs.k, inputs.v))
-        longest = case.seqlen_k
+        longest = workload.seqlen_k
         keys = torch.arange(longest)
-        mask = (keys < torch.tensor(case.lengths)[:, None])[:, None, None, :]  # (batch, 1, 1, longest)
-        if case.causal or case.window:
-            lo, hi = (torch.from_numpy(x)[:, None] for x in case.bounds(longest, longest))
+        mask = (keys < torch.tensor(workload.lengths)[:, None])[:, None, None, :]  # (batch, 1, 1, longest)
+        if workload.causal or workload.window:
+            lo, hi = (torch.from_numpy(x)[:, None] for x in workload.bounds(longest, longest))
             mask = mask & (lo <= keys) & (keys < hi)
 
         def run() -> Tensor:
-            return scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=case.group > 1)
+            return scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=workload.group > 1)
 
         def results(out: Tensor) -> list[Tensor]:
-            return [torch.cat([out[b, :, :n].transpose(0, 1) for b, n in enumerate(case.lengths)])]
+            return [torch.cat([out[b, :, :n].transpose(0, 1) for b, n in enumerate(workload.lengths)])]
 
         return Prepared(run, results)
 
@@ -104,7 +116,7 @@ class SdpaPadded:
 def _padded(x: Tensor, inputs: Inputs) -> Tensor:
     import torch
 
-    parts = torch.split(x, list(inputs.case.lengths))
+    parts = torch.split(x, list(inputs.workload.lengths))
     return torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True)
 
 
@@ -112,41 +124,47 @@ def _attend(inputs: Inputs) -> Callable[..., Any]:
     """On (batch, nheads, seqlen, head_dim) tensors."""
     from torch.nn.functional import scaled_dot_product_attention
 
-    case = inputs.case
-    gqa = case.group > 1
-    simple = case.causal and case.window is None and case.seqlen_q == case.seqlen_k and not case.bias and not case.mask
-    if simple and not case.alibi:
+    workload = inputs.workload
+    gqa = workload.group > 1
+    simple = (
+        workload.causal
+        and workload.window is None
+        and workload.seqlen_q == workload.seqlen_k
+        and not workload.bias
+        and not workload.mask
+    )
+    if simple and not workload.alibi:
         return lambda q, k, v: scaled_dot_product_attention(
-            q, k, v, is_causal=True, dropout_p=case.dropout_p, enable_gqa=gqa
+            q, k, v, is_causal=True, dropout_p=workload.dropout_p, enable_gqa=gqa
         )
     mask = _mask(inputs)
     return lambda q, k, v: scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=case.dropout_p, enable_gqa=gqa
+        q, k, v, attn_mask=mask, dropout_p=workload.dropout_p, enable_gqa=gqa
     )
 
 
 def _mask(inputs: Inputs) -> Tensor | None:
     """Everything that changes scores in the one array that SDPA takes."""
-    case = inputs.case
-    _check(case)
+    workload = inputs.workload
+    _check(workload)
     if inputs.additive is None or inputs.visible is None:
         return inputs.visible if inputs.additive is None else inputs.additive
     return inputs.additive.masked_fill(~inputs.visible, float("-inf"))
 
 
-def _check(case: Case) -> None:
-    per_head = case.seqlen_q * case.seqlen_k
-    size = per_head * (case.nheads * ITEMSIZE[case.dtype] if case.bias == "full" or case.alibi else 1)
-    if (case.causal or case.window or case.bias or case.alibi) and size > LIMIT_BYTES:
+def _check(workload: Workload) -> None:
+    per_head = workload.seqlen_q * workload.seqlen_k
+    size = per_head * (workload.nheads * ITEMSIZE[workload.dtype] if workload.bias == "full" or workload.alibi else 1)
+    if (workload.causal or workload.window or workload.bias or workload.alibi) and size > LIMIT_BYTES:
         raise Refused(f"its mask would take {size / 2**30:.1f} GiB")
 
 
 def _gathered(inputs: Inputs, attend: Callable[..., Any]) -> Callable[[], Any]:
     """Pages are gathered at every call: SDPA has no block table."""
-    case, (k_pages, v_pages) = inputs.case, inputs.pages
+    workload, (k_pages, v_pages) = inputs.workload, inputs.pages
     q, table = inputs.heads_first("q"), inputs.block_table.long()
 
     def gather(pages: Tensor) -> Tensor:
-        return pages[table].flatten(1, 2)[:, : case.seqlen_k].transpose(1, 2)
+        return pages[table].flatten(1, 2)[:, : workload.seqlen_k].transpose(1, 2)
 
     return lambda: attend(q, gather(k_pages), gather(v_pages))

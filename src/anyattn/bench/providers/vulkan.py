@@ -36,7 +36,7 @@ class AnyattnVulkan(Anyattn):
 
     def prepare(self, inputs: Inputs, threads: int) -> Prepared | None:
         """The device has its own threads."""
-        return super().prepare(inputs, threads) if inputs.case.suite == SUITE else None
+        return super().prepare(inputs, threads) if inputs.workload.suite == SUITE else None
 
 
 class Aule:
@@ -49,26 +49,26 @@ class Aule:
         return installed("aule") and "not installed: pip install aule-attention==0.5.0"
 
     def prepare(self, inputs: Inputs, threads: int) -> Prepared | None:
-        case = inputs.case
-        if case.suite != SUITE:
+        workload = inputs.workload
+        if workload.suite != SUITE:
             return None
         refuse(
-            case,
-            packed_sequences=case.packed,
-            KV_cache=case.cache or case.page_size,
-            causal_mask_from_the_bottom_right=case.causal and case.seqlen_q != case.seqlen_k,
-            window=case.window,
-            softcap=case.softcap,
-            bias=case.bias,
-            mask=case.mask,
-            ALiBi=case.alibi,
-            sink=case.sink,
-            dropout=case.dropout_p,
-            **{case.dtype: case.dtype != "float32"},
+            workload,
+            packed_sequences=workload.packed,
+            KV_cache=workload.cache or workload.page_size,
+            causal_mask_from_the_bottom_right=workload.causal and workload.seqlen_q != workload.seqlen_k,
+            window=workload.window,
+            softcap=workload.softcap,
+            bias=workload.bias,
+            mask=workload.mask,
+            ALiBi=workload.alibi,
+            sink=workload.sink,
+            dropout=workload.dropout_p,
+            **{workload.dtype: workload.dtype != "float32"},
         )
-        if max(case.head_dim, case.head_dim_v) > MAX_HEAD_DIM or case.head_dim != case.head_dim_v:
+        if max(workload.head_dim, workload.head_dim_v) > MAX_HEAD_DIM or workload.head_dim != workload.head_dim_v:
             raise Refused(f"no head_dim above {MAX_HEAD_DIM}, and head_dim_v is head_dim")
-        if case.backward and case.group > 1:
+        if workload.backward and workload.group > 1:
             raise Refused("no backward with grouped heads")
         with _silent():
             prepared = _prepare(inputs)
@@ -84,7 +84,7 @@ def _prepare(inputs: Inputs) -> Prepared:
     import torch
     from aule import vulkan
 
-    case = inputs.case
+    workload = inputs.workload
     q, k, v = (inputs.heads_first(name).contiguous().numpy() for name in ("q", "k", "v"))
 
     def results(returned: Any) -> list[Tensor]:
@@ -92,13 +92,13 @@ def _prepare(inputs: Inputs) -> Prepared:
         return [torch.from_numpy(x).transpose(1, 2) for x in arrays]
 
     device = vulkan.Aule()
-    if not case.backward:
-        return Prepared(lambda: device.attention(q, k, v, causal=case.causal), results)
+    if not workload.backward:
+        return Prepared(lambda: device.attention(q, k, v, causal=workload.causal), results)
     if not device.supports_backward:
         raise Refused("no backward on this device")
     dout = inputs.dout.transpose(1, 2).contiguous().numpy()
-    out, lse = device.attention_forward_with_lse(q, k, v, causal=case.causal)
-    return Prepared(lambda: device.attention_backward(q, k, v, out, dout, lse, causal=case.causal), results)
+    out, lse = device.attention_forward_with_lse(q, k, v, causal=workload.causal)
+    return Prepared(lambda: device.attention_backward(q, k, v, out, dout, lse, causal=workload.causal), results)
 
 
 @contextlib.contextmanager

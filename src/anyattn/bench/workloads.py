@@ -19,9 +19,11 @@ Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
-    """One workload. Masks are aligned to the bottom right. Zeros mean: seqlen_k as seqlen_q, nheads_kv as nheads,
-    head_dim_v as head_dim.
+class Workload:
+    """One call that is timed. A `testing.Case` draws lengths and contents; a Workload gives each of them.
+
+    Masks are aligned to the bottom right. Zeros mean: seqlen_k as seqlen_q, nheads_kv as nheads, head_dim_v as
+    head_dim.
 
     `lengths`: packed sequences, of rows and keys alike, instead of batch and seqlen_q. `cache`: k and v are a KV cache,
     in pages of `page_size` if that is not 0. `backward`: gradients of q, k and v from a saved forward.
@@ -184,7 +186,7 @@ class Case:
         return " ".join([*words, "backward" if self.backward else "forward"])
 
 
-def from_json(row: dict[str, Any]) -> Case:
-    """The case of a row of results (what else the row holds is ignored)."""
-    names = {field.name for field in fields(Case)}
-    return Case(**{name: value for name, value in row.items() if name in names})
+def from_json(row: dict[str, Any]) -> Workload:
+    """The workload of a row of results (what else the row holds is ignored)."""
+    names = {field.name for field in fields(Workload)}
+    return Workload(**{name: value for name, value in row.items() if name in names})
