@@ -27,20 +27,19 @@ from typing import Any
 
 import numpy as np
 
+from anyattn import testing
 from anyattn.definition import accuracy, reference
 from anyattn.frameworks.numpy import NumpyAdapter
+from anyattn.testing import Case, CaseInputs, make_inputs
+from anyattn.testing.cases import DTYPES, random_side
 from harness.backends import Engine, cpu_targets
-from harness.cases import CONTENTS, DTYPES, LENGTHS, Case
-from harness.checks import bits, expected, refused, run
-from harness.inputs import BROADCASTS, LAYOUTS, Inputs, build
-from harness.kvcache_cases import Setup
+from harness.checks import bits, refused, run
+from harness.kvcache_cases import AppendCase
 from harness.kvcache_cases import problems_of as cache_problems_of
 from harness.memory import Memory, guarded_empty
 
-LONGEST = 4096
-# Scores of all heads together: the reference computes a million of them, forward and backward, in half a second.
-SCORES = 2**20
-LARGE = 50  # one problem in so many is a single head with as many rows and keys as it drew
+# One problem in 50 is a single head with as many rows and keys as it drew.
+LIMITS = testing.Limits(smallest=0, shortest=0, longest=4096, head_dim=260, scores=2**20, single_head_in=50)
 # What may stay behind: scratch that a thread keeps (8 MiB), plans, and holes in the heap.
 GROWTH_MIB = 24
 WARM_UP = 200  # problems
@@ -48,50 +47,17 @@ LEAST = 1e-300
 
 
 def draw(seed: int) -> Case:
-    """Any call that is allowed, with bounded work."""
-    rng = random.Random(seed)
-    lengths, dtype = rng.choice(LENGTHS), rng.choice(DTYPES)
-    broadcasts = ("",) if "varlen" in lengths else ("", "", *BROADCASTS)
-    batch, kv, group, rows, keys = bounded(rng)
-    return Case(
-        name=f"seed{seed}",
-        batch=batch,
-        seqlen_q=rows,
-        seqlen_k=keys,
-        nheads_kv=kv,
-        group=group,
-        head_dim=head_dim(rng),
-        head_dim_v=head_dim(rng),
-        dtype=dtype,
-        causal=rng.random() < 0.5,
-        window=rng.choice((None, None, (side(rng), side(rng)))),
-        chunk=rng.choice((0, 0, 0, rng.randint(1, 80), rng.randint(80, 2000))),
-        alignment=rng.choice(("bottom-right", "top-left")),
-        offset=rng.choice(("", "", "int", "each")),
-        lengths=lengths,
-        mask=rng.choice(broadcasts),
-        bias=rng.choice(broadcasts),
-        bias_dtype=rng.choice(("", "float64" if dtype == "float64" else "float32")),
-        alibi=rng.choice(("", "h", "bh")),
-        softcap=rng.choice((0.0, 0.0, 0.7, 20.0)),
-        sink=rng.random() < 0.5,
-        dropout_p=rng.choice((0.0, 0.0, 0.1, 0.8)),
-        scale=rng.choice((None, None, 0.0, rng.uniform(-1, 1))),
-        layout=rng.choice(("any", rng.choice(LAYOUTS))),
-        dlse=rng.random() < 0.5,
-        content=rng.choice(CONTENTS),
-        page_size=rng.choice((0, 1, 16, rng.randint(1, 300))),
-        seed=rng.getrandbits(32),
-    )
+    """Draw any call that is allowed, with bounded work."""
+    return testing.random_case(random.Random(seed), LIMITS, f"seed{seed}")
 
 
-def draw_cache(seed: int) -> Setup:
-    """Any call of the KV cache that is allowed, with bounded work."""
+def draw_cache(seed: int) -> AppendCase:
+    """Draw any call of the KV cache that is allowed, with bounded work."""
     rng = random.Random(seed)
     batch, kv, group = rng.choice((0, 1, 2, 5)), rng.choice((1, 2, 3)), rng.choice((1, 2, 4))
     slots, width = int(2 ** rng.uniform(0, 10)), rng.choice((rng.randint(2, 40), 64, 80, 128))
     paged, rotary = rng.random() < 0.4, rng.random() < 0.6
-    return Setup(
+    return AppendCase(
         dtype=rng.choice(DTYPES),
         batch=batch,
         slots=slots,
@@ -106,7 +72,7 @@ def draw_cache(seed: int) -> Setup:
         rotary_dim=2 * rng.randint(1, width // 2) if rotary else 0,
         interleaved=rng.random() < 0.5,
         causal=rng.random() < 0.5,
-        window=rng.choice((None, None, (side(rng), side(rng)))),
+        window=rng.choice((None, None, (random_side(rng, LIMITS.longest), random_side(rng, LIMITS.longest)))),
         leftpad=rng.random() < 0.3,
         rows_used=rng.random() < 0.3,
         scattered=rng.random() < 0.8,
@@ -114,49 +80,12 @@ def draw_cache(seed: int) -> Setup:
     )
 
 
-def bounded(rng: random.Random) -> tuple[int, int, int, int, int]:
-    """batch, nheads_kv, group, seqlen_q, seqlen_k: long sequences have few heads, and two long ones one head."""
-    batch, kv, group = rng.choice((0, 1, 1, 2, 3, 5)), rng.choice((1, 1, 2, 3)), rng.choice((1, 1, 2, 4, 8))
-    rows, keys = size(rng), size(rng)
-    if rng.randrange(LARGE) == 0:
-        return min(batch, 1), 1, 1, rows, keys
-    while max(batch, 1) * kv * group * rows * keys > SCORES:  # arrays of no sequence have surroundings too
-        if max(batch, 1) * kv * group > 1:
-            batch, kv, group = min(batch, max(1, batch // 2)), max(1, kv // 2), max(1, group // 2)
-        elif rows > keys:
-            keys //= 2
-        else:
-            rows //= 2
-    return batch, kv, group, rows, keys
-
-
-def size(rng: random.Random) -> int:
-    """A few, short, about a multiple of a tile's sides, or anything."""
-    kind = rng.randrange(4)
-    if kind == 3:
-        return rng.randint(1, 16)
-    if kind == 0:
-        return rng.randint(0, 130)
-    if kind == 1:
-        step = rng.choice((8, 16, 64, 128, 256))
-        return min(LONGEST, max(0, step * rng.randint(1, LONGEST // step) + rng.choice((-1, 0, 0, 1))))
-    return int(2 ** rng.uniform(0, 12))
-
-
-def head_dim(rng: random.Random) -> int:
-    return rng.choice((rng.randint(1, 40), rng.randint(1, 260), 32, 64, 64, 80, 96, 128, 192, 256))
-
-
-def side(rng: random.Random) -> int | None:
-    return rng.choice((None, 0, rng.randint(0, 100), rng.randint(0, LONGEST)))
-
-
-def drawn(seed: int) -> Case | Setup:
+def drawn(seed: int) -> Case | AppendCase:
     """The problem of a seed."""
     return draw_cache(seed) if seed % 4 == 3 else draw(seed)
 
 
-def problems_of(case: Case | Setup, target: str, memory: Memory) -> list[str]:
+def problems_of(case: Case | AppendCase, target: str, memory: Memory) -> list[str]:
     """[] or a line for everything that is wrong."""
     wrong = _attention(case, target) if isinstance(case, Case) else _cache(case, target)
     try:
@@ -166,7 +95,7 @@ def problems_of(case: Case | Setup, target: str, memory: Memory) -> list[str]:
     return wrong
 
 
-def _cache(setup: Setup, target: str) -> list[str]:
+def _cache(setup: AppendCase, target: str) -> list[str]:
     wrong = []
     for threads in (1, 2):
         Engine("cpu", target).use(threads)
@@ -175,20 +104,20 @@ def _cache(setup: Setup, target: str) -> list[str]:
 
 
 def _attention(case: Case, target: str) -> list[str]:
-    inputs = build(case)
+    inputs = make_inputs(case)
     inputs.arguments["batch_invariant"] = case.seed % 5 == 0
     before = inputs.bytes()
     wrong = []
-    for direction in ("forward", "backward"):
+    for direction in testing.PASSES:
         engine = Engine("cpu", target)
         engine.use(1)
         if refused(inputs, direction, engine):
             continue
         got = run(inputs, direction, engine)
-        want = {name: replace(x, value=flushed(x.value)) for name, x in expected(inputs, direction).items()}
-        lines = accuracy.check(want, got)
+        want = {name: replace(x, value=flushed(x.value)) for name, x in testing.expected(inputs, direction).items()}
+        lines = testing.compare(want, got)
         if lines and case.dtype == "float64":
-            lines = accuracy.check(widened(want, inputs, direction), {name: flushed(x) for name, x in got.items()})
+            lines = testing.compare(widened(want, inputs, direction), {name: flushed(x) for name, x in got.items()})
         wrong += [f"{direction}: {line}" for line in lines]
         wrong += [f"{direction}: {name} differs on two threads" for name in different(inputs, direction, target, got)]
     if inputs.bytes() != before:
@@ -196,12 +125,12 @@ def _attention(case: Case, target: str) -> list[str]:
     return wrong
 
 
-def widened(want: dict[str, accuracy.Expected], inputs: Inputs, direction: str) -> dict[str, accuracy.Expected]:
+def widened(want: dict[str, accuracy.Expected], inputs: CaseInputs, direction: str) -> dict[str, accuracy.Expected]:
     """Budgets that count what the float64 reference itself is wrong by: scores of hundreds multiply its rounding.
 
     It is seen where the dot products are summed in another order.
     """
-    problem, arrays = inputs.canonical()
+    problem, arrays = inputs.describe()
     turned = arrays | {name: arrays[name][..., ::-1] for name in ("q", "k")}
     if direction == "forward":
         values = dict(zip(("out", "lse"), reference.forward(problem, turned), strict=True))
@@ -222,7 +151,7 @@ def flushed(x: Any) -> Any:
     return x if x is None else np.where(np.abs(x) < LEAST, 0.0, x)
 
 
-def different(inputs: Inputs, direction: str, target: str, got: dict[str, Any]) -> list[str]:
+def different(inputs: CaseInputs, direction: str, target: str, got: dict[str, Any]) -> list[str]:
     engine = Engine("cpu", target)
     engine.use(2)
     again = run(inputs, direction, engine)

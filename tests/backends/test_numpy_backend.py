@@ -10,27 +10,17 @@ from functools import partial
 import numpy as np
 import pytest
 
-import anyattn
+from anyattn import testing
 from anyattn.backends.numpy import tiles
-from anyattn.definition import accuracy
 from anyattn.definition import inputs as arrays
 from anyattn.definition.options import Options
 from anyattn.frameworks import numpy
 from anyattn.runtime import dispatch
-from harness import checks
-from harness.cases import NAMED, Case, named, small
-from harness.inputs import Inputs, build
+from anyattn.testing import Case, make_inputs
+from harness.cases import NAMED, named, small
 
 MB = 2**20
 MANY_TILES = [case for case in small(NAMED, 60_000) if case.seqlen_q > 7 and case.seqlen_k > 7]
-
-
-def run(inputs: Inputs) -> dict[str, np.ndarray | None]:
-    arguments = {**inputs.arguments, "backend": "numpy"}
-    out, lse = anyattn.attention_forward(**arguments)
-    q, k, v = (arguments.pop(name) for name in ("q", "k", "v"))
-    gradients = anyattn.attention_backward(inputs.dout, q, k, v, out, lse, dlse=inputs.dlse, **arguments)
-    return {"out": out, "lse": lse, **gradients._asdict()}
 
 
 @pytest.mark.parametrize("size", [(16, 24, 600), (5, 7, 1), (64, 3, 5000)], ids=str)
@@ -39,11 +29,10 @@ def test_many_small_tiles(case: Case, size: tuple[int, int, int], monkeypatch: p
     """Most cases fit in one tile of the size that serves the machine best."""
     for name, value in zip(("TILE_Q", "TILE_K", "TILE_ENTRIES"), size, strict=True):
         monkeypatch.setattr(tiles, name, value)
-    inputs = build(case)
-    got = run(inputs)
-    expected = checks.expected(inputs) | checks.expected(inputs, "backward")
-    shaped = {name: got[name].reshape(want.value.shape) for name, want in expected.items()}
-    assert accuracy.check(expected, shaped) == []
+    inputs = make_inputs(case)
+    got = testing.compute(inputs, "forward", "numpy") | testing.compute(inputs, "backward", "numpy")
+    expected = testing.expected(inputs) | testing.expected(inputs, "backward")
+    assert testing.compare(expected, got) == []
 
 
 def peak(call: Callable[[], object]) -> int:
@@ -55,6 +44,10 @@ def peak(call: Callable[[], object]) -> int:
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
+
+
+def both_passes(case: Case) -> Callable[[], object]:
+    return partial(testing.compute, make_inputs(case), "backward", "numpy")
 
 
 def case_of(seqlen: int, **options: object) -> Case:
@@ -73,15 +66,15 @@ OPTIONS: list[dict[str, object]] = [
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_memory_is_linear(options: dict[str, object]) -> None:
     """The scores alone would take 4 and 16 MB per head in float32."""
-    peaks = [peak(partial(run, build(case_of(seqlen, **options)))) for seqlen in (1024, 2048)]
+    peaks = [peak(both_passes(case_of(seqlen, **options))) for seqlen in (1024, 2048)]
     assert max(peaks) < 8 * MB
     assert peaks[1] < 1.3 * peaks[0] + MB
 
 
 def test_bias_gradient_is_not_held_twice() -> None:
     """A float16 dbias without broadcast axes is written tile by tile."""
-    inputs = build(case_of(1500, bias="full", dtype="float16"))
-    assert peak(partial(run, inputs)) < inputs.arguments["bias"].nbytes + 4 * MB
+    case = case_of(1500, bias="full", dtype="float16")
+    assert peak(both_passes(case)) < make_inputs(case).arguments["bias"].nbytes + 4 * MB
 
 
 def test_keys_between_rows_intervals() -> None:
@@ -102,7 +95,7 @@ def test_keys_between_rows_intervals() -> None:
 
 
 def test_refuses_device_memory() -> None:
-    problem, _ = build(named("plain")).canonical()
+    problem, _ = make_inputs(named("plain")).describe()
     elsewhere = problem.with_arrays(q=problem.q._replace(device="cuda:0"))
     assert dispatch.get("numpy").supports(problem) == []
     assert "cuda:0" in dispatch.get("numpy").supports(elsewhere)[0]

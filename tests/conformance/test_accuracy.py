@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 
 import anyattn
-from anyattn.definition import accuracy, reference
+from anyattn import testing
+from anyattn.definition import reference
+from anyattn.testing import Case, make_inputs, numpy_dtype
 from harness.backends import Engine
-from harness.cases import Case
-from harness.checks import expected
-from harness.inputs import NUMPY_DTYPES, build
 
 SEEDS = range(10)
 
@@ -20,14 +19,14 @@ SEEDS = range(10)
 @cache
 def drawn(seed: int, dtype: str) -> tuple[np.ndarray, ...]:
     rng = np.random.default_rng(seed)
-    return tuple(rng.standard_normal((1, 8, 512, 64)).astype(NUMPY_DTYPES[dtype]).swapaxes(1, 2) for _ in range(3))
+    return tuple(rng.standard_normal((1, 8, 512, 64)).astype(numpy_dtype(dtype)).swapaxes(1, 2) for _ in range(3))
 
 
 @cache
 def exact(seed: int, dtype: str, causal: bool) -> np.ndarray:
-    inputs = build(Case("promise", batch=1, seqlen_q=1, seqlen_k=1))
+    inputs = make_inputs(Case("promise", batch=1, seqlen_q=1, seqlen_k=1))
     inputs.arguments = {**dict(zip("qkv", drawn(seed, dtype), strict=True)), "causal": causal}
-    return reference.forward(*inputs.canonical())[0]
+    return reference.forward(*inputs.describe())[0]
 
 
 def error(seed: int, dtype: str, causal: bool, out: np.ndarray) -> float:
@@ -62,18 +61,18 @@ def test_float16(causal: bool, engine: Engine) -> None:
 
 def test_a_wrong_result_is_found() -> None:
     """The budgets themselves: an error of a few units passes, a dropped key, a NaN or a wrong infinity does not."""
-    inputs = build(Case("budget", seqlen_q=60, seqlen_k=50, causal=True))
-    want = expected(inputs)
+    inputs = make_inputs(Case("budget", seqlen_q=60, seqlen_k=50, causal=True))
+    want = testing.expected(inputs)
     good = {name: x.value.astype(np.float32) for name, x in want.items()}
-    assert accuracy.check(want, good) == []
+    assert testing.compare(want, good) == []
     for name, index, value in (("out", (0, 30, 0, 0), np.nan), ("out", (0, 0, 0, 0), 1e-30), ("lse", (0, 0, 0), -1e30)):
         bad = {key: x.copy() for key, x in good.items()}
         bad[name][index] = value
-        assert [line.split(":")[0] for line in accuracy.check(want, bad)] == [name]
+        assert [line.split(":")[0] for line in testing.compare(want, bad)] == [name]
     given = inputs.arguments
     without_last = {**given, "k": given["k"][:, :-1], "v": given["v"][:, :-1], "offset": -10}
     inputs.arguments = without_last
-    out, lse = reference.forward(*inputs.canonical())
-    assert len(accuracy.check(want, {"out": out.astype(np.float32), "lse": lse.astype(np.float32)})) == 2
-    wrong_shape = accuracy.check(want, {"out": good["out"][:1], "lse": good["lse"]})
+    out, lse = reference.forward(*inputs.describe())
+    assert len(testing.compare(want, {"out": out.astype(np.float32), "lse": lse.astype(np.float32)})) == 2
+    wrong_shape = testing.compare(want, {"out": good["out"][:1], "lse": good["lse"]})
     assert wrong_shape == [f"out: error inf > {want['out'].budget:.3g}"]

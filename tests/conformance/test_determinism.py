@@ -9,9 +9,10 @@ import pytest
 
 import anyattn
 from anyattn.config import settings
+from anyattn.testing import Case, CaseInputs, make_inputs
+from anyattn.testing.cases import DTYPES
 from harness.backends import Engine
-from harness.cases import DTYPES, Case, named
-from harness.inputs import Inputs, build
+from harness.cases import named
 
 BIG = Case("several_tiles", batch=2, seqlen_q=300, seqlen_k=411, group=2, causal=True, sink=True, dlse=True)
 CASES = [
@@ -26,7 +27,7 @@ CASES = [
 ]
 
 
-def results(inputs: Inputs, engine: Engine, **flags: bool) -> dict[str, np.ndarray]:
+def results(inputs: CaseInputs, engine: Engine, **flags: bool) -> dict[str, np.ndarray]:
     given = {**inputs.arguments, **flags, "backend": engine.backend}
     out, lse = anyattn.attention_forward(**given)
     found = {"out": out, "lse": lse}
@@ -43,7 +44,7 @@ def assert_same(one: dict[str, np.ndarray], two: dict[str, np.ndarray]) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_any_number_of_threads(case: Case, engine: Engine) -> None:
-    inputs = build(case)
+    inputs = make_inputs(case)
     engine.use(threads=1)
     want = results(inputs, engine)
     for threads in (2, 3, 5):
@@ -55,9 +56,9 @@ def test_any_number_of_threads(case: Case, engine: Engine) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_from_run_to_run(case: Case, engine: Engine) -> None:
     """Other addresses, the same bits; and deterministic=True is accepted."""
-    want = results(build(case), engine)
+    want = results(make_inputs(case), engine)
     for _ in range(2):
-        assert_same(want, results(build(case), engine, deterministic=True))
+        assert_same(want, results(make_inputs(case), engine, deterministic=True))
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -66,7 +67,7 @@ def test_from_run_to_run(case: Case, engine: Engine) -> None:
 def test_batch_invariant(seqlen_q: int, dtype: str, causal: bool, engine: Engine) -> None:
     """Each sequence alone, in a batch, in another place of the batch, and packed: the same out and lse."""
     case = Case("batch", batch=3, seqlen_q=seqlen_q, seqlen_k=700, group=4, dtype=dtype, causal=causal)
-    given = build(case).arguments
+    given = make_inputs(case).arguments
     q, k, v = given["q"], given["k"], given["v"]
     flags = {"causal": causal, "batch_invariant": True, "backend": engine.backend, "return_lse": True}
     out, lse = anyattn.attention(q, k, v, **flags)

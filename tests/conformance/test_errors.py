@@ -12,7 +12,7 @@ import pytest
 import anyattn
 from anyattn.definition.errors import CacheOverflow
 from anyattn.runtime import dispatch
-from harness.kvcache_cases import Setup
+from harness.kvcache_cases import AppendCase
 
 BATCH, ROWS, KEYS, HEADS, HEADS_KV, DIM = 2, 5, 7, 4, 2, 8
 
@@ -229,43 +229,48 @@ def _read_only(array: np.ndarray) -> np.ndarray:
     return array
 
 
-CACHE: dict[str, tuple[Setup, dict[str, Callable[[Any], Any] | None], type[Exception], str]] = {
-    "full": (Setup(), {"cache_seqlens": lambda x: x * 0 + 36}, ValueError, "cache_seqlens"),
-    "full, an int": (Setup(), {"cache_seqlens": lambda x: 36}, ValueError, "cache_seqlens"),
-    "full, paged": (Setup(page_size=4), {"cache_seqlens": lambda x: x * 0 + 36}, ValueError, "cache_seqlens"),
-    "negative length": (Setup(), {"cache_seqlens": lambda x: x * 0 - 1}, ValueError, "cache_seqlens"),
-    "length is a fraction": (Setup(), {"cache_seqlens": lambda x: 1.5}, TypeError, "cache_seqlens"),
-    "no lengths": (Setup(), {"cache_seqlens": None}, ValueError, "cache_seqlens"),
-    "lengths of another batch": (Setup(), {"cache_seqlens": lambda x: x[:2]}, ValueError, "cache_seqlens"),
-    "k without v": (Setup(), {"v": None}, ValueError, "v"),
-    "v without k": (Setup(), {"k": None}, ValueError, "k"),
-    "k and v of different lengths": (Setup(), {"v": lambda x: x[:, :3]}, ValueError, "v"),
-    "k of another dtype": (Setup(), {"k": lambda x: x.astype(np.float16)}, TypeError, "dtype"),
-    "k of another head_dim": (Setup(), {"k": lambda x: x[..., :-1]}, ValueError, "k"),
-    "k of rank 3": (Setup(), {"k": lambda x: x[0]}, ValueError, "k"),
-    "cache of another batch": (Setup(), dict.fromkeys(("k_cache", "v_cache"), lambda x: x[:2]), ValueError, "k_cache"),
-    "unknown page": (Setup(page_size=4), {"block_table": lambda x: x + 1000}, ValueError, "block_table"),
-    "unknown entry": (Setup(entries=True), {"cache_batch_idx": lambda x: x + 9}, ValueError, "cache_batch_idx"),
-    "entries with pages": (Setup(page_size=4), {"cache_batch_idx": lambda x: [0, 1, 2]}, ValueError, "cache_batch_idx"),
-    "rotary of one table": (Setup(rotary_dim=8), {"rotary_sin": None}, ValueError, "rotary_sin"),
-    "rotary wider than head_dim": (Setup(rotary_dim=26), {}, ValueError, "rotary"),
-    "rotary tables differ": (Setup(rotary_dim=8), {"rotary_sin": lambda x: x[:-1]}, ValueError, "rotary_sin"),
-    "rotary too short": (
-        Setup(rotary_dim=8), {"rotary_cos": lambda x: x[:9], "rotary_sin": lambda x: x[:9]}, ValueError, "rotary_cos",
+CACHE: dict[str, tuple[AppendCase, dict[str, Callable[[Any], Any] | None], type[Exception], str]] = {
+    "full": (AppendCase(), {"cache_seqlens": lambda x: x * 0 + 36}, ValueError, "cache_seqlens"),
+    "full, an int": (AppendCase(), {"cache_seqlens": lambda x: 36}, ValueError, "cache_seqlens"),
+    "full, paged": (AppendCase(page_size=4), {"cache_seqlens": lambda x: x * 0 + 36}, ValueError, "cache_seqlens"),
+    "negative length": (AppendCase(), {"cache_seqlens": lambda x: x * 0 - 1}, ValueError, "cache_seqlens"),
+    "length is a fraction": (AppendCase(), {"cache_seqlens": lambda x: 1.5}, TypeError, "cache_seqlens"),
+    "no lengths": (AppendCase(), {"cache_seqlens": None}, ValueError, "cache_seqlens"),
+    "lengths of another batch": (AppendCase(), {"cache_seqlens": lambda x: x[:2]}, ValueError, "cache_seqlens"),
+    "k without v": (AppendCase(), {"v": None}, ValueError, "v"),
+    "v without k": (AppendCase(), {"k": None}, ValueError, "k"),
+    "k and v of different lengths": (AppendCase(), {"v": lambda x: x[:, :3]}, ValueError, "v"),
+    "k of another dtype": (AppendCase(), {"k": lambda x: x.astype(np.float16)}, TypeError, "dtype"),
+    "k of another head_dim": (AppendCase(), {"k": lambda x: x[..., :-1]}, ValueError, "k"),
+    "k of rank 3": (AppendCase(), {"k": lambda x: x[0]}, ValueError, "k"),
+    "cache of another batch": (
+        AppendCase(), dict.fromkeys(("k_cache", "v_cache"), lambda x: x[:2]), ValueError, "k_cache",
     ),
-    "rotary of integers": (Setup(rotary_dim=8), {"rotary_cos": lambda x: x.astype(int)}, TypeError, "rotary_cos"),
-    "rotary without k": (Setup(rotary_dim=8), {"k": None, "v": None}, ValueError, "rotary_cos"),
-    "read-only cache": (Setup(), {"k_cache": _read_only}, ValueError, "k_cache"),
-    "cache with a stride": (Setup(), {"v_cache": lambda x: np.repeat(x, 2, -1)[..., ::2]}, ValueError, "v_cache"),
-    "num_splits": (Setup(), {"num_splits": lambda x: -1}, ValueError, "num_splits"),
-    "num_splits is None": (Setup(), {"num_splits": None}, ValueError, "num_splits"),
-    "no cache": (Setup(), {"k_cache": None}, TypeError, "k_cache"),
-    "cache is a list": (Setup(), {"v_cache": lambda x: [0.0]}, TypeError, "v_cache"),
-    "k of rank 1": (Setup(), {"k": lambda x: x[0, 0, 0]}, ValueError, "k"),
-    "attention refuses after the append": (Setup(), {"softcap": lambda x: -1.0}, ValueError, "softcap"),
-    "attention's tables are wrong": (Setup(), {"leftpad_k": lambda x: [0, 0, 99]}, ValueError, "leftpad_k"),
-    "bias does not broadcast": (Setup(), {"bias": lambda x: zeros(5, 99)}, ValueError, "bias"),
-    "NaN scale": (Setup(), {"scale": lambda x: float("nan")}, ValueError, "scale"),
+    "unknown page": (AppendCase(page_size=4), {"block_table": lambda x: x + 1000}, ValueError, "block_table"),
+    "unknown entry": (AppendCase(entries=True), {"cache_batch_idx": lambda x: x + 9}, ValueError, "cache_batch_idx"),
+    "entries with pages": (
+        AppendCase(page_size=4), {"cache_batch_idx": lambda x: [0, 1, 2]}, ValueError, "cache_batch_idx",
+    ),
+    "rotary of one table": (AppendCase(rotary_dim=8), {"rotary_sin": None}, ValueError, "rotary_sin"),
+    "rotary wider than head_dim": (AppendCase(rotary_dim=26), {}, ValueError, "rotary"),
+    "rotary tables differ": (AppendCase(rotary_dim=8), {"rotary_sin": lambda x: x[:-1]}, ValueError, "rotary_sin"),
+    "rotary too short": (
+        AppendCase(rotary_dim=8), dict.fromkeys(("rotary_cos", "rotary_sin"), lambda x: x[:9]),
+        ValueError, "rotary_cos",
+    ),
+    "rotary of integers": (AppendCase(rotary_dim=8), {"rotary_cos": lambda x: x.astype(int)}, TypeError, "rotary_cos"),
+    "rotary without k": (AppendCase(rotary_dim=8), {"k": None, "v": None}, ValueError, "rotary_cos"),
+    "read-only cache": (AppendCase(), {"k_cache": _read_only}, ValueError, "k_cache"),
+    "cache with a stride": (AppendCase(), {"v_cache": lambda x: np.repeat(x, 2, -1)[..., ::2]}, ValueError, "v_cache"),
+    "num_splits": (AppendCase(), {"num_splits": lambda x: -1}, ValueError, "num_splits"),
+    "num_splits is None": (AppendCase(), {"num_splits": None}, ValueError, "num_splits"),
+    "no cache": (AppendCase(), {"k_cache": None}, TypeError, "k_cache"),
+    "cache is a list": (AppendCase(), {"v_cache": lambda x: [0.0]}, TypeError, "v_cache"),
+    "k of rank 1": (AppendCase(), {"k": lambda x: x[0, 0, 0]}, ValueError, "k"),
+    "attention refuses after the append": (AppendCase(), {"softcap": lambda x: -1.0}, ValueError, "softcap"),
+    "attention's tables are wrong": (AppendCase(), {"leftpad_k": lambda x: [0, 0, 99]}, ValueError, "leftpad_k"),
+    "bias does not broadcast": (AppendCase(), {"bias": lambda x: zeros(5, 99)}, ValueError, "bias"),
+    "NaN scale": (AppendCase(), {"scale": lambda x: float("nan")}, ValueError, "scale"),
 }  # fmt: skip
 
 

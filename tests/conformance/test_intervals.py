@@ -11,8 +11,8 @@ from anyattn import Mask
 from anyattn.definition.options import Options
 from anyattn.definition.validate import make_problem
 from anyattn.frameworks.numpy import adapter
-from harness.cases import Case
-from harness.oracle import Span, visible
+from anyattn.testing import Case, Span
+from harness.oracle import visible
 
 SIDES = st.one_of(st.none(), st.integers(0, 12))
 LENGTHS = {"n_q": st.integers(0, 12), "n_k": st.integers(0, 14), "leftpad": st.integers(0, 5)}

@@ -9,44 +9,43 @@ import pytest
 import torch
 
 import anyattn
-from anyattn.definition import accuracy
+from anyattn import testing
+from anyattn.testing import Case, make_inputs
+from anyattn.testing.cases import DTYPES
 from harness.backends import Engine
-from harness.cases import DTYPES, Case
-from harness.checks import expected
-from harness.inputs import build
-from harness.kvcache_cases import Setup, problems_of
+from harness.kvcache_cases import AppendCase, problems_of
 
 INTERPRETED = True
 
 
 SETUPS = [
-    *[Setup(dtype=dtype) for dtype in DTYPES],
-    *[Setup(dtype=dtype, rotary_dim=24) for dtype in DTYPES],
-    Setup(rotary_dim=10, interleaved=False),
-    Setup(rotary_dim=24, interleaved=False, causal=False),
-    Setup(rotary_dim=2, causal=False, head_dim=3, head_dim_v=5),
-    Setup(entries=True),
-    Setup(entries=True, rotary_dim=16, dtype="float16"),
-    *[Setup(page_size=size, seed=size, rotary_dim=8) for size in (1, 3, 16, 64)],
-    Setup(page_size=7, dtype="bfloat16", interleaved=False, rotary_dim=24),
-    Setup(new=0),
-    Setup(new=40, slots=40, batch=2),
-    Setup(new=1, rows=1, group=8),
-    Setup(batch=0),
-    Setup(rows=9, new=2, rotary_dim=24),
-    Setup(leftpad=True, window=(7, None), rows_used=True),
-    Setup(causal=False, window=(9, 4), rotary_dim=24),
+    *[AppendCase(dtype=dtype) for dtype in DTYPES],
+    *[AppendCase(dtype=dtype, rotary_dim=24) for dtype in DTYPES],
+    AppendCase(rotary_dim=10, interleaved=False),
+    AppendCase(rotary_dim=24, interleaved=False, causal=False),
+    AppendCase(rotary_dim=2, causal=False, head_dim=3, head_dim_v=5),
+    AppendCase(entries=True),
+    AppendCase(entries=True, rotary_dim=16, dtype="float16"),
+    *[AppendCase(page_size=size, seed=size, rotary_dim=8) for size in (1, 3, 16, 64)],
+    AppendCase(page_size=7, dtype="bfloat16", interleaved=False, rotary_dim=24),
+    AppendCase(new=0),
+    AppendCase(new=40, slots=40, batch=2),
+    AppendCase(new=1, rows=1, group=8),
+    AppendCase(batch=0),
+    AppendCase(rows=9, new=2, rotary_dim=24),
+    AppendCase(leftpad=True, window=(7, None), rows_used=True),
+    AppendCase(causal=False, window=(9, 4), rotary_dim=24),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("setup", SETUPS, ids=str)
-def test_append_and_attention(setup: Setup, engine: Engine) -> None:
+def test_append_and_attention(setup: AppendCase, engine: Engine) -> None:
     assert not problems_of(setup, engine.backend)
 
 
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("setup", SETUPS, ids=str)
-def test_arrays_laid_out_at_random(setup: Setup, seed: int, engine: Engine) -> None:
+def test_arrays_laid_out_at_random(setup: AppendCase, seed: int, engine: Engine) -> None:
     assert not problems_of(replace(setup, scattered=True, seed=setup.seed + 100 * seed), engine.backend)
 
 
@@ -56,9 +55,9 @@ def test_decode_steps_equal_prefill(dtype: str, page_size: int, engine: Engine) 
     """33 single steps that append their own key give the rows of one causal call."""
     steps = 33
     case = Case("prefill", batch=2, seqlen_q=steps, seqlen_k=steps, group=3, dtype=dtype, causal=True)
-    inputs = build(case)
+    inputs = make_inputs(case)
     q, k, v = (inputs.arguments[name] for name in "qkv")
-    want = expected(inputs)
+    want = testing.expected(inputs)
     lead = (2, steps)
     table = None
     if page_size:
@@ -76,15 +75,15 @@ def test_decode_steps_equal_prefill(dtype: str, page_size: int, engine: Engine) 
         )  # fmt: skip
         outs.append(out)
         lses.append(lse)
-    assert not accuracy.check(want, {"out": np.concatenate(outs, 1), "lse": np.concatenate(lses, 2)})
+    assert not testing.compare(want, {"out": np.concatenate(outs, 1), "lse": np.concatenate(lses, 2)})
 
 
 def test_prefill_in_chunks_equals_prefill(engine: Engine) -> None:
     """Also with left padding and a window."""
     case = Case("chunks", batch=3, seqlen_q=30, seqlen_k=30, group=2, causal=True, window=(12, None), offset="", seed=1)
-    inputs = build(case)
+    inputs = make_inputs(case)
     q, k, v = (inputs.arguments[name] for name in "qkv")
-    want = expected(inputs)
+    want = testing.expected(inputs)
     pad = 4
     k_cache, v_cache = (np.full((3, 36, *x.shape[2:]), np.nan, x.dtype) for x in (k, v))
     outs, lses = [], []
@@ -95,11 +94,11 @@ def test_prefill_in_chunks_equals_prefill(engine: Engine) -> None:
         )  # fmt: skip
         outs.append(out)
         lses.append(lse)
-    assert not accuracy.check(want, {"out": np.concatenate(outs, 1), "lse": np.concatenate(lses, 2)})
+    assert not testing.compare(want, {"out": np.concatenate(outs, 1), "lse": np.concatenate(lses, 2)})
 
 
 def test_without_new_keys_nothing_is_written(engine: Engine) -> None:
-    given = Setup().draw()
+    given = AppendCase().draw()
     del given["k"], given["v"]
     before = given["k_cache"].copy(), given["v_cache"].copy()
     out = anyattn.attention_with_kvcache(**given, backend=engine.backend)
@@ -113,7 +112,7 @@ def test_without_new_keys_nothing_is_written(engine: Engine) -> None:
 @pytest.mark.parametrize("name", ["k_cache", "v_cache"])
 def test_expanded_cache_is_refused(name: str, engine: Engine) -> None:
     """Its sequences share memory, so that each would overwrite the others' keys."""
-    given = {x: torch.from_numpy(y) if isinstance(y, np.ndarray) else y for x, y in Setup().draw().items()}
+    given = {x: torch.from_numpy(y) if isinstance(y, np.ndarray) else y for x, y in AppendCase().draw().items()}
     given[name] = given[name][:1].expand(3, -1, -1, -1)
     before = {x: given[x].clone() for x in ("k_cache", "v_cache")}
     with pytest.raises(ValueError, match=f"{name} is expanded along axis 0"):
@@ -122,7 +121,9 @@ def test_expanded_cache_is_refused(name: str, engine: Engine) -> None:
 
 
 def test_num_splits_changes_nothing(engine: Engine) -> None:
-    outs = [anyattn.attention_with_kvcache(**Setup().draw(), num_splits=n, backend=engine.backend) for n in (0, 1, 7)]
+    outs = [
+        anyattn.attention_with_kvcache(**AppendCase().draw(), num_splits=n, backend=engine.backend) for n in (0, 1, 7)
+    ]
     assert all(np.array_equal(out, outs[0]) for out in outs)
 
 
@@ -132,7 +133,7 @@ def test_rows_that_are_views_of_larger_arrays(interleaved: bool, engine: Engine)
 
     The rotated q is an array of its own, with strides of its own.
     """
-    setup = Setup(rotary_dim=24, head_dim_v=24, interleaved=interleaved)
+    setup = AppendCase(rotary_dim=24, head_dim_v=24, interleaved=interleaved)
     want_given, given = setup.draw(), setup.draw()
     want = anyattn.attention_with_kvcache(**want_given, backend=engine.backend)
     fused = np.full((3, 9, 8, 24), np.nan, np.float32)  # heads of q, then of k, then of v
@@ -149,12 +150,12 @@ def test_rows_that_are_views_of_larger_arrays(interleaved: bool, engine: Engine)
 
 def test_cache_that_is_a_view_of_a_larger_one(engine: Engine) -> None:
     """One layer of a stacked cache, interleaved with v."""
-    given = Setup(head_dim_v=24).draw()
+    given = AppendCase(head_dim_v=24).draw()
     stacked = np.full((3, 40, 4, 2, 2, 24), np.nan, np.float32)  # (batch, slots, layers, k or v, nheads_kv, head_dim)
     stacked[:, :, 1, 0], stacked[:, :, 1, 1] = given["k_cache"], given["v_cache"]
     want = anyattn.attention_with_kvcache(**given, backend=engine.backend)
     given |= {"k_cache": stacked[:, :, 1, 0], "v_cache": stacked[:, :, 1, 1]}
-    again = Setup(head_dim_v=24).draw()
+    again = AppendCase(head_dim_v=24).draw()
     given["k_cache"][...], given["v_cache"][...] = again["k_cache"], again["v_cache"]
     got = anyattn.attention_with_kvcache(**given, backend=engine.backend)
     assert np.array_equal(got, want)

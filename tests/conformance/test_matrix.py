@@ -12,27 +12,27 @@ import numpy as np
 import pytest
 
 import anyattn
+from anyattn import testing
 from anyattn.definition import accuracy
-from harness import checks
+from anyattn.testing import Case, CaseInputs, make_inputs
 from harness.backends import Engine
-from harness.cases import ALL, SMALL, Case, sampled
-from harness.checks import DIRECTIONS, bits, refused, run
-from harness.inputs import Inputs, build
+from harness.cases import ALL, SMALL, sampled
+from harness.checks import bits, refused, run
 
 INTERPRETED = True
 
 
 @lru_cache(maxsize=2)
-def inputs_of(case: Case) -> Inputs:
-    return build(case)
+def inputs_of(case: Case) -> CaseInputs:
+    return make_inputs(case)
 
 
 @lru_cache(maxsize=24)  # the long matrix comes back to a row for each engine
 def expected(case: Case, direction: str) -> dict[str, accuracy.Expected]:
-    return checks.expected(inputs_of(case), direction)
+    return testing.expected(inputs_of(case), direction)
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("direction", testing.PASSES)
 @pytest.mark.parametrize("case", ALL, ids=str)
 def test_engine_equals_reference(case: Case, direction: str, engine: Engine) -> None:
     inputs = inputs_of(case)
@@ -41,7 +41,7 @@ def test_engine_equals_reference(case: Case, direction: str, engine: Engine) -> 
         return
     got = run(inputs, direction, engine)
     assert inputs.bytes() == before, "an input, or memory around it, was written"
-    assert not accuracy.check(expected(case, direction), got)
+    assert not testing.compare(expected(case, direction), got)
 
 
 @pytest.mark.full
@@ -50,10 +50,10 @@ def test_long_matrix(seed: int, engine: Engine) -> None:
     """10 rows a seed: nearly every triple of features meets somewhere."""
     wrong = []
     for case in sampled(seed, 10):
-        for direction in DIRECTIONS:
+        for direction in testing.PASSES:
             inputs = inputs_of(case)
             if not refused(inputs, direction, engine):
-                lines = accuracy.check(expected(case, direction), run(inputs, direction, engine))
+                lines = testing.compare(expected(case, direction), run(inputs, direction, engine))
                 wrong += [f"{case} {direction}: {line}" for line in lines]
     assert not wrong
 

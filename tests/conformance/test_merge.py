@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 
 import anyattn
+from anyattn import testing
 from anyattn.definition import dtypes
+from anyattn.testing import Case, make_inputs
+from anyattn.testing.cases import DTYPES
 from harness.backends import Engine
-from harness.cases import DTYPES, Case
-from harness.checks import expected
-from harness.inputs import build
 
 
 def parts(case: Case, splits: list[int], engine: Engine) -> list[tuple[np.ndarray, np.ndarray]]:
     """(out, lse) over each run of keys; positions are those of the whole, by a given offset."""
-    given = build(case).arguments
+    given = make_inputs(case).arguments
     q, k, v = given["q"], given["k"], given["v"]
     edges = [0, *splits, case.seqlen_k]
     results = []
@@ -32,7 +32,7 @@ def parts(case: Case, splits: list[int], engine: Engine) -> list[tuple[np.ndarra
 @pytest.mark.parametrize("causal", [False, True])
 def test_union_of_keys(causal: bool, splits: list[int], dtype: str, engine: Engine) -> None:
     case = Case("union", seqlen_q=70, causal=causal, dtype=dtype, group=2)
-    want = expected(build(case))
+    want = testing.expected(make_inputs(case))
     pieces = parts(case, splits, engine)
     out, lse = pieces[0]
     for other in pieces[1:]:

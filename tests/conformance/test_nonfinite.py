@@ -7,10 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from anyattn.testing import Case, CaseInputs, make_inputs
 from harness.backends import Engine
-from harness.cases import Case
 from harness.checks import run
-from harness.inputs import Inputs, build
 
 # Two sequences, two KV heads with two query heads each; several tiles of rows and keys.
 CASE = Case("nonfinite", seqlen_q=150, seqlen_k=170, nheads_kv=2, group=2, head_dim=40, dlse=True)
@@ -20,7 +19,7 @@ ROW, KEY, COLUMN = 70, 90, 5
 Results = dict[str, np.ndarray]
 
 
-def hit(inputs: Inputs, engine: Engine, name: str, index: tuple[int, ...], value: float) -> Results:
+def hit(inputs: CaseInputs, engine: Engine, name: str, index: tuple[int, ...], value: float) -> Results:
     """The results of both directions with one number replaced; `inputs` is as before afterwards."""
     array = {"dout": inputs.dout, "dlse": inputs.dlse}.get(name, inputs.arguments.get(name))
     assert array is not None
@@ -31,13 +30,13 @@ def hit(inputs: Inputs, engine: Engine, name: str, index: tuple[int, ...], value
         array[index] = old
 
 
-def both(inputs: Inputs, engine: Engine) -> Results:
+def both(inputs: CaseInputs, engine: Engine) -> Results:
     return run(inputs, "forward", engine) | run(inputs, "backward", engine)  # type: ignore[return-value]
 
 
 @pytest.fixture(params=DTYPES)
-def inputs(request: pytest.FixtureRequest) -> Inputs:
-    return build(replace(CASE, dtype=request.param))
+def inputs(request: pytest.FixtureRequest) -> CaseInputs:
+    return make_inputs(replace(CASE, dtype=request.param))
 
 
 def same(got: Results, clean: Results, name: str, where: tuple[object, ...]) -> None:
@@ -61,7 +60,7 @@ def unrelated(got: Results, clean: Results) -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_in_a_query(inputs: Inputs, engine: Engine, value: float) -> None:
+def test_in_a_query(inputs: CaseInputs, engine: Engine, value: float) -> None:
     """Its own row of its own head; forward, no other row."""
     clean, got = both(inputs, engine), hit(inputs, engine, "q", (B, ROW, H, COLUMN), value)
     assert np.isnan(got["out"][B, ROW, H]).all() and not np.isfinite(got["lse"][B, H, ROW])
@@ -74,7 +73,7 @@ def test_in_a_query(inputs: Inputs, engine: Engine, value: float) -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_in_a_value(inputs: Inputs, engine: Engine, value: float) -> None:
+def test_in_a_value(inputs: CaseInputs, engine: Engine, value: float) -> None:
     """One column of the output of every row that sees it; no score."""
     clean, got = both(inputs, engine), hit(inputs, engine, "v", (B, KEY, KV, COLUMN), value)
     column = got["out"][B, :, 2:, COLUMN]
@@ -84,7 +83,7 @@ def test_in_a_value(inputs: Inputs, engine: Engine, value: float) -> None:
     unrelated(got, clean)
 
 
-def test_in_a_key(inputs: Inputs, engine: Engine) -> None:
+def test_in_a_key(inputs: CaseInputs, engine: Engine) -> None:
     """Every row that sees it; in the gradients every key of the head too."""
     clean, got = both(inputs, engine), hit(inputs, engine, "k", (B, KEY, KV, COLUMN), np.nan)
     assert np.isnan(got["out"][B, :, 2:]).all() and np.isnan(got["lse"][B, 2:]).all()
@@ -94,7 +93,7 @@ def test_in_a_key(inputs: Inputs, engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("name", ["dout", "dlse"])
-def test_in_a_gradient(inputs: Inputs, engine: Engine, name: str) -> None:
+def test_in_a_gradient(inputs: CaseInputs, engine: Engine, name: str) -> None:
     """The row's dq and every key that it sees; dlse reaches no value."""
     index = (B, ROW, H, COLUMN) if name == "dout" else (B, H, ROW)
     clean, got = both(inputs, engine), hit(inputs, engine, name, index, np.nan)
@@ -114,7 +113,7 @@ def test_in_a_gradient(inputs: Inputs, engine: Engine, name: str) -> None:
 def test_the_lowest_number_hides_a_key_like_minus_infinity(engine: Engine, lowest: float) -> None:
     """Beside other keys and alone: a row of nothing else sees no key. Gradients and all."""
     case = replace(CASE, dtype="float32", bias="full")
-    inputs, masked = build(case), build(replace(case, bias="", mask="full"))
+    inputs, masked = make_inputs(case), make_inputs(replace(case, bias="", mask="full"))
     hidden = np.random.default_rng(0).random((2, 4, 150, 170)) < 0.5
     hidden[:, :, 7] = True
     inputs.arguments["bias"] = np.where(hidden, np.float32(lowest), np.float32(0))

@@ -8,22 +8,22 @@ import numpy as np
 import pytest
 
 from anyattn.definition import reference
-from harness.cases import ALL, Case, named
-from harness.inputs import Inputs, build
+from anyattn.testing import Case, CaseInputs, make_inputs
+from harness.cases import ALL, named
 from harness.oracle import attention
 
 torch = pytest.importorskip("torch")
 
 
-def reference_of(inputs: Inputs) -> dict[str, np.ndarray | None]:
-    problem, arrays = inputs.canonical(backward=True)
+def reference_of(inputs: CaseInputs) -> dict[str, np.ndarray | None]:
+    problem, arrays = inputs.describe(backward=True)
     out, lse = reference.forward(problem, arrays)
     return {"out": out, "lse": lse, **vars(reference.backward(problem, arrays, inputs.dout64, inputs.dlse64))}
 
 
 @pytest.mark.parametrize("case", ALL, ids=str)
 def test_reference_equals_autograd(case: Case) -> None:
-    inputs = build(case)
+    inputs = make_inputs(case)
     expected, got = attention(inputs), reference_of(inputs)
     for name, want in expected.items():
         value = got[name]
@@ -40,7 +40,7 @@ def test_gradients_equal_finite_differences(name: str) -> None:
     """Of sum(out * dout) + sum(lse * dlse), in random directions."""
     sizes = {"seqlen_q": 9, "seqlen_k": 12, "group": 2, "head_dim": 5, "head_dim_v": 3, "dtype": "float64"}
     case = Case("differences", **sizes, bias="h1", sink=True, softcap=1.5, causal=True, dropout_p=0.3, dlse=True)
-    inputs = build(case)
+    inputs = make_inputs(case)
     gradient = reference_of(inputs)[f"d{name}"]
     array = inputs.arguments[name]
     assert gradient is not None
@@ -52,9 +52,9 @@ def test_gradients_equal_finite_differences(name: str) -> None:
         assert slope == pytest.approx(along, rel=1e-6, abs=1e-6)
 
 
-def _loss(inputs: Inputs, name: str, value: np.ndarray) -> float:
+def _loss(inputs: CaseInputs, name: str, value: np.ndarray) -> float:
     changed = replace(inputs, arguments={**inputs.arguments, name: value})
-    problem, arrays = changed.canonical()
+    problem, arrays = changed.describe()
     out, lse = reference.forward(problem, arrays)
     assert inputs.dlse64 is not None
     seen = np.isfinite(lse)
@@ -67,7 +67,7 @@ def test_reference_equals_sdpa(causal: bool, seqlen_q: int, seqlen_k: int) -> No
     """torch's is_causal is aligned to the top left, and reads keys that no row sees."""
     case = Case("sdpa", seqlen_q=seqlen_q, seqlen_k=seqlen_k, group=3, dtype="float64", causal=causal)
     case = replace(case, alignment="top-left")
-    inputs = build(case)
+    inputs = make_inputs(case)
     q, k, v = (
         torch.from_numpy(np.nan_to_num(inputs.arguments[name].swapaxes(1, 2))).requires_grad_() for name in "qkv"
     )
@@ -80,7 +80,9 @@ def test_reference_equals_sdpa(causal: bool, seqlen_q: int, seqlen_k: int) -> No
 
 def test_rows_without_keys() -> None:
     """Worked by hand: 2 rows, no keys, sink 0.5: out 0, lse 0.5, and dsink is the sum of dlse."""
-    inputs = build(Case("no_keys", batch=1, seqlen_q=2, seqlen_k=0, nheads_kv=1, sink=True, dlse=True, dtype="float64"))
+    inputs = make_inputs(
+        Case("no_keys", batch=1, seqlen_q=2, seqlen_k=0, nheads_kv=1, sink=True, dlse=True, dtype="float64")
+    )
     inputs.arguments["sink"] = np.array([0.5])
     got = reference_of(inputs)
     assert (got["out"] == 0).all() and (got["lse"] == 0.5).all() and (got["dq"] == 0).all()
@@ -93,7 +95,7 @@ def test_stale_memory_changes_nothing() -> None:
     case = named("paged_varlen")
     results = []
     for stale in (np.nan, 1e3, np.inf):
-        inputs = build(case)
+        inputs = make_inputs(case)
         for name in ("k", "v"):
             array = inputs.arguments[name]
             array[np.isnan(array)] = stale

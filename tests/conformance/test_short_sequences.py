@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import anyattn
+from anyattn.testing import Case, make_inputs
+from anyattn.testing.cases import DTYPES
 from harness.backends import Engine
-from harness.cases import DTYPES, Case
 from harness.checks import refused, wrong
-from harness.inputs import build
 
 LONG = Case("long", batch=1, seqlen_q=1, seqlen_k=1300, nheads_kv=3, group=4, head_dim=64, head_dim_v=64, causal=True)
 FEATURES = [
@@ -41,7 +41,7 @@ FEATURES = [
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", FEATURES, ids=str)
 def test_equals_reference(case: Case, dtype: str, engine: Engine) -> None:
-    inputs = build(replace(case, dtype=dtype))
+    inputs = make_inputs(replace(case, dtype=dtype))
     before = inputs.bytes()
     assert not refused(inputs, "forward", engine)
     assert not wrong(inputs, "forward", engine)
@@ -53,7 +53,7 @@ def test_beside_a_long_sequence(dtype: str, engine: Engine) -> None:
     """Prefill and decoding in one call: each sequence has the bits that it has alone."""
     rows, keys = [1, 100, 3, 64, 65, 0, 17], [1500, 700, 2000, 1025, 100, 30, 512]
     cu_q, cu_k = np.cumsum([0, *rows]), np.cumsum([0, *keys])
-    inputs = build(Case("mixed", batch=1, seqlen_q=int(cu_q[-1]), seqlen_k=int(cu_k[-1]), group=2, dtype=dtype))
+    inputs = make_inputs(Case("mixed", batch=1, seqlen_q=int(cu_q[-1]), seqlen_k=int(cu_k[-1]), group=2, dtype=dtype))
     q, k, v = (inputs.arguments[name][0] for name in "qkv")
     flags = {"causal": True, "backend": engine.backend, "return_lse": True}
     out, lse = anyattn.attention_varlen(q, k, v, cu_q, cu_k, **flags)

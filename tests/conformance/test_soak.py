@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 
 import soak
+from anyattn.testing.cases import BROADCASTS, CONTENTS, DTYPES, LAYOUTS, LENGTHS
 from harness.backends import engines
-from harness.cases import CONTENTS, DTYPES, LENGTHS
-from harness.inputs import BROADCASTS, LAYOUTS
 from harness.memory import Memory
 
 CASES = [soak.draw(seed) for seed in range(4000)]
@@ -24,12 +23,12 @@ def test_a_seed_is_a_problem() -> None:
 def test_sizes_are_large_and_bounded() -> None:
     for case in CASES:
         heads = case.batch * case.nheads_kv * case.group
-        assert max(case.seqlen_q, case.seqlen_k) <= soak.LONGEST
-        assert heads <= 1 or heads * case.seqlen_q * case.seqlen_k <= soak.SCORES
-    assert max(case.seqlen_q * case.seqlen_k for case in CASES) > soak.LONGEST**2 / 2
+        assert max(case.seqlen_q, case.seqlen_k) <= soak.LIMITS.longest
+        assert heads <= 1 or heads * case.seqlen_q * case.seqlen_k <= soak.LIMITS.scores
+    assert max(case.seqlen_q * case.seqlen_k for case in CASES) > soak.LIMITS.longest**2 / 2
     for size in ("seqlen_q", "seqlen_k"):
         lengths = {getattr(case, size) for case in CASES}
-        assert {0, 1, soak.LONGEST} <= lengths and len(lengths) > 500
+        assert {0, 1, soak.LIMITS.longest} <= lengths and len(lengths) > 500
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,8 @@ import numpy as np
 import torch
 
 import anyattn
-from anyattn.definition import accuracy
-from harness.cases import Case
-from harness.checks import expected
-from harness.inputs import build
+from anyattn import testing
+from anyattn.testing import Case, make_inputs
 
 ARRAYS = ("q", "k", "v", "bias", "mask", "alibi_slopes", "sink", "rng_state")
 
@@ -49,7 +47,7 @@ def to_numpy(array: torch.Tensor | None) -> np.ndarray | None:
 
 def compare(case: Case, device: str, backend: str = "triton") -> list[str]:
     """What is wrong with a case, forward and backward; ["refused"] where the backend refuses it."""
-    inputs = build(replace(case, layout="bshd") if case.layout == "reversed" else case)
+    inputs = make_inputs(replace(case, layout="bshd") if case.layout == "reversed" else case)
     given: dict[str, Any] = {**inputs.arguments, "backend": backend}
     for name, value in given.items():
         if isinstance(value, np.ndarray):
@@ -58,7 +56,7 @@ def compare(case: Case, device: str, backend: str = "triton") -> list[str]:
             given[name] = torch.tensor(value, dtype=torch.int32, device=device)
     try:
         out, lse = anyattn.attention_forward(**given)
-        wrong = accuracy.check(expected(inputs), {"out": to_numpy(out), "lse": to_numpy(lse)})
+        wrong = testing.compare(testing.expected(inputs), {"out": to_numpy(out), "lse": to_numpy(lse)})
         if case.lengths.startswith("paged"):
             return wrong
         dout = to_device(inputs.dout, device)
@@ -69,4 +67,4 @@ def compare(case: Case, device: str, backend: str = "triton") -> list[str]:
     got = {name: to_numpy(gradient) for name, gradient in grads._asdict().items()}
     if got["dbias"] is not None:
         got["dbias"] = got["dbias"].reshape((1,) * (4 - got["dbias"].ndim) + got["dbias"].shape)
-    return wrong + accuracy.check(expected(inputs, "backward"), got)
+    return wrong + testing.compare(testing.expected(inputs, "backward"), got)

@@ -16,12 +16,11 @@ from typing import Any
 import torch
 
 import anyattn
+from anyattn import testing
 from anyattn.config import settings
-from anyattn.definition import accuracy
 from anyattn.definition.problem import Problem
+from anyattn.testing import Case
 from device.arrays import to_device, to_numpy
-from harness.cases import Case
-from harness.checks import expected
 from harness.hopper_inputs import aligned, drawn
 
 LONGEST = 700
@@ -71,7 +70,7 @@ def small(case: Case, device: str) -> list[str]:
     inputs = aligned(case)
     given = inputs.arguments | {name: to_device(inputs.arguments[name], device) for name in "qkv"}
     out, lse = anyattn.attention_forward(**given, backend="triton")
-    return accuracy.check(expected(inputs), {"out": to_numpy(out), "lse": to_numpy(lse)})
+    return testing.compare(testing.expected(inputs), {"out": to_numpy(out), "lse": to_numpy(lse)})
 
 
 def large(case: Case, device: str) -> list[str]:

@@ -14,8 +14,8 @@ from torch import Tensor
 import anyattn
 from anyattn.compat import flash_attn, flash_attn_3
 from anyattn.frameworks.torch import aten
+from anyattn.testing.layouts import around, scattered
 from harness.backends import Engine
-from harness.layouts import around, scattered
 
 CACHES = ("k_cache", "v_cache")
 SHAPES = {

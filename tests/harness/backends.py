@@ -13,7 +13,8 @@ from anyattn.backends.triton.device import interpreted
 from anyattn.config import settings
 from anyattn.definition.problem import Problem
 from anyattn.runtime import dispatch
-from harness.cases import INTERPRETED_ENTRIES, Case, small
+from anyattn.testing import Case
+from harness.cases import INTERPRETED_ENTRIES, small
 
 WIDEST = {"triton": 512, "vulkan": 256}  # head_dim of the backends for GPUs
 

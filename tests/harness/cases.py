@@ -1,57 +1,16 @@
 """What is tested: a table of problems in which every pair of features meets, and one named case for each corner.
 
-A Case holds choices, no arrays; `inputs.build` makes the arrays. `scripts/make_cases.py` writes the table.
+`scripts/make_cases.py` writes the table; `anyattn.testing` makes the arrays of a case.
 """
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-DTYPES = ("float64", "float32", "float16", "bfloat16")
-# What random problems are drawn from; a value that stands here more than once is drawn more often.
-CONTENTS = ("normal", "normal", "normal", "huge", "equal_keys", "rising", "falling", "all_negative", "empty_sequences")
-LENGTHS = ("full", "full", "seqused", "leftpad", "both", "varlen", "varlen_seqused", "paged", "paged_varlen")
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """One problem. Sizes are those of the longest sequence; lengths of the others are drawn from the seed."""
-
-    name: str
-    batch: int = 2
-    seqlen_q: int = 63
-    seqlen_k: int = 111
-    nheads_kv: int = 2
-    group: int = 1
-    head_dim: int = 40
-    head_dim_v: int = 40
-    dtype: str = "float32"
-    causal: bool = False
-    window: tuple[int | None, int | None] | None = None
-    chunk: int = 0
-    alignment: str = "bottom-right"
-    offset: str = ""  # "int": one for all sequences; "each": one per sequence
-    lengths: str = "full"  # full, seqused, leftpad, both, varlen, varlen_seqused, paged, paged_varlen
-    mask: str = ""  # how the dense mask and the bias broadcast: see inputs.BROADCASTS
-    bias: str = ""
-    bias_dtype: str = ""  # of q, unless given
-    alibi: str = ""  # "h": (nheads,); "bh": (batch, nheads)
-    softcap: float = 0.0
-    sink: bool = False
-    dropout_p: float = 0.0
-    scale: float | None = None
-    layout: str = "bshd"  # see inputs.LAYOUTS
-    dlse: bool = False
-    content: str = "normal"  # CONTENTS, and what named cases have besides
-    page_size: int = 0  # 0: drawn
-    seed: int = 0
-
-    def __str__(self) -> str:
-        return self.name
-
+from anyattn.testing import Case
 
 _MASKS: dict[str, dict[str, object]] = {
     "none": {},

@@ -1,4 +1,4 @@
-"""Calls of a backend on the arrays of a case, the float64 results with their error budgets, and the comparison."""
+"""Calls of a backend on the arrays of a case, and the comparison with float64; what a backend refuses."""
 
 from __future__ import annotations
 
@@ -6,51 +6,26 @@ import numpy as np
 import pytest
 
 import anyattn
-from anyattn.definition import accuracy
+from anyattn import testing
 from anyattn.runtime import dispatch
 from harness.backends import Engine
-from harness.inputs import Inputs
-
-DIRECTIONS = ("forward", "backward")
 
 
-def expected(inputs: Inputs, direction: str = "forward") -> dict[str, accuracy.Expected]:
-    """Return the results in float64 by name, each with the largest error that a backend may make."""
-    problem, arrays = inputs.canonical()
-    if direction == "forward":
-        return accuracy.expected_forward(problem, arrays)
-    return accuracy.expected_backward(problem, arrays, inputs.dout64, inputs.dlse64)
-
-
-def run(inputs: Inputs, direction: str, engine: Engine) -> dict[str, np.ndarray | None]:
+def run(inputs: testing.CaseInputs, direction: str, engine: Engine) -> testing.Results:
     """Return the backend's results by name, after a check of their dtypes, shapes and strides."""
-    case, given = inputs.case, inputs.arguments
-    if direction == "forward":
-        out, lse = anyattn.attention_forward(**given, backend=engine.backend)
-        assert out.dtype == given["q"].dtype and lse.dtype == inputs.compute_dtype
-        assert out.flags.c_contiguous and lse.flags.c_contiguous
-        return {"out": out, "lse": lse}
-    out, lse = inputs.saved(*anyattn.attention_forward(**given, backend=engine.backend))
-    grads = anyattn.attention_backward(inputs.dout, out=out, lse=lse, dlse=inputs.dlse, **given, backend=engine.backend)
-    got = grads._asdict()
-    for name in ("q", "k", "v", "bias", "sink"):
-        gradient, array = got[f"d{name}"], given.get(name)
-        assert (gradient is None) == (array is None), name
-        if array is not None:
-            assert gradient.dtype == array.dtype and gradient.shape == array.shape and gradient.flags.c_contiguous, name
-    if case.bias:
-        got["dbias"] = got["dbias"].reshape((1,) * (4 - got["dbias"].ndim) + got["dbias"].shape)
+    got = testing.compute(inputs, direction, engine.backend)
+    assert not testing.malformed(inputs, got)
     return got
 
 
-def wrong(inputs: Inputs, direction: str, engine: Engine) -> list[str]:
+def wrong(inputs: testing.CaseInputs, direction: str, engine: Engine) -> list[str]:
     """Return [], or a line for each result of the backend that is farther from float64 than its budget."""
-    return accuracy.check(expected(inputs, direction), run(inputs, direction, engine))
+    return testing.compare(testing.expected(inputs, direction), run(inputs, direction, engine))
 
 
-def refused(inputs: Inputs, direction: str, engine: Engine) -> bool:
+def refused(inputs: testing.CaseInputs, direction: str, engine: Engine) -> bool:
     """Return True if the backend says that it does not compute this, after a check that the call raises its reasons."""
-    backend, (problem, _) = dispatch.get(engine.backend), inputs.canonical(backward=direction == "backward")
+    backend, (problem, _) = dispatch.get(engine.backend), inputs.describe(backward=direction == "backward")
     reasons = dispatch.refuse(backend, problem)
     if not reasons:
         return False

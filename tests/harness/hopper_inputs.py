@@ -7,15 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from harness.cases import Case
-from harness.inputs import Inputs, build
+from anyattn.testing import Case, CaseInputs, make_inputs
 
 MARGIN = 8  # elements: 16 bytes
 
 
-def aligned(case: Case) -> Inputs:
+def aligned(case: Case) -> CaseInputs:
     """The case's values; strides and addresses are multiples of 16 bytes, relative to the buffer."""
-    inputs = build(case)
+    inputs = make_inputs(case)
     for name in "qkv":
         inputs.arguments[name] = embed(np.array(inputs.arguments[name]), case.layout)
     return inputs

@@ -8,19 +8,21 @@ from typing import Any
 import numpy as np
 
 import anyattn
+from anyattn import testing
 from anyattn.definition import accuracy
 from anyattn.definition.dtypes import DTYPES
-from harness.cases import Case
-from harness.checks import expected
-from harness.inputs import NUMPY_DTYPES, build
-from harness.layouts import around, scattered
+from anyattn.testing import Case, make_inputs, numpy_dtype
+from anyattn.testing.layouts import around, scattered
 
 Buffers = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
-class Setup:
-    """One call with an append; every array of it is drawn from the seed."""
+class AppendCase:
+    """One call with an append; every array of it is drawn from the seed.
+
+    It is no `testing.Case`: its choices are places in a cache, new keys and a rotation, and what it wrote is checked.
+    """
 
     dtype: str = "float32"
     batch: int = 3
@@ -52,7 +54,7 @@ class Setup:
         rng = np.random.default_rng(self.seed)
 
         def normal(*shape: int) -> np.ndarray:
-            return rng.standard_normal(shape).astype(NUMPY_DTYPES[self.dtype])
+            return rng.standard_normal(shape).astype(numpy_dtype(self.dtype))
 
         lengths = rng.integers(0, self.slots - self.new + 1, self.batch)
         given: dict[str, Any] = {"q": normal(self.batch, self.rows, self.nheads_kv * self.group, self.head_dim)}
@@ -113,7 +115,7 @@ def rotate(x: np.ndarray, position: int, given: dict[str, Any]) -> np.ndarray:
     return out
 
 
-def problems_of(setup: Setup, backend: str) -> list[str]:
+def problems_of(setup: AppendCase, backend: str) -> list[str]:
     """[] or a line for everything that is wrong about this call."""
     given, buffers = setup.place()
     before = {name: given[name].copy() for name in ("k_cache", "v_cache")}
@@ -128,7 +130,7 @@ def problems_of(setup: Setup, backend: str) -> list[str]:
     return wrong + _attended(setup, given, out, lse)
 
 
-def _appended(setup: Setup, given: dict[str, Any], before: dict[str, np.ndarray]) -> list[str]:
+def _appended(setup: AppendCase, given: dict[str, Any], before: dict[str, np.ndarray]) -> list[str]:
     """The new slots hold k, rotated, and v; all others what they held."""
     tolerance = DTYPES[setup.dtype].eps / 2 + 2 * DTYPES["float64" if setup.dtype == "float64" else "float32"].eps
     rotated = setup.rotary_dim
@@ -156,7 +158,7 @@ def _same(a: np.ndarray, b: np.ndarray) -> bool:
     return a.tobytes() == b.tobytes()
 
 
-def _attended(setup: Setup, given: dict[str, Any], out: np.ndarray, lse: np.ndarray) -> list[str]:
+def _attended(setup: AppendCase, given: dict[str, Any], out: np.ndarray, lse: np.ndarray) -> list[str]:
     """The same as rotating q, gathering every sequence's keys and attending to each sequence alone."""
     wrong = []
     for b in range(setup.batch):
@@ -178,7 +180,7 @@ def _attended(setup: Setup, given: dict[str, Any], out: np.ndarray, lse: np.ndar
     return wrong
 
 
-def _budgets(setup: Setup, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> dict[str, accuracy.Expected]:
-    inputs = build(Case("gathered", batch=1, seqlen_q=1, seqlen_k=1, nheads_kv=1, head_dim=1, head_dim_v=1))
+def _budgets(setup: AppendCase, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> dict[str, accuracy.Expected]:
+    inputs = make_inputs(Case("gathered", batch=1, seqlen_q=1, seqlen_k=1, nheads_kv=1, head_dim=1, head_dim_v=1))
     inputs.arguments = {"q": q, "k": k, "v": v, "causal": setup.causal, "window": setup.window}
-    return expected(inputs)
+    return testing.expected(inputs)

@@ -5,7 +5,6 @@ Shares nothing with the package but the dropout bits (which test_philox checks a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,21 +12,7 @@ import numpy as np
 from anyattn.definition import philox
 
 if TYPE_CHECKING:
-    from harness.cases import Case
-    from harness.inputs import Inputs
-
-
-@dataclass(frozen=True)
-class Span:
-    """One sequence: rows and keys in use, left padding, position of row 0, and the places of its rows and key slots."""
-
-    index: int
-    n_q: int
-    n_k: int
-    leftpad: int
-    offset: int
-    rows: Any  # index of the n_q rows in q without heads: q[rows] is (n_q, nheads, head_dim)
-    slots: Any  # index of the n_k slots in k
+    from anyattn.testing import Case, CaseInputs, Span
 
 
 def visible(case: Case, span: Span) -> np.ndarray:
@@ -47,7 +32,7 @@ def visible(case: Case, span: Span) -> np.ndarray:
     return seen
 
 
-def attention(inputs: Inputs) -> dict[str, np.ndarray | None]:
+def attention(inputs: CaseInputs) -> dict[str, np.ndarray | None]:
     """out, lse and, for the case's dout and dlse, every gradient; float64."""
     import torch
 
@@ -73,7 +58,7 @@ def attention(inputs: Inputs) -> dict[str, np.ndarray | None]:
     return {"out": out, "lse": lse, **grads}
 
 
-def _head(inputs: Inputs, leaves: dict[str, Any], span: Span, h: int) -> tuple[Any, Any, np.ndarray]:
+def _head(inputs: CaseInputs, leaves: dict[str, Any], span: Span, h: int) -> tuple[Any, Any, np.ndarray]:
     """(out, lse, rows that have an lse) of one head; only keys that the interval lets some row see are ever touched."""
     import torch
 
@@ -119,7 +104,7 @@ def _head(inputs: Inputs, leaves: dict[str, Any], span: Span, h: int) -> tuple[A
     return p @ v, line, live
 
 
-def _part(array: Any, inputs: Inputs, span: Span, h: int, used: np.ndarray) -> Any:
+def _part(array: Any, inputs: CaseInputs, span: Span, h: int, used: np.ndarray) -> Any:
     """(n_q, used) entries of a dense bias or mask."""
     sizes = (inputs.case.batch, inputs.case.nheads_kv * inputs.case.group, inputs.rows, inputs.slots)
     shape = (1,) * (4 - array.ndim) + tuple(array.shape)

@@ -32,9 +32,8 @@ from anyattn.definition.passes import BACKWARD, FORWARD
 from anyattn.definition.problem import Array, Problem
 from anyattn.definition.validate import make_problem
 from anyattn.runtime import dispatch
+from anyattn.testing import Case, make_inputs
 from harness.backends import Engine, engines
-from harness.cases import Case
-from harness.inputs import build
 
 GPU = DeviceInfo(
     index=0,
@@ -204,14 +203,14 @@ def test_software_is_chosen_where_the_settings_say(gpu: Callable[..., None], mon
 def test_work(case: Case, pairs: int) -> None:
     """By hand: q, k, v, bias and mask travel there and out back, in the backward dout and the gradients as well."""
     case = replace(case, head_dim=40, head_dim_v=24, nheads_kv=2, group=3, dtype="float16", bias="full", mask="row")
-    inputs = build(case)
+    inputs = make_inputs(case)
     q, k, v, bias, mask = (inputs.arguments[name] for name in ("q", "k", "v", "bias", "mask"))
     operations = 2 * 6 * pairs * (40 + 24)
     out = 2 * 30 * 6 * 24 * 2
     there = q.nbytes + k.nbytes + v.nbytes + bias.size * 2 + mask.size
-    assert offload.work(inputs.canonical()[0]) == (operations, operations / (there + out))
+    assert offload.work(inputs.describe()[0]) == (operations, operations / (there + out))
     gradients = q.nbytes + k.nbytes + v.nbytes + bias.size * 2
-    assert offload.work(inputs.canonical(backward=True)[0]) == (
+    assert offload.work(inputs.describe(backward=True)[0]) == (
         operations,
         operations / (there + 2 * out + gradients),
     )

@@ -81,8 +81,8 @@ def expected_backward(
 
     `parts` gives dq, dk and dv alone. It must hold every row of every query head that shares a key head.
     """
-    inputs = {x: getattr(problem, x) for x in (("q", "k", "v", "bias", "sink") if parts is None else ("q", "k", "v"))}
-    sums = _Sums(problem, {f"d{name}": array.shape for name, array in inputs.items() if array is not None})
+    shapes = reference.gradient_shapes(problem)
+    sums = _Sums(problem, shapes if parts is None else {name: shapes[name] for name in ("dq", "dk", "dv")})
     largest = 0.0
     for head in reference.heads(problem, arrays, parts):
         do = dout[head.rows_q]

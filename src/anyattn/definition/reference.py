@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from . import philox
 from .dtypes import LOWEST_SCORE, narrow, raw, widen
-from .inputs import TABLES
+from .inputs import GRADIENTS, TABLES
 from .problem import Problem
 from .sequences import Sequence, sequences
 
@@ -78,21 +78,20 @@ def forward(problem: Problem, arrays: Arrays) -> tuple[Float, Float]:
 
 def backward(problem: Problem, arrays: Arrays, dout: Float, dlse: Float | None = None) -> Gradients:
     """Gradients of sum(out * dout) + sum(lse * dlse)."""
-    grads = gradient_arrays(problem)
+    grads = {name: np.zeros(shape) for name, shape in gradient_shapes(problem).items()}
     for head in heads(problem, arrays):
         dl = np.zeros_like(head.lse) if dlse is None else dlse[rows_lse(problem, head)]
         add_gradients(grads, head, head_gradients(problem, arrays, head, dout[head.rows_q], dl))
     return Gradients(grads["dq"], grads["dk"], grads["dv"], grads.get("dbias"), grads.get("dsink"))
 
 
-def gradient_arrays(problem: Problem, dtype: str = "float64") -> dict[str, npt.NDArray[Any]]:
-    """Zeros in the shape of every gradient that the problem has."""
-    inputs = {"q": problem.q, "k": problem.k, "v": problem.v, "bias": problem.bias, "sink": problem.sink}
-    return {f"d{name}": np.zeros(array.shape, dtype) for name, array in inputs.items() if array is not None}
+def gradient_shapes(problem: Problem) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every gradient that the problem has."""
+    return {f"d{x}": problem.arrays[x].shape for x in ("q", "k", "v", *GRADIENTS) if x in problem.arrays}
 
 
 def head_gradients(problem: Problem, arrays: Arrays, head: Head, do: Float, dl: Float) -> dict[str, Any]:
-    """The terms that one head adds to every gradient; do, dl: its rows of dout and dlse."""
+    """Compute the terms that one head adds to every gradient; do, dl: its rows of dout and dlse."""
     dp = head.d * (do @ head.v.T)
     delta = (do * head.out).sum(-1) - dl
     ds = head.p * (dp - delta[:, None])
@@ -107,13 +106,13 @@ def head_gradients(problem: Problem, arrays: Arrays, head: Head, do: Float, dl: 
 
 
 def sink_weight(problem: Problem, arrays: Arrays, head: Head) -> Float:
-    """Each row's probability of the sink: 1 where it attends to no key."""
+    """Return each row's probability of the sink: 1 where it attends to no key."""
     sink = -np.inf if problem.sink is None else float(np.asarray(arrays["sink"])[head.h])
     return np.exp(np.minimum(sink - head.lse, 0.0)) if np.isfinite(sink) else np.zeros_like(head.lse)
 
 
 def add_gradients(sums: Mapping[str, npt.NDArray[Any]], head: Head, terms: Mapping[str, Any]) -> None:
-    """Adds one head's terms to the gradients that `sums` has."""
+    """Add one head's terms to the gradients that `sums` has."""
     places: dict[str, Any] = {"dq": head.rows_q, "dk": head.rows_k, "dv": head.rows_k, "dsink": head.h}
     for name, total in sums.items():
         if name == "dbias":
@@ -125,7 +124,7 @@ def add_gradients(sums: Mapping[str, npt.NDArray[Any]], head: Head, terms: Mappi
 
 
 def heads(problem: Problem, arrays: Arrays, parts: Iterable[Part] | None = None) -> Iterator[Head]:
-    """Every query head of every sequence, computed; or only these parts."""
+    """Compute every query head of every sequence, or these parts alone."""
     found = list(sequences(problem, {name: arrays.get(name) for name in TABLES}))
     if parts is None:
         parts = (Part(s.number, h, np.arange(s.n_q)) for s in found for h in range(problem.nheads))
@@ -183,14 +182,14 @@ def _logsumexp(s: Float, sink: float) -> Float:
 
 
 def _plane(array: npt.NDArray[Any], sequence: Sequence, h: int) -> npt.NDArray[Any]:
-    """(seqlen_q or 1, n_k or 1): a view of a (batch, nheads, seqlen_q, seqlen_k) array or of one that broadcasts."""
+    """Return a head's (seqlen_q or 1, n_k or 1) view of a (batch, nheads, seqlen_q, seqlen_k) array."""
     batch, nheads = array.shape[:2]
     plane = array[sequence.number if batch > 1 else 0, h if nheads > 1 else 0]
     return np.asarray(plane[:, : sequence.n_k if plane.shape[1] > 1 else 1])
 
 
 def _tile(array: npt.NDArray[Any], sequence: Sequence, h: int, rows: Ints) -> npt.NDArray[Any]:
-    """Its rows, or the one row that serves all."""
+    """Return the rows of a head's view, or the one row that serves all."""
     plane = _plane(array, sequence, h)
     return plane[rows] if plane.shape[0] > 1 else plane
 

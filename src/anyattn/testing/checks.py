@@ -11,6 +11,7 @@ import numpy.typing as npt
 from .. import api
 from ..definition import accuracy
 from ..definition.accuracy import Expected
+from ..definition.inputs import GRADIENTS
 from .arrays import make_inputs
 from .cases import Case
 from .inputs import CaseInputs
@@ -38,7 +39,7 @@ def check(case: Case, backend: str | None = None, passes: Iterable[str] = PASSES
     return lines
 
 
-def expected(inputs: CaseInputs, name: str) -> dict[str, Expected]:
+def expected(inputs: CaseInputs, name: str = "forward") -> dict[str, Expected]:
     """Compute the results of a pass in float64, each with the largest error that is accepted."""
     problem, arrays = inputs.describe()
     if name == "forward":
@@ -69,7 +70,7 @@ def compare(expected: Mapping[str, Expected], got: Mapping[str, npt.NDArray[Any]
 def malformed(inputs: CaseInputs, got: Mapping[str, npt.NDArray[Any] | None]) -> list[str]:
     """Return [] or one line for each result that is missing, not contiguous, or of the wrong dtype or shape."""
     given = inputs.arguments
-    wanted = {f"d{x}": (given[x].dtype, given[x].shape) for x in ("q", "k", "v", "bias", "sink") if x in given}
+    wanted = {f"d{x}": (given[x].dtype, given[x].shape) for x in ("q", "k", "v", *GRADIENTS) if x in given}
     wanted |= {"out": (given["q"].dtype, inputs.dout.shape), "lse": (inputs.compute_dtype, inputs.lse_shape)}
     lines = []
     for name, x in got.items():

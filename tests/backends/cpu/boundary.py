@@ -15,8 +15,7 @@ import numpy as np
 import anyattn
 from anyattn.backends.cpu import layout, library
 from anyattn.frameworks.numpy import NumpyAdapter
-from harness.cases import Case
-from harness.inputs import build
+from anyattn.testing import Case, make_inputs
 from harness.memory import Memory, guarded_empty
 
 OFFSETS = {name: layout.offset(name) for name, _ in layout.FIELDS}
@@ -126,7 +125,7 @@ class Process:
 
     def run(self) -> None:
         for self.case_index, case in enumerate(CASES):
-            inputs = build(case)
+            inputs = make_inputs(case)
             before = inputs.bytes()
             out, lse = anyattn.attention_forward(**inputs.arguments, backend="cpu")
             if "block_table" not in inputs.arguments:
@@ -156,7 +155,7 @@ def wrong(index: int, which: int) -> Iterator[tuple[Mutation, bool]]:
             for value in values:
                 yield {field: value}, True
     for name in TABLES[:5] + TABLES[6:]:
-        if name in build(CASES[index]).arguments:
+        if name in make_inputs(CASES[index]).arguments:
             for value in (-1, 10**6, 2**31 - 1, -(2**31)):
                 yield {name: value}, True
 

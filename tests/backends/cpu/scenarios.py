@@ -24,12 +24,11 @@ from typing import Any
 import numpy as np
 
 import anyattn
+from anyattn import testing
 from anyattn.backends.cpu import library
 from anyattn.config import settings
 from anyattn.definition import accuracy
-from harness import checks
-from harness.cases import Case
-from harness.inputs import Inputs, build
+from anyattn.testing import Case, CaseInputs, make_inputs
 
 HANG_SECONDS = 600
 CASE = Case("threads", seqlen_q=200, seqlen_k=180, group=2, head_dim=32, causal=True, sink=True, dlse=True)
@@ -37,9 +36,9 @@ NAMES = ("dq", "dk", "dv", "dsink")
 
 
 @cache
-def expected(case: Case) -> tuple[Inputs, dict[str, accuracy.Expected]]:
-    inputs = build(case)
-    return inputs, checks.expected(inputs) | checks.expected(inputs, "backward")
+def expected(case: Case) -> tuple[CaseInputs, dict[str, accuracy.Expected]]:
+    inputs = make_inputs(case)
+    return inputs, testing.expected(inputs) | testing.expected(inputs, "backward")
 
 
 def compute(case: Case = CASE, framework: str = "numpy") -> str:
@@ -52,7 +51,7 @@ def compute(case: Case = CASE, framework: str = "numpy") -> str:
     grads = anyattn.attention_backward(dout, out=out, lse=lse, dlse=dlse, **given, backend="cpu")
     got = {"out": out, "lse": lse} | {name: getattr(grads, name) for name in NAMES}
     arrays = {name: np.asarray(x) for name, x in got.items()}
-    wrong = accuracy.check(want, arrays)
+    wrong = testing.compare(want, arrays)
     assert not wrong, wrong
     return hashlib.sha256(b"".join(x.tobytes() for x in arrays.values())).hexdigest()
 

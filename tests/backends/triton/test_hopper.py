@@ -12,13 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+from anyattn import testing
 from anyattn.backends.triton.device import Device, interpreted
-from anyattn.definition import accuracy
+from anyattn.testing import Case, CaseInputs
 from harness.backends import skip_module_without
-from harness.cases import Case
-from harness.checks import expected
 from harness.hopper_inputs import aligned, drawn
-from harness.inputs import Inputs
 from harness.paths import SCRIPTS, TESTS
 from harness.processes import run_python
 
@@ -39,16 +37,16 @@ CLEAN: frozenset[tuple[str, str]] = frozenset()
 GUARD = 64
 
 
-def run(inputs: Inputs, seed: int = 0, broken: frozenset[tuple[str, str]] = CLEAN) -> list[str]:
+def run(inputs: CaseInputs, seed: int = 0, broken: frozenset[tuple[str, str]] = CLEAN) -> list[str]:
     """What is wrong with the emulated kernel's results."""
-    problem, arrays = inputs.canonical()
+    problem, arrays = inputs.describe()
     assert not plan.unsupported_reasons(problem)
     out, lse = (np.full(int(np.prod(shape)) + 2 * GUARD, np.nan) for shape in (problem.out_shape, problem.lse_shape))
     memory = {"out": Pointer(out, GUARD), "lse": Pointer(lse, GUARD)}
     launch(plan.forward_kernel(problem, None), memory | {name: whole(arrays[name]) for name in "qkv"}, seed, broken)
     assert all(np.isnan(array[edge]).all() for array in (out, lse) for edge in (slice(GUARD), slice(-GUARD, None)))
     got = {"out": out[GUARD:-GUARD].reshape(problem.out_shape), "lse": lse[GUARD:-GUARD].reshape(problem.lse_shape)}
-    return accuracy.check(expected(inputs), got)
+    return testing.compare(testing.expected(inputs), got)
 
 
 def whole(view: np.ndarray) -> Pointer:
@@ -211,13 +209,13 @@ def test_the_portable_kernels_take_the_rest(why: str, recorded: Any) -> None:
     ],
 )
 def test_what_the_kernels_leave_to_others(change: dict[str, Any], reason: str) -> None:
-    problem, _ = aligned(replace(CASE, **change)).canonical()
+    problem, _ = aligned(replace(CASE, **change)).describe()
     assert reason in "; ".join(plan.unsupported_reasons(problem))
     assert bool(plan.unsupported_reasons(problem)) == bool(reason)
 
 
 def test_unaligned_strides_and_batch_invariance_are_refused() -> None:
-    problem, _ = aligned(CASE).canonical()
+    problem, _ = aligned(CASE).describe()
     shifted = problem.k._replace(strides=(1, 64 * 500 + 4, 64, 1))
     assert not plan.unsupported_reasons(problem.with_arrays(k=shifted._replace(strides=(1, 64, 3, 1)))), (
         "one sequence, one head"
@@ -269,7 +267,7 @@ def test_every_launch_on_a_device_is_of_these_kernels(monkeypatch: pytest.Monkey
     launches = hopper_device.prepare()
     try:
         assert settings.current().hopper
-        problem, _ = aligned(drawn(1, 200)).canonical()
+        problem, _ = aligned(drawn(1, 200)).describe()
         assert portable.forward_shape(problem, Device("sm_90", 132, 2**25))[1:] == (False, 1)
         kernel = plan.forward_kernel(problem, None)
         kernel.launch(None, 0, 0)

@@ -14,10 +14,10 @@ from anyattn.backends.triton import backend, device, tuning
 from anyattn.backends.triton.device import INTERPRETER, interpreted
 from anyattn.frameworks.torch.adapter import adapter
 from anyattn.runtime import dispatch, execute
+from anyattn.testing import Case, make_inputs
 from harness.backends import Engine, skip_module_without
-from harness.cases import Case, named
+from harness.cases import named
 from harness.checks import wrong
-from harness.inputs import build
 
 skip_module_without("triton")
 pytestmark = pytest.mark.skipif(not interpreted(), reason="on a GPU tests/device runs instead")
@@ -45,15 +45,15 @@ def test_refusals_name_what_is_accepted() -> None:
 
 
 def test_elsewhere_than_on_a_gpu_is_refused_with_a_reason() -> None:
-    problem, _ = build(named("plain")).canonical()
+    problem, _ = make_inputs(named("plain")).describe()
     elsewhere = problem.with_arrays(q=problem.q._replace(device="meta"))
     assert "q is on meta" in dispatch.get("triton").supports(elsewhere)[0]
 
 
 def test_gradients_that_no_tile_of_a_card_holds_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "cards", lambda: [("cpu", "Abacus 9000", "sm_75")])
-    forward, _ = build(Case("wide", seqlen_q=4, seqlen_k=4, head_dim=160)).canonical()
-    backward, _ = build(Case("wide", seqlen_q=4, seqlen_k=4, head_dim=160)).canonical(backward=True)
+    forward, _ = make_inputs(Case("wide", seqlen_q=4, seqlen_k=4, head_dim=160)).describe()
+    backward, _ = make_inputs(Case("wide", seqlen_q=4, seqlen_k=4, head_dim=160)).describe(backward=True)
     supports = dispatch.get("triton").supports
     assert supports(forward) == []
     assert supports(backward) == ["takes head_dim and head_dim_v up to 128 for float32 gradients on sm_75; got 160"]
@@ -64,14 +64,14 @@ def test_gradients_that_no_tile_of_a_card_holds_are_refused(monkeypatch: pytest.
 def test_any_tile_size(name: str, config: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Full tiles and edges on both sides, several of each."""
     monkeypatch.setattr(tuning, "forward", lambda *_, **__: tuning.Config(*config))
-    inputs = build(named(name))
+    inputs = make_inputs(named(name))
     assert not wrong(inputs, "forward", TRITON)
 
 
 @pytest.mark.parametrize("section", [1, 3, 100])
 def test_any_order_of_programs(section: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "section", lambda *_: section)
-    inputs = build(Case("sections", batch=2, seqlen_q=150, seqlen_k=90, nheads_kv=5, causal=True))
+    inputs = make_inputs(Case("sections", batch=2, seqlen_q=150, seqlen_k=90, nheads_kv=5, causal=True))
     assert not wrong(inputs, "forward", TRITON)
 
 
@@ -81,14 +81,14 @@ def test_any_number_of_splits(count: int, lengths: str, monkeypatch: pytest.Monk
     """More splits than some rows have keys, and a sink that only one of them may count."""
     monkeypatch.setattr(tuning, "splits", lambda *_: count)
     case = Case("splits", seqlen_q=3, seqlen_k=400, group=4, causal=True, sink=True, lengths=lengths, dropout_p=0.2)
-    inputs = build(case)
+    inputs = make_inputs(case)
     assert not wrong(inputs, "forward", TRITON)
 
 
 @pytest.mark.parametrize("seqlen_q", [1, 70])
 def test_batch_invariant(seqlen_q: int) -> None:
     """Each sequence alone and in a batch: the same bits."""
-    inputs = build(Case("batch", batch=3, seqlen_q=seqlen_q, seqlen_k=300, group=4, causal=True, dtype="float16"))
+    inputs = make_inputs(Case("batch", batch=3, seqlen_q=seqlen_q, seqlen_k=300, group=4, causal=True, dtype="float16"))
     q, k, v = (inputs.arguments[name] for name in "qkv")
     flags = {"causal": True, "batch_invariant": True, "backend": "triton"}
     out = anyattn.attention(q, k, v, **flags)
@@ -98,7 +98,7 @@ def test_batch_invariant(seqlen_q: int) -> None:
 
 
 def test_from_run_to_run() -> None:
-    inputs = build(named("everything"))
+    inputs = make_inputs(named("everything"))
     out, lse = anyattn.attention_forward(**inputs.arguments, backend="triton")
     grads = [
         anyattn.attention_backward(
@@ -179,6 +179,6 @@ def test_cards(arch: str, triton: str, state: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(backend, "cards", lambda: [("cuda:0", "A card", arch)])
     monkeypatch.setattr(backend, "interpreted", lambda: False)
     assert backend.seen() == [{"device": "cuda:0", "name": "A card", "arch": arch, "state": state}]
-    problem, _ = build(named("plain")).canonical()
+    problem, _ = make_inputs(named("plain")).describe()
     problem = problem.with_arrays(q=problem.q._replace(device="cuda:0"))
     assert backend.TritonBackend().supports(problem) == ([state] if state.startswith("Triton") else [])

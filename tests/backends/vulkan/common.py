@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from anyattn.definition import accuracy
+from anyattn import testing
+from anyattn.testing import Case, CaseInputs, make_inputs
 from harness.backends import Engine, engines
-from harness.cases import Case, named
-from harness.checks import expected, run, wrong
-from harness.inputs import Inputs, build
+from harness.cases import named
+from harness.checks import run, wrong
 from harness.processes import run_python
 
 VULKAN = Engine("vulkan")
@@ -39,18 +39,18 @@ BACKWARD_CASES = [
 
 def check_forward(case: Case) -> None:
     """Compare the outputs with float64."""
-    assert not wrong(build(case), "forward", VULKAN)
+    assert not wrong(make_inputs(case), "forward", VULKAN)
 
 
 def check_backward(case: Case) -> None:
     """Compare the gradients with float64."""
-    assert not wrong(build(case), "backward", VULKAN)
+    assert not wrong(make_inputs(case), "backward", VULKAN)
 
 
-def checked_gradients(inputs: Inputs) -> dict[str, Any]:
+def checked_gradients(inputs: CaseInputs) -> dict[str, Any]:
     """Return the gradients, compared with float64."""
     got = run(inputs, "backward", VULKAN)
-    assert not accuracy.check(expected(inputs, "backward"), got)
+    assert not testing.compare(testing.expected(inputs, "backward"), got)
     return got
 
 

@@ -15,9 +15,9 @@ from anyattn.backends.vulkan.engine import Job
 from anyattn.backends.vulkan.engine import current_engine as engine
 from anyattn.config import settings
 from anyattn.runtime import dispatch
+from anyattn.testing import Case, make_inputs
 from backends.vulkan.common import FORWARD_CASES, check_forward, fresh_plans, needs_vulkan, printed
-from harness.cases import Case, named
-from harness.inputs import build
+from harness.cases import named
 
 pytestmark = [needs_vulkan, fresh_plans]
 
@@ -64,7 +64,7 @@ def test_split_keys(monkeypatch: pytest.MonkeyPatch, case: Case, keys: int) -> N
 def test_a_gpu_gets_shuffles_and_splits() -> None:
     """The choice itself, on the description of a device that is not here."""
     gpu = replace(devices.device().info, kind="discrete", subgroup=32, shuffle=True)
-    problem, _ = build(named("decode_f16")).canonical()
+    problem, _ = make_inputs(named("decode_f16")).describe()
     config = tuning.forward_config(gpu, problem)
     assert config.shuffle and config.lanes > 1 and config.unroll
     assert tuning.split_keys(gpu, problem, config) < problem.seqlen_k
@@ -73,8 +73,8 @@ def test_a_gpu_gets_shuffles_and_splits() -> None:
 
 def test_long_keys_stay_below_the_iterations_of_a_software_driver() -> None:
     """Mesa's leaves loops silently after 65,535: 40,000 keys are more than one workgroup may take."""
-    inputs = build(Case("long", batch=1, seqlen_q=3, seqlen_k=40_000, nheads_kv=1, head_dim=8, head_dim_v=8))
-    problem, _ = inputs.canonical()
+    inputs = make_inputs(Case("long", batch=1, seqlen_q=3, seqlen_k=40_000, nheads_kv=1, head_dim=8, head_dim_v=8))
+    problem, _ = inputs.describe()
     assert forward.Setup.of(devices.device().info, problem).splits > 1
     check_forward(inputs.case)
 
@@ -85,7 +85,7 @@ def test_arrays_larger_than_a_binding(monkeypatch: pytest.MonkeyPatch, limit: in
     info = replace(devices.device().info, storage_range=limit)
     monkeypatch.setattr(engine().device, "info", info)
     case = Case("parts", batch=3, seqlen_q=17, seqlen_k=21, nheads_kv=4, group=2, bias="b1", mask="h1", alibi="bh")
-    problem, _ = build(case).canonical()
+    problem, _ = make_inputs(case).describe()
     assert len(forward.Setup.of(info, problem).launches) > 1
     check_forward(case)
 

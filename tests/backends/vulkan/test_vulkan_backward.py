@@ -13,9 +13,9 @@ from anyattn.backends.vulkan import device as devices
 from anyattn.backends.vulkan import tuning
 from anyattn.backends.vulkan.backward import BackwardPlan
 from anyattn.backends.vulkan.engine import current_engine
+from anyattn.testing import Case, make_inputs
 from backends.vulkan.common import BACKWARD_CASES, check_backward, checked_gradients, fresh_plans, needs_vulkan, printed
-from harness.cases import Case, named
-from harness.inputs import build
+from harness.cases import named
 from harness.paths import ROOT
 
 pytestmark = [needs_vulkan, fresh_plans]
@@ -51,7 +51,7 @@ def test_every_shape_of_a_kernel(monkeypatch: pytest.MonkeyPatch, case: Case, sh
 def test_a_gpu_gets_lanes_and_shuffles() -> None:
     """The choice itself, on the description of a device that is not here."""
     gpu = replace(devices.device().info, kind="discrete", subgroup=32, shuffle=True)
-    problem, _ = build(Case("wide", head_dim=256, head_dim_v=8)).canonical(backward=True)
+    problem, _ = make_inputs(Case("wide", head_dim=256, head_dim_v=8)).describe(backward=True)
     configs = tuning.backward_configs(gpu, problem)
     assert len({(x.dim, x.dim_v) for x in configs.values()}) == 1
     assert all(configs[name].shuffle and configs[name].lanes == 16 for name in ("dq", "dkdv"))
@@ -79,14 +79,14 @@ def test_arrays_larger_than_a_binding(monkeypatch: pytest.MonkeyPatch, limit: in
     monkeypatch.setattr(current_engine().device, "info", info)
     parts = {"batch": 3, "seqlen_q": 17, "seqlen_k": 21, "nheads_kv": 4, "group": 2, "sink": True}
     for case in (Case("b1", bias="b1", dtype="float16", **parts), Case("one", bias="one", mask="h1", **parts)):
-        inputs = build(case)
-        assert len(BackwardPlan(current_engine(), info, inputs.canonical(backward=True)[0]).launches) > 1
+        inputs = make_inputs(case)
+        assert len(BackwardPlan(current_engine(), info, inputs.describe(backward=True)[0]).launches) > 1
         checked_gradients(inputs)
 
 
 def test_the_same_bits_in_any_batch_and_in_any_number_of_submissions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dropout aside, a sequence's gradients depend on itself alone; nothing depends on how the work is handed over."""
-    inputs = build(replace(named("everything"), dropout_p=0.0, bias="", mask="", alibi="h", batch=3))
+    inputs = make_inputs(replace(named("everything"), dropout_p=0.0, bias="", mask="", alibi="h", batch=3))
     first = checked_gradients(inputs)
     monkeypatch.setattr(current_engine(), "rate", 1e3)
     again = checked_gradients(inputs)

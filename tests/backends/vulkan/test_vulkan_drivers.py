@@ -62,8 +62,8 @@ def described(driver: str) -> dict[str, str]:
 def path_of_halves(driver: str) -> str:
     """How a plan for float16 computes: matrices are left out where their own test fails."""
     code = (
-        "from harness.cases import named; from harness.inputs import build; from anyattn.runtime import dispatch\n"
-        "problem, _ = build(named('huge_scores_f16')).canonical()\n"
+        "from harness.cases import named; from anyattn import testing; from anyattn.runtime import dispatch\n"
+        "problem, _ = testing.make_inputs(named('huge_scores_f16')).describe()\n"
         "print(dispatch.get('vulkan').plan(problem).path)"
     )
     return started(driver, "-c", code).strip()

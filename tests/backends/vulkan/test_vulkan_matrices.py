@@ -15,9 +15,10 @@ import anyattn
 from anyattn.backends.vulkan import device as devices
 from anyattn.backends.vulkan import tuning
 from anyattn.backends.vulkan.device import MATRICES
+from anyattn.testing import Case
 from backends.vulkan.common import VULKAN, check_backward, check_forward, fresh_plans
 from harness.backends import engines
-from harness.cases import Case, named
+from harness.cases import named
 
 needs_matrices = pytest.mark.skipif(
     VULKAN not in engines() or devices.device().info.paths()[MATRICES] != "",

@@ -26,9 +26,8 @@ from anyattn.config import settings
 from anyattn.definition.errors import DeviceError, DeviceMemoryError
 from anyattn.definition.problem import Problem
 from anyattn.runtime import dispatch
+from anyattn.testing import Case, make_inputs
 from backends.vulkan.common import needs_vulkan
-from harness.cases import Case
-from harness.inputs import build
 
 pytestmark = needs_vulkan
 X = np.random.default_rng(0).standard_normal((1, 40, 2, 24), np.float32)
@@ -201,7 +200,7 @@ def gpu(**changes: Any) -> devices.DeviceInfo:
     ids=str,
 )
 def test_matrices_where_they_have_rows(case: Case, path: str) -> None:
-    problem, _ = build(case).canonical()
+    problem, _ = make_inputs(case).describe()
     config = tuning.forward_config(gpu(), problem)
     assert config.path == path
     if path == MATRICES:
@@ -214,7 +213,7 @@ def test_matrices_where_they_have_rows(case: Case, path: str) -> None:
 
 
 def test_matrices_within_the_limits_of_a_device() -> None:
-    problem, _ = build(Case("wide", dtype="float16", seqlen_q=500, head_dim=256, head_dim_v=256)).canonical()
+    problem, _ = make_inputs(Case("wide", dtype="float16", seqlen_q=500, head_dim=256, head_dim_v=256)).describe()
     sizes = [tuning.forward_config(gpu(shared_memory=kib << 10), problem).workgroup for kib in (48, 28, 22)]
     assert sizes == [128, 64, 32]
     assert tuning.forward_config(gpu(shared_memory=16384), problem).path == SHUFFLES
