@@ -26,19 +26,22 @@ ROWS = 24  # of a head
 SCORES = 2**22  # of one part, which bounds the memory
 
 
-def expected_results(arguments: Mapping[str, Any], dout: Any = None, dlse: Any = None) -> dict[str, Expected]:
+def expected_results(
+    arguments: Mapping[str, Any], dout: Any = None, dlse: Any = None, *, random: bool = False
+) -> dict[str, Expected]:
     """Compute what a call must return: everything, or of a large problem a sample.
 
     Args:
         arguments: of `attention_forward`, on NumPy arrays or torch tensors.
         dout, dlse: gradients of out and lse, for the results of the backward.
+        random: the arrays are independent random numbers, for which a tighter budget holds (definition/accuracy.py).
     """
     problem, arrays = describe(arguments)
     parts = sample(problem, arrays, backward=dout is not None)
     if dout is None:
-        return accuracy.expected_forward(problem, arrays, parts)
+        return accuracy.expected_forward(problem, arrays, parts, random=random)
     do, dl = widen(to_numpy(dout), problem.dtype), None if dlse is None else to_numpy(dlse).astype(np.float64)
-    return accuracy.expected_backward(problem, arrays, do, dl, parts)
+    return accuracy.expected_backward(problem, arrays, do, dl, parts, random=random)
 
 
 def sample(problem: Problem, arrays: Mapping[str, Any], *, backward: bool) -> list[Part] | None:
