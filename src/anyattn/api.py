@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, overload
 
 from .arguments import A, Array, Table, Window, bounds, check_parts, explicit, paged_lengths
-from .definition.inputs import NO_EXTRAS, Appended, Extras, Gradients, Inputs, Saved
+from .definition.inputs import NO_EXTRAS, Appended, Extras, Gradients, Inputs, Saved, replace_extras
 from .definition.options import Options, Rotation
 from .frameworks import framework_of
 
@@ -320,7 +320,7 @@ def attention_with_kvcache(
     framework = framework_of(q)
 
     def check(seqused_k: Table | None) -> None:
-        framework.check(Inputs(q, k_cache, v_cache, extras._replace(seqused_k=seqused_k)), options, backend)
+        framework.check(Inputs(q, k_cache, v_cache, replace_extras(extras, seqused_k=seqused_k)), options, backend)
 
     rotated, seqused_k = framework.append(
         Appended(q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, block_table),
@@ -328,7 +328,7 @@ def attention_with_kvcache(
         backend,
         check=check,
     )
-    inputs = Inputs(rotated, k_cache, v_cache, extras._replace(seqused_k=seqused_k))
+    inputs = Inputs(rotated, k_cache, v_cache, replace_extras(extras, seqused_k=seqused_k))
     out, lse = framework.attention(inputs, options, None, return_lse, backend)
     return (out, lse) if return_lse else out
 

@@ -122,7 +122,13 @@ def make_inputs(q: Any, k: Any, v: Any, *extras: Any) -> Inputs:
     for x in extras:
         if x is not None:
             return Inputs(q, k, v, Extras(*extras))
-    return Inputs(q, k, v)
+    return Inputs(q, k, v, NO_EXTRAS)  # torch 2.6 traces no default that is a NamedTuple
+
+
+def replace_extras(extras: Extras, **changes: Any) -> Extras:
+    """Return the extras with other arrays under these names. torch 2.6 traces no `_replace`."""
+    given = dict(zip(Extras._fields, extras, strict=True))
+    return Extras(**{**given, **changes})
 
 
 def flatten(inputs: Inputs, saved: Saved | tuple[()] = ()) -> tuple[Any, ...]:
@@ -137,4 +143,4 @@ def reshape_gradients(grads: Gradients, extras: Extras) -> Gradients:
     for name in GRADIENTS:
         array, gradient = getattr(extras, name), getattr(grads, f"d{name}")
         found[f"d{name}"] = None if array is None else gradient.reshape(array.shape)
-    return grads._replace(**found)
+    return Gradients(grads.dq, grads.dk, grads.dv, **found)

@@ -51,7 +51,7 @@ class Attention(torch.autograd.Function):
         wants = _wants(Extras(*needs)) if needs else tuple(False for _ in GRADIENTS)
         grads = _gradients(saved, inputs, static, wants)
         found = {name: getattr(grads, f"d{name}") for name, want in zip(GRADIENTS, wants, strict=True) if want}
-        extras = NO_EXTRAS._replace(**found) if needs else ()
+        extras = Extras(**found) if needs else ()
         return (None, grads.dq, grads.dk, grads.dv, *extras)
 
     @staticmethod

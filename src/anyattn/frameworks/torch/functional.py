@@ -71,8 +71,9 @@ def forward(inputs: Inputs, options: Options, seed: int | None, backend: str | N
 def backward(saved: Saved, inputs: Inputs, options: Options, seed: int | None, backend: str | None) -> Gradients:
     """Return the gradients; that of a bias has the shape in which the bias came."""
     prepared = detach(prepare(inputs, seed))
-    given = {name: x if x is None and name == "dlse" else _tensor(name, x) for name, x in saved._asdict().items()}
-    saved = Saved(*[None if x is None else x.detach() for x in given.values()])
+    out, lse, dout, dlse = saved
+    dlse = None if dlse is None else _tensor("dlse", dlse).detach()
+    saved = Saved(_tensor("out", out).detach(), _tensor("lse", lse).detach(), _tensor("dout", dout).detach(), dlse)
     metadata = fastpath.metadata(flatten(prepared, saved))
     if metadata is not None:
         grads = execute.backward(adapter, saved, prepared, options, backend, metadata)
@@ -109,7 +110,7 @@ def append(
         return q, lengths
     given: dict[str, Any] = {
         name: None if x is None else _tensor(LABELS.get(name, name), x)
-        for name, x in arrays._asdict().items()
+        for name, x in zip(Appended._fields, arrays, strict=True)
         if name != "cache_seqlens"
     }
     given["cache_seqlens"] = lengths
