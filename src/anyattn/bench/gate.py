@@ -1,6 +1,6 @@
 """The correctness gate: a provider whose result is wrong is not timed.
 
-Results are compared with float64 within the budgets that the tests use too, of large workloads a sample.
+Results are compared with float64 within budgets that follow from the problem; of large workloads, a sample is.
 """
 
 from __future__ import annotations

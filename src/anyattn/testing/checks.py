@@ -12,13 +12,14 @@ from .. import api
 from ..definition import accuracy
 from ..definition.accuracy import Expected
 from ..definition.inputs import GRADIENTS
+from ..definition.passes import BACKWARD, FORWARD
 from .arrays import make_inputs
 from .cases import Case
 from .inputs import CaseInputs
 
 Results = dict[str, npt.NDArray[Any] | None]
 
-PASSES = ("forward", "backward")
+PASSES = (FORWARD.name, BACKWARD.name)
 
 
 def check(case: Case, backend: str | None = None, passes: Iterable[str] = PASSES) -> list[str]:
@@ -30,24 +31,24 @@ def check(case: Case, backend: str | None = None, passes: Iterable[str] = PASSES
     inputs = make_inputs(case)
     before = inputs.bytes()
     lines = []
-    for name in passes:
-        want = expected(inputs, name)
-        got = compute(inputs, name, backend)
-        lines += [f"{name}: {line}" for line in malformed(inputs, got) or compare(want, got)]
+    for pass_name in passes:
+        want = expected(inputs, pass_name)
+        got = compute(inputs, pass_name, backend)
+        lines += [f"{pass_name}: {line}" for line in malformed(inputs, got) or compare(want, got)]
     if inputs.bytes() != before:
         lines.append("an input, or memory around it, was written")
     return lines
 
 
-def expected(inputs: CaseInputs, name: str = "forward") -> dict[str, Expected]:
+def expected(inputs: CaseInputs, pass_name: str = FORWARD.name) -> dict[str, Expected]:
     """Compute the results of a pass in float64, each with the largest error that is accepted."""
     problem, arrays = inputs.describe()
-    if name == "forward":
+    if pass_name == FORWARD.name:
         return accuracy.expected_forward(problem, arrays)
     return accuracy.expected_backward(problem, arrays, inputs.dout64, inputs.dlse64)
 
 
-def compute(inputs: CaseInputs, name: str, backend: str | None = None) -> Results:
+def compute(inputs: CaseInputs, pass_name: str, backend: str | None = None) -> Results:
     """Call `attention_forward`, and for the backward `attention_backward` too; return the results of the pass by name.
 
     Raises:
@@ -55,7 +56,7 @@ def compute(inputs: CaseInputs, name: str, backend: str | None = None) -> Result
     """
     given = {**inputs.arguments, "backend": backend}
     out, lse = api.attention_forward(**given)
-    if name == "forward":
+    if pass_name == FORWARD.name:
         return {"out": out, "lse": lse}
     out, lse = inputs.saved(out, lse)
     got: Results = api.attention_backward(inputs.dout, out=out, lse=lse, dlse=inputs.dlse, **given)._asdict()

@@ -23,7 +23,7 @@ from .problems import describe, to_numpy
 ALL_SCORES = 2**21  # of all heads together: a problem with more is compared in parts
 ALL_KEYS = 2**24  # values of k and v: the same
 ROWS = 24  # of a head
-SCORES = 2**22  # of one part, which bounds the memory
+SCORES = 2**20  # of one part of the backward, which bounds the memory
 
 
 def expected_results(
