@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from anyattn.cli.matrix import described
+from anyattn import testing
 from anyattn.definition import reference
 
 CELL = 18
@@ -70,7 +70,7 @@ def seen(rows: int = 0, keys: int = 0, cu_seqlens: list[int] | None = None, **ar
         arguments |= {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
         rows = keys = cu_seqlens[-1]
     q, k = (np.zeros((size, 1, 1) if cu_seqlens else (1, size, 1, 1)) for size in (rows, keys))
-    problem, arrays = described({"q": q, "k": k, "v": k, **arguments})
+    problem, arrays = testing.describe({"q": q, "k": k, "v": k, **arguments})
     found = np.zeros((rows, keys), bool)
     for head in reference.heads(problem, arrays):
         s = head.sequence
