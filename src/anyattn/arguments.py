@@ -105,8 +105,8 @@ class Request(NamedTuple):
 
 def bounds(causal: bool, window: Window) -> tuple[int | None, int | None]:
     """(left, right) of the interval that causal and window ask for together."""
-    if causal is None or isinstance(causal, (str, float, tuple, list, dict)):  # "False" would be true
-        raise TypeError(f"causal must be True or False; got {causal!r}")
+    if causal is not True and causal is not False:
+        _check_causal(causal)
     if window is None:
         return None, 0 if causal else None
     if not isinstance(window, (tuple, list)) or len(window) != 2:
@@ -116,6 +116,11 @@ def bounds(causal: bool, window: Window) -> tuple[int | None, int | None]:
             raise ValueError(f"window must hold integers >= 0 or None (unbounded); got {window!r}")
     left, right = window
     return left, 0 if causal else right
+
+
+def _check_causal(causal: Any) -> None:
+    if causal is None or isinstance(causal, (str, float, tuple, list, dict)):  # "False" would be true
+        raise TypeError(f"causal must be True or False; got {causal!r}")
 
 
 def _is_length(side: Any) -> bool:

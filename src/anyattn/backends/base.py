@@ -36,6 +36,9 @@ class Adapter(Protocol):
         """Return whether the tables of a call on this device can be read without waiting for it."""
 
 
+_EXTRAS = Extras._fields
+
+
 class Call:
     """One call: the framework's own arrays under their names in `passes.py`, None where absent, and the workspace.
 
@@ -50,7 +53,10 @@ class Call:
         if inputs is not None:
             self.q, self.k, self.v, extras = inputs
             if extras is not NO_EXTRAS:
-                self.__dict__.update(zip(Extras._fields, extras, strict=True))
+                arrays = self.__dict__
+                for name, x in zip(_EXTRAS, extras):  # noqa: B905 (a keyword takes time in every call)
+                    if x is not None:
+                        arrays[name] = x
         if named:
             self.__dict__.update(named)
 

@@ -131,9 +131,11 @@ def replace_extras(extras: Extras, **changes: Any) -> Extras:
     return Extras(**{**given, **changes})
 
 
-def flatten(inputs: Inputs, saved: Saved | tuple[()] = ()) -> tuple[Any, ...]:
+def flatten(arrays: Inputs | Appended, saved: Saved | tuple[()] = ()) -> tuple[Any, ...]:
     """Return the arrays as one flat tuple, in the order of a pass's inputs; a plain call has no extras in it."""
-    q, k, v, extras = inputs
+    if isinstance(arrays, Appended):
+        return arrays
+    q, k, v, extras = arrays
     return (q, k, v, *saved) if extras is NO_EXTRAS else (q, k, v, *saved, *extras)
 
 

@@ -24,6 +24,7 @@ from ..definition.inputs import (
     Gradients,
     Inputs,
     Saved,
+    replace_extras,
     reshape_gradients,
 )
 from ..definition.kvcache import LABELS
@@ -186,15 +187,14 @@ def prepare(inputs: Inputs, seed: int | None) -> Inputs:
     extras = inputs.extras
     if extras is NO_EXTRAS and seed is None:
         return Inputs(q, k, v)
-    given: dict[str, Any] = {}
-    for name, x in zip(Extras._fields, extras, strict=True):
-        if x is not None:
-            given[name] = PREPARE[FIELDS[name].kind](name, x, inputs)
+    if seed is not None and extras.rng_state is not None:
+        raise ValueError("seed and rng_state exclude each other: rng_state is (seed, offset)")
+    extras = Extras(
+        *[None if x is None else fit(name, x, inputs) for (name, fit), x in zip(_FITS, extras, strict=True)]
+    )
     if seed is not None:
-        if extras.rng_state is not None:
-            raise ValueError("seed and rng_state exclude each other: rng_state is (seed, offset)")
-        given["rng_state"] = np.array([_wrap(seed), 0], np.int64)
-    return Inputs(q, k, v, Extras(**given))
+        extras = replace_extras(extras, rng_state=np.array([_wrap(seed), 0], np.int64))
+    return Inputs(q, k, v, extras)
 
 
 def _prepare_scores(name: str, x: Any, inputs: Inputs) -> NDArray:
@@ -220,7 +220,8 @@ def _prepare_state(name: str, x: Any, inputs: Inputs) -> NDArray:
     return _whole(_array(name, x))
 
 
-PREPARE = {SCORES: _prepare_scores, HEADS: _prepare_heads, TABLE: _prepare_table, STATE: _prepare_state}
+_PREPARE = {SCORES: _prepare_scores, HEADS: _prepare_heads, TABLE: _prepare_table, STATE: _prepare_state}
+_FITS = tuple((name, _PREPARE[field.kind]) for name, field in FIELDS.items())  # in the order of Extras
 
 
 def _saved(saved: Saved) -> Saved:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from ..backends.base import Call
 from ..backends.vulkan.device_array import DeviceArray
-from ..definition.inputs import Appended, Gradients, Inputs, Saved, flatten
+from ..definition.inputs import Appended, Gradients, Inputs, Saved
 from ..definition.options import Options, Rotation
 from ..definition.passes import FORWARD
 from ..definition.problem import Array
@@ -67,8 +67,8 @@ def forward(inputs: Inputs, options: Options, seed: int | None, backend: str | N
     """Return (out, lse): out on the device, lse in host memory."""
     prepared = prepare(inputs, seed)
     adapter = _adapter(prepared.q)
-    ready = execute.find(adapter, FORWARD, flatten(prepared), options, backend or BACKEND)
-    shapes = {name: array.shape for name, array in ready.outputs}
+    ready = execute.find(adapter, FORWARD, prepared, options, backend or BACKEND)
+    shapes = {name: shape for name, shape, _ in ready.outputs}
     out = DeviceArray.zeros(shapes["out"], prepared.q.dtype)
     call = Call(adapter, prepared, out=out, lse=np.empty(shapes["lse"], np.float32))
     execute.run(ready, call)

@@ -19,7 +19,7 @@ from ..backends.base import Backend, Call, Plan
 from ..config import settings
 from ..definition.errors import CompilationError, DeviceError, UnsupportedProblem
 from ..definition.inputs import FIELDS
-from ..definition.problem import Array, Problem, Variant
+from ..definition.problem import Problem, Variant
 
 CACHE_SIZE = 1024
 NONE: Mapping[str, list[str]] = MappingProxyType({})
@@ -262,7 +262,7 @@ class Ready(NamedTuple):
 
     problem: Problem
     plan: Plan
-    outputs: tuple[tuple[str, Array], ...]
+    outputs: tuple[tuple[str, tuple[int, ...], str], ...]  # name, shape, dtype
     has_tables: bool
 
 
@@ -290,7 +290,7 @@ def lookup(key: Hashable, backend: str | None, build: Callable[[], Problem]) -> 
             entries.clear()
         problem = build()
         made = plan(problem, named(backend))
-        outputs = tuple(problem.outputs().items())
+        outputs = tuple((name, array.shape, array.dtype) for name, array in problem.outputs().items())
         found = entries[wanted] = Ready(problem, made, outputs, problem.has_tables)
     return found
 

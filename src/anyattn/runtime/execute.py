@@ -6,6 +6,7 @@ compute dtype, bias and mask with four dimensions. A caller who owns the output 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
@@ -26,30 +27,29 @@ _APPEND_TABLES = ("cache_seqlens", "cache_batch_idx", "block_table")
 def find(
     adapter: Adapter,
     pass_: Pass,
-    arrays: Sequence[Any],
+    arrays: Inputs | Appended,
     options: Options | Rotation,
     backend: str | None,
     metadata: Hashable = None,
+    saved: Saved | tuple[()] = (),
 ) -> dispatch.Ready:
     """Return the problem that the arrays ask for and its plan; the values of its tables are checked.
 
-    Args:
-        arrays: in the order of the pass's inputs, without those at the end that a plain call does not have.
-        metadata: the adapter's key of these arrays, where the caller has it already.
+    metadata: the adapter's key of `flatten(arrays, saved)`, where the caller has it already.
     """
-    key = (pass_.name, options, metadata or adapter.keys(arrays))
-    ready = dispatch.lookup(key, backend, lambda: _problem(adapter, pass_, arrays, options))
+    key = (pass_.name, options, metadata or adapter.keys(flatten(arrays, saved)))
+    ready = dispatch.lookup(key, backend, lambda: _problem(adapter, pass_, flatten(arrays, saved), options))
     if ready.has_tables:
-        _check_values(adapter, ready.problem, dict(zip(pass_.inputs, arrays, strict=False)))
+        _check_values(adapter, ready.problem, dict(zip(pass_.inputs, flatten(arrays, saved), strict=False)))
     return ready
 
 
 def allocate(adapter: Adapter, ready: dispatch.Ready, call: Call, absent: Sequence[str] = ()) -> None:
     """Give the call its workspace and new outputs, but for those that nobody asked for."""
-    like = call.q
-    for name, array in ready.outputs:
+    like, arrays = call.q, call.__dict__
+    for name, shape, dtype in ready.outputs:
         if name not in absent:
-            setattr(call, name, adapter.empty(array.shape, array.dtype, like))
+            arrays[name] = adapter.empty(shape, dtype, like)
     size = ready.plan.workspace_bytes
     if size:
         call.workspace = _workspace(adapter, size, like)
@@ -70,7 +70,7 @@ def forward(
     want_lse: bool = True,
 ) -> tuple[Any, Any]:
     """Return (out, lse), new and contiguous; lse may be None where it is not wanted."""
-    ready = find(adapter, FORWARD, flatten(inputs), options, backend, metadata)
+    ready = find(adapter, FORWARD, inputs, options, backend, metadata)
     call = Call(adapter, inputs)
     allocate(adapter, ready, call, () if want_lse or not ready.plan.lse_optional else ("lse",))
     ready.plan.run(call)
@@ -88,11 +88,15 @@ def backward(
     absent: Sequence[str] = (),
 ) -> Gradients:
     """Return the gradients, new and contiguous; those named in `absent`, and those of absent arrays, are None."""
-    ready = find(adapter, BACKWARD, flatten(inputs, saved), options, backend, metadata)
-    call = Call(adapter, inputs, **saved._asdict())
+    ready = find(adapter, BACKWARD, inputs, options, backend, metadata, saved)
+    call = Call(adapter, inputs)
+    call.out, call.lse, call.dout, call.dlse = saved
     allocate(adapter, ready, call, absent)
     ready.plan.run(call)
-    return Gradients._make([getattr(call, name) for name in Gradients._fields])
+    return Gradients(*_gradients(call))
+
+
+_gradients = operator.attrgetter(*Gradients._fields)
 
 
 def append(
@@ -112,7 +116,7 @@ def append(
 
 def check(adapter: Adapter, inputs: Inputs, options: Options, backend: str | None) -> None:
     """Check everything that `forward` checks, before something else is written."""
-    find(adapter, FORWARD, flatten(inputs), options, backend)
+    find(adapter, FORWARD, inputs, options, backend)
 
 
 def warmup(adapter: Adapter, inputs: Inputs, options: Options, backend: str | None, *, backward: bool) -> None:

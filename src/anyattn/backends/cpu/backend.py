@@ -125,7 +125,7 @@ class _Template:
     def run(self, call: Call) -> None:
         pointer = call.adapter.pointer
         filled = self._words[:]
-        for slot, array in zip(self._slots, self._arrays(call), strict=True):
+        for slot, array in zip(self._slots, self._arrays(call)):  # noqa: B905 (a keyword takes time in every call)
             if array is not None:
                 filled[slot] = pointer(array)
         if call.workspace is not None:

@@ -48,11 +48,13 @@ class Attention(torch.autograd.Function):
         dout = torch.zeros_like(out) if dout is None else dout
         saved = Saved(out, lse, dout, dlse if static.lse_gradient else None)
         _, _, _, _, *needs = ctx.needs_input_grad  # of the optional arrays, if they were passed
-        wants = _wants(Extras(*needs)) if needs else tuple(False for _ in GRADIENTS)
+        if not needs:
+            grads = _gradients(saved, inputs, static, NONE_WANTED)
+            return None, grads.dq, grads.dk, grads.dv
+        wants = _wants(Extras(*needs))
         grads = _gradients(saved, inputs, static, wants)
         found = {name: getattr(grads, f"d{name}") for name, want in zip(GRADIENTS, wants, strict=True) if want}
-        extras = Extras(**found) if needs else ()
-        return (None, grads.dq, grads.dk, grads.dv, *extras)
+        return None, grads.dq, grads.dk, grads.dv, *Extras(**found)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], static: Static, *arrays: Any) -> tuple[Any, Any]:
@@ -88,6 +90,7 @@ def _save(ctx: Any, static: Static, arrays: Sequence[Any], out: Tensor, lse: Ten
 
 
 _of_gradients = operator.attrgetter(*GRADIENTS)
+NONE_WANTED = tuple(False for _ in GRADIENTS)
 
 
 def _wants(needs: Extras) -> tuple[bool, ...]:
@@ -99,7 +102,7 @@ def _gradients(saved: Saved, inputs: Inputs, static: Static, wants: tuple[bool, 
     create_graph = torch.is_grad_enabled()  # or torch.func
     metadata = None if create_graph else fastpath.metadata(flatten(inputs, saved))
     if metadata is not None:
-        absent = ops.absent(wants)
+        absent = () if inputs.extras is NO_EXTRAS else ops.absent(wants)
         return execute.backward(adapter, saved, inputs, static.options, static.backend, metadata, absent=absent)
     if create_graph:
         call = GradientsCall(static.options, static.backend, wants)

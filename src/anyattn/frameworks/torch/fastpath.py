@@ -15,6 +15,7 @@ import torch
 from torch.autograd import forward_ad, profiler
 
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+_is_compiling = torch.compiler.is_dynamo_compiling
 
 _any_autocast: Callable[[], bool] | None = getattr(torch._C, "_is_any_autocast_enabled", None)
 
@@ -29,10 +30,11 @@ except AttributeError:
 
 
 def watched() -> bool:
-    """Whether something wants to see the operators: a tracer, a transform, a dispatch mode, the profiler."""
-    if torch.compiler.is_dynamo_compiling() or not AVAILABLE or _modes() or _transforms() or _tracing():
+    """Return whether something wants to see the operators: a tracer, a transform, a dispatch mode, the profiler."""
+    if _is_compiling() or not AVAILABLE or _modes() or _transforms() or _tracing():
         return True
-    return bool(profiler._is_profiler_enabled or forward_ad._current_level >= 0)
+    enabled: bool = profiler._is_profiler_enabled
+    return enabled or forward_ad._current_level >= 0
 
 
 def plain(tensors: Sequence[Any]) -> bool:
@@ -45,9 +47,10 @@ def metadata(tensors: Sequence[Any]) -> tuple[Any, ...] | None:
     if watched():
         return None
     key: list[Any] = []
+    append = key.append
     for x in tensors:
         if x is None:
-            key.append(None)
+            append(None)
             continue
         if type(x) not in _PLAIN or x.is_neg() or x.is_meta or not _has_storage(x):  # _peculiar, without a call
             return None
@@ -71,7 +74,7 @@ def forward_mode() -> bool:
 
 def maybe_autocast() -> bool:
     """False if autocast is off for every device."""
-    return torch.compiler.is_dynamo_compiling() or _any_autocast is None or _any_autocast()
+    return _is_compiling() or _any_autocast is None or _any_autocast()
 
 
 def break_inside_transforms() -> None:

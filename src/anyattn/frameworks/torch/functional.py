@@ -26,6 +26,7 @@ from ...definition.inputs import (
     Inputs,
     Saved,
     flatten,
+    replace_extras,
     reshape_gradients,
 )
 from ...definition.kvcache import LABELS
@@ -150,17 +151,28 @@ def prepare(inputs: Inputs, seed: int | None, *, draw: bool = False) -> Inputs:
     low = _autocast_dtype(q)
     if low is not None:
         q, k, v = (x.to(low) if x.dtype in _CASTABLE else x for x in (q, k, v))
-    given: dict[str, Any] = {}
-    for name, x in zip(Extras._fields, extras, strict=True):
+    changes: dict[str, Any] = {}
+    for (name, fit), x in zip(_FITS, extras):  # noqa: B905 (a keyword takes time in every call)
         if x is not None:
-            given[name] = _PREPARE[FIELDS[name].kind](name, x, q, extras.cu_seqlens_q)
+            fitting = fit(name, x, q, extras.cu_seqlens_q)
+            if fitting is not x:
+                changes[name] = fitting
+    if changes:
+        extras = replace_extras(extras, **changes)
     if low is not None:
-        for name, x in given.items():
-            if FIELDS[name].kind == SCORES and x.dtype in _CASTABLE - {torch.float32}:
-                given[name] = x.to(low)  # float32 is accepted with any dtype
+        extras = _cast_scores(extras, low)
     if seed is not None or draw:
-        given["rng_state"] = random_state(q, seed, extras.rng_state)
-    return Inputs(q, k, v, Extras(**given) if given else NO_EXTRAS)
+        extras = replace_extras(extras, rng_state=random_state(q, seed, extras.rng_state))
+    return Inputs(q, k, v, extras)
+
+
+def _cast_scores(extras: Extras, low: torch.dtype) -> Extras:
+    """Return the extras as autocast wants them: float32 scores are accepted with any dtype."""
+    cast = {}
+    for name, x in zip(Extras._fields, extras, strict=True):
+        if FIELDS[name].kind == SCORES and x is not None and x.dtype in _CASTABLE - {torch.float32}:
+            cast[name] = x.to(low)
+    return replace_extras(extras, **cast)
 
 
 _CASTABLE = frozenset((torch.float32, torch.float16, torch.bfloat16))
@@ -184,15 +196,18 @@ def _tensor(name: str, array: Any) -> Tensor:
 
 def _prepare_scores(name: str, array: Any, q: Tensor, cu_seqlens_q: Any) -> Tensor:
     """Return a view with four dimensions."""
-    x = _tensor(name, array)
+    x: Tensor = array if isinstance(array, Tensor) else _tensor(name, array)
     return x.reshape((1,) * (4 - x.ndim) + tuple(x.shape)) if x.ndim < 4 else x
 
 
 def _prepare_heads(name: str, array: Any, q: Tensor, cu_seqlens_q: Any) -> Tensor:
-    x = _tensor(name, array)
-    if not x.is_floating_point():
-        raise TypeError(f"{name} must be floating point; got {x.dtype}")
-    x = x.to(ops.compute_dtype(q)).contiguous()
+    x: Tensor = array if isinstance(array, Tensor) else _tensor(name, array)
+    wanted = ops.compute_dtype(q)
+    if x.dtype is not wanted:
+        if not x.is_floating_point():
+            raise TypeError(f"{name} must be floating point; got {x.dtype}")
+        x = x.to(wanted)
+    x = x.contiguous()
     if not FIELDS[name].gradient and x.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} requires grad, but has no gradient here: pass {name}.detach()")
     return x
@@ -210,6 +225,7 @@ def _prepare_state(name: str, array: Any, q: Tensor, cu_seqlens_q: Any) -> Tenso
 
 
 _PREPARE = {SCORES: _prepare_scores, HEADS: _prepare_heads, TABLE: _prepare_table, STATE: _prepare_state}
+_FITS = tuple((name, _PREPARE[field.kind]) for name, field in FIELDS.items())  # in the order of Extras
 
 
 def per_sequence(name: str, value: Any, batch: int, device: torch.device) -> Tensor:
