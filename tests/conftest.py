@@ -1,4 +1,4 @@
-"""Fixtures: every engine; results that start as NaN, between guards; hypothesis profiles.
+"""Fixtures: every backend; results that start as NaN, between guards; hypothesis profiles.
 
 Each worker of pytest-xdist computes alone, so NumPy's matrix products take one thread.
 """
@@ -25,7 +25,8 @@ from hypothesis import HealthCheck, settings
 pytest.register_assert_rewrite("harness", "backends", "compat", "device", "soak")
 
 from anyattn.frameworks.numpy import NumpyAdapter  # noqa: E402
-from harness.backends import Engine, engines  # noqa: E402
+from harness import selection  # noqa: E402
+from harness.backends import Engine  # noqa: E402
 from harness.memory import Memory, guarded_empty  # noqa: E402
 
 # Nothing here may depend on time or on what ran before: no deadline, and the same examples every time.
@@ -56,39 +57,23 @@ def _guarded(_memory: Memory) -> Iterator[None]:
     _memory.check()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--check", action="store_true", help="small cases on NumPy and the CPU alone: make check")
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Engines vary fastest, so that what a case expects is computed once for all of them.
-
-    An interpreted engine joins the modules that say INTERPRETED: those about the formula, not about size or speed.
-    """
-    if "engine" in metafunc.fixturenames:
-        slow_too = getattr(metafunc.module, "INTERPRETED", False)
-        found = [engine for engine in engines() if slow_too or not engine.interpreted]
-        metafunc.parametrize("engine", found, ids=str, indirect=True)
+    selection.parametrize(metafunc)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """An interpreted engine takes the cases that are small enough for it; one without a dtype no test of that dtype."""
-    omitted = {item for item in items if _omitted(item)}
-    config.hook.pytest_deselected(items=list(omitted))
-    items[:] = [item for item in items if item not in omitted]
-
-
-def _omitted(item: pytest.Item) -> bool:
-    parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-    engine = parameters.get("engine")
-    if engine is None:
-        return False
-    dtypes = [getattr(value, "dtype", value) for value in parameters.values() if value is not engine]
-    # The matrix asserts that what an engine does not compute is refused.
-    refuses = item.path.name == "test_matrix.py"
-    return engine.too_slow_for(parameters.get("case")) or not (refuses or all(map(engine.computes, dtypes)))
+    selection.select(config, items)
 
 
 @pytest.fixture
 def engine(request: pytest.FixtureRequest) -> Engine:
-    """Each (backend, instruction set) of this machine."""
+    """Return a backend of this machine whose settings are in force: see harness/selection.py."""
     engine: Engine = request.param
     engine.use(THREADS)
     return engine

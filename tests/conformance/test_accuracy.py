@@ -12,6 +12,9 @@ from anyattn import testing
 from anyattn.definition import reference
 from anyattn.testing import Case, make_inputs, numpy_dtype
 from harness.backends import Engine
+from harness.selection import every_backend
+
+pytestmark = every_backend()
 
 SEEDS = range(10)
 

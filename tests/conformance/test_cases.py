@@ -5,8 +5,13 @@ from __future__ import annotations
 import sys
 from itertools import combinations, product
 
+import pytest
+
+from anyattn import testing
 from harness import cases
+from harness.backends import Engine
 from harness.paths import SCRIPTS
+from harness.selection import is_expensive, takes_part
 
 sys.path.insert(0, str(SCRIPTS))
 import make_cases
@@ -33,3 +38,15 @@ def test_values_are_spread() -> None:
 
 def test_table_is_the_one_that_the_script_writes() -> None:
     assert make_cases.TABLE.read_text(encoding="utf-8") == make_cases.table()
+
+
+@pytest.mark.parametrize("direction", testing.PASSES)
+def test_every_run_has_each_value_on_the_interpreter(direction: str) -> None:
+    """What is too expensive for Triton's interpreter is left to `make full`; no feature is."""
+    rows, triton = cases._table(), Engine("triton")
+    kept = []
+    for row, case in zip(rows, cases.PAIRWISE, strict=True):
+        if takes_part(triton, case=case) and not is_expensive(triton, case=case, direction=direction):
+            kept.append(row)
+    for name, values in make_cases.FACTORS.items():
+        assert {row[name] for row in kept} == set(values), name

@@ -13,6 +13,9 @@ from anyattn.testing import Case, CaseInputs, make_inputs
 from anyattn.testing.cases import DTYPES
 from harness.backends import Engine
 from harness.cases import named
+from harness.selection import every_backend
+
+pytestmark = every_backend()
 
 BIG = Case("several_tiles", batch=2, seqlen_q=300, seqlen_k=411, group=2, causal=True, sink=True, dlse=True)
 CASES = [

@@ -18,8 +18,9 @@ from anyattn.definition.passes import BACKWARD, FORWARD
 from anyattn.definition.problem import Array, Problem
 from anyattn.runtime import dispatch
 from harness.backends import Engine
+from harness.selection import every_backend
 
-INTERPRETED = True  # the table is about engines that are interpreted too
+pytestmark = every_backend(interpreter=True)
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,7 @@ from anyattn.testing import Case, CaseInputs, make_inputs
 from harness.backends import Engine
 from harness.cases import ALL, SMALL, sampled
 from harness.checks import bits, refused, run
-
-INTERPRETED = True
+from harness.selection import INTERPRETED_PROGRAMS, best_target, every_backend, programs
 
 
 @lru_cache(maxsize=2)
@@ -32,6 +31,7 @@ def expected(case: Case, direction: str) -> dict[str, accuracy.Expected]:
     return testing.expected(inputs_of(case), direction)
 
 
+@every_backend(interpreter=True, refusals=True)
 @pytest.mark.parametrize("direction", testing.PASSES)
 @pytest.mark.parametrize("case", ALL, ids=str)
 def test_engine_equals_reference(case: Case, direction: str, engine: Engine) -> None:
@@ -44,6 +44,7 @@ def test_engine_equals_reference(case: Case, direction: str, engine: Engine) -> 
     assert not testing.compare(expected(case, direction), got)
 
 
+@every_backend(interpreter=True, refusals=True)
 @pytest.mark.full
 @pytest.mark.parametrize("seed", range(160))
 def test_long_matrix(seed: int, engine: Engine) -> None:
@@ -58,6 +59,14 @@ def test_long_matrix(seed: int, engine: Engine) -> None:
     assert not wrong
 
 
+def adds_nothing(engine: Engine, case: Case) -> bool:
+    """Return whether a test repeats another: above the choice of a backend nothing depends on its instruction set."""
+    if engine.interpreted:
+        return 3 * programs(case, "forward") > INTERPRETED_PROGRAMS
+    return engine.backend == "cpu" and engine != best_target()
+
+
+@every_backend(interpreter=True, refusals=True, full_if=adds_nothing)
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_public_functions_agree(case: Case, engine: Engine) -> None:
     """attention, attention_varlen and attention_with_kvcache give attention_forward's bits, with and without lse."""

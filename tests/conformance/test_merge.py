@@ -13,6 +13,9 @@ from anyattn.definition import dtypes
 from anyattn.testing import Case, make_inputs
 from anyattn.testing.cases import DTYPES
 from harness.backends import Engine
+from harness.selection import every_backend
+
+pytestmark = every_backend()
 
 
 def parts(case: Case, splits: list[int], engine: Engine) -> list[tuple[np.ndarray, np.ndarray]]:

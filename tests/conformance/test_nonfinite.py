@@ -10,6 +10,9 @@ import pytest
 from anyattn.testing import Case, CaseInputs, make_inputs
 from harness.backends import Engine
 from harness.checks import run
+from harness.selection import every_backend
+
+pytestmark = every_backend()
 
 # Two sequences, two KV heads with two query heads each; several tiles of rows and keys.
 CASE = Case("nonfinite", seqlen_q=150, seqlen_k=170, nheads_kv=2, group=2, head_dim=40, dlse=True)

@@ -11,6 +11,9 @@ from anyattn import testing
 from anyattn.testing import Case, make_inputs
 from harness.backends import Engine
 from harness.checks import refused, wrong
+from harness.selection import every_backend
+
+pytestmark = every_backend()
 
 LIMITS = testing.Limits(smallest=0, shortest=0, longest=200, head_dim=128, scores=2**16)
 

@@ -12,6 +12,9 @@ from anyattn.testing import Case, make_inputs
 from anyattn.testing.cases import DTYPES
 from harness.backends import Engine
 from harness.checks import refused, wrong
+from harness.selection import every_backend
+
+pytestmark = every_backend()
 
 LONG = Case("long", batch=1, seqlen_q=1, seqlen_k=1300, nheads_kv=3, group=4, head_dim=64, head_dim_v=64, causal=True)
 FEATURES = [

@@ -16,6 +16,9 @@ from anyattn.compat import flash_attn, flash_attn_3
 from anyattn.frameworks.torch import aten
 from anyattn.testing.layouts import around, scattered
 from harness.backends import Engine
+from harness.selection import every_backend
+
+pytestmark = every_backend()
 
 CACHES = ("k_cache", "v_cache")
 SHAPES = {

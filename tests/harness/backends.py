@@ -1,4 +1,7 @@
-"""Every engine that this machine can run: each backend, and the native one once per instruction set."""
+"""The backends of this machine, the CPU's once per instruction set, and what each of them may refuse.
+
+An `Engine` is a backend or, on the CPU, a backend with an instruction set.
+"""
 
 from __future__ import annotations
 
@@ -11,46 +14,52 @@ import pytest
 
 from anyattn.backends.triton.device import interpreted
 from anyattn.config import settings
+from anyattn.definition.passes import BACKWARD
 from anyattn.definition.problem import Problem
 from anyattn.runtime import dispatch
-from anyattn.testing import Case
-from harness.cases import INTERPRETED_ENTRIES, small
 
-WIDEST = {"triton": 512, "vulkan": 256}  # head_dim of the backends for GPUs
+
+@dataclass(frozen=True, slots=True)
+class MayRefuse:
+    """Limits of a backend that the tests accept."""
+
+    head_dim: int  # and head_dim_v: larger ones
+    dtypes: tuple[str, ...]
+
+
+# Written here, and not read from `supports`: a refusal that nobody has decided on must fail a test.
+MAY_REFUSE = {"triton": MayRefuse(512, ("float64",)), "vulkan": MayRefuse(256, ("float64",))}
 
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """A backend, and the instruction set of the native one."""
+    """A backend, and the instruction set of the CPU's."""
 
     backend: str
     target: str = ""
 
     @property
     def interpreted(self) -> bool:
-        """A tile takes milliseconds."""
+        """Return whether Triton's interpreter runs the kernels, which takes milliseconds for a tile."""
         return self.backend == "triton" and interpreted()
 
     def may_refuse(self, problem: Problem) -> bool:
-        """What no engine of this kind computes."""
-        if problem.dout is not None and (problem.paged or problem.cache_batch_idx is not None):
+        """Return whether the tests accept that this backend refuses the problem."""
+        if problem.pass_ is BACKWARD and (problem.paged or problem.cache_batch_idx is not None):
             return self.backend != "numpy"
-        widest = WIDEST.get(self.backend)
-        too_wide = widest is not None and max(problem.head_dim, problem.head_dim_v) > widest
+        limits = MAY_REFUSE.get(self.backend)
+        too_wide = limits is not None and max(problem.head_dim, problem.head_dim_v) > limits.head_dim
         return too_wide or not self.computes(problem.dtype)
 
     def computes(self, dtype: Any) -> bool:
-        """GPUs compute float64 slowly or not at all."""
-        return self.backend not in WIDEST or dtype != "float64"
-
-    def too_slow_for(self, case: Any) -> bool:
-        return self.interpreted and isinstance(case, Case) and not small([case], INTERPRETED_ENTRIES)
+        """Return whether the backend must compute this dtype."""
+        return self.backend not in MAY_REFUSE or dtype not in MAY_REFUSE[self.backend].dtypes
 
     def __str__(self) -> str:
         return f"{self.backend}-{self.target}" if self.target else self.backend
 
     def use(self, threads: int = 0) -> None:
-        """Makes this engine's settings those in force; plans are forgotten only where something changes."""
+        """Set this engine's environment variables; plans are forgotten only where something changes."""
         wanted = {"ANYATTN_CPU_TARGET": self.target, "ANYATTN_NUM_THREADS": str(threads)}
         if any(os.environ.get(name, "") != value for name, value in wanted.items()):
             os.environ.update(wanted)

@@ -183,4 +183,3 @@ def small(cases: list[Case], entries: int) -> list[Case]:
 
 
 SMALL = small(ALL, 20_000)  # a few seconds per engine
-INTERPRETED_ENTRIES = 30_000  # of engines that are interpreted: one tile takes milliseconds

@@ -1,0 +1,108 @@
+"""Selection of the tests that run on every backend: which combinations run, and which of them only in `make full`.
+
+A test that takes an `engine` says so with `every_backend`. Combinations are marked before pytest deselects by `-m`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from anyattn.testing import Case
+from harness.backends import Engine, engines
+from harness.cases import SMALL, small
+
+INTERPRETED_SCORES = 30_000  # of a case on Triton's interpreter; a larger case needs a GPU
+# The interpreter's time is nearly proportional to the number of programs, whatever these have to do.
+INTERPRETED_PROGRAMS = 40
+INTERPRETED_TILE = 64
+_SMALL = frozenset(SMALL)
+
+Condition = Callable[..., bool]
+
+
+def every_backend(
+    *, interpreter: bool = False, refusals: bool = False, full_if: Condition | None = None
+) -> pytest.MarkDecorator:
+    """Mark a test, or all tests of a module, that take an `engine`: run them on every backend of this machine.
+
+    interpreter: on Triton's interpreter too, for tests of the formula and not of size or speed.
+    refusals: the test expects a refusal where a backend does not compute a dtype; other tests are left out there.
+    full_if: a function of the engine and the test's other parameters; if it is true, only `make full` runs the test.
+    """
+    return pytest.mark.every_backend(interpreter=interpreter, refusals=refusals, full_if=full_if)
+
+
+def parametrize(metafunc: pytest.Metafunc) -> None:
+    """Give a test its engines, which vary fastest: what a case expects is computed once for all of them."""
+    if "engine" in metafunc.fixturenames:
+        wanted = _options(metafunc.definition)
+        found = [engine for engine in engines() if wanted["interpreter"] or not engine.interpreted]
+        metafunc.parametrize("engine", found, ids=str, indirect=True)
+
+
+def select(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out tests in which a backend does not take part, and mark those that are for `make full` alone."""
+    quick, kept = config.getoption("--check"), []
+    for item in items:
+        parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        if "engine" not in parameters:
+            kept.append(item)
+            continue
+        options = _options(item)
+        if not takes_part(**parameters, refusals=options["refusals"]) or (quick and not is_quick(**parameters)):
+            continue
+        kept.append(item)
+        full_if = options["full_if"]
+        if is_expensive(**parameters) or (full_if and full_if(**parameters)):
+            item.add_marker(pytest.mark.full)
+    config.hook.pytest_deselected(items=list(set(items).difference(kept)))
+    items[:] = kept
+
+
+def _options(node: Any) -> dict[str, Any]:
+    marker = node.get_closest_marker("every_backend")
+    if marker is None:
+        raise ValueError(f"{node.nodeid} takes an engine and is not marked with every_backend")
+    return dict(marker.kwargs)
+
+
+def takes_part(engine: Engine, *, refusals: bool = True, **parameters: Any) -> bool:
+    """Return whether a test makes sense with the engine."""
+    case = parameters.get("case")
+    if engine.interpreted and isinstance(case, Case) and not small([case], INTERPRETED_SCORES):
+        return False
+    dtypes = [getattr(value, "dtype", value) for value in parameters.values()]
+    return refusals or all(map(engine.computes, dtypes))
+
+
+def is_quick(engine: Engine, **parameters: Any) -> bool:
+    """Return whether `make check` runs a test: small cases, on NumPy and on the CPU's best instruction set."""
+    case = parameters.get("case")
+    return engine in (Engine("numpy"), best_target()) and (not isinstance(case, Case) or case in _SMALL)
+
+
+def best_target() -> Engine | None:
+    """Return the CPU backend with the instruction set that it takes by itself; None where there is no CPU backend."""
+    return next((engine for engine in engines() if engine.backend == "cpu"), None)
+
+
+def is_expensive(engine: Engine, **parameters: Any) -> bool:
+    """Return whether a test of a case costs more than it adds to those that run every time."""
+    case, direction = parameters.get("case"), parameters.get("direction", "forward")
+    if not isinstance(case, Case):
+        return False
+    if engine.interpreted:
+        return programs(case, direction) > INTERPRETED_PROGRAMS
+    # AVX-512 BF16 has code of its own for bfloat16 alone: of other dtypes a few cases run on it all the same.
+    return engine.target == "avx512bf16" and parameters.get("dtype", case.dtype) != "bfloat16" and case not in _SMALL
+
+
+def programs(case: Case, direction: str) -> int:
+    """Return how many programs Triton's interpreter runs for a case."""
+    nheads, extra = case.nheads_kv * case.group, case.batch + 2 if "varlen" in case.lengths else 0
+    rows, keys = (case.batch * -(-n // INTERPRETED_TILE) + extra for n in (case.seqlen_q, case.seqlen_k))
+    # The backward follows a forward: delta and dq by tiles of queries, dk and dv by tiles of keys.
+    return nheads * rows if direction == "forward" else 3 * nheads * rows + case.nheads_kv * keys
