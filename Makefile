@@ -22,7 +22,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find native examples -name '*.cc' -o -name '*.cpp' -o -name '*.c' -o -name '*.h' -o -name '*.hpp' | sort)
 PACKAGED := $(shell find src examples native -not -path '*/__pycache__*') pyproject.toml
 
-.PHONY: venv require-native demo test full soak test-oldest gpu aot bench docs shaders vulkan-drivers wheels test-arm64 lint format sanitize sanitize-python clean
+.PHONY: venv require-native demo check test full soak test-oldest gpu aot bench docs shaders vulkan-drivers wheels test-arm64 lint format sanitize sanitize-python clean
 .DEFAULT_GOAL := test
 
 venv: $(VENV)/installed
@@ -58,6 +58,16 @@ $(VENV)/wheels: $(VENV)/requirements requirements/wheels.txt
 
 demo: venv
 	$(BIN)/python -m anyattn demo $(DEMO_ARGS)
+
+# For every change, below a minute on two cores: small cases on NumPy and on the CPU's best instruction set, and the fast
+# tests of what lies around them.
+CHECK_TESTS := conformance backends/test_dispatch.py backends/cpu/test_layout.py frameworks/test_protocol.py \
+	frameworks/test_torch_gradients.py compat/test_flash_attn_arguments.py compat/test_seeds.py tools/test_settings.py \
+	packaging/test_imports.py packaging/test_wheels.py
+CHECK_SLOW := conformance/test_memory.py conformance/test_soak.py
+check: require-native
+	ANYATTN_REQUIRE=cpu $(BIN)/python -m pytest $(addprefix tests/,$(CHECK_TESTS)) \
+		$(addprefix --ignore=tests/,$(CHECK_SLOW)) --check -n $(JOBS) $(PYTEST_ARGS)
 
 test: require-native
 	ANYATTN_REQUIRE=$(REQUIRE) $(BIN)/python -m pytest tests -n $(JOBS) $(PYTEST_ARGS)
