@@ -1,4 +1,4 @@
-"""The dry run of docs/contribute/add-a-feature.md: one more row in the table of inputs is all that the library needs."""
+"""Dry run of docs/contribute/add-a-feature.md: one more row in the table of inputs is all that the library needs."""
 
 from __future__ import annotations
 
