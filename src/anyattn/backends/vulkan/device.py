@@ -293,7 +293,7 @@ class Device:
         return (matrices.MATRIX, matrices.BFLOAT16) if self.info.matrices.shapes else ()
 
 
-_open: dict[str, Any] = {}  # "instance" and "device"
+_open: dict[str, Any] = {}  # "instance", "device", and the "settings" with which they were opened
 _forked = False  # from a process that had opened a driver, whose threads are not here
 
 
@@ -311,8 +311,17 @@ def instance() -> Instance:
     """
     if _forked:
         raise VulkanError("this process was forked from one that used Vulkan: no driver survives that; use spawn")
-    found: Instance = _open.get("instance") or _open.setdefault("instance", Instance())
+    if "instance" not in _open:
+        _open.setdefault("settings", _settings())
+        _open.setdefault("instance", Instance())
+    found: Instance = _open["instance"]
     return found
+
+
+def _settings() -> dict[str, Any]:
+    """Return the settings that say which device is opened, and how."""
+    values = settings.current()._asdict()
+    return {name: value for name, value in values.items() if name.startswith("vulkan") or name == "cache"}
 
 
 def device() -> Device:
@@ -327,10 +336,16 @@ def device() -> Device:
     return found
 
 
-@settings.on_reload
 def forget() -> None:
-    """What is open stays open for those who hold it."""
+    """Open a device at the next use; what is open stays open for those who hold it."""
     _open.clear()
+
+
+@settings.on_reload
+def _follow_settings() -> None:
+    """Keep what is open unless a setting of Vulkan has changed, because each open device takes memory and threads."""
+    if _open and _open["settings"] != _settings():
+        forget()
 
 
 if hasattr(os, "register_at_fork"):
