@@ -7,7 +7,7 @@
 """
 
 from importlib import import_module
-from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from .api import (
     attention,
@@ -21,9 +21,11 @@ from .c_library import get_include, get_library
 from .definition.errors import UnsupportedProblem
 from .definition.inputs import Gradients
 from .definition.mask import Mask
-from .introspection import explain, get_available_backends, print_backend_info, warmup
-from .runtime.dispatch import Explanation, backend
 from .sdpa import flash_attention, sdpa
+
+if TYPE_CHECKING:
+    from .introspection import explain, get_available_backends, print_backend_info, warmup
+    from .runtime.dispatch import Explanation, backend
 
 __version__ = "0.1.0"
 
@@ -50,8 +52,22 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> ModuleType:
-    """Import a public module when it is first used: `nn` needs torch, and no call needs the others."""
-    if name in ("compat", "nn", "settings", "vulkan"):
+# Names and modules that are imported when they are first used.
+_NAMES = {
+    **dict.fromkeys(("explain", "get_available_backends", "print_backend_info", "warmup"), "introspection"),
+    **dict.fromkeys(("Explanation", "backend"), "runtime.dispatch"),
+}
+_MODULES = ("compat", "keywords", "nn", "settings", "testing", "vulkan")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NAMES:
+        globals()[name] = found = getattr(import_module(f".{_NAMES[name]}", __name__), name)
+        return found
+    if name in _MODULES:
         return import_module(f".{name}", __name__)  # not `from . import`, which asks here again
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_MODULES})

@@ -16,7 +16,7 @@ from .frameworks import framework_of
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .arguments import CacheArguments, DenseArguments, ExplicitArguments, VarlenArguments
+    from .keywords import CacheArguments, DenseArguments, ExplicitArguments, VarlenArguments
 
 
 @overload

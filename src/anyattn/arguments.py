@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -23,75 +23,6 @@ else:
 
 A = TypeVar("A", bound="Array")  # the kind of array that comes in is the kind that comes out
 Window = Sequence["int | None"] | None
-
-
-class SharedArguments(TypedDict, total=False):
-    """The keywords of every attention function; `attention` describes them."""
-
-    causal: bool
-    window: Window
-    chunk: int
-    alignment: str
-    offset: int | Table | None
-    scale: float | None
-    softcap: float
-    alibi_slopes: Array | None
-    sink: Array | None
-    seqused_q: Table | None
-    leftpad_k: Table | None
-    batch_invariant: bool
-    backend: str | None
-
-
-class DropoutArguments(TypedDict, total=False):
-    """The keywords of the functions that can drop entries."""
-
-    dropout_p: float
-    seed: int | None
-    rng_state: Array | None
-    deterministic: bool
-
-
-class DenseArguments(SharedArguments, DropoutArguments, total=False):
-    """The keywords of `attention`."""
-
-    bias: Array | None
-    mask: Array | None
-    seqused_k: Table | None
-
-
-class VarlenArguments(SharedArguments, DropoutArguments, total=False):
-    """The keywords of `attention_varlen`."""
-
-    block_table: Array | Sequence[Sequence[int]] | None
-    seqused_k: Table | None
-
-
-class CacheArguments(SharedArguments, total=False):
-    """The keywords of `attention_with_kvcache`."""
-
-    k: Array | None
-    v: Array | None
-    cache_seqlens: int | Table | None
-    cache_batch_idx: Table | None
-    block_table: Array | Sequence[Sequence[int]] | None
-    rotary_cos: Array | None
-    rotary_sin: Array | None
-    rotary_interleaved: bool
-    num_splits: int
-    bias: Array | None
-    mask: Array | None
-
-
-class ExplicitArguments(DenseArguments, total=False):
-    """The keywords of `attention_forward`, and of the functions that take the same: those of every kind of call."""
-
-    cu_seqlens_q: Table | None
-    cu_seqlens_k: Table | None
-    max_seqlen_q: int | None
-    max_seqlen_k: int | None
-    block_table: Array | Sequence[Sequence[int]] | None
-    cache_batch_idx: Table | None
 
 
 class Request(NamedTuple):
@@ -153,17 +84,17 @@ def paged_lengths(block_table: Any, cu_seqlens_k: Any, seqused_k: Any) -> tuple[
     return None, seqused_k
 
 
-_EXPLICIT = ExplicitArguments.__optional_keys__
+_KEYWORDS = {*Extras._fields, *Options._fields, "causal", "window", "seed", "backend"} - {"left", "right"}
 
 
 def explicit(q: Array, k: Array, v: Array, arguments: Mapping[str, Any], caller: str) -> Request:
-    """Return the request of an explicit call from its keywords (ExplicitArguments).
+    """Return the request of an explicit call from its keywords (`keywords.ExplicitArguments`).
 
     Raises:
         TypeError: an unknown keyword, under the name of the public function that was called.
     """
     for name in arguments:
-        if name not in _EXPLICIT:
+        if name not in _KEYWORDS:
             raise TypeError(f"{caller}() got an unexpected keyword argument {name!r}")
     interval = bounds(arguments.get("causal", False), arguments.get("window"))
     rest = {name: x for name, x in arguments.items() if name not in ("causal", "window")}

@@ -12,7 +12,7 @@ from .runtime import dispatch
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .arguments import ExplicitArguments
+    from .keywords import ExplicitArguments
 
 
 def explain(q: A, k: A, v: A, **arguments: Unpack[ExplicitArguments]) -> dispatch.Explanation:

@@ -54,7 +54,7 @@ def package(tmp_path: Path) -> Path:
     insert(tmp_path / "anyattn/definition/inputs.py", "    dsink: Any = None\n", "    dkey_bias: Any = None\n")
     insert(tmp_path / "anyattn/definition/inputs.py", 'note="seed and offset"),\n', f"    {FIELD}\n")
     keywords = "class ExplicitArguments(DenseArguments, total=False):\n"
-    insert(tmp_path / "anyattn/arguments.py", keywords, "    key_bias: Array | None\n")
+    insert(tmp_path / "anyattn/keywords.py", keywords, "    key_bias: Array | None\n")
     return tmp_path
 
 

@@ -5,12 +5,14 @@ A framework is imported when its first array comes (`loaded.py`).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from . import loaded
-from .base import Framework
+
+if TYPE_CHECKING:
+    from .base import Framework
 
 ARRAYS = {"numpy": "numpy.ndarray", "torch": "torch.Tensor", "vulkan": "DeviceArray"}  # framework -> kind of array
 

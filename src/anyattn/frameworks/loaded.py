@@ -6,7 +6,10 @@ that fills up would make it compile again.
 
 from __future__ import annotations
 
-from .base import Framework
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .base import Framework
 
 
 def __getattr__(name: str) -> Framework:

@@ -1,0 +1,80 @@
+"""The keywords of the public functions as types: for type checkers, and for functions of yours that pass them on.
+
+def my_attention(q, k, v, **keywords: Unpack[anyattn.keywords.DenseArguments]): ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypedDict
+
+from .arguments import Array, Table, Window
+
+
+class SharedArguments(TypedDict, total=False):
+    """The keywords of every attention function; `attention` describes them."""
+
+    causal: bool
+    window: Window
+    chunk: int
+    alignment: str
+    offset: int | Table | None
+    scale: float | None
+    softcap: float
+    alibi_slopes: Array | None
+    sink: Array | None
+    seqused_q: Table | None
+    leftpad_k: Table | None
+    batch_invariant: bool
+    backend: str | None
+
+
+class DropoutArguments(TypedDict, total=False):
+    """The keywords of the functions that can drop entries."""
+
+    dropout_p: float
+    seed: int | None
+    rng_state: Array | None
+    deterministic: bool
+
+
+class DenseArguments(SharedArguments, DropoutArguments, total=False):
+    """The keywords of `attention`."""
+
+    bias: Array | None
+    mask: Array | None
+    seqused_k: Table | None
+
+
+class VarlenArguments(SharedArguments, DropoutArguments, total=False):
+    """The keywords of `attention_varlen`."""
+
+    block_table: Array | Sequence[Sequence[int]] | None
+    seqused_k: Table | None
+
+
+class CacheArguments(SharedArguments, total=False):
+    """The keywords of `attention_with_kvcache`."""
+
+    k: Array | None
+    v: Array | None
+    cache_seqlens: int | Table | None
+    cache_batch_idx: Table | None
+    block_table: Array | Sequence[Sequence[int]] | None
+    rotary_cos: Array | None
+    rotary_sin: Array | None
+    rotary_interleaved: bool
+    num_splits: int
+    bias: Array | None
+    mask: Array | None
+
+
+class ExplicitArguments(DenseArguments, total=False):
+    """The keywords of `attention_forward`, and of the functions that take the same: those of every kind of call."""
+
+    cu_seqlens_q: Table | None
+    cu_seqlens_k: Table | None
+    max_seqlen_q: int | None
+    max_seqlen_k: int | None
+    block_table: Array | Sequence[Sequence[int]] | None
+    cache_batch_idx: Table | None
