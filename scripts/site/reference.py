@@ -15,6 +15,7 @@ NAMES = tuple(f"anyattn.{name}" for name in anyattn.__all__)
 MODULES = (
     "anyattn.nn",
     "anyattn.settings",
+    "anyattn.keywords",
     "anyattn.testing",
     "anyattn.vulkan",
     "anyattn.compat",

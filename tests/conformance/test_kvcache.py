@@ -30,6 +30,7 @@ SETUPS = [
     *[AppendCase(page_size=size, seed=size, rotary_dim=8) for size in (1, 3, 16, 64)],
     AppendCase(page_size=7, dtype="bfloat16", interleaved=False, rotary_dim=24),
     AppendCase(new=0),
+    AppendCase(new=0, rows=0, slots=1, rotary_dim=38, head_dim=64, causal=False, seed=401659527),  # nothing to rotate
     AppendCase(new=40, slots=40, batch=2),
     AppendCase(new=1, rows=1, group=8),
     AppendCase(batch=0),

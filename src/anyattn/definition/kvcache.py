@@ -106,7 +106,7 @@ def room(given: Given, *, by_row: bool) -> Room:
     """Return the sizes that an append's values must respect."""
     q, cache, cos = given["q"], given["k"], given.get("rotary_cos")
     seqlen_new = given["new_k"].shape[1]
-    rows = max(seqlen_new, q.shape[1] if by_row else 1)
+    rows = max(seqlen_new, q.shape[1] if by_row else min(q.shape[1], 1))
     positions, needed = (0, 0) if cos is None else (cos.shape[0], rows)
     page_size = cache.shape[1] if "block_table" in given else 0
     return Room(seqlen_new, slots(given), cache.shape[0], page_size, positions, needed)
