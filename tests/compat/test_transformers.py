@@ -106,18 +106,25 @@ def packed() -> dict[str, Tensor]:
     return {"input_ids": ids, "position_ids": torch.cat([torch.arange(n) for n in LENGTHS])[None]}
 
 
-@pytest.mark.parametrize("name", DECODERS)
-def test_packed_sequences(name: str, calls: list[dict[str, Any]]) -> None:
-    """As each sequence gives alone, with a cache too; eager GPT-OSS knows no packing, and no eager model with one."""
-    model, given = built(name), packed()
+@pytest.mark.parametrize("name", [name for name in DECODERS if name != "gpt_oss"])
+def test_packed_sequences_equal_each_sequence_alone(name: str, calls: list[dict[str, Any]]) -> None:
+    model, given = built(name), packed() | {"use_cache": False}
     alone = [models.logits(model, "eager", input_ids=ids) for ids in given["input_ids"].split(LENGTHS, 1)]
     want = torch.cat(alone, 1)
-    if name != "gpt_oss":
-        torch.testing.assert_close(models.logits(model, "eager", **given, use_cache=False), want, **TOLERANCE)
-    for use_cache in (False, True):
-        got = models.logits(model, "anyattn", **given, use_cache=use_cache)
-        torch.testing.assert_close(got, want, **TOLERANCE)
+    torch.testing.assert_close(models.logits(model, "eager", **given), want, **TOLERANCE)
+    torch.testing.assert_close(models.logits(model, "anyattn", **given), want, **TOLERANCE)
     assert {call["function"] for call in calls} == {"attention_varlen"}
+
+
+@pytest.mark.parametrize("extra", [{}, {"use_cache": False, "attention_mask": torch.ones(1, sum(LENGTHS))}])
+@pytest.mark.parametrize("name", ["gpt_oss", "mistral"])
+def test_restarting_positions_with_a_cache_or_a_mask_are_one_sequence(name: str, extra: dict[str, Any]) -> None:
+    """Eager attention says so, and the layers of hybrid models that have a state; a warning tells the user."""
+    model, given = built(name), packed() | extra
+    want = models.logits(model, "eager", **given)
+    with pytest.warns(UserWarning, match="position_ids restart"):
+        got = models.logits(model, "anyattn", **given)
+    torch.testing.assert_close(got, want, **TOLERANCE)
 
 
 def test_packed_batch_of_two() -> None:
@@ -230,18 +237,15 @@ def test_position_bias_and_float_mask() -> None:
     torch.testing.assert_close(got, (scores.softmax(-1) @ v).transpose(1, 2), **TOLERANCE)
 
 
-@pytest.mark.parametrize("rows", [1, 3, 6])
-@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "full"])
-def test_padding_mask_without_a_pattern(rows: int, is_causal: bool) -> None:
-    """What is left of a mask that something copied: the arguments tell the rest, as they do to FlashAttention."""
-    q, k, v = (torch.randn(2, 4, n, 8, generator=torch.Generator().manual_seed(i)) for i, n in enumerate((rows, 6, 6)))
-    padding = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])
-    arguments = {"is_causal": is_causal, "sliding_window": 3}
-    got, _ = adapter.attention(torch.nn.Module(), q, k, v, padding, **arguments)
-    distance = torch.arange(6 - rows, 6)[:, None] - torch.arange(6)
-    seen = (distance < 3) & (distance >= 0 if is_causal else distance > -3) & padding.bool()[:, None, None]
-    want = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen).nan_to_num()
-    torch.testing.assert_close(got, want.transpose(1, 2), **TOLERANCE)
+@pytest.mark.parametrize("mask", [torch.ones(2, 6), torch.ones(2, 6).bool(), torch.ones(2, 1, 6, 6).int()], ids=str)
+def test_masks_that_eager_does_not_define_are_refused(mask: Tensor) -> None:
+    q = torch.randn(2, 4, 6, 8)
+    if mask.is_floating_point():
+        with pytest.raises(ValueError, match="bias"):
+            adapter.attention(torch.nn.Module(), q, q, q, mask)
+    else:
+        with pytest.raises(ValueError, match="attention_mask must be floating point, or boolean of 4 dimensions"):
+            adapter.attention(torch.nn.Module(), q, q, q, mask)
 
 
 def test_positions_that_skip_are_one_sequence() -> None:
@@ -260,11 +264,11 @@ def test_unknown_mask_functions_become_dense_masks() -> None:
     arguments |= {"attention_mask": models.padding("left"), "past_key_values": None}
     chunked = masking_utils.create_chunked_causal_mask(**arguments)
     overlaid = masking_utils.create_causal_mask(**arguments, or_mask_function=lambda b, h, q, k: k == 9)
-    config._attn_implementation = "sdpa"
+    config._attn_implementation = "eager"
     assert torch.equal(chunked, masking_utils.create_chunked_causal_mask(**arguments))
     assert overlaid.shape == (2, 1, SEQLEN, SEQLEN)
-    assert overlaid[:, 0, 5, 9].all()
-    assert not overlaid[:, 0, 5, 8].any()
+    assert (overlaid[:, 0, 5, 9] == 0).all()
+    assert (overlaid[:, 0, 5, 8] < -1e30).all()
 
 
 def test_a_mask_that_is_wanted_is_made() -> None:
@@ -305,15 +309,214 @@ def test_compiled_model() -> None:
     torch.testing.assert_close(got[given["attention_mask"].bool()], want[given["attention_mask"].bool()], **TOLERANCE)
 
 
-def test_weights_are_refused() -> None:
-    with pytest.raises(ValueError, match="output_attentions"):
-        models.logits(built("whisper"), "anyattn", **models.inputs(MODELS["whisper"], ""), output_attentions=True)
-    x = torch.zeros(1, 1, 4, 8)
-    with pytest.raises(ValueError, match="sinks"):
-        adapter.attention(torch.nn.Module(), x, x, x, None, sinks=torch.zeros(1, 1, 4, 1))
-    with pytest.raises(ValueError, match="position_bias"):
-        position_ids = torch.tensor([[0, 1, 0, 1]])
-        adapter.attention(torch.nn.Module(), x, x, x, None, position_bias=torch.zeros(4, 4), position_ids=position_ids)
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_compiled_layers(name: str, backend: str) -> None:
+    """The mask is made outside the graphs, which take it as an input."""
+    given = models.inputs(MODELS[name], "left") | {"use_cache": False}
+    want = models.logits(built(name), "eager", **given)
+    model = MODELS[name].build()
+    for layer in model.model.layers:
+        layer.compile(fullgraph=True, backend=backend)
+    got = models.logits(model, "anyattn", **given)
+    torch.testing.assert_close(got[given["attention_mask"].bool()], want[given["attention_mask"].bool()], **TOLERANCE)
+
+
+def test_compiled_decoding_with_a_static_cache() -> None:
+    model, given = MODELS["mistral"].build(), models.inputs(MODELS["mistral"], "left")
+    options = {"max_new_tokens": 2 * WINDOW, "do_sample": False, "pad_token_id": 0, "cache_implementation": "static"}
+    want = model.generate(**given, **options)
+    model.set_attn_implementation("anyattn")
+    model.forward = torch.compile(model.forward, backend="eager")
+    assert torch.equal(model.generate(**given, **options), want)
+
+
+@pytest.mark.parametrize("packed_with_cache", [False, True])
+def test_compiled_and_eager_execution_agree_on_packing(packed_with_cache: bool) -> None:
+    model, given = MODELS["llama"].build(), packed() | {"use_cache": packed_with_cache}
+    want = models.logits(model, "eager", **given)
+    model.set_attn_implementation("anyattn")
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(**given).logits, want, **TOLERANCE)
+        torch.testing.assert_close(model(**given).logits, want, **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "modernbert"])
+def test_exported_model(name: str) -> None:
+    model, given = MODELS[name].build(), models.inputs(MODELS[name], "left")
+    given |= {} if name == "modernbert" else {"use_cache": False}
+    other = given | {"attention_mask": models.padding("right")}
+    want = models.logits(model, "eager", **other)
+    model.set_attn_implementation("anyattn")
+    exported = torch.export.export(model, (), given, strict=False).module()
+    got, valid = exported(**other).logits, other["attention_mask"].bool()
+    torch.testing.assert_close(got[valid], want[valid], **TOLERANCE)
+
+
+# Masks that models read themselves, and calls whose meaning is not known.
+
+
+def lazy_mask(batch: int = 2, seqlen: int = 6, **arguments: Any) -> adapter.LazyMask:
+    mask = adapter.mask(batch, seqlen, seqlen, **arguments)
+    assert isinstance(mask, adapter.LazyMask)
+    return mask
+
+
+def eager_mask(batch: int = 2, seqlen: int = 6, **arguments: Any) -> Tensor:
+    from transformers import masking_utils
+
+    return masking_utils.eager_mask(batch, seqlen, seqlen, **arguments)
+
+
+def test_lazy_mask_is_the_mask_of_eager_attention_for_foreign_code() -> None:
+    padding = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]]).bool()
+    want = eager_mask(attention_mask=padding)
+    for read in (
+        lambda x: x + 0,
+        lambda x: x[:, :, 2:, :3],
+        lambda x: torch.cat([x, x], -1),
+        lambda x: x == 0,
+        lambda x: x.clone().masked_fill_(x < 0, 7.0),
+        lambda x: torch.nn.functional.pad(x, (0, 2)),
+        lambda x: x.expand(-1, 4, -1, -1),
+        lambda x: x.bfloat16(),
+    ):
+        mask = lazy_mask(attention_mask=padding)
+        assert (mask.shape, mask.dtype, mask.device) == (want.shape, want.dtype, want.device)
+        assert not mask.is_dense
+        got = read(mask)
+        assert type(got) is Tensor
+        assert torch.equal(got, read(want))
+
+
+def test_lazy_mask_that_was_changed_is_attended_as_changed() -> None:
+    q = torch.randn(2, 4, 6, 8)
+    mask, want = lazy_mask(), eager_mask().clone()
+    for x in (mask, want):
+        x[:, :, :, 1:3].fill_(torch.finfo(torch.float32).min)
+    got, _ = adapter.attention(torch.nn.Module(), q, q, q, mask)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, q, q, want).transpose(1, 2)
+    torch.testing.assert_close(got, expected, **TOLERANCE)
+
+
+def test_lazy_mask_stays_lazy_between_devices_and_in_checkpoints() -> None:
+    mask = lazy_mask(attention_mask=torch.tensor([[0, 1, 1, 1, 1, 1]] * 2).bool())
+    assert mask.to("cpu") is mask
+    moved = mask.to("meta")
+    assert isinstance(moved, adapter.LazyMask)
+    assert moved.pattern.padding.device.type == "meta"
+    assert not mask.is_dense
+    detached = mask.detach()
+    detached.requires_grad = False
+    assert isinstance(detached, adapter.LazyMask)
+    assert not detached.is_dense
+    assert torch.equal(mask.to(torch.float64), mask.dense().double())
+
+
+def test_lazy_mask_of_a_static_cache_keeps_its_positions() -> None:
+    """The cache moves its position in place after the mask was made."""
+    position = torch.tensor(2)
+    mask = adapter.mask(1, 2, 6, q_offset=position)
+    position += 3
+    assert torch.equal(mask + 0, eager_mask_of_two_queries())
+
+
+def eager_mask_of_two_queries() -> Tensor:
+    from transformers import masking_utils
+
+    return masking_utils.eager_mask(1, 2, 6, q_offset=2)
+
+
+def test_reentrant_checkpointing_makes_no_dense_mask(calls: list[dict[str, Any]]) -> None:
+    model, given = MODELS["mistral"].build(), models.inputs(MODELS["mistral"], "left")
+    given["labels"] = given["input_ids"].masked_fill(given["attention_mask"].roll(1, -1) == 0, -100)
+    want = models.gradients(model, "anyattn", **given)
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    got = models.gradients(model, "anyattn", **given)
+    for key, value in want.items():
+        assert torch.equal(got[key], value)
+    no_score_sized_mask(calls)
+
+
+def test_unknown_arguments_are_refused() -> None:
+    q = torch.randn(2, 4, 6, 8)
+    neutral: dict[str, Any] = {"use_cache": True, "num_items_in_batch": torch.tensor(3), "unknown": None}
+    adapter.attention(torch.nn.Module(), q, q, q, None, **neutral)
+    with pytest.raises(NotImplementedError, match=r"Module passes local_bias= to attention.*'eager' or 'sdpa'"):
+        adapter.attention(torch.nn.Module(), q, q, q, None, local_bias=q)
+
+
+def test_dropout_needs_training_mode() -> None:
+    """Eager attention asks the module, whatever probability a model passes."""
+    q, module = torch.randn(2, 4, 6, 8), torch.nn.Module().eval()
+    plain, _ = adapter.attention(module, q, q, q, None)
+    assert torch.equal(adapter.attention(module, q, q, q, None, dropout=0.5)[0], plain)
+    assert not torch.equal(adapter.attention(module.train(), q, q, q, None, dropout=0.5)[0], plain)
+
+
+def test_sinks_of_every_query() -> None:
+    q, k, v, sinks = (torch.randn(2, 4, 6, n, dtype=torch.float64, requires_grad=True) for n in (8, 8, 3, 1))
+    got, _ = adapter.attention(torch.nn.Module(), q, k, v, lazy_mask(), sinks=sinks)
+    scores = q @ k.mT * 8**-0.5 + eager_mask()
+    want = (torch.cat([scores, sinks], -1).softmax(-1)[..., :-1] @ v).transpose(1, 2)
+    torch.testing.assert_close(got, want)
+    upstream = torch.randn_like(want)
+    for a, b in zip(
+        torch.autograd.grad(got, (q, k, v, sinks), upstream),
+        torch.autograd.grad(want, (q, k, v, sinks), upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_one_sequence_of_learned_queries_serves_the_batch() -> None:
+    q, k = torch.randn(1, 4, 3, 8), torch.randn(2, 4, 6, 8)
+    got, _ = adapter.attention(torch.nn.Module(), q, k, k, None)
+    want = torch.nn.functional.scaled_dot_product_attention(q.expand(2, -1, -1, -1), k, k)
+    torch.testing.assert_close(got, want.transpose(1, 2), **TOLERANCE)
+
+
+def test_position_bias_with_packed_sequences() -> None:
+    q, bias = torch.randn(1, 4, 6, 8), torch.randn(1, 4, 6, 6)
+    segments = torch.tensor([[0, 0, 1, 1, 1, 1]])
+    from transformers import masking_utils
+
+    function = masking_utils.and_masks(
+        masking_utils.packed_sequence_mask_function(segments), masking_utils.causal_mask_function
+    )
+    got, _ = adapter.attention(
+        torch.nn.Module(), q, q, q, lazy_mask(1, mask_function=function), scaling=1.0, position_bias=bias
+    )
+    scores = q @ q.mT + bias + eager_mask(1, mask_function=function)
+    torch.testing.assert_close(got, (scores.softmax(-1) @ q).transpose(1, 2), **TOLERANCE)
+
+
+# Models that compute attention themselves.
+
+OWN = ["Bloom", "CodeGen", "XGLM", "GPTNeoXJapanese", "GPTJ", "GPTNeo", "Falcon", "Mpt", "BigBird", "Longformer"]
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_models_that_compute_attention_themselves_are_refused(name: str) -> None:
+    import transformers
+
+    config = getattr(transformers, f"{name}Config")()
+    config.num_hidden_layers = 1
+    kind = getattr(transformers, f"{name}Model")
+    message = f"{name}Model computes attention itself.*'eager' or 'sdpa'"
+    with torch.device("meta"), pytest.raises(ValueError, match=message):
+        kind._from_config(config, attn_implementation="anyattn")
+
+
+def test_classes_written_in_a_notebook_are_judged_by_their_bases() -> None:
+    from transformers import BloomModel, LlamaModel
+
+    from anyattn.compat.transformers.refuse import computes_attention_itself
+
+    space = {"__module__": "no_source_here"}
+    assert not computes_attention_itself(type("Mine", (LlamaModel,), dict(space)))
+    assert computes_attention_itself(type("Mine", (BloomModel,), dict(space)))
 
 
 # Models that are hard-wired to flash_attention_2.

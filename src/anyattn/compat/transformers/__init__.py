@@ -3,34 +3,50 @@
     import anyattn.compat.transformers
     model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="anyattn")
 
-Importing this module registers the name with transformers' two interfaces, for attention and for masks. A mask function
-that is causal, bidirectional, a sliding window or packed sequences of these, as almost every model's is, is handed over
-as a `Pattern` on a mask of two dimensions: no score-sized mask is made. Any other becomes the boolean mask that
-transformers makes for SDPA, and so does every mask under torch.compile, where functions cannot be looked into.
+Importing this module registers the name with transformers' two interfaces, for attention and for masks. Results are
+those of "eager", except for the tokens of padding. A mask function that is causal, bidirectional, a sliding window or
+packed sequences of these becomes a `LazyMask`: no score-sized mask exists unless the model itself reads it. Other
+functions, and every function under torch.compile, become eager's mask.
 
-Results are those of "eager", but for rows of padding, and for packed sequences (position_ids that
-start anew): these are kept apart even where a cache was created, as transformers does for FlashAttention alone.
+Sequences are packed where transformers says so: `position_ids` that restart, without attention_mask and without a cache
+(use_cache=False), or `cu_seq_lens_q` and `cu_seq_lens_k`.
 
-`install_flash_attention_2` is for models that are hard-wired to "flash_attention_2".
+A model that computes attention itself (Bloom, GPT-J and others) raises ValueError when the name is chosen for it.
+`install_flash_attention_2` serves models that are hard-wired to "flash_attention_2".
 """
 
 import inspect
 
 from .attention import attention
 from .flash_attention_2 import install_flash_attention_2, uninstall_flash_attention_2
-from .masks import Pattern, mask
+from .lazy_mask import LazyMask, Pattern
+from .masks import mask
+from .refuse import NAME, refuse_unsupported_models
 
-__all__ = ["Pattern", "attention", "install_flash_attention_2", "mask", "register", "uninstall_flash_attention_2"]
+__all__ = [
+    "LazyMask",
+    "Pattern",
+    "attention",
+    "install_flash_attention_2",
+    "mask",
+    "register",
+    "uninstall_flash_attention_2",
+]
 
 
 def register() -> None:
-    """Registers "anyattn"; done when this module is imported. ImportError if transformers asks for masks otherwise."""
+    """Register "anyattn" with transformers; importing this module does it.
+
+    Raises:
+        ImportError: transformers is older than 5.4, which asks for masks in another way.
+    """
     from transformers import AttentionInterface, __version__, masking_utils
 
     if "q_offset" not in inspect.signature(masking_utils.sdpa_mask).parameters:
-        raise ImportError(f"anyattn.compat.transformers needs transformers 5.4 or later; got {__version__}")
-    AttentionInterface.register("anyattn", attention)
-    masking_utils.AttentionMaskInterface.register("anyattn", mask)
+        raise ImportError(f"anyattn.compat.transformers needs transformers 5.4 or later, got {__version__}")
+    AttentionInterface.register(NAME, attention)
+    masking_utils.AttentionMaskInterface.register(NAME, mask)
+    refuse_unsupported_models()
 
 
 register()

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
+import warnings
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers.utils import output_capturing
+from transformers.utils.generic import TransformersKwargs
 
 from ... import api
-from .masks import ATTRIBUTE, Pattern, cumulative
+from .lazy_mask import LazyMask
+
+USE_EAGER = "use attn_implementation='eager' or 'sdpa' for this model"
+
+
+class Visible(NamedTuple):
+    """The keys that each query attends to, as arguments of anyattn.attention; cu_seqlens_q: packed sequences."""
+
+    window: tuple[int | None, int | None] = (None, None)
+    offset: int | None = None
+    mask: Tensor | None = None  # bool
+    bias: Tensor | None = None
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
 
 
 def attention(
@@ -24,71 +40,156 @@ def attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    output_attentions: bool | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """What transformers calls: query (batch, nheads, seqlen_q, head_dim), out (batch, seqlen_q, nheads, head_dim_v).
+) -> tuple[Tensor, Tensor | None]:
+    """Return (out, weights) of eager attention; transformers' attention modules call this function.
 
-    sliding_window counts the keys that a row sees, itself included; s_aux are the sinks; position_bias is added to the
-    scores. There are no weights to return: output_attentions=True raises.
+    The mask alone decides which keys a query attends to, as in eager attention: None masks nothing, and `is_causal` and
+    `sliding_window` are not read, because the mask contains both.
+
+    Args:
+        query: (batch, nheads, seqlen_q, head_dim). key: (batch, nheads_kv, seqlen_k, head_dim). value: (batch,
+            nheads_kv, seqlen_k, head_dim_v).
+        attention_mask: a `LazyMask`; a boolean mask (True: visible) of four dimensions; a floating-point mask, which is
+            added to the scores and broadcast.
+        dropout: probability, applied while the module is in training mode.
+        s_aux: one sink logit per head. sinks: one per query, broadcastable to (batch, nheads, seqlen_q, 1).
+        position_bias: added to the scores.
+        cu_seq_lens_q: int32 (sequences + 1); with cu_seq_lens_k, the batch of one holds packed sequences.
+        output_attentions: return the weights too, (batch, nheads, seqlen_q, seqlen_k): memory is O(seqlen^2).
+
+    Returns:
+        out (batch, seqlen_q, nheads, head_dim_v), and the weights or None.
+
+    Raises:
+        NotImplementedError: an argument that is not None and not known: it could change the result.
+        ValueError: a mask or a combination of arguments that eager attention does not define.
     """
-    if kwargs.get("output_attentions"):
-        raise ValueError('output_attentions=True needs attn_implementation="eager": the weights are never in memory')
-    if kwargs.get("sinks") is not None:
-        raise ValueError("sinks of more than one value per head are not supported: use attn_implementation='eager'")
-    if kwargs.get("cache") is not None:
-        raise ValueError("continuous batching has caches of its own: transformers accepts few implementations there")
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    options: dict[str, Any] = {"scale": scaling, "softcap": softcap or 0.0, "sink": s_aux, "dropout_p": dropout}
-    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    pattern = _pattern(q, k, attention_mask, causal, sliding_window, kwargs)
-    if pattern is not None and pattern.cu_seqlens_q is not None:
-        if position_bias is not None:
-            raise ValueError("position_bias cannot be combined with packed sequences")
-        return _packed(q, k, v, pattern, options), None
-    bias = position_bias
-    if pattern is not None:
-        options.update({"window": (pattern.left, pattern.right), "offset": pattern.offset})
-        attention_mask = None if attention_mask is None or not pattern.padded else attention_mask[:, None, None].bool()
-    if attention_mask is not None and attention_mask.is_floating_point():
-        bias, attention_mask = attention_mask if bias is None else bias + attention_mask, None
-    return api.attention(q, k, v, bias=bias, mask=attention_mask, **options), None
+    _refuse_unknown(module, kwargs)
+    _warn_of_positions(module, attention_mask, kwargs.get("position_ids"), cu_seq_lens_q)
+    batch = max(x.shape[0] for x in (query, key, value))
+    q, k, v = (_expanded(x, batch).transpose(1, 2) for x in (query, key, value))
+    wants_weights = bool(output_attentions) or _weights_are_recorded()
+    dropout_p = dropout if getattr(module, "training", True) else 0.0
+    if isinstance(attention_mask, LazyMask) and attention_mask.shape[2:] != (q.shape[1], k.shape[1]):
+        attention_mask = attention_mask.dense()  # made for other lengths: broadcast or refused, as in eager attention
+    visible = _visible(attention_mask, cu_seq_lens_q, cu_seq_lens_k, wants_weights or position_bias is not None)
+    options: dict[str, Any] = {"scale": scaling, "softcap": softcap or 0.0, "sink": s_aux}
+    if visible.cu_seqlens_q is not None:
+        if wants_weights or position_bias is not None or sinks is not None:
+            raise ValueError(
+                "cu_seq_lens_q cannot be combined with output_attentions, position_bias or sinks. Pass position_ids "
+                "and use_cache=False instead"
+            )
+        return _packed(q, k, v, visible, {**options, "dropout_p": dropout_p}), None
+    if wants_weights and dropout_p:
+        raise ValueError(f"output_attentions=True cannot be combined with dropout, got {dropout}: call model.eval()")
+    options |= {"window": visible.window, "offset": visible.offset, "mask": visible.mask}
+    options["bias"] = _sum(visible.bias, position_bias, q.dtype)
+    if sinks is None and not wants_weights:
+        return api.attention(q, k, v, dropout_p=dropout_p, **options), None
+    return _with_lse(q, k, v, sinks, wants_weights, dropout_p, options)
 
 
-def _pattern(
-    q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, sliding_window: int | None, kwargs: dict[str, Any]
-) -> Pattern | None:
-    """What the mask says; None: it is dense and says everything itself.
+def _with_lse(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, wants_weights: bool, dropout_p: float, options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Return (out, weights) where the logsumexp is needed: for weights, and for sinks that differ from query to query.
 
-    A mask that is None or came without a Pattern means what it means to transformers' SDPA and FlashAttention: keys
-    beyond the rows are the unused end of a static cache, but for a single row, which sees them all.
+    A sink adds exp(sink) to the sum of a query, so its weights shrink by sigmoid(lse - sink).
     """
-    found: Pattern | None = getattr(mask, ATTRIBUTE, None)
-    if found is None and mask is not None and mask.ndim != 2:
-        return None
-    if found is None:
-        behind = k.shape[1] - q.shape[1]
-        causal = causal and q.shape[1] > 1
-        left = None if sliding_window is None else sliding_window - 1
-        found = Pattern(left, 0 if causal else left, 0 if causal and mask is None else behind, mask is not None)
-    if found.padded or found.cu_seqlens_q is not None:
-        return found
-    begins_q, begins_k = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
-    if begins_q is None or begins_k is None:
-        begins_q = begins_k = _begins(kwargs.get("position_ids"), q, k)
-    return Pattern(found.left, found.right, found.offset, found.padded, begins_q, begins_k)
+    out, lse = api.attention(q, k, v, dropout_p=dropout_p, return_lse=True, **options)
+    weights = api.attention_weights(q, k, lse, **options) if wants_weights else None
+    if sinks is not None:
+        kept = torch.sigmoid(lse.unsqueeze(-1) - sinks.float()).to(out.dtype)
+        out, weights = out * kept.transpose(1, 2), None if weights is None else weights * kept
+    return out, weights
 
 
-def _begins(position_ids: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
-    """cu_seqlens of position_ids that come back to where they began, in a batch of one; or None."""
-    if torch.compiler.is_compiling() or position_ids is None or q.shape[0] != 1 or q.shape[1] != k.shape[1]:
-        return None
-    if position_ids.shape != q.shape[:2]:
-        return None
-    starts = position_ids[:, 1:] == position_ids[:, :1]
-    return cumulative(starts) if bool(starts.any()) else None
+def _expanded(x: Tensor, batch: int) -> Tensor:
+    """Return x for a batch of this size: one sequence of learned queries serves every item, as in eager attention."""
+    return x.expand(batch, -1, -1, -1) if x.shape[0] == 1 else x
 
 
-def _packed(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, options: dict[str, Any]) -> Tensor:
-    arrays: Any = (q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), pattern.cu_seqlens_q, pattern.cu_seqlens_k)
-    out: Tensor = api.attention_varlen(*arrays, window=(pattern.left, pattern.right), **options)
+def _sum(bias: Tensor | None, position_bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if bias is not None and position_bias is not None:
+        bias = bias + position_bias
+    else:
+        bias = position_bias if bias is None else bias
+    return bias if bias is None or bias.dtype in (dtype, torch.float32) else bias.float()
+
+
+def _visible(mask: Tensor | None, begins_q: Tensor | None, begins_k: Tensor | None, needs_dense: bool) -> Visible:
+    """Return what the mask says; `needs_dense`: packed sequences must be a mask too."""
+    if isinstance(mask, LazyMask):
+        left, right, offset, padding, cu_seqlens = mask.pattern
+        if mask.is_dense or (needs_dense and cu_seqlens is not None):
+            return Visible(bias=mask.dense())
+        if cu_seqlens is not None:
+            return Visible((left, right), cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens)
+        if begins_q is not None and padding is None:
+            return Visible((left, right), cu_seqlens_q=begins_q, cu_seqlens_k=begins_k)
+        if begins_q is None:
+            return Visible((left, right), offset, None if padding is None else padding[:, None, None])
+        raise ValueError("cu_seq_lens_q cannot be combined with padding in attention_mask. Remove the padding")
+    if begins_q is not None and mask is None:
+        return Visible(cu_seqlens_q=begins_q, cu_seqlens_k=begins_k)
+    if begins_q is not None:
+        raise ValueError("cu_seq_lens_q cannot be combined with a dense attention_mask. Pass one of them")
+    if mask is None or mask.is_floating_point():
+        return Visible(bias=mask)
+    if mask.dtype == torch.bool and mask.ndim == 4:
+        return Visible(mask=mask)
+    raise ValueError(
+        "attention_mask must be floating point, or boolean of 4 dimensions (batch, nheads or 1, seqlen_q, seqlen_k), "
+        f"got {mask.dtype} of shape {tuple(mask.shape)}"
+    )
+
+
+def _packed(q: Tensor, k: Tensor, v: Tensor, visible: Visible, options: dict[str, Any]) -> Tensor:
+    arrays: Any = (q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), visible.cu_seqlens_q, visible.cu_seqlens_k)
+    out: Tensor = api.attention_varlen(*arrays, window=visible.window, **options)
     return out.reshape(*q.shape[:2], *out.shape[1:])
+
+
+# Arguments that models pass on to attention and that change no result of eager attention.
+NEUTRAL = TransformersKwargs.__optional_keys__ | TransformersKwargs.__required_keys__
+NEUTRAL |= {"cache_position", "deterministic", "position_embeddings", "return_dict", "use_cache"}
+
+
+def _refuse_unknown(module: Any, arguments: dict[str, Any]) -> None:
+    for name, x in arguments.items():
+        if x is not None and name not in NEUTRAL:
+            raise NotImplementedError(
+                f"{type(module).__name__} passes {name}= to attention, and its meaning is not known here: {USE_EAGER}"
+            )
+
+
+def _warn_of_positions(module: Any, mask: Tensor | None, position_ids: Tensor | None, begins: Tensor | None) -> None:
+    """Warn where positions restart and transformers does not say that sequences are packed: FlashAttention would guess.
+
+    Only the first layer looks, because reading the positions costs a synchronisation on a GPU.
+    """
+    if torch.compiler.is_compiling() or not isinstance(mask, LazyMask):
+        return
+    if mask.pattern.cu_seqlens is not None or begins is not None:
+        return
+    if position_ids is None or getattr(module, "layer_idx", None) != 0 or position_ids.shape != (1, mask.shape[-1]):
+        return
+    if bool((position_ids.diff() < 0).any()):
+        warnings.warn(
+            "position_ids restart, but the row is one sequence, as in eager attention, because the call has a cache or "
+            "an attention_mask. For packed sequences pass use_cache=False and no attention_mask, or cu_seq_lens_q",
+            stacklevel=2,
+        )
+
+
+def _weights_are_recorded() -> bool:
+    """Return whether transformers' hooks collect the weights of this forward pass (output_attentions=True)."""
+    collector = output_capturing._active_collector
+    collected = collector.global_var if torch.compiler.is_compiling() else collector.get()  # as transformers does
+    return collected is not None and any(name.endswith("attentions") for name in collected)

@@ -1,4 +1,4 @@
-"""Masks for transformers' models: what a mask function does, if it is one that is known, instead of every entry."""
+"""Masks for transformers' models: the pattern of a mask function that is known, without an entry per score."""
 
 from __future__ import annotations
 
@@ -8,24 +8,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from transformers import masking_utils
+from transformers.utils.import_utils import is_tracing
+
+from .lazy_mask import LazyMask, Pattern
 
 MaskFunction = Callable[..., Any]
-ATTRIBUTE = "anyattn_pattern"  # of the mask tensors that `mask` makes
-
-
-class Pattern(NamedTuple):
-    """Row i sees the keys j with offset + i - left <= j <= offset + i + right; None: unbounded."""
-
-    left: int | None
-    right: int | None
-    offset: int
-    padded: bool = False  # the mask itself hides keys
-    cu_seqlens_q: Tensor | None = None  # packed: where sequences begin among the rows of the whole batch
-    cu_seqlens_k: Tensor | None = None
 
 
 class Shape(NamedTuple):
-    """What a mask function lets a row see: keys at most so far before and after it, of its own segment."""
+    """The keys that a mask function shows a query: at most so far before and after it, in its own segment."""
 
     left: int | None = None
     right: int | None = None
@@ -40,18 +32,26 @@ def mask(
     kv_offset: int = 0,
     mask_function: MaskFunction | None = None,
     attention_mask: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
     allow_is_causal_skip: bool = True,
     allow_is_bidirectional_skip: bool = False,
+    local_size: int | None = None,
+    device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> Tensor | None:
-    """What models ask for a mask: None, the padding (batch, kv_length) with a Pattern, or a dense boolean mask."""
-    # of the module itself: torch 2.9 compiles no import from the lazy one above it
-    from transformers.masking_utils import causal_mask_function, sdpa_mask
+    """Return the mask of eager attention, (batch_size, 1, q_length, kv_length) in `dtype`; None where eager's is None.
 
-    function = causal_mask_function if mask_function is None else mask_function
-    found = None if torch.compiler.is_compiling() else _recognize(function)
-    if found is None or not (allow_is_causal_skip or allow_is_bidirectional_skip or found.segments is not None):
-        dense: Tensor | None = sdpa_mask(
+    transformers calls this function. The mask is a `LazyMask` if `mask_function` is causal, bidirectional, a sliding
+    window, or packed sequences of these. It is dense for other functions, while a graph is traced, and where the
+    caller wants an array (`allow_is_causal_skip=False` for a cache of fixed size, whose decoding is compiled).
+    """
+    function = masking_utils.causal_mask_function if mask_function is None else mask_function
+    tracing = is_tracing(attention_mask)
+    if not tracing:  # a static cache changes its tensor in place, and a LazyMask may be read later
+        q_offset = int(q_offset)
+
+    def compute() -> Any:
+        return masking_utils.eager_mask(
             batch_size,
             q_length,
             kv_length,
@@ -59,39 +59,48 @@ def mask(
             kv_offset,
             function,
             attention_mask,
-            allow_is_causal_skip=allow_is_causal_skip,
+            dtype=dtype,
             allow_is_bidirectional_skip=allow_is_bidirectional_skip,
+            local_size=local_size,
+            device=device,
             **kwargs,
         )
+
+    shape = None if tracing else _recognize(function)
+    lazy_is_wanted = allow_is_causal_skip or allow_is_bidirectional_skip
+    if shape is None or not (lazy_is_wanted or shape.segments is not None):
+        dense: Tensor | None = compute()
         return dense
-    left, right, segments = found
     offset = int(q_offset) - kv_offset
-    padding, device = attention_mask, kwargs.get("device", "cpu")
-    if padding is None:
-        padding = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
-    else:
-        missing = max(kv_offset + kv_length - padding.shape[1], 0)
-        padding = pad(padding, (0, missing))[:, kv_offset : kv_offset + kv_length]
-    in_reach = padding if right is None else padding[:, : offset + q_length + right]
-    padded = attention_mask is not None and not bool(in_reach.all())
-    whole = kv_length == offset + q_length and (offset == 0 or q_length == 1)
-    if not padded and segments is None and left is None and (right is None or whole):
+    padding = _padding(attention_mask, kv_offset, kv_length, shape.right, offset + q_length)
+    is_whole = local_size is None or kv_length < local_size
+    if allow_is_bidirectional_skip and padding is None and is_whole:
         return None
-    begins = None if segments is None else cumulative(segments.diff() != 0)
-    setattr(padding, ATTRIBUTE, Pattern(left, right, offset, padded, begins, begins))
-    return padding
+    cu_seqlens = None if shape.segments is None else _cumulative(shape.segments.diff() != 0)
+    pattern = Pattern(shape.left, shape.right, offset, padding, cu_seqlens)
+    return LazyMask((batch_size, 1, q_length, kv_length), dtype, device, pattern, compute)
 
 
-def cumulative(starts: Tensor) -> Tensor:
-    """cu_seqlens from (batch, seqlen - 1): whether a sequence starts at the next row. Each row 0 starts one."""
+def _padding(
+    attention_mask: Tensor | None, kv_offset: int, kv_length: int, right: int | None, end: int
+) -> Tensor | None:
+    """Return the part of the 2-D mask that covers the keys, or None if it masks no key that a query can reach."""
+    if attention_mask is None:
+        return None
+    missing = max(kv_offset + kv_length - attention_mask.shape[1], 0)
+    padding = pad(attention_mask, (0, missing))[:, kv_offset : kv_offset + kv_length].bool()
+    in_reach = padding if right is None else padding[:, : end + right]
+    return None if bool(in_reach.all()) else padding
+
+
+def _cumulative(starts: Tensor) -> Tensor:
+    """Return cu_seqlens from (batch, seqlen - 1), True where the next token begins a sequence. Each row begins one."""
     begins = pad(starts, (1, 0), value=True).flatten().nonzero().flatten()
     return pad(begins, (0, 1), value=starts.shape[0] * (starts.shape[1] + 1)).int()
 
 
 def _recognize(function: MaskFunction) -> Shape | None:
-    """What a mask function of transformers does, by its name and what it encloses; None: something else."""
-    from transformers import masking_utils
-
+    """Return the shape of a mask function of transformers, from its name and its enclosed values; None: unknown."""
     if function is masking_utils.causal_mask_function:
         return Shape(right=0)
     if function is masking_utils.bidirectional_mask_function:
@@ -107,7 +116,7 @@ def _recognize(function: MaskFunction) -> Shape | None:
         return Shape(enclosed["sliding_window"], enclosed["sliding_window"])
     if maker == "packed_sequence_mask_function":
         return Shape(segments=enclosed["packed_sequence_mask"])
-    if maker == "remap_positions_for_packed_sequence":  # inside a sequence distances stay as they are
+    if maker == "remap_positions_for_packed_sequence":  # distances inside a sequence stay as they are
         return _recognize(enclosed["mask_function"])
     if maker == "and_masks":
         return _intersect([_recognize(part) for part in enclosed["mask_functions"]])
