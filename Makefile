@@ -22,7 +22,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find native examples -name '*.cc' -o -name '*.cpp' -o -name '*.c' -o -name '*.h' -o -name '*.hpp' | sort)
 PACKAGED := $(shell find src examples native -not -path '*/__pycache__*') pyproject.toml
 
-.PHONY: venv require-native demo check test full soak test-oldest gpu aot bench docs shaders vulkan-drivers wheels test-arm64 lint format sanitize sanitize-python clean
+.PHONY: venv require-native demo check test full models soak test-oldest gpu aot bench docs shaders vulkan-drivers wheels test-arm64 lint format sanitize sanitize-python clean
 .DEFAULT_GOAL := test
 
 venv: $(VENV)/installed
@@ -75,6 +75,12 @@ test: require-native
 full: require-native
 	ANYATTN_REQUIRE=$(REQUIRE) $(BIN)/python -m pytest tests -n $(JOBS) -m "full or not full" --hypothesis-profile=full $(PYTEST_ARGS)
 	$(MAKE) soak test-oldest wheels test-arm64
+
+# Every architecture of transformers and diffusers, tiny and with random weights, against eager attention: about half an hour on
+# two cores. Results are kept in build/models until something changes; MODELS_ARGS="bloom falcon" runs some.
+MODELS_ARGS ?=
+models: require-native
+	$(BIN)/python tests/model_sweep/sweep.py $(MODELS_ARGS)
 
 # Random problems for so many seconds; SOAK_ARGS="--seed N" draws others.
 soak: require-native

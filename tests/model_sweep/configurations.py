@@ -1,0 +1,291 @@
+"""Tiny configurations of any model of transformers.
+
+A configuration starts from the defaults of its class. Rules replace every size by its name: widths become WIDTH, numbers of
+heads become HEADS, and so on. Sizes that have to match become equal in this way. `exceptions.py` lists what the rules do not
+know about single models.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Any
+
+from model_sweep import exceptions
+
+HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
+WIDTH = HEADS * HEAD_DIM
+INNER, EXPERT_INNER = 96, 32
+LAYERS = 2
+VOCABULARY, POSITIONS = 160, 128
+WINDOW, CHUNK = 6, 8
+IMAGE, PATCH = 32, 8
+EXPERTS, CHOSEN_EXPERTS = 4, 2
+
+Rule = tuple[str, Callable[[int], int]]
+
+
+def _constant(number: int) -> Callable[[int], int]:
+    return lambda value: number if value > 0 else value
+
+
+def _at_most(number: int) -> Callable[[int], int]:
+    return lambda value: min(value, number)
+
+
+def _keep(value: int) -> int:
+    return value
+
+
+# The first pattern that matches the whole name decides. A size of zero or less usually switches something off: it stays.
+RULES: list[Rule] = [
+    (r"num_labels|chunk_size_feed_forward|seed|.*_every|.*(_ratio|_rate|_factor|_id|_index|_idx|_offset)", _keep),
+    (r".*(sampling_rate|sample_rate|hop_length|n_fft|frame_rate)", _keep),
+    (r".*(interval|period|frequency|_every_n_\w+|every_n_\w+|_pattern|layer_freq|_step)", _at_most(2)),
+    # vocabulary and positions
+    (r"type_vocab_size|.*segment_types", _at_most(4)),
+    (r".*vocab_size.*|.*vocab", _constant(VOCABULARY)),
+    (
+        r".*max_position_embeddings|n_positions|n_ctx|max_\w*positions|max_seq_len|max_sequence_length|seq_length"
+        r"|max_\w*length|block_size|seq_len|context_length|model_max_length",
+        _constant(POSITIONS),
+    ),
+    # mixtures of experts
+    (r"index_topk|compress_topk", _at_most(6)),
+    (r".*(experts_per_tok|experts_per_token|topk|top_k|moe_k|num_selected_experts)", _at_most(CHOSEN_EXPERTS)),
+    (r"n_group|topk_group|num_expert_group|num_expert_groups|n_expert_groups", _at_most(1)),
+    (r".*shared_experts", _at_most(1)),
+    (r".*num_experts|.*routed_experts|.*local_experts|.*experts", _at_most(EXPERTS)),
+    (
+        r"(moe|expert|shared_expert).*intermediate_size|.*expert_dim|expert_ffn.*",
+        _constant(EXPERT_INNER),
+    ),
+    # windows of attention
+    (
+        r".*sliding_window(_size)?|local_attention|.*local_attention_window_len|attention_window(_size)?",
+        _at_most(WINDOW),
+    ),
+    (r".*attention_chunk_size|index_block_size|.*attn_chunk_length", _at_most(CHUNK)),
+    # heads
+    (r"linear_num_key_heads", _at_most(2)),
+    (r"linear_num_value_heads", _at_most(4)),
+    (r"mamba_(n|num)_heads", _constant(8)),
+    (r".*(index_n_heads|index_num_heads)", _at_most(2)),
+    (r".*(key_value|kv).*heads?", _at_most(KV_HEADS)),
+    (r".*heads?(_per_\w+)?", _at_most(HEADS)),
+    (r".*(qk_rope_head_dim|rotary_dim|qk_pos_emb_head_dim)", _at_most(8)),
+    (r".*qk_nope_head_dim", _at_most(8)),
+    (
+        r".*(head_dim|d_kv|d_head|dim_head|head_size|kv_channels|dim_key|dim_value|mamba_d_head|head_width)",
+        _at_most(HEAD_DIM),
+    ),
+    (r".*lora_rank|.*_rank", _at_most(16)),
+    (r".*(state_size|d_state)", _at_most(8)),
+    # layers
+    (r".*kv_shared_layers", _at_most(1)),
+    (r".*(first_k_dense_replace|num_dense_layers)", _at_most(1)),
+    (r".*(nextn_predict_layers|mtp_num_layers)", _keep),
+    (r".*(layers?|n_layers?|depth|num_blocks|encoder_blocks)", _at_most(LAYERS)),
+    # images and sounds
+    (r".*(image_size|img_size|input_size|resolution|crop_size|spec_size)", _constant(IMAGE)),
+    (r".*patch_size|encoder_stride", _at_most(PATCH)),
+    (r".*(temporal_patch_size|tubelet_size|spatial_merge_size|merge_size)", _at_most(2)),
+    (r"num_frames", _at_most(4)),
+    (r".*num_channels|audio_channels|in_channels|.*in_chans", _at_most(4)),
+    (r".*(mel_bins|n_mels|input_feat_size|feature_size|mel_dim)", _at_most(16)),
+    (r".*(window_size)", _at_most(4)),
+    (r".*(num_queries|query_tokens|num_latents|query_num|n_latents)", _at_most(8)),
+    (r".*codebook_size|.*num_embeddings|num_embeds|.*codes", _at_most(32)),
+    (r"num_codebooks|n_codebooks|num_quantizers|num_code_groups", _at_most(4)),
+    (r".*groups|.*group", _at_most(4)),
+    # widths
+    (
+        r".*(intermediate_size|ffn_dim|ffn_hidden_size|d_ff|d_inner|n_inner|mlp_dim|dim_ff|dff|intermediate_dim|ff_dim|feedforward_dim"
+        r"|dim_feedforward|feed_forward_size|feed_forward_hidden_size|mlp_hidden_size|linear_units)",
+        _constant(INNER),
+    ),
+    (
+        r".*(hidden_size\w*|d_model|n_embd|embed_dim|embedding_size|embedding_dim|hidden_dim|projection_dim|emb_dim|_dim|_width|channels"
+        r"|embed_size|emb_size|inplanes|_features|output_size|proj_size|projection_size|d_latents|d_rel|num_filters)",
+        _at_most(WIDTH),
+    ),
+    (r"dim|width|dims?_\w+|.*_dims?|.*channels?|latent_query_num|.*_dim_\w+", _at_most(WIDTH)),
+]
+COMPILED = [(re.compile(pattern), rule) for pattern, rule in RULES]
+
+
+def shrink_number(name: str, value: int) -> int:
+    """Return the small number for a size called `name`; a size that no rule knows stays."""
+    for pattern, rule in COMPILED:
+        if pattern.fullmatch(name):
+            return rule(value) if value > 0 else value
+    return value
+
+
+def tiny(kind: type, **given: Any) -> Any:
+    """Return a tiny configuration of this class; `given` replaces single values."""
+    return shrink(kind(**exceptions.START.get(kind.model_type, {})), given)
+
+
+def shrink(configuration: Any, given: dict[str, Any] | None = None, ids: dict[str, int] | None = None) -> Any:
+    """Return a tiny copy of a configuration and of the configurations in it."""
+    kind, ids = type(configuration), {} if ids is None else ids
+    read = configuration._getattr_without_heterogeneous_validation  # layers may differ
+    values = {field.name: read(field.name, None) for field in dataclasses.fields(kind)}
+    layers = chosen_layers(values)
+    small = {name: small_value(name, value, values, layers, ids) for name, value in values.items() if name not in PLAIN}
+    overrides = getattr(vars(configuration).get("_heterogeneity_spec"), "per_layer_overrides", {})
+    if overrides:
+        kept = layers or range(small["num_hidden_layers"])
+        small["per_layer_config"] = {
+            new: {name: small_value(name, value, values, None, ids) for name, value in overrides[old].items()}
+            for new, old in enumerate(kept)
+            if old in overrides
+        }
+    fit(small)
+    small |= exceptions.VALUES.get(kind.model_type, {}) | (given or {})
+    return kind(**small)
+
+
+def fit(values: dict[str, Any]) -> None:
+    """Make sizes agree that belong together."""
+    if "mamba_d_head" in values and "mamba_expand" in values:
+        values["mamba_n_heads"] = int(values["mamba_expand"] * values["hidden_size"]) // values["mamba_d_head"]
+    for count, period in (("attn_layer_offset", "attn_layer_period"), ("expert_layer_offset", "expert_layer_period")):
+        if count in values:
+            values[count] = values[period] - 1
+    if "kv_source_layers" in values and "num_hidden_layers" in values:
+        values["kv_source_layers"] = list(range(values["num_hidden_layers"]))
+    if "out_features" in values and "stage_names" in values:
+        values |= {"out_indices": None, "out_features": None, "stage_names": None}
+    rope = values.get("rope_parameters")
+    if isinstance(rope, dict) and rope.get("rope_type") == "dynamic" and rope.get("alpha", 1) is None:
+        values["rope_parameters"] = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
+
+
+PLAIN = {
+    "transformers_version",
+    "architectures",
+    "id2label",
+    "label2id",
+    "num_labels",
+    "dtype",
+    "output_hidden_states",
+    "return_dict",
+}
+
+
+def small_value(name: str, value: Any, values: dict[str, Any], layers: list[int] | None, ids: dict[str, int]) -> Any:
+    """Return the small form of one value."""
+    from transformers import PreTrainedConfig
+
+    if isinstance(value, PreTrainedConfig):
+        return backbone() if value.model_type == "timm_backbone" else shrink(value, ids=ids)
+    if is_token(name) and value is not None:
+        return token(name, value, ids)
+    if name == "num_hidden_layers" and layers is not None:
+        return len(layers)
+    if isinstance(value, list | tuple) and layers is not None and len(value) == values.get("num_hidden_layers"):
+        return type(value)(value[i] for i in layers)
+    if isinstance(value, bool) or value is None or isinstance(value, str):
+        return value
+    if isinstance(value, int):
+        if re.fullmatch(r".*(key_value|kv).*heads?", name) and value == values.get("num_attention_heads"):
+            return min(value, HEADS)
+        return shrink_number(name, value)
+    if isinstance(value, list | tuple):
+        return small_list(name, value)
+    if isinstance(value, dict):
+        return {key: small_entry(key, entry) for key, entry in value.items()}
+    return value
+
+
+def small_entry(name: str, value: Any) -> Any:
+    """Return the small form of one entry of a dictionary of rotary parameters."""
+    if isinstance(value, dict):
+        return {key: small_entry(key, entry) for key, entry in value.items()}
+    if name == "mrope_section":
+        return [2, 3, 3] if len(value) == 3 else [HEAD_DIM // 2 // len(value)] * len(value)
+    return value
+
+
+def small_list(name: str, value: Any) -> Any:
+    """Shrink a list of sizes, one per stage of a model: each by the rule of its name, their ratios kept."""
+    numbers = all(isinstance(x, int) and not isinstance(x, bool) for x in value)
+    if not numbers or not value:
+        return value
+    if re.fullmatch(r".*(depths?|blocks|repeats|layers|n_attn_blocks)", name):
+        return type(value)(min(x, 1) if i else min(x, 2) for i, x in enumerate(value))
+    if re.fullmatch(r".*heads?(_per_stage)?", name):
+        return type(value)(x // min(value) if min(value) else x for x in value)
+    if (
+        re.fullmatch(r".*(hidden_sizes|embed_dims?|channels|dims|_sizes|embed_dim_per_stage|conv_dim)", name)
+        and max(value) > 32
+    ):
+        return type(value)(max(x * 16 // min(x for x in value if x), 1) for x in value)
+    if re.fullmatch(r".*(image_size|img_size|input_size)", name):
+        return type(value)(IMAGE for _ in value)
+    return value
+
+
+def backbone() -> Any:
+    """Return the configuration of a tiny network that stands for one of the package timm."""
+    from transformers import ResNetConfig
+
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
+    return ResNetConfig(**sizes, layer_type="basic", out_features=["stage2", "stage3", "stage4"])
+
+
+PER_LAYER = re.compile(
+    r"layer_types|.*_layer_types|layers_block_type|no_rope_layers|indexer_types|layer_rope_theta|.*_types"
+)
+
+
+def chosen_layers(values: dict[str, Any]) -> list[int] | None:
+    """Return a few layers that show every kind of layer; None where no list says what the layers are."""
+    count = values.get("num_hidden_layers")
+    if not isinstance(count, int):
+        return None
+    lists = [
+        x for name, x in values.items() if isinstance(x, list | tuple) and len(x) == count and PER_LAYER.fullmatch(name)
+    ]
+    if not lists or count < LAYERS:
+        return None
+    seen: dict[tuple[Any, ...], int] = {}
+    for index, kinds in enumerate(zip(*lists, strict=True)):
+        seen.setdefault(tuple(map(str, kinds)), index)
+    chosen = sorted(seen.values())[:6]
+    while len(chosen) < LAYERS:
+        chosen.append(chosen[-1] + 1)
+    return chosen
+
+
+def is_token(name: str) -> bool:
+    """Tell whether this value is the id of a special token."""
+    return (
+        re.fullmatch(r".*_token_id|.*_token_index|.*_token_ids|(pad|bos|eos|image|video|audio)_(index|idx)", name)
+        is not None
+    )
+
+
+FIXED = {
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+    "forced_eos_token_id": None,
+    "forced_bos_token_id": None,
+    "pad_index": 0,
+    "bos_index": 1,
+    "eos_index": 2,
+}
+
+
+def token(name: str, value: Any, ids: dict[str, int]) -> Any:
+    """Return a small id; a name means the same id everywhere in a model, and different names different ids."""
+    if name in FIXED:
+        return FIXED[name]
+    if isinstance(value, int):
+        return ids.setdefault(name.replace("index", "id"), 3 + len(ids)) if value >= 0 else value
+    return value

@@ -1,0 +1,137 @@
+"""What a comparison says about a model."""
+
+from __future__ import annotations
+
+import copy
+import math
+import traceback
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import anyattn
+from model_sweep import building, checks
+from model_sweep.checks import Check, NotApplicable, Tensors
+from model_sweep.inputs import Inputs
+
+RIGHT, WRONG, CRASH, REFUSED = "right", "wrong", "crash", "refused"
+UPSTREAM, NONE = "upstream", "not applicable"
+FLOAT32, FLOAT64 = 2e-4, 1e-7  # largest error, of the largest number of the same tensor
+
+
+class Verdict(NamedTuple):
+    """The outcome of one check, the largest relative error, and a reason."""
+
+    outcome: str
+    error: float = 0.0
+    text: str = ""
+
+
+def attempt(check: Check, model: Any, inputs: Inputs) -> Tensors | Exception:
+    """Return what a check computes, or the exception that it raises."""
+    try:
+        return check(model, inputs)
+    except Exception as error:
+        return error
+
+
+def distance(got: Tensors, want: Tensors) -> float:
+    """Return the largest error, relative to the largest number of each tensor; infinite where shapes differ."""
+    if got.keys() != want.keys():
+        return math.inf
+    return max((difference(got[name], want[name]) for name in want), default=math.inf)
+
+
+def difference(one: Tensor, other: Tensor) -> float:
+    if one.shape != other.shape:
+        return math.inf
+    if not one.numel():
+        return 0.0
+    if not one.is_floating_point():
+        return 0.0 if torch.equal(one, other) else 1.0
+    one, other = one.double(), other.double()
+    finite = other.isfinite()
+    if not torch.equal(one.isfinite(), finite) or not torch.equal(
+        one[~finite].nan_to_num(), other[~finite].nan_to_num()
+    ):
+        return math.inf
+    one, other = one[finite], other[finite]
+    if not one.numel():
+        return 0.0
+    return float((one - other).abs().max() / (other.abs().max() + 1e-5))
+
+
+def refusal(error: BaseException) -> bool:
+    """Tell whether this is one of our own errors, with the advice that it owes."""
+    last = traceback.extract_tb(error.__traceback__)[-1].filename
+    ours = str(Path(anyattn.__file__).parent) in last
+    return (
+        ours and isinstance(error, ValueError | NotImplementedError) and any(x in str(error) for x in ("eager", "sdpa"))
+    )
+
+
+def describe(error: BaseException) -> str:
+    """Return the type, the text and the place of an exception in one line."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    text = " ".join(str(error).split())[:200]
+    return f"{type(error).__name__}: {text} ({Path(place.filename).name}:{place.lineno})"
+
+
+class Judge:
+    """Compares one model with eager, and asks float64 and "sdpa" where they differ."""
+
+    def __init__(self, eager: Any, inputs: Inputs) -> None:
+        self.eager, self.inputs = eager, inputs
+        self.wanted: dict[str, Tensors | Exception] = {}
+
+    def want(self, name: str) -> Tensors | Exception:
+        if name not in self.wanted:
+            self.wanted[name] = attempt(checks.CHECKS[name], self.eager, self.inputs)
+        return self.wanted[name]
+
+    def judge(self, name: str, model: Any) -> Verdict:
+        want = self.want(name)
+        if isinstance(want, NotApplicable):
+            return Verdict(NONE, text=str(want))
+        if isinstance(want, Exception):
+            return Verdict(NONE, text=f"eager raises {describe(want)}")
+        got = attempt(checks.CHECKS[name], model, self.inputs)
+        if isinstance(got, Exception):
+            return Verdict(REFUSED if refusal(got) else CRASH, text=describe(got))
+        error = distance(got, want)
+        if error <= FLOAT32:
+            return Verdict(RIGHT, error)
+        return self.look_again(name, model, got, error)
+
+    def look_again(self, name: str, model: Any, got: Tensors, error: float) -> Verdict:
+        """Decide about a difference: rounding, chance, a fault of eager's, or ours."""
+        check = checks.CHECKS[name]
+        again = attempt(check, self.eager, self.inputs)
+        want = self.wanted[name]
+        assert not isinstance(want, Exception)
+        if isinstance(again, Exception) or distance(again, want) > FLOAT32:
+            return Verdict(NONE, error, "eager is not deterministic")
+        exact = [attempt(check, copy.deepcopy(x).double(), self.inputs) for x in (self.eager, model)]
+        if not any(isinstance(x, Exception) for x in exact):
+            exact_error = distance(exact[1], exact[0])  # type: ignore[arg-type]
+            if exact_error <= FLOAT64 or (exact_error < FLOAT32 and exact_error < error / 100):
+                return Verdict(RIGHT, exact_error, f"in float64; in float32 they differ by {error:.1g}")
+        if name.startswith("packed"):
+            parts = attempt(checks.alone, self.eager, self.inputs)
+            if not isinstance(parts, Exception) and distance(got, parts) <= FLOAT32:
+                return Verdict(RIGHT, error, "as each sequence alone; eager mixes them")
+        other = self.sdpa(name)
+        if other is not None and distance(got, other) <= FLOAT32:
+            return Verdict(UPSTREAM, error, "equal to sdpa, which differs from eager")
+        differs = "" if other is None or distance(other, want) <= FLOAT32 else "; sdpa differs from eager too"
+        return Verdict(WRONG, error, f"differs by {error:.2g}{differs}")
+
+    def sdpa(self, name: str) -> Tensors | None:
+        try:
+            model = building.ours_by_setting(self.eager, "sdpa")
+        except Exception:
+            return None
+        found = attempt(checks.CHECKS[name], model, self.inputs)
+        return None if isinstance(found, Exception) else found
