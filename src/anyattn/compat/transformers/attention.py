@@ -156,9 +156,10 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, visible: Visible, options: dict[str
     return out.reshape(*q.shape[:2], *out.shape[1:])
 
 
-# Arguments that models pass on to attention and that change no result of eager attention.
+# Arguments of whole models that reach attention with **kwargs and change no result of eager attention.
 NEUTRAL = TransformersKwargs.__optional_keys__ | TransformersKwargs.__required_keys__
-NEUTRAL |= {"cache_position", "deterministic", "position_embeddings", "return_dict", "use_cache"}
+NEUTRAL |= {"cache_position", "deterministic", "input_ids", "logits_to_keep", "position_embeddings", "return_dict"}
+NEUTRAL |= {"token_type_ids", "use_cache"}
 
 
 def _refuse_unknown(module: Any, arguments: dict[str, Any]) -> None:
