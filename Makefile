@@ -91,9 +91,9 @@ soak: require-native
 OLDEST ?= build/oldest
 OLDEST_PYTHON ?= $(PYTHON)
 OLDEST_TESTS := $(addprefix tests/,$(addsuffix .py, \
-	$(addprefix frameworks/test_,torch_api torch_gradients torch_ops nn sdpa sdpa_gpu) \
+	$(addprefix frameworks/test_,torch_api torch_gradients torch_ops torch_weights nn sdpa sdpa_gpu) \
 	$(addprefix compat/test_,rotary seeds flash_attn flash_attn_3_4 flash_attn_kvcache flash_attn_modules) \
-	$(addprefix conformance/test_,kvcache accuracy) backends/test_numpy_backend))
+	$(addprefix conformance/test_,kvcache accuracy weights) backends/test_numpy_backend))
 test-oldest: $(OLDEST)/requirements
 	$(OLDEST)/bin/python -m pip install --quiet --no-deps --no-build-isolation --config-settings=build-dir=$(OLDEST)/native .
 	ANYATTN_REQUIRE=cpu $(OLDEST)/bin/python -m pytest $(OLDEST_TESTS) -n $(JOBS) $(PYTEST_ARGS)

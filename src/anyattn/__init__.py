@@ -22,6 +22,7 @@ from .definition.errors import UnsupportedProblem
 from .definition.inputs import Gradients
 from .definition.mask import Mask
 from .sdpa import flash_attention, sdpa
+from .weights import attention_weights
 
 if TYPE_CHECKING:
     from .introspection import explain, get_available_backends, print_backend_info, warmup
@@ -38,6 +39,7 @@ __all__ = [
     "attention_backward",
     "attention_forward",
     "attention_varlen",
+    "attention_weights",
     "attention_with_kvcache",
     "backend",
     "explain",

@@ -76,6 +76,17 @@ def forward(problem: Problem, arrays: Arrays) -> tuple[Float, Float]:
     return out, lse
 
 
+def weights(problem: Problem, arrays: Arrays) -> Float:
+    """Return P in float64, before dropout: (batch, nheads, seqlen_q, seqlen_k), 0 for a key that is not visible.
+
+    Packed queries have no such array.
+    """
+    p = np.zeros((problem.batch, problem.nheads, problem.seqlen_q, problem.seqlen_k))
+    for head in heads(problem, arrays):
+        p[head.sequence.number, head.h, head.rows, : head.sequence.n_k] = head.p
+    return p
+
+
 def backward(problem: Problem, arrays: Arrays, dout: Float, dlse: Float | None = None) -> Gradients:
     """Gradients of sum(out * dout) + sum(lse * dlse)."""
     grads = {name: np.zeros(shape) for name, shape in gradient_shapes(problem).items()}

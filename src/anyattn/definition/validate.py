@@ -52,26 +52,15 @@ def _append_problem(given: Given, rotation: Rotation) -> Problem:
 
 
 def _attention_problem(given: Given, options: Options, pass_: Pass) -> Problem:
-    for name in ("q", "k", "v"):
-        if name not in given:
-            raise TypeError(f"{name} is None: q, k and v are required")
+    batch, seqlen_q, seqlen_k = check_attention(given, options)
     q = given["q"]
-    _check_types(options)
-    sizes = _sizes(given, options)
-    _check_dtypes(given)
-    _check_heads(given)
-    _check_devices(given)
-    _check_combinations(given)
-    _check_shapes(given, sizes)
-    _check_scalars(options, given, DTYPES[q.dtype].compute)
-    batch, seqlen_q, seqlen_k = sizes
     problem = Problem(
         pass_=pass_,
         arrays=given,
         batch=batch,
         seqlen_q=seqlen_q,
         seqlen_k=seqlen_k,
-        interval=_interval(options, "offset" in given, seqlen_q, seqlen_k),
+        interval=make_interval(options, "offset" in given, seqlen_q, seqlen_k),
         alignment="offset" if "offset" in given else options.alignment,
         scale=1.0 / math.sqrt(q.shape[-1]) if options.scale is None else float(options.scale),
         softcap=float(options.softcap),
@@ -82,6 +71,25 @@ def _attention_problem(given: Given, options: Options, pass_: Pass) -> Problem:
     if pass_ is BACKWARD:
         _check_saved(problem)
     return problem
+
+
+def check_attention(given: Given, options: Options) -> Sizes:
+    """Check the arrays and scalars that every pass of attention has; return (batch, seqlen_q, seqlen_k).
+
+    torch.compile traces this function, with torch 2.6 too.
+    """
+    for name in ("q", "k", "v"):
+        if name not in given:
+            raise TypeError(f"{name} is None: q, k and v are required")
+    _check_types(options)
+    sizes = _sizes(given, options)
+    _check_dtypes(given)
+    _check_heads(given)
+    _check_devices(given)
+    _check_combinations(given)
+    _check_shapes(given, sizes)
+    _check_scalars(options, given, DTYPES[given["q"].dtype].compute)
+    return sizes
 
 
 def _check_saved(problem: Problem) -> None:
@@ -184,8 +192,10 @@ def _check_combinations(given: Given) -> None:
 def _check_shapes(given: Given, sizes: Sizes) -> None:
     """Check the shape of every optional array against FIELDS."""
     batch, seqlen_q, seqlen_k = sizes
-    named = {"batch": batch, "batch + 1": batch + 1, "nheads": given["q"].shape[-2], "2": 2}
-    named |= {"seqlen_q": seqlen_q, "seqlen_k": seqlen_k}
+    named = {
+        **{"batch": batch, "batch + 1": batch + 1, "nheads": given["q"].shape[-2], "2": 2},
+        **{"seqlen_q": seqlen_q, "seqlen_k": seqlen_k},
+    }
     for name, field in FIELDS.items():
         array = given.get(name)
         if array is None:
@@ -243,7 +253,7 @@ def _check_scalars(options: Options, given: Given, compute: str) -> None:
             raise ValueError(f"{name} must be >= 0 (0 or None: not known); got {size}")
 
 
-def _interval(options: Options, given_offset: bool, seqlen_q: int, seqlen_k: int) -> Mask:
+def make_interval(options: Options, given_offset: bool, seqlen_q: int, seqlen_k: int) -> Mask:
     """Return the bounds, clamped so that positions never overflow, and dropped where they cannot exclude a key."""
     reach = POSITION_LIMIT if given_offset else seqlen_q + seqlen_k
     left, right = options.left, options.right

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ..definition.inputs import Appended, Gradients, Inputs, Saved
 from ..definition.options import Options, Rotation
+from .scores import Stage
 
 if TYPE_CHECKING:
     from ..runtime.dispatch import Explanation
@@ -61,8 +62,14 @@ class Framework(Protocol):
     ) -> None:
         """Compile what `forward` and, if asked for, `backward` need; compute nothing."""
 
+    def scores(self, inputs: Inputs, options: Options, queries: Any, stage: Stage, lse: Any = None) -> Any:
+        """Return a stage of the scores of these queries, (batch, nheads, queries, seqlen_k), in q's dtype.
+
+        `inputs.v` is not read. The stage "weights" needs lse. queries: None (all), a slice, or indices.
+        """
+
     def merge(self, out_a: Any, lse_a: Any, out_b: Any, lse_b: Any) -> tuple[Any, Any]:
         """Return (out, lse) over the union of two disjoint sets of keys."""
 
 
-FUNCTIONS = ("attention", "forward", "backward", "append", "check", "explain", "warmup", "merge")
+FUNCTIONS = ("attention", "forward", "backward", "append", "check", "explain", "warmup", "scores", "merge")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..definition.dtypes import DTYPES
+from ..definition.dtypes import DTYPES, narrow, raw, widen
 from ..definition.inputs import (
     FIELDS,
     HEADS,
@@ -31,6 +31,7 @@ from ..definition.kvcache import LABELS
 from ..definition.options import Options, Rotation
 from ..definition.problem import Array
 from ..runtime import dispatch, execute
+from . import scores as formulas
 
 logger = logging.getLogger("anyattn")
 
@@ -179,6 +180,43 @@ def merge(out_a: NDArray, lse_a: NDArray, out_b: NDArray, lse_b: NDArray) -> tup
     weight = np.swapaxes(weight, -1, -2)[..., None]
     a, b = out_a.astype(lse.dtype), out_b.astype(lse.dtype)
     return (a + weight * (b - a)).astype(out_a.dtype), lse
+
+
+@np.errstate(all="ignore")  # NaN and infinities of the caller go through in silence
+def scores(
+    inputs: Inputs, options: Options, queries: Any, stage: formulas.Stage, lse: NDArray | None = None
+) -> NDArray:
+    """Return a stage of the scores; in addition to the result, memory is that of one tile."""
+    prepared = prepare(inputs, None)
+    arrays = formulas.named(prepared)
+    described = {name: adapter.describe(x) for name, x in arrays.items()}
+    sizes = formulas.check(described, options, None if lse is None else adapter.describe(_array("lse", lse)))
+    execute.check_values(adapter, prepared, options)
+    arrays |= {"lse": lse, "i": np.arange(sizes.seqlen_q), "j": np.arange(sizes.seqlen_k)}
+    chosen = _queries(queries, sizes.seqlen_q)
+    shape = (sizes.batch, sizes.nheads, len(arrays["i"][chosen]), sizes.seqlen_k)
+    name, out = _name(prepared.q.dtype), np.empty(shape, prepared.q.dtype)
+    kind = DTYPES[name].compute
+    functions = formulas.Functions(np.exp, np.tanh, np.where, lambda x: widen(x, _name(x.dtype), kind))
+    for rows, keys in formulas.tiles(shape):
+        part = formulas.part(chosen, rows, sizes.seqlen_q)
+        tile = formulas.tile(functions, sizes, arrays, part, keys, stage)
+        raw(out, name)[:, :, rows, keys] = narrow(tile, name)
+    return out
+
+
+def _queries(queries: Any, seqlen_q: int) -> Any:
+    """Return a slice, or an index array."""
+    if queries is None:
+        return slice(None)
+    if isinstance(queries, slice):
+        formulas.check_slice(queries)
+        return queries
+    indices = np.asarray(queries)
+    formulas.check_queries(indices.shape, indices.dtype.name, integers=indices.dtype.kind in "iu")
+    if indices.size:
+        formulas.check_range(int(indices.min()), int(indices.max()), seqlen_q)
+    return indices.astype(np.int64)
 
 
 def prepare(inputs: Inputs, seed: int | None) -> Inputs:

@@ -16,6 +16,7 @@ from ..definition.passes import FORWARD
 from ..definition.problem import Array
 from ..runtime import dispatch, execute
 from . import numpy as numpy_arrays
+from .scores import Stage
 
 NDArray = npt.NDArray[Any]
 BACKEND = "vulkan"
@@ -77,6 +78,10 @@ def forward(inputs: Inputs, options: Options, seed: int | None, backend: str | N
 
 def backward(saved: Saved, inputs: Inputs, options: Options, seed: int | None, backend: str | None) -> Gradients:
     raise TypeError("device arrays have no gradients: call attention_backward with NumPy arrays")
+
+
+def scores(inputs: Inputs, options: Options, queries: Any, stage: Stage, lse: Any = None) -> Any:
+    raise TypeError("q must be a NumPy array or a torch tensor here, got DeviceArray. Pass q.numpy(), k.numpy().")
 
 
 def explain(inputs: Inputs, options: Options, seed: int | None, backend: str | None) -> dispatch.Explanation:

@@ -119,6 +119,13 @@ def check(adapter: Adapter, inputs: Inputs, options: Options, backend: str | Non
     find(adapter, FORWARD, inputs, options, backend)
 
 
+def check_values(adapter: Adapter, inputs: Inputs, options: Options) -> None:
+    """Check a call that no backend computes, and the values of its tables; raise what `forward` would raise."""
+    problem = _problem(adapter, FORWARD, flatten(inputs), options)
+    if problem.has_tables:
+        _check_values(adapter, problem, dict(zip(FORWARD.inputs, flatten(inputs), strict=False)))
+
+
 def warmup(adapter: Adapter, inputs: Inputs, options: Options, backend: str | None, *, backward: bool) -> None:
     """Compile what `forward` and, if asked for, `backward` need for these arrays; run nothing."""
     names = dispatch.named(backend)

@@ -29,11 +29,11 @@ except AttributeError:
     AVAILABLE = False
 
 
-def watched() -> bool:
+def watched(*, by_profiler: bool = True) -> bool:
     """Return whether something wants to see the operators: a tracer, a transform, a dispatch mode, the profiler."""
     if _is_compiling() or not AVAILABLE or _modes() or _transforms() or _tracing():
         return True
-    enabled: bool = profiler._is_profiler_enabled
+    enabled: bool = profiler._is_profiler_enabled and by_profiler
     return enabled or forward_ad._current_level >= 0
 
 

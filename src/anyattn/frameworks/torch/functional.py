@@ -32,7 +32,9 @@ from ...definition.inputs import (
 from ...definition.kvcache import LABELS
 from ...definition.options import Options, Rotation
 from ...runtime import dispatch, execute
+from ..scores import Stage
 from . import autograd, fastpath, kvcache, ops
+from . import scores as torch_scores
 from .adapter import adapter
 
 
@@ -126,6 +128,15 @@ def append(
             given[name] = given[name].to(given["k"].dtype) if given[name].dtype in _CASTABLE else given[name]
     used = None if lengths is None else lengths + sum(given["new_k"].shape[1:2])  # of another rank, it is refused later
     return kvcache.append(Appended(**given), rotation, backend, check=lambda: check(used)), used
+
+
+def scores(inputs: Inputs, options: Options, queries: Any, stage: Stage, lse: Any = None) -> Tensor:
+    """Return a stage of the scores, differentiable in q, k, bias and lse; autocast gives the dtype of the result."""
+    prepared, lse = prepare(inputs, None), None if lse is None else _tensor("lse", lse)
+    if _autocast_dtype(prepared.q) is None:
+        return torch_scores.scores(prepared, options, queries, stage, lse)
+    with torch.autocast(prepared.q.device.type, enabled=False):  # products in the compute dtype
+        return torch_scores.scores(prepared, options, queries, stage, lse)
 
 
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
