@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -11,27 +12,7 @@ import pytest
 from anyattn.compat import onnx as adapter
 from anyattn.definition.dtypes import widen
 
-OUTPUTS = ("Y", "present_key", "present_value")
-SCORES = {  # these ask for the matrix of scores, a fourth output
-    "test_attention_23_fullymasked_qk_matmul_output_mode3_zero",
-    "test_attention_24_fullymasked_qk_matmul_output_mode3_zero",
-    "test_attention_24_qk_matmul_output_mode3_softmax_precision",
-    "test_attention_3d_with_past_and_present_qk_matmul",
-    "test_attention_3d_with_past_and_present_qk_matmul_bias",
-    "test_attention_3d_with_past_and_present_qk_matmul_softcap",
-    "test_attention_3d_with_past_and_present_qk_matmul_softmax",
-    "test_attention_4d_with_past_and_present_qk_matmul",
-    "test_attention_4d_with_past_and_present_qk_matmul_bias",
-    "test_attention_4d_with_past_and_present_qk_matmul_bias_3d_mask",
-    "test_attention_4d_with_past_and_present_qk_matmul_bias_3d_mask_causal",
-    "test_attention_4d_with_past_and_present_qk_matmul_bias_4d_mask",
-    "test_attention_4d_with_past_and_present_qk_matmul_bias_4d_mask_causal",
-    "test_attention_4d_with_qk_matmul",
-    "test_attention_4d_with_qk_matmul_bias",
-    "test_attention_4d_with_qk_matmul_softcap",
-    "test_attention_4d_with_qk_matmul_softmax",
-    "test_attention_local_window_gqa_rank4_mask",
-}
+CACHE = ("present_key", "present_value")  # copies, bit for bit
 
 
 def collect() -> dict[str, Any]:
@@ -47,30 +28,89 @@ def collect() -> dict[str, Any]:
 CASES = collect()
 
 
-def test_which_cases_there_are() -> None:
-    assert len(CASES) == 93
-    four = {name for name, case in CASES.items() if len(case.model.graph.node[0].output) == 4}
-    assert four == SCORES
-
-
-@pytest.mark.parametrize("name", sorted(CASES.keys() - SCORES))
-def test_node(name: str) -> None:
+def inputs_of(name: str) -> tuple[list[Any], dict[str, Any]]:
+    """Return the inputs of a case in the order of the node, and its attributes."""
     import onnx
 
-    (node,), (given, expected) = CASES[name].model.graph.node, CASES[name].data_sets[0]
+    (node,), (given, _) = CASES[name].model.graph.node, CASES[name].data_sets[0]
     values = iter(given)
-    inputs = [next(values) if label else None for label in node.input]
     attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    if len(node.output) == 4:
+        attributes.setdefault("qk_matmul_output_mode", 0)
+    return [next(values) if label else None for label in node.input], attributes
+
+
+def test_which_cases_there_are() -> None:
+    assert len(CASES) == 93
+    modes = [inputs_of(name)[1]["qk_matmul_output_mode"] for name, case in CASES.items() if outputs(case) == 4]
+    assert Counter(modes) == {0: 3, 1: 2, 2: 7, 3: 6}
+
+
+def outputs(case: Any) -> int:
+    """Return the number of outputs of the case's node."""
+    return len(case.model.graph.node[0].output)
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_node(name: str) -> None:
+    inputs, attributes = inputs_of(name)
+    node, (given, expected) = CASES[name].model.graph.node[0], CASES[name].data_sets[0]
     results = adapter.attention(*inputs, **attributes)
-    wanted = [result for label, result in zip(node.output, results, strict=False) if label]
+    wanted = [(label, result) for label, result in zip(node.output, results, strict=False) if label]
     assert len(wanted) == len(expected)
     # theirs rounds every step to float16 or bfloat16: as many bits as these have
     eps = {"float16": 2.0**-10, "bfloat16": 2.0**-7}.get(given[0].dtype.name, 0.0)
     rtol, atol = max(CASES[name].rtol, 2 * eps), max(CASES[name].atol, 2 * eps)
-    for got, want, output in zip(wanted, expected, OUTPUTS, strict=False):
+    for (label, got), want in zip(wanted, expected, strict=True):
         assert got.dtype == want.dtype
         values = widen(got, got.dtype.name), widen(want, want.dtype.name)
-        np.testing.assert_allclose(*values, rtol=rtol if output == "Y" else 0, atol=atol if output == "Y" else 0)
+        tolerance = {"rtol": 0.0, "atol": 0.0} if label in CACHE else {"rtol": rtol, "atol": atol}
+        np.testing.assert_allclose(*values, **tolerance, err_msg=label)
+
+
+@pytest.mark.parametrize("mode", range(4))
+def test_modes_are_the_steps_of_the_operator(mode: int) -> None:
+    """Each in float64, with grouped heads, softcap, a float mask, a causal window and keys that are not in use."""
+    rng = np.random.default_rng(0)
+    Q, K, V = (rng.standard_normal((2, heads, n, 8)).astype(np.float32) for heads, n in ((4, 5), (2, 7), (2, 7)))
+    mask, used = rng.standard_normal((4, 5, 6)).astype(np.float32), np.array([6, 3])
+    mask[0, :, 1] = -np.inf
+    options = {"softcap": 0.7, "scale": 0.9, "is_causal": 1, "left_window_size": 3, "nonpad_kv_seqlen": used}
+    *_, got = adapter.attention(Q, K, V, mask, **options, qk_matmul_output_mode=mode)
+
+    products = 0.9 * (Q.astype(np.float64) @ np.repeat(K, 2, axis=1).astype(np.float64).swapaxes(2, 3))
+    capped = 0.7 * np.tanh(products / 0.7)
+    p, j = np.arange(5)[:, None] + (used - 5)[:, None, None, None], np.arange(7)
+    visible = (j <= p) & (p - 3 <= j) & (j < used[:, None, None, None])
+    masked = np.where(visible, capped + np.pad(mask, [(0, 0), (0, 0), (0, 1)], constant_values=-np.inf), -np.inf)
+    some = np.isfinite(masked).any(axis=-1, keepdims=True)
+    exponentials = np.exp(masked - np.where(some, masked.max(axis=-1, keepdims=True), 0.0))
+    weights = exponentials / np.where(some, exponentials.sum(axis=-1, keepdims=True), 1.0)
+    assert not some.all() and some.any()
+    assert got.dtype == np.float32 and got.shape == (2, 4, 5, 7)
+    np.testing.assert_allclose(got, (products, capped, masked, weights)[mode], rtol=1e-5, atol=1e-6)
+
+
+def test_reference_evaluator_passes_the_mode_of_a_node() -> None:
+    """A node with a fourth output and no mode reaches the adapter with mode 0."""
+    from onnx.reference import ReferenceEvaluator
+    from onnx.reference.op_run import OpRun
+
+    class Attention(OpRun):  # type: ignore[misc]
+        def _run(self, *inputs: Any, **attributes: Any) -> Any:
+            given = {name: value for name, value in attributes.items() if value is not None}
+            return adapter.attention(*inputs, **given)[: len(self.onnx_node.output)]
+
+    case = CASES["test_attention_4d_with_qk_matmul"]
+    given, expected = case.data_sets[0]
+    results = ReferenceEvaluator(case.model, new_ops=[Attention]).run(None, dict(zip("QKV", given, strict=True)))
+    assert len(results) == len(expected) == 2
+    np.testing.assert_allclose(results[1], expected[1], rtol=1e-5)
+
+
+def test_scores_of_one_mode_are_not_computed_without_it() -> None:
+    x = np.ones((1, 2, 5, 8), np.float32)
+    assert len(adapter.attention(x, x, x)) == 3
 
 
 def test_double_precision_of_the_softmax() -> None:
@@ -81,10 +121,15 @@ def test_double_precision_of_the_softmax() -> None:
     assert np.array_equal(got, exact.astype(np.float16))
 
 
+def test_double_precision_takes_a_mask_of_the_inputs_dtype() -> None:
+    q, mask = np.ones((1, 2, 5, 8), np.float32), np.zeros((5, 5), np.float32)
+    assert np.array_equal(adapter.attention(q, q, q, mask, softmax_precision=adapter.DOUBLE)[0], q)
+
+
 def test_wrong_arguments() -> None:
     x, flat = np.ones((1, 2, 5, 8), np.float32), np.ones((1, 5, 16), np.float32)
     with pytest.raises(ValueError, match="qk_matmul_output_mode"):
-        adapter.attention(x, x, x, qk_matmul_output_mode=3)
+        adapter.attention(x, x, x, qk_matmul_output_mode=4)
     with pytest.raises(ValueError, match="past_key and past_value"):
         adapter.attention(x, x, x, None, x)
     with pytest.raises(ValueError, match="nonpad_kv_seqlen and past_key"):

@@ -8,9 +8,13 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import api
+from ..arguments import explicit
+from ..frameworks import framework_of
+from ..frameworks.scores import Stage
 
 Array = npt.NDArray[Any]
 DOUBLE = 11  # onnx.TensorProto.DOUBLE
+STAGES: tuple[Stage, ...] = ("products", "capped", "masked", "weights")  # by qk_matmul_output_mode
 
 
 def attention(
@@ -26,13 +30,13 @@ def attention(
     kv_num_heads: int | None = None,
     left_window_size: int = -1,
     q_num_heads: int | None = None,
-    qk_matmul_output_mode: int = 0,
+    qk_matmul_output_mode: int | None = None,
     right_window_size: int = -1,
     scale: float | None = None,
     softcap: float = 0.0,
     softmax_precision: int | None = None,
-) -> tuple[Array, Array, Array]:
-    """The node's inputs in order and its attributes by name; returns (Y, present_key, present_value).
+) -> tuple[Array, ...]:
+    """Compute the node from its inputs in order and its attributes by name.
 
     Args:
         Q: (batch, q_num_heads, q_sequence_length, head_size), or (batch, q_sequence_length, q_num_heads * head_size)
@@ -44,10 +48,17 @@ def attention(
         is_causal: row i sees the keys up to i + offset, where offset is the past's length, or nonpad_kv_seqlen -
             q_sequence_length, or 0; the windows are around that position too (-1: unbounded).
         softmax_precision: DOUBLE computes in double; others are at least met by float32, which is what is used.
-        qk_matmul_output_mode: 0: the matrix of scores, an optional output of the node, is not computed.
+        qk_matmul_output_mode: None: the node's fourth output is not computed, so no array of q_sequence_length by
+            total_sequence_length exists. For a node that has this output pass its mode, 0 where it names none:
+            0: scaled products of Q and K. 1: these after softcap. 2: after softcap, mask, causal and windows, which
+            hide with -inf. 3: weights after the softmax, 0 for a query without keys.
+
+    Returns:
+        (Y, present_key, present_value), and with a mode also qk_matmul_output (batch, q_num_heads, q_sequence_length,
+        total_sequence_length), rounded to Q's dtype.
 
     Raises:
-        ValueError, TypeError: an argument is wrong, or asks for the matrix of scores.
+        ValueError, TypeError: an argument is wrong.
 
     >>> import numpy as np
     >>> from anyattn.compat import onnx
@@ -56,8 +67,8 @@ def attention(
     >>> Y.shape, present_key.shape
     ((2, 6, 24), (2, 3, 6, 8))
     """
-    if qk_matmul_output_mode:
-        raise ValueError(f"qk_matmul_output_mode must be 0: scores are never in memory; got {qk_matmul_output_mode}")
+    if qk_matmul_output_mode not in (None, 0, 1, 2, 3):
+        raise ValueError(f"qk_matmul_output_mode must be None, 0, 1, 2 or 3, got {qk_matmul_output_mode!r}.")
     if (past_key is None) != (past_value is None):
         raise ValueError("past_key and past_value must be given together")
     if past_key is not None and nonpad_kv_seqlen is not None:
@@ -69,14 +80,20 @@ def attention(
         k, v = (np.concatenate((x.swapaxes(1, 2), y), 1) for x, y in ((past_key, k), (past_value, v)))
     if nonpad_kv_seqlen is not None:
         offset = nonpad_kv_seqlen - q.shape[1]
+    wide = np.dtype(np.float64) if softmax_precision == DOUBLE else q.dtype
     arguments = {"offset": offset, "seqused_k": nonpad_kv_seqlen, "scale": scale, "softcap": softcap}
     window = (_bound("left_window_size", left_window_size), _bound("right_window_size", right_window_size))
-    arguments.update({"causal": bool(is_causal), "window": window, **_scores(attn_mask, k.shape[1], q.dtype)})
-    wide = np.dtype(np.float64) if softmax_precision == DOUBLE else q.dtype
-    out: Array = api.attention(*(x.astype(wide, copy=False) for x in (q, k, v)), **arguments)
+    arguments.update({"causal": bool(is_causal), "window": window, **_scores(attn_mask, k.shape[1], wide)})
+    query, key, value = (x.astype(wide, copy=False) for x in (q, k, v))
+    out, lse = api.attention(query, key, value, **arguments, return_lse=True)
     out = out.astype(q.dtype, copy=False)
     Y: Array = out.reshape(*out.shape[:2], -1) if Q.ndim == 3 else out.swapaxes(1, 2)
-    return Y, k.swapaxes(1, 2), v.swapaxes(1, 2)
+    outputs = Y, k.swapaxes(1, 2), v.swapaxes(1, 2)
+    if qk_matmul_output_mode is None:
+        return outputs
+    inputs, options, _, _ = explicit(query, key, value, arguments, "attention")
+    scores = framework_of(query).scores(inputs, options, None, STAGES[qk_matmul_output_mode], lse)
+    return *outputs, scores.astype(q.dtype, copy=False)
 
 
 def _heads(name: str, x: Array, heads: int | None) -> Array:
