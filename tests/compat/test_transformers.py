@@ -492,6 +492,58 @@ def test_position_bias_with_packed_sequences() -> None:
     torch.testing.assert_close(got, (scores.softmax(-1) @ q).transpose(1, 2), **TOLERANCE)
 
 
+# Weights.
+
+
+@pytest.mark.parametrize("side", ["", "left"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt_oss", "whisper", "t5", "bert"])
+def test_weights_are_those_of_eager_attention(name: str, side: str) -> None:
+    model, given = built(name), models.inputs(MODELS[name], side)
+    found = []
+    for implementation in ("eager", "anyattn"):
+        model.set_attn_implementation(implementation)
+        with torch.no_grad():
+            found.append(model(**given, output_attentions=True))
+    names = [key for key in found[0] if key.endswith("attentions")]
+    assert names
+    for key in names:
+        queries = given.get("attention_mask" if key in ("attentions", "encoder_attentions") else "decoder_attention_mask")
+        assert len(found[0][key]) == len(found[1][key]) > 0
+        for want, got in zip(found[0][key], found[1][key], strict=True):
+            assert got.shape == want.shape
+            valid = torch.tensor(True) if queries is None else queries[:, None, :, None].bool()
+            torch.testing.assert_close(got.where(valid, 0.0), want.where(valid, 0.0), **TOLERANCE)
+
+
+def test_weights_of_packed_sequences() -> None:
+    model, given = built("mistral"), packed() | {"use_cache": False, "output_attentions": True}
+    found = []
+    for implementation in ("eager", "anyattn"):
+        model.set_attn_implementation(implementation)
+        with torch.no_grad():
+            found.append(model(**given).attentions)
+    torch.testing.assert_close(found[1], found[0], **TOLERANCE)
+
+
+def test_weights_have_gradients() -> None:
+    q, k, v = (torch.randn(2, 4, 6, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    out, got = adapter.attention(torch.nn.Module(), q, k, v, lazy_mask(), output_attentions=True)
+    want = (q @ k.mT * 8**-0.5 + eager_mask()).softmax(-1)
+    upstream = torch.randn_like(want)
+    for a, b in zip(
+        torch.autograd.grad((got * upstream).sum() + out.sum(), (q, k, v)),
+        torch.autograd.grad((want * upstream).sum() + (want @ v).sum(), (q, k, v)),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_weights_after_dropout_are_refused() -> None:
+    q = torch.randn(2, 4, 6, 8)
+    with pytest.raises(ValueError, match=r"output_attentions=True cannot be combined with dropout, got 0.5"):
+        adapter.attention(torch.nn.Module(), q, q, q, None, dropout=0.5, output_attentions=True)
+
+
 # Models that compute attention themselves.
 
 OWN = ["Bloom", "CodeGen", "XGLM", "GPTNeoXJapanese", "GPTJ", "GPTNeo", "Falcon", "Mpt", "BigBird", "Longformer"]

@@ -11,6 +11,7 @@ from transformers.utils import output_capturing
 from transformers.utils.generic import TransformersKwargs
 
 from ... import api
+from ...weights import attention_weights
 from .lazy_mask import LazyMask
 
 USE_EAGER = "use attn_implementation='eager' or 'sdpa' for this model"
@@ -103,7 +104,7 @@ def _with_lse(
     A sink adds exp(sink) to the sum of a query, so its weights shrink by sigmoid(lse - sink).
     """
     out, lse = api.attention(q, k, v, dropout_p=dropout_p, return_lse=True, **options)
-    weights = api.attention_weights(q, k, lse, **options) if wants_weights else None
+    weights = attention_weights(q, k, lse, **options) if wants_weights else None
     if sinks is not None:
         kept = torch.sigmoid(lse.unsqueeze(-1) - sinks.float()).to(out.dtype)
         out, weights = out * kept.transpose(1, 2), None if weights is None else weights * kept
