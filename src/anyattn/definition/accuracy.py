@@ -30,7 +30,7 @@ import numpy.typing as npt
 from . import reference
 from .dtypes import DTYPES, narrow, widen
 from .problem import Problem
-from .reference import Arrays, Float, Head, Part, add_gradients, head_gradients, rows_lse, sink_weight
+from .reference import Arrays, Float, Head, Part, add_gradients, head_gradients, rows_lse
 
 ORDINARY_SCORE = 8.0
 HALF = ("float16", "bfloat16")
@@ -102,12 +102,12 @@ def expected_backward(
         do = dout[head.rows_q]
         dl = np.zeros_like(head.lse) if dlse is None else dlse[rows_lse(problem, head)]
         largest = max(largest, _score_sizes(problem, head).max(initial=0.0))
-        terms = head_gradients(problem, arrays, head, do, dl)
+        terms = head_gradients(problem, head, do, dl)
         add_gradients(sums.value, head, terms)
         add_gradients(sums.plain, head, _Plain(problem, arrays, head).backward(do, dl))
-        add_gradients(sums.absolutes, head, _absolutes(problem, arrays, head, do, dl))
+        add_gradients(sums.absolutes, head, _absolutes(problem, head, do, dl))
         if sums.random:
-            add_gradients(sums.squares, head, _squares(problem, arrays, head, do, terms["dbias"]))
+            add_gradients(sums.squares, head, _squares(problem, head, do, terms["dbias"]))
         if parts is not None:
             add_gradients(sums.known, head, dict.fromkeys(sums.known, np.True_))
     rule = _Rule(3.0, 8.0, largest)
@@ -197,12 +197,8 @@ class _Plain:
         seen = np.isfinite(head.s)
         terms = np.where(seen, head.s, 0.0) - np.where(seen, head.t, 0.0)  # bias and ALiBi
         s = np.where(seen, self.t + terms.astype(kind), kind(-np.inf))
-        self.sink = kind(-np.inf) if problem.sink is None else kind(np.asarray(arrays["sink"])[head.h])
-        top = np.maximum(s.max(axis=1, initial=-np.inf), self.sink)
-        safe = np.where(np.isfinite(top), top, kind(0))
-        with np.errstate(divide="ignore"):
-            self.lse = safe + np.log(np.exp(s - safe[:, None]).sum(axis=1) + np.exp(self.sink - safe))
-        self.p = np.exp(s - np.where(np.isfinite(self.lse), self.lse, kind(0))[:, None])
+        sink = kind(-np.inf) if problem.sink is None else kind(np.asarray(arrays["sink"])[head.h])
+        self.lse, self.p, self.p_sink = reference.softmax(s, sink)
         self.out = round_to(round_to(self.p * self.d, problem.dtype) @ self.v, problem.dtype)
 
     def backward(self, dout: Float, dlse: Float) -> dict[str, npt.NDArray[Any]]:
@@ -213,17 +209,16 @@ class _Plain:
         ds = self.p * (self.d * (do @ self.v.T) - delta[:, None])
         dt = ds * (1 - (self.t / kind(problem.softcap)) ** 2) if problem.softcap > 0 else ds
         dt = round_to(dt, problem.dtype)
-        weight = np.exp(np.minimum(self.sink - self.lse, 0)) if np.isfinite(self.sink) else np.zeros_like(delta)
         return {
             "dq": kind(problem.scale) * (dt @ self.k),
             "dk": kind(problem.scale) * (dt.T @ self.q),
             "dv": round_to(self.p * self.d, problem.dtype).T @ do,
             "dbias": ds,
-            "dsink": -(weight * delta).sum(),
+            "dsink": -(self.p_sink * delta).sum(),
         }
 
 
-def _absolutes(problem: Problem, arrays: Arrays, head: Head, do: Float, dl: Float) -> dict[str, Any]:
+def _absolutes(problem: Problem, head: Head, do: Float, dl: Float) -> dict[str, Any]:
     """The terms of every gradient on absolute values."""
     q, k, v, do = (np.abs(x) for x in (head.q, head.k, head.v, do))
     delta = (do * ((head.p * head.d) @ v)).sum(-1) + np.abs(dl)
@@ -233,11 +228,11 @@ def _absolutes(problem: Problem, arrays: Arrays, head: Head, do: Float, dl: Floa
         "dk": abs(problem.scale) * (ds.T @ q),
         "dv": (head.p * head.d).T @ do,
         "dbias": ds,
-        "dsink": (sink_weight(problem, arrays, head) * delta).sum(),
+        "dsink": (head.p_sink * delta).sum(),
     }
 
 
-def _squares(problem: Problem, arrays: Arrays, head: Head, do: Float, ds: Float) -> dict[str, Any]:
+def _squares(problem: Problem, head: Head, do: Float, ds: Float) -> dict[str, Any]:
     """Squares of the terms of every gradient: of P and dt, and of what out brings by way of delta, one number a row."""
     slope = 1.0 - (head.t / problem.softcap) ** 2 if problem.softcap > 0 else 1.0
     p, dt, delta = (head.p * slope), (ds * slope) ** 2, ((do * head.out) ** 2).sum(-1)
@@ -246,7 +241,7 @@ def _squares(problem: Problem, arrays: Arrays, head: Head, do: Float, ds: Float)
         "dk": problem.scale**2 * ((dt + p**2 * delta[:, None]).T @ head.q**2),
         "dv": ((head.p * head.d) ** 2).T @ do**2,
         "dbias": head.p**2 * delta[:, None],
-        "dsink": (sink_weight(problem, arrays, head) ** 2 * delta).sum(),
+        "dsink": (head.p_sink**2 * delta).sum(),
     }
 
 

@@ -61,6 +61,7 @@ class Head:
     t: Float  # (n_q, n_k), after softcap
     s: Float  # scores; -inf where not seen
     p: Float  # probabilities
+    p_sink: Float  # (n_q,), the sink's; 1 where a row attends to no key
     d: Float  # dropout factors D
     lse: Float
     out: Float
@@ -92,7 +93,7 @@ def backward(problem: Problem, arrays: Arrays, dout: Float, dlse: Float | None =
     grads = {name: np.zeros(shape) for name, shape in gradient_shapes(problem).items()}
     for head in heads(problem, arrays):
         dl = np.zeros_like(head.lse) if dlse is None else dlse[rows_lse(problem, head)]
-        add_gradients(grads, head, head_gradients(problem, arrays, head, dout[head.rows_q], dl))
+        add_gradients(grads, head, head_gradients(problem, head, dout[head.rows_q], dl))
     return Gradients(grads["dq"], grads["dk"], grads["dv"], grads.get("dbias"), grads.get("dsink"))
 
 
@@ -101,7 +102,7 @@ def gradient_shapes(problem: Problem) -> dict[str, tuple[int, ...]]:
     return {f"d{x}": problem.arrays[x].shape for x in ("q", "k", "v", *GRADIENTS) if x in problem.arrays}
 
 
-def head_gradients(problem: Problem, arrays: Arrays, head: Head, do: Float, dl: Float) -> dict[str, Any]:
+def head_gradients(problem: Problem, head: Head, do: Float, dl: Float) -> dict[str, Any]:
     """Compute the terms that one head adds to every gradient; do, dl: its rows of dout and dlse."""
     dp = head.d * (do @ head.v.T)
     delta = (do * head.out).sum(-1) - dl
@@ -112,14 +113,8 @@ def head_gradients(problem: Problem, arrays: Arrays, head: Head, do: Float, dl: 
         "dk": problem.scale * dt.T @ head.q,
         "dv": (head.p * head.d).T @ do,
         "dbias": ds,
-        "dsink": -(sink_weight(problem, arrays, head) * delta).sum(),
+        "dsink": -(head.p_sink * delta).sum(),
     }
-
-
-def sink_weight(problem: Problem, arrays: Arrays, head: Head) -> Float:
-    """Return each row's probability of the sink: 1 where it attends to no key."""
-    sink = -np.inf if problem.sink is None else float(np.asarray(arrays["sink"])[head.h])
-    return np.exp(np.minimum(sink - head.lse, 0.0)) if np.isfinite(sink) else np.zeros_like(head.lse)
 
 
 def add_gradients(sums: Mapping[str, npt.NDArray[Any]], head: Head, terms: Mapping[str, Any]) -> None:
@@ -161,14 +156,13 @@ def _head(problem: Problem, arrays: Arrays, sequence: Sequence, h: int, rows: In
         seen &= _tile(np.asarray(arrays["mask"]), sequence, h, rows) != 0
     s = np.where(seen & ~(s < LOWEST_SCORE[problem.compute_dtype]), s, -np.inf)  # NaN stays
     sink = -np.inf if problem.sink is None else float(np.asarray(arrays["sink"])[h])
-    lse = _logsumexp(s, sink)
-    p = np.exp(s - np.where(np.isfinite(lse), lse, 0.0)[:, None])
+    lse, p, p_sink = softmax(s, np.float64(sink))
     d = np.ones_like(p)
     if problem.dropout_threshold:
         state = np.asarray(arrays["rng_state"])
         kept = philox.keep(state, problem.dropout_p, sequence.number * problem.nheads + h, rows, keys)
         d = kept * philox.keep_scale(problem.dropout_p)
-    return Head(sequence, h, rows, rows_q, rows_k, q, k, v, t, s, p, d, lse, (p * d) @ v)
+    return Head(sequence, h, rows, rows_q, rows_k, q, k, v, t, s, p, p_sink, d, lse, (p * d) @ v)
 
 
 def _score_terms(problem: Problem, arrays: Arrays, sequence: Sequence, h: int, rows: Ints) -> Float | float:
@@ -184,12 +178,18 @@ def _score_terms(problem: Problem, arrays: Arrays, sequence: Sequence, h: int, r
     return terms
 
 
-def _logsumexp(s: Float, sink: float) -> Float:
-    """Natural-log row sums of exp(s) + exp(sink); -inf for empty rows."""
+def softmax(s: npt.NDArray[Any], sink: np.floating[Any]) -> tuple[npt.NDArray[Any], ...]:
+    """Return lse, P and the sink's probability, row by row in the dtype of s; an empty row: -inf and zeros.
+
+    P is divided by the row's sum, because exp(s - lse) repeats the rounding of lse, which large scores make large.
+    """
     top = np.maximum(s.max(axis=1, initial=-np.inf), sink)
-    safe = np.where(np.isfinite(top), top, 0.0)
+    safe = np.where(np.isfinite(top), top, s.dtype.type(0))
+    weights, of_sink = np.exp(s - safe[:, None]), np.exp(sink - safe)
+    total = weights.sum(axis=1) + of_sink
+    divisor = np.where(total == 0, s.dtype.type(1), total)
     with np.errstate(divide="ignore"):
-        return np.asarray(safe + np.log(np.exp(s - safe[:, None]).sum(axis=1) + np.exp(sink - safe)))
+        return safe + np.log(total), weights / divisor[:, None], of_sink / divisor
 
 
 def _plane(array: npt.NDArray[Any], sequence: Sequence, h: int) -> npt.NDArray[Any]:
