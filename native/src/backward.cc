@@ -26,7 +26,7 @@ int64_t backward_splits(const anyattn_call &call) {
 struct Layout {
     int64_t splits, rows_k;          // rows_k: of all sequences
     int64_t dk_stride, dv_stride;    // compute values
-    int64_t dk, dv, sink, bytes;     // bytes < 0: more than 63 bits
+    int64_t dk, dv, sink, statistics, bytes;  // bytes < 0: more than 63 bits
     bool in_place;
 };
 
@@ -42,7 +42,9 @@ Layout layout(const anyattn_call &call, const Kernels &kernels) {
     const int64_t rows = l.in_place ? 0 : l.rows_k;
     const double partials = double(call.nheads_kv) * double(l.splits) * double(rows) * double(compute_bytes(call));
     const double all = partials * double(l.dk_stride + l.dv_stride);
-    if (all > 4e18) {
+    const double blocks = double(call.batch) * double(call.nheads) * double(blocks_of(call.seqlen_q));
+    const int64_t of_block = call.dbias.data ? kernels.statistics_bytes(call) : 0;
+    if (all + blocks * double(of_block) > 4e18) {
         l.bytes = -1;
         return l;
     }
@@ -51,7 +53,8 @@ Layout layout(const anyattn_call &call, const Kernels &kernels) {
     l.dv = aligned(l.dk + copies * l.dk_stride);
     l.sink = aligned(l.dv + copies * l.dv_stride);
     const int64_t sinks = call.dsink.data ? call.nheads * rows_q(call).most_blocks() : 0;
-    l.bytes = aligned(l.sink + sinks * static_cast<int64_t>(sizeof(double)));
+    l.statistics = aligned(l.sink + sinks * static_cast<int64_t>(sizeof(double)));
+    l.bytes = l.statistics + call.batch * call.nheads * blocks_of(call.seqlen_q) * of_block;
     return l;
 }
 
@@ -88,10 +91,15 @@ double *sink_partial(const Run &run, const Layout &l, int64_t b) {
     return reinterpret_cast<double *>(run.workspace + l.sink) + rows_q(run.call).first_block(b) * run.call.nheads;
 }
 
+// What the backward pass leaves for dbias, or null.
+void *statistics(const Run &run, const Layout &l) {
+    return run.call.dbias.data ? run.workspace + l.statistics : nullptr;
+}
+
 bool accumulate_splits(const Run &run, const Layout &l) {
     const anyattn_call &call = run.call;
     const int64_t group = call.nheads / call.nheads_kv;
-    if (l.bytes > l.sink) std::memset(run.workspace + l.sink, 0, static_cast<size_t>(l.bytes - l.sink));
+    if (l.statistics > l.sink) std::memset(run.workspace + l.sink, 0, static_cast<size_t>(l.statistics - l.sink));
     const int64_t tasks = call.batch * call.nheads_kv * l.splits;
     return run_tasks(call, run.threads, tasks, [&](int64_t task, int32_t worker) {
         const int64_t split = task % l.splits, h_kv = task / l.splits % call.nheads_kv;
@@ -104,7 +112,8 @@ bool accumulate_splits(const Run &run, const Layout &l) {
         if (s.n_q == 0) return;
         double *sink = sink_partial(run, l, s.index);
         if (sink) sink += h_kv * group * blocks_of(s.n_q);
-        run.kernels.backward(call, s.index, h_kv, split, l.splits, partial, sink, run.scratch_of(worker));
+        run.kernels.backward(call, s.index, h_kv, split, l.splits, partial, sink, statistics(run, l),
+                             run.scratch_of(worker));
     });
 }
 
@@ -168,7 +177,7 @@ bool clear_unused_entries(const Run &run) {
     });
 }
 
-bool write_dbias(const Run &run) {
+bool write_dbias(const Run &run, const Layout &l) {
     const anyattn_call &call = run.call;
     if (!call.dbias.data) return true;
     // An axis of stride 0 is one element long in memory; its sum is taken inside the tile.
@@ -180,7 +189,7 @@ bool write_dbias(const Run &run) {
     return run_tasks(call, run.threads, tasks, [&](int64_t task, int32_t worker) {
         const int64_t j = task % blocks_k, i = task / blocks_k % blocks_q;
         const int64_t bh = task / blocks_k / blocks_q;
-        run.kernels.dbias(call, bh / heads, bh % heads, i, j, run.scratch_of(worker));
+        run.kernels.dbias(call, bh / heads, bh % heads, i, j, statistics(run, l), run.scratch_of(worker));
     });
 }
 
@@ -212,7 +221,7 @@ int64_t backward_workspace(const anyattn_call &call, const Kernels &kernels) { r
 bool run_backward(const Run &run) {
     const Layout l = layout(run.call, run.kernels);
     return accumulate_splits(run, l) && clear_dq(run) && reduce_splits(run, l) && clear_unused_entries(run) &&
-           write_dbias(run) && write_dsink(run, l);
+           write_dbias(run, l) && write_dsink(run, l);
 }
 
 }  // namespace anyattn

@@ -49,15 +49,17 @@ struct Kernels {
     int64_t (*partial_row_bytes)(const anyattn_call &);  // of a partial
     // Query blocks {split, split + splits, ...} of the group's heads, counted h-major: dq written, dk and dv
     // accumulated into the zeroed partial, sink_partial[h * blocks + block] += its part of dsink (may be null).
+    // statistics: null, or takes what dbias needs of every row.
     void (*backward)(const anyattn_call &, int64_t b, int64_t h_kv, int64_t split, int64_t splits, const Partial &,
-                     double *sink_partial, void *scratch);
+                     double *sink_partial, void *statistics, void *scratch);
     // Adds the partials of all splits in order and writes rows [row0, row1) of dk and dv of sequence b.
     void (*reduce)(const anyattn_call &, int64_t b, int64_t h_kv, int64_t row0, int64_t row1, const Partial *,
                    int64_t splits);
     // One (kBlockQ x key block) tile of dbias, summed over its broadcast axes.
     void (*dbias)(const anyattn_call &, int64_t bias_b, int64_t bias_h, int64_t block_q, int64_t block_k,
-                  void *scratch);
+                  void *statistics, void *scratch);
     int64_t (*dbias_block_k)(const anyattn_call &);
+    int64_t (*statistics_bytes)(const anyattn_call &);  // of kBlockQ rows; a head has blocks for seqlen_q rows
     // Runs n rounds of the register-only loop for this dtype; returns their floating-point operations.
     double (*peak)(int32_t dtype, int64_t n, volatile double *sink);
 };

@@ -1,85 +1,17 @@
 // Gradients: P again from the saved lse, five matrix products per tile, no atomics.
 // Dao, "FlashAttention-2" (2023), algorithm 2; queries outside, keys inside.
 #pragma once
-#include "score.inl.h"
+#include "statistics.inl.h"
 
 namespace anyattn {
 namespace {
-
-// What both dq, dk, dv and dbias need: packed q and dout of a block, and its tiles of P and dS.
-template <class M>
-struct TileScratch {
-    using C = typename M::C;
-    static constexpr int64_t tile = kTileKeys * panel<C>;
-    int64_t q_size, dout_size;  // of one panel
-    typename M::Packed *q, *dout;
-    C *S, *T;                      // per panel and key
-    C *added, *steep, *keep;       // of one panel
-    C *lse, *delta;                // per row; lse is inf where the row saw nothing
-    char *k, *v;
-
-    TileScratch(const anyattn_call &call, Arena &arena) {
-        constexpr int panels = kBlockQ / panel<C>;
-        q_size = M::packed_size(call.head_dim);
-        dout_size = M::packed_size(call.head_dim_v);
-        q = arena.take<typename M::Packed>(q_size * panels);
-        dout = arena.take<typename M::Packed>(dout_size * panels);
-        S = arena.take<C>(tile * panels);
-        T = arena.take<C>(tile * panels);
-        added = call.bias.data || call.mask.data ? arena.take<C>(tile) : nullptr;
-        steep = call.softcap > 0 ? arena.take<C>(tile) : nullptr;
-        keep = call.dropout_threshold ? arena.take<C>(tile) : nullptr;
-        lse = arena.take<C>(kBlockQ);
-        delta = arena.take<C>(kBlockQ);
-        k = arena.take<char>(M::key_buffer(call.head_dim, kSumDim | kSumKeys));
-        v = arena.take<char>(M::key_buffer(call.head_dim_v, kSumDim));
-    }
-};
-
-// lse and delta_i = <dout_i, out_i> - dlse_i of a block's rows.
-template <class C>
-ANYATTN_NOINLINE void row_statistics(const ScoreBlock<C> &block, C *lse, C *delta) {
-    using V = typename Lanes<C>::V;
-    const anyattn_call &call = block.call;
-    const StridedRows out = query_rows(call.out, call, block.s, block.h, block.i0);
-    const StridedRows dout = query_rows(call.dout, call, block.s, block.h, block.i0);
-    const StridedRows saved = row_values(call.lse, call, block.s, block.h, block.i0);
-    const StridedRows dlse = row_values(call.dlse, call, block.s, block.h, block.i0);
-    for (int i = 0; i < kBlockQ; ++i) {
-        lse[i] = infinity(C());
-        delta[i] = 0;
-        if (i >= block.rows) continue;
-        V sum{};
-        for (int64_t d = 0; d < call.head_dim_v; d += lanes<C>) {
-            const int64_t left = call.head_dim_v - d;
-            sum += load_part<C>(out.at(i, d), out.dtype, left) * load_part<C>(dout.at(i, d), dout.dtype, left);
-        }
-        delta[i] = sum_lanes<C>(sum);
-        if (dlse.data) delta[i] -= load<C>(dlse.row(i));
-        const C value = load<C>(saved.row(i));
-        if (value != -infinity(C())) lse[i] = value;
-    }
-}
-
-template <class M>
-void prepare_rows(const ScoreBlock<typename M::C> &block, const TileScratch<M> &w) {
-    const anyattn_call &call = block.call;
-    constexpr int width = panel<typename M::C>;
-    const RowTable q = block.table(call.q), dout = block.table(call.dout);
-    for (int p = 0; p < block.panels; ++p) {
-        const int64_t n = block.panel_rows(p);
-        M::pack(w.q + p * w.q_size, q.row + p * width, q.dtype, n, call.head_dim, M::query_factor(call.scale));
-        M::pack(w.dout + p * w.dout_size, dout.row + p * width, dout.dtype, n, call.head_dim_v, 1);
-    }
-    row_statistics(block, w.lse, w.delta);
-}
 
 // S and T hold the products of a panel and n keys; P (with dropout) and dS times scale go where Out keeps them.
 // Works on pairs of keys and of vectors.
 template <class Out>
 ANYATTN_NOINLINE void gradient_pass(typename Out::C *S, typename Out::C *T, int64_t n, int vectors,
                                     typename Out::C factor, typename Out::C scale, typename Out::C *steep,
-                                    typename Out::C *keep, const typename Out::C *lse, const typename Out::C *delta,
+                                    typename Out::C *keep, const RowStatistics<typename Out::C> &rows, int64_t row,
                                     const typename Out::Gradients &gradients) {
     using C = typename Out::C;
     using V = typename Out::V;
@@ -92,10 +24,11 @@ ANYATTN_NOINLINE void gradient_pass(typename Out::C *S, typename Out::C *T, int6
         if (keep) store(keep + at, V{});
     }
     for (int c = 0; c < vectors; c += 2) {
-        V top[2], middle[2];
+        V base[2], rest[2], middle[2];
         for (int x = 0; x < 2; ++x) {
-            top[x] = load<V>(lse + (c + x) * width);
-            middle[x] = load<V>(delta + (c + x) * width);
+            base[x] = load<V>(rows.base + row + (c + x) * width);
+            rest[x] = load<V>(rows.rest + row + (c + x) * width);
+            middle[x] = load<V>(rows.delta + row + (c + x) * width);
         }
         for (int64_t j = 0; j < n; j += 2) {
             V p[2][2], ds[2][2];
@@ -104,7 +37,7 @@ ANYATTN_NOINLINE void gradient_pass(typename Out::C *S, typename Out::C *T, int6
                 ANYATTN_UNROLL
                 for (int x = 0; x < 2; ++x) {
                     const int64_t at = (j + r) * stride + (c + x) * width;
-                    p[r][x] = exp2(load<V>(S + at) * splat(factor) - top[x] * splat(C(kLog2e)));
+                    p[r][x] = exp2((load<V>(S + at) - base[x]) * splat(factor) - rest[x]);
                     const V kept = keep ? load<V>(keep + at) : splat(C(1));
                     ds[r][x] = p[r][x] * (load<V>(T + at) * kept - middle[x]) * splat(scale);
                     if (steep) ds[r][x] *= load<V>(steep + at);
@@ -144,11 +77,10 @@ Range fill_gradients(const ScoreBlock<typename M::C> &block, const TileScratch<M
     TileAhead none{};
     M::scores(values, range.first, n, call.head_dim_v, w.dout + p * w.dout_size, rows, T, top, none);
     M::scores(keys, range.first, n, call.head_dim, w.q + p * w.q_size, rows, S, top, ahead);
-    const C factor = score_tile(block, p, first, n, use, M::score_factor(call.scale), w.added, steep, S, top);
+    score_tile(block, p, first, n, use, w.added, steep, S, top);
     if (w.keep) keep_tile(w.keep, block, p, first, n);
-    const int64_t row = p * panel<C>;
-    gradient_pass<Out>(S, T, n, block.panel_vectors(p), factor, scale, steep, w.keep, w.lse + row, w.delta + row,
-                       Out::from(gradients, range.first));
+    gradient_pass<Out>(S, T, n, block.panel_vectors(p), block.units.factor, scale, steep, w.keep,
+                       RowStatistics<C>(w.rows), p * panel<C>, Out::from(gradients, range.first));
     return range;
 }
 
@@ -169,27 +101,24 @@ struct BackwardScratch {
     }
 };
 
-// Part of dsink: a row without keys has lse = sink, weight 1.
+// Part of dsink.
 template <class C>
-double sink_gradient(const ScoreBlock<C> &block, const C *lse, const C *delta) {
-    const double sink = double(block.sink(0));
+double sink_gradient(const RowStatistics<C> &rows, int count) {
     double sum = 0;
-    if (!(sink > -infinity(0.0))) return sum;
-    for (int i = 0; i < block.rows; ++i) {
-        const double exponent = sink - double(lse[i]);
-        sum -= __builtin_exp(exponent < 0 ? exponent : 0) * double(delta[i]);
-    }
+    for (int i = 0; i < count; ++i) sum -= double(rows.sink[i]) * double(rows.delta[i]);
     return sum;
 }
 
 template <class M>
 void backward_block(const ScoreBlock<typename M::C> &block, const BackwardScratch<M> &w, const Partial &partial,
-                    double *sink_partial) {
+                    double *sink_partial, typename M::C *statistics) {
     using C = typename M::C;
     const anyattn_call &call = block.call;
     const TileScratch<M> &tiles = w.tiles;
-    prepare_rows(block, tiles);
-    if (sink_partial) *sink_partial += sink_gradient(block, tiles.lse, tiles.delta);
+    pack_rows(block, tiles);
+    fill_statistics(block, tiles);
+    if (statistics) __builtin_memcpy(statistics, tiles.rows, RowStatistics<C>::size * sizeof(C));
+    if (sink_partial) *sink_partial += sink_gradient(RowStatistics<C>(tiles.rows), block.rows);
     const StridedRows q = query_rows(call.q, call, block.s, block.h, block.i0);
     const StridedRows dout = query_rows(call.dout, call, block.s, block.h, block.i0);
     const RowTable dq = block.table(call.dq);
@@ -220,16 +149,26 @@ void backward_block(const ScoreBlock<typename M::C> &block, const BackwardScratc
     }
 }
 
+// Where the statistics of a block are kept for dbias; as many blocks for each head of each sequence.
+template <class C>
+C *statistics_of(const anyattn_call &call, const ScoreBlock<C> &block, void *statistics) {
+    const int64_t blocks = (call.seqlen_q + kBlockQ - 1) / kBlockQ, head = block.s.index * call.nheads + block.h;
+    return static_cast<C *>(statistics) + (head * blocks + block.i0 / kBlockQ) * RowStatistics<C>::size;
+}
+
 template <class M>
 void backward_group(const anyattn_call &call, int64_t b, int64_t h_kv, int64_t split, int64_t splits,
-                    const Partial &partial, double *sink_partial, void *memory) {
+                    const Partial &partial, double *sink_partial, void *statistics, void *memory) {
+    using C = typename M::C;
     const Sequence s = sequence(call, b);
     const int64_t group = call.nheads / call.nheads_kv, blocks = (s.n_q + kBlockQ - 1) / kBlockQ;
     Arena arena{static_cast<char *>(memory), 0};
     const BackwardScratch<M> w(call, arena);
     for (int64_t at = split; at < group * blocks; at += splits) {
-        const ScoreBlock<typename M::C> block(call, query_block(s, h_kv * group + at / blocks, at % blocks));
-        backward_block<M>(block, w, partial, sink_partial ? sink_partial + at : nullptr);
+        const ScoreBlock<C> block(call, query_block(s, h_kv * group + at / blocks, at % blocks),
+                                  M::score_factor(call.scale));
+        backward_block<M>(block, w, partial, sink_partial ? sink_partial + at : nullptr,
+                          statistics ? statistics_of<C>(call, block, statistics) : nullptr);
     }
 }
 

@@ -40,14 +40,16 @@ ANYATTN_NOINLINE void sum_tile(double *sum, const C *ds, int64_t n, int64_t rows
 }
 
 template <class M>
-void add_block(const ScoreBlock<typename M::C> &block, const DbiasTile &tile, const DbiasScratch<M> &w) {
+void add_block(const ScoreBlock<typename M::C> &block, const DbiasTile &tile, const DbiasScratch<M> &w,
+               const typename M::C *statistics) {
     using C = typename M::C;
     using Out = Plain<C>;
     const anyattn_call &call = block.call;
     const int64_t begin = tile.summed(3) ? block.begin : max64(block.begin, tile.j0);
     const int64_t end = tile.summed(3) ? block.end : min64(block.end, tile.j0 + tile.keys);
     if (begin >= end) return;
-    prepare_rows(block, w.tiles);
+    pack_rows(block, w.tiles);
+    __builtin_memcpy(w.tiles.rows, statistics, RowStatistics<C>::size * sizeof(C));
     const KeyRows k = key_rows(call.k, call, block.s, block.h_kv), v = key_rows(call.v, call, block.s, block.h_kv);
     TileAhead none{};
     for (int64_t j0 = begin; j0 < end; j0 += kKeys) {
@@ -81,7 +83,7 @@ void write_dbias(const DbiasTile &tile, const double *sum) {
 
 template <class M>
 void dbias_tile(const anyattn_call &call, int64_t bias_b, int64_t bias_h, int64_t block_q, int64_t block_k,
-                void *memory) {
+                void *statistics, void *memory) {
     using C = typename M::C;
     DbiasTile tile{call, bias_b, bias_h, block_q * kBlockQ, block_k * kKeys, 1, 1};
     if (!tile.summed(2)) tile.rows = min64(kBlockQ, call.seqlen_q - tile.i0);
@@ -95,7 +97,8 @@ void dbias_tile(const anyattn_call &call, int64_t bias_b, int64_t bias_h, int64_
         const int64_t i_end = tile.summed(2) ? s.n_q : min64(s.n_q, tile.i0 + tile.rows);
         for (int64_t h = bias_h; h < h_end; ++h) {
             for (int64_t i = tile.i0; i < i_end; i += kBlockQ) {
-                add_block(ScoreBlock<C>(call, query_block(s, h, i / kBlockQ)), tile, w);
+                const ScoreBlock<C> block(call, query_block(s, h, i / kBlockQ), M::score_factor(call.scale));
+                add_block(block, tile, w, statistics_of<C>(call, block, statistics));
             }
         }
     }

@@ -133,7 +133,7 @@ struct Few {
         }
     }
     static C query_factor(double scale) { return Plain<C>::query_factor(scale); }
-    static C score_factor(double scale) { return Plain<C>::score_factor(scale); }
+    static double score_factor(double scale) { return Plain<C>::score_factor(scale); }
 
     // Lanes without a row hold no products: nothing there may be NaN.
     static void clean(C *S) { __builtin_memset(S, 0, sizeof(C) * panel<C> * (kFewKeys + lanes<C>)); }

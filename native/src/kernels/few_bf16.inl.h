@@ -80,6 +80,7 @@ struct FewDot : Few<float> {
     static int64_t packed_size(int64_t dim) { return kFewRows<float> * round_up(dim, 32) / 2; }
     static void pack(Pair *packed, const char *const *rows, int32_t, int64_t n, int64_t dim, float factor) {
         const __m512i signs = sign_flips(factor);
+        if (factor == 0) n = 0;
         for (int64_t r = 0; r < kFewRows<float>; ++r) {
             for (int64_t d = 0; d < dim; d += 32, packed += 16) {
                 const __m512i q = r < n ? load_pairs(rows[r] + 2 * d, dim - d) : __m512i{};
@@ -88,7 +89,7 @@ struct FewDot : Few<float> {
         }
     }
     static float query_factor(double scale) { return Dot::query_factor(scale); }
-    static float score_factor(double scale) { return Dot::score_factor(scale); }
+    static double score_factor(double scale) { return Dot::score_factor(scale); }
 
     static void scores(const Keys &keys, int64_t first, int64_t n, int64_t dim, const Pair *q, int count, float *S,
                        V *top, TileAhead &ahead) {

@@ -1,9 +1,9 @@
 // out and lse of one block of query rows: online softmax over tiles of keys.
-// Milakov and Gimelshein (2018); Dao, "FlashAttention-2" (2023), algorithm 1.
+// Dao, "FlashAttention-2" (2023), algorithm 1.
 #pragma once
 #include <new>
 
-#include "score.inl.h"
+#include "softmax.inl.h"
 
 namespace anyattn {
 namespace {
@@ -51,7 +51,7 @@ int64_t most_groups(const anyattn_call &call) {
 template <class M>
 struct ForwardScratch {
     using C = typename M::C;
-    C *S, *added, *keep, *alpha;  // alpha: rescale of this tile, per row
+    C *S, *added, *keep, *alpha;  // see SoftmaxRows
     char *k, *v;
     KeyRows *k_rows, *v_rows;
     ScoreBlock<C> *blocks;
@@ -90,61 +90,30 @@ struct ForwardPartial {
     C &l(int64_t r) const { return out(r)[dim + 1]; }
 };
 
-// S to P in place; m, l and alpha of the panel for its new maximum. Rows where nothing was seen yet stay at -inf and 0.
-// Works on pairs of keys: S has a row to spare.
-template <class M>
-ANYATTN_NOINLINE void softmax_pass(typename M::C *S, int64_t n, int vectors, typename M::C factor,
-                                   const typename M::V *top, typename M::C *keep, typename M::C *m, typename M::C *l,
-                                   typename M::C *alpha) {
-    using C = typename M::C;
-    using V = typename M::V;
-    constexpr int width = lanes<C>;
-    for (int c = 0; c < vectors; ++c) {
-        const V before = load<V>(m + c * width), now = larger(before, top[c] * splat(factor));
-        const V base = now == splat(-infinity(C())) ? V{} : now;
-        const V rescale = exp2(before - base);
-        V sum0{}, sum1{};
-        if (n % 2) {
-            store(S + n * panel<C> + c * width, splat(-infinity(C())));
-            if (keep) store(keep + n * panel<C> + c * width, V{});
-        }
-        for (int64_t j = 0; j < n; j += 2) {
-            const int64_t at = j * panel<C> + c * width;
-            V p0 = exp2(load<V>(S + at) * splat(factor) - base);
-            V p1 = exp2(load<V>(S + at + panel<C>) * splat(factor) - base);
-            sum0 += p0;
-            sum1 += p1;
-            if (keep) {
-                p0 *= load<V>(keep + at);
-                p1 *= load<V>(keep + at + panel<C>);
-            }
-            M::store_p(S, j, c, p0, p1);
-        }
-        store(m + c * width, now);
-        store(l + c * width, load<V>(l + c * width) * rescale + (sum0 + sum1));
-        store(alpha + c * width, rescale);
-    }
-}
-
 // The sink joins the sum; alpha becomes what the sums of values are divided by, inverted; lse where asked for.
 template <class C>
-ANYATTN_NOINLINE void finish_rows(const ScoreBlock<C> &block, C *m, C *l, C *alpha) {
+ANYATTN_NOINLINE void finish_rows(const ScoreBlock<C> &block, const C *m, C *l, C *alpha) {
     using V = typename Lanes<C>::V;
-    alignas(64) C sink[kBlockQ];
-    for (int r = 0; r < block.rows; ++r) sink[r] = r % block.per_head == 0 ? block.sink(r) : sink[r - 1];
-    for (int c = block.rows; c % lanes<C>; ++c) sink[c] = 0;
+    const bool has_sink = block.call.sink.data;
+    const V none{};
+    // By how much the maximum exceeds the sink, in log2 units. Doubles: scores and sink may be large and nearly equal.
+    alignas(64) C excess[kBlockQ] = {};
+    for (int r = 0; has_sink && r < block.rows; ++r) {
+        const double sink = double(block.sink(r)), gap = (double(m[r]) * block.units.unit - sink) * kLog2e;
+        excess[r] = sink == -infinity(0.0) ? infinity(C()) : C(gap);
+    }
     for (int c = 0; c < block.rows; c += lanes<C>) {
-        const V before = load<V>(m + c), logit = load<V>(sink + c) * splat(C(kLog2e));
-        const V now = larger(before, logit), base = now == splat(-infinity(C())) ? V{} : now;
-        const V rescale = exp2(before - base), sum = load<V>(l + c) * rescale + exp2(logit - base);
-        store(m + c, now);
+        const V gap = load<V>(excess + c), before = load<V>(l + c);
+        const V rescale = has_sink ? exp2(smaller(gap, none)) : splat(C(1));
+        const V sum = has_sink ? before * rescale + exp2(smaller(-gap, none)) : before;
         store(l + c, sum);
-        store(alpha + c, sum == V{} ? V{} : rescale / sum);
+        store(alpha + c, sum == none ? none : rescale / sum);
     }
     if (!block.call.lse.data) return;
     for (int r = 0; r < block.rows; ++r) {
         const StridedRows lse = row_values(block.call.lse, block.call, block.s, block.head(r), block.row(r));
-        const double value = l[r] == 0 ? -infinity(0.0) : double(m[r]) * kLn2 + __builtin_log(double(l[r]));
+        const double top = double(m[r]) * block.units.unit, sink = double(block.sink(r));
+        const double value = l[r] == 0 ? -infinity(0.0) : (sink > top ? sink : top) + __builtin_log(double(l[r]));
         store(lse.row(0), C(value));
     }
 }
@@ -159,10 +128,7 @@ void start(const ScoreBlock<typename M::C> &block, const ForwardState<M> &state)
                 M::query_factor(call.scale));
     }
     __builtin_memset(state.out, 0, (size_t)(block.panels * state.out_size(call) * (int64_t)sizeof(C)));
-    for (int i = 0; i < kBlockQ; ++i) {
-        state.m[i] = -infinity(C());
-        state.l[i] = 0;
-    }
+    clear_sums(state.m, state.l);
 }
 
 // Adds the keys [j0, j1): one tile.
@@ -170,23 +136,15 @@ template <class M>
 void attend(const ScoreBlock<typename M::C> &block, const ForwardState<M> &state, const ForwardScratch<M> &w,
             const typename M::Keys &keys, const typename M::Keys &values, int64_t j0, int64_t j1, TileAhead &next) {
     using C = typename M::C;
-    using V = typename M::V;
     const anyattn_call &call = block.call;
+    const SoftmaxRows<M> softmax{w.S, w.added, w.keep, state.m, state.l, w.alpha};
     for (int p = 0; p < block.panels; ++p) {
-        const int64_t first = block.panel_begin(p, j0), n = block.panel_end(p, j1) - first, row = p * panel<C>;
+        const int64_t first = block.panel_begin(p, j0), n = block.panel_end(p, j1) - first;
         const MaskUse use = n > 0 ? mask_use(block, p, first, n) : kSeesNone;
         if (use == kSeesNone) continue;
-        const int rows = block.panel_rows(p);
-        V top[kPanelVectors];
-        for (V &x : top) x = splat(-infinity(C()));
-        M::scores(keys, first - j0, n, call.head_dim, state.q + p * state.q_size(call), rows, w.S, top, next);
-        const C factor =
-            score_tile(block, p, first, n, use, M::score_factor(call.scale), w.added, (C *)nullptr, w.S, top);
-        if (w.keep) keep_tile(w.keep, block, p, first, n);
-        softmax_pass<M>(w.S, n, block.panel_vectors(p), factor, top, w.keep, state.m + row, state.l + row,
-                        w.alpha + row);
-        M::accumulate(values, first - j0, n, call.head_dim_v, w.S, rows, state.out + p * state.out_size(call),
-                      w.alpha + row, next);
+        softmax.add_keys(block, p, keys, j0, first, n, use, state.q + p * state.q_size(call), next);
+        M::accumulate(values, first - j0, n, call.head_dim_v, w.S, block.panel_rows(p),
+                      state.out + p * state.out_size(call), w.alpha + p * panel<C>, next);
     }
 }
 
@@ -229,7 +187,8 @@ void forward_blocks(const anyattn_call &call, const BlockSet &set, int64_t begin
     Arena arena{static_cast<char *>(memory), 0};
     const ForwardScratch<M> w(call, set.count(), arena);
     for (int64_t i = 0; i < set.count(); ++i)
-        start(*new (w.blocks + i) ScoreBlock<C>(call, block_of(call, set, i)), w.states[i]);
+        start(*new (w.blocks + i) ScoreBlock<C>(call, block_of(call, set, i), M::score_factor(call.scale)),
+              w.states[i]);
     for (int64_t g = 0; g < set.groups; ++g) {
         const ScoreBlock<C> &block = w.blocks[g * set.shared()];
         w.k_rows[g] = key_rows(call.k, call, block.s, block.h_kv);
@@ -255,13 +214,15 @@ void forward_blocks(const anyattn_call &call, const BlockSet &set, int64_t begin
 }
 
 // The maximum, sum and rescaled values of both.
-template <class C>
+template <class M>
 void merge_partial(const anyattn_call &call, const QueryBlock &rows, void *into, const void *from) {
-    using V = typename Lanes<C>::V;
+    using C = typename M::C;
+    using V = typename M::V;
     const ForwardPartial<C> a(call, into), b(call, from);
+    const C factor = ScoreUnits<C>(call, M::score_factor(call.scale)).factor;
     for (int64_t r = 0; r < rows.heads * rows.rows; ++r) {
         const C m = a.m(r) > b.m(r) ? a.m(r) : b.m(r), base = m == -infinity(C()) ? 0 : m;
-        const V old = exp2(splat(a.m(r) - base)), add = exp2(splat(b.m(r) - base));
+        const V old = exp2(splat((a.m(r) - base) * factor)), add = exp2(splat((b.m(r) - base) * factor));
         for (int64_t d = 0; d < a.dim; d += lanes<C>) {
             store(a.out(r) + d, load<V>(a.out(r) + d) * old + load<V>(b.out(r) + d) * add);
         }
@@ -270,10 +231,11 @@ void merge_partial(const anyattn_call &call, const QueryBlock &rows, void *into,
     }
 }
 
-template <class C>
+template <class M>
 void finish_partial(const anyattn_call &call, const QueryBlock &rows, const void *memory) {
-    using V = typename Lanes<C>::V;
-    const ScoreBlock<C> block(call, rows);
+    using C = typename M::C;
+    using V = typename M::V;
+    const ScoreBlock<C> block(call, rows, M::score_factor(call.scale));
     const ForwardPartial<C> partial(call, memory);
     alignas(64) C m[kBlockQ] = {}, l[kBlockQ] = {}, alpha[kBlockQ];
     for (int r = 0; r < block.rows; ++r) {

@@ -174,6 +174,17 @@ ANYATTN_NOINLINE void add_queries(const C *P, int64_t panel_stride, const C *B, 
     }
 }
 
+// The power of two that scale is 1 to 2 times as large as, with its sign; 0 for 0. A product with it is exact.
+template <class C>
+C power_of_two(double scale) {
+    if (scale == 0) return 0;
+    constexpr int limit = sizeof(C) == 4 ? 126 : 1022;
+    int exponent;
+    const double fraction = __builtin_frexp(scale, &exponent);  // 0.5 to 1
+    exponent = exponent - 1 < -limit ? -limit : exponent - 1 > limit ? limit : exponent - 1;
+    return C(__builtin_ldexp(fraction < 0 ? -1.0 : 1.0, exponent));
+}
+
 // How the keys of a tile will be read: in products that sum over the head dimension, or over keys.
 enum KeyUse { kSumDim = 1, kSumKeys = 2 };
 
@@ -203,9 +214,10 @@ struct Plain {
     static void pack(Packed *packed, const char *const *rows, int32_t dtype, int64_t n, int64_t dim, C factor) {
         pack_panel(packed, rows, dtype, n, dim, factor);
     }
-    // What packed queries are multiplied by, and what is left for their products to be in log2 units.
-    static C query_factor(double scale) { return C(scale * kLog2e); }
-    static C score_factor(double) { return C(1); }
+    // What packed queries are multiplied by, and what remains of the scale for their products. Queries take the power
+    // of two: their digits stay as they are, and a product overflows only where the score does.
+    static C query_factor(double scale) { return power_of_two<C>(scale); }
+    static double score_factor(double scale) { return scale == 0 ? 1.0 : scale / double(query_factor(scale)); }
 
     static int64_t key_buffer(int64_t dim, int) { return kKeys * round_up(dim, lanes<C>) * (int64_t)sizeof(C); }
 

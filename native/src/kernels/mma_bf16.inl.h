@@ -117,9 +117,10 @@ ANYATTN_NOINLINE void pair_queries(Pair *pairs, int64_t stride, const StridedRow
 
 ANYATTN_INLINE __m512i sign_flips(float factor) { return _mm512_set1_epi16(factor < 0 ? (short)0x8000 : 0); }
 
-// Rows as columns of pairs, [d / 2][lane], every sign flipped where factor is negative.
+// Rows as columns of pairs, [d / 2][lane], every sign flipped where factor is negative; zeros where it is 0.
 ANYATTN_NOINLINE void pack_pairs(Pair *packed, const char *const *rows, int64_t n, int64_t dim, float factor) {
     const __m512i signs = sign_flips(factor);
+    if (factor == 0) n = 0;
     for (int c = 0; c < panel<float>; c += 16) {
         for (int64_t d = 0; d < dim; d += 32) {
             F32 r[16] = {};
@@ -182,13 +183,9 @@ struct Dot {
                        const float *factors) {
         Plain<float>::unpack(rows, dtype, out, n, dim, factors);
     }
-    // Queries stay as they are but for the sign: the maximum of products times a factor >= 0 is that of the scores.
-    static float query_factor(double scale) { return scale < 0 ? -1.0f : 1.0f; }
-    // Never 0: hidden scores stay at -inf under it.
-    static float score_factor(double scale) {
-        const float factor = float((scale < 0 ? -scale : scale) * kLog2e);
-        return factor > __FLT_MIN__ ? factor : __FLT_MIN__;
-    }
+    // Queries stay as they are but for the sign: the maximum of products times a factor > 0 is that of the scores.
+    static float query_factor(double scale) { return scale < 0 ? -1.0f : scale > 0 ? 1.0f : 0.0f; }
+    static double score_factor(double scale) { return scale < 0 ? -scale : scale > 0 ? scale : 1.0; }
 
     static int64_t rows_bytes(int64_t dim) { return kKeys * round_up(dim, 32) * 2; }
     static int64_t key_buffer(int64_t dim, int use) {

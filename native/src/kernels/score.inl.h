@@ -1,10 +1,31 @@
-// From the products of a tile to scores in log2 units: softcap, bias, mask, ALiBi and the interval that each row may see.
+// From the products of a tile to scores: softcap, bias, mask, ALiBi and the interval that each row may see.
 #pragma once
 #include "mma.inl.h"
 #include "philox.inl.h"
 
 namespace anyattn {
 namespace {
+
+// The units of what a score tile holds. Products stay as they are unless something but a mask acts on scores: only
+// differences of scores are scaled, so equal scores have equal weights whatever their size.
+template <class C>
+struct ScoreUnits {
+    bool scored;    // a softcap, slopes or a bias turn products into scores in natural units
+    double unit;    // natural units of an entry
+    C product;      // what score_pass multiplies a product by
+    C factor;       // of differences of entries, for exponents of 2; positive, so that hidden keys stay at -inf
+
+    // factor_left: what products must be multiplied by, see Plain::score_factor.
+    ScoreUnits(const anyattn_call &call, double factor_left) {
+        scored = call.softcap > 0 || call.alibi_slopes.data || call.bias.data;
+        unit = scored ? 1.0 : factor_left;
+        product = C(scored ? factor_left : 1.0);
+        const double smallest = sizeof(C) == 4 ? double(__FLT_MIN__) : __DBL_MIN__;
+        const double largest = sizeof(C) == 4 ? double(__FLT_MAX__) : __DBL_MAX__;
+        const double log2_unit = unit * kLog2e;
+        factor = C(log2_unit < smallest ? smallest : log2_unit > largest ? largest : log2_unit);
+    }
+};
 
 // Query rows of one sequence that are computed together, and what turns products into scores there. Row r of the block
 // is row i0 + r % per_head of head h + r / per_head; several heads share their keys.
@@ -16,12 +37,13 @@ struct ScoreBlock {
     int64_t h, h_kv, i0;
     int per_head, rows, panels;
     int64_t begin, end;  // keys that any of the rows may see
-    C cap;  // 0: off; log2 units
-    bool sloped, scored;  // scored: something other than intervals and the mask acts on scores
-    alignas(64) C slope[kBlockQ], place[kBlockQ];  // of each row: in log2 units; r % per_head
+    ScoreUnits<C> units;
+    C cap;  // 0: off
+    bool sloped;
+    alignas(64) C slope[kBlockQ], place[kBlockQ];  // of each row; place: r % per_head
 
-    ScoreBlock(const anyattn_call &a, const QueryBlock &q)
-        : call(a), s(sequence(a, q.b)), h(q.h), h_kv(q.h / (a.nheads / a.nheads_kv)), i0(q.i0) {
+    ScoreBlock(const anyattn_call &a, const QueryBlock &q, double factor_left)
+        : call(a), s(sequence(a, q.b)), h(q.h), h_kv(q.h / (a.nheads / a.nheads_kv)), i0(q.i0), units(a, factor_left) {
         per_head = (int)q.rows;
         rows = (int)(q.heads * q.rows);
         panels = (rows + panel<C> - 1) / panel<C>;
@@ -29,9 +51,8 @@ struct ScoreBlock {
         end = key_end(call, s, i0 + per_head - 1);
         // Limits that leave tanh's argument and its product finite in float.
         const double limited = call.softcap < 1e-30 ? 1e-30 : call.softcap > 1e30 ? 1e30 : call.softcap;
-        cap = call.softcap > 0 ? C(limited * kLog2e) : 0;
+        cap = call.softcap > 0 ? C(limited) : 0;
         sloped = call.alibi_slopes.data;
-        scored = cap != 0 || sloped || call.bias.data;
         if (sloped) set_slopes();
     }
 
@@ -39,9 +60,7 @@ struct ScoreBlock {
         for (int r = 0; r < kBlockQ; ++r) {
             const bool first = r % per_head == 0, used = r < rows;
             place[r] = C(r % per_head);
-            slope[r] = !used    ? C(0)
-                       : !first ? slope[r - 1]
-                                : C(kLog2e) * head_value(call.alibi_slopes, s.index, head(r));
+            slope[r] = !used ? C(0) : !first ? slope[r - 1] : head_value(call.alibi_slopes, s.index, head(r));
         }
     }
 
@@ -191,11 +210,11 @@ struct Bounds {
     alignas(64) C low[panel<C>], high[panel<C>];
 };
 
-// Scores of the tile S of panel p and keys [j, j + n), in place; raises `top` anew. Products times factor are in log2
-// units. added: null or from fill_added; steep: null, or takes the derivative of the softcap; bounds: null or the edge.
+// Scores of the tile S of panel p and keys [j, j + n), in place of products; raises `top` anew. added: null or from
+// fill_added; steep: null, or takes the derivative of the softcap; bounds: null or the edge.
 template <class C>
-ANYATTN_NOINLINE void score_pass(const ScoreBlock<C> &block, int p, int64_t j, int64_t n, C factor, const C *added,
-                                 C *steep, const Bounds<C> *bounds, C *S, typename Lanes<C>::V *top) {
+ANYATTN_NOINLINE void score_pass(const ScoreBlock<C> &block, int p, int64_t j, int64_t n, const C *added, C *steep,
+                                 const Bounds<C> *bounds, C *S, typename Lanes<C>::V *top) {
     using V = typename Lanes<C>::V;
     const V hidden = splat(-infinity(C()));
     const V cap = splat(block.cap), per_cap = splat(block.cap != 0 ? 1 / block.cap : 0);
@@ -210,7 +229,7 @@ ANYATTN_NOINLINE void score_pass(const ScoreBlock<C> &block, int p, int64_t j, i
         const V from = place + splat(C(apart));
         V highest = hidden, row{};
         for (int64_t r = 0, at = c * lanes<C>; r < n; ++r, at += panel<C>, row += splat(C(1))) {
-            V s = load<V>(S + at) * splat(factor);
+            V s = load<V>(S + at) * splat(block.units.product);
             if (capped) {
                 const V t = tanh(s * per_cap);
                 if (steep) store(steep + at, splat(C(1)) - t * t);
@@ -218,7 +237,7 @@ ANYATTN_NOINLINE void score_pass(const ScoreBlock<C> &block, int p, int64_t j, i
             }
             if (added) {
                 const V bias = load<V>(added + at);
-                s = bias == hidden ? hidden : s + bias * splat(C(kLog2e));
+                s = bias == hidden ? hidden : s + bias;
             }
             if (sloped) s -= (near ? absolute(from - row) : far_distance<C>(place, apart - r)) * slope;
             if (bounds) {
@@ -232,18 +251,17 @@ ANYATTN_NOINLINE void score_pass(const ScoreBlock<C> &block, int p, int64_t j, i
     }
 }
 
-// Runs what this tile needs of the above; returns what its products must still be multiplied by.
+// Runs what this tile needs of the above.
 template <class C>
-ANYATTN_INLINE C score_tile(const ScoreBlock<C> &block, int p, int64_t j, int64_t n, MaskUse use, C factor, C *added,
-                            C *steep, C *S, typename Lanes<C>::V *top) {
+ANYATTN_INLINE void score_tile(const ScoreBlock<C> &block, int p, int64_t j, int64_t n, MaskUse use, C *added, C *steep,
+                               C *S, typename Lanes<C>::V *top) {
     const bool edge = block.edge(p, j, j + n), masked = use == kSeesSome;
-    if (!edge && !block.scored && !masked) return factor;
+    if (!edge && !block.units.scored && !masked) return;
     Bounds<C> bounds;
     if (edge) lane_bounds(block, p, j, n, bounds.low, bounds.high);
     if (!block.call.bias.data && !masked) added = nullptr;
     if (added) fill_added(added, block, p, j, n, use);
-    score_pass(block, p, j, n, factor, added, steep, edge ? &bounds : nullptr, S, top);
-    return C(1);
+    score_pass(block, p, j, n, added, steep, edge ? &bounds : nullptr, S, top);
 }
 
 // Dropout factors of a tile, 0 or 1 / (1 - p).

@@ -96,11 +96,11 @@ auto with_compute(const anyattn_call &call, const Body &body) {
 }
 
 void merge(const anyattn_call &call, const QueryBlock &rows, void *into, const void *from) {
-    with_compute(call, [&](auto c) { merge_partial<decltype(c)>(call, rows, into, from); });
+    with_mma(call, ANYATTN_FORWARD, [&](auto m) { merge_partial<decltype(m)>(call, rows, into, from); });
 }
 
 void finish(const anyattn_call &call, const QueryBlock &rows, const void *partial) {
-    with_compute(call, [&](auto c) { finish_partial<decltype(c)>(call, rows, partial); });
+    with_mma(call, ANYATTN_FORWARD, [&](auto m) { finish_partial<decltype(m)>(call, rows, partial); });
 }
 
 int64_t partial_row_bytes(const anyattn_call &call) {
@@ -108,9 +108,10 @@ int64_t partial_row_bytes(const anyattn_call &call) {
 }
 
 void backward(const anyattn_call &call, int64_t b, int64_t h_kv, int64_t split, int64_t splits, const Partial &partial,
-              double *sink_partial, void *memory) {
-    with_mma(call, ANYATTN_BACKWARD,
-             [&](auto m) { backward_group<decltype(m)>(call, b, h_kv, split, splits, partial, sink_partial, memory); });
+              double *sink_partial, void *statistics, void *memory) {
+    with_mma(call, ANYATTN_BACKWARD, [&](auto m) {
+        backward_group<decltype(m)>(call, b, h_kv, split, splits, partial, sink_partial, statistics, memory);
+    });
 }
 
 void reduce(const anyattn_call &call, int64_t b, int64_t h_kv, int64_t row0, int64_t row1, const Partial *partials,
@@ -119,17 +120,22 @@ void reduce(const anyattn_call &call, int64_t b, int64_t h_kv, int64_t row0, int
              [&](auto m) { reduce_group<typename decltype(m)::C>(call, b, h_kv, row0, row1, partials, splits); });
 }
 
-void dbias(const anyattn_call &call, int64_t bias_b, int64_t bias_h, int64_t block_q, int64_t block_k, void *memory) {
+void dbias(const anyattn_call &call, int64_t bias_b, int64_t bias_h, int64_t block_q, int64_t block_k, void *statistics,
+           void *memory) {
     with_mma(call, ANYATTN_BACKWARD,
-             [&](auto m) { dbias_tile<decltype(m)>(call, bias_b, bias_h, block_q, block_k, memory); });
+             [&](auto m) { dbias_tile<decltype(m)>(call, bias_b, bias_h, block_q, block_k, statistics, memory); });
 }
 
 int64_t dbias_block_k(const anyattn_call &) { return kKeys; }
 
+int64_t statistics_bytes(const anyattn_call &call) {
+    return with_compute(call, [&](auto c) { return RowStatistics<decltype(c)>::size * (int64_t)sizeof(c); });
+}
+
 constexpr Kernels table(const char *name) {
-    return {name,           scratch,        partial_stride, partial_in_place, forward,
-            blocks_at_once, groups_at_once, merge,          finish,           partial_row_bytes,
-            backward,       reduce,         dbias,          dbias_block_k,    peak};
+    return {
+        name,   scratch,           partial_stride, partial_in_place, forward, blocks_at_once, groups_at_once,   merge,
+        finish, partial_row_bytes, backward,       reduce,           dbias,   dbias_block_k,  statistics_bytes, peak};
 }
 
 }  // namespace

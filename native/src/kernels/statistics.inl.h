@@ -1,0 +1,165 @@
+// What the backward pass knows of its rows before it visits keys: what turns their scores into P, and delta.
+#pragma once
+#include "few.inl.h"
+#include "softmax.inl.h"
+
+namespace anyattn {
+namespace {
+
+// P = exp(s - lse) is wrong by the rounding of lse, half a unit in its last place. Rows whose |lse| is larger than this
+// are summed again, so that their P add up to 1. Calls in 16 bits tolerate more, because they round P itself.
+inline double largest_trusted_lse(const anyattn_call &call) { return dtype_size(call.q.dtype) == 2 ? 1024 : 128; }
+
+// Per row of a block: P_ij = 2^(factor (S_ij - base_i) - rest_i), and what dP_ij is compared with. base is close to the
+// largest S_ij, so that their difference loses nothing, or inf where the row saw nothing.
+template <class C>
+struct RowStatistics {
+    static constexpr int64_t size = 4 * kBlockQ;
+    C *base, *rest, *delta;
+    C *sink;  // the sink's probability
+
+    explicit RowStatistics(C *data)
+        : base(data), rest(data + kBlockQ), delta(data + 2 * kBlockQ), sink(data + 3 * kBlockQ) {}
+};
+
+// What both dq, dk, dv and dbias need: packed q and dout of a block, and its tiles of P and dS.
+template <class M>
+struct TileScratch {
+    using C = typename M::C;
+    static constexpr int64_t tile = kTileKeys * panel<C>;
+    int64_t q_size, dout_size;  // of one panel
+    typename M::Packed *q, *dout;
+    C *S, *T;  // per panel and key
+    C *added, *steep, *keep;  // of one panel
+    C *m, *l, *alpha;  // per row, see SoftmaxRows
+    C *rows;  // see RowStatistics
+    char *k, *v;
+
+    TileScratch(const anyattn_call &call, Arena &arena) {
+        constexpr int panels = kBlockQ / panel<C>;
+        q_size = M::packed_size(call.head_dim);
+        dout_size = M::packed_size(call.head_dim_v);
+        q = arena.take<typename M::Packed>(q_size * panels);
+        dout = arena.take<typename M::Packed>(dout_size * panels);
+        S = arena.take<C>(tile * panels);
+        T = arena.take<C>(tile * panels);
+        added = call.bias.data || call.mask.data ? arena.take<C>(tile) : nullptr;
+        steep = call.softcap > 0 ? arena.take<C>(tile) : nullptr;
+        keep = call.dropout_threshold ? arena.take<C>(tile) : nullptr;
+        m = arena.take<C>(kBlockQ);
+        l = arena.take<C>(kBlockQ);
+        alpha = arena.take<C>(kBlockQ);
+        rows = arena.take<C>(RowStatistics<C>::size);
+        k = arena.take<char>(M::key_buffer(call.head_dim, kSumDim | kSumKeys));
+        v = arena.take<char>(M::key_buffer(call.head_dim_v, kSumDim));
+    }
+};
+
+// delta_i = <dout_i, out_i> - dlse_i of a block's rows.
+template <class C>
+ANYATTN_NOINLINE void fill_delta(const ScoreBlock<C> &block, C *delta) {
+    using V = typename Lanes<C>::V;
+    const anyattn_call &call = block.call;
+    const StridedRows out = query_rows(call.out, call, block.s, block.h, block.i0);
+    const StridedRows dout = query_rows(call.dout, call, block.s, block.h, block.i0);
+    const StridedRows dlse = row_values(call.dlse, call, block.s, block.h, block.i0);
+    for (int i = 0; i < kBlockQ; ++i) {
+        delta[i] = 0;
+        if (i >= block.rows) continue;
+        V sum{};
+        for (int64_t d = 0; d < call.head_dim_v; d += lanes<C>) {
+            const int64_t left = call.head_dim_v - d;
+            sum += load_part<C>(out.at(i, d), out.dtype, left) * load_part<C>(dout.at(i, d), dout.dtype, left);
+        }
+        delta[i] = sum_lanes<C>(sum);
+        if (dlse.data) delta[i] -= load<C>(dlse.row(i));
+    }
+}
+
+// The rows' statistics from the saved lse. Returns the largest |lse|.
+template <class C>
+ANYATTN_NOINLINE double read_lse(const ScoreBlock<C> &block, const RowStatistics<C> &rows) {
+    const StridedRows lse = row_values(block.call.lse, block.call, block.s, block.h, block.i0);
+    const double unit = block.units.unit, limit = sizeof(C) == 4 ? double(__FLT_MAX__) : __DBL_MAX__;
+    const double sink = double(block.sink(0));
+    double largest = 0;
+    for (int i = 0; i < kBlockQ; ++i) {
+        rows.base[i] = infinity(C());
+        rows.rest[i] = rows.sink[i] = 0;
+        const double value = i < block.rows ? double(load<C>(lse.row(i))) : -infinity(0.0);
+        if (value == -infinity(0.0)) continue;
+        const double base = value / unit;
+        rows.base[i] = C(base < -limit ? -limit : base > limit ? limit : base);
+        rows.rest[i] = C((value - double(rows.base[i]) * unit) * kLog2e);
+        if (sink > -infinity(0.0)) rows.sink[i] = C(__builtin_exp(sink < value ? sink - value : 0.0));
+        const double size = value < 0 ? -value : value;
+        if (size > largest) largest = size;
+    }
+    return largest;
+}
+
+// The maximum and the sum of weights of every row of a block, as in the forward pass.
+template <class M>
+ANYATTN_NOINLINE void sum_rows(const ScoreBlock<typename M::C> &block, const TileScratch<M> &w) {
+    const anyattn_call &call = block.call;
+    const KeyRows k = key_rows(call.k, call, block.s, block.h_kv);
+    const SoftmaxRows<M> softmax{w.S, w.added, nullptr, w.m, w.l, w.alpha};
+    TileAhead none{};
+    clear_sums(w.m, w.l);
+    for (int64_t j0 = block.begin; j0 < block.end; j0 += kKeys) {
+        const int64_t j1 = min64(j0 + kKeys, block.end);
+        const auto keys = M::load_keys(k, j0, j1 - j0, call.head_dim, kSumDim, w.k);
+        for (int p = 0; p < block.panels; ++p) {
+            const int64_t first = block.panel_begin(p, j0), n = block.panel_end(p, j1) - first;
+            const MaskUse use = n > 0 ? mask_use(block, p, first, n) : kSeesNone;
+            if (use != kSeesNone) softmax.add_keys(block, p, keys, j0, first, n, use, w.q + p * w.q_size, none);
+        }
+    }
+}
+
+// The statistics of rows whose lse is large: from their own maximum and sum. A saved lse that is larger than theirs by
+// more than rounding explains is that of more keys, as in a part of a distributed sequence: P is a part of 1 there, and
+// lse stays.
+template <class M>
+ANYATTN_NOINLINE void refine_statistics(const ScoreBlock<typename M::C> &block, const TileScratch<M> &w) {
+    using C = typename M::C;
+    const RowStatistics<C> rows(w.rows);
+    const StridedRows saved = row_values(block.call.lse, block.call, block.s, block.h, block.i0);
+    const double sink = double(block.sink(0)), eps = sizeof(C) == 4 ? double(__FLT_EPSILON__) : __DBL_EPSILON__;
+    // The forward pass sums the products of few rows in another order, see few.inl.h.
+    const double rounding = block.s.n_q <= kFewRows<C> ? 32 * eps : 2 * eps;
+    sum_rows(block, w);
+    for (int i = 0; i < block.rows; ++i) {
+        const double lse = double(load<C>(saved.row(i))), size = lse < 0 ? -lse : lse;
+        const double m = double(w.m[i]) * block.units.unit, top = sink > m ? sink : m;
+        if (!(size > largest_trusted_lse(block.call)) || !(w.l[i] > 0)) continue;
+        const double sum = double(w.l[i]) * __builtin_exp(m - top) + __builtin_exp(sink - top);
+        if (!(top + __builtin_log(sum) >= lse - rounding * size)) continue;
+        rows.base[i] = w.m[i];
+        rows.rest[i] = C((top - m + __builtin_log(sum)) * kLog2e);
+        rows.sink[i] = C(__builtin_exp(sink - top) / sum);
+    }
+}
+
+template <class M>
+void pack_rows(const ScoreBlock<typename M::C> &block, const TileScratch<M> &w) {
+    const anyattn_call &call = block.call;
+    constexpr int width = panel<typename M::C>;
+    const RowTable q = block.table(call.q), dout = block.table(call.dout);
+    for (int p = 0; p < block.panels; ++p) {
+        const int64_t n = block.panel_rows(p);
+        M::pack(w.q + p * w.q_size, q.row + p * width, q.dtype, n, call.head_dim, M::query_factor(call.scale));
+        M::pack(w.dout + p * w.dout_size, dout.row + p * width, dout.dtype, n, call.head_dim_v, 1);
+    }
+}
+
+template <class M>
+void fill_statistics(const ScoreBlock<typename M::C> &block, const TileScratch<M> &w) {
+    using C = typename M::C;
+    const RowStatistics<C> rows(w.rows);
+    fill_delta(block, rows.delta);
+    if (read_lse(block, rows) > largest_trusted_lse(block.call)) refine_statistics(block, w);
+}
+
+}  // namespace
+}  // namespace anyattn
