@@ -8,11 +8,12 @@ exponentials relative to it, and the weighted sum of the values; when the maximu
 
 A sink is a score without a value: its rows begin with m = sink, l = 1 instead of m = -inf, l = 0.
 
-Backward: the probabilities are computed again, P = exp(s - lse), and need no maximum. With D the dropout factors:
+Backward: the probabilities are computed again, P = exp(s - lse), and need no maximum. Where the rounding of a large lse
+would show in P, the row's maximum and sum are computed again too, and P = exp(s - m) / l. With D the dropout factors:
 
     delta = rowsum(dO O) - dlse        dP = D (dO V^T)               dS = P (dP - delta)
     dT = dS (1 - (t / softcap)^2)      dQ = scale dT K               dK = scale dT^T Q
-    dV = (P D)^T dO                    dbias = dS                    dsink = -sum exp(sink - lse) delta
+    dV = (P D)^T dO                    dbias = dS                    dsink = -sum P_sink delta
 
 A tile of rows keeps its own dQ; dK and dV are sums over the tiles of rows, which takes O(seqlen_k) memory.
 Source: Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning" (2023), algorithms 1, 2.
@@ -27,6 +28,9 @@ import numpy as np
 from ...definition import philox
 from ...definition.dtypes import LOWEST_SCORE, widen
 from .tiles import Arrays, Floats, Keys, Rows, Sum, key_tiles, row_tiles, score_tile
+
+# Beyond this |lse|, P = exp(s - lse) would be wrong by more than 4e-6 in float32: by half a unit in lse's last place.
+TRUSTED_LSE = 128.0
 
 
 class Scores(NamedTuple):
@@ -50,17 +54,11 @@ def _forward_rows(arrays: Arrays, rows: Rows) -> None:
     m, l = _begin(arrays, rows)
     acc = np.zeros((*rows.shape, arrays.problem.head_dim_v), arrays.kind)
     for keys in key_tiles(arrays.problem, rows):
-        s = scores(arrays, rows, keys, q, arrays.read_keys("k", rows, keys)).s
-        m_new = np.maximum(m, s.max(axis=-1))
-        finite = _finite(m_new)
-        p = np.exp(np.subtract(s, finite[..., None], out=s), out=s)
-        rescale = np.exp(m - finite)
-        l = l * rescale + p.sum(axis=-1)
+        p, m, l, rescale = _visit(arrays, rows, keys, q, m, l)
         if arrays.problem.dropout_threshold:
             p *= dropout(arrays, rows, keys)
         acc *= rescale[..., None]
         acc += _unstack(_stack(p) @ arrays.read_keys("v", rows, keys), rows)
-        m = m_new
     arrays.write_rows("out", rows, acc / np.where(l > 0, l, 1)[..., None])
     arrays.write_numbers("lse", rows, m + np.log(l))
 
@@ -71,6 +69,16 @@ def _begin(arrays: Arrays, rows: Rows) -> tuple[Floats, Floats]:
     if arrays.problem.sink is not None:
         m[...] = arrays.of_heads("sink", rows)
     return m, (m > -np.inf).astype(arrays.kind)
+
+
+def _visit(arrays: Arrays, rows: Rows, keys: Keys, q: Floats, m: Floats, l: Floats) -> tuple[Floats, ...]:
+    """Return exp(s - m) of a tile, m and l after it, and what sums from before it must be multiplied by."""
+    s = scores(arrays, rows, keys, q, arrays.read_keys("k", rows, keys)).s
+    m_new = np.maximum(m, s.max(axis=-1))
+    finite = _finite(m_new)
+    p = np.exp(np.subtract(s, finite[..., None], out=s), out=s)
+    rescale = np.exp(m - finite)
+    return p, m_new, l * rescale + p.sum(axis=-1), rescale
 
 
 def backward(arrays: Arrays) -> None:
@@ -87,12 +95,13 @@ def backward(arrays: Arrays) -> None:
 def _backward_rows(arrays: Arrays, rows: Rows, sums: dict[str, Sum]) -> None:
     problem = arrays.problem
     q, do = arrays.read_rows("q", rows), arrays.read_rows("dout", rows)
-    lse, delta = arrays.read_numbers("lse", rows), _delta(arrays, rows, do)
+    (base, rest), delta = _normalizers(arrays, rows, q), _delta(arrays, rows, do)
     dq = np.zeros_like(q)
     for keys in key_tiles(problem, rows):
         k, v = arrays.read_keys("k", rows, keys), arrays.read_keys("v", rows, keys)
         s, tanh = scores(arrays, rows, keys, q, k)
-        p = np.exp(np.subtract(s, _finite(lse)[..., None], out=s), out=s)
+        s -= base[..., None]
+        p = np.exp(np.subtract(s, rest[..., None], out=s), out=s)
         dp = _unstack(do @ _transpose(v), rows)
         if problem.dropout_threshold:
             factors = dropout(arrays, rows, keys)
@@ -113,8 +122,28 @@ def _backward_rows(arrays: Arrays, rows: Rows, sums: dict[str, Sum]) -> None:
     arrays.write_rows("dq", rows, dq)
     if "dsink" in sums:
         sink = arrays.of_heads("sink", rows)
-        weight = np.where(sink > -np.inf, np.exp(sink - lse), 0)
+        weight = np.where(sink > -np.inf, np.exp(sink - base - rest), 0)
         sums["dsink"].values[rows.heads] -= (weight * delta).sum(axis=-1).reshape(-1)
+
+
+def _normalizers(arrays: Arrays, rows: Rows, q: Floats) -> tuple[Floats, Floats]:
+    """Return (base, rest) of each row, P = exp(s - base - rest): (lse, 0), or (m, log l) where |lse| is large.
+
+    An lse that exceeds the row's own by more than rounding is that of more keys, of which these are a part: it stays.
+    """
+    lse = arrays.read_numbers("lse", rows)
+    base, rest = _finite(lse), np.zeros_like(lse)
+    size = np.abs(base)
+    large = size > TRUSTED_LSE
+    if not large.any():
+        return base, rest
+    m, l = _begin(arrays, rows)
+    for keys in key_tiles(arrays.problem, rows):
+        _, m, l, _ = _visit(arrays, rows, keys, q, m, l)
+    log_l = np.log(np.where(l > 0, l, 1))
+    rounding = 2 * np.finfo(arrays.kind).eps * size
+    own = large & (l > 0) & (m.astype(np.float64) + log_l >= lse.astype(np.float64) - rounding)
+    return np.where(own, m, base), np.where(own, log_l, rest)
 
 
 def _delta(arrays: Arrays, rows: Rows, do: Floats) -> Floats:
@@ -138,8 +167,9 @@ def scores(arrays: Arrays, rows: Rows, keys: Keys, q: Floats, k: Floats) -> Scor
         c = np.arange(keys.start, keys.stop) - rows.sequence.leftpad
         distance = np.abs(rows.sequence.positions(rows.start, rows.stop)[:, None] - c).astype(arrays.kind)
         s -= arrays.of_heads("alibi_slopes", rows)[..., None] * distance
-    if problem.bias is not None:
-        np.copyto(s, -np.inf, where=s < LOWEST_SCORE[problem.compute_dtype])
+    lowest = LOWEST_SCORE[problem.compute_dtype]
+    if s.min(initial=0.0) < lowest:
+        np.copyto(s, -np.inf, where=s < lowest)
     if keys.seen is not None:
         np.copyto(s, -np.inf, where=~keys.seen)
     if problem.mask is not None:
