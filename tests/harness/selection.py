@@ -24,15 +24,20 @@ Condition = Callable[..., bool]
 
 
 def every_backend(
-    *, interpreter: bool = False, refusals: bool = False, full_if: Condition | None = None
+    *,
+    interpreter: bool = False,
+    refusals: bool = False,
+    full_if: Condition | None = None,
+    only: tuple[str, ...] = (),
 ) -> pytest.MarkDecorator:
     """Mark a test, or all tests of a module, that take an `engine`: run them on every backend of this machine.
 
     interpreter: on Triton's interpreter too, for tests of the formula and not of size or speed.
     refusals: the test expects a refusal where a backend does not compute a dtype; other tests are left out there.
     full_if: a function of the engine and the test's other parameters; if it is true, only `make full` runs the test.
+    only: the backends that make the promise, if not all do.
     """
-    return pytest.mark.every_backend(interpreter=interpreter, refusals=refusals, full_if=full_if)
+    return pytest.mark.every_backend(interpreter=interpreter, refusals=refusals, full_if=full_if, only=only)
 
 
 def parametrize(metafunc: pytest.Metafunc) -> None:
@@ -40,6 +45,7 @@ def parametrize(metafunc: pytest.Metafunc) -> None:
     if "engine" in metafunc.fixturenames:
         wanted = _options(metafunc.definition)
         found = [engine for engine in engines() if wanted["interpreter"] or not engine.interpreted]
+        found = [engine for engine in found if not wanted["only"] or engine.backend in wanted["only"]]
         metafunc.parametrize("engine", found, ids=str, indirect=True)
 
 
