@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, overload
 
-from .arguments import A, Array, Table, Window, bounds, check_parts, explicit, paged_lengths
+from .arguments import A, Array, Table, Window, bounds, check_parts, explicit, make_options, paged_lengths
 from .definition.inputs import NO_EXTRAS, Appended, Extras, Gradients, Inputs, Saved, replace_extras
-from .definition.options import Options, Rotation
+from .definition.options import Rotation
 from .frameworks import framework_of
+from .scalars import flag, integer
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -110,9 +111,8 @@ def attention(
     >>> anyattn.attention(q, k, v, causal=True).shape
     (1, 16, 2, 8)
     """
-    left, right = bounds(causal, window)
-    options = Options(
-        scale=scale, softcap=softcap, left=left, right=right, chunk=chunk, alignment=alignment, dropout_p=dropout_p,
+    options = make_options(
+        bounds(causal, window), scale=scale, softcap=softcap, chunk=chunk, alignment=alignment, dropout_p=dropout_p,
         deterministic=deterministic, batch_invariant=batch_invariant,
     )  # fmt: skip
     if bias is mask is alibi_slopes is sink is seqused_q is seqused_k is leftpad_k is offset is rng_state is None:
@@ -215,14 +215,12 @@ def attention_varlen(
     >>> anyattn.attention_varlen(x, x, x, [0, 3, 7], [0, 3, 7], causal=True).shape
     (7, 2, 8)
     """
-    left, right = bounds(causal, window)
     if cu_seqlens_k is None and (seqused_k is None or block_table is None):
         raise ValueError("cu_seqlens_k is None: accepted only with block_table and seqused_k")
     cu_seqlens_k, seqused_k = paged_lengths(block_table, cu_seqlens_k, seqused_k)
-    options = Options(
-        scale=scale, softcap=softcap, left=left, right=right, chunk=chunk, alignment=alignment, dropout_p=dropout_p,
-        max_seqlen_q=0 if max_seqlen_q is None else max_seqlen_q,
-        max_seqlen_k=0 if max_seqlen_k is None else max_seqlen_k, deterministic=deterministic,
+    options = make_options(
+        bounds(causal, window), scale=scale, softcap=softcap, chunk=chunk, alignment=alignment, dropout_p=dropout_p,
+        max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, deterministic=deterministic,
         batch_invariant=batch_invariant,
     )  # fmt: skip
     extras = Extras(
@@ -306,13 +304,12 @@ def attention_with_kvcache(
     >>> anyattn.attention_with_kvcache(x, cache_k, cache_v, k=x, v=x, cache_seqlens=3).shape, bool(cache_k[0, 3].all())
     ((1, 1, 2, 8), True)
     """
-    if not isinstance(num_splits, int) or num_splits < 0:
-        raise ValueError(f"num_splits must be an integer >= 0 (0: automatic); got {num_splits!r}")
-    left, right = bounds(causal, window)
-    options = Options(
-        scale=scale, softcap=softcap, left=left, right=right, chunk=chunk, alignment=alignment,
-        batch_invariant=batch_invariant,
-    )  # fmt: skip
+    if integer("num_splits", num_splits) < 0:
+        raise ValueError(f"num_splits must be >= 0 (0: automatic); got {num_splits}")
+    interval = bounds(causal, window)
+    options = make_options(
+        interval, scale=scale, softcap=softcap, chunk=chunk, alignment=alignment, batch_invariant=batch_invariant
+    )
     extras = Extras(
         bias=bias, mask=mask, alibi_slopes=alibi_slopes, sink=sink, seqused_q=seqused_q, leftpad_k=leftpad_k,
         offset=offset, block_table=block_table, cache_batch_idx=cache_batch_idx,
@@ -324,7 +321,7 @@ def attention_with_kvcache(
 
     rotated, seqused_k = framework.append(
         Appended(q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, block_table),
-        Rotation(interleaved=rotary_interleaved, by_row=left is not None or right is not None),
+        Rotation(interleaved=flag("rotary_interleaved", rotary_interleaved), by_row=interval != (None, None)),
         backend,
         check=check,
     )

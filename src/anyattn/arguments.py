@@ -9,6 +9,7 @@ import numpy as np
 
 from .definition.inputs import NO_EXTRAS, Extras, Inputs
 from .definition.options import Options
+from .scalars import flag, integer, real
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -23,6 +24,7 @@ else:
 
 A = TypeVar("A", bound="Array")  # the kind of array that comes in is the kind that comes out
 Window = Sequence["int | None"] | None
+Interval = tuple["int | None", "int | None"]
 
 
 class Request(NamedTuple):
@@ -34,29 +36,64 @@ class Request(NamedTuple):
     backend: str | None
 
 
-def bounds(causal: bool, window: Window) -> tuple[int | None, int | None]:
-    """(left, right) of the interval that causal and window ask for together."""
+def bounds(causal: Any, window: Any) -> Interval:
+    """Return (left, right) of the interval that causal and window ask for together."""
     if causal is not True and causal is not False:
-        _check_causal(causal)
+        causal = flag("causal", causal)
     if window is None:
         return None, 0 if causal else None
     if not isinstance(window, (tuple, list)) or len(window) != 2:
         raise ValueError(f"window must be a pair (left, right) or None; got {window!r}")
-    for side in window:
-        if side is not None and (not _is_length(side) or side < 0):
-            raise ValueError(f"window must hold integers >= 0 or None (unbounded); got {window!r}")
-    left, right = window
+    left, right = _side(window, 0), _side(window, 1)
     return left, 0 if causal else right
 
 
-def _check_causal(causal: Any) -> None:
-    if causal is None or isinstance(causal, (str, float, tuple, list, dict)):  # "False" would be true
-        raise TypeError(f"causal must be True or False; got {causal!r}")
+def _side(window: Sequence[Any], index: int) -> int | None:
+    side = window[index]
+    if side is None:
+        return None
+    try:
+        found = integer("window", side)
+    except TypeError as error:
+        raise ValueError(f"window must hold integers >= 0 or None (unbounded); got {window!r}") from error
+    if found < 0:
+        raise ValueError(f"window must hold integers >= 0 or None (unbounded); got {window!r}")
+    return found
 
 
-def _is_length(side: Any) -> bool:
-    """An integer whose value is its key among cached plans (a tensor's is not), or one of torch's in a trace."""
-    return isinstance(side, (int, np.integer)) or type(side).__name__ == "SymInt"
+def make_options(
+    interval: Interval,
+    *,
+    scale: Any = None,
+    softcap: Any = 0.0,
+    chunk: Any = 0,
+    alignment: str = "bottom-right",
+    dropout_p: Any = 0.0,
+    max_seqlen_q: Any = None,
+    max_seqlen_k: Any = None,
+    deterministic: Any = False,
+    batch_invariant: Any = False,
+) -> Options:
+    """Return the options of a call, plain Python values whatever stands for them; the usual types are asked first."""
+    if scale is not None and type(scale) is not float:
+        scale = real("scale", scale)
+    if type(softcap) is not float:
+        softcap = real("softcap", softcap)
+    if type(dropout_p) is not float:
+        dropout_p = real("dropout_p", dropout_p)
+    if type(chunk) is not int:
+        chunk = integer("chunk", chunk)
+    if deterministic is not False:
+        deterministic = flag("deterministic", deterministic)
+    if batch_invariant is not False:
+        batch_invariant = flag("batch_invariant", batch_invariant)
+    left, right = interval
+    return Options(
+        scale=scale, softcap=softcap, left=left, right=right, chunk=chunk, alignment=alignment, dropout_p=dropout_p,
+        max_seqlen_q=0 if max_seqlen_q is None else integer("max_seqlen_q", max_seqlen_q),
+        max_seqlen_k=0 if max_seqlen_k is None else integer("max_seqlen_k", max_seqlen_k),
+        deterministic=deterministic, batch_invariant=batch_invariant,
+    )  # fmt: skip
 
 
 def check_parts(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> None:
@@ -105,12 +142,10 @@ def make_request(
     q: Array,
     k: Array,
     v: Array,
-    interval: tuple[int | None, int | None],
+    interval: Interval,
     *,
     seed: int | None = None,
     backend: str | None = None,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
     **arguments: Any,
 ) -> Request:
     """Return the request of a call with the interval (left, right); other keywords are fields of Extras and Options."""
@@ -118,12 +153,5 @@ def make_request(
     cu_seqlens_k, seqused_k = paged_lengths(arguments.get("block_table"), cu_seqlens_k, seqused_k)
     given = {**arguments, "cu_seqlens_k": cu_seqlens_k, "seqused_k": seqused_k}
     extras = {name: given[name] for name in Extras._fields if given.get(name) is not None}
-    left, right = interval
-    options = Options(
-        left=left,
-        right=right,
-        max_seqlen_q=0 if max_seqlen_q is None else max_seqlen_q,
-        max_seqlen_k=0 if max_seqlen_k is None else max_seqlen_k,
-        **{name: x for name, x in given.items() if name not in Extras._fields},
-    )
+    options = make_options(interval, **{name: x for name, x in given.items() if name not in Extras._fields})
     return Request(Inputs(q, k, v, Extras(**extras) if extras else NO_EXTRAS), options, seed, backend)

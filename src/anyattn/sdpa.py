@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from .arguments import A, Array, bounds
+from .arguments import A, Array, bounds, make_options
 from .definition.inputs import Inputs
-from .definition.options import Options
 from .frameworks import framework_of
+from .scalars import flag, real
 
 
 def sdpa(
@@ -53,6 +53,8 @@ def sdpa(
         raise TypeError(f"query must be a torch.Tensor; got {type(query).__name__}")
     from .frameworks.torch import sdpa as torch_sdpa
 
+    dropout_p, is_causal = real("dropout_p", dropout_p), flag("is_causal", is_causal)
+    scale, enable_gqa = None if scale is None else real("scale", scale), flag("enable_gqa", enable_gqa)
     compute: Any = torch_sdpa.sdpa  # which checks what it gets
     result: A = compute(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     return result
@@ -71,7 +73,7 @@ def flash_attention(query: A, key: A, value: A, causal: bool = True, scale: floa
         if getattr(array, "ndim", None) != 4:
             raise ValueError(f"{name} must be (batch, nheads, seqlen, head_dim); got {getattr(array, 'shape', array)}")
     swapped: list[Any] = [array.swapaxes(1, 2) for array in (query, key, value)]
-    _, right = bounds(causal, None)
-    out, _ = framework.attention(Inputs(*swapped), Options(scale=scale, right=right), None, False, None)
+    options = make_options(bounds(causal, None), scale=scale)
+    out, _ = framework.attention(Inputs(*swapped), options, None, False, None)
     result: A = out.swapaxes(1, 2)
     return result

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import anyattn
+from anyattn.compat import flash_attn, flash_attn_3, flash_attn_4
 from anyattn.compat.flash_attn import (
     flash_attn_func,
     flash_attn_kvpacked_func,
@@ -117,13 +118,35 @@ def test_windows_come_as_lists_and_tensors(window: Any) -> None:
     assert torch.equal(flash_attn_func(*dense(), window_size=window), flash_attn_func(*dense(), window_size=(2, 1)))
 
 
-def test_windows_from_the_number_of_keys_on_are_unbounded() -> None:
-    """On the right that makes a difference: by the formula row 0 of 9 would see only 2 of the 5 keys."""
-    tensors = dense(rows=9, keys=5)
-    assert torch.equal(flash_attn_func(*tensors, window_size=(-1, 5)), flash_attn_func(*tensors))
-    assert not torch.equal(flash_attn_func(*tensors, window_size=(-1, 4)), flash_attn_func(*tensors))
-    assert torch.equal(flash_attn_func(*tensors, window_size=(5, -1)), flash_attn_func(*tensors))
-    assert torch.equal(flash_attn_func(*tensors, softcap=-1.0), flash_attn_func(*tensors))
+WINDOWS = [(2, 2**31 - 1), (-1, 2**31 - 1), (2, 3), (-1, 3), (2, 5), (-1, 5), (9, -1), (9, 9), (4, 4), (5, -1)]
+
+
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+@pytest.mark.parametrize("rows, keys", [(9, 5), (5, 9), (7, 7)])
+def test_windows_follow_the_formula_whatever_the_lengths(window: tuple[int, int], rows: int, keys: int) -> None:
+    """With 9 rows and 5 keys, row 0 sees two keys through a right bound of 5, which upstream takes for unbounded."""
+    q, k, v = (x.detach() for x in dense(rows=rows, keys=keys))
+    want = plain_attention(q, k, v, window=tuple(None if side < 0 else side for side in window))[0]
+    cu_q, cu_k = (torch.tensor([0, size, 2 * size], dtype=torch.int32) for size in (rows, keys))
+    flat = [x.flatten(0, 1) for x in (q, k, v)]
+    for module in (flash_attn, flash_attn_3, flash_attn_4):
+        unbounded = None if module is flash_attn_4 else -1
+        options = {"window_size": tuple(unbounded if side < 0 else side for side in window)}
+        outs = [
+            module.flash_attn_func(q, k, v, **options),
+            module.flash_attn_varlen_func(
+                *flat, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=rows, max_seqlen_k=keys, **options
+            ),
+        ]
+        if module is not flash_attn_4:
+            outs.append(module.flash_attn_with_kvcache(q, k, v, **options))
+        for result in outs:
+            out = result[0] if isinstance(result, tuple) else result
+            torch.testing.assert_close(out.reshape(want.shape), want, **TOLERANCE)
+
+
+def test_a_negative_softcap_is_none() -> None:
+    assert torch.equal(flash_attn_func(*dense(), softcap=-1.0), flash_attn_func(*dense()))
 
 
 def test_slopes_of_every_sequence() -> None:

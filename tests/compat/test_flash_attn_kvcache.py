@@ -366,6 +366,16 @@ def test_what_flash_attn_3_adds(place: str, name: str) -> None:
         assert torch.equal(slots(setup, given["v_cache"], b, len(v)), v)
 
 
+@pytest.mark.parametrize("version", ["2", "3"])
+def test_windows_as_wide_as_the_cache_do_not_turn_queries_row_by_row(version: str) -> None:
+    setup = Setup(rotary="halves", causal=False)
+    want = setup.call(version, setup.tensors())
+    wide = replace(setup, window=(SLOTS, SLOTS))
+    assert torch.equal(wide.call(version, wide.tensors()), want)
+    narrow = replace(setup, window=(SLOTS // 2, SLOTS // 2))
+    assert not torch.allclose(narrow.call(version, narrow.tensors()), want)
+
+
 @pytest.mark.parametrize("place", ["dense", "paged"])
 def test_fp8_cache(place: str) -> None:
     """Appended bit by bit; computed in float32 from the values, with scales; out is bfloat16."""

@@ -7,7 +7,6 @@ of an optional array is checked from there. Values in tables: `sequences.py`, `k
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Mapping
 
 from . import kvcache, philox
@@ -223,17 +222,6 @@ def _expected(field: Field, accepted: list[tuple[int | None, ...]]) -> str:
     return f"{text}: {field.note}" if field.note else text
 
 
-def _check_types(options: Options) -> None:
-    for name in ("scale", "softcap", "dropout_p"):
-        value = getattr(options, name)
-        if not isinstance(value, numbers.Real) and not (name == "scale" and value is None):
-            raise TypeError(f"{name} must be a real number; got {value!r}")
-    for name in ("chunk", "max_seqlen_q", "max_seqlen_k"):
-        number = getattr(options, name)
-        if not isinstance(number, numbers.Integral):
-            raise TypeError(f"{name} must be an integer; got {number!r}")
-
-
 def _check_scalars(options: Options, given: Given, compute: str) -> None:
     limit = 2.0**128 if compute == "float32" else math.inf
     if options.scale is not None and not abs(options.scale) < limit:
@@ -255,7 +243,7 @@ def _check_scalars(options: Options, given: Given, compute: str) -> None:
 
 def make_interval(options: Options, given_offset: bool, seqlen_q: int, seqlen_k: int) -> Mask:
     """Return the bounds, clamped so that positions never overflow, and dropped where they cannot exclude a key."""
-    reach = POSITION_LIMIT if given_offset else seqlen_q + seqlen_k
+    reach = POSITION_LIMIT if given_offset else max(seqlen_q, seqlen_k)
     left, right = options.left, options.right
     left = None if left is None or left >= reach else max(left, -reach)
     right = None if right is None or right >= reach else max(right, -reach)

@@ -249,7 +249,7 @@ def _prepare_heads(name: str, x: Any, inputs: Inputs) -> NDArray:
 
 
 def _prepare_table(name: str, x: Any, inputs: Inputs) -> NDArray:
-    if FIELDS[name].scalar and isinstance(x, int | np.integer):
+    if FIELDS[name].scalar and np.ndim(x) == 0:
         x = np.full(_batch(inputs), _int(name, x), np.int32)
     return table(name, x)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from ...arguments import make_request
 from ...definition.inputs import Saved
 from ...frameworks import framework_of
+from ...scalars import flag, integer
 
 Bounds = tuple["int | None", "int | None"]
 
@@ -44,33 +44,19 @@ def gradients(
     return framework_of(q).backward(Saved(out, lse, dout, dlse), inputs, options, seed, backend)
 
 
-def integer(name: str, value: Any) -> int:
-    """An int from anything that is one: NumPy's, or a tensor of one element."""
-    if isinstance(value, int):
-        return value
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer; got {value!r}") from None
-
-
-def maximum(name: str, value: Any) -> int | None:
-    """A longest length, which may be unknown."""
-    return None if value is None else integer(name, value)
-
-
-def pair(name: str, value: Any) -> tuple[int, int]:
-    """Two integers from a tuple, a list or a tensor."""
-    if len(value) != 2:
+def pair(name: str, value: Any) -> tuple[Any, Any]:
+    """Return the two elements (left, right) of a tuple, a list, an array or a tensor."""
+    if not hasattr(value, "__len__") or isinstance(value, str) or len(value) != 2:
         raise ValueError(f"{name} must have two elements (left, right); got {value!r}")
-    return integer(name, value[0]), integer(name, value[1])
+    return value[0], value[1]
 
 
-def window_bounds(window_size: Any, causal: bool, limits: tuple[int, int]) -> Bounds:
-    """(left, right) of flash_attn 2 and 3: negative, or from a limit on, means unbounded."""
-    left, right = pair("window_size", window_size)
-    last = 0 if causal else None if right < 0 or right >= limits[1] else right
-    return (None if left < 0 or left >= limits[0] else left), last
+def window_bounds(window_size: Any, causal: Any, limits: tuple[int, int] | None = None) -> Bounds:
+    """Return (left, right) of flash_attn 2 and 3, where negative means unbounded, and so does a limit or more."""
+    left, right = (integer("window_size", side) for side in pair("window_size", window_size))
+    most_left, most_right = limits or (left + 1, right + 1)
+    last = 0 if flag("causal", causal) else None if right < 0 or right >= most_right else right
+    return (None if left < 0 or left >= most_left else left), last
 
 
 def store(into: Tensor | None, value: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ...arguments import make_request
 from ...frameworks.torch_tools import dropped_scores, random_state
-from .._flash_attn_common.calls import attend, gradients, integer, only_speed, store, window_bounds
+from ...scalars import integer, real
+from .._flash_attn_common.calls import attend, gradients, only_speed, store, window_bounds
 
 Results = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -25,30 +26,30 @@ class Scores(NamedTuple):
     alibi_slopes: Tensor | None
     deterministic: bool = False
 
-    def arguments(self, keys: int) -> dict[str, Any]:
-        """Arguments of `attend`; `keys` is the most that a sequence has."""
-        if self.dropout_p > 0 and self.softcap > 0:
-            raise RuntimeError(
-                f"softcap does not support dropout; got softcap {self.softcap} and dropout_p {self.dropout_p}"
-            )
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of `attend`."""
+        softcap, dropout_p = real("softcap", self.softcap), real("dropout_p", self.dropout_p)
+        if dropout_p > 0 and softcap > 0:
+            raise RuntimeError(f"softcap does not support dropout; got softcap {softcap} and dropout_p {dropout_p}")
         return {
-            "bounds": window_bounds(self.window_size, self.causal, (keys, keys)),
+            "bounds": window_bounds(self.window_size, self.causal),
             "scale": self.softmax_scale,
-            "softcap": max(self.softcap, 0.0),
+            "softcap": max(softcap, 0.0),
             "alibi_slopes": self.alibi_slopes,
-            "dropout_p": self.dropout_p,
+            "dropout_p": dropout_p,
             "deterministic": self.deterministic,
         }
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, scores: Scores, return_softmax: bool, keys: int, **tables: Any) -> Results:
+def forward(q: Tensor, k: Tensor, v: Tensor, scores: Scores, return_softmax: bool, **tables: Any) -> Results:
     """(out, lse with +inf for rows without keys, S_dmask, rng_state); out has gradients."""
-    arguments = {**scores.arguments(keys), **tables}
-    rng_state = random_state(q) if scores.dropout_p > 0 else q.new_zeros(2, dtype=torch.int64)
+    arguments = {**scores.arguments(), **tables}
+    drops = arguments["dropout_p"] > 0
+    rng_state = random_state(q) if drops else q.new_zeros(2, dtype=torch.int64)
     arguments["rng_state"] = rng_state
     out, lse = attend(q, k, v, **arguments)
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)
-    if not (return_softmax and scores.dropout_p > 0):
+    if not (return_softmax and drops):
         return out, lse, q.new_empty(0), rng_state
     interval = arguments.pop("bounds")
     return out, lse, dropped_scores(*make_request(q, k, v, interval, **arguments)), rng_state
@@ -83,7 +84,7 @@ def _flash_attn_forward(
     window = (window_size_left, window_size_right)
     scores = Scores(dropout_p, softmax_scale, causal, window, softcap, alibi_slopes)
     with torch.no_grad():
-        return forward(q, k, v, scores, return_softmax, k.shape[1])
+        return forward(q, k, v, scores, return_softmax)
 
 
 def _flash_attn_varlen_forward(
@@ -115,14 +116,14 @@ def _flash_attn_varlen_forward(
     """
     _check_return_softmax(return_softmax, dropout_p)
     only_speed(num_splits, 128)
-    if block_table is not None and num_splits > 1:
+    if block_table is not None and integer("num_splits", num_splits) > 1:
         raise RuntimeError(f"num_splits > 1 is not supported with block_table; got num_splits {num_splits}")
     tables = varlen_tables(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table)
     tables.update({"leftpad_k": leftpad_k, "seqused_k": seqused_k})
     window = (window_size_left, window_size_right)
     scores = Scores(dropout_p, softmax_scale, causal, window, softcap, alibi_slopes)
     with torch.no_grad():
-        return forward(q, k, v, scores, return_softmax, tables["max_seqlen_k"], **tables)
+        return forward(q, k, v, scores, return_softmax, **tables)
 
 
 def varlen_tables(
@@ -139,7 +140,7 @@ def varlen_tables(
 
 
 def _check_return_softmax(return_softmax: bool, dropout_p: float) -> None:
-    if return_softmax and not dropout_p > 0:
+    if return_softmax and not real("dropout_p", dropout_p) > 0:
         raise RuntimeError("return_softmax is only supported when dropout_p > 0")
 
 
@@ -178,7 +179,7 @@ def _flash_attn_backward(
     """
     window = (window_size_left, window_size_right)
     scores = Scores(dropout_p, softmax_scale, causal, window, softcap, alibi_slopes, deterministic)
-    arguments = {**scores.arguments(k.shape[1]), "rng_state": rng_state}
+    arguments = {**scores.arguments(), "rng_state": rng_state}
     return _backward((dout, q, k, v, out, softmax_lse), (dq, dk, dv), arguments)
 
 
@@ -211,7 +212,7 @@ def _flash_attn_varlen_backward(
     window = (window_size_left, window_size_right)
     scores = Scores(dropout_p, softmax_scale, causal, window, softcap, alibi_slopes, deterministic)
     tables = varlen_tables(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    arguments = {**scores.arguments(tables["max_seqlen_k"]), **tables, "rng_state": rng_state}
+    arguments = {**scores.arguments(), **tables, "rng_state": rng_state}
     return _backward((dout, q, k, v, out, softmax_lse), (dq, dk, dv), arguments)
 
 

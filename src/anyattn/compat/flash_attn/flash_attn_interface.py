@@ -30,6 +30,7 @@ from torch import Tensor
 
 from ...api import attention_with_kvcache
 from ...frameworks.torch_tools import round_multiple
+from ...scalars import real
 from .._flash_attn_common.calls import attend, only_speed, window_bounds
 from ._private import (
     Scores,
@@ -74,8 +75,8 @@ def flash_attn_func(
     """
     scores = Scores(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
     if not return_attn_probs:
-        return attend(q, k, v, **scores.arguments(k.shape[1]))[0]
-    return forward(q, k, v, scores, True, k.shape[1])[:3]
+        return attend(q, k, v, **scores.arguments())[0]
+    return forward(q, k, v, scores, True)[:3]
 
 
 def flash_attn_kvpacked_func(
@@ -159,8 +160,8 @@ def flash_attn_varlen_func(
     tables = varlen_tables(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table)
     scores = Scores(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
     if not return_attn_probs:
-        return attend(q, k, v, **scores.arguments(tables["max_seqlen_k"]), **tables)[0]
-    return forward(q, k, v, scores, True, tables["max_seqlen_k"], **tables)[:3]
+        return attend(q, k, v, **scores.arguments(), **tables)[0]
+    return forward(q, k, v, scores, True, **tables)[:3]
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -273,13 +274,14 @@ def flash_attn_with_kvcache(
     assert v_cache.stride(-1) == 1, "v_cache must have contiguous last dimension"
     only_speed(num_splits, 128)
     slots = k_cache.shape[1] if block_table is None else block_table.shape[1] * k_cache.shape[1]
-    left, right = window_bounds(window_size, causal, (slots, slots))
+    # a window as wide as the cache is none, and q is then rotated at one position
+    window = window_bounds(window_size, causal, (slots, max(slots, q.shape[1])))
     with torch.no_grad():
         out, lse = attention_with_kvcache(
             q, k_cache, v_cache, k=k, v=v, cache_seqlens=cache_seqlens, cache_batch_idx=cache_batch_idx,
             block_table=block_table, leftpad_k=cache_leftpad, rotary_cos=rotary_cos, rotary_sin=rotary_sin,
-            rotary_interleaved=rotary_interleaved, window=(left, right), scale=softmax_scale,
-            softcap=max(softcap, 0.0), alibi_slopes=alibi_slopes, return_lse=True,
+            rotary_interleaved=rotary_interleaved, window=window, scale=softmax_scale,
+            softcap=max(real("softcap", softcap), 0.0), alibi_slopes=alibi_slopes, return_lse=True,
         )  # fmt: skip
     return (out, lse.masked_fill(lse == -torch.inf, torch.inf)) if return_softmax_lse else out
 

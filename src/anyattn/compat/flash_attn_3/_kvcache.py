@@ -47,7 +47,7 @@ class NewKeys:
         cu_seqlens_q = options["cu_seqlens_q"]
         batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
         first = self.cache_seqlens
-        if isinstance(first, int):
+        if first is not None:
             first = per_sequence("cache_seqlens", first, batch, q.device)
         if self.k is None or self.v is None:
             self._check_absent()

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from ...api import attention_with_kvcache
-from .._flash_attn_common.calls import integer, only_speed, window_bounds
+from ...scalars import integer, real
+from .._flash_attn_common.calls import only_speed, window_bounds
 from .._flash_attn_common.combine import combine
 from .._flash_attn_common.inputs import FP8, attend_extended
 from ._kvcache import NewKeys, Rotary
@@ -64,9 +65,9 @@ def flash_attn_func(
         qv=qv,
         descales=(q_descale, k_descale, v_descale),
         scale=softmax_scale,
-        bounds=window_bounds(window_size, causal, (k.shape[1] - 1, q.shape[1] - 1)),
+        bounds=window_bounds(window_size, causal),
         chunk=attention_chunk,
-        softcap=max(softcap, 0.0),
+        softcap=max(real("softcap", softcap), 0.0),
         deterministic=deterministic,
     )
     return (out, lse) if return_attn_probs else out
@@ -109,7 +110,6 @@ def flash_attn_varlen_func(
     torch.Size([7, 2, 8])
     """
     only_speed(num_splits, 256)
-    rows, keys = integer("max_seqlen_q", max_seqlen_q), integer("max_seqlen_k", max_seqlen_k)
     out, lse = attend_extended(
         q,
         k,
@@ -117,14 +117,14 @@ def flash_attn_varlen_func(
         qv=qv,
         descales=(q_descale, k_descale, v_descale),
         scale=softmax_scale,
-        bounds=window_bounds(window_size, causal, (keys - 1, rows - 1)),
+        bounds=window_bounds(window_size, causal),
         chunk=attention_chunk,
-        softcap=max(softcap, 0.0),
+        softcap=max(real("softcap", softcap), 0.0),
         deterministic=deterministic,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=rows,
-        max_seqlen_k=keys,
+        max_seqlen_q=integer("max_seqlen_q", max_seqlen_q),
+        max_seqlen_k=integer("max_seqlen_k", max_seqlen_k),
         seqused_q=seqused_q,
         seqused_k=seqused_k,
     )
@@ -235,8 +235,9 @@ def flash_attn_with_kvcache(
     slots = k_cache.shape[1] * (1 if page_table is None else page_table.shape[1])
     bounds = window_bounds(window_size, causal, (slots - 1, rows - 1))
     options: dict[str, Any] = {
-        "scale": softmax_scale, "softcap": max(softcap, 0.0), "chunk": attention_chunk, "leftpad_k": cache_leftpad,
-        "block_table": page_table, "cache_batch_idx": cache_batch_idx,
+        "scale": softmax_scale, "softcap": max(real("softcap", softcap), 0.0), "leftpad_k": cache_leftpad,
+        "chunk": integer("attention_chunk", attention_chunk), "block_table": page_table,
+        "cache_batch_idx": cache_batch_idx,
     }  # fmt: skip
     rotary = None if rotary_cos is None and rotary_sin is None else Rotary(rotary_cos, rotary_sin, rotary_interleaved)
     descales = (q_descale, k_descale, v_descale)

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._flash_attn_common.calls import Bounds, gradients, integer, maximum, only_speed, store
+from ...scalars import flag, integer, real
+from .._flash_attn_common.calls import Bounds, gradients, only_speed, pair, store
 from .._flash_attn_common.inputs import Descales, attend_extended
 
 Result = tuple[Tensor, "Tensor | None"]
@@ -35,14 +36,13 @@ def refuse(**given: Any) -> None:
             raise NotImplementedError(f"{name} is not supported: {_REASONS[name]}")
 
 
-def window_bounds(window_size: Any, causal: bool) -> Bounds:
-    """(left, right) of flash_attn 4."""
-    if len(window_size) != 2:
-        raise ValueError(f"window_size must have two elements (left, right); got {window_size!r}")
-    left, right = (None if side is None else integer("window_size", side) for side in window_size)
+def window_bounds(window_size: Any, causal: Any) -> Bounds:
+    """Return (left, right) of flash_attn 4."""
+    sides = pair("window_size", window_size)
+    left, right = (None if side is None else integer("window_size", side) for side in sides)
     if left is not None and right is not None and left < 0 and right < 0:
         left = right = None
-    return left, 0 if causal else right
+    return left, 0 if flag("causal", causal) else right
 
 
 def attend_4(
@@ -64,8 +64,8 @@ def attend_4(
             raise TypeError("q and k may be None only together, where qv is given")
         q, k, qv = qv, v, None
     bounds = window_bounds(window_size, causal)
-    arguments.update({name: maximum(name, arguments.get(name)) for name in ("max_seqlen_q", "max_seqlen_k")})
-    arguments.update({"bounds": bounds, "softcap": softcap or 0.0, "return_lse": return_lse})
+    softcap = 0.0 if softcap is None else real("softcap", softcap)
+    arguments.update({"bounds": bounds, "softcap": softcap, "return_lse": return_lse})
     out, lse = attend_extended(q, k, v, qv=qv, descales=descales, **arguments)
     inputs = (q, k, v, qv, arguments.get("sink"))
     recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
@@ -199,7 +199,7 @@ def _flash_attn_bwd(
         dout, q, k, v, out, lse, dlse=dlse, bounds=window_bounds((window_size_left, window_size_right), causal),
         scale=softmax_scale, softcap=softcap, sink=learnable_sink, deterministic=deterministic,
         cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_q=seqused_q, seqused_k=seqused_k,
-        max_seqlen_q=maximum("max_seqlen_q", max_seqlen_q), max_seqlen_k=maximum("max_seqlen_k", max_seqlen_k),
+        max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
     )  # fmt: skip
     results = tuple(map(store, (dq, dk, dv), grads))
     return results if dsink is None else (*results, dsink)

@@ -103,10 +103,7 @@ def append(
     """Append to the cache in place; return q (rotated) and the keys in use per sequence (None: all)."""
     q, lengths = _tensor("q", arrays.q), arrays.cache_seqlens
     if lengths is not None:
-        batch = q.shape[0] if q.ndim else 0
-        if isinstance(lengths, (int, np.integer)):
-            lengths = per_sequence("cache_seqlens", lengths, batch, q.device)
-        lengths = table("cache_seqlens", lengths)
+        lengths = per_sequence("cache_seqlens", lengths, q.shape[0] if q.ndim else 0, q.device)
     if arrays.new_k is None:
         if arrays.new_v is not None or arrays.rotary_cos is not None:
             raise ValueError("v and rotary_cos need k, the new keys, as well")
@@ -225,10 +222,10 @@ def _prepare_heads(name: str, array: Any, q: Tensor, cu_seqlens_q: Any) -> Tenso
 
 
 def _prepare_table(name: str, array: Any, q: Tensor, cu_seqlens_q: Any) -> Tensor:
-    if FIELDS[name].scalar and isinstance(array, (int, np.integer)):
-        batch = q.shape[0] if cu_seqlens_q is None else _tensor("cu_seqlens_q", cu_seqlens_q).shape[0] - 1
-        array = per_sequence(name, array, batch, q.device)
-    return table(name, array)
+    if not FIELDS[name].scalar:
+        return table(name, array)
+    batch = q.shape[0] if cu_seqlens_q is None else _tensor("cu_seqlens_q", cu_seqlens_q).shape[0] - 1
+    return per_sequence(name, array, batch, q.device)
 
 
 def _prepare_state(name: str, array: Any, q: Tensor, cu_seqlens_q: Any) -> Tensor:
@@ -240,10 +237,14 @@ _FITS = tuple((name, _PREPARE[field.kind]) for name, field in FIELDS.items())  #
 
 
 def per_sequence(name: str, value: Any, batch: int, device: torch.device) -> Tensor:
-    """One int, or NumPy's, for every sequence."""
-    if not -(2**31) <= value < 2**31:
-        raise ValueError(f"{name} must fit in int32; got {value}")
-    return torch.full((batch,), value, dtype=torch.int32, device=device)
+    """Return an int32 table from one; from one integer, Python's, NumPy's or a tensor's, for every sequence."""
+    if not isinstance(value, (int, np.integer, torch.SymInt)):
+        found = table(name, value)
+        return found if found.ndim else found.expand(batch).contiguous()
+    number: Any = value
+    if not -(2**31) <= number < 2**31:
+        raise ValueError(f"{name} must fit in int32; got {number}")
+    return torch.full((batch,), number, dtype=torch.int32, device=device)
 
 
 def table(name: str, array: Any) -> Tensor:

@@ -25,7 +25,7 @@ from ...runtime import execute
 from .adapter import adapter, rows
 
 DEVICES = ("CPU", "CUDA", "XPU", "MPS")  # dispatch keys of the kernels; which backend computes is decided below them
-_TYPES = {"float": "float", "int": "SymInt", "str": "str", "bool": "bool"}  # of Python -> of schemas
+_TYPES = {"float": "Scalar", "int": "SymInt", "str": "str", "bool": "bool"}  # of Python -> of schemas; may be symbols
 _OPTIONAL = ("dlse", *Extras._fields)
 _WANTS = tuple(f"want_d{name}" for name in GRADIENTS)  # which gradients of optional arrays are computed
 
