@@ -24,14 +24,17 @@ def sdpa(
     """`torch.nn.functional.scaled_dot_product_attention`, argument for argument, on torch tensors.
 
     It also serves what torch computes with the whole score matrix in memory: dropout, a head_dim_v of its own, a float
-    mask with a gradient, grouped-query attention with a mask, any number of leading dimensions.
+    mask with a gradient, grouped-query attention with a mask, any number of leading dimensions, and jagged nested
+    tensors of sequences, which are computed as packed ones.
 
     Args:
         query: (..., nheads, seqlen_q, head_dim), at least two dimensions; any strides.
         key: (..., nheads_kv, seqlen_k, head_dim). value: (..., nheads_kv, seqlen_k, head_dim_v). Leading dimensions
-            broadcast, and so does a single head.
+            broadcast, and so does a single head. All three may be nested tensors (batch, nheads, {seqlen}, head_dim)
+            of layout torch.jagged, without a mask; the result is one too.
         attn_mask: broadcastable to (..., nheads, seqlen_q, seqlen_k). Boolean: True takes part. Floating point
-            (float32 or query's dtype): added to the scaled scores, with a gradient; -inf hides a key.
+            (float32 or query's dtype): added to the scaled scores, with a gradient; -inf hides a key. Or torch's
+            CausalBias (causal_upper_left, causal_lower_right) of seqlen_q and seqlen_k.
         dropout_p: applied whenever > 0, as torch does: pass 0.0 outside training.
         is_causal: row i sees the keys 0 to i (aligned to the top left); excludes attn_mask.
         scale: default head_dim ** -0.5.
@@ -42,7 +45,8 @@ def sdpa(
         NaN depending on its path.
 
     Raises:
-        ValueError, TypeError: an argument is wrong. UnsupportedProblem: no backend computes it.
+        ValueError, TypeError: an argument is wrong. NotImplementedError: nested tensors with a mask or another ragged
+            dimension. UnsupportedProblem: no backend computes it.
 
     >>> import torch, anyattn
     >>> query, key = torch.ones(2, 4, 16, 8), torch.ones(2, 2, 20, 8)

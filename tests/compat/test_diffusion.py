@@ -79,6 +79,21 @@ def test_xformers_takes_foreign_masks_by_name() -> None:
     assert torch.equal(got, want)
 
 
+def test_xformers_own_triangle_is_a_tensor_without_values() -> None:
+    class LowerTriangularMask(Tensor):
+        __torch_function__ = torch._C._disabled_torch_function_impl
+
+        @classmethod
+        def __torch_dispatch__(cls, *_: Any) -> Any:
+            return NotImplemented
+
+    theirs = Tensor._make_wrapper_subclass(LowerTriangularMask, [])
+    got, want = (
+        xformers.memory_efficient_attention(*inputs(), mask) for mask in (theirs, xformers.LowerTriangularMask())
+    )
+    assert torch.equal(got, want)
+
+
 def test_xformers_layouts() -> None:
     q, k, v = inputs()
     one = [x[:, :, 0] for x in (q, k, v)]

@@ -170,15 +170,6 @@ def test_wrong_arguments() -> None:
         anyattn.sdpa(q, k, v, dropout_p=1.0)
 
 
-@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_nested_tensors(layout: torch.layout) -> None:
-    parts = [torch.zeros(rows, 2, 8) for rows in (3, 5)]
-    x = torch.nested.nested_tensor(parts, layout=layout).transpose(1, 2)
-    with pytest.raises(NotImplementedError, match="query is a nested tensor"):
-        anyattn.sdpa(x, x, x)
-
-
 def test_mask_that_is_no_tensor() -> None:
     x = torch.zeros(1, 2, 3, 8)
     with pytest.raises(TypeError, match="attn_mask must be a tensor or None; got list"):

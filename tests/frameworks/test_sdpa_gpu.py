@@ -34,9 +34,16 @@ def leaves(rows: tuple[int, int, int], *, by_rows: bool = False) -> list[Tensor]
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_sdpa(dropout_p: float, is_causal: bool) -> None:
-    """Bit for bit what anyattn.sdpa gives, dropout drawn from torch's generator included."""
+    """Bit for bit what anyattn.attention gives, dropout drawn from torch's generator included.
+
+    torch calls the operator with is_causal for as many queries as keys, and for CausalBias of the lower right.
+    """
+
+    def attention(*heads_first: Tensor, is_causal: bool, **options: float) -> Tensor:
+        return anyattn.attention(*(x.transpose(1, 2) for x in heads_first), causal=is_causal, **options).transpose(1, 2)
+
     results = []
-    for function in (lambda *x, **o: aten._scaled_dot_product_flash_attention(*x, **o)[0], anyattn.sdpa):
+    for function in (lambda *x, **o: aten._scaled_dot_product_flash_attention(*x, **o)[0], attention):
         inputs = leaves((7, 9, 9))
         torch.manual_seed(5)
         out = function(*inputs, dropout_p=dropout_p, is_causal=is_causal, scale=0.3)

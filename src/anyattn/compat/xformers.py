@@ -124,7 +124,7 @@ def memory_efficient_attention(
         query = query.flatten(2, 3)
         key, value = (x[:, :, :, 0] if shared else x.flatten(2, 3) for x in (key, value))
     options: dict[str, Any] = {"dropout_p": p, "scale": scale}
-    if attn_bias is None or isinstance(attn_bias, Tensor):
+    if type(attn_bias).__name__ not in _OPTIONS and (attn_bias is None or isinstance(attn_bias, Tensor)):
         bias = attn_bias
         if bias is not None and len(shape) != 4:
             bias = bias.unsqueeze(1) if len(shape) == 3 else bias.flatten(1, 2)

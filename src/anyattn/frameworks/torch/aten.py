@@ -17,7 +17,7 @@ from torch import Tensor
 from ...definition.inputs import NO_EXTRAS, Extras, Inputs, Saved
 from ...definition.options import Options
 from ...runtime import execute
-from . import functional, ops
+from . import functional, jagged, ops
 from .adapter import adapter
 
 # torch 2.6 has `philox_seed` and `philox_offset` where later ones have `rng_state` and `unused`.
@@ -77,9 +77,12 @@ def gpu_forward(
     *,
     scale: float | None = None,
 ) -> tuple[Any, ...]:
-    """aten::_scaled_dot_product_flash_attention: (output, logsumexp, -, -, max_q, max_k, rng_state, unused, unused)."""
+    """aten::_scaled_dot_product_flash_attention: (output, logsumexp, -, -, max_q, max_k, rng_state, unused, unused).
+
+    Its is_causal is aligned to the bottom right: torch calls it so for as many queries as keys, and for CausalBias.
+    """
     _without_scores(return_debug_mask)
-    inputs, options = _call(query, key, value, dropout_p, is_causal, None, scale)
+    inputs, options = _call(query, key, value, dropout_p, is_causal, None, scale, "bottom-right")
     inputs, state = _with_dropout(inputs, dropout_p)
     out, lse = execute.forward(adapter, inputs, options, None)
     sizes = (query.shape[2], key.shape[2])
@@ -105,7 +108,7 @@ def gpu_backward(
     scale: float | None = None,
 ) -> tuple[Tensor, ...]:
     """aten::_scaled_dot_product_flash_attention_backward: (grad_query, grad_key, grad_value)."""
-    inputs, options = _call(query, key, value, dropout_p, is_causal, None, scale)
+    inputs, options = _call(query, key, value, dropout_p, is_causal, None, scale, "bottom-right")
     inputs, _ = _with_dropout(inputs, dropout_p, rng_state, unused)
     saved = ops.contiguous_saved(Saved(out.transpose(1, 2), logsumexp, grad_out.transpose(1, 2)))
     grads = execute.backward(adapter, saved, inputs, options, None)
@@ -143,12 +146,13 @@ def _call(
     is_causal: bool,
     attn_mask: Tensor | None,
     scale: float | None,
+    alignment: str = "top-left",
 ) -> tuple[Inputs, Options]:
     if attn_mask is not None:  # additive by now, whatever the user gave
         attn_mask = attn_mask[(None,) * (4 - attn_mask.ndim)]
         wide = ops.compute_dtype(query)
         attn_mask = attn_mask if attn_mask.dtype in (query.dtype, wide) else attn_mask.to(wide)
-    options = Options(scale=scale, right=0 if is_causal else None, alignment="top-left", dropout_p=dropout_p)
+    options = Options(scale=scale, right=0 if is_causal else None, alignment=alignment, dropout_p=dropout_p)
     extras = NO_EXTRAS if attn_mask is None else Extras(bias=attn_mask)
     inputs = Inputs(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), extras)
     return ops.contiguous_inputs(inputs), options
@@ -259,6 +263,7 @@ class Override:
             for device, kernels in KERNELS.items():
                 for name, kernel in kernels.items():
                     self.library.impl(name, kernel, device)
+        self.jagged = jagged.Hook()
         self.fastpath = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
 
@@ -266,4 +271,5 @@ class Override:
         if self.library is not None:
             self.library._destroy()
             self.library = None
+            self.jagged.remove()
             torch.backends.mha.set_fastpath_enabled(self.fastpath)

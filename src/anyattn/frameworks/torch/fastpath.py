@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad, profiler
 
-_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+from .kinds import PLAIN
+
 _is_compiling = torch.compiler.is_dynamo_compiling
 
 _any_autocast: Callable[[], bool] | None = getattr(torch._C, "_is_any_autocast_enabled", None)
@@ -48,23 +49,26 @@ def metadata(tensors: Sequence[Any]) -> tuple[Any, ...] | None:
         return None
     key: list[Any] = []
     append = key.append
-    for x in tensors:
-        if x is None:
-            append(None)
-            continue
-        if type(x) not in _PLAIN or x.is_neg() or x.is_meta or not _has_storage(x):  # _peculiar, without a call
-            return None
-        strides = x.stride()
-        if not strides or strides[-1] != 1:
-            return None  # the operators' kernels know what to copy
-        key += (x.shape, strides, x.dtype, x.device)
+    try:
+        for x in tensors:
+            if x is None:
+                append(None)
+                continue
+            if type(x) not in PLAIN or x.is_neg() or x.is_meta or not _has_storage(x):  # _peculiar, without a call
+                return None
+            strides = x.stride()
+            if not strides or strides[-1] != 1:
+                return None  # the operators' kernels know what to copy
+            key += (x.shape, strides, x.dtype, x.device)
+    except RuntimeError:  # a nested tensor has no strides
+        return None
     torch.get_num_threads()  # a new thread's first such call tells OpenMP what torch.set_num_threads said
     return tuple(key)
 
 
 def _peculiar(x: Any) -> bool:
     """A subclass, or values that only the dispatcher knows how to read."""
-    return type(x) not in _PLAIN or x.is_neg() or x.is_meta or not _has_storage(x)
+    return type(x) not in PLAIN or x.is_neg() or x.is_meta or not _has_storage(x)
 
 
 def forward_mode() -> bool:

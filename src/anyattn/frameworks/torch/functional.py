@@ -33,7 +33,7 @@ from ...definition.kvcache import LABELS
 from ...definition.options import Options, Rotation
 from ...runtime import dispatch, execute
 from ..scores import Stage
-from . import autograd, fastpath, kvcache, ops
+from . import autograd, fastpath, kinds, kvcache, ops
 from . import scores as torch_scores
 from .adapter import adapter
 
@@ -138,6 +138,8 @@ def scores(inputs: Inputs, options: Options, queries: Any, stage: Stage, lse: An
 
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """See api.merge; differentiable in all four."""
+    out_a, out_b = _tensor("out_a", out_a), _tensor("out_b", out_b)
+    lse_a, lse_b = _tensor("lse_a", lse_a), _tensor("lse_b", lse_b)
     top = torch.maximum(lse_a, lse_b).detach()
     safe = torch.where(torch.isfinite(top), top, 0.0)
     total = torch.exp(lse_a - safe) + torch.exp(lse_b - safe)
@@ -154,8 +156,7 @@ def prepare(inputs: Inputs, seed: int | None, *, draw: bool = False) -> Inputs:
     Conversions are outside the autograd.Function, so gradients pass them. draw: a state of dropout is needed.
     """
     q, k, v, extras = inputs
-    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
-        q, k, v = _tensor("q", q), _tensor("k", k), _tensor("v", v)
+    q, k, v = _tensor("q", q), _tensor("k", k), _tensor("v", v)
     low = _autocast_dtype(q)
     if low is not None:
         q, k, v = (x.to(low) if x.dtype in _CASTABLE else x for x in (q, k, v))
@@ -197,19 +198,20 @@ def _autocast_dtype(q: Tensor) -> torch.dtype | None:
 
 
 def _tensor(name: str, array: Any) -> Tensor:
-    if not isinstance(array, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor like q; got {type(array).__name__}")
-    return array
+    """Return a tensor that is what its memory holds: the usual one is asked first."""
+    if type(array) in kinds.PLAIN and array.layout is torch.strided and not array.is_nested:
+        return array  # type: ignore[no-any-return]
+    return kinds.dense(name, array)
 
 
 def _prepare_scores(name: str, array: Any, q: Tensor, cu_seqlens_q: Any) -> Tensor:
     """Return a view with four dimensions."""
-    x: Tensor = array if isinstance(array, Tensor) else _tensor(name, array)
+    x = _tensor(name, array)
     return x.reshape((1,) * (4 - x.ndim) + tuple(x.shape)) if x.ndim < 4 else x
 
 
 def _prepare_heads(name: str, array: Any, q: Tensor, cu_seqlens_q: Any) -> Tensor:
-    x: Tensor = array if isinstance(array, Tensor) else _tensor(name, array)
+    x = _tensor(name, array)
     wanted = ops.compute_dtype(q)
     if x.dtype is not wanted:
         if not x.is_floating_point():

@@ -154,15 +154,19 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     inputs, options, _ = forward_arguments(arguments)
     q, _, v, extras = inputs
     arrays = flatten(inputs)
-    for name, x in zip(FORWARD.inputs, arrays, strict=False):
-        if x is not None and x.device != q.device:
-            raise ValueError(f"{name} is on {x.device} but q is on {q.device}")
+    _check_devices(FORWARD, arrays, q)
     if q.is_meta and not any(isinstance(n, torch.SymInt) for x in arrays if x is not None for n in x.shape):
         # no kernel after this fake would refuse them
         make_problem(described(FORWARD.inputs, arrays, adapter.describe), options)
     packed = extras.cu_seqlens_q is not None
     lse_shape = (q.shape[1], q.shape[0]) if packed else (q.shape[0], q.shape[2], q.shape[1])
     return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(lse_shape, dtype=compute_dtype(q))
+
+
+def _check_devices(pass_: Pass, arrays: Sequence[Any], q: Tensor) -> None:
+    for name, x in zip(pass_.inputs, arrays, strict=False):
+        if x is not None and x.device != q.device:
+            raise ValueError(f"{name} is on {x.device} but q is on {q.device}")
 
 
 def compute_dtype(q: Tensor) -> torch.dtype:
@@ -172,8 +176,9 @@ def compute_dtype(q: Tensor) -> torch.dtype:
 
 @torch.library.register_fake("anyattn::backward", lib=library)
 def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    _, inputs, _, _, wants = backward_arguments(arguments)
+    saved, inputs, _, _, wants = backward_arguments(arguments)
     q, k, v, extras = inputs
+    _check_devices(BACKWARD, flatten(inputs, saved), q)
     optional = [getattr(extras, name) if want else None for name, want in zip(GRADIENTS, wants, strict=True)]
     return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (q, k, v, *optional))
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...definition.inputs import NO_EXTRAS, Extras, Inputs
 from ...definition.options import Options
-from . import functional
+from . import functional, jagged, kinds, tracing
+
+Shape = tuple[int, ...]
 
 
 def sdpa(
@@ -22,20 +26,27 @@ def sdpa(
     scale: float | None,
     enable_gqa: bool,
 ) -> Tensor:
-    """See heads_first.sdpa."""
+    """See anyattn.sdpa."""
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, Tensor) or x.ndim < 2:
             what = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"{name} must be a tensor (..., nheads, seqlen, head_dim); got {what}")
-        if x.is_nested:
-            raise NotImplementedError(f"{name} is a nested tensor: use anyattn.attention_varlen on its values")
     if attn_mask is not None and not isinstance(attn_mask, Tensor):
         raise TypeError(f"attn_mask must be a tensor or None; got {type(attn_mask).__name__}")
+    if attn_mask is not None and is_causal:
+        raise ValueError("attn_mask and is_causal=True exclude each other: put the causal part into attn_mask")
+    if query.is_nested or key.is_nested or value.is_nested:
+        return jagged.sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    query, key, value = kinds.dense("query", query), kinds.dense("key", key), kinds.dense("value", value)
+    alignment = "top-left"
+    if attn_mask is not None and kinds.causal_bias(attn_mask) is not None:
+        alignment, attn_mask, is_causal = _alignment(kinds.causal_bias(attn_mask), query, key), None, True
+    shapes = (tracing.sizes(query), tracing.sizes(key), tracing.sizes(value))
     leading = None
-    if not _plain(query, key, value, enable_gqa):
-        query, key, value, attn_mask, leading = _four_dimensions(query, key, value, attn_mask, enable_gqa)
-    bias, mask = _scores(query, attn_mask, is_causal)
-    options = Options(scale=scale, right=0 if is_causal else None, alignment="top-left", dropout_p=dropout_p)
+    if not _fits(shapes, enable_gqa):
+        query, key, value, attn_mask, leading = _four_dimensions(query, key, value, attn_mask, shapes, enable_gqa)
+    bias, mask = _scores(query, attn_mask)
+    options = Options(scale=scale, right=0 if is_causal else None, alignment=alignment, dropout_p=dropout_p)
     extras = NO_EXTRAS if bias is mask is None else Extras(bias=bias, mask=mask)
     inputs = Inputs(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), extras)
     out, _ = functional.attention(inputs, options, None, False, None)
@@ -43,36 +54,47 @@ def sdpa(
     return out if leading is None else out.reshape(leading + out.shape[-2:])
 
 
-def _plain(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
-    """Whether nothing has to be broadcast; one key head for all queries is grouped-query attention as it is."""
-    if not (query.ndim == key.ndim == value.ndim == 4 and query.shape[0] == key.shape[0] == value.shape[0]):
+def _alignment(triangle: Any, query: Tensor, key: Tensor) -> str:
+    """Return the alignment of torch's CausalBias, whose sizes have to be those of the scores."""
+    sizes, given = (triangle.seq_len_q, triangle.seq_len_kv), (query.shape[-2], key.shape[-2])
+    if sizes != given:
+        raise ValueError(f"attn_mask is a CausalBias of {sizes[0]} queries and {sizes[1]} keys, got {given}.")
+    return "top-left" if triangle.variant.name == "UPPER_LEFT" else "bottom-right"
+
+
+def _fits(shapes: Sequence[Shape], enable_gqa: bool) -> bool:
+    """Return whether nothing has to be broadcast; one key head for all queries is grouped-query attention as it is."""
+    query, key, value = shapes
+    if not (len(query) == len(key) == len(value) == 4 and query[0] == key[0] == value[0]):
         return False
-    nheads_kv = key.shape[1]
-    return value.shape[1] == nheads_kv and (enable_gqa or nheads_kv in (1, query.shape[1]))
+    nheads_kv = key[1]
+    return value[1] == nheads_kv and (enable_gqa or nheads_kv == 1 or nheads_kv == query[1])
 
 
 def _four_dimensions(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, enable_gqa: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, tuple[int, ...]]:
-    """Views (batch, nheads, seqlen, head_dim) and the result's leading dimensions with heads.
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, shapes: Sequence[Shape], enable_gqa: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Shape]:
+    """Return views (batch, nheads, seqlen, head_dim) and the result's leading dimensions with heads.
 
     More than one leading dimension is copied where it is broadcast.
     """
     given = (query, key, value)
-    rank = max(x.ndim for x in given)
-    nheads = [x.shape[-3] if x.ndim > 2 else 1 for x in given]
+    if tracing.active():
+        for name, x in zip(("query", "key", "value", "attn_mask"), (*given, attn_mask), strict=True):
+            if x is not None:
+                tracing.fix_shape(name, x)
+    nheads = [shape[-3] if len(shape) > 2 else 1 for shape in shapes]
     if not enable_gqa:
         most = max(nheads)
-        if any(heads not in (1, most) for heads in nheads):
+        if any(heads != 1 and heads != most for heads in nheads):  # noqa: PLR1714 (Dynamo finds no symbol in a tuple)
             raise ValueError(
                 f"query, key and value have {nheads} heads: they must agree or be 1; for grouped queries pass "
                 "enable_gqa=True"
             )
         nheads = [most] * 3 if nheads[1:] != [1, 1] else nheads
     try:
-        batch = torch.broadcast_shapes(*[x.shape[:-3] for x in given])
+        batch = torch.broadcast_shapes(*[shape[:-3] for shape in shapes])
     except RuntimeError as error:
-        shapes = [tuple(x.shape) for x in given]
         raise ValueError(f"query, key and value must broadcast in their leading dimensions; got {shapes}") from error
     size = math.prod(batch)
     query, key, value = (
@@ -80,19 +102,18 @@ def _four_dimensions(
         for x, heads in zip(given, nheads, strict=True)
     )
     if attn_mask is not None and attn_mask.ndim > 3:
-        shared = math.prod(attn_mask.shape[:-3]) == 1
+        shared = math.prod(tracing.sizes(attn_mask)[:-3]) == 1
         attn_mask = attn_mask if shared else attn_mask.expand(*batch, *attn_mask.shape[-3:])
         attn_mask = attn_mask.reshape(1 if shared else size, *attn_mask.shape[-3:])
-    leading = (*batch, nheads[0]) if rank > 2 else ()
+    leading = (*batch, nheads[0]) if max(map(len, shapes)) > 2 else ()
     return query, key, value, attn_mask, leading
 
 
-def _scores(query: Tensor, attn_mask: Tensor | None, is_causal: bool) -> tuple[Tensor | None, Tensor | None]:
-    """(bias, mask)."""
+def _scores(query: Tensor, attn_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Return (bias, mask)."""
     if attn_mask is None:
         return None, None
-    if is_causal:
-        raise ValueError("attn_mask and is_causal=True exclude each other: put the causal part into attn_mask")
+    attn_mask = kinds.dense("attn_mask", attn_mask)
     if attn_mask.dtype is torch.bool:
         return None, attn_mask
     if attn_mask.dtype not in (query.dtype, torch.float32):
