@@ -25,7 +25,8 @@ def build(subject: Subject) -> Any:
     if kind is None:
         raise CannotBuild("transformers has no model of this type")
     configuration = make_configuration(subject)
-    for _ in range(6):
+    size = 0
+    for _ in range(20):
         try:
             with torch.device("meta"):
                 size = sum(x.numel() for x in kind._from_config(copy.deepcopy(configuration)).parameters())
@@ -33,9 +34,8 @@ def build(subject: Subject) -> Any:
         except AttributeError as error:
             if not borrow(configuration, str(error)):
                 raise
-        except (RuntimeError, NotImplementedError):
-            size = 0
-            break
+        except (RuntimeError, NotImplementedError, TypeError):
+            break  # something that the device "meta" cannot do
     if size > MOST_PARAMETERS:
         raise CannotBuild(f"the smallest configuration has {size / 1e6:.0f} million parameters")
     torch.manual_seed(0)
@@ -47,8 +47,10 @@ def build(subject: Subject) -> Any:
 def make_configuration(subject: Subject) -> Any:
     """Return the tiny configuration of a subject, with the values of its variant."""
     kind = classes.configuration_class(subject.model_type)
-    values = classes.VARIANTS[subject.variant]
-    configuration = configurations.tiny(kind, **{name: x for name, x in values.items() if name in vars(kind())})
+    values = {name: x for name, x in classes.VARIANTS[subject.variant].items() if name in kind.__dataclass_fields__}
+    if "Literal" in str(getattr(kind.__dataclass_fields__.get("use_bidirectional_attention"), "type", "")):
+        values = {name: "all" if name == "use_bidirectional_attention" else x for name, x in values.items()}
+    configuration = configurations.tiny(kind, **values)
     if subject.variant == "bidirectional" and "Literal" in str(
         kind.__dataclass_fields__["use_bidirectional_attention"].type
     ):

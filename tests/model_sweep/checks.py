@@ -62,7 +62,7 @@ def masked(inputs: Inputs, side: str, batch: int) -> Inputs:
     """Return inputs with padding masks; NotApplicable where the model takes none."""
     if not inputs.masks or not inputs.text:
         raise NotApplicable("takes no padding mask")
-    given = {"attention_mask": padding(side, batch, SEQLEN)}
+    given = {"attention_mask": padding(side, batch, inputs.values["input_ids"].shape[1])}
     if "decoder_attention_mask" in inputs.masks:
         given["decoder_attention_mask"] = padding(side, batch, DECODER_SEQLEN)
     return inputs.batch(batch).having(**{name: given[name] for name in inputs.masks})
@@ -108,7 +108,7 @@ def generation(**options: Any) -> Check:
             raise NotApplicable("does not generate")
         given = {name: x for name, x in inputs.values.items() if name != "decoder_input_ids"}
         if inputs.text and "attention_mask" in inputs.masks:
-            given["attention_mask"] = padding("left", 2, SEQLEN)
+            given["attention_mask"] = padding("left", 2, given["input_ids"].shape[1])
         with greedy(model), torch.no_grad():
             torch.manual_seed(0)
             found = model.generate(

@@ -35,7 +35,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "": {},
     "decoder": {"is_decoder": True},
     "bidirectional": {"use_bidirectional_attention": True},
-    "not causal": {"is_causal": False},
+    "shared keys": {"num_kv_shared_layers": 1},
 }
 
 
@@ -56,10 +56,13 @@ def subjects(model_type: str) -> list[Subject]:
     """Return the variants of a model type that its configuration knows."""
     fields = getattr(configuration_class(model_type), "__dataclass_fields__", {})
     found = [Subject(model_type)]
-    if "is_decoder" in fields and fields["is_decoder"].default is False and causal(model_type):
+    other = model_class(found[0])
+    if causal(model_type) and model_class(Subject(model_type, "decoder")) is not other:
         found.append(Subject(model_type, "decoder"))
     if "use_bidirectional_attention" in fields:
         found.append(Subject(model_type, "bidirectional"))
+    if "num_kv_shared_layers" in fields:
+        found.append(Subject(model_type, "shared keys"))
     return found
 
 
@@ -67,6 +70,15 @@ def causal(model_type: str) -> bool:
     from transformers.models.auto import modeling_auto
 
     return model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def has_other_head(model_type: str) -> bool:
+    """Tell whether the class that generates text is only one use of an encoder, or a part of an encoder and a decoder."""
+    from transformers.models.auto import modeling_auto
+
+    fields = getattr(configuration_class(model_type), "__dataclass_fields__", {})
+    both = "is_encoder_decoder" in fields and fields["is_encoder_decoder"].default is True
+    return both or model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
 def model_class(subject: Subject) -> Any:
@@ -80,13 +92,14 @@ def candidates(subject: Subject) -> Iterator[Any]:
     from transformers.models.auto import modeling_auto
 
     mappings = sorted(name for name in dir(modeling_auto) if re.fullmatch(r"MODEL_\w*MAPPING_NAMES", name))
+    kind = configuration_class(subject.model_type)
     order = [*HEADS, *(name for name in mappings if name not in HEADS)]
-    if subject.variant != "decoder" and subject.model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
-        order = [name for name in order if name != HEADS[0]]
+    if subject.variant != "decoder":
+        order = [*order[1:], order[0]] if has_other_head(subject.model_type) else order
     for mapping in order:
         found = getattr(modeling_auto, mapping).get(subject.model_type)
         for name in [found] if isinstance(found, str) else (found or ()):
-            if hasattr(transformers, name):
+            if getattr(getattr(transformers, name, None), "config_class", None) is kind:
                 yield getattr(transformers, name)
     yield from unlisted(subject.model_type)
 

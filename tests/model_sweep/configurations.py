@@ -8,8 +8,11 @@ know about single models.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from model_sweep import exceptions
@@ -99,6 +102,7 @@ RULES: list[Rule] = [
     (r".*codebook_size|.*num_embeddings|num_embeds|.*codes", _at_most(32)),
     (r"num_codebooks|n_codebooks|num_quantizers|num_code_groups", _at_most(4)),
     (r".*groups|.*group", _at_most(4)),
+    (r"num_filters|upsample_initial_channel|base_channels", _at_most(8)),
     # widths
     (
         r".*(intermediate_size|ffn_dim|ffn_hidden_size|d_ff|d_inner|n_inner|mlp_dim|dim_ff|dff|intermediate_dim|ff_dim|feedforward_dim"
@@ -107,7 +111,7 @@ RULES: list[Rule] = [
     ),
     (
         r".*(hidden_size\w*|d_model|n_embd|embed_dim|embedding_size|embedding_dim|hidden_dim|projection_dim|emb_dim|_dim|_width|channels"
-        r"|embed_size|emb_size|inplanes|_features|output_size|proj_size|projection_size|d_latents|d_rel|num_filters)",
+        r"|embed_size|emb_size|inplanes|_features|output_size|proj_size|projection_size|d_latents|d_rel|_filters)",
         _at_most(WIDTH),
     ),
     (r"dim|width|dims?_\w+|.*_dims?|.*channels?|latent_query_num|.*_dim_\w+", _at_most(WIDTH)),
@@ -144,8 +148,26 @@ def shrink(configuration: Any, given: dict[str, Any] | None = None, ids: dict[st
             if old in overrides
         }
     fit(small)
-    small |= exceptions.VALUES.get(kind.model_type, {}) | (given or {})
-    return kind(**small)
+    if "mrope_section" in modeling_source(kind):
+        small["rope_parameters"] = fitting_mrope(small)
+    exceptions.apply(kind.model_type, small)
+    return kind(**small | (given or {}))
+
+
+@functools.cache
+def modeling_source(kind: type) -> str:
+    """Return the source of the models of a configuration."""
+    path = Path(inspect.getfile(kind).replace("configuration_", "modeling_"))
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+def fitting_mrope(values: dict[str, Any]) -> dict[str, Any]:
+    """Return rotary parameters with sections that fit, even where the model would take its own default."""
+    rope = dict(values.get("rope_parameters") or {"rope_type": "default", "rope_theta": 10000.0})
+    if not any(isinstance(entry, dict) for entry in rope.values()):
+        rope.setdefault("mrope_section", [1, 1, 1])
+    fit_rope(rope, values)
+    return rope
 
 
 def fit(values: dict[str, Any]) -> None:
@@ -158,10 +180,42 @@ def fit(values: dict[str, Any]) -> None:
     if "kv_source_layers" in values and "num_hidden_layers" in values:
         values["kv_source_layers"] = list(range(values["num_hidden_layers"]))
     if "out_features" in values and "stage_names" in values:
-        values |= {"out_indices": None, "out_features": None, "stage_names": None}
-    rope = values.get("rope_parameters")
-    if isinstance(rope, dict) and rope.get("rope_type") == "dynamic" and rope.get("alpha", 1) is None:
-        values["rope_parameters"] = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
+        fit_stages(values)
+    if "image_embedding_size" in values:
+        values["image_embedding_size"] = values["image_size"] // values["patch_size"]
+    if "window_size" in values and "spatial_merge_size" in values and isinstance(values["window_size"], int):
+        values["window_size"] = 2 * values["spatial_merge_size"] * values["patch_size"]
+    if isinstance(values.get("rope_parameters"), dict):
+        fit_rope(values["rope_parameters"], values)
+    if "hidden_sizes" in values and isinstance(values.get("num_attention_heads"), int):
+        values["num_attention_heads"] = 2
+
+
+def fit_stages(values: dict[str, Any]) -> None:
+    """Let a backbone of layers give as many outputs as before, if it is asked for several."""
+    staged = any(
+        isinstance(x, list | tuple) and re.fullmatch(r"\w*depths|\w*blocks\w*|stage_\w+", name)
+        for name, x in values.items()
+        if name != "stage_names"
+    )
+    wanted = len(values["out_features"] or ())
+    if not staged and "num_hidden_layers" in values:
+        values["num_hidden_layers"] = max(LAYERS, wanted)
+        names = [f"stage{i + 1}" for i in range(wanted)] if wanted else None
+        values |= {"out_indices": None, "out_features": names, "stage_names": None}
+
+
+def fit_rope(rope: dict[str, Any], values: dict[str, Any]) -> None:
+    """Make rotary parameters agree with the size of a head."""
+    for entry in rope.values():
+        if isinstance(entry, dict):
+            fit_rope(entry, values)
+    if rope.get("rope_type") == "dynamic" and rope.get("alpha", 1) is None:
+        rope |= {"rope_type": "default", "alpha": 1.0}
+    if isinstance(rope.get("mrope_section"), list | tuple):
+        size = values.get("qk_rope_head_dim") or values.get("head_dim") or HEAD_DIM
+        pairs, parts = int(size * rope.get("partial_rotary_factor", 1)) // 2, len(rope["mrope_section"])
+        rope["mrope_section"] = [pairs - (parts - 1) * (pairs // parts)] + [pairs // parts] * (parts - 1)
 
 
 PLAIN = {
@@ -181,7 +235,8 @@ def small_value(name: str, value: Any, values: dict[str, Any], layers: list[int]
     from transformers import PreTrainedConfig
 
     if isinstance(value, PreTrainedConfig):
-        return backbone() if value.model_type == "timm_backbone" else shrink(value, ids=ids)
+        plain = re.fullmatch(r"timm_backbone|hgnet_v2|pp_lcnet\w*|rt_detr_resnet|resnet|pp_hgnet\w*", value.model_type)
+        return backbone() if plain else shrink(value, ids=ids)
     if is_token(name) and value is not None:
         return token(name, value, ids)
     if name == "num_hidden_layers" and layers is not None:
@@ -197,16 +252,7 @@ def small_value(name: str, value: Any, values: dict[str, Any], layers: list[int]
     if isinstance(value, list | tuple):
         return small_list(name, value)
     if isinstance(value, dict):
-        return {key: small_entry(key, entry) for key, entry in value.items()}
-    return value
-
-
-def small_entry(name: str, value: Any) -> Any:
-    """Return the small form of one entry of a dictionary of rotary parameters."""
-    if isinstance(value, dict):
-        return {key: small_entry(key, entry) for key, entry in value.items()}
-    if name == "mrope_section":
-        return [2, 3, 3] if len(value) == 3 else [HEAD_DIM // 2 // len(value)] * len(value)
+        return dict(value)
     return value
 
 
@@ -215,7 +261,7 @@ def small_list(name: str, value: Any) -> Any:
     numbers = all(isinstance(x, int) and not isinstance(x, bool) for x in value)
     if not numbers or not value:
         return value
-    if re.fullmatch(r".*(depths?|blocks|repeats|layers|n_attn_blocks)", name):
+    if re.fullmatch(r".*depths?|num_blocks|.*block_repeats|num_layers|n_attn_blocks|blocks_per_stage", name):
         return type(value)(min(x, 1) if i else min(x, 2) for i, x in enumerate(value))
     if re.fullmatch(r".*heads?(_per_stage)?", name):
         return type(value)(x // min(value) if min(value) else x for x in value)
@@ -233,7 +279,7 @@ def backbone() -> Any:
     """Return the configuration of a tiny network that stands for one of the package timm."""
     from transformers import ResNetConfig
 
-    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16, 32, 64], "depths": [1, 1, 1, 1]}
     return ResNetConfig(**sizes, layer_type="basic", out_features=["stage2", "stage3", "stage4"])
 
 

@@ -4,10 +4,59 @@ from __future__ import annotations
 
 from typing import Any
 
+SERIES = {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2, 3], "num_time_features": 1}
+SWIN = {"image_size": 64, "window_size": 2, "embed_dim": 16, "num_heads": (1, 2, 4, 8)}
+PLAIN_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+
+# Values that the configuration needs from the beginning.
 START: dict[str, dict[str, Any]] = {
-    "gemma4_assistant": {},
+    "gemma4": {"vision_config": {}, "audio_config": {}},
+    "autoformer": SERIES,
+    "informer": SERIES,
+    "time_series_transformer": SERIES,
 }
+# Values instead of those that the rules give.
 VALUES: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("autoformer", "informer", "time_series_transformer"), SERIES),
+    **dict.fromkeys(("swin", "swinv2", "donut-swin", "maskformer-swin"), SWIN),
+    **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl_text", "ministral"), PLAIN_ROPE),
+    **dict.fromkeys(("align_vision_model", "efficientnet"), {"width_coefficient": 0.25, "depth_coefficient": 0.3}),
+    **dict.fromkeys(("t5gemma2_decoder", "t5gemma2_encoder", "t5gemma2_text"), {"dropout_rate": 0.0}),
+    **dict.fromkeys(("step3p5", "step3p7_text"), {"sliding_window": 6}),
+    "gemma3": {"mm_tokens_per_image": 4},
+    "aria": {"projector_patch_to_query_dict": {16: 4}},
+    "clvp_encoder": {"hidden_size": 256, "intermediate_size": 256},
+    "superpoint": {"keypoint_decoder_dim": 65},
+    "lilt": {"hidden_size": 48, "intermediate_size": 64},
+    "fastspeech2_conformer_hifigan": {"model_in_dim": 16},
+    "pix2struct_vision_model": {"patch_embed_hidden_size": 192},
+    "sam2_hiera_det_model": {"hidden_size": 16},
+    "tvp": {"max_img_size": 32, "visual_prompt_size": 4},
+    "xmod": {"default_language": "en_XX"},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "chameleon": {"vocabulary_map": {"<image>": 5}},
+    "depth_pro": {"patch_size": 32},
+    "hrm_text": {"num_layers_per_stack": 1},
+    "esmfold2_atom_encoder": {"num_spatial_rope_pairs_per_axis": 2, "num_uid_rope_pairs": 2},
+    "fun_asr_nano_adaptor": {"intermediate_size": 16},
+    "molmo2_adapter": {"vision_feature_layer": [1, 0]},
+    "dots3_note_text": {"per_layer_config": {}},
+    "dots3_note_audio_encoder": {"adapter_input_size": 64},
+    "bamba": {"attn_layer_indices": [1]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "deepseek_v2": {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2},
+    "esm": {"vocab_size": 160, "pad_token_id": 0, "mask_token_id": 4},
+    "longcat_flash": {"head_dim": 8},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "nemotron": {"num_key_value_heads": 2},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
+    "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "gemma4_unified_text": {"num_kv_shared_layers": 0},
+    "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 32},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "reformer": {"axial_pos_shape": (8, 16), "axial_pos_embds_dim": (16, 48)},
     "xlnet": {"d_head": 16},
     "mamba2": {"num_heads": 8},
     "falcon_h1": {"mamba_d_ssm": None},
@@ -18,3 +67,8 @@ VALUES: dict[str, dict[str, Any]] = {
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
     "muse_spark_audio": {"num_hidden_layers": 4, "depths": (1, 1, 1, 1)},
 }
+
+
+def apply(model_type: str, values: dict[str, Any]) -> None:
+    """Replace the values of a model's configuration that the rules cannot give."""
+    values |= VALUES.get(model_type, {})

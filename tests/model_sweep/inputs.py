@@ -54,15 +54,17 @@ def padding(side: str, batch: int, seqlen: int) -> Tensor:
 
 def guesses(model: Any) -> Iterator[Inputs]:
     """Yield inputs that the model may accept, the likeliest first."""
+    from model_sweep import signals, special
+
+    made = special.MADE.get(model.config.model_type)
+    if made is not None:
+        yield Inputs(made(model.config))
     parameters = inspect.signature(model.forward).parameters
     name = model.main_input_name
     name = name if isinstance(name, str) else name[0]
     if "input_ids" in parameters:
         yield from texts(model, parameters)
-    if name != "input_ids":
-        from model_sweep import signals
-
-        yield from signals.guesses(model, name, parameters)
+    yield from signals.guesses(model, name, parameters)
 
 
 def texts(model: Any, parameters: Any) -> Iterator[Inputs]:

@@ -3,33 +3,30 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from model_sweep import building, checks, implementations, inputs, verdicts
+from model_sweep import building, checks, implementations, inputs, multimodal, verdicts
 from model_sweep.classes import Subject
 from model_sweep.inputs import Inputs
 from model_sweep.verdicts import NONE, REFUSED, Judge, Verdict
 
 Report = dict[str, Any]
+BORROWED = 5  # attributes that a configuration may lack
 SENSITIVE = 1e-2  # how much a result must change when every score is halved
 
 
 def examine(subject: Subject, save: Callable[[Report], None]) -> Report:
     """Return the report about a model. `save` keeps the report before each check, because a check can end the process."""
     begin = time.perf_counter()
-    report: Report = {"name": subject.name, "class": "", "reason": "", "checks": {}, "calls": {}}
+    report: Report = {"name": subject.name, "class": "", "reason": "", "checks": {}, "calls": {}, "inputs": {}}
     try:
         eager = building.build(subject)
     except Exception as error:
         known = isinstance(error, building.CannotBuild)
         return report | {"reason": str(error) if known else f"cannot be built: {verdicts.describe(error)}"}
     report["class"] = type(eager).__name__
-    given, reason = usable(eager)
-    if given is None:
-        return report | {"reason": f"no inputs found: {reason}"}
-    judge = Judge(eager, given)
-    report["sensitivity"] = sensitivity(judge)
+    judges = dict(find_inputs(eager, report))
     for way, make in (("init", building.ours_from_configuration), ("set", building.ours_by_setting)):
         try:
             model = make(eager)
@@ -37,36 +34,64 @@ def examine(subject: Subject, save: Callable[[Report], None]) -> Report:
             outcome = REFUSED if verdicts.refusal(error) else verdicts.CRASH
             report["checks"].setdefault("build", {})[way] = Verdict(outcome, text=verdicts.describe(error))
             continue
-        run(judge, model, way, report, save)
+        for kind, judge in judges.items():
+            run(judge, model, way, kind, report, save)
     return report | {"seconds": round(time.perf_counter() - begin, 1)}
 
 
-def run(judge: Judge, model: Any, way: str, report: Report, save: Callable[[Report], None]) -> None:
+def find_inputs(eager: Any, report: Report) -> Iterator[tuple[str, Judge]]:
+    """Yield a judge for the plain inputs of a model, and one for each kind of features that its text can have."""
+    given, reason = usable(eager, inputs.guesses(eager))
+    if given is None:
+        report["reason"] = f"no inputs found: {reason}"
+    else:
+        judge = Judge(eager, given)
+        report["sensitivity"] = sensitivity(judge)
+        report["inputs"]["plain"] = shapes(given)
+        yield "", judge
+    for modality, kind in multimodal.MODALITIES.items():
+        if multimodal.takes(eager, kind):
+            given, reason = usable(eager, multimodal.guesses(eager, modality))
+            report["inputs"][modality] = reason if given is None else shapes(given)
+            if given is not None:
+                report["reason"] = ""
+                yield modality, Judge(eager, given)
+
+
+def shapes(given: Inputs) -> str:
+    """Return the shapes of the inputs, to read."""
+    return ", ".join(f"{name} {tuple(x.shape)}" for name, x in given.values.items())
+
+
+def run(judge: Judge, model: Any, way: str, kind: str, report: Report, save: Callable[[Report], None]) -> None:
     """Run every check on one model and note how often it called us."""
     before = implementations.CALLS[0]
     for name in checks.CHECKS:
-        report["now"] = f"{name} ({way})"
+        label = f"{kind}: {name}" if kind else name
+        report["now"] = f"{label} ({way})"
         save(report)
         verdict = judge.judge(name, model)
         if verdict.outcome != NONE or verdict.text.startswith("eager"):
-            report["checks"].setdefault(name, {})[way] = verdict
+            report["checks"].setdefault(label, {})[way] = verdict
         if name == "dense":
-            report["calls"][way] = implementations.CALLS[0] - before
+            report["calls"][f"{kind} {way}".strip()] = implementations.CALLS[0] - before
     report.pop("now")
 
 
-def usable(model: Any) -> tuple[Inputs | None, str]:
+def usable(model: Any, guesses: Iterator[Inputs]) -> tuple[Inputs | None, str]:
     """Return the first inputs on which eager gives finite numbers, or the reason why there are none."""
-    reason = "its forward function is not understood"
-    for given in inputs.guesses(model):
+    reason, tries = "", 0
+    for given in guesses:
         found = verdicts.attempt(checks.dense, model, given)
+        while isinstance(found, AttributeError) and tries < BORROWED and building.borrow(model.config, str(found)):
+            found, tries = verdicts.attempt(checks.dense, model, given), tries + 1
         if isinstance(found, Exception):
-            reason = verdicts.describe(found)
+            reason = reason or verdicts.describe(found)
         elif not found or not all(bool(x.isfinite().any()) for x in found.values()):
-            reason = "eager's results are not finite"
+            reason = reason or "eager's results are not finite"
         else:
             return given, ""
-    return None, reason
+    return None, reason or "its forward function is not understood"
 
 
 def sensitivity(judge: Judge) -> float | None:

@@ -18,6 +18,7 @@ from model_sweep.inputs import Inputs
 
 RIGHT, WRONG, CRASH, REFUSED = "right", "wrong", "crash", "refused"
 UPSTREAM, NONE = "upstream", "not applicable"
+SMALL = 1e-3  # tensors whose numbers are all smaller than this part of the largest are noise, as gradients of key biases are
 FLOAT32, FLOAT64 = 2e-4, 1e-7  # largest error, of the largest number of the same tensor
 
 
@@ -41,10 +42,13 @@ def distance(got: Tensors, want: Tensors) -> float:
     """Return the largest error, relative to the largest number of each tensor; infinite where shapes differ."""
     if got.keys() != want.keys():
         return math.inf
-    return max((difference(got[name], want[name]) for name in want), default=math.inf)
+    numbers = [x for x in want.values() if x.is_floating_point() and x.numel()]
+    largest = max((float(x.nan_to_num(0, 0, 0).abs().max()) for x in numbers), default=0.0)
+    return max((difference(got[name], want[name], SMALL * largest) for name in want), default=math.inf)
 
 
-def difference(one: Tensor, other: Tensor) -> float:
+def difference(one: Tensor, other: Tensor, floor: float) -> float:
+    """Return the largest error of one tensor, relative to its largest number but at least to `floor`."""
     if one.shape != other.shape:
         return math.inf
     if not one.numel():
@@ -60,7 +64,7 @@ def difference(one: Tensor, other: Tensor) -> float:
     one, other = one[finite], other[finite]
     if not one.numel():
         return 0.0
-    return float((one - other).abs().max() / (other.abs().max() + 1e-5))
+    return float((one - other).abs().max() / (max(float(other.abs().max()), floor, 1e-30)))
 
 
 def refusal(error: BaseException) -> bool:
@@ -98,6 +102,8 @@ class Judge:
         if isinstance(want, Exception):
             return Verdict(NONE, text=f"eager raises {describe(want)}")
         got = attempt(checks.CHECKS[name], model, self.inputs)
+        if isinstance(got, NotApplicable):
+            return Verdict(WRONG, text=str(got))
         if isinstance(got, Exception):
             return Verdict(REFUSED if refusal(got) else CRASH, text=describe(got))
         error = distance(got, want)

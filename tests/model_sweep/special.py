@@ -1,0 +1,76 @@
+"""Inputs of single models that no general guess finds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from model_sweep.inputs import DECODER_SEQLEN, SEQLEN, normal, tokens
+
+Values = dict[str, Any]
+
+
+def decision_transformer(c: Any) -> Values:
+    given = {"states": normal(2, SEQLEN, c.state_dim), "actions": normal(2, SEQLEN, c.act_dim)}
+    given |= {"rewards": normal(2, SEQLEN, 1), "returns_to_go": normal(2, SEQLEN, 1)}
+    return given | {"timesteps": torch.arange(SEQLEN).expand(2, -1), "attention_mask": torch.ones(2, SEQLEN)}
+
+
+def dia(c: Any) -> Values:
+    channels = c.decoder_config.num_channels
+    return {"input_ids": tokens(), "decoder_input_ids": channel_tokens(DECODER_SEQLEN, channels)}
+
+
+def dia_decoder(c: Any) -> Values:
+    return {"input_ids": channel_tokens(DECODER_SEQLEN, c.num_channels), "encoder_hidden_states": normal(2, 9, 64)}
+
+
+def channel_tokens(seqlen: int, channels: int) -> torch.Tensor:
+    return torch.stack([tokens(2, seqlen, seed) for seed in range(channels)], -1)
+
+
+def musicgen(c: Any) -> Values:
+    return {"input_ids": tokens(), "decoder_input_ids": tokens(2 * c.decoder.num_codebooks, DECODER_SEQLEN) % 30}
+
+
+def musicgen_decoder(c: Any) -> Values:
+    return {"input_ids": tokens(2 * c.num_codebooks) % 30}
+
+
+def lxmert(c: Any) -> Values:
+    boxes = torch.rand(2, 5, c.visual_pos_dim, generator=torch.Generator().manual_seed(7))
+    return {"input_ids": tokens(), "visual_feats": normal(2, 5, c.visual_feat_dim), "visual_pos": boxes}
+
+
+def audio_encoder(c: Any) -> Values:
+    """Sounds without a batch, one after another."""
+    lengths = torch.tensor([40, 24])
+    return {"input_features": normal(c.num_mel_bins, 64), "feature_lens": lengths, "aftercnn_lens": (lengths + 1) // 2}
+
+
+def mllama_vision(c: Any) -> Values:
+    images = normal(2, 1, c.max_num_tiles, c.num_channels, c.image_size, c.image_size)
+    ids = torch.ones(2, 1, dtype=torch.long)
+    return {"pixel_values": images, "aspect_ratio_ids": ids, "aspect_ratio_mask": torch.ones(2, 1, c.max_num_tiles)}
+
+
+def florence_vision(c: Any) -> Values:
+    return {"hidden_states": normal(2, 3, 64, 64)}
+
+
+MADE: dict[str, Callable[[Any], Values]] = {
+    "decision_transformer": decision_transformer,
+    "dia": dia,
+    "dia_decoder": dia_decoder,
+    "musicgen": musicgen,
+    "musicgen_melody": musicgen,
+    "musicgen_decoder": musicgen_decoder,
+    "musicgen_melody_decoder": musicgen_decoder,
+    "lxmert": lxmert,
+    "qwen2_5_omni_audio_encoder": audio_encoder,
+    "qwen3_omni_moe_audio_encoder": audio_encoder,
+    "mllama_vision_model": mllama_vision,
+    "florence_vision": florence_vision,
+}
