@@ -15,7 +15,7 @@ from pathlib import Path
 from covertable import make
 from covertable.shortcuts import Constraint
 
-SEED = 9  # of the first 16 the one whose rows hold most triples of values
+SEED = 11  # of the first 16, one of those whose rows hold most triples of values
 TABLE = Path(__file__).parent.parent / "tests" / "harness" / "pairwise.txt"
 FACTORS: dict[str, tuple[str, ...]] = {
     "seqlen_q": ("0", "1", "63", "111", "129", "517"),
@@ -26,7 +26,7 @@ FACTORS: dict[str, tuple[str, ...]] = {
     "batch": ("0", "1", "3"),
     "mask": (
         *("none", "causal", "causal_topleft", "offset", "window", "window_causal", "chunk", "leftpad", "seqused"),
-        *("bool", "varlen", "varlen_causal", "paged"),
+        *("bool", "indices", "indices_heads", "varlen", "varlen_causal", "paged"),
     ),
     "softcap": ("0", "2.5"),
     "bias": ("no", "full", "b1", "h1", "row"),

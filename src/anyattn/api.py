@@ -45,6 +45,7 @@ def attention(
     seqused_q: Table | None = None,
     seqused_k: Table | None = None,
     leftpad_k: Table | None = None,
+    kv_indices: Array | None = None,
     dropout_p: float = 0.0,
     seed: int | None = None,
     rng_state: Array | None = None,
@@ -89,6 +90,9 @@ def attention(
         seqused_q: (batch,), rows in use; the others give 0.
         seqused_k: (batch,), keys in use.
         leftpad_k: (batch,), first key slot in use.
+        kv_indices: integers (batch, seqlen_q, n), or (batch, nheads_kv, seqlen_q, n): each query attends only to the
+            key slots in its list that the other masks leave visible. -1 is no key; a slot that is listed twice counts
+            once. On the CPU backend work grows with n, not with seqlen_k.
         dropout_p: probability in [0, 1), in steps of 2^-16. The same entries are dropped on every backend.
         seed: int; or rng_state, an int64 array (seed, offset). Default: drawn from the framework's random generator.
         deterministic: run-to-run identity or an error (the CPU engines always are).
@@ -115,12 +119,14 @@ def attention(
         bounds(causal, window), scale=scale, softcap=softcap, chunk=chunk, alignment=alignment, dropout_p=dropout_p,
         deterministic=deterministic, batch_invariant=batch_invariant,
     )  # fmt: skip
-    if bias is mask is alibi_slopes is sink is seqused_q is seqused_k is leftpad_k is offset is rng_state is None:
-        extras = NO_EXTRAS
-    else:
+    extras = NO_EXTRAS
+    if not (
+        bias is mask is alibi_slopes is sink is seqused_q is seqused_k is leftpad_k is offset is None
+        and kv_indices is rng_state is None
+    ):
         extras = Extras(
             bias=bias, mask=mask, alibi_slopes=alibi_slopes, sink=sink, seqused_q=seqused_q, seqused_k=seqused_k,
-            leftpad_k=leftpad_k, offset=offset, rng_state=rng_state,
+            leftpad_k=leftpad_k, offset=offset, kv_indices=kv_indices, rng_state=rng_state,
         )  # fmt: skip
     out, lse = framework_of(q).attention(Inputs(q, k, v, extras), options, seed, return_lse, backend)
     return (out, lse) if return_lse else out
@@ -187,6 +193,7 @@ def attention_varlen(
     seqused_q: Table | None = None,
     seqused_k: Table | None = None,
     leftpad_k: Table | None = None,
+    kv_indices: Array | None = None,
     dropout_p: float = 0.0,
     seed: int | None = None,
     rng_state: Array | None = None,
@@ -204,6 +211,7 @@ def attention_varlen(
         cu_seqlens_k: the same for k and v; with block_table it only gives the lengths (or None, with seqused_k).
         max_seqlen_q: an upper bound of the lengths, if known (it spares GPUs a synchronisation); a smaller one raises.
         block_table: (batch, max_pages): key j of sequence b is row j % page_size of block_table[b, j // page_size].
+        kv_indices: (total_q, n), or (nheads_kv, total_q, n): key slots of each query's own sequence.
 
     The other arguments are those of `attention`.
 
@@ -226,7 +234,7 @@ def attention_varlen(
     extras = Extras(
         alibi_slopes=alibi_slopes, sink=sink, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
         seqused_q=seqused_q, seqused_k=seqused_k, leftpad_k=leftpad_k, offset=offset, block_table=block_table,
-        rng_state=rng_state,
+        kv_indices=kv_indices, rng_state=rng_state,
     )  # fmt: skip
     out, lse = framework_of(q).attention(Inputs(q, k, v, extras), options, seed, return_lse, backend)
     return (out, lse) if return_lse else out
@@ -271,6 +279,7 @@ def attention_with_kvcache(
     sink: Array | None = None,
     seqused_q: Table | None = None,
     leftpad_k: Table | None = None,
+    kv_indices: Array | None = None,
     batch_invariant: bool = False,
     return_lse: bool = False,
     backend: str | None = None,
@@ -312,7 +321,7 @@ def attention_with_kvcache(
     )
     extras = Extras(
         bias=bias, mask=mask, alibi_slopes=alibi_slopes, sink=sink, seqused_q=seqused_q, leftpad_k=leftpad_k,
-        offset=offset, block_table=block_table, cache_batch_idx=cache_batch_idx,
+        offset=offset, block_table=block_table, cache_batch_idx=cache_batch_idx, kv_indices=kv_indices,
     )  # fmt: skip
     framework = framework_of(q)
 

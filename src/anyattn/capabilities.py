@@ -51,6 +51,7 @@ FEATURES: dict[str, Description] = {
     "pages": SMALL._replace(page_size=4),
     "packed sequences, pages": SMALL._replace(packed=True, page_size=4),
     "cache_batch_idx": _small("cache_batch_idx"),
+    "kv_indices": _small("kv_indices"),
     "gradient of lse": SMALL._replace(dlse=True),
     "deterministic": _small(deterministic=True),
     "batch_invariant": _small(batch_invariant=True),
@@ -111,5 +112,5 @@ def _refusals(description: Description) -> dict[str, dict[str, list[str]]]:
 
 def _reasons(backend: Backend, description: Description) -> list[str]:
     """Return the fewest reasons that the backend has on any of DEVICES."""
-    answers: list[list[str]] = [backend.supports(describe(description._replace(device=device))) for device in DEVICES]
+    answers = [dispatch.unsupported(backend, describe(description._replace(device=device))) for device in DEVICES]
     return min(answers, key=len)

@@ -25,6 +25,7 @@ class SharedArguments(TypedDict, total=False):
     sink: Array | None
     seqused_q: Table | None
     leftpad_k: Table | None
+    kv_indices: Array | None
     batch_invariant: bool
     backend: str | None
 

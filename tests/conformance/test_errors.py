@@ -137,6 +137,17 @@ DENSE = {
     "leftpad_k beyond the keys": ({"leftpad_k": [0, 8]}, ValueError, "leftpad_k[1]"),
     "leftpad_k beyond seqused_k": ({"leftpad_k": [4, 0], "seqused_k": [3, 3]}, ValueError, "leftpad_k[0]", "0 to 3"),
     "leftpad_k negative": ({"leftpad_k": [0, -1]}, ValueError, "leftpad_k[1]"),
+    "kv_indices beyond the keys": ({"kv_indices": [[[7]] * 5] * 2}, ValueError, "kv_indices", "query 0", "7", "to 6"),
+    "kv_indices below -1": ({"kv_indices": [[[-2]] * 5] * 2}, ValueError, "kv_indices", "-2", "-1 (no key)"),
+    "kv_indices of other queries": ({"kv_indices": [[[0]] * 4] * 2}, ValueError, "kv_indices", "seqlen_q = 5"),
+    "kv_indices of query heads": (
+        {"kv_indices": np.zeros((2, 4, 5, 1), np.int64)},
+        ValueError,
+        "kv_indices",
+        "nheads_kv = 2",
+        "(2, 4, 5, 1)",
+    ),
+    "kv_indices of floats": ({"kv_indices": np.zeros((2, 5, 1))}, TypeError, "kv_indices"),
     "table beyond int32": ({"seqused_k": [2**32, 1]}, ValueError, "seqused_k"),
     "backend is a list": ({"backend": ["cpu"]}, TypeError, "backend", "commas", "['cpu']"),
     "unknown backend": ({"backend": "cuda"}, ValueError, "backend", "cuda"),
@@ -160,6 +171,8 @@ PACKED = {
     "max_seqlen_q negative": ({"max_seqlen_q": -1}, ValueError, "max_seqlen_q"),
     "seqused_k beyond its sequence": ({"seqused_k": [6, 6]}, ValueError, "seqused_k[1]", "0 to 5"),
     "seqused_q beyond its sequence": ({"seqused_q": [5, 5]}, ValueError, "seqused_q[0]", "0 to 4"),
+    "kv_indices beyond a sequence": ({"kv_indices": [[5]] * 9}, ValueError, "kv_indices of sequence 1", "to 4"),
+    "kv_indices of a batch": ({"kv_indices": np.zeros((2, 5, 1), np.int32)}, ValueError, "kv_indices", "total_q = 9"),
     "slopes of another batch": ({"alibi_slopes": zeros(3, 4)}, ValueError, "alibi_slopes"),
 }
 PAGED = {

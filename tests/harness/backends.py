@@ -25,10 +25,15 @@ class MayRefuse:
 
     head_dim: int  # and head_dim_v: larger ones
     dtypes: tuple[str, ...]
+    extras: tuple[str, ...] = ()
 
 
 # Written here, and not read from `supports`: a refusal that nobody has decided on must fail a test.
-MAY_REFUSE = {"triton": MayRefuse(512, ("float64",)), "vulkan": MayRefuse(256, ("float64",))}
+MAY_REFUSE = {
+    "cpu": MayRefuse(2**20, (), ("kv_indices",)),
+    "triton": MayRefuse(512, ("float64",), ("kv_indices",)),
+    "vulkan": MayRefuse(256, ("float64",), ("kv_indices",)),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +53,10 @@ class Engine:
         if problem.pass_ is BACKWARD and (problem.paged or problem.cache_batch_idx is not None):
             return self.backend != "numpy"
         limits = MAY_REFUSE.get(self.backend)
-        too_wide = limits is not None and max(problem.head_dim, problem.head_dim_v) > limits.head_dim
-        return too_wide or not self.computes(problem.dtype)
+        if limits is None:
+            return False
+        too_wide = max(problem.head_dim, problem.head_dim_v) > limits.head_dim
+        return too_wide or problem.dtype in limits.dtypes or any(name in problem.arrays for name in limits.extras)
 
     def computes(self, dtype: Any) -> bool:
         """Return whether the backend must compute this dtype."""

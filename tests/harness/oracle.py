@@ -32,6 +32,16 @@ def visible(case: Case, span: Span) -> np.ndarray:
     return seen
 
 
+def listed(inputs: CaseInputs, span: Span, h_kv: int) -> np.ndarray:
+    """(n_q, n_k): which keys are in each row's list, key by key."""
+    lists = np.asarray(inputs.arguments["kv_indices"])
+    if inputs.case.kv_indices == "heads":
+        lists = lists[h_kv] if inputs.packed else lists[:, h_kv]
+    of_rows = [set(row.tolist()) for row in lists[span.rows]]
+    found = [[j in row for j in range(span.n_k)] for row in of_rows]
+    return np.array(found, bool).reshape(span.n_q, span.n_k)
+
+
 def attention(inputs: CaseInputs) -> dict[str, np.ndarray | None]:
     """out, lse and, for the case's dout and dlse, every gradient; float64."""
     import torch
@@ -64,6 +74,8 @@ def _head(inputs: CaseInputs, leaves: dict[str, Any], span: Span, h: int) -> tup
 
     case, given = inputs.case, inputs.arguments
     seen = visible(case, span)
+    if case.kv_indices:
+        seen &= listed(inputs, span, h // case.group)
     used = np.flatnonzero(seen.any(axis=0))
     seen = seen[:, used]
     q = leaves["q"][(*_pair(span.rows), h)]

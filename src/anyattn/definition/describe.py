@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from .dtypes import DTYPES
-from .inputs import FIELDS
+from .inputs import FIELDS, accepted_shapes
 from .options import Options
 from .passes import BACKWARD, FORWARD, Pass
 from .problem import Array, Problem, contiguous
@@ -69,7 +69,8 @@ def _arrays(d: Description) -> dict[str, Array]:
     compute = DTYPES[d.dtype].compute if d.dtype in DTYPES else ""
     dtypes = {"q": d.dtype, "compute": compute or "float32"}
     sizes = {"batch": d.batch, "batch + 1": d.batch + 1, "nheads": d.nheads, "max_pages": pages, "2": 2}
-    sizes |= {"seqlen_q": d.seqlen_q, "seqlen_k": pages * d.page_size or d.seqlen_k}
+    seqlen_k = pages * d.page_size or d.seqlen_k
+    sizes |= {"seqlen_q": d.seqlen_q, "seqlen_k": seqlen_k, "total_q": rows_q[0], "n": seqlen_k}
     found = {
         "q": ((*rows_q, d.nheads, d.head_dim), "q"),
         "k": ((*rows_k, d.nheads_kv, d.head_dim), "q"),
@@ -78,7 +79,8 @@ def _arrays(d: Description) -> dict[str, Array]:
     names = {*d.extras, *_implied(d)}
     for name, field in FIELDS.items():
         if name in names:
-            found[name] = (tuple(sizes[size] for size in field.shapes[0]), field.dtypes[0])
+            shape, *_ = accepted_shapes(field, packed_q=d.packed)
+            found[name] = (tuple(sizes[size] for size in shape), field.dtypes[0])
     if d.pass_ is BACKWARD:
         out = ((*rows_q, d.nheads, d.head_dim_v), "q")
         lse = ((d.nheads, *rows_q) if d.packed else (d.batch, d.nheads, d.seqlen_q), "compute")

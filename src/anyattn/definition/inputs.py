@@ -25,6 +25,7 @@ class Extras(NamedTuple):
     offset: Any = None
     block_table: Any = None
     cache_batch_idx: Any = None
+    kv_indices: Any = None
     rng_state: Any = None
 
 
@@ -98,6 +99,10 @@ class Field(NamedTuple):
 _SCORES = (("batch", "nheads", "seqlen_q", "seqlen_k"),)
 _SEQUENCES = (("batch",),)
 _BOUNDARIES = (("batch + 1",),)
+_SELECTIONS = (
+    *(("batch", "seqlen_q", "n"), ("batch", "nheads_kv", "seqlen_q", "n")),
+    *(("total_q", "n"), ("nheads_kv", "total_q", "n")),
+)
 FIELDS: dict[str, Field] = {
     "bias": Field(SCORES, _SCORES, ("q", "compute"), gradient=True),
     "mask": Field(SCORES, _SCORES, ("bool",)),
@@ -111,10 +116,17 @@ FIELDS: dict[str, Field] = {
     "offset": Field(TABLE, _SEQUENCES, ("int32",), scalar=True),
     "block_table": Field(TABLE, (("batch", "max_pages"),), ("int32",)),
     "cache_batch_idx": Field(TABLE, _SEQUENCES, ("int32",)),
+    "kv_indices": Field(TABLE, _SELECTIONS, ("int32",)),
     "rng_state": Field(STATE, (("2",),), ("int64",), note="seed and offset"),
 }
 TABLES = tuple(name for name, field in FIELDS.items() if field.kind == TABLE)
 GRADIENTS = tuple(name for name, field in FIELDS.items() if field.gradient)  # in addition to q, k and v
+
+
+def accepted_shapes(field: Field, *, packed_q: bool) -> tuple[tuple[str, ...], ...]:
+    """Return the shapes of an optional array in a call whose queries are packed (total_q) or not (seqlen_q)."""
+    other = "seqlen_q" if packed_q else "total_q"
+    return tuple(shape for shape in field.shapes if other not in shape)
 
 
 def make_inputs(q: Any, k: Any, v: Any, *extras: Any) -> Inputs:

@@ -196,6 +196,7 @@ class Problem(NamedTuple):
             "packed": self.packed_q or self.packed_k,
             "paged": self.paged,
             "cache_batch_idx": self._has("cache_batch_idx"),
+            "kv_indices": self._has("kv_indices"),
             "mask": self._has("mask"),
             "bias": self._has("bias"),
             "softcap": self.softcap > 0,

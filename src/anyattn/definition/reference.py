@@ -20,7 +20,7 @@ from . import philox
 from .dtypes import LOWEST_SCORE, narrow, raw, widen
 from .inputs import GRADIENTS, TABLES
 from .problem import Problem
-from .sequences import Sequence, sequences
+from .sequences import Sequence, is_listed, selected_keys, sequences
 
 Float = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -146,6 +146,9 @@ def _head(problem: Problem, arrays: Arrays, sequence: Sequence, h: int, rows: In
     keys = np.arange(sequence.n_k)
     lo, hi = problem.interval.bounds(sequence.positions()[rows], sequence.n_k, sequence.leftpad)
     seen = np.asarray((lo[:, None] <= keys) & (keys < hi[:, None]))
+    if problem.kv_indices is not None:
+        lists = selected_keys(problem, sequence, np.asarray(arrays["kv_indices"]))
+        seen &= is_listed(lists[h // problem.group if len(lists) > 1 else 0, rows], sequence.n_k)
     used = np.asarray(seen.any(axis=0))  # memory that no row may see is never read into a result
     k, v = np.where(used[:, None], k, 0.0), np.where(used[:, None], v, 0.0)
     t = problem.scale * (q @ k.T)

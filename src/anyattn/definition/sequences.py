@@ -61,7 +61,7 @@ def sequences(problem: Problem, tables: Tables) -> Iterator[Sequence]:
 
 
 def check_tables(problem: Problem, tables: Tables) -> None:
-    """Checks the values of every table (host memory) before any work.
+    """Check the values of every table (host memory) before any work.
 
     Raises:
         ValueError: names the table, the entry and what is accepted.
@@ -76,6 +76,8 @@ def check_tables(problem: Problem, tables: Tables) -> None:
     pages = tables.get("block_table")
     if pages is not None:
         check_pages(pages, used, problem.page_size, problem.k.shape[0])
+    if tables.get("kv_indices") is not None:
+        _check_kv_indices(problem, tables, rows_k)
 
 
 def _used(tables: Tables, problem: Problem, rows_k: Lengths | None) -> Lengths:
@@ -84,6 +86,41 @@ def _used(tables: Tables, problem: Problem, rows_k: Lengths | None) -> Lengths:
     if table is not None:
         return table.astype(np.int64)
     return np.full(problem.batch, problem.seqlen_k, np.int64) if rows_k is None else rows_k
+
+
+def _check_kv_indices(problem: Problem, tables: Tables, rows_k: Lengths | None) -> None:
+    """Check the lists of queries in use; those of other rows may hold anything."""
+    indices = tables["kv_indices"]
+    assert indices is not None
+    least = problem.seqlen_k if rows_k is None else int(rows_k.min(initial=problem.seqlen_k))
+    if indices.min(initial=-1) >= -1 and indices.max(initial=-1) < max(least, 0):
+        return
+    for sequence in sequences(problem, tables):
+        slots = problem.seqlen_k if rows_k is None else int(rows_k[sequence.number])
+        lists = selected_keys(problem, sequence, indices)
+        bad = (lists < -1) | (lists >= slots)
+        if bad.any():
+            _, row, entry = (int(x) for x in np.argwhere(bad)[0])
+            raise ValueError(
+                f"kv_indices of sequence {sequence.number}, query {row}, entry {entry} is {lists[bad][0]}; "
+                f"accepted are -1 (no key) to {slots - 1}"
+            )
+
+
+def selected_keys(problem: Problem, sequence: Sequence, kv_indices: Table) -> Table:
+    """Return the lists of a sequence's queries in use, a view (nheads_kv, n_q, n), or (1, n_q, n) for all heads."""
+    if problem.packed_q:
+        lists = kv_indices[..., sequence.row_q : sequence.row_q + sequence.n_q, :]
+    else:
+        lists = kv_indices[sequence.number][..., : sequence.n_q, :]
+    return lists if lists.ndim == 3 else lists[None]
+
+
+def is_listed(lists: Table, n_k: int) -> npt.NDArray[np.bool_]:
+    """Return which of n_k keys each list (..., n) names: (..., n_k). Entries outside [0, n_k) name no key."""
+    found = np.zeros((*lists.shape[:-1], n_k + 1), np.bool_)
+    np.put_along_axis(found, np.where((lists >= 0) & (lists < n_k), lists, n_k), True, axis=-1)
+    return found[..., :n_k]
 
 
 def _check_cumulative(name: str, tables: Tables, total: int, longest: int) -> Lengths | None:

@@ -7,11 +7,12 @@ of an optional array is checked from there. Values in tables: `sequences.py`, `k
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import numbers
+from collections.abc import Mapping, Sequence
 
 from . import kvcache, philox
 from .dtypes import ATTENTION_DTYPES, DTYPES, key_dtypes
-from .inputs import FIELDS, SCORES, Field, Saved
+from .inputs import FIELDS, SCORES, Field, Saved, accepted_shapes
 from .mask import Mask
 from .options import ALIGNMENTS, Options, Rotation
 from .passes import APPEND, BACKWARD, FORWARD, Pass
@@ -191,17 +192,17 @@ def _check_combinations(given: Given) -> None:
 def _check_shapes(given: Given, sizes: Sizes) -> None:
     """Check the shape of every optional array against FIELDS."""
     batch, seqlen_q, seqlen_k = sizes
-    named = {
-        **{"batch": batch, "batch + 1": batch + 1, "nheads": given["q"].shape[-2], "2": 2},
-        **{"seqlen_q": seqlen_q, "seqlen_k": seqlen_k},
-    }
+    q, packed_q = given["q"], "cu_seqlens_q" in given
+    named = {"batch": batch, "batch + 1": batch + 1, "nheads": q.shape[-2], "nheads_kv": given["k"].shape[-2], "2": 2}
+    named |= {"seqlen_q": seqlen_q, "seqlen_k": seqlen_k, "total_q": q.shape[0]}
     for name, field in FIELDS.items():
         array = given.get(name)
         if array is None:
             continue
-        accepted = [tuple(named.get(size) for size in shape) for shape in field.shapes]
+        shapes = accepted_shapes(field, packed_q=packed_q)
+        accepted = [tuple(named.get(size) for size in shape) for shape in shapes]
         if not any(_fits(array.shape, shape, broadcast=field.kind == SCORES) for shape in accepted):
-            raise ValueError(f"{name} must {_expected(field, accepted)}; got {array.shape}")
+            raise ValueError(f"{name} must {_expected(field, shapes, named)}; got {array.shape}")
 
 
 def _fits(shape: tuple[int, ...], want: tuple[int | None, ...], *, broadcast: bool) -> bool:
@@ -211,11 +212,12 @@ def _fits(shape: tuple[int, ...], want: tuple[int | None, ...], *, broadcast: bo
     return all(b is None or a == b or (broadcast and a == 1) for a, b in zip(shape, want, strict=True))
 
 
-def _expected(field: Field, accepted: list[tuple[int | None, ...]]) -> str:
-    names = " or ".join(f"({', '.join(shape)}{',' * (len(shape) == 1)})" for shape in field.shapes)
+def _expected(field: Field, shapes: Sequence[tuple[str, ...]], named: Mapping[str, int]) -> str:
+    names = " or ".join(f"({', '.join(shape)}{',' * (len(shape) == 1)})" for shape in shapes)
+    accepted = [tuple(named.get(size) for size in shape) for shape in shapes]
     if any(None in shape for shape in accepted):  # (batch, max_pages)
-        first = accepted[0][0]
-        return f"have shape {names} with {field.shapes[0][0]} = {first}"
+        known = dict.fromkeys(size for shape in shapes for size in shape if size in named)
+        return f"have shape {names} with {', '.join(f'{size} = {named[size]}' for size in known)}"
     values = " or ".join(str(shape) for shape in accepted)
     verb = "broadcast to" if field.kind == SCORES else "have shape"
     text = f"{verb} {names}" + ("" if names == values else f" = {values}")

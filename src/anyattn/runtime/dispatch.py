@@ -216,12 +216,21 @@ def refuse(candidate: Backend, problem: Problem, *, named: bool = True) -> list[
     missing = candidate.available(named=named)
     if missing:
         return [missing]
+    unsupported_inputs = _unsupported_inputs(candidate, problem)
+    return unsupported_inputs or ([] if named else candidate.avoids(problem)) or candidate.supports(problem)
+
+
+def unsupported(candidate: Backend, problem: Problem) -> list[str]:
+    """Return [] or why this backend, where it is available, does not compute the problem."""
+    return _unsupported_inputs(candidate, problem) or candidate.supports(problem)
+
+
+def _unsupported_inputs(candidate: Backend, problem: Problem) -> list[str]:
+    """Return [] or the pass, or the optional arrays, that the backend does not take."""
     if problem.pass_ not in candidate.passes:
         return [f"has no {problem.pass_} pass"]
     unknown = [name for name in problem.arrays if name in FIELDS and name not in candidate.extras]
-    if unknown:
-        return [f"does not take {', '.join(unknown)}"]
-    return ([] if named else candidate.avoids(problem)) or candidate.supports(problem)
+    return [f"does not take {', '.join(unknown)}"] if unknown else []
 
 
 def explain(problem: Problem, asked: tuple[str, ...]) -> Explanation:

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from ..arguments import bounds
 from ..definition.mask import Mask
+from ..definition.sequences import is_listed
 from .cases import BROADCASTS, Case
 from .inputs import Array, CaseInputs, Span, numpy_dtype
 from .layouts import embedded, scattered
@@ -19,12 +20,22 @@ def make_inputs(case: Case) -> CaseInputs:
     return _Builder(case).build()
 
 
-def visible(case: Case, span: Span) -> npt.NDArray[np.bool_]:
-    """Return which keys the interval lets each query attend to: (n_q, n_k)."""
+def visible(case: Case, span: Span, kv_indices: Array | None = None) -> npt.NDArray[np.bool_]:
+    """Return which keys the interval, and the lists, let each query attend to: (nheads_kv or 1, n_q, n_k)."""
     left, right = bounds(case.causal, case.window)
     positions, keys = np.arange(span.n_q) + span.offset, np.arange(span.n_k)
     first, end = Mask(left, right, case.chunk).bounds(positions, span.n_k, span.leftpad)
-    return np.asarray((first[:, None] <= keys) & (keys < end[:, None]))
+    seen = np.asarray((first[:, None] <= keys) & (keys < end[:, None]))[None]
+    if kv_indices is None:
+        return seen
+    lists = kv_indices[_rows_of_lists(span)]
+    return seen & is_listed(lists if lists.ndim == 3 else lists[None], span.n_k)
+
+
+def _rows_of_lists(span: Span) -> tuple[Any, ...]:
+    """Return the index of a sequence's rows in kv_indices, with or without an axis of KV heads."""
+    *entry, rows = span.rows if isinstance(span.rows, tuple) else (span.rows,)
+    return (*entry, ..., rows, slice(None))
 
 
 class _Builder:
@@ -44,6 +55,7 @@ class _Builder:
     def build(self) -> CaseInputs:
         case = self.case
         self._draw_lengths()
+        self.kv_indices = self._draw_kv_indices() if case.kv_indices else None
         stale = (np.nan, 1e3, np.inf)[case.seed % 3]
         q, k, v = self._draw_qkv(stale)
         given: dict[str, Any] = dict(zip(("q", "k", "v"), self._place(q, k, v), strict=True))
@@ -143,6 +155,22 @@ class _Builder:
         self.tables["offset"] = each
         return each
 
+    def _draw_kv_indices(self) -> Array:
+        """Draw lists with keys that are listed twice, keys that are masked and no keys; other queries' are garbage."""
+        case, rng = self.case, self.rng
+        n = int(rng.choice((1, 7, 40, 130)))
+        rows = (self.total_q,) if case.packed else (case.batch, case.seqlen_q)
+        heads = (case.nheads_kv,) if case.kv_indices == "heads" else ()
+        shape = (*heads, *rows, n) if case.packed else (*rows[:1], *heads, *rows[1:], n)
+        indices = np.full(shape, 2**31 - 1 if case.seed % 2 else -5)
+        for span in self.spans:
+            where = _rows_of_lists(span)
+            slots = span.n_k if case.packed and not case.paged else self.slots
+            drawn = rng.integers(-1, slots, indices[where].shape) if slots else np.full(indices[where].shape, -1)
+            indices[where] = np.where(rng.random(drawn.shape) < 0.1, -1, drawn)
+        self.tables["kv_indices"] = self._table(indices)
+        return indices
+
     def _draw_pages(self, n_k: Array, starts_k: Array) -> None:
         """Draw more pages than needed, in random order; entries past a sequence's pages are garbage."""
         size, batch = self.page_size, self.case.batch
@@ -188,7 +216,9 @@ class _Builder:
         v = np.full((*lead_k, case.nheads_kv, case.head_dim_v), stale)
         for span in self.spans:
             q[span.rows] = self._queries((span.n_q, case.nheads, case.head_dim))
-            seen = np.any(visible(case, span), axis=0)[:, None, None]
+            seen = np.any(visible(case, span, self.kv_indices), axis=1).T[..., None]
+            if case.layout in ("expanded", "any"):  # heads may share memory
+                seen = seen.any(axis=1, keepdims=True)
             k[span.slots] = np.where(seen, self._keys((span.n_k, case.nheads_kv, case.head_dim)), stale)
             v[span.slots] = np.where(seen, self.rng.standard_normal((span.n_k, case.nheads_kv, case.head_dim_v)), stale)
         return q, k, v
@@ -244,10 +274,12 @@ class _Builder:
         return view
 
     def _seen(self) -> Array:
-        """Return which scores exist: (batch, 1, rows, slots)."""
-        seen = np.zeros((self.case.batch, 1, self.case.seqlen_q, self.slots), bool)
+        """Return which scores exist: (batch, nheads, rows, slots)."""
+        seen = np.zeros((self.case.batch, self.case.nheads, self.case.seqlen_q, self.slots), bool)
         for span in self.spans:
-            seen[span.index, 0, : span.n_q, : span.n_k] = visible(self.case, span)
+            of_heads = visible(self.case, span, self.kv_indices)
+            of_heads = np.broadcast_to(of_heads, (self.case.nheads_kv, span.n_q, span.n_k))
+            seen[span.index, :, : span.n_q, : span.n_k] = np.repeat(of_heads, self.case.group, axis=0)
         return seen
 
     def _bias(self, stale: float) -> Array:

@@ -53,6 +53,7 @@ class Case:
     alignment: str = "bottom-right"
     offset: str = ""  # "int": one for all sequences; "each": one per sequence
     lengths: str = "full"  # one of LENGTHS: which tables the call has
+    kv_indices: str = ""  # "shared": one list per query; "heads": one per query and KV head
     mask: str = ""  # one of BROADCASTS: the shape of the dense mask, and of the bias
     bias: str = ""
     bias_dtype: str = ""  # of q, unless given
@@ -101,6 +102,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "lengths": {"lengths": "both", "causal": True},
     "varlen": {"lengths": "varlen", "causal": True},
     "paged": {"lengths": "paged", "causal": True},
+    "kv_indices": {"kv_indices": "shared", "causal": True},
     "decode": {"seqlen_q": 1, "seqlen_k": 300, "group": 4, "causal": True},
     "everything": {
         "causal": True, "window": (50, None), "chunk": 80, "softcap": 4.0, "bias": "b1", "mask": "h1",
@@ -166,6 +168,7 @@ def random_case(rng: random.Random, limits: Limits = Limits(), name: str = "rand
         content=rng.choice(CONTENTS),
         page_size=rng.choice((0, 1, 16, rng.randint(1, 300))),
         seed=rng.getrandbits(32),
+        kv_indices=rng.choice(("", "", "", "", "shared", "heads")),
     )
 
 

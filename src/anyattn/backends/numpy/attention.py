@@ -53,7 +53,7 @@ def _forward_rows(arrays: Arrays, rows: Rows) -> None:
     q = arrays.read_rows("q", rows)
     m, l = _begin(arrays, rows)
     acc = np.zeros((*rows.shape, arrays.problem.head_dim_v), arrays.kind)
-    for keys in key_tiles(arrays.problem, rows):
+    for keys in key_tiles(arrays, rows):
         p, m, l, rescale = _visit(arrays, rows, keys, q, m, l)
         if arrays.problem.dropout_threshold:
             p *= dropout(arrays, rows, keys)
@@ -97,7 +97,7 @@ def _backward_rows(arrays: Arrays, rows: Rows, sums: dict[str, Sum]) -> None:
     q, do = arrays.read_rows("q", rows), arrays.read_rows("dout", rows)
     (base, rest), delta = _normalizers(arrays, rows, q), _delta(arrays, rows, do)
     dq = np.zeros_like(q)
-    for keys in key_tiles(problem, rows):
+    for keys in key_tiles(arrays, rows):
         k, v = arrays.read_keys("k", rows, keys), arrays.read_keys("v", rows, keys)
         s, tanh = scores(arrays, rows, keys, q, k)
         s -= base[..., None]
@@ -138,7 +138,7 @@ def _normalizers(arrays: Arrays, rows: Rows, q: Floats) -> tuple[Floats, Floats]
     if not large.any():
         return base, rest
     m, l = _begin(arrays, rows)
-    for keys in key_tiles(arrays.problem, rows):
+    for keys in key_tiles(arrays, rows):
         _, m, l, _ = _visit(arrays, rows, keys, q, m, l)
     log_l = np.log(np.where(l > 0, l, 1))
     rounding = 2 * np.finfo(arrays.kind).eps * size

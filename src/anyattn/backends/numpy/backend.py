@@ -15,7 +15,7 @@ EVIDENCE = {"tested": ("anything with NumPy",)}
 # Optional arrays that the kernels read.
 EXTRAS = (
     *("bias", "mask", "alibi_slopes", "sink", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"),
-    *("leftpad_k", "offset", "block_table", "cache_batch_idx", "rng_state"),
+    *("leftpad_k", "offset", "block_table", "cache_batch_idx", "kv_indices", "rng_state"),
 )
 COMPUTE = {FORWARD: forward, BACKWARD: backward}
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from ...definition.dtypes import narrow, raw, widen
 from ...definition.inputs import TABLES
 from ...definition.problem import Array, Problem
-from ...definition.sequences import Sequence, sequences
+from ...definition.sequences import Sequence, selected_keys, sequences
 from ..base import Call
 
 Floats = npt.NDArray[Any]
@@ -49,7 +49,10 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """Key slots [start, stop); `seen` (rows, keys) is None where every row sees every key: no mask is needed."""
+    """Key slots [start, stop); `seen` is None where every query attends to every key: no mask is needed.
+
+    Else it is (heads_kv, 1, rows, keys), or (1, 1, rows, keys) where the heads agree.
+    """
 
     start: int
     stop: int
@@ -68,20 +71,32 @@ def row_tiles(problem: Problem, sequence: Sequence) -> Iterator[Rows]:
             yield Rows(sequence, start, min(start + rows, sequence.n_q), first, last, problem.group)
 
 
-def key_tiles(problem: Problem, rows: Rows) -> Iterator[Keys]:
-    """The tiles in which some row sees some key."""
-    sequence = rows.sequence
+def key_tiles(arrays: Arrays, rows: Rows) -> Iterator[Keys]:
+    """Yield the tiles in which some query attends to some key."""
+    sequence, problem = rows.sequence, arrays.problem
     lo, hi = problem.interval.bounds(sequence.positions(rows.start, rows.stop), sequence.n_k, sequence.leftpad)
+    lists = arrays.selected_keys(rows)
     end = int(hi[-1])  # lo and hi never decrease
     for start in range(int(lo[0]), end, TILE_K):
         stop = min(start + TILE_K, end)
-        if lo[-1] <= start and stop <= hi[0]:
+        if lists is None and lo[-1] <= start and stop <= hi[0]:
             yield Keys(start, stop, None)
             continue
         slots = np.arange(start, stop)
-        seen = (lo[:, None] <= slots) & (slots < hi[:, None])
+        seen = ((lo[:, None] <= slots) & (slots < hi[:, None]))[None, None]
+        if lists is not None:
+            seen = seen & _listed(lists, start, stop)
         if seen.any():
             yield Keys(start, stop, seen)
+
+
+def _listed(lists: npt.NDArray[np.int32], start: int, stop: int) -> npt.NDArray[np.bool_]:
+    """Return which slots [start, stop) the lists (heads_kv, rows, n) name: (heads_kv, 1, rows, slots)."""
+    heads_kv, rows, _ = lists.shape
+    found = np.zeros((heads_kv, 1, rows, stop - start), np.bool_)
+    head, row, entry = np.nonzero((lists >= start) & (lists < stop))
+    found[head, 0, row, lists[head, row, entry] - start] = True
+    return found
 
 
 class Arrays:
@@ -97,6 +112,14 @@ class Arrays:
         """The named array, bfloat16 as uint16; None where absent."""
         array = getattr(self._call, name)
         return None if array is None else self._call.adapter.numpy(array)
+
+    def selected_keys(self, rows: Rows) -> npt.NDArray[np.int32] | None:
+        """Return the lists of key slots of the rows, (heads_kv or 1, rows, n); None where a call has no kv_indices."""
+        indices = self.view("kv_indices")
+        if indices is None:
+            return None
+        lists = selected_keys(self.problem, rows.sequence, indices)[:, rows.start : rows.stop]
+        return lists[rows.first : rows.last] if len(lists) > 1 else lists
 
     def sequences(self) -> Iterator[Sequence]:
         return sequences(self.problem, {name: self.view(name) for name in TABLES})
@@ -127,7 +150,8 @@ class Arrays:
         tile = widen(self.view(name)[self.key_index(rows, keys)], self.problem.dtype, self.kind)
         tile = np.array(tile.swapaxes(0, 1), order="C")
         if keys.seen is not None:
-            tile[:, ~keys.seen.any(axis=0)] = 0
+            used = np.asarray(keys.seen.any(axis=(1, 2)))
+            np.copyto(tile, 0, where=~used[..., None])
         return tile
 
     def key_index(self, rows: Rows, keys: Keys) -> tuple[Any, ...]:
