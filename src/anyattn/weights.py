@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .arguments import A, Array, Table, Window, bounds
+from .arguments import A, Array, Table, Window, bounds, make_options
 from .definition.inputs import Extras, Inputs
-from .definition.options import Options
 from .frameworks import framework_of
 
 if TYPE_CHECKING:
@@ -82,8 +81,7 @@ def attention_weights(
     >>> last.shape, bool(np.allclose(np.einsum("bhij,bjhd->bihd", last, v), out[:, -1:], atol=1e-6))
     ((1, 2, 1, 16), True)
     """
-    left, right = bounds(causal, window)
-    options = Options(scale=scale, softcap=softcap, left=left, right=right, chunk=chunk, alignment=alignment)
+    options = make_options(bounds(causal, window), scale=scale, softcap=softcap, chunk=chunk, alignment=alignment)
     extras = Extras(
         bias=bias, mask=mask, alibi_slopes=alibi_slopes, sink=sink, seqused_q=seqused_q, seqused_k=seqused_k,
         leftpad_k=leftpad_k, offset=offset,

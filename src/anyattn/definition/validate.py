@@ -81,7 +81,6 @@ def check_attention(given: Given, options: Options) -> Sizes:
     for name in ("q", "k", "v"):
         if name not in given:
             raise TypeError(f"{name} is None: q, k and v are required")
-    _check_types(options)
     sizes = _sizes(given, options)
     _check_dtypes(given)
     _check_heads(given)

@@ -13,6 +13,7 @@ from transformers.utils.generic import TransformersKwargs
 from ... import api
 from ...weights import attention_weights
 from .lazy_mask import LazyMask
+from .selected_keys import as_mask, selected_keys
 
 USE_EAGER = "use attn_implementation='eager' or 'sdpa' for this model"
 
@@ -42,6 +43,8 @@ def attention(
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
     sinks: Tensor | None = None,
+    indices: Tensor | None = None,
+    block_indices: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
     output_attentions: bool | None = None,
@@ -60,6 +63,8 @@ def attention(
         dropout: probability, applied while the module is in training mode.
         s_aux: one sink logit per head. sinks: one per query, broadcastable to (batch, nheads, seqlen_q, 1).
         position_bias: added to the scores.
+        indices: (batch, seqlen_q, n), the keys that an indexer chose for each query (DeepSeek-V3.2). The mask holds too.
+        block_indices: (batch, heads, seqlen_q, n), chosen blocks of `module.indexer.block_size` keys; -1: no block.
         cu_seq_lens_q: int32 (sequences + 1); with cu_seq_lens_k, the batch of one holds packed sequences.
         output_attentions: return the weights too, (batch, nheads, seqlen_q, seqlen_k): memory is O(seqlen^2).
 
@@ -78,18 +83,24 @@ def attention(
     dropout_p = dropout if getattr(module, "training", True) else 0.0
     if isinstance(attention_mask, LazyMask) and attention_mask.shape[2:] != (q.shape[1], k.shape[1]):
         attention_mask = attention_mask.dense()  # made for other lengths: broadcast or refused, as in eager attention
-    visible = _visible(attention_mask, cu_seq_lens_q, cu_seq_lens_k, wants_weights or position_bias is not None)
+    needs_dense = wants_weights or any(x is not None for x in (position_bias, sinks, indices, block_indices))
+    visible = _visible(attention_mask, cu_seq_lens_q, cu_seq_lens_k, needs_dense)
     options: dict[str, Any] = {"scale": scaling, "softcap": softcap or 0.0, "sink": s_aux}
+    chosen = selected_keys(module, indices, block_indices, k)
     if visible.cu_seqlens_q is not None:
-        if wants_weights or position_bias is not None or sinks is not None:
+        if wants_weights or position_bias is not None or sinks is not None or chosen is not None:
             raise ValueError(
-                "cu_seq_lens_q cannot be combined with output_attentions, position_bias or sinks. Pass position_ids "
-                "and use_cache=False instead"
+                "cu_seq_lens_q cannot be combined with output_attentions, position_bias, sinks or selected keys. Pass "
+                "position_ids and use_cache=False instead"
             )
         return _packed(q, k, v, visible, {**options, "dropout_p": dropout_p}), None
     if wants_weights and dropout_p:
         raise ValueError(f"output_attentions=True cannot be combined with dropout, got {dropout}: call model.eval()")
     options |= {"window": visible.window, "offset": visible.offset, "mask": visible.mask}
+    if chosen is not None and (wants_weights or q.device.type != "cpu"):
+        options["mask"] = _and(options["mask"], as_mask(chosen, q.shape[2], k.shape[1]))
+    elif chosen is not None:
+        options["kv_indices"] = chosen
     options["bias"] = _sum(visible.bias, position_bias, q.dtype)
     if sinks is None and not wants_weights:
         return api.attention(q, k, v, dropout_p=dropout_p, **options), None
@@ -122,6 +133,10 @@ def _sum(bias: Tensor | None, position_bias: Tensor | None, dtype: torch.dtype) 
     else:
         bias = position_bias if bias is None else bias
     return bias if bias is None or bias.dtype in (dtype, torch.float32) else bias.float()
+
+
+def _and(mask: Tensor | None, other: Tensor) -> Tensor:
+    return other if mask is None else mask & other
 
 
 def _visible(mask: Tensor | None, begins_q: Tensor | None, begins_k: Tensor | None, needs_dense: bool) -> Visible:
