@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...definition.dtypes import DTYPES
 from ...definition.problem import Array
+from . import tracing
 
 logger = logging.getLogger("anyattn")
 
@@ -27,7 +28,7 @@ class TorchAdapter:
 
     def describe(self, array: Tensor) -> Array:
         dtype = NAMES.get(array.dtype) or str(array.dtype).removeprefix("torch.")
-        return Array(tuple(array.shape), tuple(array.stride()), dtype, str(array.device))
+        return Array(tracing.sizes(array), tuple(array.stride()), dtype, str(array.device))
 
     def keys(self, arrays: Sequence[Tensor | None]) -> Hashable:
         torch.get_num_threads()  # a new thread's first such call tells OpenMP what torch.set_num_threads said

@@ -256,7 +256,7 @@ def table(name: str, array: Any) -> Tensor:
         return x.contiguous()
     if x.is_floating_point() or x.is_complex() or x.dtype is torch.bool:
         raise TypeError(f"{name} must hold integers; got {x.dtype}")
-    if x.device.type == "cpu" and x.dtype is torch.int64 and x.numel() and fastpath.plain((x,)):
+    if x.device.type == "cpu" and x.dtype is torch.int64 and fastpath.plain((x,)) and x.numel():
         low, high = (int(bound) for bound in x.aminmax())
         if low < -(2**31) or high >= 2**31:
             raise ValueError(f"{name} must fit in int32; got {low} to {high}")

@@ -18,7 +18,7 @@ from ...definition.kvcache import Room, check_append
 from ...definition.options import Rotation
 from ...definition.problem import described
 from ...runtime import execute
-from . import fastpath, ops
+from . import fastpath, ops, tracing
 from .adapter import adapter, rows
 from .rotary import rotate
 
@@ -43,6 +43,9 @@ def append(arrays: Appended, rotation: Rotation, backend: str | None, *, check: 
 def _traced(arrays: Appended, rotation: Rotation) -> Tensor:
     given = described(Appended._fields, arrays, adapter.describe)
     kvcache.check_arrays(given)
+    if tracing.active():  # the sizes of Room are constants of a trace
+        for name in ("k", "new_k", *(("rotary_cos",) if arrays.rotary_cos is not None else ())):
+            tracing.fix_shape(kvcache.LABELS.get(name, name), getattr(arrays, name))
     q: Tensor = arrays.q
     new_k: Tensor = arrays.new_k
     tables = (arrays.cache_seqlens, arrays.cache_batch_idx, arrays.block_table)

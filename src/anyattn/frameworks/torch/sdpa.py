@@ -45,6 +45,9 @@ def sdpa(
     leading = None
     if not _fits(shapes, enable_gqa):
         query, key, value, attn_mask, leading = _four_dimensions(query, key, value, attn_mask, shapes, enable_gqa)
+    elif not enable_gqa and tracing.active():  # what it computes would be grouped queries for other heads
+        tracing.fix_size("the number of query heads", query, 1)
+        tracing.fix_size("the number of key heads", key, 1)
     bias, mask = _scores(query, attn_mask)
     options = Options(scale=scale, right=0 if is_causal else None, alignment=alignment, dropout_p=dropout_p)
     extras = NO_EXTRAS if bias is mask is None else Extras(bias=bias, mask=mask)

@@ -36,6 +36,12 @@ def fix_shape(name: str, x: Tensor) -> None:
     Fixed.apply(x, sizes(x), name)
 
 
+def fix_size(name: str, x: Tensor, axis: int) -> None:
+    """Let the trace raise where this tensor comes with another size along an axis."""
+    size: Any = x.shape[axis]  # a tensor, while it traces
+    element(name, size)
+
+
 class Fixed(torch.autograd.Function):
     """A check inside a trace, which keeps a Function although nobody uses its result."""
 
