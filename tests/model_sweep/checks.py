@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model_sweep.inputs import DECODER_SEQLEN, SEQLEN, Inputs, padding, tokens
+from model_sweep.inputs import SEQLEN, Inputs, padding, tokens
 
 Tensors = dict[str, Tensor]
 Check = Callable[[Any, Inputs], Tensors]
@@ -60,12 +60,11 @@ def ones(model: Any, inputs: Inputs) -> Tensors:
 
 def masked(inputs: Inputs, side: str, batch: int) -> Inputs:
     """Return inputs with padding masks; NotApplicable where the model takes none."""
-    if not inputs.masks or not inputs.text:
+    if not inputs.masks:
         raise NotApplicable("takes no padding mask")
-    given = {"attention_mask": padding(side, batch, inputs.values["input_ids"].shape[1])}
-    if "decoder_attention_mask" in inputs.masks:
-        given["decoder_attention_mask"] = padding(side, batch, DECODER_SEQLEN)
-    return inputs.batch(batch).having(**{name: given[name] for name in inputs.masks})
+    lengths = {name: inputs.values[name.replace("attention_mask", "input_ids")].shape[1] for name in inputs.masks}
+    masks = {name: padding(side, batch, length) for name, length in lengths.items()}
+    return inputs.batch(batch).having(**masks)
 
 
 def padded(side: str, batch: int) -> Check:
@@ -107,7 +106,7 @@ def generation(**options: Any) -> Check:
         if not generates(model):
             raise NotApplicable("does not generate")
         given = {name: x for name, x in inputs.values.items() if name != "decoder_input_ids"}
-        if inputs.text and "attention_mask" in inputs.masks:
+        if "attention_mask" in inputs.masks:
             given["attention_mask"] = padding("left", 2, given["input_ids"].shape[1])
         with greedy(model), torch.no_grad():
             torch.manual_seed(0)

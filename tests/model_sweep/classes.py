@@ -99,9 +99,17 @@ def candidates(subject: Subject) -> Iterator[Any]:
     for mapping in order:
         found = getattr(modeling_auto, mapping).get(subject.model_type)
         for name in [found] if isinstance(found, str) else (found or ()):
-            if getattr(getattr(transformers, name, None), "config_class", None) is kind:
+            if belongs(getattr(transformers, name, None), kind):
                 yield getattr(transformers, name)
     yield from unlisted(subject.model_type)
+
+
+def belongs(model: Any, kind: type) -> bool:
+    """Tell whether a class has this configuration; one that needs a package that is missing says so when it is built."""
+    try:
+        return getattr(model, "config_class", None) is kind
+    except ImportError:
+        return True
 
 
 def unlisted(model_type: str) -> Iterator[Any]:

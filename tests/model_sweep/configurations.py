@@ -86,7 +86,7 @@ RULES: list[Rule] = [
     (r".*lora_rank|.*_rank", _at_most(16)),
     (r".*(state_size|d_state)", _at_most(8)),
     # layers
-    (r".*kv_shared_layers", _at_most(1)),
+    (r".*kv_shared_layers", _keep),
     (r".*(first_k_dense_replace|num_dense_layers)", _at_most(1)),
     (r".*(nextn_predict_layers|mtp_num_layers)", _keep),
     (r".*(layers?|n_layers?|depth|num_blocks|encoder_blocks)", _at_most(LAYERS)),
@@ -138,6 +138,10 @@ def shrink(configuration: Any, given: dict[str, Any] | None = None, ids: dict[st
     read = configuration._getattr_without_heterogeneous_validation  # layers may differ
     values = {field.name: read(field.name, None) for field in dataclasses.fields(kind)}
     layers = chosen_layers(values)
+    shares = (given or {}).get("num_kv_shared_layers", values.get("num_kv_shared_layers"))
+    if layers and isinstance(shares, int) and shares:  # the second half takes the keys of the first
+        layers, values["num_kv_shared_layers"] = layers * 2, len(layers)
+        given = {name: x for name, x in (given or {}).items() if name != "num_kv_shared_layers"}
     small = {name: small_value(name, value, values, layers, ids) for name, value in values.items() if name not in PLAIN}
     overrides = getattr(vars(configuration).get("_heterogeneity_spec"), "per_layer_overrides", {})
     if overrides:

@@ -52,8 +52,6 @@ VALUES: dict[str, dict[str, Any]] = {
     "nemotron": {"num_key_value_heads": 2},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
     "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
-    "gemma3n_text": {"num_kv_shared_layers": 0},
-    "gemma4_unified_text": {"num_kv_shared_layers": 0},
     "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 32},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
     "reformer": {"axial_pos_shape": (8, 16), "axial_pos_embds_dim": (16, 48)},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,8 +22,7 @@ class Inputs:
     """Arguments of a forward call for a batch of two."""
 
     values: dict[str, Any]
-    text: bool = False  # whether there are tokens whose padding a mask can name
-    masks: tuple[str, ...] = field(default=())  # of values and of the decoder
+    masks: tuple[str, ...] = ()  # the names of the masks that can name padding among the tokens
 
     def batch(self, count: int) -> Inputs:
         """Return the first rows alone."""
@@ -78,4 +77,4 @@ def texts(model: Any, parameters: Any) -> Iterator[Inputs]:
         corners = torch.randint(0, 50, (2, SEQLEN, 4), generator=torch.Generator().manual_seed(4))
         corners[..., 2:] += corners[..., :2]
         values["bbox"] = corners
-    yield Inputs(values, True, masks)
+    yield Inputs(values, masks)

@@ -103,4 +103,4 @@ def insert(values: dict[str, Any], token: int, count: int, parameters: Any) -> I
     if "qformer_input_ids" in parameters:
         given["qformer_input_ids"] = tokens(seed=6)
     masks = ("attention_mask",) if "attention_mask" in parameters else ()
-    return Inputs(given, True, masks)
+    return Inputs(given, masks)

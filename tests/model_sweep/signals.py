@@ -248,8 +248,9 @@ def guesses(model: Any, name: str, parameters: Any) -> Iterator[Inputs]:
         keys = [*signal, *more]
         for base in bases:
             for values in itertools.islice(combinations(keys, sizes, {}), MOST_TRIES):
-                text = "input_ids" in base and "attention_mask" in parameters and "attention_mask" not in keys
-                yield Inputs(base | values, text, ("attention_mask",) if text else ())
+                named = {"attention_mask": "input_ids", "decoder_attention_mask": "decoder_input_ids"}
+                masks = [name for name, ids in named.items() if ids in base and name in parameters and name not in keys]
+                yield Inputs(base | values, tuple(masks))
 
 
 VARIADIC = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)

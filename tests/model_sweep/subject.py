@@ -16,10 +16,11 @@ BORROWED = 5  # attributes that a configuration may lack
 SENSITIVE = 1e-2  # how much a result must change when every score is halved
 
 
-def examine(subject: Subject, save: Callable[[Report], None]) -> Report:
+def examine(name: str, save: Callable[[Report], None]) -> Report:
     """Return the report about a model. `save` keeps the report before each check, because a check can end the process."""
     begin = time.perf_counter()
-    report: Report = {"name": subject.name, "class": "", "reason": "", "checks": {}, "calls": {}, "inputs": {}}
+    subject = Subject(*name.split("+"))
+    report: Report = {"name": name, "class": "", "reason": "", "checks": {}, "calls": {}, "inputs": {}}
     try:
         eager = building.build(subject)
     except Exception as error:

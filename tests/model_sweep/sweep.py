@@ -7,6 +7,7 @@ because results are kept.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import os
@@ -19,30 +20,31 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-SECONDS, GIBIBYTES = 120, 8
+SECONDS, GIBIBYTES = 180, 8
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def main() -> int:
     """Run the sweep; return the exit status."""
     options = parse()
-    folder = Path(options.results)
-    folder.mkdir(parents=True, exist_ok=True)
     prepare()
-    from model_sweep import classes
-
-    types = [x for x in classes.names() if not options.models or x in options.models]
-    subjects = [subject for name in types for subject in classes.subjects(name)]
-    left = [x for x in subjects if options.again or not result_path(folder, x.name).exists()]
-    sys.stderr.write(f"{len(subjects)} models, {len(left)} to run\n")
+    names = wanted(options.models)
+    folder = Path(options.results) / fingerprint()
+    folder.mkdir(parents=True, exist_ok=True)
+    left = [x for x in names if options.again or not result_path(folder, x).exists()]
+    sys.stderr.write(f"{len(names)} models, {len(left)} to run; results in {folder}\n")
     run_all(left, folder, options.jobs)
-    reports = [json.loads(result_path(folder, x.name).read_text()) for x in subjects]
+    reports = [json.loads(result_path(folder, x).read_text()) for x in names]
+    if options.table and not options.models:
+        write_table(reports, Path(options.table))
     return summarize(reports)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("models", nargs="*", help="model types; all by default")
+    parser.add_argument("models", nargs="*", help="model types, with their variants; all by default")
     parser.add_argument("--results", default="build/models", help="where results are kept")
+    parser.add_argument("--table", help="the page to write after a run of all models")
     parser.add_argument("--again", action="store_true", help="do not use results that exist")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     return parser.parse_args()
@@ -56,7 +58,7 @@ def prepare() -> None:
     import torch
     import transformers
 
-    from model_sweep import implementations
+    from model_sweep import diffusion, implementations, special, subject  # noqa: F401
 
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
@@ -65,43 +67,68 @@ def prepare() -> None:
     implementations.register()
 
 
+def wanted(types: list[str]) -> list[str]:
+    """Return the names of the models to run: of these types, or all."""
+    from model_sweep import classes, diffusion
+
+    known = [x for x in classes.names() if not types or x in types]
+    found = [subject.name for name in known for subject in classes.subjects(name)]
+    return found + [f"{diffusion.PREFIX}{x}" for x in diffusion.classes() if not types or x in types]
+
+
+def fingerprint() -> str:
+    """Return a name for what results depend on: this code, the installed package, and the versions of what it uses."""
+    import diffusers
+    import torch
+    import transformers
+
+    import anyattn
+
+    found = hashlib.sha256("".join(x.__version__ for x in (torch, transformers, diffusers)).encode())
+    for folder in (Path(__file__).parent, Path(anyattn.__file__).parent):
+        for path in sorted(folder.rglob("*.py")):
+            found.update(path.read_bytes())
+    return found.hexdigest()[:12]
+
+
 def result_path(folder: Path, name: str) -> Path:
     return folder / f"{name.replace('/', '_').replace(' ', '_')}.json"
 
 
-def run_all(subjects: list[Any], folder: Path, jobs: int) -> None:
+def run_all(names: list[str], folder: Path, jobs: int) -> None:
     """Run one process per model, `jobs` at a time."""
     fork = multiprocessing.get_context("fork")
-    waiting, running = list(reversed(subjects)), dict[Any, tuple[BaseProcess, float]]()
+    waiting, running = list(reversed(names)), dict[str, tuple[BaseProcess, float]]()
     while waiting or running:
         while waiting and len(running) < jobs:
-            subject = waiting.pop()
-            process = fork.Process(target=child, args=(subject, folder))
+            name = waiting.pop()
+            process = fork.Process(target=child, args=(name, folder))
             process.start()
-            running[subject] = (process, time.monotonic())
+            running[name] = (process, time.monotonic())
         time.sleep(0.02)
-        for subject, (process, since) in list(running.items()):
+        for name, (process, since) in list(running.items()):
             late = time.monotonic() - since > SECONDS
             if late:
                 process.kill()
             if late or not process.is_alive():
                 process.join()
-                finish(subject, folder, "takes too long" if late else f"ended with {process.exitcode}")
-                del running[subject]
+                finish(name, folder, "takes too long" if late else f"ended with {process.exitcode}")
+                del running[name]
 
 
-def child(subject: Any, folder: Path) -> None:
+def child(name: str, folder: Path) -> None:
     """Examine a model and write what is found."""
+    from model_sweep import diffusion, subject
+
     sys.stdin.close()
     with Path(os.devnull).open("w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
         os.dup2(nowhere.fileno(), 2)
     resource.setrlimit(resource.RLIMIT_AS, (GIBIBYTES << 30, GIBIBYTES << 30))
-    from model_sweep.subject import examine
-
-    path = result_path(folder, subject.name)
+    path = result_path(folder, name)
     partial = path.with_suffix(".partial")
-    report = examine(subject, lambda found: write(partial, found))
+    examine = diffusion.examine if name.startswith(diffusion.PREFIX) else subject.examine
+    report = examine(name, lambda found: write(partial, found))
     write(path, report)
     partial.unlink(missing_ok=True)
     os._exit(0)
@@ -111,15 +138,27 @@ def write(path: Path, report: Any) -> None:
     path.write_text(json.dumps(report, indent=1))
 
 
-def finish(subject: Any, folder: Path, reason: str) -> None:
+def finish(name: str, folder: Path, reason: str) -> None:
     """Turn what a process left behind that did not end well into a report."""
-    path = result_path(folder, subject.name)
+    path = result_path(folder, name)
     partial = path.with_suffix(".partial")
     if path.exists():
         return
-    report = json.loads(partial.read_text()) if partial.exists() else {"name": subject.name, "class": "", "checks": {}}
+    report = (
+        json.loads(partial.read_text()) if partial.exists() else {"name": name, "class": "", "checks": {}, "calls": {}}
+    )
     partial.unlink(missing_ok=True)
     write(path, report | {"reason": f"{reason} in {report.pop('now', 'building')}"})
+
+
+def write_table(reports: list[Any], path: Path) -> None:
+    import diffusers
+    import transformers
+
+    from model_sweep import table
+
+    versions = {"transformers": transformers.__version__, "diffusers": diffusers.__version__}
+    path.write_text(table.page(reports, versions), encoding="utf-8")
 
 
 def summarize(reports: list[Any]) -> int:
