@@ -507,7 +507,9 @@ def test_weights_are_those_of_eager_attention(name: str, side: str) -> None:
     names = [key for key in found[0] if key.endswith("attentions")]
     assert names
     for key in names:
-        queries = given.get("attention_mask" if key in ("attentions", "encoder_attentions") else "decoder_attention_mask")
+        queries = given.get(
+            "attention_mask" if key in ("attentions", "encoder_attentions") else "decoder_attention_mask"
+        )
         assert len(found[0][key]) == len(found[1][key]) > 0
         for want, got in zip(found[0][key], found[1][key], strict=True):
             assert got.shape == want.shape
@@ -542,6 +544,68 @@ def test_weights_after_dropout_are_refused() -> None:
     q = torch.randn(2, 4, 6, 8)
     with pytest.raises(ValueError, match=r"output_attentions=True cannot be combined with dropout, got 0.5"):
         adapter.attention(torch.nn.Module(), q, q, q, None, dropout=0.5, output_attentions=True)
+
+
+# Selected keys.
+
+DEEPSEEK_SPARSE = models.DEEPSEEK | {"index_topk": 3, "index_n_heads": 2, "index_head_dim": 8}
+SPARSE = {
+    "deepseek_v32": models.Model("DeepseekV32Config", "DeepseekV32ForCausalLM", models.SMALL | DEEPSEEK_SPARSE),
+    "glm_moe_dsa": models.Model(
+        "GlmMoeDsaConfig",
+        "GlmMoeDsaForCausalLM",
+        models.SMALL | DEEPSEEK_SPARSE | {"mlp_layer_types": ["dense"] * 2},
+    ),
+}
+
+
+@pytest.mark.parametrize("side", ["", "left"])
+@pytest.mark.parametrize("name", SPARSE)
+def test_sparse_models_select_the_keys_of_the_indexer(name: str, side: str, calls: list[dict[str, Any]]) -> None:
+    model, given = SPARSE[name].build(), models.inputs(SPARSE[name], side)
+    want = models.logits(model, "eager", **given)
+    got = models.logits(model, "anyattn", **given)
+    valid = given["attention_mask"].bool()
+    torch.testing.assert_close(got[valid], want[valid], **TOLERANCE)
+    assert all(call["kv_indices"].shape[-1] == 3 for call in calls)
+
+
+def test_sparse_models_have_gradients_and_weights() -> None:
+    model, ids = SPARSE["deepseek_v32"].build(), models.tokens()
+    want, got = (models.gradients(model, kind, input_ids=ids, labels=ids) for kind in ("eager", "anyattn"))
+    for key, value in want.items():
+        torch.testing.assert_close(got[key], value, rtol=1e-4, atol=1e-5)
+    found = []
+    for implementation in ("eager", "anyattn"):
+        model.set_attn_implementation(implementation)
+        with torch.no_grad():
+            found.append(model(ids, output_attentions=True).attentions)
+    torch.testing.assert_close(found[1], found[0], **TOLERANCE)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("weights", [False, True])
+def test_selected_blocks_of_keys(heads: int, weights: bool) -> None:
+    """MiniMax-M3: blocks of 4 keys of 10; the last block is short, -1 is none."""
+    module = torch.nn.Module()
+    module.indexer = torch.nn.Module()
+    module.indexer.block_size = 4
+    q, k, v = torch.randn(2, 4, 10, 8), torch.randn(2, 2, 10, 8), torch.randn(2, 2, 10, 8)
+    blocks = torch.stack([torch.tensor([0, 2]), torch.tensor([1, -1])])[:heads, None].expand(2, heads, 10, 2)
+    mask = adapter.mask(2, 10, 10)
+    got, found = adapter.attention(module, q, k, v, mask, block_indices=blocks, output_attentions=weights)
+    keep = torch.zeros(2, 4, 10, 10, dtype=torch.bool)
+    for head in range(4):
+        for block in blocks[0, head * heads // 4, 0]:
+            if block >= 0:
+                keep[:, head, :, block * 4 : block * 4 + 4] = True
+    keep &= torch.ones(10, 10, dtype=torch.bool).tril()
+    k, v = (x.repeat_interleave(2, 1) for x in (k, v))
+    scores = (q @ k.mT * 8**-0.5).masked_fill(~keep, -torch.inf)
+    want = scores.softmax(-1).nan_to_num()
+    torch.testing.assert_close(got, (want @ v).transpose(1, 2), **TOLERANCE)
+    if weights:
+        torch.testing.assert_close(found, want, **TOLERANCE)
 
 
 # Models that compute attention themselves.

@@ -12,8 +12,8 @@ from transformers.utils.generic import TransformersKwargs
 
 from ... import api
 from ...weights import attention_weights
-from .lazy_mask import LazyMask
-from .selected_keys import as_mask, selected_keys
+from .lazy_mask import LazyMask, Pattern
+from .selected_keys import key_mask, selected_keys
 
 USE_EAGER = "use attn_implementation='eager' or 'sdpa' for this model"
 
@@ -81,27 +81,20 @@ def attention(
     q, k, v = (_expanded(x, batch).transpose(1, 2) for x in (query, key, value))
     wants_weights = bool(output_attentions) or _weights_are_recorded()
     dropout_p = dropout if getattr(module, "training", True) else 0.0
-    if isinstance(attention_mask, LazyMask) and attention_mask.shape[2:] != (q.shape[1], k.shape[1]):
-        attention_mask = attention_mask.dense()  # made for other lengths: broadcast or refused, as in eager attention
-    needs_dense = wants_weights or any(x is not None for x in (position_bias, sinks, indices, block_indices))
-    visible = _visible(attention_mask, cu_seq_lens_q, cu_seq_lens_k, needs_dense)
-    options: dict[str, Any] = {"scale": scaling, "softcap": softcap or 0.0, "sink": s_aux}
-    chosen = selected_keys(module, indices, block_indices, k)
-    if visible.cu_seqlens_q is not None:
-        if wants_weights or position_bias is not None or sinks is not None or chosen is not None:
-            raise ValueError(
-                "cu_seq_lens_q cannot be combined with output_attentions, position_bias, sinks or selected keys. Pass "
-                "position_ids and use_cache=False instead"
-            )
-        return _packed(q, k, v, visible, {**options, "dropout_p": dropout_p}), None
     if wants_weights and dropout_p:
-        raise ValueError(f"output_attentions=True cannot be combined with dropout, got {dropout}: call model.eval()")
+        raise ValueError(f"output_attentions=True cannot be combined with dropout, got {dropout}. Call model.eval()")
+    chosen = selected_keys(module, indices, block_indices, k)
+    as_mask_alone = wants_weights or any(x is not None for x in (position_bias, sinks, chosen))
+    visible = _visible(attention_mask, (q.shape[1], k.shape[1]), cu_seq_lens_q, cu_seq_lens_k, as_mask_alone)
+    options: dict[str, Any] = {"scale": scaling, "softcap": softcap or 0.0, "sink": s_aux}
+    if visible.cu_seqlens_q is not None:
+        return _packed(q, k, v, visible, {**options, "dropout_p": dropout_p}), None
     options |= {"window": visible.window, "offset": visible.offset, "mask": visible.mask}
-    if chosen is not None and (wants_weights or q.device.type != "cpu"):
-        options["mask"] = _and(options["mask"], as_mask(chosen, q.shape[2], k.shape[1]))
+    options["bias"] = _sum(visible.bias, position_bias, q.dtype)
+    if chosen is not None and (wants_weights or q.device.type != "cpu"):  # other backends do not select keys
+        options["mask"] = key_mask(chosen, q.shape[2], k.shape[1], visible.mask)
     elif chosen is not None:
         options["kv_indices"] = chosen
-    options["bias"] = _sum(visible.bias, position_bias, q.dtype)
     if sinks is None and not wants_weights:
         return api.attention(q, k, v, dropout_p=dropout_p, **options), None
     return _with_lse(q, k, v, sinks, wants_weights, dropout_p, options)
@@ -135,27 +128,28 @@ def _sum(bias: Tensor | None, position_bias: Tensor | None, dtype: torch.dtype) 
     return bias if bias is None or bias.dtype in (dtype, torch.float32) else bias.float()
 
 
-def _and(mask: Tensor | None, other: Tensor) -> Tensor:
-    return other if mask is None else mask & other
-
-
-def _visible(mask: Tensor | None, begins_q: Tensor | None, begins_k: Tensor | None, needs_dense: bool) -> Visible:
-    """Return what the mask says; `needs_dense`: packed sequences must be a mask too."""
+def _visible(
+    mask: Tensor | None,
+    lengths: tuple[int, int],
+    begins_q: Tensor | None,
+    begins_k: Tensor | None,
+    as_mask_alone: bool,
+) -> Visible:
+    """Return what the mask says; `as_mask_alone`: packed sequences must be a mask too."""
+    if begins_q is not None and as_mask_alone:
+        raise ValueError(
+            "cu_seq_lens_q cannot be combined with output_attentions, position_bias, sinks or selected keys. Pass "
+            "position_ids and use_cache=False instead"
+        )
     if isinstance(mask, LazyMask):
-        left, right, offset, padding, cu_seqlens = mask.pattern
-        if mask.is_dense or (needs_dense and cu_seqlens is not None):
-            return Visible(bias=mask.dense())
-        if cu_seqlens is not None:
-            return Visible((left, right), cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens)
-        if begins_q is not None and padding is None:
-            return Visible((left, right), cu_seqlens_q=begins_q, cu_seqlens_k=begins_k)
-        if begins_q is None:
-            return Visible((left, right), offset, None if padding is None else padding[:, None, None])
-        raise ValueError("cu_seq_lens_q cannot be combined with padding in attention_mask. Remove the padding")
-    if begins_q is not None and mask is None:
-        return Visible(cu_seqlens_q=begins_q, cu_seqlens_k=begins_k)
-    if begins_q is not None:
+        if mask.is_dense or mask.shape[2:] != lengths or (as_mask_alone and mask.pattern.cu_seqlens is not None):
+            mask = mask.dense()
+        else:
+            return _from_pattern(mask.pattern, begins_q, begins_k)
+    if begins_q is not None and mask is not None:
         raise ValueError("cu_seq_lens_q cannot be combined with a dense attention_mask. Pass one of them")
+    if begins_q is not None:
+        return Visible(cu_seqlens_q=begins_q, cu_seqlens_k=begins_k)
     if mask is None or mask.is_floating_point():
         return Visible(bias=mask)
     if mask.dtype == torch.bool and mask.ndim == 4:
@@ -164,6 +158,17 @@ def _visible(mask: Tensor | None, begins_q: Tensor | None, begins_k: Tensor | No
         "attention_mask must be floating point, or boolean of 4 dimensions (batch, nheads or 1, seqlen_q, seqlen_k), "
         f"got {mask.dtype} of shape {tuple(mask.shape)}"
     )
+
+
+def _from_pattern(pattern: Pattern, begins_q: Tensor | None, begins_k: Tensor | None) -> Visible:
+    left, right, offset, padding, cu_seqlens = pattern
+    if cu_seqlens is not None:
+        return Visible((left, right), cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens)
+    if begins_q is None:
+        return Visible((left, right), offset, None if padding is None else padding[:, None, None])
+    if padding is None:
+        return Visible((left, right), cu_seqlens_q=begins_q, cu_seqlens_k=begins_k)
+    raise ValueError("cu_seq_lens_q cannot be combined with padding in attention_mask. Remove the padding")
 
 
 def _packed(q: Tensor, k: Tensor, v: Tensor, visible: Visible, options: dict[str, Any]) -> Tensor:

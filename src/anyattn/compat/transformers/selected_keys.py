@@ -18,7 +18,9 @@ def selected_keys(module: Any, indices: Tensor | None, block_indices: Tensor | N
         return None if indices is None else indices.int()
     block = getattr(getattr(module, "indexer", None), "block_size", None)
     if indices is not None or not isinstance(block, int):
-        raise ValueError(f"block_indices needs {type(module).__name__}.indexer.block_size and no indices, got {block!r}")
+        raise ValueError(
+            f"block_indices needs {type(module).__name__}.indexer.block_size and no indices, got {block!r}"
+        )
     seqlen_k, nheads_kv, heads = k.shape[1], k.shape[2], block_indices.shape[1]
     if nheads_kv % heads:
         raise ValueError(f"block_indices must have a number of heads that divides nheads_kv = {nheads_kv}, got {heads}")
@@ -28,11 +30,13 @@ def selected_keys(module: Any, indices: Tensor | None, block_indices: Tensor | N
     return keys.repeat_interleave(nheads_kv // heads, 1).int()
 
 
-def as_mask(kv_indices: Tensor, nheads: int, seqlen_k: int) -> Tensor:
-    """Return the boolean mask (batch, 1 or nheads, seqlen_q, seqlen_k) of selected keys."""
+def key_mask(kv_indices: Tensor, nheads: int, seqlen_k: int, mask: Tensor | None) -> Tensor:
+    """Return the boolean mask (batch, 1 or nheads, seqlen_q, seqlen_k) of selected keys that `mask` shows too."""
     if kv_indices.ndim == 3:
         kv_indices = kv_indices.unsqueeze(1)
     slots = kv_indices.long().masked_fill(kv_indices < 0, seqlen_k)  # a column of its own, which is dropped
-    mask = torch.zeros(*slots.shape[:-1], seqlen_k + 1, dtype=torch.bool, device=slots.device)
-    mask = mask.scatter(-1, slots, True)[..., :-1]
-    return mask if mask.shape[1] == 1 else mask.repeat_interleave(nheads // mask.shape[1], 1)
+    keys = torch.zeros(*slots.shape[:-1], seqlen_k + 1, dtype=torch.bool, device=slots.device)
+    keys = keys.scatter(-1, slots, True)[..., :-1]
+    if keys.shape[1] > 1:
+        keys = keys.repeat_interleave(nheads // keys.shape[1], 1)
+    return keys if mask is None else keys & mask
