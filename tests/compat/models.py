@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -138,3 +139,26 @@ def gradients(model: Any, implementation: str, **given: Any) -> dict[str, Tensor
     model(**given).loss.backward()
     model.eval()
     return {name: x.grad.clone() for name, x in model.named_parameters() if x.grad is not None}
+
+
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+@cache
+def built(name: str) -> Any:
+    return MODELS[name].build()
+
+
+def no_score_sized_mask(calls: list[dict[str, Any]]) -> None:
+    assert calls
+    for call in calls:
+        mask = call.get("mask")
+        assert mask is None or mask.shape[1:3] == (1, 1)
+
+
+LENGTHS = (6, 1, 7)
+
+
+def packed() -> dict[str, Tensor]:
+    ids = tokens(1, sum(LENGTHS))
+    return {"input_ids": ids, "position_ids": torch.cat([torch.arange(n) for n in LENGTHS])[None]}
