@@ -114,6 +114,9 @@ def attention(
     >>> q, k, v = (np.random.default_rng(0).standard_normal((1, 16, 2, 8), np.float32) for _ in range(3))
     >>> anyattn.attention(q, k, v, causal=True).shape
     (1, 16, 2, 8)
+    >>> lists = np.tile([0, 2, -1], (1, 16, 1))  # every query attends to keys 0 and 2
+    >>> bool(np.allclose(anyattn.attention(q, k, v, kv_indices=lists), anyattn.attention(q, k[:, :3:2], v[:, :3:2])))
+    True
     """
     options = make_options(
         bounds(causal, window), scale=scale, softcap=softcap, chunk=chunk, alignment=alignment, dropout_p=dropout_p,

@@ -220,6 +220,62 @@ def test_layouts_of_flash_attn_4(kind: str) -> None:
     torch.testing.assert_close(flash_attn_4.flash_attn_varlen_func(q, k, v, **options)[0], want, **TOLERANCE)
 
 
+def lists(rows: int, keys: int, *batch: int) -> Tensor:
+    """Lists with entries outside the keys on both sides, and keys that are listed twice."""
+    return torch.randint(-3, keys + 3, (*batch, rows, 6), dtype=torch.int32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("absorbed", [False, True], ids=["q", "q and qv"])
+def test_gathered_keys(absorbed: bool) -> None:
+    q, k, v = dense()
+    indices, sink, options = lists(5, 7, 2), normal(4, seed=8).requires_grad_(), {"causal": True}
+    qv = normal(2, 5, 4, v.shape[-1], seed=5).requires_grad_() if absorbed else None
+    leaves = [x for x in (q, k, v, sink, qv) if x is not None]
+    got = flash_attn_4.flash_attn_func(
+        q, k, v, qv, gather_kv_indices=indices, learnable_sink=sink, return_lse=True, **options
+    )
+    whole = (q, k) if qv is None else (torch.cat((q, qv), -1), torch.cat((k, v), -1))
+    want = plain_attention(*whole, v, kv_indices=indices, sink=sink, **options)
+    want_lse = want[1] if qv is None else want[1].mT
+    torch.testing.assert_close(got[0], want[0], **TOLERANCE)
+    torch.testing.assert_close(got[1], want_lse, **TOLERANCE)
+    grads = (torch.autograd.grad(out.sum() + lse.sum(), leaves) for out, lse in (got, (want[0], want_lse)))
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, **TOLERANCE)
+
+
+@pytest.mark.parametrize("packed_q", [False, True])
+def test_gathered_keys_of_packed_sequences(packed_q: bool) -> None:
+    """Entries count inside the query's own sequence; those of the next sequence are no keys."""
+    q, k, v = (x.detach() for x in dense())
+    indices = lists(5, 7, 2)
+    each = [(slice(b, b + 1), slice(0, n)) for b, n in enumerate((4, 7))]
+    want = torch.cat([plain_attention(q[b], k[b, n], v[b, n], kv_indices=indices[b])[0] for b, n in each])
+    k, v = (torch.cat([x[b, n][0] for b, n in each]) for x in (k, v))
+    options: dict[str, Any] = {"cu_seqlens_k": ints(0, 4, 11), "gather_kv_indices": indices}
+    if packed_q:
+        q, want, options["cu_seqlens_q"] = q.flatten(0, 1), want.flatten(0, 1), ints(0, 5, 10)
+        options["gather_kv_indices"] = indices.flatten(0, 1)
+    torch.testing.assert_close(flash_attn_4.flash_attn_varlen_func(q, k, v, **options)[0], want, **TOLERANCE)
+
+
+def test_gathered_keys_of_values_alone() -> None:
+    qv, v, indices = normal(2, 5, 4, 6), normal(2, 7, 1, 6), lists(5, 7, 2)
+    out, _ = interface._flash_attn_fwd(None, None, v, qv=qv, gather_kv_indices=indices, causal=True)
+    torch.testing.assert_close(out, plain_attention(qv, v, v, causal=True, kv_indices=indices)[0], **TOLERANCE)
+
+
+def test_gathered_keys_that_are_wrong() -> None:
+    q, k, v = dense()
+    call = flash_attn_4.flash_attn_func
+    for wrong, error in ((lists(4, 7, 2), ValueError), (lists(5, 7), ValueError), (normal(2, 5, 6), TypeError)):
+        with pytest.raises(error, match="gather_kv_indices must"):
+            call(q, k, v, gather_kv_indices=wrong)
+    pages: dict[str, Any] = {"page_table": ints(0, 1).view(2, 1), "seqused_k": ints(7, 7)}
+    with pytest.raises(NotImplementedError, match="gather_kv_indices with page_table"):
+        flash_attn_4.flash_attn_varlen_func(q, k, v, gather_kv_indices=lists(5, 7, 2), **pages)
+
+
 def partial(splits: int = 3, packed: bool = False) -> tuple[Tensor, Tensor]:
     shape = (splits, 10, 4, 8) if packed else (splits, 2, 5, 4, 8)
     out, lse = normal(*shape).float(), normal(*shape[:-1], seed=1).float()

@@ -146,13 +146,12 @@ REFUSED = {
     "aux_scalars",
     "block_sparse_tensors",
     "block_sparse_tensors_bwd",
-    "gather_kv_indices",
 }
 # Each has a test of its own, below or beside the other results of its function.
 ELSEWHERE = {
     *("cu_seqlens_q", "cu_seqlens_k", "cu_seqlens", "max_seqlen_q", "max_seqlen_k", "max_seqlen"),
     *("seqused_q", "seqused_k", "leftpad_k", "block_table", "page_table"),
-    *("qv", "q_descale", "k_descale", "v_descale", "num_heads_q"),
+    *("gather_kv_indices", "qv", "q_descale", "k_descale", "v_descale", "num_heads_q"),
     *("return_attn_probs", "return_softmax", "return_lse", "out", "lse"),
 }
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from ...scalars import flag, integer, real
 from .._flash_attn_common.calls import Bounds, gradients, only_speed, pair, store
 from .._flash_attn_common.inputs import Descales, attend_extended
+from ._gather import key_lists
 
 Result = tuple[Tensor, "Tensor | None"]
 
@@ -25,7 +26,6 @@ _REASONS = {
     "aux_scalars": "it belongs to score_mod and mask_mod, which are not supported",
     "block_sparse_tensors": _BLOCKS,
     "block_sparse_tensors_bwd": _BLOCKS,
-    "gather_kv_indices": "a row's keys must be an interval; pass `mask` to anyattn.attention instead",
 }
 
 
@@ -56,6 +56,7 @@ def attend_4(
     *,
     descales: Descales = (None, None, None),
     softcap: float | None = 0.0,
+    gather_kv_indices: Tensor | None = None,
     **arguments: Any,
 ) -> Result:
     """(out, lse or None), with autograd."""
@@ -63,6 +64,9 @@ def attend_4(
         if qv is None or not q is k is None:
             raise TypeError("q and k may be None only together, where qv is given")
         q, k, qv = qv, v, None
+    if gather_kv_indices is not None:
+        tables = (arguments.get(name) for name in ("cu_seqlens_q", "cu_seqlens_k", "block_table"))
+        arguments["kv_indices"] = key_lists(gather_kv_indices, q, k, *tables)
     bounds = window_bounds(window_size, causal)
     softcap = 0.0 if softcap is None else real("softcap", softcap)
     arguments.update({"bounds": bounds, "softcap": softcap, "return_lse": return_lse})
@@ -126,13 +130,13 @@ def _flash_attn_fwd(
         block_sparse_tensors=block_sparse_tensors,
         aux_tensors=aux_tensors,
         aux_scalars=aux_scalars,
-        gather_kv_indices=gather_kv_indices,
     )
     only_speed(num_splits, 256)
     arguments: dict[str, Any] = {"scale": softmax_scale, "softcap": softcap, "sink": learnable_sink}
     arguments.update({"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "block_table": page_table})
     arguments.update({"seqused_q": seqused_q, "seqused_k": seqused_k, "descales": (q_descale, k_descale, v_descale)})
     arguments.update({"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k})
+    arguments["gather_kv_indices"] = gather_kv_indices
     window = (window_size_left, window_size_right)
     with torch.no_grad():
         value, row_lse = attend_4(q, k, v, qv, causal, window, return_lse or lse is not None, **arguments)

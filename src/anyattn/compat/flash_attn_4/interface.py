@@ -11,8 +11,12 @@ As in flash_attn 2 and 3 (see their modules here), with these differences:
   (head_dim + head_dim_v) ** -0.5; it has a gradient. k is copied for it.
 * num_splits, pack_gqa, min_seqlen_k, scheduler_metadata, seqlen_k_per_split and disable_scheduler_metadata only steer a
   GPU's speed: accepted, without effect on results.
-* score_mod, score_mod_bwd, mask_mod and their aux_tensors and aux_scalars, block_sparse_tensors and gather_kv_indices
-  raise NotImplementedError with the reason.
+* gather_kv_indices (batch, seqlen_q, n) or (total_q, n): each query attends only to the key slots of its own sequence
+  that are in its list and that the other masks leave visible. An entry outside the sequence is no key; a slot that is
+  listed twice counts once. With or without qv, for any number of heads and entries, with gradients. With page_table it
+  raises NotImplementedError.
+* score_mod, score_mod_bwd, mask_mod and their aux_tensors and aux_scalars, and block_sparse_tensors raise
+  NotImplementedError with the reason.
 """
 
 from __future__ import annotations
@@ -62,7 +66,6 @@ def flash_attn_func(
     (torch.Size([1, 4, 4, 8]), None)
     """
     refuse(
-        gather_kv_indices=gather_kv_indices,
         score_mod=score_mod,
         score_mod_bwd=score_mod_bwd,
         mask_mod=mask_mod,
@@ -73,7 +76,7 @@ def flash_attn_func(
     )
     only_speed(num_splits, 256)
     options: dict[str, Any] = {"scale": softmax_scale, "softcap": softcap, "sink": learnable_sink}
-    options["deterministic"] = deterministic
+    options.update({"deterministic": deterministic, "gather_kv_indices": gather_kv_indices})
     return attend_4(q, k, v, qv, causal, window_size, return_lse, **options)
 
 
@@ -127,7 +130,6 @@ def flash_attn_varlen_func(
     (torch.Size([7, 2, 8]), torch.Size([2, 7]))
     """
     refuse(
-        gather_kv_indices=gather_kv_indices,
         score_mod=score_mod,
         score_mod_bwd=score_mod_bwd,
         mask_mod=mask_mod,
@@ -137,7 +139,7 @@ def flash_attn_varlen_func(
     )
     only_speed(num_splits, 256)
     options: dict[str, Any] = {"scale": softmax_scale, "softcap": softcap, "sink": learnable_sink}
-    options["deterministic"] = deterministic
+    options.update({"deterministic": deterministic, "gather_kv_indices": gather_kv_indices})
     options.update({"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "block_table": page_table})
     options.update({"seqused_q": seqused_q, "seqused_k": seqused_k})
     options.update({"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k})
