@@ -86,7 +86,7 @@ FLASH_ATTN_4 = {
         "q, k, v, qv=None, gather_kv_indices=None, softmax_scale=None, causal=False, window_size=(None, None), "
         "learnable_sink=None, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False, score_mod=None, "
         "score_mod_bwd=None, mask_mod=None, aux_tensors=None, aux_scalars=None, block_sparse_tensors=None, "
-        "block_sparse_tensors_bwd=None, return_lse=False"
+        "block_sparse_tensors_bwd=None, return_lse=False, gather_bwd_recompute_p=False, gather_bwd_token_chunk=None"
     ),
     "flash_attn_varlen_func": (
         "q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, "
@@ -94,7 +94,8 @@ FLASH_ATTN_4 = {
         "softmax_scale=None, causal=False, window_size=(None, None), learnable_sink=None, softcap=0.0, num_splits=1, "
         "pack_gqa=None, deterministic=False, score_mod=None, score_mod_bwd=None, mask_mod=None, "
         "block_sparse_tensors=None, aux_tensors=None, aux_scalars=None, return_lse=False, scheduler_metadata=None, "
-        "seqlen_k_per_split=None, disable_scheduler_metadata=False"
+        "seqlen_k_per_split=None, disable_scheduler_metadata=False, gather_bwd_recompute_p=False, "
+        "gather_bwd_token_chunk=None"
     ),
     "flash_attn_combine": (
         "out_partial, lse_partial, out=None, out_dtype=None, cu_seqlens=None, seqused=None, virtual_batch_idx=None, "
@@ -113,7 +114,7 @@ FLASH_ATTN_4 = {
         "intra_wg_overlap=None, num_threads=384, num_splits=1, pack_gqa=None, _arch=None, score_mod=None, "
         "mask_mod=None, block_sparse_tensors=None, return_lse=False, out=None, lse=None, aux_tensors=None, "
         f"aux_scalars=None, {_DESCALES}, gather_kv_indices=None, scheduler_metadata=None, seqlen_k_per_split=None, "
-        "disable_scheduler_metadata=False"
+        "disable_scheduler_metadata=False, gather_bwd_recompute_p=False"
     ),
     "_flash_attn_bwd": (
         "q, k, v, out, dout, lse, softmax_scale=None, causal=False, softcap=0.0, window_size_left=None, "

@@ -69,7 +69,7 @@ BACKWARD: dict[str, Any] = {
     **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "learnable_sink"), TESTED),
     **dict.fromkeys(("max_seqlen_q", "max_seqlen_k"), TESTED),
     **dict.fromkeys(("score_mod", "score_mod_bwd", "mask_mod", "aux_tensors", "aux_scalars"), REFUSED),
-    "block_sparse_tensors": REFUSED,
+    "block_sparse_tensors": TESTED,  # in test_flash_attn_blocks.py
     **dict.fromkeys(("m_block_size", "n_block_size", "num_threads"), 32),
     **dict.fromkeys(("num_stages_Q", "num_stages_dO", "AtomLayoutMSdP", "AtomLayoutNdKV", "AtomLayoutMdQ"), 1),
     **dict.fromkeys(("pack_gqa", "SdP_swapAB", "dKV_swapAB", "dQ_swapAB", "V_in_regs", "deterministic"), True),

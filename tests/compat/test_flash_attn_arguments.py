@@ -144,8 +144,6 @@ REFUSED = {
     "mask_mod",
     "aux_tensors",
     "aux_scalars",
-    "block_sparse_tensors",
-    "block_sparse_tensors_bwd",
 }
 # Each has a test of its own, below or beside the other results of its function.
 ELSEWHERE = {
@@ -153,6 +151,7 @@ ELSEWHERE = {
     *("seqused_q", "seqused_k", "leftpad_k", "block_table", "page_table"),
     *("gather_kv_indices", "qv", "q_descale", "k_descale", "v_descale", "num_heads_q"),
     *("return_attn_probs", "return_softmax", "return_lse", "out", "lse"),
+    *("block_sparse_tensors", "block_sparse_tensors_bwd", "gather_bwd_recompute_p", "gather_bwd_token_chunk"),
 }
 
 

@@ -7,7 +7,6 @@ of an optional array is checked from there. Values in tables: `sequences.py`, `k
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Mapping, Sequence
 
 from . import kvcache, philox

@@ -11,21 +11,19 @@ from ...scalars import flag, integer, real
 from .._flash_attn_common.calls import Bounds, gradients, only_speed, pair, store
 from .._flash_attn_common.inputs import Descales, attend_extended
 from ._gather import key_lists
+from .block_sparsity import sparse_mask
 
 Result = tuple[Tensor, "Tensor | None"]
 
 _CUTE = (
     "its functions are written in a GPU language; pass `bias`, `mask` or `alibi_slopes` to anyattn.attention instead"
 )
-_BLOCKS = "it belongs to a mask_mod; pass `mask` to anyattn.attention instead, whose empty tiles are skipped"
 _REASONS = {
     "score_mod": _CUTE,
     "score_mod_bwd": _CUTE,
     "mask_mod": _CUTE,
     "aux_tensors": "it belongs to score_mod and mask_mod, which are not supported",
     "aux_scalars": "it belongs to score_mod and mask_mod, which are not supported",
-    "block_sparse_tensors": _BLOCKS,
-    "block_sparse_tensors_bwd": _BLOCKS,
 }
 
 
@@ -34,6 +32,12 @@ def refuse(**given: Any) -> None:
     for name, value in given.items():
         if value is not None:
             raise NotImplementedError(f"{name} is not supported: {_REASONS[name]}")
+
+
+def check_gather(indices: Any, recompute_p: Any, token_chunk: Any) -> None:
+    """Raise, as upstream does, where arguments for gathered keys come without any; they only steer a GPU's memory."""
+    if indices is None and (flag("gather_bwd_recompute_p", recompute_p) or token_chunk is not None):
+        raise ValueError("gather_bwd_recompute_p and gather_bwd_token_chunk only apply to gather_kv_indices, got none.")
 
 
 def window_bounds(window_size: Any, causal: Any) -> Bounds:
@@ -119,15 +123,15 @@ def _flash_attn_fwd(
     scheduler_metadata: Any = None,
     seqlen_k_per_split: int | None = None,
     disable_scheduler_metadata: bool = False,
+    gather_bwd_recompute_p: bool = False,
 ) -> Result:
     """(out, lse) without gradients, the two that torch takes; out and lse may be buffers to write.
 
-    From tile_mn to _arch, and scheduler_metadata and the two after it: a GPU's tuning, without effect on results.
+    From tile_mn to _arch, and scheduler_metadata and the three after it: a GPU's tuning, without effect on results.
     """
     refuse(
         score_mod=score_mod,
         mask_mod=mask_mod,
-        block_sparse_tensors=block_sparse_tensors,
         aux_tensors=aux_tensors,
         aux_scalars=aux_scalars,
     )
@@ -137,6 +141,7 @@ def _flash_attn_fwd(
     arguments.update({"seqused_q": seqused_q, "seqused_k": seqused_k, "descales": (q_descale, k_descale, v_descale)})
     arguments.update({"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k})
     arguments["gather_kv_indices"] = gather_kv_indices
+    arguments["mask"] = sparse_mask(block_sparse_tensors, q, k, (qv, cu_seqlens_q, cu_seqlens_k), page_table)
     window = (window_size_left, window_size_right)
     with torch.no_grad():
         value, row_lse = attend_4(q, k, v, qv, causal, window, return_lse or lse is not None, **arguments)
@@ -190,6 +195,7 @@ def _flash_attn_bwd(
     """(dq, dk, dv), and dsink behind them with a learnable_sink; dq, dk, dv may be buffers to write.
 
     From m_block_size to V_in_regs: a GPU's tuning, without effect on results. dlse: the gradient of lse.
+    block_sparse_tensors: for each block of keys, the blocks of queries.
     """
     refuse(
         score_mod=score_mod,
@@ -197,13 +203,13 @@ def _flash_attn_bwd(
         mask_mod=mask_mod,
         aux_tensors=aux_tensors,
         aux_scalars=aux_scalars,
-        block_sparse_tensors=block_sparse_tensors,
     )
+    mask = sparse_mask(block_sparse_tensors, q, k, (cu_seqlens_q, cu_seqlens_k), by_keys=True)
     *grads, _, dsink = gradients(
         dout, q, k, v, out, lse, dlse=dlse, bounds=window_bounds((window_size_left, window_size_right), causal),
         scale=softmax_scale, softcap=softcap, sink=learnable_sink, deterministic=deterministic,
         cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_q=seqused_q, seqused_k=seqused_k,
-        max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
+        max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, mask=mask,
     )  # fmt: skip
     results = tuple(map(store, (dq, dk, dv), grads))
     return results if dsink is None else (*results, dsink)

@@ -15,8 +15,11 @@ As in flash_attn 2 and 3 (see their modules here), with these differences:
   that are in its list and that the other masks leave visible. An entry outside the sequence is no key; a slot that is
   listed twice counts once. With or without qv, for any number of heads and entries, with gradients. With page_table it
   raises NotImplementedError.
-* score_mod, score_mod_bwd, mask_mod and their aux_tensors and aux_scalars, and block_sparse_tensors raise
-  NotImplementedError with the reason.
+* block_sparse_tensors: a query attends to the keys of the listed blocks, as far as causal and window_size allow. It
+  needs a block_size, and becomes a boolean mask of a byte per pair of a query and a key, of one head if the lists are
+  of one. Gradients follow from it; block_sparse_tensors_bwd may only list the same blocks.
+* score_mod, score_mod_bwd, mask_mod, their aux_tensors and aux_scalars, and block_sparse_tensors of packed
+  sequences or without a block_size raise NotImplementedError with the reason.
 """
 
 from __future__ import annotations
@@ -28,7 +31,8 @@ from torch import Tensor
 
 from .._flash_attn_common.calls import only_speed
 from .._flash_attn_common.combine import combine, used_rows
-from ._private import Result, _flash_attn_bwd, _flash_attn_fwd, attend_4, refuse
+from ._private import Result, _flash_attn_bwd, _flash_attn_fwd, attend_4, check_gather, refuse
+from .block_sparsity import check_same_blocks, sparse_mask
 
 
 def flash_attn_func(
@@ -53,6 +57,8 @@ def flash_attn_func(
     block_sparse_tensors: Any = None,
     block_sparse_tensors_bwd: Any = None,
     return_lse: bool = False,
+    gather_bwd_recompute_p: bool = False,
+    gather_bwd_token_chunk: int | None = None,
 ) -> Result:
     """(out, lse) of q (batch, seqlen_q, nheads, head_dim) and k, v (batch, seqlen_k, nheads_kv, ...).
 
@@ -71,12 +77,13 @@ def flash_attn_func(
         mask_mod=mask_mod,
         aux_tensors=aux_tensors,
         aux_scalars=aux_scalars,
-        block_sparse_tensors=block_sparse_tensors,
-        block_sparse_tensors_bwd=block_sparse_tensors_bwd,
     )
+    check_gather(gather_kv_indices, gather_bwd_recompute_p, gather_bwd_token_chunk)
     only_speed(num_splits, 256)
     options: dict[str, Any] = {"scale": softmax_scale, "softcap": softcap, "sink": learnable_sink}
     options.update({"deterministic": deterministic, "gather_kv_indices": gather_kv_indices})
+    options["mask"] = sparse_mask(block_sparse_tensors, q, k, (qv,))
+    check_same_blocks(options["mask"], block_sparse_tensors_bwd, q, k)
     return attend_4(q, k, v, qv, causal, window_size, return_lse, **options)
 
 
@@ -112,6 +119,8 @@ def flash_attn_varlen_func(
     scheduler_metadata: Any = None,
     seqlen_k_per_split: int | None = None,
     disable_scheduler_metadata: bool = False,
+    gather_bwd_recompute_p: bool = False,
+    gather_bwd_token_chunk: int | None = None,
 ) -> Result:
     """(out, lse) over sequences of different lengths.
 
@@ -135,14 +144,15 @@ def flash_attn_varlen_func(
         mask_mod=mask_mod,
         aux_tensors=aux_tensors,
         aux_scalars=aux_scalars,
-        block_sparse_tensors=block_sparse_tensors,
     )
+    check_gather(gather_kv_indices, gather_bwd_recompute_p, gather_bwd_token_chunk)
     only_speed(num_splits, 256)
     options: dict[str, Any] = {"scale": softmax_scale, "softcap": softcap, "sink": learnable_sink}
     options.update({"deterministic": deterministic, "gather_kv_indices": gather_kv_indices})
     options.update({"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "block_table": page_table})
     options.update({"seqused_q": seqused_q, "seqused_k": seqused_k})
     options.update({"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k})
+    options["mask"] = sparse_mask(block_sparse_tensors, q, k, (qv, cu_seqlens_q, cu_seqlens_k), page_table)
     return attend_4(q, k, v, qv, causal, window_size, return_lse, **options)
 
 

@@ -63,7 +63,7 @@ def attention(
         dropout: probability, applied while the module is in training mode.
         s_aux: one sink logit per head. sinks: one per query, broadcastable to (batch, nheads, seqlen_q, 1).
         position_bias: added to the scores.
-        indices: (batch, seqlen_q, n), the keys that an indexer chose for each query (DeepSeek-V3.2). The mask holds too.
+        indices: (batch, seqlen_q, n), keys that an indexer chose for each query (DeepSeek-V3.2). The mask holds too.
         block_indices: (batch, heads, seqlen_q, n), chosen blocks of `module.indexer.block_size` keys; -1: no block.
         cu_seq_lens_q: int32 (sequences + 1); with cu_seq_lens_k, the batch of one holds packed sequences.
         output_attentions: return the weights too, (batch, nheads, seqlen_q, seqlen_k): memory is O(seqlen^2).

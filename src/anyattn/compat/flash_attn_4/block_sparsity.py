@@ -1,0 +1,132 @@
+"""Lists of blocks as flash_attn 4 takes them, and the boolean mask that they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...scalars import integer
+from .._flash_attn_common.calls import pair
+
+__all__ = ["BlockSparseTensorsTorch"]
+
+Sizes = tuple[int, int, int, int]  # batch, nheads, seqlen_q, seqlen_k
+
+
+class BlockSparseTensorsTorch(NamedTuple):
+    """For each block of queries, the blocks of keys that it attends to; the same list by keys for a backward pass.
+
+    mask_block_cnt, mask_block_idx: (batch, nheads, q_blocks) and (batch, nheads, q_blocks, n), int32; batch and nheads
+    may be 1. The first mask_block_cnt of the n indices count, each at most once. full_block_cnt and full_block_idx list
+    more blocks; without a mask_mod both lists mean the same. block_size: (queries, keys) of a block.
+    The other fields steer a GPU, and cu_total_m_blocks packed sequences.
+    """
+
+    mask_block_cnt: Tensor
+    mask_block_idx: Tensor
+    full_block_cnt: Tensor | None = None
+    full_block_idx: Tensor | None = None
+    cu_total_m_blocks: Tensor | None = None
+    cu_block_idx_offsets: Tensor | None = None
+    block_size: tuple[int, int] | None = None
+    dq_write_order: Tensor | None = None
+    dq_write_order_full: Tensor | None = None
+    spt: bool | None = None
+
+
+def sparse_mask(
+    tensors: Any, q: Any, k: Any, excluded: Sequence[Any], page_table: Any = None, *, by_keys: bool = False
+) -> Tensor | None:
+    """Return the mask of a call's block_sparse_tensors, or None without any.
+
+    excluded: qv and the boundaries of packed sequences, which cannot be combined with them.
+    """
+    if tensors is None:
+        return None
+    if any(x is not None for x in excluded):
+        raise NotImplementedError("block_sparse_tensors with qv, cu_seqlens_q or cu_seqlens_k is not supported.")
+    pages = 1 if page_table is None else page_table.shape[1]
+    sizes = (q.shape[0], q.shape[2], q.shape[1], k.shape[1] * pages)
+    return block_mask("block_sparse_tensors", tensors, sizes, by_keys=by_keys)
+
+
+def check_same_blocks(mask: Tensor | None, tensors_bwd: Any, q: Any, k: Any) -> None:
+    """Raise ValueError unless block_sparse_tensors_bwd lists the blocks of the mask: gradients are of the result."""
+    if tensors_bwd is None:
+        return
+    if mask is None:
+        raise ValueError("block_sparse_tensors_bwd needs block_sparse_tensors, got none.")
+    sizes = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    other = block_mask("block_sparse_tensors_bwd", tensors_bwd, sizes, by_keys=True)
+    if mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool((mask != other).any()):
+        raise ValueError("block_sparse_tensors_bwd must list the blocks of block_sparse_tensors, got others.")
+
+
+def block_mask(name: str, tensors: Any, sizes: Sizes, *, by_keys: bool = False) -> Tensor:
+    """Return the mask (batch or 1, nheads or 1, seqlen_q, seqlen_k) of the listed blocks.
+
+    Args:
+        name: of the argument, for errors.
+        by_keys: the lists are of query blocks for each block of keys, as a backward pass takes them.
+
+    Raises:
+        NotImplementedError: lists of packed sequences, or without a block size, which a GPU would choose.
+        ValueError: a shape, a count or an index does not fit.
+    """
+    if tensors.cu_total_m_blocks is not None or tensors.mask_block_cnt.ndim == 2:
+        raise NotImplementedError(f"{name} of packed sequences is not supported: a mask has no packed layout.")
+    if tensors.block_size is None:
+        raise NotImplementedError(f"{name} must have a block_size, got None. Only a GPU's kernel chooses one.")
+    queries, keys = (integer("block_size", size) for size in pair("block_size", tensors.block_size))
+    if queries < 1 or keys < 1:
+        raise ValueError(f"{name} must have a block_size of positive numbers, got {tensors.block_size}.")
+    batch, nheads, seqlen_q, seqlen_k = sizes
+    counts = (batch, nheads, -(-seqlen_q // queries), -(-seqlen_k // keys))
+    if by_keys:
+        counts = (batch, nheads, counts[3], counts[2])
+    blocks = _listed(f"{name}.mask_block", tensors.mask_block_cnt, tensors.mask_block_idx, counts)
+    if tensors.full_block_cnt is not None or tensors.full_block_idx is not None:
+        full = _listed(f"{name}.full_block", tensors.full_block_cnt, tensors.full_block_idx, counts)
+        if blocks.device.type == "cpu" and not torch.compiler.is_compiling() and bool((blocks & full).any()):
+            raise ValueError(f"{name} must list each block once, got blocks that are in both lists.")
+        blocks = blocks | full
+    blocks = blocks.transpose(-1, -2) if by_keys else blocks
+    mask = blocks.repeat_interleave(queries, -2)[..., :seqlen_q, :]
+    return mask.repeat_interleave(keys, -1)[..., :seqlen_k]
+
+
+def _listed(name: str, count: Any, index: Any, counts: Sizes) -> Tensor:
+    """Return which blocks are listed, (batch or 1, nheads or 1, lists, blocks)."""
+    if count is None or index is None:
+        raise ValueError(f"{name}_cnt and {name}_idx must be given together.")
+    *lead, blocks = counts
+    fits = index.ndim == 4 and index.shape[-1] <= blocks and count.ndim == 3 and count.shape[2] == lead[2]
+    if (
+        not fits
+        or index.shape[:-1] != count.shape
+        or any(size not in (1, want) for size, want in zip(count.shape[:2], lead, strict=False))
+    ):
+        raise ValueError(
+            f"{name}_cnt and {name}_idx must be {(*lead,)} and {counts}, or of 1 in the first two, "
+            f"got {tuple(count.shape)} and {tuple(index.shape)}."
+        )
+    index = index.long()
+    listed = torch.arange(index.shape[-1], device=index.device) < count[..., None]
+    index = torch.where(listed, index, blocks)  # what is not listed is dropped behind the last block
+    if index.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check(name, count, index, listed, blocks)
+    found = torch.zeros(*index.shape[:-1], blocks + 1, dtype=torch.bool, device=index.device)
+    return found.scatter_(-1, index, True)[..., :blocks]
+
+
+def _check(name: str, count: Tensor, index: Tensor, listed: Tensor, blocks: int) -> None:
+    if bool(((count < 0) | (count > index.shape[-1])).any()):
+        raise ValueError(f"{name}_cnt must be 0 to {index.shape[-1]}, the length of a list.")
+    if bool((listed & ((index < 0) | (index >= blocks))).any()):
+        raise ValueError(f"{name}_idx must be 0 to {blocks - 1}, the blocks of the other side.")
+    ordered = index.sort(-1).values
+    if bool(((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] < blocks)).any()):
+        raise ValueError(f"{name}_idx must list each block once.")
