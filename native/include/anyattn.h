@@ -46,7 +46,7 @@ typedef enum anyattn_status {
     ANYATTN_NULL_POINTER = 2,      /* an array that this call needs is missing */
     ANYATTN_INVALID_DTYPE = 3,
     ANYATTN_INVALID_VALUE = 4, /* a scalar: scale, softcap, dropout, window, flags */
-    ANYATTN_OUT_OF_RANGE = 5,  /* an entry of cu_seqlens, seqused, leftpad, block_table, cache_batch_idx */
+    ANYATTN_OUT_OF_RANGE = 5,  /* an entry of a table: cu_seqlens, seqused, leftpad, block_table, kv_indices, ... */
     ANYATTN_UNSUPPORTED = 6,   /* fields or flags that this version does not know, a target that is not there */
     ANYATTN_OUT_OF_MEMORY = 7  /* `message` names the bytes */
 } anyattn_status;
@@ -69,7 +69,8 @@ typedef enum anyattn_flag {
     ANYATTN_TOP_LEFT = 4,           /* position of row i is i (default: i + n_k - leftpad - n_q) */
     ANYATTN_ROTARY_INTERLEAVED = 8, /* append: pairs (0,1), (2,3), ... instead of halves */
     ANYATTN_ACCUMULATE = 16,        /* backward adds to dq, dk, dv instead of overwriting them */
-    ANYATTN_BATCH_INVARIANT = 32    /* a sequence's gradients do not depend on how many others there are */
+    ANYATTN_BATCH_INVARIANT = 32,   /* a sequence's gradients do not depend on how many others there are */
+    ANYATTN_HAS_KV_INDICES = 64     /* each query attends only to the key slots in its list, kv_indices */
 } anyattn_flag;
 
 /* Strides are in elements. The last dimension is contiguous (a bias or mask may also have stride 0 there).
@@ -136,6 +137,12 @@ typedef struct anyattn_call {
     void *parallel_for_user;
     char *message; /* room for what was wrong, in words; may be null */
     int64_t message_bytes;
+
+    /* (batch, nheads_kv, seqlen_q, num_indices) int32, stride 0 where KV heads share lists; packed: stride[0] is not
+     * used, rows are those of q. Key slots of the query's own sequence in any order; -1: no key; a slot that is listed
+     * twice counts once. Lists of rows that no sequence uses are not read. */
+    anyattn_array kv_indices;
+    int64_t num_indices;
 } anyattn_call;
 
 typedef enum anyattn_pass { ANYATTN_FORWARD = 0, ANYATTN_BACKWARD = 1, ANYATTN_APPEND = 2 } anyattn_pass;

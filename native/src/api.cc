@@ -6,6 +6,8 @@
 
 #include "append.h"
 #include "check.h"
+#include "geometry.h"
+#include "key_lists.h"
 #include "memory.h"
 #include "schedule.h"
 #include "targets.h"
@@ -41,11 +43,12 @@ int32_t copy_call(const anyattn_call *from, anyattn_call *to) {
 
 // An absent array has no strides: adding them to a null pointer would make it look present.
 void clear_absent(anyattn_call *call) {
-    for (anyattn_array *array : {&call->q,     &call->k,     &call->v,          &call->out,
-                                 &call->lse,   &call->bias,  &call->mask,       &call->alibi_slopes,
-                                 &call->sink,  &call->dout,  &call->dlse,       &call->dq,
-                                 &call->dk,    &call->dv,    &call->dbias,      &call->dsink,
-                                 &call->new_k, &call->new_v, &call->rotary_cos, &call->rotary_sin}) {
+    for (anyattn_array *array : {&call->q,         &call->k,     &call->v,          &call->out,
+                                 &call->lse,       &call->bias,  &call->mask,       &call->alibi_slopes,
+                                 &call->sink,      &call->dout,  &call->dlse,       &call->dq,
+                                 &call->dk,        &call->dv,    &call->dbias,      &call->dsink,
+                                 &call->new_k,     &call->new_v, &call->rotary_cos, &call->rotary_sin,
+                                 &call->kv_indices}) {
         if (!array->data) std::memset(array->stride, 0, sizeof array->stride);
     }
 }
@@ -77,7 +80,7 @@ int32_t check_workspace(const anyattn_call &call, int64_t needed) {
 int32_t threads_of(const anyattn_call &call, int32_t pass) {
     const double rows = double(call.cu_seqlens_q ? call.total_q : call.batch * call.seqlen_q);
     const double flops =
-        2.0 * rows * double(call.nheads) * double(call.seqlen_k) * double(call.head_dim + call.head_dim_v);
+        2.0 * rows * double(call.nheads) * double(most_keys(call)) * double(call.head_dim + call.head_dim_v);
     if (pass != ANYATTN_APPEND && flops < kSmallFlops) return 1;
     return call.num_threads > 0 ? call.num_threads : default_threads();
 }
@@ -89,8 +92,10 @@ int32_t finish(const anyattn_call &call, bool all_tasks) {
 }
 
 int64_t workspace_bytes(const anyattn_call &call, const Kernels &kernels, int32_t pass) {
-    if (pass == ANYATTN_FORWARD) return forward_workspace(call, kernels);
-    return pass == ANYATTN_BACKWARD ? backward_workspace(call, kernels) : 0;
+    if (pass == ANYATTN_APPEND) return 0;
+    const int64_t bytes =
+        pass == ANYATTN_FORWARD ? forward_workspace(call, kernels) : backward_workspace(call, kernels);
+    return bytes < 0 ? bytes : bytes + key_lists_bytes(call);
 }
 
 int32_t run_kernels(const anyattn_call &call, int32_t pass) {
@@ -111,7 +116,11 @@ int32_t run_kernels(const anyattn_call &call, int32_t pass) {
     if (scratch_bytes > 0 && !scratch.data()) return out_of_memory(call, "scratch", scratch_bytes * threads);
 
     char *memory = call.workspace ? static_cast<char *>(call.workspace) : workspace.data();
-    const Run run{call, *kernels, threads, memory, scratch.data(), scratch_bytes};
+    anyattn_call sorted;
+    const bool lists = has_key_lists(call);
+    if (lists && !sort_key_lists(call, threads, memory, &sorted)) return finish(call, false);
+    const Run run{lists ? sorted : call,          *kernels,       threads,
+                  memory + key_lists_bytes(call), scratch.data(), scratch_bytes};
     return finish(call, pass == ANYATTN_FORWARD ? run_forward(run) : run_backward(run));
 }
 

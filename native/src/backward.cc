@@ -15,7 +15,7 @@ int64_t backward_splits(const anyattn_call &call) {
     if (call.flags & ANYATTN_BATCH_INVARIANT) return 1;
     if (heads == 0 || heads >= kBackwardTasks) return 1;
     const int64_t rows = call.seqlen_q * (call.nheads / call.nheads_kv);
-    const double flops = 5.0 * double(rows) * double(call.seqlen_k) * double(call.head_dim + call.head_dim_v);
+    const double flops = 5.0 * double(rows) * double(most_keys(call)) * double(call.head_dim + call.head_dim_v);
     if (flops < 2 * kSplitFlops) return 1;
     const int64_t worth =
         flops < kBackwardTasks * kSplitFlops ? static_cast<int64_t>(flops / kSplitFlops) : kBackwardTasks;
@@ -42,9 +42,9 @@ Layout layout(const anyattn_call &call, const Kernels &kernels) {
     const int64_t rows = l.in_place ? 0 : l.rows_k;
     const double partials = double(call.nheads_kv) * double(l.splits) * double(rows) * double(compute_bytes(call));
     const double all = partials * double(l.dk_stride + l.dv_stride);
-    const double blocks = double(call.batch) * double(call.nheads) * double(blocks_of(call.seqlen_q));
-    const int64_t of_block = call.dbias.data ? kernels.statistics_bytes(call) : 0;
-    if (all + blocks * double(of_block) > 4e18) {
+    const int64_t of_row = call.dbias.data ? kernels.statistics_bytes(call) : 0;
+    const double statistics = double(call.batch) * double(call.nheads) * double(call.seqlen_q) * double(of_row);
+    if (all + statistics > 4e18) {
         l.bytes = -1;
         return l;
     }
@@ -54,7 +54,7 @@ Layout layout(const anyattn_call &call, const Kernels &kernels) {
     l.sink = aligned(l.dv + copies * l.dv_stride);
     const int64_t sinks = call.dsink.data ? call.nheads * rows_q(call).most_blocks() : 0;
     l.statistics = aligned(l.sink + sinks * static_cast<int64_t>(sizeof(double)));
-    l.bytes = l.statistics + call.batch * call.nheads * blocks_of(call.seqlen_q) * of_block;
+    l.bytes = aligned(l.statistics + call.batch * call.nheads * call.seqlen_q * of_row);
     return l;
 }
 

@@ -13,7 +13,7 @@ constexpr int64_t kMaxCount = INT32_MAX;          // batch entries and heads: th
 constexpr int64_t kMaxHeadDim = int64_t(1) << 20;
 constexpr int64_t kMaxElements = int64_t(1) << 59;  // an array of float64 still has 63 bits of bytes
 constexpr uint32_t kKnownFlags = ANYATTN_HAS_LEFT | ANYATTN_HAS_RIGHT | ANYATTN_TOP_LEFT | ANYATTN_ROTARY_INTERLEAVED |
-                                 ANYATTN_ACCUMULATE | ANYATTN_BATCH_INVARIANT;
+                                 ANYATTN_ACCUMULATE | ANYATTN_BATCH_INVARIANT | ANYATTN_HAS_KV_INDICES;
 
 using Call = anyattn_call;
 
@@ -71,7 +71,8 @@ int32_t check_lengths(const Call &call) {
                  {"page_size", call.page_size, kMaxLength},
                  {"max_pages", call.max_pages, kMaxLength},
                  {"seqlen_new", call.seqlen_new, kMaxLength},
-                 {"rotary_positions", call.rotary_positions, kMaxLength}};
+                 {"rotary_positions", call.rotary_positions, kMaxLength},
+                 {"num_indices", call.num_indices, kMaxLength}};
     for (const auto &size : sizes) {
         if (const int32_t status = check_range(call, size.name, size.value, 0, size.high)) return status;
     }
@@ -84,7 +85,11 @@ int32_t check_lengths(const Call &call) {
              check_product(call, "batch * nheads_kv * seqlen_new", {call.batch, call.nheads_kv, call.seqlen_new})) ||
         (status = check_product(call, "nheads * (batch + total_q)", {call.nheads, call.batch + call.total_q})) ||
         (status = check_product(call, "nheads_kv * (batch + total_k)", {call.nheads_kv, call.batch + call.total_k})) ||
-        (status = check_product(call, "batch * max_pages", {call.batch, call.max_pages}))) {
+        (status = check_product(call, "batch * max_pages", {call.batch, call.max_pages})) ||
+        (status = check_product(call, "batch * nheads_kv * seqlen_q * (num_indices + 1)",
+                                {call.batch, call.nheads_kv, call.seqlen_q, call.num_indices + 1})) ||
+        (status = check_product(call, "nheads_kv * total_q * (num_indices + 1)",
+                                {call.nheads_kv, call.total_q, call.num_indices + 1}))) {
         return status;
     }
     return ANYATTN_SUCCESS;

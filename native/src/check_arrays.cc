@@ -134,6 +134,11 @@ int32_t check_inputs(const anyattn_call &call, const Dtypes &dtypes, Role out) {
     const unsigned bias = dtypes.same | bit(ANYATTN_FLOAT32);
     // lse lies as (batch, nheads, row): it has no fourth axis.
     const Role lse = out == kOutput ? kOptionalOutput : kInput;
+    const Field lists = {
+        "kv_indices", call.kv_indices, kInput, bit(ANYATTN_INT32), {q.batch, heads_kv, q.rows, call.num_indices}};
+    if (call.flags & ANYATTN_HAS_KV_INDICES) {
+        if (const int32_t status = check_field(call, lists)) return status;
+    }
     return check_fields(
         call,
         {{"q", call.q, kInput, dtypes.same, {q.batch, q.rows, heads, d}},

@@ -73,6 +73,29 @@ int32_t check_pages(const anyattn_call &call, int64_t b, int64_t begin, int64_t 
     return ANYATTN_SUCCESS;
 }
 
+// The lists of the rows that a sequence uses; the others may hold anything.
+int32_t check_kv_indices(const anyattn_call &call) {
+    if (call.num_indices == 0) return ANYATTN_SUCCESS;
+    const int64_t heads = call.kv_indices.stride[1] ? call.nheads_kv : 1;
+    for (int64_t b = 0; b < call.batch; ++b) {
+        const Sequence s = sequence(call, b);
+        const int64_t slots = call.cu_seqlens_k ? call.cu_seqlens_k[b + 1] - call.cu_seqlens_k[b] : call.seqlen_k;
+        for (int64_t h = 0; h < heads; ++h) {
+            for (int64_t i = 0; i < s.n_q; ++i) {
+                const int32_t *list = key_list(call, s, h, i);
+                int64_t bad = 0;
+                while (bad < call.num_indices && list[bad] >= -1 && list[bad] < slots) ++bad;
+                if (bad == call.num_indices) continue;
+                return refuse(
+                    call, ANYATTN_OUT_OF_RANGE,
+                    "kv_indices of sequence %lld, KV head %lld, query %lld, entry %lld is %d; accepted: -1 to %lld",
+                    (long long)b, (long long)h, (long long)i, (long long)bad, list[bad], (long long)slots - 1);
+            }
+        }
+    }
+    return ANYATTN_SUCCESS;
+}
+
 // The slots that append writes, and the last position that it rotates to.
 int32_t check_cache_seqlens(const anyattn_call &call) {
     const bool q_moves = call.flags & (ANYATTN_HAS_LEFT | ANYATTN_HAS_RIGHT);
@@ -115,7 +138,7 @@ int32_t check_tables(const anyattn_call &call, int32_t pass) {
     for (int64_t b = 0; call.block_table && b < call.batch; ++b) {
         if ((status = check_pages(call, b, 0, sequence(call, b).n_k))) return status;
     }
-    return ANYATTN_SUCCESS;
+    return has_key_lists(call) ? check_kv_indices(call) : ANYATTN_SUCCESS;
 }
 
 }  // namespace anyattn

@@ -4,6 +4,7 @@
 #include <limits>
 #include <vector>
 
+#include "key_lists.h"
 #include "schedule.h"
 #include "tasks.h"
 
@@ -185,6 +186,22 @@ bool merge_chunks(const Run &run, const Tasks &tasks) {
     });
 }
 
+// A task for every query and heads that share its keys: no other query has the same keys.
+bool run_key_lists(const Run &run) {
+    const anyattn_call &call = run.call;
+    const int64_t group = call.nheads / call.nheads_kv, packed = even_part(group, kBlockQ);
+    const int64_t blocks = ceil_div(group, packed) * call.nheads_kv;
+    return run_tasks(call, run.threads, query_rows_of(call) * blocks, [&](int64_t task, int32_t worker) {
+        const QueryRow row = query_row(call, task / blocks);
+        const Sequence s = sequence(call, row.b);
+        if (row.i >= s.n_q) return;
+        const int64_t h_kv = task % blocks / ceil_div(group, packed), first = task % ceil_div(group, packed) * packed;
+        const QueryBlock block{row.b, h_kv * group + first, min64(packed, group - first), row.i, 1};
+        const int64_t keys = key_list(call, s, h_kv, row.i)[0];
+        run.kernels.forward(call, {block, 1, 1, 1}, 0, keys, nullptr, run.scratch_of(worker));
+    });
+}
+
 // Rows that lie in a sequence's allocation and not in the sequence: out 0, lse -inf.
 void clear_out(const anyattn_call &call, int64_t entry, int64_t row, int64_t head) {
     clear_row(call.out, entry, row, head, 1, call.head_dim_v);
@@ -203,7 +220,7 @@ void clear_out(const anyattn_call &call, int64_t entry, int64_t row, int64_t hea
 
 int64_t forward_workspace(const anyattn_call &call, const Kernels &kernels) {
     const int64_t chunks = most_chunks(call);
-    if (!chunks_are_tasks(call) || chunks == 1) return 0;
+    if (has_key_lists(call) || !chunks_are_tasks(call) || chunks == 1) return 0;
     const int64_t rows = call.cu_seqlens_q ? call.total_q : call.batch * call.seqlen_q;
     const int64_t bytes = kernels.partial_row_bytes(call);
     if (double(rows) * double(call.nheads) * double(chunks) * double(bytes) > kMostBytes) return -1;
@@ -212,14 +229,15 @@ int64_t forward_workspace(const anyattn_call &call, const Kernels &kernels) {
 
 int64_t forward_scratch(const anyattn_call &call, const Kernels &kernels) {
     const int64_t bytes = (kernels.scratch(call, ANYATTN_FORWARD) + 63) / 64 * 64;
-    if (chunks_are_tasks(call) || most_chunks(call) == 1) return bytes;
+    if (has_key_lists(call) || chunks_are_tasks(call) || most_chunks(call) == 1) return bytes;
     return bytes + 2 * kBlockQ * kernels.partial_row_bytes(call);
 }
 
 bool run_forward(const Run &run) {
     const anyattn_call &call = run.call;
-    const Tasks tasks(run);
     const auto clear = [&](int64_t entry, int64_t row, int64_t h) { clear_out(call, entry, row, h); };
+    if (has_key_lists(call)) return run_key_lists(run) && for_unused_rows(call, run.threads, clear);
+    const Tasks tasks(run);
     return run_tasks(call, run.threads, tasks.count(),
                      [&](int64_t task, int32_t worker) { run_task(run, tasks, task, worker); }) &&
            merge_chunks(run, tasks) && for_unused_rows(call, run.threads, clear);

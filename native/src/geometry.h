@@ -39,9 +39,23 @@ inline Sequence sequence(const anyattn_call &call, int64_t b) {
     return s;
 }
 
+// The list of key slots of row i for KV head h, of a call with ANYATTN_HAS_KV_INDICES.
+inline int32_t *key_list(const anyattn_call &call, const Sequence &s, int64_t h_kv, int64_t i) {
+    const int64_t *stride = call.kv_indices.stride;
+    const int64_t entry = call.cu_seqlens_q ? 0 : s.index * stride[0];
+    return static_cast<int32_t *>(call.kv_indices.data) + entry + h_kv * stride[1] + (s.row_q + i) * stride[2];
+}
+
+inline bool has_key_lists(const anyattn_call &call) { return call.flags & ANYATTN_HAS_KV_INDICES; }
+
 inline int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b != 0 && (a < 0)); }
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Keys that a row may see, at most: what work is estimated by.
+inline int64_t most_keys(const anyattn_call &call) {
+    return has_key_lists(call) ? min64(call.seqlen_k, call.num_indices) : call.seqlen_k;
+}
 
 // First key that row i may see.
 inline int64_t key_begin(const anyattn_call &call, const Sequence &s, int64_t i) {

@@ -49,6 +49,7 @@ struct Kernels {
     int64_t (*partial_row_bytes)(const anyattn_call &);  // of a partial
     // Query blocks {split, split + splits, ...} of the group's heads, counted h-major: dq written, dk and dv
     // accumulated into the zeroed partial, sink_partial[h * blocks + block] += its part of dsink (may be null).
+    // Of a call with key lists: these blocks of queries, with all heads of the group.
     // statistics: null, or takes what dbias needs of every row.
     void (*backward)(const anyattn_call &, int64_t b, int64_t h_kv, int64_t split, int64_t splits, const Partial &,
                      double *sink_partial, void *statistics, void *scratch);
@@ -59,7 +60,7 @@ struct Kernels {
     void (*dbias)(const anyattn_call &, int64_t bias_b, int64_t bias_h, int64_t block_q, int64_t block_k,
                   void *statistics, void *scratch);
     int64_t (*dbias_block_k)(const anyattn_call &);
-    int64_t (*statistics_bytes)(const anyattn_call &);  // of kBlockQ rows; a head has blocks for seqlen_q rows
+    int64_t (*statistics_bytes)(const anyattn_call &);  // of a row; a head has seqlen_q rows
     // Runs n rounds of the register-only loop for this dtype; returns their floating-point operations.
     double (*peak)(int32_t dtype, int64_t n, volatile double *sink);
 };

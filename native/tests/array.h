@@ -56,6 +56,8 @@ inline double get(const anyattn_array &array, Index i) {
             return anyattn::float_from_float16(read<uint16_t>(from));
         case ANYATTN_BFLOAT16:
             return anyattn::float_from_bfloat16(read<uint16_t>(from));
+        case ANYATTN_INT32:
+            return read<int32_t>(from);
         default:
             return *from;
     }
@@ -72,6 +74,8 @@ inline void set(const anyattn_array &array, Index i, double value) {
             return write(to, anyattn::float16_from_float(static_cast<float>(value)));
         case ANYATTN_BFLOAT16:
             return write(to, anyattn::bfloat16_from_float(static_cast<float>(value)));
+        case ANYATTN_INT32:
+            return write(to, static_cast<int32_t>(value));
         default:
             *to = static_cast<char>(value);
     }
@@ -79,7 +83,7 @@ inline void set(const anyattn_array &array, Index i, double value) {
 
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
-// Arrays of one call. Every array lies in a larger one that is full of NaN, so that reading or writing beside it shows.
+// Arrays of one call. Every array lies in a larger one that is full of NaN (INT32_MAX), so that reading or writing beside it shows.
 class Memory {
   public:
     explicit Memory(uint32_t seed) : random_(seed) {}
@@ -94,7 +98,8 @@ class Memory {
         blocks_.emplace_back(new char[static_cast<size_t>(elements * size_of(dtype)) + 64]);
         char *data = blocks_.back().get();
         result.data = data + (64 - reinterpret_cast<uintptr_t>(data) % 64) % 64;
-        for (int64_t i = 0; i < elements; ++i) set(result, {0, 0, 0, i}, dtype == ANYATTN_BOOL ? 1 : kNan);
+        const double filler = dtype == ANYATTN_BOOL ? 1 : dtype == ANYATTN_INT32 ? INT32_MAX : kNan;
+        for (int64_t i = 0; i < elements; ++i) set(result, {0, 0, 0, i}, filler);
         return result;
     }
 

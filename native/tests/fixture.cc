@@ -91,6 +91,7 @@ Fixture::Fixture(const Config &config) : memory(config.seed) {
     }
     make_tables(config);
     make_inputs(config);
+    if (config.kv_indices >= 0) make_lists(config);
     make_gradients(config);
     hide_unused();
 }
@@ -169,6 +170,26 @@ void Fixture::make_inputs(const Config &config) {
     }
 }
 
+// Lists with keys that are named twice, keys that are masked and no keys. Those of unused rows are INT32_MAX.
+void Fixture::make_lists(const Config &config) {
+    const Index rows = dims_q(call, 1);
+    const int64_t heads = config.lists_of_heads ? call.nheads_kv : 1;
+    call.flags |= ANYATTN_HAS_KV_INDICES;
+    call.num_indices = config.kv_indices;
+    call.kv_indices = memory.array(ANYATTN_INT32, {rows.a, heads, rows.b, call.num_indices});
+    for (int64_t b = 0; b < call.batch; ++b) {
+        const Place place(call, b);
+        const int64_t slots = call.cu_seqlens_k ? cu_k[size_t(b) + 1] - cu_k[size_t(b)] : call.seqlen_k;
+        for (int64_t h = 0; h < heads; ++h)
+            for (int64_t i = 0; i < place.n_q; ++i)
+                for (int64_t entry = 0; entry < call.num_indices; ++entry) {
+                    const Index row = place.row(i, 0);
+                    set(call.kv_indices, {row.a, h, row.b, entry}, double(memory.below(slots + 1) - 1));
+                }
+    }
+    if (heads == 1) call.kv_indices.stride[1] = 0;
+}
+
 void Fixture::make_gradients(const Config &config) {
     const int64_t d = call.head_dim, d_v = call.head_dim_v, gap = config.strided ? 1 : 0;
     const int32_t result = config.result ? config.result : config.dtype;
@@ -200,6 +221,7 @@ void Fixture::hide_unused() {
     for (int64_t b = 0; b < call.batch; ++b) {
         const Place place(call, b);
         for (int64_t j = place.leftpad; j < place.n_k; ++j) {
+            if (!place.selects(j)) continue;
             const Index at = place.key(j, 0);
             used_keys[static_cast<size_t>(at.a * keys.b + at.b)] = 1;
         }

@@ -13,6 +13,8 @@ struct Config {
     bool packed_q = false, packed_k = false, paged = false, cache_batch_idx = false;
     bool seqused_q = false, seqused_k = false, leftpad = false, offset = false;
     bool sink = false, alibi = false, dlse = false, strided = false, lse = true;
+    int64_t kv_indices = -1;  // entries of each query's list; -1: no lists
+    bool lists_of_heads = false;
     int bias = -1, mask = -1;  // bits of the axes that are broadcast; -1: absent
     uint32_t flags = 0;
     int64_t left = 0, right = 0, chunk = 0;
@@ -46,6 +48,7 @@ class Fixture {
   private:
     void make_tables(const Config &config);
     void make_inputs(const Config &config);
+    void make_lists(const Config &config);
     void make_gradients(const Config &config);
     void hide_unused();
     int32_t expect(int32_t status) const;

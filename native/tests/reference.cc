@@ -49,7 +49,8 @@ Row row_of(const Place &place, int64_t h, int64_t i) {
     Row row{std::vector<double>(size_t(place.n_k)), std::vector<double>(size_t(place.n_k), none), none};
     double top = call.sink.data ? get(call.sink, {h, 0, 0, 0}) : none;
     for (int64_t j = 0; j < place.n_k; ++j) {
-        if (!place.sees(i, j) || (call.mask.data && get(call.mask, {b, h, i, j}) == 0)) continue;
+        if (!place.sees(i, j) || !place.selects(h_kv, i, j) || (call.mask.data && get(call.mask, {b, h, i, j}) == 0))
+            continue;
         double t = call.scale * dot(call.q, place.row(i, h), call.k, place.key(j, h_kv), call.head_dim);
         if (call.softcap > 0) t = call.softcap * std::tanh(t / call.softcap);
         double s = t;
@@ -215,6 +216,23 @@ bool Place::sees(int64_t i, int64_t j) const {
     if ((call.flags & ANYATTN_HAS_LEFT) && c < p - call.left) return false;
     if ((call.flags & ANYATTN_HAS_RIGHT) && c > p + call.right) return false;
     return call.chunk == 0 || floor_division(p, call.chunk) == floor_division(c, call.chunk);
+}
+
+bool Place::selects(int64_t h_kv, int64_t i, int64_t j) const {
+    const Index at = row(i, 0);
+    for (int64_t entry = 0; entry < call.num_indices; ++entry) {
+        if (get(call.kv_indices, {at.a, h_kv, at.b, entry}) == double(j)) return true;
+    }
+    return !(call.flags & ANYATTN_HAS_KV_INDICES);
+}
+
+bool Place::selects(int64_t j) const {
+    for (int64_t h = 0; h < call.nheads_kv; ++h) {
+        for (int64_t i = 0; i < n_q; ++i) {
+            if (selects(h, i, j)) return true;
+        }
+    }
+    return !(call.flags & ANYATTN_HAS_KV_INDICES);
 }
 
 Expected reference(const anyattn_call &call, bool backward) {

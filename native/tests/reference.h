@@ -10,7 +10,9 @@ struct Place {
 
     Index row(int64_t i, int64_t h) const { return {packed_q ? 0 : b, row0 + i, h, 0}; }
     Index key(int64_t j, int64_t h) const;
-    bool sees(int64_t i, int64_t j) const;  // intervals alone, without mask and bias
+    bool sees(int64_t i, int64_t j) const;  // intervals alone, without lists, mask and bias
+    bool selects(int64_t h_kv, int64_t i, int64_t j) const;  // true in a call without lists
+    bool selects(int64_t j) const;                           // any row for any head
 
     const anyattn_call &call;
     int64_t b, n_q, n_k, leftpad, offset, row0, key0;

@@ -49,6 +49,17 @@ Array scores(const anyattn_call &call, const anyattn_array &from) {
     return array;
 }
 
+Array lists(const anyattn_call &call, bool packed) {
+    const anyattn_array &from = call.kv_indices;
+    const int64_t heads = call.nheads_kv, rows = packed ? call.total_q : call.seqlen_q, entries = call.num_indices;
+    if (from.stride[1] && packed) return described(from, {heads, rows, entries}, 1);
+    if (from.stride[1]) return described(from, {call.batch, heads, rows, entries});
+    if (packed) return described(from, {rows, entries}, 2);
+    Array array = described(from, {call.batch, rows, entries}, 1);
+    array.stride[0] = from.stride[0];
+    return array;
+}
+
 Table per_sequence(const anyattn_call &call, const int32_t *entries, int64_t each = 1, int64_t more = 0) {
     return entries ? Table(entries, call.batch * each + more) : Table();
 }
@@ -93,6 +104,7 @@ anyattn::Call cpp_call(const anyattn_call &from) {
     to.bias = scores(from, from.bias), to.mask = scores(from, from.mask), to.dbias = scores(from, from.dbias);
     to.alibi_slopes = described(from.alibi_slopes, {from.batch, from.nheads});
     to.sink = described(from.sink, {from.nheads}), to.dsink = described(from.dsink, {from.nheads});
+    to.kv_indices = lists(from, packed_q);
     set_options(from, &to);
     return to;
 }
@@ -139,6 +151,8 @@ TEST(storage) {
         config.strided = config.dlse = seed % 3 == 0;
         config.flags = seed % 5 == 0 ? 0 : ANYATTN_HAS_RIGHT;
         config.dtype = seed % 7 == 0 ? ANYATTN_BFLOAT16 : ANYATTN_FLOAT32;
+        config.kv_indices = seed % 5 < 2 ? 40 : -1;
+        config.lists_of_heads = seed % 5 == 1;
         check_both(config);
     }
 }

@@ -176,6 +176,28 @@ TEST(sequence_tables) {
     check_forward(bad, "leftpad_k[0]", [](anyattn_call &c) { table(c.leftpad_k)[0] = -1; }, used);
 }
 
+TEST(key_lists) {
+    Config lists;
+    lists.batch = 2;
+    lists.kv_indices = 4;
+    const auto first = [](anyattn_call &c) { return static_cast<int32_t *>(c.kv_indices.data); };
+    const int32_t bad = ANYATTN_OUT_OF_RANGE;
+    check_forward(bad, "query 0, entry 2 is 7; accepted: -1 to 6", [&](anyattn_call &c) { first(c)[2] = 7; }, lists);
+    check_forward(bad, "query 0, entry 0 is -2", [&](anyattn_call &c) { first(c)[0] = -2; }, lists);
+    check_forward(ANYATTN_NULL_POINTER, "kv_indices", [](anyattn_call &c) { c.kv_indices.data = nullptr; }, lists);
+    check_forward(
+        ANYATTN_INVALID_DTYPE, "kv_indices", [](anyattn_call &c) { c.kv_indices.dtype = ANYATTN_FLOAT32; }, lists);
+    check_forward(ANYATTN_INVALID_DIMENSION, "num_indices", [](anyattn_call &c) { c.num_indices = -1; }, lists);
+    check_forward(
+        ANYATTN_INVALID_DIMENSION, "num_indices", [](anyattn_call &c) { c.num_indices = int64_t(1) << 60; }, lists);
+    check_forward(ANYATTN_INVALID_DIMENSION, "kv_indices", [](anyattn_call &c) { c.kv_indices.stride[3] = 2; }, lists);
+    lists.seqused_q = true;  // no query of the second sequence
+    Fixture fixture(lists);
+    CHECK(fixture.call.seqused_q[1] == 0);
+    for (int64_t i = 0; i < 5; ++i) set(fixture.call.kv_indices, {1, 0, i, 0}, INT32_MIN);
+    CHECK(fixture.forward() == ANYATTN_SUCCESS);
+}
+
 TEST(cache_tables) {
     const int32_t bad = ANYATTN_OUT_OF_RANGE;
     Config entries;

@@ -55,6 +55,8 @@ class Fuzz {
         c.seqused_k = coin(3);
         c.leftpad = coin(3);
         c.offset = coin(3);
+        c.kv_indices = coin(3) ? memory_.below(20) : -1;
+        c.lists_of_heads = coin();
         c.sink = coin(3);
         c.alibi = coin(3);
         c.dlse = coin(3);
@@ -125,8 +127,9 @@ class Fuzz {
     anyattn_array &any_array() {
         anyattn_call &c = *call_;
         anyattn_array *arrays[] = {
-            &c.q,    &c.k,  &c.v,  &c.out, &c.lse,   &c.bias,  &c.mask,  &c.alibi_slopes, &c.sink,       &c.dout,
-            &c.dlse, &c.dq, &c.dk, &c.dv,  &c.dbias, &c.dsink, &c.new_k, &c.new_v,        &c.rotary_cos, &c.rotary_sin};
+            &c.q,     &c.k,     &c.v,          &c.out,        &c.lse,       &c.bias, &c.mask,  &c.alibi_slopes,
+            &c.sink,  &c.dout,  &c.dlse,       &c.dq,         &c.dk,        &c.dv,   &c.dbias, &c.dsink,
+            &c.new_k, &c.new_v, &c.rotary_cos, &c.rotary_sin, &c.kv_indices};
         return *arrays[memory_.below(sizeof arrays / sizeof *arrays)];
     }
 
@@ -156,9 +159,9 @@ class Fuzz {
 
     void change_size() {
         anyattn_call &c = *call_;
-        int64_t *sizes[] = {&c.batch,     &c.seqlen_q,   &c.seqlen_k,        &c.nheads,  &c.nheads_kv,
-                            &c.head_dim,  &c.head_dim_v, &c.total_q,         &c.total_k, &c.batch_k,
-                            &c.num_pages, &c.seqlen_new, &c.rotary_positions};
+        int64_t *sizes[] = {&c.batch,     &c.seqlen_q,   &c.seqlen_k,         &c.nheads,     &c.nheads_kv,
+                            &c.head_dim,  &c.head_dim_v, &c.total_q,          &c.total_k,    &c.batch_k,
+                            &c.num_pages, &c.seqlen_new, &c.rotary_positions, &c.num_indices};
         int64_t &size = *sizes[memory_.below(sizeof sizes / sizeof *sizes)];
         if (&size != &c.batch_k || c.batch_k > 0) shrink(size);
         if (c.batch_k == 0) c.batch_k = c.batch;

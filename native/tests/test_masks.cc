@@ -55,6 +55,58 @@ TEST(intervals) {
     }
 }
 
+TEST(selected_keys) {
+    for (int64_t entries : {0, 1, 30, 200}) {
+        for (bool of_heads : {false, true}) {
+            for (int64_t group : {1, 3, 70}) {
+                Config config = medium();
+                config.seqlen_q = group == 70 ? 5 : 70;
+                config.nheads_kv = 2;
+                config.nheads = 2 * group;
+                config.kv_indices = entries;
+                config.lists_of_heads = of_heads;
+                config.flags = of_heads ? ANYATTN_HAS_RIGHT : 0;
+                config.sink = config.dlse = true;
+                check_both(config);
+            }
+        }
+    }
+}
+
+TEST(selected_keys_with_everything_else) {
+    for (int which = 0; which < 8; ++which) {
+        Config config = medium();
+        config.batch = 3;
+        config.seqlen_q = 20;
+        config.nheads = 4;
+        config.nheads_kv = 2;
+        config.kv_indices = 25;
+        config.lists_of_heads = which & 1;
+        config.packed_q = config.packed_k = which & 2;
+        config.cache_batch_idx = !config.packed_k && which & 4;
+        config.seqused_q = config.seqused_k = config.leftpad = which & 4;
+        config.alibi = config.sink = config.dlse = config.strided = true;
+        config.dropout = 9000;
+        config.softcap = 2;
+        config.flags = ANYATTN_HAS_LEFT | (which & 1 ? ANYATTN_ACCUMULATE : 0);
+        config.left = 60;
+        if (!config.packed_q) config.bias = which, config.mask = 7 - which;
+        check_both(config);
+    }
+}
+
+TEST(selected_keys_of_pages) {
+    for (int32_t target : targets()) {
+        Config config = medium();
+        config.paged = config.seqused_k = true;
+        config.kv_indices = 40;
+        config.target = target;
+        Fixture fixture(config);
+        CHECK(fixture.forward() == ANYATTN_SUCCESS);
+        CHECK(forward_matches(fixture.call));
+    }
+}
+
 TEST(bias_and_mask_broadcast_over_any_axes) {
     for (int axes = 0; axes < 16; ++axes) {
         Config config = medium();

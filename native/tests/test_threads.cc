@@ -46,6 +46,12 @@ Config cached() {
     return config;
 }
 
+Config selected() {
+    Config config = large();
+    config.kv_indices = 90;
+    return config;
+}
+
 std::string bytes_of(const anyattn_array &array, Index dims) {
     const int64_t bytes = dims.a * dims.b * dims.c * dims.d * size_of(array.dtype);
     return array.data ? std::string(static_cast<const char *>(array.data), static_cast<size_t>(bytes)) : "";
@@ -72,7 +78,7 @@ std::string run(Config config, int32_t threads, const std::function<void(anyattn
 
 TEST(any_number_of_threads_gives_the_same_bits) {
     for (int32_t target : targets()) {
-        for (Config config : {large(), packed(), cached()}) {
+        for (Config config : {large(), packed(), cached(), selected()}) {
             config.target = target;
             const std::string one = run(config, 1);
             for (int32_t threads : {2, 3, 7, 0}) CHECK(run(config, threads) == one);

@@ -39,6 +39,8 @@ CASES = [
     Case("sink", batch=1, seqlen_q=70, seqlen_k=130, head_dim=64, sink=True),
     Case("dropout", batch=1, seqlen_q=70, seqlen_k=130, head_dim=64, dropout_p=0.3),
     Case("varlen", seqlen_q=70, seqlen_k=210, head_dim=64, lengths="varlen", causal=True),
+    Case("lists", batch=1, seqlen_q=70, seqlen_k=130, head_dim=64, group=2, kv_indices="heads", sink=True, dlse=True),
+    Case("wide lists", batch=1, seqlen_q=9, seqlen_k=130, head_dim=64, group=20, kv_indices="shared", bias="full"),
     Case("decode", batch=1, seqlen_q=1, seqlen_k=1300, head_dim=64, group=4),
     Case("few", batch=1, seqlen_q=7, seqlen_k=1300, head_dim=64, causal=True),
     Case("split rows", batch=1, seqlen_q=33, seqlen_k=1100, head_dim=64, sink=True),

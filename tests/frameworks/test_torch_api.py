@@ -35,6 +35,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "scores": {"bias": normal(4, 5, 7), "mask": normal(2, 1, 1, 7) > -1, "sink": normal(4), "softcap": 2.0},
     "tables": {"seqused_k": torch.tensor([7, 3]), "leftpad_k": torch.tensor([1, 0]), "window": (3, 1), "offset": 2},
     "dropout": {"dropout_p": 0.3, "seed": 2**63 + 5},
+    "kv_indices": {"kv_indices": torch.tensor([6, -1, 2, 2, 0]).expand(2, 5, 5), "causal": True},
 }
 
 

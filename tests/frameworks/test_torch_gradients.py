@@ -21,6 +21,11 @@ def bias_of(*shape: int) -> Callable[[], dict[str, Any]]:
     return lambda: {"bias": leaf(*shape, seed=5)}
 
 
+def lists(*shape: int) -> Tensor:
+    """Key slots, some of which are listed twice, and -1."""
+    return torch.randint(-1, KEYS, shape, generator=torch.Generator().manual_seed(3))
+
+
 def with_minus_infinity() -> dict[str, Any]:
     bias = normal(1, 1, ROWS, KEYS, seed=5)
     bias[..., 2] = -torch.inf
@@ -49,6 +54,8 @@ FEATURES: dict[str, Callable[[], dict[str, Any]]] = {
     "sink": lambda: {"sink": leaf(NHEADS, seed=8), "causal": True},
     "sink_and_empty_rows": lambda: {"sink": leaf(NHEADS, seed=8), "window": (1, None), "offset": 8},
     "dropout": lambda: {"dropout_p": 0.3, "seed": SEED},
+    "kv_indices": lambda: {"kv_indices": lists(BATCH, ROWS, 4), "causal": True, "sink": leaf(NHEADS, seed=8)},
+    "kv_indices_of_heads": lambda: {"kv_indices": lists(BATCH, NHEADS_KV, ROWS, 5), "dropout_p": 0.3, "seed": SEED},
     "everything": lambda: {
         "causal": True,
         "window": (6, None),

@@ -53,6 +53,7 @@ def calls() -> dict[str, tuple[dict[str, Tensor], Options]]:
         "lengths": ({**dense, **lengths}, Options(chunk=4, alignment="top-left")),
         "dropout": ({**dense, "rng_state": torch.tensor([3, 4])}, Options(dropout_p=0.2)),
         "packed": ({**packed, "cu_seqlens_q": ints(0, 3, 8), "cu_seqlens_k": ints(0, 5, 12)}, Options()),
+        "kv_indices": ({**dense, "kv_indices": ints(0, 3, -1, 6, 6, 2).expand(2, 5, 6).contiguous()}, Options()),
         "paged": ({**pages, "block_table": ints(5, 0, 1, 2).view(2, 2), "seqused_k": ints(7, 3)}, Options()),
     }
 
@@ -99,6 +100,21 @@ def test_compile_makes_one_graph_for_all_lengths(feature: str) -> None:
         one, other = qkv(rows, rows + 2, grad=True), qkv(rows, rows + 2, grad=True)
         total(compiled(*one)).backward()
         total(anyattn.attention(*other, **options)).backward()
+        for x, y in zip(one, other, strict=True):
+            torch.testing.assert_close(x.grad, y.grad)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_compile_takes_lists_of_any_length() -> None:
+    compiled = torch.compile(
+        lambda q, k, v, lists: anyattn.attention(q, k, v, kv_indices=lists),
+        fullgraph=True, dynamic=True, backend=GRAPHS,
+    )  # fmt: skip
+    for rows, entries in ((5, 11), (9, 3), (12, 7)):
+        lists = torch.randint(-1, rows, (2, rows, entries))
+        one, other = qkv(rows, rows + 2, grad=True), qkv(rows, rows + 2, grad=True)
+        total(compiled(*one, lists)).backward()
+        total(anyattn.attention(*other, kv_indices=lists)).backward()
         for x, y in zip(one, other, strict=True):
             torch.testing.assert_close(x.grad, y.grad)
     assert counters["stats"]["unique_graphs"] == 1
@@ -232,6 +248,7 @@ MAPPED: dict[str, tuple[tuple[int | None, ...], dict[str, Any]]] = {
     "keys": ((None, 1, 0), {"causal": True}),
     "all": ((2, 0, 1), {"bias": normal(1, 4, 5, 7), "mask": normal(2, 1, 1, 7) > -1, "alibi_slopes": normal(4).abs()}),
     "tables": ((0, 0, 0), {"seqused_k": torch.tensor([7, 4]), "offset": torch.tensor([1, 2])}),
+    "kv_indices": ((0, 0, None), {"kv_indices": torch.tensor([4, -1, 2, 2]).expand(2, 5, 4)}),
     "sink": ((0, 0, 0), {"sink": normal(4)}),
     "dropout": ((0, 0, 0), {"dropout_p": 0.5, "seed": 7}),
 }

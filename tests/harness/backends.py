@@ -30,7 +30,6 @@ class MayRefuse:
 
 # Written here, and not read from `supports`: a refusal that nobody has decided on must fail a test.
 MAY_REFUSE = {
-    "cpu": MayRefuse(2**20, (), ("kv_indices",)),
     "triton": MayRefuse(512, ("float64",), ("kv_indices",)),
     "vulkan": MayRefuse(256, ("float64",), ("kv_indices",)),
 }

@@ -53,8 +53,8 @@ def plain_attention(
     seen = seen if right is None else seen & (c <= p + right)
     seen = seen & (c // chunk == p.div(chunk, rounding_mode="floor")) if chunk else seen
     if kv_indices is not None:
-        lists = (kv_indices if kv_indices.ndim == 4 else kv_indices[:, None]).repeat_interleave(group, 1)
-        seen = seen & (lists.unsqueeze(-1) == torch.arange(keys)).any(-2)[:, : q.shape[2]]
+        lists = kv_indices.repeat_interleave(group, 1) if kv_indices.ndim == 4 else kv_indices[:, None]
+        seen = seen & (lists.unsqueeze(-1) == torch.arange(keys)).any(-2)
     s = s.masked_fill(~(seen if mask is None else seen & mask), -torch.inf)
     logits = s if sink is None else torch.cat((s, sink.reshape(1, -1, 1, 1).expand(*s.shape[:3], 1)), -1)
     some = logits.isfinite().any(-1)

@@ -56,6 +56,8 @@ struct Call : Settings {
     ConstArray bias, mask;  // (batch or 1, nheads or 1, seqlen_q or 1, seqlen_k or 1); mask false: not seen
     ConstArray alibi_slopes;  // (nheads) or (batch, nheads)
     ConstArray sink;  // (nheads)
+    ConstArray
+        kv_indices;  // int32 (batch, seqlen_q, n) or (batch, nheads_kv, seqlen_q, n), packed without batch: key slots
     Table seqused_q, seqused_k;  // (batch): rows and keys in use
     Table leftpad_k, offset;  // (batch): first key in use; position of row 0
     int64_t max_seqlen_q = 0, max_seqlen_k = 0;  // packed or paged: no sequence is longer; 0: the longest, or all pages
@@ -128,6 +130,7 @@ inline void put_arrays(const Call &from, anyattn_pass pass, Translation *to) {
     to->put_scores("mask", from.mask, &call.mask);
     to->put_slopes("alibi_slopes", from.alibi_slopes, &call.alibi_slopes);
     to->put_heads("sink", from.sink, &call.sink);
+    to->put_lists("kv_indices", from.kv_indices, &call.kv_indices);
     if (pass == ANYATTN_FORWARD) return;
     to->put("dout", from.dout, &call.dout, out);
     to->put_statistics("dlse", from.dlse, &call.dlse, from.q);

@@ -110,6 +110,24 @@ class Translation {
         put(name, from, to, expected);
     }
 
+    // kv_indices, with or without an axis of KV heads.
+    void put_lists(const char *name, const ConstArray &from, anyattn_array *to) {
+        if (from.rank == 0) return;
+        const bool packed = present(settings_.cu_seqlens_q), of_heads = from.rank == (packed ? 3 : 4);
+        const int64_t heads = call.nheads_kv, rows = packed ? call.total_q : call.seqlen_q;
+        call.num_indices = from.shape[from.rank - 1];
+        call.flags |= ANYATTN_HAS_KV_INDICES;
+        if (packed) {
+            put(name, from, to, of_heads ? shaped({heads, rows, call.num_indices}) : shaped({rows, call.num_indices}));
+        } else if (of_heads) {
+            put(name, from, to, shaped({call.batch, heads, rows, call.num_indices}));
+        } else {
+            put(name, from, to, shaped({call.batch, rows, call.num_indices}));
+            to->stride[0] = to->stride[1];
+            to->stride[1] = 0;
+        }
+    }
+
     void put_slopes(const char *name, const ConstArray &from, anyattn_array *to) {
         const ConstArray expected = from.rank == 2 ? shaped({call.batch, call.nheads}) : shaped({call.nheads});
         place(name, from, to, expected, 2 - expected.rank);

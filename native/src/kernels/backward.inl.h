@@ -91,6 +91,7 @@ struct BackwardScratch {
     int64_t dq_size;  // of one panel
     C *dq;
     char *gradients, *q_rows, *dout_rows;
+    Partial tile{};  // dk and dv of a tile of selected keys, before they are added to rows anywhere
 
     BackwardScratch(const anyattn_call &call, Arena &arena) : tiles(call, arena) {
         dq_size = round_up(call.head_dim, lanes<C>) * panel<C>;
@@ -98,33 +99,63 @@ struct BackwardScratch {
         gradients = arena.take<char>(M::gradients_size());
         q_rows = arena.take<char>(M::row_buffer(call.head_dim));
         dout_rows = arena.take<char>(M::row_buffer(call.head_dim_v));
+        if (!has_key_lists(call)) return;
+        tile.dk_stride = round_up(call.head_dim, lanes<C>);
+        tile.dv_stride = round_up(call.head_dim_v, lanes<C>);
+        tile.dk = arena.take<C>(kKeys * tile.dk_stride);
+        tile.dv = arena.take<C>(kKeys * tile.dv_stride);
     }
 };
 
-// Part of dsink.
+// Where a tile of keys adds its gradients: rows of the partial, or for selected keys a tile of zeros.
+template <class M>
+Partial sums_of_tile(const ScoreBlock<typename M::C> &block, const BackwardScratch<M> &w, const Partial &partial,
+                     int64_t j0, int64_t n) {
+    using C = typename M::C;
+    if (!block.slots) {
+        return {static_cast<C *>(partial.dk) + j0 * partial.dk_stride,
+                static_cast<C *>(partial.dv) + j0 * partial.dv_stride, partial.dk_stride, partial.dv_stride};
+    }
+    __builtin_memset(w.tile.dk, 0, sizeof(C) * (size_t)(n * w.tile.dk_stride));
+    __builtin_memset(w.tile.dv, 0, sizeof(C) * (size_t)(n * w.tile.dv_stride));
+    return w.tile;
+}
+
+// Adds the gradients of n selected keys to the rows of their slots.
 template <class C>
-double sink_gradient(const RowStatistics<C> &rows, int count) {
-    double sum = 0;
-    for (int i = 0; i < count; ++i) sum -= double(rows.sink[i]) * double(rows.delta[i]);
-    return sum;
+ANYATTN_NOINLINE void add_to_slots(void *to, int64_t to_stride, const void *tile, int64_t stride, const int32_t *slots,
+                                   int64_t n) {
+    using V = typename Lanes<C>::V;
+    for (int64_t j = 0; j < n; ++j) {
+        C *row = static_cast<C *>(to) + slots[j] * to_stride;
+        const C *added = static_cast<const C *>(tile) + j * stride;
+        for (int64_t d = 0; d < stride; d += lanes<C>) store(row + d, load<V>(row + d) + load<V>(added + d));
+    }
+}
+
+// Adds the parts of dsink of a block's heads, `step` apart.
+template <class C>
+void add_sink_gradients(const ScoreBlock<C> &block, const RowStatistics<C> &rows, double *sums, int64_t step) {
+    for (int i = 0; i < block.rows; ++i) {
+        sums[(block.head(i) - block.h) * step] -= double(rows.sink[i]) * double(rows.delta[i]);
+    }
 }
 
 template <class M>
 void backward_block(const ScoreBlock<typename M::C> &block, const BackwardScratch<M> &w, const Partial &partial,
-                    double *sink_partial, typename M::C *statistics) {
+                    double *sink_sums, int64_t sink_step, void *statistics) {
     using C = typename M::C;
     const anyattn_call &call = block.call;
     const TileScratch<M> &tiles = w.tiles;
+    const RowStatistics<C> rows(tiles.rows);
     pack_rows(block, tiles);
     fill_statistics(block, tiles);
-    if (statistics) __builtin_memcpy(statistics, tiles.rows, RowStatistics<C>::size * sizeof(C));
-    if (sink_partial) *sink_partial += sink_gradient(RowStatistics<C>(tiles.rows), block.rows);
-    const StridedRows q = query_rows(call.q, call, block.s, block.h, block.i0);
-    const StridedRows dout = query_rows(call.dout, call, block.s, block.h, block.i0);
+    if (statistics) store_statistics(block, rows, statistics);
+    if (sink_sums) add_sink_gradients(block, rows, sink_sums, sink_step);
     const RowTable dq = block.table(call.dq);
-    const auto q_rows = M::load_rows(q, block.rows, call.head_dim, w.q_rows);
-    const auto dout_rows = M::load_rows(dout, block.rows, call.head_dim_v, w.dout_rows);
-    const KeyRows k = key_rows(call.k, call, block.s, block.h_kv), v = key_rows(call.v, call, block.s, block.h_kv);
+    const auto q_rows = M::load_rows(block.strided(call.q), block.rows, call.head_dim, w.q_rows);
+    const auto dout_rows = M::load_rows(block.strided(call.dout), block.rows, call.head_dim_v, w.dout_rows);
+    const KeyRows k = block.keys(call.k), v = block.keys(call.v);
     __builtin_memset(w.dq, 0, (size_t)(block.panels * w.dq_size * (int64_t)sizeof(C)));
     const auto gradients = M::gradients(tiles.S, tiles.T, w.gradients);
     for (int64_t j0 = block.begin; j0 < block.end; j0 += kKeys) {
@@ -138,10 +169,12 @@ void backward_block(const ScoreBlock<typename M::C> &block, const BackwardScratc
                 fill_gradients<M, M>(block, tiles, keys, values, p, j0, j1, C(call.scale), true, part, next);
             M::accumulate_dq(part, keys, r.first, r.n, call.head_dim, block.panel_rows(p), w.dq + p * w.dq_size);
         }
-        M::accumulate_dv(gradients, n, dout_rows, block.rows, call.head_dim_v,
-                         static_cast<C *>(partial.dv) + j0 * partial.dv_stride, partial.dv_stride);
-        M::accumulate_dk(gradients, n, q_rows, block.rows, call.head_dim,
-                         static_cast<C *>(partial.dk) + j0 * partial.dk_stride, partial.dk_stride);
+        const Partial to = sums_of_tile(block, w, partial, j0, n);
+        M::accumulate_dv(gradients, n, dout_rows, block.rows, call.head_dim_v, static_cast<C *>(to.dv), to.dv_stride);
+        M::accumulate_dk(gradients, n, q_rows, block.rows, call.head_dim, static_cast<C *>(to.dk), to.dk_stride);
+        if (!block.slots) continue;
+        add_to_slots<C>(partial.dk, partial.dk_stride, to.dk, to.dk_stride, block.slots + j0, n);
+        add_to_slots<C>(partial.dv, partial.dv_stride, to.dv, to.dv_stride, block.slots + j0, n);
     }
     for (int p = 0; p < block.panels; ++p) {
         unpack_panel(dq.row + p * panel<C>, dq.dtype, w.dq + p * w.dq_size, block.panel_rows(p), call.head_dim,
@@ -149,26 +182,34 @@ void backward_block(const ScoreBlock<typename M::C> &block, const BackwardScratc
     }
 }
 
-// Where the statistics of a block are kept for dbias; as many blocks for each head of each sequence.
-template <class C>
-C *statistics_of(const anyattn_call &call, const ScoreBlock<C> &block, void *statistics) {
-    const int64_t blocks = (call.seqlen_q + kBlockQ - 1) / kBlockQ, head = block.s.index * call.nheads + block.h;
-    return static_cast<C *>(statistics) + (head * blocks + block.i0 / kBlockQ) * RowStatistics<C>::size;
+// The rows of a block of queries, one query and the heads that share its keys at a time.
+template <class M>
+void backward_rows(const anyattn_call &call, const Sequence &s, int64_t h_kv, int64_t block, const Partial &partial,
+                   double *sink_sums, void *statistics, const BackwardScratch<M> &w) {
+    const int64_t group = call.nheads / call.nheads_kv, blocks = (s.n_q + kBlockQ - 1) / kBlockQ;
+    for (int64_t i = block * kBlockQ; i < min64((block + 1) * kBlockQ, s.n_q); ++i) {
+        for (int64_t first = 0; first < group; first += kBlockQ) {
+            const QueryBlock row{s.index, h_kv * group + first, min64(kBlockQ, group - first), i, 1};
+            backward_block<M>(ScoreBlock<typename M::C>(call, row, M::score_factor(call.scale)), w, partial,
+                              sink_sums ? sink_sums + first * blocks + block : nullptr, blocks, statistics);
+        }
+    }
 }
 
 template <class M>
 void backward_group(const anyattn_call &call, int64_t b, int64_t h_kv, int64_t split, int64_t splits,
-                    const Partial &partial, double *sink_partial, void *statistics, void *memory) {
-    using C = typename M::C;
+                    const Partial &partial, double *sink_sums, void *statistics, void *memory) {
     const Sequence s = sequence(call, b);
     const int64_t group = call.nheads / call.nheads_kv, blocks = (s.n_q + kBlockQ - 1) / kBlockQ;
     Arena arena{static_cast<char *>(memory), 0};
     const BackwardScratch<M> w(call, arena);
-    for (int64_t at = split; at < group * blocks; at += splits) {
-        const ScoreBlock<C> block(call, query_block(s, h_kv * group + at / blocks, at % blocks),
-                                  M::score_factor(call.scale));
-        backward_block<M>(block, w, partial, sink_partial ? sink_partial + at : nullptr,
-                          statistics ? statistics_of<C>(call, block, statistics) : nullptr);
+    for (int64_t at = split; has_key_lists(call) && at < blocks; at += splits) {
+        backward_rows<M>(call, s, h_kv, at, partial, sink_sums, statistics, w);
+    }
+    for (int64_t at = split; !has_key_lists(call) && at < group * blocks; at += splits) {
+        const ScoreBlock<typename M::C> block(call, query_block(s, h_kv * group + at / blocks, at % blocks),
+                                              M::score_factor(call.scale));
+        backward_block<M>(block, w, partial, sink_sums ? sink_sums + at : nullptr, blocks, statistics);
     }
 }
 

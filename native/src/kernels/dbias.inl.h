@@ -41,16 +41,16 @@ ANYATTN_NOINLINE void sum_tile(double *sum, const C *ds, int64_t n, int64_t rows
 
 template <class M>
 void add_block(const ScoreBlock<typename M::C> &block, const DbiasTile &tile, const DbiasScratch<M> &w,
-               const typename M::C *statistics) {
+               const void *statistics) {
     using C = typename M::C;
     using Out = Plain<C>;
     const anyattn_call &call = block.call;
-    const int64_t begin = tile.summed(3) ? block.begin : max64(block.begin, tile.j0);
-    const int64_t end = tile.summed(3) ? block.end : min64(block.end, tile.j0 + tile.keys);
+    const int64_t begin = tile.summed(3) ? block.begin : block.key_at(tile.j0);
+    const int64_t end = tile.summed(3) ? block.end : block.key_at(tile.j0 + tile.keys);
     if (begin >= end) return;
     pack_rows(block, w.tiles);
-    __builtin_memcpy(w.tiles.rows, statistics, RowStatistics<C>::size * sizeof(C));
-    const KeyRows k = key_rows(call.k, call, block.s, block.h_kv), v = key_rows(call.v, call, block.s, block.h_kv);
+    load_statistics(block, statistics, RowStatistics<C>(w.tiles.rows));
+    const KeyRows k = block.keys(call.k), v = block.keys(call.v);
     TileAhead none{};
     for (int64_t j0 = begin; j0 < end; j0 += kKeys) {
         const int64_t n = min64(kKeys, end - j0);
@@ -59,8 +59,12 @@ void add_block(const ScoreBlock<typename M::C> &block, const DbiasTile &tile, co
         for (int p = 0; p < block.panels; ++p) {
             const auto ds = Out::panel_of({w.tiles.S, w.tiles.T}, p);
             const Range r = fill_gradients<M, Out>(block, w.tiles, keys, values, p, j0, j0 + n, C(1), false, ds, none);
-            double *sum = w.sum + (j0 + r.first - tile.j0) * tile.key_step() + p * panel<C> * tile.row_step();
-            sum_tile(sum, Out::from(ds, r.first).ds, r.n, block.panel_rows(p), tile.key_step(), tile.row_step());
+            const int64_t row = block.i0 - tile.i0 + p * panel<C>;
+            block.for_runs(j0 + r.first, r.n, [&](int64_t i, int64_t slot, int64_t count) {
+                double *sum = w.sum + (slot - tile.j0) * tile.key_step() + row * tile.row_step();
+                sum_tile(sum, Out::from(ds, r.first + i).ds, count, block.panel_rows(p), tile.key_step(),
+                         tile.row_step());
+            });
         }
     }
 }
@@ -96,9 +100,10 @@ void dbias_tile(const anyattn_call &call, int64_t bias_b, int64_t bias_h, int64_
         const Sequence s = sequence(call, b);
         const int64_t i_end = tile.summed(2) ? s.n_q : min64(s.n_q, tile.i0 + tile.rows);
         for (int64_t h = bias_h; h < h_end; ++h) {
-            for (int64_t i = tile.i0; i < i_end; i += kBlockQ) {
-                const ScoreBlock<C> block(call, query_block(s, h, i / kBlockQ), M::score_factor(call.scale));
-                add_block(block, tile, w, statistics_of<C>(call, block, statistics));
+            const int64_t rows = has_key_lists(call) ? 1 : kBlockQ;
+            for (int64_t i = tile.i0; i < i_end; i += rows) {
+                const ScoreBlock<C> block(call, {b, h, 1, i, min64(rows, s.n_q - i)}, M::score_factor(call.scale));
+                add_block(block, tile, w, statistics);
             }
         }
     }

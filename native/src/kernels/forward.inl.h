@@ -191,8 +191,8 @@ void forward_blocks(const anyattn_call &call, const BlockSet &set, int64_t begin
               w.states[i]);
     for (int64_t g = 0; g < set.groups; ++g) {
         const ScoreBlock<C> &block = w.blocks[g * set.shared()];
-        w.k_rows[g] = key_rows(call.k, call, block.s, block.h_kv);
-        w.v_rows[g] = key_rows(call.v, call, block.s, block.h_kv);
+        w.k_rows[g] = block.keys(call.k);
+        w.v_rows[g] = block.keys(call.v);
     }
     M::clean(w.S);
     for (int64_t j0 = begin; j0 < end; j0 += M::tile_keys) {

@@ -167,9 +167,14 @@ struct KeyRows {
     StridedRows rows;
     const int32_t *pages;  // null: not paged
     int64_t page_size, page_stride;
+    const int32_t *slots = nullptr;  // of the rows that are selected; null: all, in order
+
+    // Whether row j lies `stride` bytes behind row j - 1.
+    bool in_order() const { return !pages && !slots; }
 
     // Of row j, from the first row: the same for every head.
     int64_t offset(int64_t j) const {
+        if (slots) j = slots[j];
         if (!pages) return j * rows.stride;
         return j % page_size * rows.stride + pages[j / page_size] * page_stride;
     }
@@ -178,8 +183,8 @@ struct KeyRows {
     // body(i, row j + i) for n rows, with one division in all.
     template <class Body>
     ANYATTN_INLINE void for_each(int64_t j, int64_t n, const Body &body) const {
-        if (!pages) {
-            for (int64_t i = 0; i < n; ++i) body(i, rows.row(j + i));
+        if (!pages || slots) {
+            for (int64_t i = 0; i < n; ++i) body(i, row(j + i));
             return;
         }
         int64_t page = j / page_size, slot = j % page_size;
@@ -197,7 +202,7 @@ inline KeyRows key_rows(const anyattn_array &array, const anyattn_call &call, co
     if (!call.cu_seqlens_k && !call.block_table) offset += s.batch_k * array.stride[0];
     const StridedRows rows{static_cast<char *>(array.data) + offset * size, array.stride[1] * size, array.dtype};
     const int32_t *pages = call.block_table ? call.block_table + s.index * call.max_pages : nullptr;
-    return {rows, pages, call.page_size, array.stride[0] * size};
+    return {rows, pages, call.page_size, array.stride[0] * size, nullptr};
 }
 
 template <int N>

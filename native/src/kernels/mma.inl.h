@@ -223,7 +223,7 @@ struct Plain {
 
     // The rows themselves where they can be read in place, else copies: rows far apart would evict each other from L1.
     static Keys load_keys(const KeyRows &keys, int64_t j, int64_t n, int64_t dim, int, char *buffer) {
-        const bool dense = !keys.pages && keys.rows.stride == dim * (int64_t)sizeof(C);
+        const bool dense = keys.in_order() && keys.rows.stride == dim * (int64_t)sizeof(C);
         if (dense && keys.rows.dtype == dtype_of<C>) return {reinterpret_cast<const C *>(keys.row(j)), dim};
         C *copy = reinterpret_cast<C *>(buffer);
         const int64_t stride = round_up(dim, lanes<C>);

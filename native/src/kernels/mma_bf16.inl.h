@@ -196,7 +196,7 @@ struct Dot {
     static Keys load_keys(const KeyRows &keys, int64_t j, int64_t n, int64_t dim, int use, char *buffer) {
         Keys result{keys.row(j), keys.rows.stride, nullptr, round_up(dim, 16)};
         // Rows far apart would evict each other from L1; and a pair must not reach into the next row.
-        const bool dense = !keys.pages && keys.rows.stride == 2 * dim && dim % 2 == 0;
+        const bool dense = keys.in_order() && keys.rows.stride == 2 * dim && dim % 2 == 0;
         if ((use & kSumDim) && !dense) {
             result.rows = buffer;
             result.stride = round_up(dim, 32) * 2;

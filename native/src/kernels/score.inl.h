@@ -36,6 +36,7 @@ struct ScoreBlock {
     Sequence s;
     int64_t h, h_kv, i0;
     int per_head, rows, panels;
+    const int32_t *slots = nullptr;  // of the keys that the one row selects, in ascending order; null: key j is slot j
     int64_t begin, end;  // keys that any of the rows may see
     ScoreUnits<C> units;
     C cap;  // 0: off
@@ -49,6 +50,12 @@ struct ScoreBlock {
         panels = (rows + panel<C> - 1) / panel<C>;
         begin = key_begin(call, s, i0);
         end = key_end(call, s, i0 + per_head - 1);
+        if (has_key_lists(call)) {
+            const int32_t *list = key_list(call, s, h_kv, i0);
+            begin = 0;
+            end = list[0];
+            slots = list + 1;
+        }
         // Limits that leave tanh's argument and its product finite in float.
         const double limited = call.softcap < 1e-30 ? 1e-30 : call.softcap > 1e30 ? 1e30 : call.softcap;
         cap = call.softcap > 0 ? C(limited) : 0;
@@ -66,19 +73,63 @@ struct ScoreBlock {
 
     int64_t head(int r) const { return h + r / per_head; }
     int64_t row(int r) const { return i0 + r % per_head; }
+    int64_t slot(int64_t j) const { return slots ? slots[j] : j; }
+    // First key at or behind a slot. No std::lower_bound: it would be shared with other instruction sets.
+    int64_t key_at(int64_t slot) const {
+        if (!slots) return min64(max64(slot, begin), end);
+        int64_t low = 0, high = end;
+        while (low < high) {
+            const int64_t middle = (low + high) / 2;
+            if (slots[middle] < slot) {
+                low = middle + 1;
+            } else {
+                high = middle;
+            }
+        }
+        return low;
+    }
+    // The keys or values that the rows see, by their numbers here.
+    KeyRows keys(const anyattn_array &array) const {
+        KeyRows rows = key_rows(array, call, s, h_kv);
+        rows.slots = slots;
+        return rows;
+    }
+    // body(i, slot, count) for runs of neighbouring slots among keys [j, j + n): the first of a run is key j + i.
+    template <class Body>
+    ANYATTN_INLINE void for_runs(int64_t j, int64_t n, const Body &body) const {
+        if (!slots) return body(0, j, n);
+        for (int64_t i = 0, next = 0; i < n; i = next) {
+            for (next = i + 1; next < n && slots[j + next] == slots[j + next - 1] + 1;) ++next;
+            body(i, slot(j + i), next - i);
+        }
+    }
 
     static C head_value(const anyattn_array &array, int64_t i, int64_t j) {
         const int64_t at = i * array.stride[0] + j * array.stride[1];
         return load_scalar<C>(static_cast<char *>(array.data) + at * dtype_size(array.dtype), array.dtype);
     }
-    // The entry of row r and key j in a bias or mask.
-    const char *element(const anyattn_array &array, int r, int64_t j) const {
+    // The entry of row r and a key slot in a bias or mask.
+    const char *element(const anyattn_array &array, int r, int64_t slot) const {
         const int64_t at =
-            s.index * array.stride[0] + head(r) * array.stride[1] + row(r) * array.stride[2] + j * array.stride[3];
+            s.index * array.stride[0] + head(r) * array.stride[1] + row(r) * array.stride[2] + slot * array.stride[3];
         return static_cast<const char *>(array.data) + at * dtype_size(array.dtype);
     }
     // Sink logit of row r, natural units; -inf: none.
     C sink(int r) const { return call.sink.data ? head_value(call.sink, head(r), 0) : -infinity(C()); }
+
+    // The rows of a block of one head, or of one row.
+    StridedRows strided(const anyattn_array &array) const {
+        StridedRows result = query_rows(array, call, s, h, i0);
+        if (per_head != rows) result.stride = array.stride[2] * dtype_size(array.dtype);
+        return result;
+    }
+
+    // Their values in lse or dlse.
+    StridedRows strided_values(const anyattn_array &array) const {
+        StridedRows result = row_values(array, call, s, h, i0);
+        if (per_head != rows) result.stride = array.stride[1] * dtype_size(array.dtype);
+        return result;
+    }
 
     // The block's rows of q, out, dout or dq.
     RowTable table(const anyattn_array &array) const {
@@ -98,12 +149,14 @@ struct ScoreBlock {
     int64_t last_row(int p) const { return rows == per_head ? first_row(p) + panel_rows(p) - 1 : i0 + per_head - 1; }
     // Keys of a panel's rows inside [j0, j1), from an even distance to j0 on.
     int64_t panel_begin(int p, int64_t j0) const {
+        if (slots) return j0;
         const int64_t first = key_begin(call, s, first_row(p));
         return first <= j0 ? j0 : j0 + (first - j0) / 2 * 2;
     }
-    int64_t panel_end(int p, int64_t j1) const { return min64(j1, key_end(call, s, last_row(p))); }
+    int64_t panel_end(int p, int64_t j1) const { return min64(j1, slots ? end : key_end(call, s, last_row(p))); }
     // Whether some row of the panel may not see some key of [j0, j1).
     bool edge(int p, int64_t j0, int64_t j1) const {
+        if (slots) return false;
         return j0 < key_begin(call, s, last_row(p)) || j1 > key_end(call, s, first_row(p));
     }
 };
@@ -115,7 +168,7 @@ inline TileAhead next_tile(const anyattn_call &call, const KeyRows *k, const Key
             {v, heads, j, end, call.head_dim_v * dtype_size(v->rows.dtype)}};
 }
 
-// added[key][lane] from an array of (row, key) for keys [j, j + n) of panel p; Merge(new, old) is stored.
+// added[key][lane] from an array of (row, slot) for slots [j, j + n) of panel p; Merge(new, old) is stored.
 template <class C, class Merge>
 ANYATTN_INLINE void spread(C *added, const ScoreBlock<C> &block, int p, const anyattn_array &array, int64_t j,
                            int64_t n, const Merge &merge) {
@@ -153,14 +206,15 @@ template <class C>
 ANYATTN_NOINLINE MaskUse mask_use(const ScoreBlock<C> &block, int p, int64_t j, int64_t n) {
     const anyattn_array &mask = block.call.mask;
     if (!mask.data) return kSeesAll;
-    const int64_t count = mask.stride[3] ? n : 1;
     bool some = false, all = true;
     for (int x = 0; x < block.panel_rows(p); ++x) {
-        const char *row = block.element(mask, p * panel<C> + x, j);
-        for (int64_t i = 0; i < count; ++i) {
-            some |= row[i] != 0;
-            all &= row[i] != 0;
-        }
+        block.for_runs(j, n, [&](int64_t, int64_t slot, int64_t count) {
+            const char *row = block.element(mask, p * panel<C> + x, slot);
+            for (int64_t i = 0; i < (mask.stride[3] ? count : 1); ++i) {
+                some |= row[i] != 0;
+                all &= row[i] != 0;
+            }
+        });
         if (some && !all) return kSeesSome;
         if (mask.stride[1] == 0 && mask.stride[2] == 0) break;  // every row is the same
     }
@@ -172,13 +226,18 @@ template <class C>
 ANYATTN_NOINLINE void fill_added(C *added, const ScoreBlock<C> &block, int p, int64_t j, int64_t n, MaskUse use) {
     using V = typename Lanes<C>::V;
     const anyattn_call &call = block.call;
+    const auto spread_runs = [&](const anyattn_array &array, const auto &merge) {
+        block.for_runs(j, n, [&](int64_t i, int64_t slot, int64_t count) {
+            spread(added + i * panel<C>, block, p, array, slot, count, merge);
+        });
+    };
     if (call.bias.data) {
-        spread(added, block, p, call.bias, j, n, [](V bias, V) { return bias; });
+        spread_runs(call.bias, [](V bias, V) { return bias; });
     } else {
         __builtin_memset(added, 0, (size_t)(n * panel<C> * (int64_t)sizeof(C)));
     }
     if (use == kSeesAll) return;
-    spread(added, block, p, call.mask, j, n, [](V seen, V bias) { return seen == V{} ? splat(-infinity(C())) : bias; });
+    spread_runs(call.mask, [](V seen, V bias) { return seen == V{} ? splat(-infinity(C())) : bias; });
 }
 
 // Per lane, the rows of the tile [j, j + n) that its query may see; none in lanes without a query.
@@ -219,8 +278,12 @@ ANYATTN_NOINLINE void score_pass(const ScoreBlock<C> &block, int p, int64_t j, i
     const V hidden = splat(-infinity(C()));
     const V cap = splat(block.cap), per_cap = splat(block.cap != 0 ? 1 / block.cap : 0);
     const bool capped = block.cap != 0, sloped = block.sloped;
-    const int64_t apart = block.i0 + block.s.offset - (j - block.s.leftpad);  // positions of row i0 and key j
-    const bool near = near_diagonal(apart);
+    // From the position of a key to that of row i0.
+    const auto apart_from = [&](int64_t key) {
+        return block.i0 + block.s.offset - (block.slot(key) - block.s.leftpad);
+    };
+    const int64_t apart = n > 0 ? apart_from(j) : 0;
+    const bool near = !block.slots && near_diagonal(apart);
     for (int c = 0; c < block.panel_vectors(p); ++c) {
         const int64_t lane = p * panel<C> + c * lanes<C>;
         const V slope = sloped ? load<V>(block.slope + lane) : V{}, place = sloped ? load<V>(block.place + lane) : V{};
@@ -239,7 +302,7 @@ ANYATTN_NOINLINE void score_pass(const ScoreBlock<C> &block, int p, int64_t j, i
                 const V bias = load<V>(added + at);
                 s = bias == hidden ? hidden : s + bias;
             }
-            if (sloped) s -= (near ? absolute(from - row) : far_distance<C>(place, apart - r)) * slope;
+            if (sloped) s -= (near ? absolute(from - row) : far_distance<C>(place, apart_from(j + r))) * slope;
             if (bounds) {
                 s = row >= low ? s : hidden;
                 s = row < high ? s : hidden;
@@ -271,7 +334,7 @@ ANYATTN_INLINE void keep_tile(C *keep, const ScoreBlock<C> &block, int p, int64_
     DropoutCounter counter{call.rng_state[0],
                            (uint32_t)call.rng_state[1],
                            call.dropout_threshold,
-                           j + call.key_start,
+                           0,
                            round_up(block.panel_rows(p), lanes<float>),
                            {},
                            {}};
@@ -280,7 +343,10 @@ ANYATTN_INLINE void keep_tile(C *keep, const ScoreBlock<C> &block, int p, int64_
         counter.query[x] = (uint32_t)(block.row(r) + call.query_start);
         counter.head[x] = (uint32_t)(block.s.index * call.nheads + block.head(r));
     }
-    fill_keep(keep, counter, n, C(1 / (1 - call.dropout_threshold / 65536.0)));
+    block.for_runs(j, n, [&](int64_t i, int64_t slot, int64_t count) {
+        counter.key = slot + call.key_start;
+        fill_keep(keep + i * panel<C>, counter, count, C(1 / (1 - call.dropout_threshold / 65536.0)));
+    });
 }
 
 }  // namespace

@@ -60,9 +60,8 @@ template <class C>
 ANYATTN_NOINLINE void fill_delta(const ScoreBlock<C> &block, C *delta) {
     using V = typename Lanes<C>::V;
     const anyattn_call &call = block.call;
-    const StridedRows out = query_rows(call.out, call, block.s, block.h, block.i0);
-    const StridedRows dout = query_rows(call.dout, call, block.s, block.h, block.i0);
-    const StridedRows dlse = row_values(call.dlse, call, block.s, block.h, block.i0);
+    const StridedRows out = block.strided(call.out), dout = block.strided(call.dout);
+    const StridedRows dlse = block.strided_values(call.dlse);
     for (int i = 0; i < kBlockQ; ++i) {
         delta[i] = 0;
         if (i >= block.rows) continue;
@@ -79,16 +78,15 @@ ANYATTN_NOINLINE void fill_delta(const ScoreBlock<C> &block, C *delta) {
 // The rows' statistics from the saved lse. Returns the largest |lse|.
 template <class C>
 ANYATTN_NOINLINE double read_lse(const ScoreBlock<C> &block, const RowStatistics<C> &rows) {
-    const StridedRows lse = row_values(block.call.lse, block.call, block.s, block.h, block.i0);
+    const StridedRows lse = block.strided_values(block.call.lse);
     const double unit = block.units.unit, limit = sizeof(C) == 4 ? double(__FLT_MAX__) : __DBL_MAX__;
-    const double sink = double(block.sink(0));
     double largest = 0;
     for (int i = 0; i < kBlockQ; ++i) {
         rows.base[i] = infinity(C());
         rows.rest[i] = rows.sink[i] = 0;
         const double value = i < block.rows ? double(load<C>(lse.row(i))) : -infinity(0.0);
         if (value == -infinity(0.0)) continue;
-        const double base = value / unit;
+        const double base = value / unit, sink = double(block.sink(i));
         rows.base[i] = C(base < -limit ? -limit : base > limit ? limit : base);
         rows.rest[i] = C((value - double(rows.base[i]) * unit) * kLog2e);
         if (sink > -infinity(0.0)) rows.sink[i] = C(__builtin_exp(sink < value ? sink - value : 0.0));
@@ -102,7 +100,7 @@ ANYATTN_NOINLINE double read_lse(const ScoreBlock<C> &block, const RowStatistics
 template <class M>
 ANYATTN_NOINLINE void sum_rows(const ScoreBlock<typename M::C> &block, const TileScratch<M> &w) {
     const anyattn_call &call = block.call;
-    const KeyRows k = key_rows(call.k, call, block.s, block.h_kv);
+    const KeyRows k = block.keys(call.k);
     const SoftmaxRows<M> softmax{w.S, w.added, nullptr, w.m, w.l, w.alpha};
     TileAhead none{};
     clear_sums(w.m, w.l);
@@ -124,14 +122,15 @@ template <class M>
 ANYATTN_NOINLINE void refine_statistics(const ScoreBlock<typename M::C> &block, const TileScratch<M> &w) {
     using C = typename M::C;
     const RowStatistics<C> rows(w.rows);
-    const StridedRows saved = row_values(block.call.lse, block.call, block.s, block.h, block.i0);
-    const double sink = double(block.sink(0)), eps = sizeof(C) == 4 ? double(__FLT_EPSILON__) : __DBL_EPSILON__;
+    const StridedRows saved = block.strided_values(block.call.lse);
+    const double eps = sizeof(C) == 4 ? double(__FLT_EPSILON__) : __DBL_EPSILON__;
     // The forward pass sums the products of few rows in another order, see few.inl.h.
-    const double rounding = block.s.n_q <= kFewRows<C> ? 32 * eps : 2 * eps;
+    const bool few = (block.slots ? block.rows : block.s.n_q) <= kFewRows<C>;
+    const double rounding = few ? 32 * eps : 2 * eps;
     sum_rows(block, w);
     for (int i = 0; i < block.rows; ++i) {
         const double lse = double(load<C>(saved.row(i))), size = lse < 0 ? -lse : lse;
-        const double m = double(w.m[i]) * block.units.unit, top = sink > m ? sink : m;
+        const double m = double(w.m[i]) * block.units.unit, sink = double(block.sink(i)), top = sink > m ? sink : m;
         if (!(size > largest_trusted_lse(block.call)) || !(w.l[i] > 0)) continue;
         const double sum = double(w.l[i]) * __builtin_exp(m - top) + __builtin_exp(sink - top);
         if (!(top + __builtin_log(sum) >= lse - rounding * size)) continue;
@@ -159,6 +158,37 @@ void fill_statistics(const ScoreBlock<typename M::C> &block, const TileScratch<M
     const RowStatistics<C> rows(w.rows);
     fill_delta(block, rows.delta);
     if (read_lse(block, rows) > largest_trusted_lse(block.call)) refine_statistics(block, w);
+}
+
+// What dbias needs of a row. The backward pass leaves it in the workspace for every row of every head, because a task
+// of dbias visits rows of many blocks and would have to sum them again.
+template <class C>
+struct StoredRow {
+    C base, rest, delta;
+};
+
+// The place of row r of a block: heads have seqlen_q rows each.
+template <class C>
+int64_t stored_index(const ScoreBlock<C> &block, int r) {
+    return (block.s.index * block.call.nheads + block.head(r)) * block.call.seqlen_q + block.row(r);
+}
+
+template <class C>
+void store_statistics(const ScoreBlock<C> &block, const RowStatistics<C> &rows, void *stored) {
+    for (int r = 0; r < block.rows; ++r) {
+        static_cast<StoredRow<C> *>(stored)[stored_index(block, r)] = {rows.base[r], rows.rest[r], rows.delta[r]};
+    }
+}
+
+template <class C>
+void load_statistics(const ScoreBlock<C> &block, const void *stored, const RowStatistics<C> &rows) {
+    for (int r = 0; r < kBlockQ; ++r) {
+        StoredRow<C> row{infinity(C()), 0, 0};
+        if (r < block.rows) row = static_cast<const StoredRow<C> *>(stored)[stored_index(block, r)];
+        rows.base[r] = row.base;
+        rows.rest[r] = row.rest;
+        rows.delta[r] = row.delta;
+    }
 }
 
 }  // namespace

@@ -76,7 +76,7 @@ auto with_rows(const anyattn_call &call, int64_t rows, const Body &body) {
 
 void forward(const anyattn_call &call, const BlockSet &set, int64_t begin, int64_t end, void *partial, void *memory) {
     // The last rows of a long sequence are computed like its others, whichever blocks they share a task with.
-    const bool is_long = sequence(call, set.first.b).n_q > kBlockQ;
+    const bool is_long = !has_key_lists(call) && sequence(call, set.first.b).n_q > kBlockQ;
     with_rows(call, is_long ? kBlockQ : set.first.heads * set.first.rows,
               [&](auto m) { forward_blocks<decltype(m)>(call, set, begin, end, partial, memory); });
 }
@@ -129,7 +129,7 @@ void dbias(const anyattn_call &call, int64_t bias_b, int64_t bias_h, int64_t blo
 int64_t dbias_block_k(const anyattn_call &) { return kKeys; }
 
 int64_t statistics_bytes(const anyattn_call &call) {
-    return with_compute(call, [&](auto c) { return RowStatistics<decltype(c)>::size * (int64_t)sizeof(c); });
+    return with_compute(call, [&](auto c) { return (int64_t)sizeof(StoredRow<decltype(c)>); });
 }
 
 constexpr Kernels table(const char *name) {

@@ -15,7 +15,7 @@ from ...definition.problem import Array, Problem
 from ..base import Call, without_cache_gradients
 from . import layout, library
 
-HAS_LEFT, HAS_RIGHT, TOP_LEFT, ROTARY_INTERLEAVED, BATCH_INVARIANT = 1, 2, 4, 8, 32
+HAS_LEFT, HAS_RIGHT, TOP_LEFT, ROTARY_INTERLEAVED, BATCH_INVARIANT, HAS_KV_INDICES = 1, 2, 4, 8, 32, 64
 OUT_OF_MEMORY = 7
 MESSAGE_BYTES = 512
 # How well each processor is known: README, documentation and `anyattn info` show it.
@@ -84,7 +84,7 @@ class CpuPlan:
         if problem.pass_ is APPEND and not outputs:  # without rotary, q stays as it is
             del inputs["q"]
         for name, array in {**inputs, **outputs}.items():
-            values |= _array(name, array)
+            values |= _array(name, array, packed_q=problem.packed_q)
         tables = tuple(name for name in layout.TABLES if name in problem.arrays)
         self._template = _Template(native, library.PASSES[problem.pass_.name], values, (*inputs, *outputs), tables)
         self.workspace_bytes = 0 if problem.pass_ is APPEND else self._template.workspace()
@@ -157,7 +157,8 @@ def _attention_values(problem: Problem) -> Values:
     flags = (HAS_LEFT if interval.left is not None else 0) | (HAS_RIGHT if interval.right is not None else 0)
     flags |= TOP_LEFT if problem.alignment == "top-left" else 0
     flags |= BATCH_INVARIANT if problem.batch_invariant else 0
-    pages = problem.block_table
+    pages, indices = problem.block_table, problem.kv_indices
+    flags |= 0 if indices is None else HAS_KV_INDICES
     return {
         "flags": flags,
         "batch": problem.batch,
@@ -179,6 +180,7 @@ def _attention_values(problem: Problem) -> Values:
         "right": interval.right or 0,
         "chunk": interval.chunk,
         "dropout_threshold": problem.dropout_threshold,
+        "num_indices": 0 if indices is None else indices.shape[-1],
     }
 
 
@@ -204,13 +206,19 @@ def _append_values(problem: Problem) -> Values:
     }
 
 
-def _array(name: str, array: Array) -> Values:
-    """Strides as the C struct wants them: bias and mask broadcast by stride 0, statistics as (batch, nheads, row)."""
+def _array(name: str, array: Array, *, packed_q: bool) -> Values:
+    """Strides as the C struct wants them: bias and mask broadcast by stride 0, statistics as (batch, nheads, row).
+
+    Lists of selected keys are (batch, nheads_kv, row, entry), by stride 0 where KV heads share them.
+    """
     strides: tuple[int, ...] = array.strides
     if name in ("bias", "mask", "dbias"):
         strides = tuple(0 if size == 1 else stride for size, stride in zip(array.shape, strides, strict=True))
     elif name in ("lse", "dlse", "alibi_slopes"):
         strides = (0,) * (3 - len(strides)) + strides if name != "alibi_slopes" else (0,) * (2 - len(strides)) + strides
+    elif name == "kv_indices":
+        *entry, row, last = strides if packed_q else strides[1:]
+        strides = (0 if packed_q else strides[0], *(entry or (0,)), row, last)
     elif len(array.shape) > 1 and not name.startswith("rotary"):
         strides = array.strides4()
     padded = (*strides, *[0] * (4 - len(strides)))

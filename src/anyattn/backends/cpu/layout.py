@@ -5,11 +5,12 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 
-ARRAYS = (
+_FIRST_ARRAYS = (
     "q", "k", "v", "out", "lse", "bias", "mask", "alibi_slopes", "sink", "dout", "dlse", "dq", "dk", "dv", "dbias",
     "dsink",
     "new_k", "new_v", "rotary_cos", "rotary_sin",
 )  # fmt: skip
+ARRAYS = (*_FIRST_ARRAYS, "kv_indices")
 TABLES = (
     "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "leftpad_k", "offset", "block_table", "cache_batch_idx",
     "cache_seqlens", "rng_state",
@@ -27,11 +28,13 @@ FIELDS: tuple[tuple[str, str], ...] = (
     *((name, "d") for name in ("scale", "softcap")),
     *((name, "q") for name in ("left", "right", "chunk", "query_start", "key_start")),
     *(("dropout_threshold", "I"), ("rotary_dim", "i")),
-    *((f"{array}.{name}", kind) for array in ARRAYS for name, kind in _ARRAY),
+    *((f"{array}.{name}", kind) for array in _FIRST_ARRAYS for name, kind in _ARRAY),
     *((name, "q") for name in ("seqlen_new", "rotary_positions")),
     *((name, POINTER) for name in TABLES),
     *(("workspace", POINTER), ("workspace_bytes", "q"), ("parallel_for", POINTER), ("parallel_for_user", POINTER)),
     *(("message", POINTER), ("message_bytes", "q")),
+    *((f"kv_indices.{name}", kind) for name, kind in _ARRAY),
+    ("num_indices", "q"),
 )
 # Native byte order and alignment: every field is aligned by the order above, in C as here.
 STRUCT = struct.Struct("@" + "".join(kind for _, kind in FIELDS))
