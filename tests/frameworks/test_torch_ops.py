@@ -372,6 +372,9 @@ def test_flop_counter() -> None:
     with FlopCounterMode(display=False) as counter:
         anyattn.attention(q, k, v).sum().backward()
     assert counter.get_total_flops() == 2 * scores * (8 + 6) + 2 * scores * (3 * 8 + 2 * 6)
+    with FlopCounterMode(display=False) as counter:
+        anyattn.attention(*qkv(), kv_indices=torch.zeros(2, 5, 3, dtype=torch.int32))
+    assert counter.get_total_flops() == 2 * (2 * 4 * 5 * 3) * (8 + 6)
     x, cu = normal(12, 2, 8), ints(0, 6, 12)
     with FlopCounterMode(display=False) as counter:
         anyattn.attention_varlen(x, x, x, cu, cu)

@@ -69,8 +69,9 @@ def attend_4(
             raise TypeError("q and k may be None only together, where qv is given")
         q, k, qv = qv, v, None
     if gather_kv_indices is not None:
-        tables = (arguments.get(name) for name in ("cu_seqlens_q", "cu_seqlens_k", "block_table"))
-        arguments["kv_indices"] = key_lists(gather_kv_indices, q, k, *tables)
+        cu_seqlens_q, cu_seqlens_k = arguments.get("cu_seqlens_q"), arguments.get("cu_seqlens_k")
+        pages = arguments.get("block_table")
+        arguments["kv_indices"] = key_lists(gather_kv_indices, q, k, cu_seqlens_q, cu_seqlens_k, pages)
     bounds = window_bounds(window_size, causal)
     softcap = 0.0 if softcap is None else real("softcap", softcap)
     arguments.update({"bounds": bounds, "softcap": softcap, "return_lse": return_lse})

@@ -191,6 +191,8 @@ def _score_elements(inputs: Inputs) -> Any:
     keys = k[1] if pages is None else pages[1] * k[1]
     if extras.cu_seqlens_k is not None:
         keys = k[0] // max(batch, 1)
+    if extras.kv_indices is not None:
+        keys = min(keys, extras.kv_indices[-1])
     return queries * q[-2] * keys
 
 
