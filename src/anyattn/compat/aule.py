@@ -110,11 +110,13 @@ def apply_rope_separate(q: Array, k: Array, cos: Array, sin: Array) -> tuple[Arr
 
     (x_i, x_(i + d/2)) -> (x_i cos_i - x_(i + d/2) sin_i, x_i sin_i + x_(i + d/2) cos_i)
     """
+    from ..frameworks.torch_tools import dense
     from .flash_attn.ops.triton.rotary import apply_rotary
 
     for name, x in (("q", q), ("k", k), ("cos", cos), ("sin", sin)):
         if not hasattr(x, "__torch_function__"):
             raise TypeError(f"{name} must be a torch.Tensor where rows are rotated; got {type(x).__name__}")
+        dense(name, x)
     tables = [table.reshape(table.shape[-2:]) for table in (cos, sin)]
     q, k = (apply_rotary(x.transpose(1, 2), *tables).transpose(1, 2) for x in (q, k))
     return q, k

@@ -15,6 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..frameworks.torch_tools import dense
+from ..scalars import integer
 from ..sdpa import sdpa
 
 # What ComfyUI hands to every attention function, none of it about the result.
@@ -49,9 +51,11 @@ def attention(
     unknown = kwargs.keys() - _IGNORED
     if unknown:
         raise TypeError(f"unknown arguments {sorted(unknown)}: what they ask for would not be done")
+    q, k, v = dense("q", q), dense("k", k), dense("v", v)
     if not skip_reshape:
+        heads = integer("heads", heads)
         q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-    if mask is not None and mask.ndim == 3:
+    if mask is not None and dense("mask", mask).ndim == 3:
         mask = mask.unsqueeze(1)
     out: Tensor = sdpa(q, k, v, mask, scale=scale, enable_gqa=enable_gqa)
     return out if skip_output_reshape else out.transpose(1, 2).flatten(2)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import api
+from ..scalars import integer
 
 ROWS = 256  # of scores that are held at a time for the row maxima
 
@@ -73,7 +74,7 @@ def flash_attention_backward(
 
 def _check_blocks(Bc: int, Br: int) -> None:
     for name, size in (("Bc", Bc), ("Br", Br)):
-        if size < 1:
+        if integer(name, size) < 1:
             raise ValueError(f"{name} must be a block size >= 1; got {size}")
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from ...arguments import make_request
 from ...definition.inputs import Saved
 from ...frameworks import framework_of
+from ...frameworks.torch_tools import dense
 from ...scalars import flag, integer
 
 Bounds = tuple["int | None", "int | None"]
@@ -40,7 +41,7 @@ def gradients(
 ) -> tuple[Any, ...]:
     """(dq, dk, dv, dbias, dsink) from what `attend` was given and returned; lse may hold +inf for rows without keys."""
     inputs, options, seed, backend = make_request(q, k, v, bounds, **arguments)
-    lse = lse.masked_fill(lse == torch.inf, -torch.inf)
+    lse = dense("lse", lse).masked_fill(lse == torch.inf, -torch.inf)
     return framework_of(q).backward(Saved(out, lse, dout, dlse), inputs, options, seed, backend)
 
 

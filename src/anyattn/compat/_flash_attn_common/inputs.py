@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...frameworks.torch_tools import dense
 from .calls import attend, rows_of
 
 FP8 = torch.float8_e4m3fn
@@ -35,7 +36,7 @@ def attend_extended(
             raise ValueError("qv cannot be combined with fp8 inputs or descales")
         q, k = absorbed(q, k, v, qv)
         return attend(q, k, v, **arguments)
-    dtype = q.dtype
+    q, k, dtype = dense("q", q), dense("k", k), q.dtype
     if dtype is FP8:
         if not dtype == k.dtype == v.dtype:
             raise TypeError(f"q, k and v must have one dtype; got {dtype}, {k.dtype}, {v.dtype}")
@@ -58,6 +59,8 @@ def absorbed(q: Tensor, k: Tensor, v: Tensor, qv: Tensor) -> tuple[Tensor, Tenso
 
 def _per_row(name: str, descale: Tensor, x: Tensor, nheads_kv: int, cu_seqlens: Tensor | None) -> Tensor:
     """The factors of x (batch, seqlen, nheads, head_dim) or, packed, (total, nheads, head_dim)."""
+    if dense(name, descale).device != x.device:
+        raise ValueError(f"{name} must be on {x.device} like the tensor that it scales, got {descale.device}.")
     batch = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if descale.shape != (batch, nheads_kv):
         raise ValueError(f"{name} must be (batch, nheads_kv) = ({batch}, {nheads_kv}); got {tuple(descale.shape)}")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...arguments import make_request
-from ...frameworks.torch_tools import dropped_scores, random_state
+from ...frameworks.torch_tools import dense, dropped_scores, random_state
 from ...scalars import integer, real
 from .._flash_attn_common.calls import attend, gradients, only_speed, store, window_bounds
 
@@ -43,7 +43,7 @@ class Scores(NamedTuple):
 
 def forward(q: Tensor, k: Tensor, v: Tensor, scores: Scores, return_softmax: bool, **tables: Any) -> Results:
     """(out, lse with +inf for rows without keys, S_dmask, rng_state); out has gradients."""
-    arguments = {**scores.arguments(), **tables}
+    q, arguments = dense("q", q), {**scores.arguments(), **tables}
     drops = arguments["dropout_p"] > 0
     rng_state = random_state(q) if drops else q.new_zeros(2, dtype=torch.int64)
     arguments["rng_state"] = rng_state

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from ...api import attention_with_kvcache
-from ...frameworks.torch_tools import round_multiple
+from ...frameworks.torch_tools import dense, round_multiple
 from ...scalars import real
 from .._flash_attn_common.calls import attend, only_speed, window_bounds
 from ._private import (
@@ -270,12 +270,12 @@ def flash_attn_with_kvcache(
     >>> flash_attn_with_kvcache(x, k_cache, v_cache, x, x, cache_seqlens=3, causal=True).shape, k_cache[0, 3, 0, 0]
     (torch.Size([1, 1, 2, 8]), tensor(1.))
     """
-    assert k_cache.stride(-1) == 1, "k_cache must have contiguous last dimension"
-    assert v_cache.stride(-1) == 1, "v_cache must have contiguous last dimension"
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        assert dense(name, cache).stride(-1) == 1, f"{name} must have contiguous last dimension"
     only_speed(num_splits, 128)
     slots = k_cache.shape[1] if block_table is None else block_table.shape[1] * k_cache.shape[1]
     # a window as wide as the cache is none, and q is then rotated at one position
-    window = window_bounds(window_size, causal, (slots, max(slots, q.shape[1])))
+    window = window_bounds(window_size, causal, (slots, max(slots, dense("q", q).shape[1])))
     with torch.no_grad():
         out, lse = attention_with_kvcache(
             q, k_cache, v_cache, k=k, v=v, cache_seqlens=cache_seqlens, cache_batch_idx=cache_batch_idx,
@@ -288,6 +288,7 @@ def flash_attn_with_kvcache(
 
 def _unpack(name: str, packed: Tensor, ndim: int) -> tuple[Tensor, ...]:
     """Views of q, k, v or k, v, which are packed along the third dimension from the end."""
+    packed = dense(name, packed)
     if packed.ndim != ndim or packed.shape[-3] != len(name):
         batch = "batch, seqlen" if ndim == 5 else "total"
         raise ValueError(f"{name} must be ({batch}, {len(name)}, nheads, head_dim); got {tuple(packed.shape)}")

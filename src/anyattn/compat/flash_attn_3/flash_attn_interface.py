@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ...api import attention_with_kvcache
+from ...frameworks.torch_tools import dense
 from ...scalars import integer, real
 from .._flash_attn_common.calls import only_speed, window_bounds
 from .._flash_attn_common.combine import combine
@@ -155,6 +156,8 @@ def flash_attn_qkvpacked_func(
     >>> flash_attn_qkvpacked_func(torch.ones(1, 4, 8, 16), num_heads_q=4).shape
     torch.Size([1, 4, 4, 16])
     """
+    qkv = dense("qkv", qkv)
+    num_heads_q = None if num_heads_q is None else integer("num_heads_q", num_heads_q)
     nheads_kv, odd = divmod(qkv.shape[2] - (num_heads_q or 0), 2)
     if qkv.ndim == 5 and qkv.shape[2] == 3 and num_heads_q in (None, qkv.shape[3]):
         q, k, v = qkv.unbind(2)
@@ -225,13 +228,13 @@ def flash_attn_with_kvcache(
     >>> flash_attn_with_kvcache(x, k_cache, v_cache, x, x, cache_seqlens=3, causal=True).shape, k_cache[0, 3, 0, 0]
     (torch.Size([1, 1, 2, 8]), tensor(1.))
     """
-    assert k_cache.stride(-1) == 1, "k_cache must have contiguous last dimension"
-    assert v_cache.stride(-1) == 1, "v_cache must have contiguous last dimension"
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        assert dense(name, cache).stride(-1) == 1, f"{name} must have contiguous last dimension"
     only_speed(num_splits, 256)
     if scheduler_metadata is not None and scheduler_metadata.dtype is not torch.int32:
         raise TypeError(f"scheduler_metadata must be get_scheduler_metadata's; got {scheduler_metadata.dtype}")
     packed = cu_seqlens_q is not None
-    rows = q.shape[0 if packed else 1] if max_seqlen_q is None else integer("max_seqlen_q", max_seqlen_q)
+    rows = dense("q", q).shape[0 if packed else 1] if max_seqlen_q is None else integer("max_seqlen_q", max_seqlen_q)
     slots = k_cache.shape[1] * (1 if page_table is None else page_table.shape[1])
     bounds = window_bounds(window_size, causal, (slots - 1, rows - 1))
     options: dict[str, Any] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .....frameworks.torch_tools import rotary
+from .....frameworks.torch_tools import dense, rotary
 
 
 def apply_rotary(
@@ -59,6 +59,7 @@ def prepare(
     max_seqlen: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(cos, sin, positions), checked."""
+    x, cos, sin = dense("x", x), dense("cos", cos), dense("sin", sin)
     if cos.ndim != 2 or cos.shape != sin.shape or 2 * cos.shape[1] > x.shape[-1]:
         raise ValueError(
             f"cos and sin must be (length, rotary_dim / 2), rotary_dim <= head_dim {x.shape[-1]}; "
