@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -58,20 +59,32 @@ def make_configuration(subject: Subject) -> Any:
     return configuration
 
 
+MISSING = {"rope_theta": 1e4, "initializer_range": 0.02, "dropout_rate": 0.0}
+
+
 def borrow(configuration: Any, message: str) -> bool:
-    """Copy an attribute that a model misses from an inner configuration that has it; False where none has."""
-    found = re.search(r"Config' object has no attribute '(\w+)'", message)
+    """Give an attribute that a model misses to the configuration that lacks it: from another one, or a common value."""
+    found = re.search(r"'(\w+Config)' object has no attribute '(\w+)'", message)
     if not found:
         return False
-    inner = [getattr(configuration, name, None) for name in (getattr(configuration, "sub_configs", None) or ())]
-    for one in inner:
-        if one is not None and hasattr(one, found[1]):
-            setattr(configuration, found[1], getattr(one, found[1]))
-            return True
-    if found[1].endswith("_token_id"):
-        setattr(configuration, found[1], 0)
-        return True
-    return False
+    name = found[2]
+    everything = list(nested(configuration))
+    values = [getattr(one, name) for one in everything if hasattr(one, name)]
+    values += [MISSING[name]] if name in MISSING else [0] if name.endswith("_token_id") else []
+    lacking = [one for one in everything if type(one).__name__ == found[1] and not hasattr(one, name)]
+    for one in lacking if values else ():
+        setattr(one, name, values[0])
+    return bool(values and lacking)
+
+
+def nested(configuration: Any) -> Iterator[Any]:
+    """Yield a configuration and those in it."""
+    from transformers import PreTrainedConfig
+
+    yield configuration
+    for value in list(vars(configuration).values()):
+        if isinstance(value, PreTrainedConfig):
+            yield from nested(value)
 
 
 def ours_from_configuration(model: Any) -> Any:

@@ -163,15 +163,17 @@ def decoder_only(model: Any, inputs: Inputs) -> None:
         raise NotApplicable("is no decoder of text")
 
 
-def packed(use_cache: bool) -> Check:
+def packed(use_cache: bool, compile_it: bool = False) -> Check:
     def check(model: Any, inputs: Inputs) -> Tensors:
         """Compute three sequences in one row, told apart by their positions alone."""
         decoder_only(model, inputs)
         if "position_ids" not in inspect.signature(model.forward).parameters:
             raise NotApplicable("takes no position_ids")
+        torch._dynamo.reset()
+        run = torch.compile(model, backend="eager") if compile_it else model
         positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
         given = {"input_ids": tokens(1), "position_ids": positions, "use_cache": use_cache}
-        return {"logits": forward(model, given).logits}
+        return {"logits": forward(run, given).logits}
 
     return check
 
@@ -179,7 +181,10 @@ def packed(use_cache: bool) -> Check:
 def alone(model: Any, inputs: Inputs) -> Tensors:
     """Compute the sequences of `packed` one by one."""
     decoder_only(model, inputs)
-    parts = [forward(model, {"input_ids": ids, "use_cache": False}).logits for ids in tokens(1).split(LENGTHS, 1)]
+    parts = []
+    for ids in tokens(1).split(LENGTHS, 1):
+        given = {"input_ids": ids, "position_ids": torch.arange(ids.shape[1])[None], "use_cache": False}
+        parts.append(forward(model, given).logits)
     return {"logits": torch.cat(parts, 1)}
 
 
@@ -196,6 +201,61 @@ def attentions(model: Any, inputs: Inputs) -> Tensors:
     return dict(flatten(output))
 
 
+def without_cache(model: Any, inputs: Inputs) -> Inputs:
+    """Return inputs with padding where the model takes a mask, for a result that has no cache in it."""
+    given = masked(inputs, "right", 2) if inputs.masks else inputs
+    more = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    return given.having(**cast(given.values, model), **more)
+
+
+def compiled(model: Any, inputs: Inputs) -> Tensors:
+    """Compute a padded batch by a compiled model."""
+    torch._dynamo.reset()
+    given = without_cache(model, inputs)
+    with torch.no_grad():
+        return dict(valid(torch.compile(model, backend="eager")(**given.values), given, "right"))
+
+
+def exported(model: Any, inputs: Inputs) -> Tensors:
+    """Compute a padded batch by an exported program."""
+    given = without_cache(model, inputs)
+    with torch.no_grad():
+        program = torch.export.export(model, (), given.values, strict=False)
+        return dict(valid(program.module()(**given.values), given, "right"))
+
+
+def traced(model: Any, inputs: Inputs) -> Tensors:
+    """Compute a padded batch by a traced program."""
+    given = without_cache(model, inputs)
+    fixed = {name: x for name, x in given.values.items() if not isinstance(x, Tensor)}
+    names = [name for name in given.values if name not in fixed]
+
+    class Positional(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, *arrays: Tensor) -> Any:
+            output = self.model(**dict(zip(names, arrays, strict=True)), **fixed)
+            return tuple(x for _, x in flatten(output))
+
+    arrays = tuple(given.values[name] for name in names)
+    with torch.no_grad():
+        program = torch.jit.trace(Positional(), arrays, check_trace=False, strict=False)
+        return dict(valid(program(*arrays), given, "right"))
+
+
+# Each takes seconds, so they run for some models only.
+COMPILED: dict[str, Check] = {
+    "compiled": compiled,
+    "compiled packed": packed(True, compile_it=True),
+    "exported": exported,
+    "traced": traced,
+}
+COMPILED_MODELS = (
+    *("llama", "mistral", "gemma2", "gpt_oss", "gpt2", "bloom", "jamba", "deepseek_v32"),
+    *("bert", "modernbert", "t5", "whisper", "vit", "clip", "llava"),
+)
 CHECKS: dict[str, Check] = {
     "dense": dense,
     "ones": ones,
@@ -211,4 +271,5 @@ CHECKS: dict[str, Check] = {
     "packed": packed(False),
     "packed cache": packed(True),
     "attentions": attentions,
+    **COMPILED,
 }

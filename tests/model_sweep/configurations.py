@@ -71,6 +71,7 @@ RULES: list[Rule] = [
     ),
     (r".*attention_chunk_size|index_block_size|.*attn_chunk_length", _at_most(CHUNK)),
     # heads
+    (r"mamba_chunk_size|chunk_size", _at_most(CHUNK)),
     (r"linear_num_key_heads", _at_most(2)),
     (r"linear_num_value_heads", _at_most(4)),
     (r"mamba_(n|num)_heads", _constant(8)),
@@ -102,7 +103,8 @@ RULES: list[Rule] = [
     (r".*codebook_size|.*num_embeddings|num_embeds|.*codes", _at_most(32)),
     (r"num_codebooks|n_codebooks|num_quantizers|num_code_groups", _at_most(4)),
     (r".*groups|.*group", _at_most(4)),
-    (r"num_filters|upsample_initial_channel|base_channels", _at_most(8)),
+    (r"num_filters", _at_most(8)),
+    (r"base_channels", _at_most(32)),
     # widths
     (
         r".*(intermediate_size|ffn_dim|ffn_hidden_size|d_ff|d_inner|n_inner|mlp_dim|dim_ff|dff|intermediate_dim|ff_dim|feedforward_dim"
@@ -183,8 +185,10 @@ def fit(values: dict[str, Any]) -> None:
             values[count] = values[period] - 1
     if "kv_source_layers" in values and "num_hidden_layers" in values:
         values["kv_source_layers"] = list(range(values["num_hidden_layers"]))
-    if "out_features" in values and "stage_names" in values:
+    if "_out_features" in values:
         fit_stages(values)
+    if values.get("head_dim", 0) is None:
+        values["head_dim"] = HEAD_DIM
     if "image_embedding_size" in values:
         values["image_embedding_size"] = values["image_size"] // values["patch_size"]
     if "window_size" in values and "spatial_merge_size" in values and isinstance(values["window_size"], int):
@@ -202,11 +206,12 @@ def fit_stages(values: dict[str, Any]) -> None:
         for name, x in values.items()
         if name != "stage_names"
     )
-    wanted = len(values["out_features"] or ())
+    names, _ = values.pop("_out_features"), values.pop("_out_indices", None)
+    values.pop("stage_names", None)
     if not staged and "num_hidden_layers" in values:
-        values["num_hidden_layers"] = max(LAYERS, wanted)
-        names = [f"stage{i + 1}" for i in range(wanted)] if wanted else None
-        values |= {"out_indices": None, "out_features": names, "stage_names": None}
+        values["num_hidden_layers"] = max(LAYERS, len(names or ()))
+        names = [f"stage{i + 1}" for i in range(len(names or ()))]
+    values["out_features"] = names or None
 
 
 def fit_rope(rope: dict[str, Any], values: dict[str, Any]) -> None:
@@ -246,7 +251,8 @@ def small_value(name: str, value: Any, values: dict[str, Any], layers: list[int]
     if name == "num_hidden_layers" and layers is not None:
         return len(layers)
     if isinstance(value, list | tuple) and layers is not None and len(value) == values.get("num_hidden_layers"):
-        return type(value)(value[i] for i in layers)
+        kept = [value[i] for i in layers]
+        return type(value)(shrink_number(name, x) if type(x) is int and "layer" not in name else x for x in kept)
     if isinstance(value, bool) or value is None or isinstance(value, str):
         return value
     if isinstance(value, int):
@@ -269,11 +275,10 @@ def small_list(name: str, value: Any) -> Any:
         return type(value)(min(x, 1) if i else min(x, 2) for i, x in enumerate(value))
     if re.fullmatch(r".*heads?(_per_stage)?", name):
         return type(value)(x // min(value) if min(value) else x for x in value)
-    if (
-        re.fullmatch(r".*(hidden_sizes|embed_dims?|channels|dims|_sizes|embed_dim_per_stage|conv_dim)", name)
-        and max(value) > 32
-    ):
-        return type(value)(max(x * 16 // min(x for x in value if x), 1) for x in value)
+    wide = r".*(hidden_sizes|embed_dims?|channels|dims|_sizes|embed_dim_per_stage|conv_dim|channel_list)"
+    if re.fullmatch(wide, name) and max(value) > 32 and min(value) > 8:
+        same = len(set(value)) == 1
+        return type(value)(min(x, WIDTH) if same else 8 * round(2 * x / min(value)) for x in value)
     if re.fullmatch(r".*(image_size|img_size|input_size)", name):
         return type(value)(IMAGE for _ in value)
     return value

@@ -36,7 +36,21 @@ VALUES: dict[str, dict[str, Any]] = {
     "recurrent_gemma": {"num_hidden_layers": 3},
     "chameleon": {"vocabulary_map": {"<image>": 5}},
     "depth_pro": {"patch_size": 32},
-    "hrm_text": {"num_layers_per_stack": 1},
+    "hrm_text": {"num_layers_per_stack": None, "num_hidden_layers": 2},
+    "ernie4_5_vl_moe_text": {"rope_parameters": PLAIN_ROPE["rope_parameters"] | {"mrope_section": [3, 3, 2]}},
+    "clap_audio_model": {
+        "spec_size": 64,
+        "window_size": 2,
+        "patch_embeds_hidden_size": 16,
+        "num_attention_heads": [1, 2, 4, 8],
+    },
+    "mask2former": {"feature_size": 64, "mask_feature_size": 64},
+    "maskformer": {"fpn_feature_size": 64, "mask_feature_size": 64},
+    "llama4_vision_model": {"intermediate_size": 256},
+    "mllama_vision_model": {"intermediate_layers_indices": [0, 1]},
+    "lw_detr": {"projector_scale_factors": [1.0]},
+    "granite4_vision": {"deepstack_layer_map": [[0, 0]]},
+    **dict.fromkeys(("blip-2", "instructblip", "instructblipvideo"), {"image_token_index": 5}),
     "esmfold2_atom_encoder": {"num_spatial_rope_pairs_per_axis": 2, "num_uid_rope_pairs": 2},
     "fun_asr_nano_adaptor": {"intermediate_size": 16},
     "molmo2_adapter": {"vision_feature_layer": [1, 0]},
@@ -44,13 +58,20 @@ VALUES: dict[str, dict[str, Any]] = {
     "dots3_note_audio_encoder": {"adapter_input_size": 64},
     "bamba": {"attn_layer_indices": [1]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "mobilevit": {"num_attention_heads": 4},
     "deepseek_v2": {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 2},
-    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "esm": {"vocab_size": 160, "pad_token_id": 0, "mask_token_id": 4},
     "longcat_flash": {"head_dim": 8},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "nemotron": {"num_key_value_heads": 2},
-    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
+    "deepseek_ocr2_text": {
+        "mlp_layer_types": ["dense", "sparse"],
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "topk_method": "greedy",
+    },
     "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
     "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 32},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
@@ -70,3 +91,9 @@ VALUES: dict[str, dict[str, Any]] = {
 def apply(model_type: str, values: dict[str, Any]) -> None:
     """Replace the values of a model's configuration that the rules cannot give."""
     values |= VALUES.get(model_type, {})
+    if model_type == "dbrx":
+        values["attn_config"].clip_qkv = 8.0
+    if model_type == "gemma4_assistant":
+        shared = {"vocab_size_per_layer_input": 0, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 2}
+        for name, value in shared.items():
+            setattr(values["text_config"], name, value)

@@ -40,7 +40,7 @@ NAMES = {
     "image": (("image_size", "img_size", "input_image_size", "crop_size", "train_size"), 32),
     "channels": (("num_channels", "in_channels", "in_chans", "input_channels"), 3),
     "patch": (("patch_size", "spatial_patch_size"), 8),
-    "temporal": (("temporal_patch_size", "tubelet_size"), 1),
+    "temporal": (("temporal_patch_size", "patch_temporal", "tubelet_size"), 1),
     "merge": (("spatial_merge_size", "merge_size"), 2),
     "frames": (("num_frames", "frames_per_clip"), 4),
     "mels": (
@@ -96,6 +96,7 @@ def images(s: Sizes) -> list[Any]:
         normal(2, rows, flat),
         normal(2, 16, flat),
         normal(2 * 16, s.channels, s.patch, s.patch),
+        normal(1, 2 * 16, s.channels, s.patch, s.patch),
         normal(2 * 16, s.channels, s.temporal, s.patch, s.patch),
         normal(2, 2, s.channels, s.image, s.image),
         normal(2, s.channels, 64, 64),
@@ -176,7 +177,7 @@ GUESSES: dict[str, Guess] = {
     "prompt_pixel_values": other_images,
     "prompt_masks": other_images,
     "pixel_values_videos": fixed(
-        lambda s: [images(s)[1], images(s)[12], normal(2, s.frames, s.channels, 64, 64), *images(s)]
+        lambda s: [images(s)[1], images(s)[-1], normal(2, s.frames, s.channels, 64, 64), *images(s)]
     ),
     "input_values": fixed(waves),
     "hidden_states": fixed(states),

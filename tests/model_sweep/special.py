@@ -60,7 +60,67 @@ def florence_vision(c: Any) -> Values:
     return {"hidden_states": normal(2, 3, 64, 64)}
 
 
+def depth_pro(c: Any) -> Values:
+    return {"pixel_values": normal(2, 3, 128, 128)}
+
+
+def clap_audio(c: Any) -> Values:
+    audio = getattr(c, "audio_config", c)
+    sound = normal(2, 1, audio.spec_size * audio.spec_size // audio.num_mel_bins, audio.num_mel_bins)
+    return {"input_features": sound} | ({} if audio is c else {"input_ids": tokens()})
+
+
+def deepseek_ocr2_encoder(c: Any) -> Values:
+    return {"inputs_embeds": normal(2, SEQLEN, c.hidden_size), "num_patches": 5}
+
+
+def idefics(c: Any) -> Values:
+    size = c.vision_config.image_size
+    return {
+        "input_ids": tokens(),
+        "pixel_values": normal(2, 1, 3, size, size),
+        "image_attention_mask": torch.ones(2, SEQLEN, 1),
+    }
+
+
+def kosmos2(c: Any) -> Values:
+    mask = torch.zeros(2, SEQLEN, dtype=torch.long)
+    mask[:, 1 : 1 + c.latent_query_num] = 1
+    size = c.vision_config.image_size
+    return {"input_ids": tokens(), "pixel_values": normal(2, 3, size, size), "image_embeds_position_mask": mask}
+
+
+def mimi(c: Any) -> Values:
+    return {"input_values": normal(2, 1, 1920)}
+
+
+def phi4_audio(c: Any) -> Values:
+    return {"hidden_states": normal(2, 40, c.input_size), "mask": torch.ones(2, 40, dtype=torch.bool)}
+
+
+def time_series(c: Any) -> Values:
+    past = c.context_length + max(c.lags_sequence)
+    given = {
+        "past_values": normal(2, past),
+        "past_time_features": normal(2, past, 1),
+        "past_observed_mask": torch.ones(2, past),
+    }
+    return given | {
+        "future_values": normal(2, c.prediction_length),
+        "future_time_features": normal(2, c.prediction_length, 1),
+    }
+
+
 MADE: dict[str, Callable[[Any], Values]] = {
+    **dict.fromkeys(("autoformer", "informer", "time_series_transformer"), time_series),
+    "depth_pro": depth_pro,
+    "clap": clap_audio,
+    "clap_audio_model": clap_audio,
+    "deepseek_ocr2_encoder": deepseek_ocr2_encoder,
+    "idefics": idefics,
+    "kosmos-2": kosmos2,
+    "mimi": mimi,
+    "phi4_multimodal_audio": phi4_audio,
     "decision_transformer": decision_transformer,
     "dia": dia,
     "dia_decoder": dia_decoder,

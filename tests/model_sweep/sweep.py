@@ -20,7 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-SECONDS, GIBIBYTES = 180, 8
+CPU_SECONDS, SECONDS, GIBIBYTES = 120, 1200, 8
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -56,6 +56,8 @@ def prepare() -> None:
     import warnings
 
     import torch
+    import torch._dynamo
+    import torch.export
     import transformers
 
     from model_sweep import diffusion, implementations, special, subject  # noqa: F401
@@ -125,6 +127,7 @@ def child(name: str, folder: Path) -> None:
         os.dup2(nowhere.fileno(), 1)
         os.dup2(nowhere.fileno(), 2)
     resource.setrlimit(resource.RLIMIT_AS, (GIBIBYTES << 30, GIBIBYTES << 30))
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
     path = result_path(folder, name)
     partial = path.with_suffix(".partial")
     examine = diffusion.examine if name.startswith(diffusion.PREFIX) else subject.examine
