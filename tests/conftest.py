@@ -37,7 +37,14 @@ settings.register_profile("full", settings.get_profile("default"), max_examples=
 settings.load_profile("default")
 
 # transformers, and what needs it, has left Python 3.10 behind (requirements/test.txt).
-RECENT = ["compat/test_diffusion.py", "compat/test_onnx.py", "compat/test_transformers.py"]
+RECENT = [
+    "compat/test_diffusion.py",
+    "compat/test_onnx.py",
+    "compat/test_smollm2.py",
+    "compat/test_transformers.py",
+    "compat/test_transformers_models.py",
+    "tools/test_model_sweep.py",
+]
 collect_ignore = RECENT if sys.version_info < (3, 11) else []
 
 THREADS = 3  # more than tasks of small problems, and not a power of two

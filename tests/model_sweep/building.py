@@ -87,10 +87,10 @@ def nested(configuration: Any) -> Iterator[Any]:
             yield from nested(value)
 
 
-def ours_from_configuration(model: Any) -> Any:
-    """Return a model of the same weights that was built with attn_implementation="anyattn"."""
+def ours_from_configuration(model: Any, name: str = OURS) -> Any:
+    """Return a model of the same weights that was built with another implementation."""
     configuration = copy.deepcopy(model.config)
-    other = type(model)._from_config(configuration, attn_implementation=OURS)
+    other = type(model)._from_config(configuration, attn_implementation=name)
     other.load_state_dict(model.state_dict())
     copy_generation(model, other)
     return other.float().eval()

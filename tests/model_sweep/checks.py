@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -70,7 +71,10 @@ def masked(inputs: Inputs, side: str, batch: int) -> Inputs:
 def padded(side: str, batch: int) -> Check:
     def check(model: Any, inputs: Inputs) -> Tensors:
         given = masked(inputs, side, batch)
-        return dict(valid(forward(model, given.values), given, side))
+        found = dict(valid(forward(model, given.values), given, side))
+        if not found:
+            raise NotApplicable("returns nothing for single tokens")
+        return found
 
     return check
 
@@ -134,13 +138,15 @@ def generates(model: Any) -> bool:
 @contextlib.contextmanager
 def greedy(model: Any) -> Iterator[None]:
     """Let generation go on to the last token, whatever it is."""
-    configuration = model.generation_config
-    before = (configuration.eos_token_id, configuration.pad_token_id)
-    configuration.eos_token_id, configuration.pad_token_id = None, 0
+    before = model.generation_config
+    model.generation_config = copy.deepcopy(before)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    if model.generation_config.decoder_start_token_id is None:
+        model.generation_config.decoder_start_token_id = 1
     try:
         yield
     finally:
-        configuration.eos_token_id, configuration.pad_token_id = before
+        model.generation_config = before
 
 
 def chunked(model: Any, inputs: Inputs) -> Tensors:

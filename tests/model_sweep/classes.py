@@ -73,7 +73,7 @@ def causal(model_type: str) -> bool:
 
 
 def has_other_head(model_type: str) -> bool:
-    """Tell whether the class that generates text is only one use of an encoder, or a part of an encoder and a decoder."""
+    """Tell whether a model type has a class that shows more than the one that only generates text."""
     from transformers.models.auto import modeling_auto
 
     fields = getattr(configuration_class(model_type), "__dataclass_fields__", {})
@@ -105,7 +105,7 @@ def candidates(subject: Subject) -> Iterator[Any]:
 
 
 def belongs(model: Any, kind: type) -> bool:
-    """Tell whether a class has this configuration; one that needs a package that is missing says so when it is built."""
+    """Tell whether a class has this configuration, or needs a package that is not installed."""
     try:
         return getattr(model, "config_class", None) is kind
     except ImportError:

@@ -1,8 +1,8 @@
 """Tiny configurations of any model of transformers.
 
-A configuration starts from the defaults of its class. Rules replace every size by its name: widths become WIDTH, numbers of
-heads become HEADS, and so on. Sizes that have to match become equal in this way. `exceptions.py` lists what the rules do not
-know about single models.
+A configuration starts from the defaults of its class. Rules replace every size by its name: widths become WIDTH,
+numbers of heads become HEADS, and so on. Sizes that have to match become equal in this way. `exceptions.py` lists what
+the rules do not know about single models.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _keep(value: int) -> int:
     return value
 
 
-# The first pattern that matches the whole name decides. A size of zero or less usually switches something off: it stays.
+# The first pattern that matches the whole name decides. A size of zero or less usually switches something off.
 RULES: list[Rule] = [
     (r"num_labels|chunk_size_feed_forward|seed|.*_every|.*(_ratio|_rate|_factor|_id|_index|_idx|_offset)", _keep),
     (r".*(sampling_rate|sample_rate|hop_length|n_fft|frame_rate)", _keep),
@@ -54,6 +54,7 @@ RULES: list[Rule] = [
         r"|max_\w*length|block_size|seq_len|context_length|model_max_length",
         _constant(POSITIONS),
     ),
+    (r"num_(bpe|character|wordpiece|qa|object|attr)_labels", _at_most(40)),
     # mixtures of experts
     (r"index_topk|compress_topk", _at_most(6)),
     (r".*(experts_per_tok|experts_per_token|topk|top_k|moe_k|num_selected_experts)", _at_most(CHOSEN_EXPERTS)),
@@ -118,6 +119,8 @@ RULES: list[Rule] = [
     ),
     (r"dim|width|dims?_\w+|.*_dims?|.*channels?|latent_query_num|.*_dim_\w+", _at_most(WIDTH)),
 ]
+# Scores are about 1 in a tiny model: a cap or a scale for large ones would have no effect.
+FLOATS = {r".*(softcap|logit_cap|logits_soft_cap|attn_cap).*": 2.0, r"attention_multiplier": HEAD_DIM**-0.5}
 COMPILED = [(re.compile(pattern), rule) for pattern, rule in RULES]
 
 
@@ -255,6 +258,8 @@ def small_value(name: str, value: Any, values: dict[str, Any], layers: list[int]
         return type(value)(shrink_number(name, x) if type(x) is int and "layer" not in name else x for x in kept)
     if isinstance(value, bool) or value is None or isinstance(value, str):
         return value
+    if isinstance(value, float):
+        return next((x for pattern, x in FLOATS.items() if re.fullmatch(pattern, name)), value)
     if isinstance(value, int):
         if re.fullmatch(r".*(key_value|kv).*heads?", name) and value == values.get("num_attention_heads"):
             return min(value, HEADS)

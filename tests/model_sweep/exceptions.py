@@ -6,7 +6,9 @@ from typing import Any
 
 SERIES = {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2, 3], "num_time_features": 1}
 SWIN = {"image_size": 64, "window_size": 2, "embed_dim": 16, "num_heads": (1, 2, 4, 8)}
-PLAIN_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
+SMALL_EFFICIENTNET = {"width_coefficient": 0.25, "depth_coefficient": 0.3}
+NO_DROPOUT = {"dropout_rate": 0.0}
 
 # Values that the configuration needs from the beginning.
 START: dict[str, dict[str, Any]] = {
@@ -17,12 +19,23 @@ START: dict[str, dict[str, Any]] = {
 }
 # Values instead of those that the rules give.
 VALUES: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("autoformer", "informer", "time_series_transformer"), SERIES),
-    **dict.fromkeys(("swin", "swinv2", "donut-swin", "maskformer-swin"), SWIN),
-    **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl_text", "ministral"), PLAIN_ROPE),
-    **dict.fromkeys(("align_vision_model", "efficientnet"), {"width_coefficient": 0.25, "depth_coefficient": 0.3}),
-    **dict.fromkeys(("t5gemma2_decoder", "t5gemma2_encoder", "t5gemma2_text"), {"dropout_rate": 0.0}),
-    **dict.fromkeys(("step3p5", "step3p7_text"), {"sliding_window": 6}),
+    "autoformer": SERIES,
+    "informer": SERIES,
+    "time_series_transformer": SERIES,
+    "swin": SWIN,
+    "swinv2": SWIN,
+    "donut-swin": SWIN,
+    "maskformer-swin": SWIN,
+    "align_vision_model": SMALL_EFFICIENTNET,
+    "efficientnet": SMALL_EFFICIENTNET,
+    "t5gemma2_decoder": NO_DROPOUT,
+    "t5gemma2_encoder": NO_DROPOUT,
+    "t5gemma2_text": NO_DROPOUT,
+    "step3p5": {"sliding_window": 6},
+    "step3p7_text": {"sliding_window": 6},
+    "blip-2": {"image_token_index": 5},
+    "instructblip": {"image_token_index": 5},
+    "instructblipvideo": {"image_token_index": 5},
     "gemma3": {"mm_tokens_per_image": 4},
     "aria": {"projector_patch_to_query_dict": {16: 4}},
     "clvp_encoder": {"hidden_size": 256, "intermediate_size": 256},
@@ -37,7 +50,7 @@ VALUES: dict[str, dict[str, Any]] = {
     "chameleon": {"vocabulary_map": {"<image>": 5}},
     "depth_pro": {"patch_size": 32},
     "hrm_text": {"num_layers_per_stack": None, "num_hidden_layers": 2},
-    "ernie4_5_vl_moe_text": {"rope_parameters": PLAIN_ROPE["rope_parameters"] | {"mrope_section": [3, 3, 2]}},
+    "ernie4_5_vl_moe_text": {"rope_parameters": ROPE | {"mrope_section": [3, 3, 2]}},
     "clap_audio_model": {
         "spec_size": 64,
         "window_size": 2,
@@ -50,7 +63,6 @@ VALUES: dict[str, dict[str, Any]] = {
     "mllama_vision_model": {"intermediate_layers_indices": [0, 1]},
     "lw_detr": {"projector_scale_factors": [1.0]},
     "granite4_vision": {"deepstack_layer_map": [[0, 0]]},
-    **dict.fromkeys(("blip-2", "instructblip", "instructblipvideo"), {"image_token_index": 5}),
     "esmfold2_atom_encoder": {"num_spatial_rope_pairs_per_axis": 2, "num_uid_rope_pairs": 2},
     "fun_asr_nano_adaptor": {"intermediate_size": 16},
     "molmo2_adapter": {"vision_feature_layer": [1, 0]},
@@ -74,7 +86,7 @@ VALUES: dict[str, dict[str, Any]] = {
     },
     "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
     "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 32},
-    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE}},
     "reformer": {"axial_pos_shape": (8, 16), "axial_pos_embds_dim": (16, 48)},
     "xlnet": {"d_head": 16},
     "mamba2": {"num_heads": 8},

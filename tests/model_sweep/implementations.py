@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ DULL = "dull"  # halves every score: a model whose results do not notice that ca
 CALLS = [0]
 
 
-def register() -> None:
-    """Register the implementations; "anyattn" counts its calls from now on."""
+def register() -> Callable[..., Any]:
+    """Register the implementations; "anyattn" counts its calls from now on. Return what it was before."""
     from transformers import AttentionInterface, masking_utils
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -27,6 +28,7 @@ def register() -> None:
     AttentionInterface.register(OURS, counted)
     AttentionInterface.register(DULL, dull)
     masking_utils.AttentionMaskInterface.register(DULL, masking_utils.eager_mask)
+    return ours
 
 
 def dull(

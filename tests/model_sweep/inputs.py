@@ -25,8 +25,8 @@ class Inputs:
     masks: tuple[str, ...] = ()  # the names of the masks that can name padding among the tokens
 
     def batch(self, count: int) -> Inputs:
-        """Return the first rows alone."""
-        rows = {name: x[:count] if isinstance(x, Tensor) else x for name, x in self.values.items()}
+        """Return the first rows of the batch of two alone; what has more rows than two has as many for each."""
+        rows = {name: x[: len(x) * count // 2] if isinstance(x, Tensor) else x for name, x in self.values.items()}
         return replace(self, values=rows)
 
     def having(self, **values: Any) -> Inputs:

@@ -1,7 +1,7 @@
 """Inputs that are not text: images, videos, sounds, series, and hidden states.
 
-The shape that a model wants follows from its configuration only in part. Each parameter has a list of likely values here, and the
-combinations are tried until eager accepts one.
+The shape that a model wants follows from its configuration only in part. Each parameter has a list of likely values
+here, and the sweep tries their combinations until eager accepts one.
 """
 
 from __future__ import annotations

@@ -8,16 +8,18 @@ from typing import Any
 
 from model_sweep import building, checks, implementations, inputs, multimodal, verdicts
 from model_sweep.classes import Subject
-from model_sweep.inputs import Inputs
+from model_sweep.inputs import FIRST_TOKEN, Inputs
 from model_sweep.verdicts import NONE, REFUSED, Judge, Verdict
 
 Report = dict[str, Any]
 BORROWED = 5  # attributes that a configuration may lack
-SENSITIVE = 1e-2  # how much a result must change when every score is halved
 
 
-def examine(name: str, save: Callable[[Report], None]) -> Report:
-    """Return the report about a model. `save` keeps the report before each check, because a check can end the process."""
+def examine(name: str, save: Callable[[Report], None], compile_too: bool | None = None) -> Report:
+    """Return the report about a model; `save` keeps it before each check, which may end the process.
+
+    Compiled, exported and traced models are checked for some names, unless `compile_too` says otherwise.
+    """
     begin = time.process_time()
     subject = Subject(*name.split("+"))
     report: Report = {"name": name, "class": "", "reason": "", "checks": {}, "calls": {}, "inputs": {}}
@@ -28,6 +30,7 @@ def examine(name: str, save: Callable[[Report], None]) -> Report:
         return report | {"reason": str(error) if known else f"cannot be built: {verdicts.describe(error)}"}
     report["class"] = type(eager).__name__
     judges = dict(find_inputs(eager, report))
+    compiled = name in checks.COMPILED_MODELS if compile_too is None else compile_too
     for way, make in (("init", building.ours_from_configuration), ("set", building.ours_by_setting)):
         try:
             model = make(eager)
@@ -36,7 +39,8 @@ def examine(name: str, save: Callable[[Report], None]) -> Report:
             report["checks"].setdefault("build", {})[way] = Verdict(outcome, text=verdicts.describe(error))
             continue
         for kind, judge in judges.items():
-            run(judge, model, way, kind, report, save)
+            names = [x for x in checks.CHECKS if x not in checks.COMPILED or (compiled and way == "init" and not kind)]
+            run(judge, model, way, kind, names, report, save)
     return report | {"seconds": round(time.process_time() - begin, 1)}
 
 
@@ -48,6 +52,7 @@ def find_inputs(eager: Any, report: Report) -> Iterator[tuple[str, Judge]]:
     else:
         judge = Judge(eager, given)
         report["sensitivity"] = sensitivity(judge)
+        report["mixing"] = mixing(judge)
         report["inputs"]["plain"] = shapes(given)
         yield "", judge
     for modality, kind in multimodal.MODALITIES.items():
@@ -64,12 +69,12 @@ def shapes(given: Inputs) -> str:
     return ", ".join(f"{name} {tuple(x.shape)}" for name, x in given.values.items())
 
 
-def run(judge: Judge, model: Any, way: str, kind: str, report: Report, save: Callable[[Report], None]) -> None:
-    """Run every check on one model and note how often it called us."""
+def run(
+    judge: Judge, model: Any, way: str, kind: str, names: list[str], report: Report, save: Callable[[Report], None]
+) -> None:
+    """Run the named checks on one model and note how often it called us."""
     before = implementations.CALLS[0]
-    for name in checks.CHECKS:
-        if name in checks.COMPILED and (kind or way == "set" or report["name"] not in checks.COMPILED_MODELS):
-            continue
+    for name in names:
         label = f"{kind}: {name}" if kind else name
         report["now"] = f"{label} ({way})"
         save(report)
@@ -108,3 +113,21 @@ def sensitivity(judge: Judge) -> float | None:
     if isinstance(got, Exception) or isinstance(want, Exception):
         return None
     return round(verdicts.distance(got, want), 4)
+
+
+def mixing(judge: Judge) -> float | None:
+    """Return how much a token changes the result two tokens later; None where the inputs are not tokens."""
+    name = "decoder_input_ids" if "decoder_input_ids" in judge.inputs.values else "input_ids"
+    ids, want = judge.inputs.values.get(name), judge.want("dense")
+    if ids is None or ids.ndim != 2 or isinstance(want, Exception):
+        return None
+    changed = ids.clone()
+    changed[:, -3] = FIRST_TOKEN
+    got = verdicts.attempt(checks.dense, judge.eager, judge.inputs.having(**{name: changed}))
+    if isinstance(got, Exception):
+        return None
+    last = [
+        {key: x[:, -1] for key, x in found.items() if x.ndim > 2 and x.shape[1] == ids.shape[1]}
+        for found in (got, want)
+    ]
+    return round(verdicts.distance(*last), 4) if last[0] else None

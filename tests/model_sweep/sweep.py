@@ -1,7 +1,9 @@
-"""Compare every model of the installed transformers with eager: `python tests/model_sweep/sweep.py`.
+"""Compare every model of the installed transformers and diffusers with eager attention.
 
-Each model runs in a process of its own, with limits of time and memory. An interrupted sweep continues where it stopped,
-because results are kept.
+    python tests/model_sweep/sweep.py [--table PAGE] [MODEL ...]
+
+Each model runs in a process of its own, with limits of time and memory. Results are kept in a folder whose name depends
+on this code, on the installed package and on what it is compared with: an interrupted sweep continues there.
 """
 
 from __future__ import annotations

@@ -15,10 +15,10 @@ UNUSED = "does not compute attention through transformers' interface"
 PAGE = """\
 # Every architecture of transformers and diffusers
 
-`make models` builds a tiny model with random weights of every architecture of transformers {transformers} and of every transformer of
-diffusers {diffusers}. It compares `attn_implementation="anyattn"` with `"eager"`, and `use_anyattn()` with torch's own attention:
-dense and padded batches, gradients, generation with dynamic and static caches, packed rows, attention weights, images, sounds and
-videos in text. A difference that rounding does not explain fails.
+`make models` builds a tiny model with random weights of every architecture of transformers {transformers} and of every
+transformer of diffusers {diffusers}. It compares `attn_implementation="anyattn"` with `"eager"`, and `use_anyattn()`
+with torch's own attention: dense and padded batches, gradients, generation with dynamic and static caches, packed rows,
+attention weights, images, sounds and videos in text. A difference that rounding does not explain fails.
 
 {counts}
 
