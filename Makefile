@@ -103,7 +103,9 @@ OLDEST ?= build/oldest
 OLDEST_PYTHON ?= $(PYTHON)
 OLDEST_TESTS := $(addprefix tests/,$(addsuffix .py, \
 	$(addprefix frameworks/test_,torch_api torch_gradients torch_ops torch_weights nn sdpa sdpa_gpu) \
-	$(addprefix compat/test_,rotary seeds flash_attn flash_attn_3_4 flash_attn_kvcache flash_attn_modules) \
+	$(addprefix frameworks/test_,scalars jagged tensor_kinds tracing) \
+	$(addprefix compat/test_,rotary seeds flash_attn flash_attn_3_4 flash_attn_blocks flash_attn_kvcache) \
+	$(addprefix compat/test_,flash_attn_modules argument_forms) \
 	$(addprefix conformance/test_,kvcache accuracy weights) backends/test_numpy_backend))
 test-oldest: $(OLDEST)/requirements
 	$(OLDEST)/bin/python -m pip install --quiet --no-deps --no-build-isolation --config-settings=build-dir=$(OLDEST)/native .

@@ -13,6 +13,7 @@ from torch import Tensor
 import anyattn
 from anyattn.compat.torch import use_anyattn
 from anyattn.frameworks.torch import functional
+from anyattn.frameworks.torch.jagged import Hook
 from harness.plain_torch import plain_attention
 from harness.tensors import close, leaf, normal
 
@@ -94,11 +95,10 @@ def test_hooks_may_be_removed_in_any_order() -> None:
 
     original = ops.jagged_scaled_dot_product_attention
     x = jagged(parts(ROWS))[0]
-    first, second = use_anyattn(), use_anyattn()
-    with first:
-        second.__enter__()
+    first, second = Hook(), Hook()
+    first.remove()
     close(F.scaled_dot_product_attention(x, x, x).values(), anyattn.sdpa(x, x, x).values())
-    second.__exit__(None, None, None)
+    second.remove()
     close(F.scaled_dot_product_attention(x, x, x).values(), anyattn.sdpa(x, x, x).values())
     ops.jagged_scaled_dot_product_attention = original
 

@@ -108,7 +108,7 @@ def _four_dimensions(
         shared = math.prod(tracing.sizes(attn_mask)[:-3]) == 1
         attn_mask = attn_mask if shared else attn_mask.expand(*batch, *attn_mask.shape[-3:])
         attn_mask = attn_mask.reshape(1 if shared else size, *attn_mask.shape[-3:])
-    leading = (*batch, nheads[0]) if max(map(len, shapes)) > 2 else ()
+    leading = (*batch, nheads[0]) if max([len(shape) for shape in shapes]) > 2 else ()
     return query, key, value, attn_mask, leading
 
 
