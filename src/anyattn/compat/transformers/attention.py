@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 from transformers.utils import output_capturing
 from transformers.utils.generic import TransformersKwargs
 
@@ -177,10 +178,10 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, visible: Visible, options: dict[str
     return out.reshape(*q.shape[:2], *out.shape[1:])
 
 
-# Arguments of whole models that reach attention with **kwargs and change no result of eager attention.
-NEUTRAL = TransformersKwargs.__optional_keys__ | TransformersKwargs.__required_keys__
-NEUTRAL |= {"cache_position", "deterministic", "input_ids", "logits_to_keep", "position_embeddings", "return_dict"}
-NEUTRAL |= {"token_type_ids", "use_cache"}
+# Arguments of whole models and of generate, which reach attention with **kwargs and change no result of eager attention.
+NEUTRAL = {"cache_position", "deterministic", "input_ids", "logits_to_keep", "position_embeddings", "return_dict"}
+NEUTRAL |= {"token_type_ids", "use_cache", *GenerationConfig().to_dict()}
+NEUTRAL |= TransformersKwargs.__optional_keys__ | TransformersKwargs.__required_keys__
 
 
 def _refuse_unknown(module: Any, arguments: dict[str, Any]) -> None:
