@@ -178,9 +178,9 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, visible: Visible, options: dict[str
     return out.reshape(*q.shape[:2], *out.shape[1:])
 
 
-# Arguments of whole models and of generate. They reach attention with **kwargs and change no result of eager attention.
-NEUTRAL = {"cache_position", "deterministic", "input_ids", "logits_to_keep", "position_embeddings", "return_dict"}
-NEUTRAL |= {"token_type_ids", "use_cache", *GenerationConfig().to_dict()}
+# Arguments of whole models and of generate: they reach attention and change no result of eager attention.
+NEUTRAL = {"cache_position", "deterministic", "grid_thw", "input_ids", "logits_to_keep", "position_embeddings"}
+NEUTRAL |= {"return_dict", "token_type_ids", "use_cache", *GenerationConfig().to_dict()}
 NEUTRAL |= TransformersKwargs.__optional_keys__ | TransformersKwargs.__required_keys__
 
 
