@@ -13,7 +13,7 @@ from model_sweep import classes, configurations
 from model_sweep.classes import Subject
 from model_sweep.implementations import OURS
 
-MOST_PARAMETERS = 6_000_000
+MOST_PARAMETERS = 20_000_000
 
 
 class CannotBuild(Exception):

@@ -88,12 +88,13 @@ RULES: list[Rule] = [
     (r".*lora_rank|.*_rank", _at_most(16)),
     (r".*(state_size|d_state)", _at_most(8)),
     # layers
+    (r"num_encoder_blocks", _keep),
     (r".*kv_shared_layers", _keep),
     (r".*(first_k_dense_replace|num_dense_layers)", _at_most(1)),
     (r".*(nextn_predict_layers|mtp_num_layers)", _keep),
     (r".*(layers?|n_layers?|depth|num_blocks|encoder_blocks)", _at_most(LAYERS)),
     # images and sounds
-    (r".*(image_size|img_size|input_size|resolution|crop_size|spec_size)", _constant(IMAGE)),
+    (r".*(image_size|img_size|input_size|resolution|crop_size|spec_size)", _at_most(IMAGE)),
     (r".*patch_size|encoder_stride", _at_most(PATCH)),
     (r".*(temporal_patch_size|tubelet_size|spatial_merge_size|merge_size)", _at_most(2)),
     (r"num_frames", _at_most(4)),
@@ -113,7 +114,7 @@ RULES: list[Rule] = [
         _constant(INNER),
     ),
     (
-        r".*(hidden_size\w*|d_model|n_embd|embed_dim|embedding_size|embedding_dim|hidden_dim|projection_dim|emb_dim|_dim|_width|channels"
+        r".*(hidden_size\w*|d_model|n_embd|embed_dim|embedding_size|embedding_dim|hidden_dim|projection_dim|emb_dim|_dim|_dimension|_width|channels"
         r"|embed_size|emb_size|inplanes|_features|output_size|proj_size|projection_size|d_latents|d_rel|_filters)",
         _at_most(WIDTH),
     ),
@@ -192,6 +193,10 @@ def fit(values: dict[str, Any]) -> None:
         fit_stages(values)
     if values.get("head_dim", 0) is None:
         values["head_dim"] = HEAD_DIM
+    if "backbone_feature_sizes" in values:
+        values["backbone_feature_sizes"] = [[16, 16], [8, 8], [4, 4]]
+    if "num_pos_feats" in values:
+        values["num_pos_feats"] = WIDTH // 2
     if "image_embedding_size" in values:
         values["image_embedding_size"] = values["image_size"] // values["patch_size"]
     if "window_size" in values and "spatial_merge_size" in values and isinstance(values["window_size"], int):

@@ -7,7 +7,7 @@ from typing import Any
 SERIES = {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2, 3], "num_time_features": 1}
 SWIN = {"image_size": 64, "window_size": 2, "embed_dim": 16, "num_heads": (1, 2, 4, 8)}
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
-SMALL_EFFICIENTNET = {"width_coefficient": 0.25, "depth_coefficient": 0.3}
+SMALL_EFFICIENTNET = {"width_coefficient": 0.2, "depth_coefficient": 0.3}
 NO_DROPOUT = {"dropout_rate": 0.0}
 
 # Values that the configuration needs from the beginning.
@@ -56,20 +56,28 @@ VALUES: dict[str, dict[str, Any]] = {
         "window_size": 2,
         "patch_embeds_hidden_size": 16,
         "num_attention_heads": [1, 2, 4, 8],
+        "num_mel_bins": 64,
     },
+    "sam2_prompt_encoder": {"patch_size": 16},
+    "sam2_vision_model": {"backbone_feature_sizes": [[8, 8], [4, 4], [2, 2]]},
+    "emu3": {"vocabulary_map": {"<image>": 5, "<|extra_200|>": 6}},
     "mask2former": {"feature_size": 64, "mask_feature_size": 64},
     "maskformer": {"fpn_feature_size": 64, "mask_feature_size": 64},
     "llama4_vision_model": {"intermediate_size": 256},
     "mllama_vision_model": {"intermediate_layers_indices": [0, 1]},
     "lw_detr": {"projector_scale_factors": [1.0]},
-    "granite4_vision": {"deepstack_layer_map": [[0, 0]]},
+    "granite4_vision": {"deepstack_layer_map": [[0, 0]], "downsample_rate": "1/2"},
     "esmfold2_atom_encoder": {"num_spatial_rope_pairs_per_axis": 2, "num_uid_rope_pairs": 2},
-    "fun_asr_nano_adaptor": {"intermediate_size": 16},
     "molmo2_adapter": {"vision_feature_layer": [1, 0]},
     "dots3_note_text": {"per_layer_config": {}},
     "dots3_note_audio_encoder": {"adapter_input_size": 64},
     "bamba": {"attn_layer_indices": [1]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "moonshine": {"encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4},
+    "vitmatte": {"convstream_hidden_sizes": [16, 32, 64]},
+    "seggpt": {"image_size": [64, 32]},
+    "molmo2_vision": {"num_position_embeddings": 16},
+    "zamba": {"attention_head_dim": 32, "attention_hidden_size": 128},
     "mobilevit": {"num_attention_heads": 4},
     "deepseek_v2": {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
@@ -103,6 +111,12 @@ VALUES: dict[str, dict[str, Any]] = {
 def apply(model_type: str, values: dict[str, Any]) -> None:
     """Replace the values of a model's configuration that the rules cannot give."""
     values |= VALUES.get(model_type, {})
+    if model_type == "fun_asr_nano":
+        values["adaptor_config"].intermediate_size = 16
+    if model_type == "zamba":
+        values |= {"layers_block_type": 2 * values["layers_block_type"], "num_hidden_layers": 4}
+    if model_type == "chmv2":
+        values["backbone_config"].return_class_token = True
     if model_type == "dbrx":
         values["attn_config"].clip_qkv = 8.0
     if model_type == "gemma4_assistant":

@@ -118,7 +118,10 @@ def waves(s: Sizes) -> list[Any]:
     return [
         normal(2, 800),
         normal(2, 1, 800),
-        normal(2, 4000),
+        normal(2, s.length, s.mels),
+        normal(2, 1920),
+        normal(2, 8000),
+        normal(2, 1, 1920),
         normal(2, 1, 3840),
         normal(2, 40, s.mels),
         normal(2, 1024, s.mels),

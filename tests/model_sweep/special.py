@@ -90,6 +90,29 @@ def kosmos2(c: Any) -> Values:
     return {"input_ids": tokens(), "pixel_values": normal(2, 3, size, size), "image_embeds_position_mask": mask}
 
 
+def fun_asr_encoder(c: Any) -> Values:
+    return {
+        "input_features": normal(2, 40, 7 * c.num_mel_bins),
+        "input_features_mask": torch.ones(2, 40, dtype=torch.long),
+    }
+
+
+def oneformer(c: Any) -> Values:
+    return {"pixel_values": normal(2, 3, 64, 64), "task_inputs": normal(2, c.task_seq_len)}
+
+
+def voxtral_realtime(c: Any) -> Values:
+    return {"input_ids": tokens(), "input_features": normal(2, c.audio_config.num_mel_bins, 8 * SEQLEN)}
+
+
+def voxtral_realtime_text(c: Any) -> Values:
+    return {"input_ids": tokens(), "t_cond": normal(1, c.hidden_size)}
+
+
+def speech_encoder_decoder(c: Any) -> Values:
+    return {"inputs": normal(2, 800), "decoder_input_ids": tokens(seqlen=DECODER_SEQLEN)}
+
+
 def mimi(c: Any) -> Values:
     return {"input_values": normal(2, 1, 1920)}
 
@@ -120,6 +143,11 @@ MADE: dict[str, Callable[[Any], Values]] = {
     "idefics": idefics,
     "kosmos-2": kosmos2,
     "mimi": mimi,
+    "oneformer": oneformer,
+    "voxtral_realtime": voxtral_realtime,
+    "voxtral_realtime_text": voxtral_realtime_text,
+    "speech-encoder-decoder": speech_encoder_decoder,
+    "fun_asr_nano_encoder": fun_asr_encoder,
     "phi4_multimodal_audio": phi4_audio,
     "decision_transformer": decision_transformer,
     "dia": dia,
