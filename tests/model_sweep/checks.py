@@ -16,6 +16,8 @@ from model_sweep.inputs import SEQLEN, Inputs, padding, tokens
 Tensors = dict[str, Tensor]
 Check = Callable[[Any, Inputs], Tensors]
 NEW_TOKENS = 5
+CACHES = ("past_key_values", "cache", "memory")
+WITHOUT = (*CACHES, "attentions")
 LENGTHS = (5, 1, 7)  # of packed sequences; their sum is SEQLEN
 
 
@@ -23,18 +25,18 @@ class NotApplicable(Exception):
     """Raised by a check that says nothing about this model."""
 
 
-def flatten(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield the floating-point tensors of an output, but for its caches."""
+def flatten(value: Any, name: str = "", without: tuple[str, ...] = WITHOUT) -> Iterator[tuple[str, Tensor]]:
+    """Yield the floating-point tensors of an output, without caches and without weights of attention."""
     if isinstance(value, Tensor):
         if value.is_floating_point() or value.is_complex():
             yield name, value
     elif isinstance(value, dict):
         for key, entry in value.items():
-            if not any(word in str(key) for word in ("past_key_values", "cache", "memory")):
-                yield from flatten(entry, f"{name}.{key}" if name else str(key))
+            if not any(word in str(key) for word in without):
+                yield from flatten(entry, f"{name}.{key}" if name else str(key), without)
     elif isinstance(value, list | tuple):
         for index, entry in enumerate(value):
-            yield from flatten(entry, f"{name}.{index}")
+            yield from flatten(entry, f"{name}.{index}", without)
 
 
 def forward(model: Any, values: dict[str, Any]) -> Any:
@@ -201,10 +203,10 @@ def attentions(model: Any, inputs: Inputs) -> Tensors:
     ):
         raise NotApplicable("returns no attention weights")
     output = forward(model, inputs.values | {"output_attentions": True})
-    found = {name: x for name, x in flatten(output) if "attentions" in name}
-    if not found:
+    found = dict(flatten(output, without=CACHES))
+    if not any("attentions" in name for name in found):
         raise NotApplicable("returns no attention weights")
-    return dict(flatten(output))
+    return found
 
 
 def without_cache(model: Any, inputs: Inputs) -> Inputs:

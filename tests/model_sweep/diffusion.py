@@ -55,8 +55,8 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "TransformerTemporalModel": {"in_channels": 32},
     "WanAnimateTransformer3DModel": {"in_channels": 12},
     "WanVACETransformer3DModel": {"vace_layers": [0, 1]},
-    "CogVideoXTransformer3DModel": {"sample_frames": 13, "sample_width": SIDE, "sample_height": SIDE},
-    "ConsisIDTransformer3DModel": {"sample_frames": 13, "sample_width": SIDE, "sample_height": SIDE},
+    "CogVideoXTransformer3DModel": {"sample_frames": 13, "max_text_seq_length": TEXT},
+    "ConsisIDTransformer3DModel": {"sample_frames": 13, "max_text_seq_length": TEXT},
     "HunyuanVideo15Transformer3DModel": {"image_embed_dim": WIDTH},
 }
 
@@ -101,6 +101,8 @@ def values(name: str) -> list[Any]:
             normal(2, rows, WIDTH),
             normal(2, CHANNELS, 1, SIDE, SIDE),
             normal(2, 32, SIDE, SIDE),
+            normal(2, 64, CHANNELS),
+            normal(2, WIDTH),
         ],
         r"(audio_)?encoder_hidden_states(_t5|_2|_image)?|text_bth|context_latents": [
             normal(2, TEXT, WIDTH),
