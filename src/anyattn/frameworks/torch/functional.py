@@ -33,9 +33,10 @@ from ...definition.kvcache import LABELS
 from ...definition.options import Options, Rotation
 from ...runtime import dispatch, execute
 from ..scores import Stage
-from . import autograd, fastpath, kinds, kvcache, ops
+from . import autograd, fastpath, kvcache, ops
 from . import scores as torch_scores
 from .adapter import adapter
+from .kinds import dense
 
 
 def attention(
@@ -75,8 +76,8 @@ def backward(saved: Saved, inputs: Inputs, options: Options, seed: int | None, b
     """Return the gradients; that of a bias has the shape in which the bias came."""
     prepared = detach(prepare(inputs, seed))
     out, lse, dout, dlse = saved
-    dlse = None if dlse is None else _tensor("dlse", dlse).detach()
-    saved = Saved(_tensor("out", out).detach(), _tensor("lse", lse).detach(), _tensor("dout", dout).detach(), dlse)
+    dlse = None if dlse is None else dense("dlse", dlse).detach()
+    saved = Saved(dense("out", out).detach(), dense("lse", lse).detach(), dense("dout", dout).detach(), dlse)
     metadata = fastpath.metadata(flatten(prepared, saved))
     if metadata is not None:
         grads = execute.backward(adapter, saved, prepared, options, backend, metadata)
@@ -101,7 +102,7 @@ def append(
     arrays: Appended, rotation: Rotation, backend: str | None, *, check: Callable[[Tensor | None], None]
 ) -> tuple[Tensor, Tensor | None]:
     """Append to the cache in place; return q (rotated) and the keys in use per sequence (None: all)."""
-    q, lengths = _tensor("q", arrays.q), arrays.cache_seqlens
+    q, lengths = dense("q", arrays.q), arrays.cache_seqlens
     if lengths is not None:
         lengths = per_sequence("cache_seqlens", lengths, q.shape[0] if q.ndim else 0, q.device)
     if arrays.new_k is None:
@@ -109,7 +110,7 @@ def append(
             raise ValueError("v and rotary_cos need k, the new keys, as well")
         return q, lengths
     given: dict[str, Any] = {
-        name: None if x is None else _tensor(LABELS.get(name, name), x)
+        name: None if x is None else dense(LABELS.get(name, name), x)
         for name, x in zip(Appended._fields, arrays, strict=True)
         if name != "cache_seqlens"
     }
@@ -129,7 +130,7 @@ def append(
 
 def scores(inputs: Inputs, options: Options, queries: Any, stage: Stage, lse: Any = None) -> Tensor:
     """Return a stage of the scores, differentiable in q, k, bias and lse; autocast gives the dtype of the result."""
-    prepared, lse = prepare(inputs, None), None if lse is None else _tensor("lse", lse)
+    prepared, lse = prepare(inputs, None), None if lse is None else dense("lse", lse)
     if _autocast_dtype(prepared.q) is None:
         return torch_scores.scores(prepared, options, queries, stage, lse)
     with torch.autocast(prepared.q.device.type, enabled=False):  # products in the compute dtype
@@ -138,8 +139,8 @@ def scores(inputs: Inputs, options: Options, queries: Any, stage: Stage, lse: An
 
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """See api.merge; differentiable in all four."""
-    out_a, out_b = _tensor("out_a", out_a), _tensor("out_b", out_b)
-    lse_a, lse_b = _tensor("lse_a", lse_a), _tensor("lse_b", lse_b)
+    out_a, out_b = dense("out_a", out_a), dense("out_b", out_b)
+    lse_a, lse_b = dense("lse_a", lse_a), dense("lse_b", lse_b)
     top = torch.maximum(lse_a, lse_b).detach()
     safe = torch.where(torch.isfinite(top), top, 0.0)
     total = torch.exp(lse_a - safe) + torch.exp(lse_b - safe)
@@ -156,7 +157,7 @@ def prepare(inputs: Inputs, seed: int | None, *, draw: bool = False) -> Inputs:
     Conversions are outside the autograd.Function, so gradients pass them. draw: a state of dropout is needed.
     """
     q, k, v, extras = inputs
-    q, k, v = _tensor("q", q), _tensor("k", k), _tensor("v", v)
+    q, k, v = dense("q", q), dense("k", k), dense("v", v)
     low = _autocast_dtype(q)
     if low is not None:
         q, k, v = (x.to(low) if x.dtype in _CASTABLE else x for x in (q, k, v))
@@ -197,21 +198,14 @@ def _autocast_dtype(q: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
-def _tensor(name: str, array: Any) -> Tensor:
-    """Return a tensor that is what its memory holds: the usual one is asked first."""
-    if type(array) in kinds.PLAIN and array.layout is torch.strided and not array.is_nested:
-        return array  # type: ignore[no-any-return]
-    return kinds.dense(name, array)
-
-
 def _prepare_scores(name: str, array: Any, q: Tensor, cu_seqlens_q: Any) -> Tensor:
     """Return a view with four dimensions."""
-    x = _tensor(name, array)
+    x = dense(name, array)
     return x.reshape((1,) * (4 - x.ndim) + tuple(x.shape)) if x.ndim < 4 else x
 
 
 def _prepare_heads(name: str, array: Any, q: Tensor, cu_seqlens_q: Any) -> Tensor:
-    x = _tensor(name, array)
+    x = dense(name, array)
     wanted = ops.compute_dtype(q)
     if x.dtype is not wanted:
         if not x.is_floating_point():
@@ -226,12 +220,12 @@ def _prepare_heads(name: str, array: Any, q: Tensor, cu_seqlens_q: Any) -> Tenso
 def _prepare_table(name: str, array: Any, q: Tensor, cu_seqlens_q: Any) -> Tensor:
     if not FIELDS[name].scalar:
         return table(name, array)
-    batch = q.shape[0] if cu_seqlens_q is None else _tensor("cu_seqlens_q", cu_seqlens_q).shape[0] - 1
+    batch = q.shape[0] if cu_seqlens_q is None else dense("cu_seqlens_q", cu_seqlens_q).shape[0] - 1
     return per_sequence(name, array, batch, q.device)
 
 
 def _prepare_state(name: str, array: Any, q: Tensor, cu_seqlens_q: Any) -> Tensor:
-    return _tensor(name, array).contiguous()
+    return dense(name, array).contiguous()
 
 
 _PREPARE = {SCORES: _prepare_scores, HEADS: _prepare_heads, TABLE: _prepare_table, STATE: _prepare_state}
@@ -251,7 +245,7 @@ def per_sequence(name: str, value: Any, batch: int, device: torch.device) -> Ten
 
 def table(name: str, array: Any) -> Tensor:
     """int32 and contiguous; integers of other widths are converted."""
-    x = _tensor(name, array)
+    x = dense(name, array)
     if x.dtype is torch.int32:
         return x.contiguous()
     if x.is_floating_point() or x.is_complex() or x.dtype is torch.bool:
@@ -268,7 +262,7 @@ def random_state(q: Tensor, seed: int | None = None, rng_state: Any = None) -> T
     if rng_state is not None:
         if seed is not None:
             raise ValueError("seed and rng_state exclude each other: rng_state is (seed, offset)")
-        return _tensor("rng_state", rng_state).contiguous()
+        return dense("rng_state", rng_state).contiguous()
     if seed is None:
         return torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=q.device)
     try:

@@ -22,6 +22,8 @@ def dense(name: str, array: Any) -> Tensor:
         TypeError: no tensor, a nested or a sparse one, or a subclass with a `__torch_function__` of its own: a mask
             object such as torch's CausalBias holds no values that could be read.
     """
+    if type(array) in PLAIN and array.layout is torch.strided and not array.is_nested:  # the usual one
+        return array  # type: ignore[no-any-return]
     if not isinstance(array, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor like q; got {type(array).__name__}")
     if type(array) not in PLAIN:

@@ -41,7 +41,9 @@ def sdpa(
     alignment = "top-left"
     if attn_mask is not None and kinds.causal_bias(attn_mask) is not None:
         alignment, attn_mask, is_causal = _alignment(kinds.causal_bias(attn_mask), query, key), None, True
-    shapes = (tracing.sizes(query), tracing.sizes(key), tracing.sizes(value))
+    shapes: tuple[Shape, Shape, Shape] = (query.shape, key.shape, value.shape)
+    if tracing.active():
+        shapes = (tracing.sizes(query), tracing.sizes(key), tracing.sizes(value))
     leading = None
     if not _fits(shapes, enable_gqa):
         query, key, value, attn_mask, leading = _four_dimensions(query, key, value, attn_mask, shapes, enable_gqa)
@@ -98,7 +100,8 @@ def _four_dimensions(
     try:
         batch = torch.broadcast_shapes(*[shape[:-3] for shape in shapes])
     except RuntimeError as error:
-        raise ValueError(f"query, key and value must broadcast in their leading dimensions; got {shapes}") from error
+        found = [tuple(shape) for shape in shapes]
+        raise ValueError(f"query, key and value must broadcast in their leading dimensions; got {found}") from error
     size = math.prod(batch)
     query, key, value = (
         x.expand(*batch, heads, *x.shape[-2:]).reshape(size, heads, *x.shape[-2:])
