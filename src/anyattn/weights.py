@@ -28,6 +28,7 @@ def attention_weights(
     softcap: float = 0.0,
     bias: Array | None = None,
     mask: Array | None = None,
+    kv_indices: Array | None = None,
     alibi_slopes: Array | None = None,
     sink: Array | None = None,
     seqused_q: Table | None = None,
@@ -60,6 +61,7 @@ def attention_weights(
         softcap: 0: off.
         bias: broadcastable to (batch, nheads, seqlen_q, seqlen_k).
         mask: boolean, broadcastable likewise.
+        kv_indices: (batch, seqlen_q, n) or (batch, nheads_kv, seqlen_q, n), the key slots of each query; -1: no key.
         alibi_slopes: (nheads,) or (batch, nheads).
         sink: (nheads,). Its part of the denominator is in lse, so it is checked and not read.
         seqused_q: (batch,), queries in use; the others give zeros.
@@ -83,8 +85,8 @@ def attention_weights(
     """
     options = make_options(bounds(causal, window), scale=scale, softcap=softcap, chunk=chunk, alignment=alignment)
     extras = Extras(
-        bias=bias, mask=mask, alibi_slopes=alibi_slopes, sink=sink, seqused_q=seqused_q, seqused_k=seqused_k,
-        leftpad_k=leftpad_k, offset=offset,
+        bias=bias, mask=mask, kv_indices=kv_indices, alibi_slopes=alibi_slopes, sink=sink, seqused_q=seqused_q,
+        seqused_k=seqused_k, leftpad_k=leftpad_k, offset=offset,
     )  # fmt: skip
     if lse is None:
         raise TypeError("lse must be what attention(..., return_lse=True) returned, got None.")

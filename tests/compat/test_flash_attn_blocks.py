@@ -152,8 +152,10 @@ def test_arguments_of_gathered_keys_need_gathered_keys(given: dict[str, Any]) ->
     for function in (flash_attn_func, flash_attn_varlen_func):
         with pytest.raises(ValueError, match="only apply to gather_kv_indices"):
             function(*dense(), **given)
-        with pytest.raises(NotImplementedError, match="gather_kv_indices is not supported"):
-            function(*dense(), **given, gather_kv_indices=ints(0))
+        q, k, v = dense()
+        lists = torch.randint(k.shape[1], (*q.shape[:2], 3), dtype=torch.int32)
+        want = function(q, k, v, gather_kv_indices=lists)[0]
+        assert torch.equal(function(q, k, v, gather_kv_indices=lists, **given)[0], want)
         assert function(*dense(), gather_bwd_recompute_p=False, gather_bwd_token_chunk=None)[0].requires_grad
     plain = interface._flash_attn_fwd(*dense())[0]
     assert torch.equal(interface._flash_attn_fwd(*dense(), gather_bwd_recompute_p=True)[0], plain)

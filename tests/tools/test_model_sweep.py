@@ -93,7 +93,7 @@ def test_a_foreign_exception_is_a_crash(judged: Callable[..., Verdict]) -> None:
 
 def test_our_error_that_says_what_works_is_a_refusal(judged: Callable[..., Verdict]) -> None:
     def refusing(module: Any, q: Any, k: Any, v: Any, mask: Any, **options: Any) -> Any:
-        return adapter.attention(module, q, k, v, None, sinks=torch.ones(3))
+        return adapter.attention(module, q, k, v, None, unknown=torch.ones(3))
 
     assert judged(refusing).outcome == REFUSED
 

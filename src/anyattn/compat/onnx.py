@@ -11,6 +11,7 @@ from .. import api
 from ..arguments import explicit
 from ..frameworks import framework_of
 from ..frameworks.scores import Stage
+from ..scalars import integer
 
 Array = npt.NDArray[Any]
 DOUBLE = 11  # onnx.TensorProto.DOUBLE
@@ -67,6 +68,8 @@ def attention(
     >>> Y.shape, present_key.shape
     ((2, 6, 24), (2, 3, 6, 8))
     """
+    if qk_matmul_output_mode is not None:
+        qk_matmul_output_mode = integer("qk_matmul_output_mode", qk_matmul_output_mode)
     if qk_matmul_output_mode not in (None, 0, 1, 2, 3):
         raise ValueError(f"qk_matmul_output_mode must be None, 0, 1, 2 or 3, got {qk_matmul_output_mode!r}.")
     if (past_key is None) != (past_value is None):

@@ -197,12 +197,19 @@ def scores(
     shape = (sizes.batch, sizes.nheads, len(arrays["i"][chosen]), sizes.seqlen_k)
     name, out = _name(prepared.q.dtype), np.empty(shape, prepared.q.dtype)
     kind = DTYPES[name].compute
-    functions = formulas.Functions(np.exp, np.tanh, np.where, lambda x: widen(x, _name(x.dtype), kind))
+    functions = formulas.Functions(np.exp, np.tanh, np.where, _listed, lambda x: widen(x, _name(x.dtype), kind))
     for rows, keys in formulas.tiles(shape):
         part = formulas.part(chosen, rows, sizes.seqlen_q)
         tile = formulas.tile(functions, sizes, arrays, part, keys, stage)
         raw(out, name)[:, :, rows, keys] = narrow(tile, name)
     return out
+
+
+def _listed(slots: NDArray, width: int, nheads: int) -> NDArray:
+    found = np.zeros((*slots.shape[:-1], width + 1), np.bool_)  # the last one: elsewhere
+    np.put_along_axis(found, slots, True, -1)
+    found = found[..., :-1]
+    return found if found.shape[1] == 1 else np.repeat(found, nheads // found.shape[1], 1)
 
 
 def _queries(queries: Any, seqlen_q: int) -> Any:

@@ -34,6 +34,7 @@ class Functions(NamedTuple):
     exp: Callable[[Any], Any]
     tanh: Callable[[Any], Any]
     where: Callable[[Any, Any, Any], Any]
+    listed: Callable[[Any, int, int], Any]  # of slots (batch, heads, queries, n): which of so many are listed
     compute: Callable[[Any], Any]
 
 
@@ -217,7 +218,17 @@ def _masked(
         s = s - slopes.reshape(-1, scores.nheads, 1, 1) * f.compute(abs(places.p - places.c))
     if mask is not None:
         seen = seen & _scores_tile(mask, queries, keys)
+    if "kv_indices" in arrays:
+        seen = seen & _listed(f, arrays["kv_indices"], scores.nheads, queries, keys)
     return s, seen
+
+
+def _listed(f: Functions, lists: Any, nheads: int, queries: Any, keys: slice) -> Any:
+    """Return which keys of a tile are in the list of each query, (batch, 1 or nheads, queries, keys)."""
+    lists = (lists if lists.ndim == 4 else lists[:, None])[:, :, queries]
+    width = keys.stop - keys.start
+    inside = (lists >= keys.start) & (lists < keys.stop)
+    return f.listed(f.where(inside, lists - keys.start, width), width, nheads)
 
 
 def _scores_tile(x: Any, queries: Any, keys: slice) -> Any:

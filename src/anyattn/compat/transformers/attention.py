@@ -92,7 +92,7 @@ def attention(
         return _packed(q, k, v, visible, {**options, "dropout_p": dropout_p}), None
     options |= {"window": visible.window, "offset": visible.offset, "mask": visible.mask}
     options["bias"] = _sum(visible.bias, position_bias, q.dtype)
-    if chosen is not None and (wants_weights or q.device.type != "cpu"):  # other backends do not select keys
+    if chosen is not None and q.device.type != "cpu":  # other backends do not select keys
         options["mask"] = key_mask(chosen, q.shape[2], k.shape[1], visible.mask)
     elif chosen is not None:
         options["kv_indices"] = chosen

@@ -33,7 +33,7 @@ def scores(inputs: Inputs, options: Options, queries: Any, stage: formulas.Stage
     arrays["i"] = torch.arange(sizes.seqlen_q, device=q.device)
     arrays["j"] = torch.arange(sizes.seqlen_k, device=q.device)
     chosen, kind = _queries(queries, sizes.seqlen_q, q.device), ops.compute_dtype(q)
-    functions = formulas.Functions(torch.exp, torch.tanh, torch.where, lambda x: x.to(kind))
+    functions = formulas.Functions(torch.exp, torch.tanh, torch.where, _listed, lambda x: x.to(kind))
     if traced or (torch.is_grad_enabled() and any(x.requires_grad for x in arrays.values())):
         whole: Tensor = formulas.tile(functions, sizes, arrays, chosen, slice(0, sizes.seqlen_k), stage)
         return whole.to(q.dtype)
@@ -43,6 +43,12 @@ def scores(inputs: Inputs, options: Options, queries: Any, stage: formulas.Stage
         part = formulas.part(chosen, rows, sizes.seqlen_q)
         out[:, :, rows, keys] = formulas.tile(functions, sizes, arrays, part, keys, stage)
     return out
+
+
+def _listed(slots: Tensor, width: int, nheads: int) -> Tensor:
+    found = torch.zeros(*slots.shape[:-1], width + 1, dtype=torch.bool, device=slots.device)  # the last one: elsewhere
+    found = found.scatter(-1, slots.long(), True)[..., :-1]
+    return found if found.shape[1] == 1 else found.repeat_interleave(nheads // found.shape[1], 1)
 
 
 def _check_gradient(arrays: Mapping[str, Tensor], lse: Tensor) -> None:
