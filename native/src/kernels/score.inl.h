@@ -18,12 +18,13 @@ struct ScoreUnits {
     // factor_left: what products must be multiplied by, see Plain::score_factor.
     ScoreUnits(const anyattn_call &call, double factor_left) {
         scored = call.softcap > 0 || call.alibi_slopes.data || call.bias.data;
-        unit = scored ? 1.0 : factor_left;
-        product = C(scored ? factor_left : 1.0);
         const double smallest = sizeof(C) == 4 ? double(__FLT_MIN__) : __DBL_MIN__;
         const double largest = sizeof(C) == 4 ? double(__FLT_MAX__) : __DBL_MAX__;
+        // A smaller scale gives every score the value 0 anyway. lse and P must have one unit, see RowStatistics.
+        unit = scored ? 1.0 : factor_left < smallest ? smallest : factor_left;
+        product = C(scored ? factor_left : 1.0);
         const double log2_unit = unit * kLog2e;
-        factor = C(log2_unit < smallest ? smallest : log2_unit > largest ? largest : log2_unit);
+        factor = C(log2_unit > largest ? largest : log2_unit);
     }
 };
 
