@@ -16,14 +16,17 @@ import os
 import resource
 import sys
 import time
+from collections import Counter
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from model_sweep import table
+from model_sweep.verdicts import CRASH, WRONG
+
 CPU_SECONDS, SECONDS, GIBIBYTES = 120, 1200, 8
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def main() -> int:
@@ -140,7 +143,9 @@ def child(name: str, folder: Path) -> None:
 
 
 def write(path: Path, report: Any) -> None:
-    path.write_text(json.dumps(report, indent=1))
+    whole = path.with_suffix(".writing")
+    whole.write_text(json.dumps(report, indent=1))
+    whole.replace(path)
 
 
 def finish(name: str, folder: Path, reason: str) -> None:
@@ -149,39 +154,38 @@ def finish(name: str, folder: Path, reason: str) -> None:
     partial = path.with_suffix(".partial")
     if path.exists():
         return
-    report = (
-        json.loads(partial.read_text()) if partial.exists() else {"name": name, "class": "", "checks": {}, "calls": {}}
-    )
-    partial.unlink(missing_ok=True)
-    write(path, report | {"reason": f"{reason} in {report.pop('now', 'building')}"})
+    report: Any = {"name": name, "class": "", "checks": {}, "calls": {}}
+    if partial.exists():
+        report = json.loads(partial.read_text())
+        partial.unlink()
+    check, _, way = report.pop("now", "building").removesuffix(")").rpartition(" (")
+    if check:  # what ends a process while a check runs is worse than an exception
+        report["checks"].setdefault(check, {})[way] = (CRASH, 0.0, reason)
+    write(path, report | {"reason": f"{reason} in {check or way}"})
 
 
 def write_table(reports: list[Any], path: Path) -> None:
     import diffusers
     import transformers
 
-    from model_sweep import table
-
     versions = {"transformers": transformers.__version__, "diffusers": diffusers.__version__}
     path.write_text(table.page(reports, versions), encoding="utf-8")
 
 
 def summarize(reports: list[Any]) -> int:
-    """Print what is wrong and the counts; return 1 if something is."""
-    counts: dict[str, dict[str, int]] = {}
+    """Print what cannot be run, the counts, and what is wrong; return 1 if something is."""
+    counts: dict[str, Counter[str]] = {}
     bad = []
     for report in reports:
-        for check, ways in report["checks"].items():
-            for way, (outcome, _, text) in ways.items():
-                row = counts.setdefault(f"{check} ({way})", {})
-                row[outcome] = row.get(outcome, 0) + 1
-                if outcome in ("wrong", "crash"):
-                    bad.append(f"{report['name']} [{check}, {way}] {outcome}: {text}")
-    sys.stdout.write("\n".join([*bad, ""]))
-    for check, row in counts.items():
-        sys.stdout.write(f"{check:24} {row}\n")
-    unusable = [f"{x['name']}: {x['reason']}" for x in reports if x.get("reason")]
-    sys.stdout.write(f"{len(reports)} models, {len(unusable)} cannot be run\n" + "\n".join(unusable) + "\n")
+        for check, way, outcome, text in table.outcomes(report):
+            counts.setdefault(f"{check} ({way})", Counter())[outcome] += 1
+            if outcome in (WRONG, CRASH):
+                bad.append(f"{report['name']} [{check}, {way}] {outcome}: {text}")
+    unusable = [f"not run: {x['name']}: {x['reason']}" for x in reports if x.get("reason")]
+    dull = [f"{x['name']}: {text}" for x in reports if (text := table.insensitive(x))]
+    rows = [f"{check:24} {dict(row)}" for check, row in counts.items()]
+    total = f"{len(reports)} models, {len(unusable)} not run, {len(bad)} checks failed"
+    sys.stdout.write("\n".join([*unusable, *dull, *rows, *bad, total, ""]))
     return 1 if bad else 0
 
 

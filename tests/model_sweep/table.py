@@ -10,7 +10,7 @@ from typing import Any
 from model_sweep.verdicts import CRASH, NONE, REFUSED, RIGHT, UPSTREAM, WRONG
 
 Report = dict[str, Any]
-UNUSED = "does not compute attention through transformers' interface"
+DULL = 2e-3  # ten times the tolerance
 
 PAGE = """\
 # Every architecture of transformers and diffusers
@@ -85,6 +85,15 @@ def result(report: Report) -> str:
     return RIGHT if any(report["calls"].values()) else "eager"
 
 
+def insensitive(report: Report) -> str:
+    """Return a remark on a model whose results hardly depend on attention, which therefore proves little."""
+    if any(report["calls"].values()):
+        what, change = "halved scores change", report.get("sensitivity")
+    else:
+        what, change = "another token changes", report.get("mixing")
+    return f"{what} its result by {change:.1g} only" if change is not None and change < DULL else ""
+
+
 def remarks(report: Report) -> str:
     """Return what there is to say beyond the result: which checks, and why."""
     if report.get("reason"):
@@ -93,7 +102,8 @@ def remarks(report: Report) -> str:
     for check, way, outcome, text in outcomes(report):
         if outcome != RIGHT or text:
             found.setdefault((outcome, reason(outcome, text)), []).append(f"{check} ({way})")
-    return "; ".join(f"{outcome}: {', '.join(both(checks))}{text}" for (outcome, text), checks in found.items())
+    texts = [f"{outcome}: {', '.join(both(checks))}{text}" for (outcome, text), checks in found.items()]
+    return "; ".join(filter(None, [*texts, insensitive(report)]))
 
 
 def both(checks: list[str]) -> list[str]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from anyattn.compat import transformers as adapter
-from model_sweep import building, checks, configurations, implementations, inputs, table, verdicts
+from model_sweep import building, checks, configurations, implementations, inputs, sweep, table, verdicts
 from model_sweep.classes import Subject, configuration_class
 from model_sweep.verdicts import CRASH, NONE, REFUSED, RIGHT, WRONG, Judge, Verdict
 
@@ -134,6 +136,19 @@ def test_table() -> None:
     assert (table.result(report), table.remarks(report)) == (RIGHT, "")
     assert table.result(report | {"calls": {}}) == "eager"
     assert table.result(report | {"checks": {}, "reason": "needs timm"}) == "not run"
+
+
+def test_a_process_that_dies_in_a_check_is_a_crash(tmp_path: Path) -> None:
+    report = {"name": "a", "class": "A", "checks": {}, "calls": {}, "now": "image: dense (set)"}
+    sweep.write(tmp_path / "a.partial", report)
+    sweep.finish("a", tmp_path, "ended with -11")
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert (table.result(found), found["reason"]) == (CRASH, "ended with -11 in image: dense")
+    assert sweep.summarize([found]) == 1
+    sweep.finish("b", tmp_path, "takes too long")
+    found = json.loads((tmp_path / "b.json").read_text())
+    assert (table.result(found), found["reason"]) == ("not run", "takes too long in building")
+    assert sweep.summarize([found]) == 0
 
 
 def test_every_check_has_a_name_of_its_own() -> None:
