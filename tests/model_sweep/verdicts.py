@@ -21,7 +21,8 @@ RIGHT, WRONG, CRASH, REFUSED = "right", "wrong", "crash", "refused"
 UPSTREAM, NONE = "upstream", "not applicable"
 # A tensor whose numbers are all smaller than this part of the largest is noise: gradients of key biases are.
 SMALL = 1e-3
-FLOAT32, FLOAT64 = 2e-4, 1e-7  # largest error, of the largest number of the same tensor
+FLOAT32 = 2e-4  # the largest error of a right result, relative to the largest number of the same tensor
+SHRINKS = 20  # how much smaller an error of rounding is in float64; eager computes its softmax in float32 there, too
 
 
 class Verdict(NamedTuple):
@@ -147,7 +148,7 @@ class Judge:
         exact = [attempt(check, copy.deepcopy(x).double(), self.inputs) for x in (self.eager, model)]
         if not any(isinstance(x, Exception) for x in exact):
             exact_error = distance(exact[1], exact[0])  # type: ignore[arg-type]
-            return exact_error <= FLOAT64 or (exact_error < FLOAT32 and exact_error < error / 100)
+            return exact_error < min(error / SHRINKS, FLOAT32)
         changed = copy.deepcopy(self.eager)
         with torch.no_grad():
             for x in changed.parameters():
