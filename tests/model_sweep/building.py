@@ -26,23 +26,27 @@ def build(subject: Subject) -> Any:
     if kind is None:
         raise CannotBuild("transformers has no model of this type")
     configuration = make_configuration(subject)
-    size = 0
-    for _ in range(20):
-        try:
-            with torch.device("meta"):
-                size = sum(x.numel() for x in kind._from_config(copy.deepcopy(configuration)).parameters())
-            break
-        except AttributeError as error:
-            if not borrow(configuration, str(error)):
-                raise
-        except (RuntimeError, NotImplementedError, TypeError):
-            break  # something that the device "meta" cannot do
+    try:
+        with torch.device("meta"):
+            size = sum(x.numel() for x in initialize(kind, configuration).parameters())
+    except (RuntimeError, NotImplementedError, TypeError):
+        size = 0  # the device "meta" cannot do something
     if size > MOST_PARAMETERS:
         raise CannotBuild(f"the smallest configuration has {size / 1e6:.0f} million parameters")
     torch.manual_seed(0)
-    model = kind._from_config(configuration, attn_implementation="eager")
+    model = initialize(kind, configuration)
     randomize(model)
     return model.float().eval()
+
+
+def initialize(kind: Any, configuration: Any) -> Any:
+    """Return a model, after giving its configuration the attributes that the model misses."""
+    while True:
+        try:
+            return kind._from_config(copy.deepcopy(configuration), attn_implementation="eager")
+        except AttributeError as error:
+            if not borrow(configuration, str(error)):
+                raise
 
 
 def make_configuration(subject: Subject) -> Any:

@@ -195,6 +195,13 @@ def fit(values: dict[str, Any]) -> None:
         values["head_dim"] = HEAD_DIM
     if "backbone_feature_sizes" in values:
         values["backbone_feature_sizes"] = [[16, 16], [8, 8], [4, 4]]
+    if "mm_tokens_per_image" in values:
+        values["mm_tokens_per_image"] = 4
+    if isinstance(values.get("image_grid_pinpoints"), list | tuple):
+        values["image_grid_pinpoints"] = [[IMAGE, 2 * IMAGE], [2 * IMAGE, IMAGE], [2 * IMAGE, 2 * IMAGE]]
+    for name in ("vision_feature_layer", "vision_feature_layers"):
+        if isinstance(values.get(name), list | tuple):
+            values[name] = type(values[name])((-1, -2))
     if "num_pos_feats" in values:
         values["num_pos_feats"] = WIDTH // 2
     if "image_embedding_size" in values:

@@ -10,6 +10,10 @@ ROPE = {"rope_type": "default", "rope_theta": 1e4}
 SMALL_EFFICIENTNET = {"width_coefficient": 0.2, "depth_coefficient": 0.3}
 NO_DROPOUT = {"dropout_rate": 0.0}
 
+LETTERS = ("".join(chr(ord("A") + int(digit)) for digit in str(i)) for i in range(32))
+CHAMELEON_TOKENS = {"<image>": 5} | {f"IMGIMG{letters}Z": 100 + i for i, letters in enumerate(LETTERS)}
+EMU_TOKENS = {"<image>": 5, "<|extra_200|>": 6} | {f"<|visual token {i:06}|>": 100 + i for i in range(32)}
+
 # Values that the configuration needs from the beginning.
 START: dict[str, dict[str, Any]] = {
     "gemma4": {"vision_config": {}, "audio_config": {}},
@@ -36,7 +40,7 @@ VALUES: dict[str, dict[str, Any]] = {
     "blip-2": {"image_token_index": 5},
     "instructblip": {"image_token_index": 5},
     "instructblipvideo": {"image_token_index": 5},
-    "gemma3": {"mm_tokens_per_image": 4},
+    "glmasr_encoder": {"intermediate_size": 256},
     "aria": {"projector_patch_to_query_dict": {16: 4}},
     "clvp_encoder": {"hidden_size": 256, "intermediate_size": 256},
     "superpoint": {"keypoint_decoder_dim": 65},
@@ -47,8 +51,8 @@ VALUES: dict[str, dict[str, Any]] = {
     "tvp": {"max_img_size": 32, "visual_prompt_size": 4},
     "xmod": {"default_language": "en_XX"},
     "recurrent_gemma": {"num_hidden_layers": 3},
-    "chameleon": {"vocabulary_map": {"<image>": 5}},
-    "depth_pro": {"patch_size": 32},
+    "chameleon": {"vocabulary_map": CHAMELEON_TOKENS},
+    "depth_pro": {"patch_size": 32, "intermediate_hook_ids": [1, 0]},
     "hrm_text": {"num_layers_per_stack": None, "num_hidden_layers": 2},
     "ernie4_5_vl_moe_text": {"rope_parameters": ROPE | {"mrope_section": [3, 3, 2]}},
     "clap_audio_model": {
@@ -57,10 +61,11 @@ VALUES: dict[str, dict[str, Any]] = {
         "patch_embeds_hidden_size": 16,
         "num_attention_heads": [1, 2, 4, 8],
         "num_mel_bins": 64,
+        "hidden_size": 128,
     },
     "sam2_prompt_encoder": {"patch_size": 16},
     "sam2_vision_model": {"backbone_feature_sizes": [[8, 8], [4, 4], [2, 2]]},
-    "emu3": {"vocabulary_map": {"<image>": 5, "<|extra_200|>": 6}},
+    "emu3": {"vocabulary_map": EMU_TOKENS},
     "mask2former": {"feature_size": 64, "mask_feature_size": 64},
     "maskformer": {"fpn_feature_size": 64, "mask_feature_size": 64},
     "llama4_vision_model": {"intermediate_size": 256},
@@ -74,7 +79,16 @@ VALUES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "moonshine": {"encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4},
-    "vitmatte": {"convstream_hidden_sizes": [16, 32, 64]},
+    "vitmatte": {"fusion_hidden_sizes": [64, 32, 16, 8]},
+    "shieldgemma2": {"yes_token_index": 3, "no_token_index": 4},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+        "hc_lowrank": 16,
+    },
     "seggpt": {"image_size": [64, 32]},
     "molmo2_vision": {"num_position_embeddings": 16},
     "zamba": {"attention_head_dim": 32, "attention_hidden_size": 128},

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from model_sweep import checks
 from model_sweep.inputs import Inputs, tokens
 from model_sweep.signals import GUESSES, MOST_TRIES, VARIADIC, combinations, sizes_of
+from model_sweep.verdicts import attempt
 
 AROUND = 6  # tokens before and after the features; more than the padding
 
@@ -41,10 +44,13 @@ def guesses(model: Any, modality: str) -> Iterator[Inputs]:
     kind = MODALITIES[modality]
     parameters = inspect.signature(model.forward).parameters
     token = special_token(model, kind)
+    number = 1 + list(MODALITIES).index(modality)
     for values in signals(model, kind, parameters):
-        count = features(model, kind.method, values)
-        for each in dict.fromkeys(x for x in (count, count and count // 2, *other_counts(model)) if x):
-            yield insert(values, token, each, parameters)
+        count = features(model, kind.method, values) or named_in_error(
+            model, insert(values, token, 1, number, parameters)
+        )
+        for each in dict.fromkeys(x for x in (count and count // 2, count, *other_counts(model)) if x):
+            yield insert(values, token, each, number, parameters)
 
 
 def takes(model: Any, kind: Modality) -> bool:
@@ -66,7 +72,7 @@ def signals(model: Any, kind: Modality, parameters: Any) -> Iterator[dict[str, A
     first = next((name for name in kind.inputs if name in parameters), None)
     if first is None:
         return
-    method = getattr(model, kind.method, None)
+    method = method_of(model, kind.method)
     wanted = inspect.signature(method).parameters if method else {}
     more = [key for key, x in wanted.items() if key != first and x.kind not in VARIADIC and key in GUESSES]
     sizes = sizes_of(model.config)
@@ -78,12 +84,26 @@ def features(model: Any, method: str, values: dict[str, Any]) -> int | None:
     """Return how many features a batch of two has; None where the model does not accept the values."""
     try:
         with torch.no_grad():
-            found = getattr(model, method)(**values)
+            found = method_of(model, method)(**values)
     except Exception:
         return None
     found = getattr(found, "pooler_output", found)
+    if found is None:
+        return None
     parts = [found] if isinstance(found, Tensor) else list(found)
     return sum(x.numel() // x.shape[-1] for x in parts if isinstance(x, Tensor))
+
+
+def method_of(model: Any, name: str) -> Any:
+    """Return a method of the model or of the one in it that has no head."""
+    return getattr(model, name, None) or getattr(getattr(model, "model", None), name, None)
+
+
+def named_in_error(model: Any, given: Inputs) -> int | None:
+    """Return the number of features that the model's error names, if it raises one for one special token."""
+    found = attempt(checks.dense, model, given)
+    named = re.search(r"features:? (\d+)", str(found)) if isinstance(found, Exception) else None
+    return int(named[1]) if named else None
 
 
 def other_counts(model: Any) -> Iterator[int]:
@@ -91,15 +111,15 @@ def other_counts(model: Any) -> Iterator[int]:
     for name in ("num_query_tokens", "image_seq_length", "mm_tokens_per_image", "num_image_tokens"):
         count = getattr(model.config, name, None)
         if isinstance(count, int) and 0 < count < 100:
-            yield count
+            yield from (count, count * sizes_of(model.config).frames)
 
 
-def insert(values: dict[str, Any], token: int, count: int, parameters: Any) -> Inputs:
-    """Return tokens around `count` special ones, in each row."""
+def insert(values: dict[str, Any], token: int, count: int, number: int, parameters: Any) -> Inputs:
+    """Return tokens around `count` special ones, in each row; `number` is the type of those, if they have types."""
     special = torch.full((2, count), token)
     ids = torch.cat([tokens(2, AROUND), special, tokens(2, AROUND, seed=8)], 1)
     given = {"input_ids": ids, **values}
-    given |= {name: (ids == token).long() for name in TYPES if name in parameters}
+    given |= {name: (ids == token).long() * number for name in TYPES if name in parameters}
     if "qformer_input_ids" in parameters:
         given["qformer_input_ids"] = tokens(seed=6)
     masks = ("attention_mask",) if "attention_mask" in parameters else ()

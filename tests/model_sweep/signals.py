@@ -91,6 +91,7 @@ def images(s: Sizes) -> list[Any]:
         normal(2, s.channels, s.image, s.image),
         normal(2, s.frames, s.channels, s.image, s.image),
         normal(2, 1, s.channels, s.image, s.image),
+        normal(2, 3, s.channels, s.image, s.image),
         normal(2 * 16, flat * s.temporal),
         normal(2 * 16, flat),
         normal(2, rows, flat),
@@ -108,6 +109,7 @@ def images(s: Sizes) -> list[Any]:
 def sounds(s: Sizes) -> list[Any]:
     lengths = dict.fromkeys((FRAMES, 2 * s.positions, s.positions, 64, 128, 100))
     return [x for n in lengths for x in (normal(2, s.mels, n), normal(2, n, s.mels))] + [
+        normal(2, FRAMES, 7 * s.mels),
         normal(2, 1, 64, s.mels),
         normal(2, 1, 1024, s.mels),
         normal(2, 1024, s.mels),

@@ -113,6 +113,18 @@ def speech_encoder_decoder(c: Any) -> Values:
     return {"inputs": normal(2, 800), "decoder_input_ids": tokens(seqlen=DECODER_SEQLEN)}
 
 
+def moshi_depth(c: Any) -> Values:
+    return {"input_ids": tokens(2, 3), "last_hidden_state": normal(2, 1, c.input_size)}
+
+
+def xclip_vision(c: Any) -> Values:
+    return {"pixel_values": normal(2 * c.num_frames, 3, c.image_size, c.image_size)}
+
+
+def xcodec(c: Any) -> Values:
+    return {"input_values": normal(2, 1, 1920)}
+
+
 def mimi(c: Any) -> Values:
     return {"input_values": normal(2, 1, 1920)}
 
@@ -143,6 +155,10 @@ MADE: dict[str, Callable[[Any], Values]] = {
     "idefics": idefics,
     "kosmos-2": kosmos2,
     "mimi": mimi,
+    "moshi_depth": moshi_depth,
+    "xclip_vision_model": xclip_vision,
+    "xcodec": xcodec,
+    "vibevoice_acoustic_tokenizer_encoder": lambda c: {"hidden_states": normal(2, 1, 1920)},
     "oneformer": oneformer,
     "voxtral_realtime": voxtral_realtime,
     "voxtral_realtime_text": voxtral_realtime_text,

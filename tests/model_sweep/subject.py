@@ -66,7 +66,7 @@ def find_inputs(eager: Any, report: Report) -> Iterator[tuple[str, Judge]]:
 
 def shapes(given: Inputs) -> str:
     """Return the shapes of the inputs, to read."""
-    return ", ".join(f"{name} {tuple(x.shape)}" for name, x in given.values.items())
+    return ", ".join(f"{name} {tuple(getattr(x, 'shape', ()))}" for name, x in given.values.items())
 
 
 def run(

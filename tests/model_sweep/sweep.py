@@ -24,7 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from model_sweep import table
-from model_sweep.verdicts import CRASH, WRONG
+from model_sweep.verdicts import CRASH, WRONG, describe
 
 CPU_SECONDS, SECONDS, GIBIBYTES = 120, 1200, 8
 
@@ -136,7 +136,11 @@ def child(name: str, folder: Path) -> None:
     path = result_path(folder, name)
     partial = path.with_suffix(".partial")
     examine = diffusion.examine if name.startswith(diffusion.PREFIX) else subject.examine
-    report = examine(name, lambda found: write(partial, found))
+    try:
+        report = examine(name, lambda found: write(partial, found))
+    except Exception as error:  # a fault of the sweep itself, which must not pass for a model that cannot be run
+        report = {"name": name, "class": "", "calls": {}, "reason": "", "checks": {}}
+        report["checks"]["examine"] = {"sweep": (CRASH, 0.0, describe(error))}
     write(path, report)
     partial.unlink(missing_ok=True)
     os._exit(0)
