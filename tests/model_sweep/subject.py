@@ -9,7 +9,8 @@ from typing import Any
 from model_sweep import building, checks, implementations, inputs, multimodal, verdicts
 from model_sweep.classes import Subject
 from model_sweep.inputs import FIRST_TOKEN, Inputs
-from model_sweep.verdicts import NONE, REFUSED, Judge, Verdict
+from model_sweep.exceptions import KNOWN
+from model_sweep.verdicts import NONE, REFUSED, UPSTREAM, WRONG, Judge, Verdict
 
 Report = dict[str, Any]
 BORROWED = 5  # attributes that a configuration may lack
@@ -79,6 +80,8 @@ def run(
         report["now"] = f"{label} ({way})"
         save(report)
         verdict = judge.judge(name, model)
+        if verdict.outcome == WRONG and (report["name"], name) in KNOWN:
+            verdict = Verdict(UPSTREAM, verdict.error, KNOWN[report["name"], name])
         if verdict.outcome != NONE or verdict.text.startswith("eager"):
             report["checks"].setdefault(label, {})[way] = verdict
         if name == "dense":
