@@ -8,8 +8,8 @@ from typing import Any
 
 from model_sweep import building, checks, implementations, inputs, multimodal, verdicts
 from model_sweep.classes import Subject
-from model_sweep.inputs import FIRST_TOKEN, Inputs
 from model_sweep.exceptions import KNOWN
+from model_sweep.inputs import FIRST_TOKEN, Inputs
 from model_sweep.verdicts import NONE, REFUSED, UPSTREAM, WRONG, Judge, Verdict
 
 Report = dict[str, Any]

@@ -25,7 +25,8 @@ attention weights, images, sounds and videos in text. A difference that rounding
 * *right*: equal to eager in every check that eager itself passes.
 * *eager*: the model computes attention with its own code, and keeps doing so.
 * *refused*: raises an error that says what works instead.
-* *upstream*: eager itself differs from SDPA, and anyattn agrees with SDPA; or the remark names the cause in transformers.
+* *upstream*: eager itself differs from SDPA, and anyattn agrees with SDPA. Or the remark names the cause, which is in
+  transformers.
 * *not run*: no tiny model or no inputs for it.
 
 ## transformers
