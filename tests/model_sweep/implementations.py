@@ -9,7 +9,7 @@ import torch
 
 OURS = "anyattn"
 DULL = "dull"  # halves every score: a model whose results do not notice that cannot show a fault
-CALLS = [0]
+CALLS, DULL_CALLS = [0], [0]
 
 
 def register() -> Callable[..., Any]:
@@ -35,6 +35,7 @@ def dull(
     module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: Any = None, **options: Any
 ) -> Any:
     """Compute attention with half the scores, from the mask of "eager"."""
+    DULL_CALLS[0] += 1
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -123,6 +123,7 @@ def waves(s: Sizes) -> list[Any]:
         normal(2, s.length, s.mels),
         normal(2, 1920),
         normal(2, 8000),
+        normal(2, 1, 9600),
         normal(2, 1, 1920),
         normal(2, 1, 3840),
         normal(2, 40, s.mels),
@@ -145,7 +146,14 @@ def states(s: Sizes) -> list[Any]:
 
 
 def series(s: Sizes) -> list[Any]:
-    return [normal(2, 11), normal(2, 32), normal(2, 32, 1), normal(2, s.length, 1), normal(2, s.length, 4)]
+    return [
+        normal(2, 11),
+        normal(2, 32),
+        normal(2, s.length),
+        normal(2, 32, 1),
+        normal(2, s.length, 1),
+        normal(2, s.length, 4),
+    ]
 
 
 def grid(s: Sizes) -> list[Any]:

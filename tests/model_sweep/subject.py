@@ -10,9 +10,11 @@ from model_sweep import building, checks, implementations, inputs, multimodal, v
 from model_sweep.classes import Subject
 from model_sweep.exceptions import KNOWN
 from model_sweep.inputs import FIRST_TOKEN, Inputs
+from model_sweep.table import DULL
 from model_sweep.verdicts import NONE, REFUSED, UPSTREAM, WRONG, Judge, Verdict
 
 Report = dict[str, Any]
+MOST_INPUTS = 8  # that are looked at
 BORROWED = 5  # attributes that a configuration may lack
 
 
@@ -47,7 +49,7 @@ def examine(name: str, save: Callable[[Report], None], compile_too: bool | None 
 
 def find_inputs(eager: Any, report: Report) -> Iterator[tuple[str, Judge]]:
     """Yield a judge for the plain inputs of a model, and one for each kind of features that its text can have."""
-    given, reason = usable(eager, inputs.guesses(eager))
+    given, reason = best(eager)
     if given is None:
         report["reason"] = f"no inputs found: {reason}"
     else:
@@ -63,6 +65,22 @@ def find_inputs(eager: Any, report: Report) -> Iterator[tuple[str, Judge]]:
             if given is not None:
                 report["reason"] = ""
                 yield modality, Judge(eager, given)
+
+
+def best(eager: Any) -> tuple[Inputs | None, str]:
+    """Return the first inputs for which attention matters, or else the first that are usable: one key is no choice."""
+    guesses, first, reason = inputs.guesses(eager), None, ""
+    for _ in range(MOST_INPUTS):
+        given, why = usable(eager, guesses)
+        if given is None:
+            reason = why
+            break
+        before = implementations.DULL_CALLS[0]
+        change = sensitivity(Judge(eager, given))
+        if change is None or change >= DULL or implementations.DULL_CALLS[0] == before:
+            return given, ""
+        first = first or given
+    return first, reason
 
 
 def shapes(given: Inputs) -> str:

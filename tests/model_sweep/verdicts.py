@@ -21,6 +21,7 @@ RIGHT, WRONG, CRASH, REFUSED = "right", "wrong", "crash", "refused"
 UPSTREAM, NONE = "upstream", "not applicable"
 # A tensor whose numbers are all smaller than this part of the largest is noise: gradients of key biases are.
 SMALL = 1e-3
+FORBIDDEN = 1e8
 FLOAT32 = 2e-4  # the largest error of a right result, relative to the largest number of the same tensor
 SHRINKS = 20  # how much smaller an error of rounding is in float64; eager computes its softmax in float32 there, too
 
@@ -45,8 +46,7 @@ def distance(got: Tensors, want: Tensors) -> float:
     """Return the largest error, relative to the largest number of each tensor; infinite where shapes differ."""
     if got.keys() != want.keys():
         return math.inf
-    numbers = [x for x in want.values() if x.is_floating_point() and x.numel()]
-    largest = max((float(x.nan_to_num(0, 0, 0).abs().max()) for x in numbers), default=0.0)
+    largest = max((float(x[ordinary(x)].abs().max()) for x in want.values() if ordinary(x).any()), default=0.0)
     return max((difference(got[name], want[name], SMALL * largest) for name in want), default=math.inf)
 
 
@@ -58,16 +58,19 @@ def difference(one: Tensor, other: Tensor, floor: float) -> float:
         return 0.0
     if not one.is_floating_point():
         return 0.0 if torch.equal(one, other) else 1.0
-    one, other = one.double(), other.double()
-    finite = other.isfinite()
-    if not torch.equal(one.isfinite(), finite) or not torch.equal(
-        one[~finite].nan_to_num(), other[~finite].nan_to_num()
-    ):
+    numbers = ordinary(other)
+    if not torch.equal(one[~numbers].nan_to_num(), other[~numbers].nan_to_num()):
         return math.inf
-    one, other = one[finite], other[finite]
+    one, other = one[numbers].double(), other[numbers].double()
     if not one.numel():
         return 0.0
-    return float((one - other).abs().max() / (max(float(other.abs().max()), floor, 1e-30)))
+    error = (one - other).abs().max() / max(float(other.abs().max()), floor, 1e-30)
+    return float(error) if error.isfinite() else math.inf
+
+
+def ordinary(x: Tensor) -> Tensor:
+    """Tell which numbers are results: not NaN or infinite, nor the constant that stands where a token is forbidden."""
+    return x.isfinite() & (x.abs() < FORBIDDEN)
 
 
 def refusal(error: BaseException) -> bool:

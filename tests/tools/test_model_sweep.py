@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -84,6 +85,14 @@ def test_rounding_is_right(judged: Callable[..., Verdict]) -> None:
     verdict = judged(rounded)
     assert verdict.outcome == RIGHT
     assert verdict.error > verdicts.FLOAT32
+
+
+def test_constants_of_forbidden_tokens_hide_nothing() -> None:
+    """Beside the lowest float32 every error looks small."""
+    want = {"logits": torch.tensor([[0.5, torch.finfo(torch.float32).min, 1.0]])}
+    assert verdicts.distance({"logits": want["logits"] + torch.tensor([0.0, 0.0, 0.1])}, want) == pytest.approx(0.1)
+    assert verdicts.distance({"logits": want["logits"] * torch.tensor([1.0, 0.0, 1.0])}, want) == math.inf
+    assert verdicts.distance(want, want) == 0
 
 
 def test_a_foreign_exception_is_a_crash(judged: Callable[..., Verdict]) -> None:
