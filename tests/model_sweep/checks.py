@@ -143,7 +143,7 @@ def greedy(model: Any) -> Iterator[None]:
     before = model.generation_config
     model.generation_config = copy.deepcopy(before)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
-    if model.generation_config.decoder_start_token_id is None:
+    if getattr(model.generation_config, "decoder_start_token_id", 1) is None:
         model.generation_config.decoder_start_token_id = 1
     try:
         yield

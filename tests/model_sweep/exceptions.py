@@ -10,6 +10,7 @@ ROPE = {"rope_type": "default", "rope_theta": 1e4}
 SMALL_EFFICIENTNET = {"width_coefficient": 0.2, "depth_coefficient": 0.3}
 NO_DROPOUT = {"dropout_rate": 0.0}
 
+OMNI_TOKENS = {"vision_start_token_id": 60, "vision_end_token_id": 61, "audio_start_token_id": 62}
 LETTERS = ("".join(chr(ord("A") + int(digit)) for digit in str(i)) for i in range(32))
 CHAMELEON_TOKENS = {"<image>": 5} | {f"IMGIMG{letters}Z": 100 + i for i, letters in enumerate(LETTERS)}
 EMU_TOKENS = {"<image>": 5, "<|extra_200|>": 6} | {f"<|visual token {i:06}|>": 100 + i for i in range(32)}
@@ -40,6 +41,8 @@ VALUES: dict[str, dict[str, Any]] = {
     "blip-2": {"image_token_index": 5},
     "instructblip": {"image_token_index": 5},
     "instructblipvideo": {"image_token_index": 5},
+    "qwen2_5_omni_thinker": OMNI_TOKENS,
+    "qwen3_omni_moe_thinker": OMNI_TOKENS,
     "glmasr_encoder": {"intermediate_size": 256},
     "aria": {"projector_patch_to_query_dict": {16: 4}},
     "clvp_encoder": {"hidden_size": 256, "intermediate_size": 256},
