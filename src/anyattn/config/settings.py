@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -127,12 +128,17 @@ def _number(name: str, text: str, least: int, most: int) -> int:
 
 
 def _levels(name: str, text: str) -> tuple[int, ...]:
-    """The OpenMP runtimes only warn and go on with a number of their own."""
+    """Return the numbers of a variable that is not ours; a value that is no list of numbers counts as unset."""
     numbers = [part.strip().removeprefix("+") for part in text.split(",")] if text else []
     if all(number.isascii() and number.isdigit() and 1 <= int(number) <= MOST_THREADS for number in numbers):
         return tuple(int(number) for number in numbers)
-    other = f"ANYATTN_NUM_THREADS overrides {VARIABLES[name][0]} here"
-    raise _nonsense(name, text, f"integers from 1 to {MOST_THREADS}, separated by commas; {other}")
+    accepted = f"integers from 1 to {MOST_THREADS}, separated by commas"
+    warnings.warn(
+        f"{VARIABLES[name][0]}={text!r} is ignored: expected {accepted}. ANYATTN_NUM_THREADS sets the number here",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return ()
 
 
 def _nonsense(name: str, text: str, expected: str) -> ValueError:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from . import settings
+from . import private_files, settings
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,19 +19,22 @@ logger = logging.getLogger("anyattn")
 
 
 def load(name: str, parse: Callable[[Any], Entry]) -> dict[str, Entry]:
-    """Return the entries of a file, by device; {} if there is no file or, with a warning, if it cannot be parsed."""
+    """Return the entries of a file, by device; {} if there is no file or, with a warning, if it cannot be used."""
     if not settings.current().cache:
         return {}
     try:
-        with open(path(name), encoding="utf-8") as file:
-            import json  # most machines have no such file
+        content = private_files.read(path(name))
+        import json  # most machines have no such file
 
-            found = json.load(file)
+        found = json.loads(content.decode("utf-8"))
         return {device: parse(entry) for device, entry in found.items()}
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        logger.warning("%s is not what `anyattn tune` writes: %s", path(name), error)
+    except PermissionError as error:
+        warnings.warn(f"tuned values are not used: {error}", RuntimeWarning, stacklevel=2)
+        return {}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        logger.warning("%s is not used, because it is not what `anyattn tune` writes: %s", path(name), error)
         return {}
 
 
@@ -38,7 +42,7 @@ def save(name: str, entries: Mapping[str, Any]) -> Path:
     """Replace the entries of a file, by device. Settings are then read again and plans made again.
 
     Raises:
-        OSError: there is no cache folder, or it cannot be written.
+        OSError: there is no cache folder, it cannot be written, or other users can write it.
     """
     if not settings.current().cache:
         raise FileNotFoundError("there is no cache folder for this user: set ANYATTN_CACHE")
@@ -46,10 +50,7 @@ def save(name: str, entries: Mapping[str, Any]) -> Path:
     from pathlib import Path
 
     target = Path(path(name))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = target.with_suffix(f".{os.getpid()}")
-    fresh.write_text(json.dumps(entries, indent=1), encoding="utf-8")
-    fresh.replace(target)  # atomic: another process reads either the old or the new file
+    private_files.write(str(target), json.dumps(entries, indent=1).encode("utf-8"))
     settings.reload()
     return target
 

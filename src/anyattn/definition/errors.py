@@ -25,6 +25,11 @@ class UnsupportedProblem(NotImplementedError):
     """No backend computes this problem: the call is valid, and the message lists each backend's reasons."""
 
     def __init__(self, problem: str, refusals: Mapping[str, Sequence[str]]) -> None:
+        self.problem = problem
         self.refusals = {name: tuple(reasons) for name, reasons in refusals.items()}
         lines = [f"  {name}: {'; '.join(reasons)}" for name, reasons in self.refusals.items()]
         super().__init__("\n".join([f"no backend computes {problem}", *lines]))
+
+    def __reduce__(self) -> tuple[type[UnsupportedProblem], tuple[str, dict[str, tuple[str, ...]]]]:
+        """Pickle the arguments: a process pool must be able to pass the exception on."""
+        return type(self), (self.problem, self.refusals)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import logging
-import os
+import warnings
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
-from ...config import settings
+from ...config import private_files, settings
 from . import api
 from .api import COMPUTE_STAGE, address, make, u64
 from .device import STORAGE_BUFFERS, Device
@@ -44,9 +44,9 @@ class Kept:
 
     def __init__(self, device: Device) -> None:
         self.device = device
-        self._path: Path | None = None
+        self._path = ""
         if settings.current().cache:
-            self._path = Path(settings.current().cache) / f"vulkan-{device.info.cache_key}.bin"
+            self._path = str(Path(settings.current().cache) / f"vulkan-{device.info.cache_key}.bin")
         data = self._read()
         blob = ctypes.create_string_buffer(data, len(data) or 1)
         self.handle = device.create(
@@ -56,17 +56,21 @@ class Kept:
         self._size = len(data)
 
     def _read(self) -> bytes:
-        """Behind a digest: some drivers trust what they are given."""
+        """Return what was kept, checked by a digest, because some drivers trust what they receive."""
         try:
-            whole = self._path.read_bytes() if self._path else b""
-        except OSError:
+            whole = private_files.read(self._path) if self._path else b""
+        except FileNotFoundError:
+            return b""
+        except OSError as error:
+            warnings.warn(f"compiled shaders are not used: {error}", RuntimeWarning, stacklevel=2)
+            self._path = ""
             return b""
         digest, data = whole[:DIGEST_BYTES], whole[DIGEST_BYTES:]
         return data if hashlib.sha256(data).digest() == digest else b""
 
     def save(self) -> None:
-        """Writes the file if there is more than was read; a folder that cannot be written is left alone."""
-        if self._path is None:
+        """Write the file if there is more than was read; a folder that cannot be written is left alone."""
+        if not self._path:
             return
         device, size = self.device, ctypes.c_size_t()
         device.check(self._get(device.handle, self.handle, address(size), None), "vkGetPipelineCacheData")
@@ -76,13 +80,10 @@ class Kept:
         device.check(self._get(device.handle, self.handle, address(size), address(data)), "vkGetPipelineCacheData")
         self._size, raw = size.value, data.raw[: size.value]
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            fresh = self._path.with_suffix(f".{os.getpid()}")
-            fresh.write_bytes(hashlib.sha256(raw).digest() + raw)
-            fresh.replace(self._path)  # at once: a process that reads meanwhile sees the old or the new
+            private_files.write(self._path, hashlib.sha256(raw).digest() + raw)
         except OSError as error:
             logger.debug("compiled shaders are not kept: %s", error)
-            self._path = None
+            self._path = ""
 
 
 class Pipelines:
