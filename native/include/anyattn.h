@@ -188,6 +188,9 @@ ANYATTN_API int32_t anyattn_append(const anyattn_call *call);
 
 /* Threads a call with num_threads = 0 would use now; the name of the runtime that would run them. */
 ANYATTN_API int32_t anyattn_num_threads(void);
+/* Threads of later calls with num_threads = 0, in every thread of the process; 0: as many as the runtime gives, and no
+ * more than the affinity mask and the control group's quota grant. */
+ANYATTN_API int32_t anyattn_set_num_threads(int32_t num_threads);
 ANYATTN_API const char *anyattn_thread_runtime(void);
 
 /* Floating-point operations per second that `num_threads` (0: as above) reach with nothing but registers, measured now

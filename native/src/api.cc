@@ -214,6 +214,11 @@ int32_t anyattn_backward(const anyattn_call *call) { return anyattn::run_guarded
 int32_t anyattn_append(const anyattn_call *call) { return anyattn::run_guarded(call, ANYATTN_APPEND); }
 
 int32_t anyattn_num_threads(void) { return anyattn::default_threads(); }
+int32_t anyattn_set_num_threads(int32_t num_threads) {
+    if (num_threads < 0 || num_threads > anyattn::kMaxThreads) return ANYATTN_INVALID_VALUE;
+    anyattn::choose_threads(num_threads);
+    return ANYATTN_SUCCESS;
+}
 
 const char *anyattn_thread_runtime(void) { return anyattn::runtime_name(); }
 }

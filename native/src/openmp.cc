@@ -28,29 +28,45 @@ void run_openmp(const OpenMp &, void (*)(void *), void *, int32_t) {}
 namespace anyattn {
 namespace {
 
-// The best runtime by its file name: PyTorch's own copy first, under whatever name its wheel gave it.
-struct Candidate {
-    char path[4096];
-    int score;
+constexpr size_t kPath = 4096;
+
+// What the process has loaded: PyTorch, and the best runtime by its file name.
+struct Loaded {
+    char torch[kPath], runtime[kPath];
+    int points;
 };
 
-int score(const char *path) {
+const char *file_of(const char *path) {
     const char *slash = std::strrchr(path, '/');
-    const char *file = slash ? slash + 1 : path;
-    int points = 0;
-    if (!std::strncmp(file, "libgomp", 7)) points = 2;
-    if (!std::strncmp(file, "libiomp5", 8) || !std::strncmp(file, "libomp.", 7) || !std::strncmp(file, "libomp-", 7)) {
-        points = 1;
-    }
-    return points && std::strstr(path, "torch") ? points + 2 : points;
+    return slash ? slash + 1 : path;
 }
 
-void consider(Candidate *best, const char *path) {
-    if (!path || std::strlen(path) >= sizeof best->path) return;
-    const int points = score(path);
-    if (points <= best->score) return;
-    best->score = points;
-    std::strcpy(best->path, path);
+bool starts_with(const char *text, const char *start) { return !std::strncmp(text, start, std::strlen(start)); }
+
+int points_of(const char *file) {
+    if (starts_with(file, "libgomp")) return 2;
+    return starts_with(file, "libiomp5") || starts_with(file, "libomp.") || starts_with(file, "libomp-") ? 1 : 0;
+}
+
+void consider(Loaded *loaded, const char *path) {
+    if (!path || std::strlen(path) >= kPath) return;
+    const char *file = file_of(path);
+    if (starts_with(file, "libtorch_cpu.")) std::strcpy(loaded->torch, path);
+    if (points_of(file) <= loaded->points) return;
+    loaded->points = points_of(file);
+    std::strcpy(loaded->runtime, path);
+}
+
+// The runtime that a library is linked to: a process may have several, and only one of them follows PyTorch.
+bool find_runtime_of(const char *library, char (&path)[kPath]) {
+    void *handle = dlopen(library, RTLD_LAZY | RTLD_NOLOAD);
+    if (!handle) return false;
+    Dl_info info{};
+    void *address = dlsym(handle, "omp_get_max_threads");
+    const bool found = address && dladdr(address, &info) && info.dli_fname && std::strlen(info.dli_fname) < kPath;
+    if (found) std::strcpy(path, info.dli_fname);
+    dlclose(handle);
+    return found;
 }
 
 #if defined(__linux__)
@@ -65,21 +81,21 @@ uint64_t load_count() {
     return count;
 }
 
-int visit(dl_phdr_info *info, size_t, void *best) {
-    consider(static_cast<Candidate *>(best), info->dlpi_name);
+int visit(dl_phdr_info *info, size_t, void *loaded) {
+    consider(static_cast<Loaded *>(loaded), info->dlpi_name);
     return 0;
 }
 
-void search(Candidate *best) { dl_iterate_phdr(visit, best); }
+void search(Loaded *loaded) { dl_iterate_phdr(visit, loaded); }
 #elif defined(__APPLE__)
 uint64_t load_count() { return _dyld_image_count(); }
 
-void search(Candidate *best) {
-    for (uint32_t i = 0; i < _dyld_image_count(); ++i) consider(best, _dyld_get_image_name(i));
+void search(Loaded *loaded) {
+    for (uint32_t i = 0; i < _dyld_image_count(); ++i) consider(loaded, _dyld_get_image_name(i));
 }
 #else
 uint64_t load_count() { return 1; }
-void search(Candidate *best) { consider(best, "libgomp.so.1"); }
+void search(Loaded *loaded) { consider(loaded, "libgomp.so.1"); }
 #endif
 
 template <class F>
@@ -104,8 +120,7 @@ OpenMp *bind_runtime(const char *path) {
         dlclose(library);
         return nullptr;
     }
-    const char *slash = std::strrchr(path, '/');
-    const char *file = slash ? slash + 1 : path;
+    const char *file = file_of(path);
     const size_t length = std::strcspn(file, ".-");
     std::memcpy(runtime.name, file, length < sizeof runtime.name ? length : sizeof runtime.name - 1);
     return new (std::nothrow) OpenMp(runtime);
@@ -115,17 +130,18 @@ OpenMp *bind_runtime(const char *path) {
 std::mutex search_mutex;
 OpenMp *found = nullptr;
 uint64_t searched_at = 0;
-char found_path[4096];
+char found_path[kPath];
 
 const OpenMp *find_locked() {
     const uint64_t loads = load_count();
     if (loads == searched_at) return found;
-    Candidate best{};
-    search(&best);
+    Loaded loaded{};
+    search(&loaded);
+    if (*loaded.torch) find_runtime_of(loaded.torch, loaded.runtime);
     // Tables of runtimes that were found before stay: other threads may be using them.
-    if (best.score > 0 && std::strcmp(best.path, found_path) != 0) {
-        if (OpenMp *runtime = bind_runtime(best.path)) {
-            std::strcpy(found_path, best.path);
+    if (*loaded.runtime && std::strcmp(loaded.runtime, found_path) != 0) {
+        if (OpenMp *runtime = bind_runtime(loaded.runtime)) {
+            std::strcpy(found_path, loaded.runtime);
             found = runtime;
         }
     }

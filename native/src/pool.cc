@@ -36,7 +36,7 @@ bool spin(Condition condition) {
     return false;
 }
 
-// Signals belong to the threads of the program.
+// Signals belong to the threads of the program, except those of a fault: a debugger or a handler must see them.
 class BlockedSignals {
   public:
 #if defined(_WIN32)
@@ -45,6 +45,7 @@ class BlockedSignals {
     BlockedSignals() {
         sigset_t all;
         sigfillset(&all);
+        for (const int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT, SIGTRAP, SIGSYS}) sigdelset(&all, fault);
         pthread_sigmask(SIG_SETMASK, &all, &old_);
     }
     ~BlockedSignals() { pthread_sigmask(SIG_SETMASK, &old_, nullptr); }

@@ -6,6 +6,7 @@
 #include <mutex>
 
 #include "anyattn.h"
+#include "fp_state.h"
 
 namespace anyattn {
 
@@ -15,12 +16,14 @@ struct Region {
     void *context;
     int64_t tasks;
     int32_t workers;
+    FpState fp = fp_state();  // of the thread that calls
     std::atomic<int64_t> next{0};
 
     Region(anyattn_body body_, void *context_, int64_t tasks_, int32_t workers_)
         : body(body_), context(context_), tasks(tasks_), workers(workers_) {}
 
     void work(int32_t worker) {
+        const WithFpState state(fp);
         for (;;) {
             const int64_t task = next.fetch_add(1, std::memory_order_relaxed);
             if (task >= tasks) return;

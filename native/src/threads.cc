@@ -1,5 +1,6 @@
 #include "threads.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <new>
@@ -45,6 +46,8 @@ Pool *pool() {
 // Without an OpenMP runtime, its variable speaks for it: read when the library is loaded, as a runtime does.
 const int32_t wanted_threads = omp_num_threads(std::getenv("OMP_NUM_THREADS"));
 
+std::atomic<int32_t> chosen_threads{0};  // 0: nobody has chosen
+
 int32_t own_threads() { return wanted_threads > 0 ? wanted_threads : processors(); }
 
 struct OpenMpRegion {
@@ -70,6 +73,7 @@ void guarded_body(void *context, int64_t task, int32_t worker) {
         guarded.wrong_worker.store(true);
         return;
     }
+    const WithFpState state(guarded.region.fp);
     guarded.region.body(guarded.region.context, task, worker);
     guarded.ran.fetch_add(1);
 }
@@ -83,10 +87,15 @@ bool run_caller(const anyattn_call &call, int64_t tasks, int32_t threads, anyatt
 }  // namespace
 
 int32_t default_threads() {
+    const int32_t chosen = chosen_threads.load(std::memory_order_relaxed);
+    if (chosen > 0) return chosen;
     const OpenMp *runtime = find_openmp();
-    const int32_t count = runtime ? runtime->max_threads() : own_threads();
+    const int32_t wanted = runtime ? runtime->max_threads() : own_threads();
+    const int32_t count = std::min(wanted, processors());  // a runtime may not know of the quota of a container
     return count < 1 ? 1 : count > kMaxThreads ? kMaxThreads : count;
 }
+
+void choose_threads(int32_t count) { chosen_threads.store(count, std::memory_order_relaxed); }
 
 const char *runtime_name() {
     const OpenMp *runtime = usable_openmp();

@@ -8,6 +8,8 @@ constexpr int32_t kMaxThreads = 4096;
 
 // Threads of a call that does not say how many.
 int32_t default_threads();
+// From now on; 0: what the runtime, the affinity mask and the quota give.
+void choose_threads(int32_t count);
 const char *runtime_name();
 
 // body(context, task, worker) for each task in [0, tasks), worker < threads, each once, in any order. False if the

@@ -27,6 +27,7 @@ from .weights import attention_weights
 if TYPE_CHECKING:
     from .introspection import explain, get_available_backends, print_backend_info, warmup
     from .runtime.dispatch import Explanation, backend
+    from .threads import get_num_threads, num_threads, set_num_threads
 
 __version__ = "0.1.0"
 
@@ -47,9 +48,12 @@ __all__ = [
     "get_available_backends",
     "get_include",
     "get_library",
+    "get_num_threads",
     "merge",
+    "num_threads",
     "print_backend_info",
     "sdpa",
+    "set_num_threads",
     "warmup",
 ]
 
@@ -58,8 +62,9 @@ __all__ = [
 _NAMES = {
     **dict.fromkeys(("explain", "get_available_backends", "print_backend_info", "warmup"), "introspection"),
     **dict.fromkeys(("Explanation", "backend"), "runtime.dispatch"),
+    **dict.fromkeys(("get_num_threads", "num_threads", "set_num_threads"), "threads"),
 }
-_MODULES = ("compat", "keywords", "nn", "settings", "testing", "vulkan")
+_MODULES = ("compat", "errors", "keywords", "nn", "settings", "testing", "vulkan")
 
 
 def __getattr__(name: str) -> Any:

@@ -84,6 +84,5 @@ def test_the_checks_see_what_is_wrong(tmp_path: Path, native: Path) -> None:
     assert "its library is for" in text or check_wheels.parse(native.read_bytes()).machine == "arm64"
     if sys.platform == "linux":
         assert "of the system" in text  # no compiler of today links against a glibc that old
-        assert "needs libstdc++" in text or "needs libc++" in text  # the wheels' compiler brings its own
     empty = "\n".join(check_wheels.check(packed(tmp_path, "win_amd64", {}), ROOT))
     assert "anyattn/lib/anyattn.dll is missing" in empty and "anyattn/include/anyattn.h is missing" in empty

@@ -79,10 +79,10 @@ def test_any_number_of_threads(name: str, threads: str, serial: str) -> None:
     assert digest(name, ANYATTN_NUM_THREADS=threads) == serial
 
 
-@pytest.mark.parametrize("value", ["3", " 3 , 2"])
+@pytest.mark.parametrize("value", ["1", "2", " 2 , 3", "300"])
 def test_omp_num_threads(value: str, serial: str) -> None:
     """Nested levels too: the first number is ours."""
-    assert digest("three_by_omp_num_threads", OMP_NUM_THREADS=value) == serial
+    assert digest("by_omp_num_threads", OMP_NUM_THREADS=value) == serial
 
 
 @pytest.mark.parametrize("name", ["no_memory_numpy", "no_memory_torch", "no_memory_for_scratch"])

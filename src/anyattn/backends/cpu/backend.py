@@ -7,7 +7,6 @@ import operator
 import threading
 from array import array as words
 
-from ...config import settings
 from ...definition.dtypes import DTYPES
 from ...definition.inputs import Extras
 from ...definition.passes import APPEND, BACKWARD, FORWARD
@@ -147,7 +146,6 @@ def _slot(field: str) -> int:
 def _common(native: library.Library) -> Values:
     return {
         "size": layout.SIZE,
-        "num_threads": settings.current().num_threads,
         "target": native.target_index(),
     }
 

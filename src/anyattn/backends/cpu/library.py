@@ -9,6 +9,7 @@ from functools import cache
 
 from ...config import settings
 from .layout import SIZE
+from .threadpool import show_to_threadpoolctl
 
 VERSION = 0x000100
 NAME = {"win32": "anyattn.dll", "darwin": "libanyattn.dylib"}.get(sys.platform, "libanyattn.so")
@@ -73,7 +74,18 @@ class Library:
         return settings.current().cpu_target or self.targets()[0]
 
     def num_threads(self) -> int:
-        return settings.current().num_threads or int(self._dll.anyattn_num_threads())
+        """Return the number of threads that the next call may use."""
+        return int(self._dll.anyattn_num_threads())
+
+    def set_num_threads(self, count: int) -> None:
+        """Choose the number of threads of later calls; 0: follow the runtime, the affinity mask and the quota."""
+        self._dll.anyattn_set_num_threads(count)
+
+    def restore_num_threads(self, count: int) -> None:
+        """Choose a number that was in use before; the number that the runtime gives is followed again."""
+        self.set_num_threads(0)
+        if count != self.num_threads():
+            self.set_num_threads(count)
 
     def thread_runtime(self) -> str:
         return str(self._dll.anyattn_thread_runtime().decode())
@@ -107,7 +119,18 @@ def _load(named: str) -> Library:
         raise LibraryError(f"{what} has version {library.version():#x}; expected {VERSION:#x}")
     if library.call_size() != SIZE:
         raise LibraryError(f"{what} has a call struct of {library.call_size()} bytes; expected {SIZE}")
+    library.set_num_threads(settings.current().num_threads)
+    show_to_threadpoolctl(Library)
     return library
+
+
+@settings.on_reload
+def _choose_threads_again() -> None:
+    if _load.cache_info().currsize:
+        try:
+            load().set_num_threads(settings.current().num_threads)
+        except LibraryError:
+            return
 
 
 def _find() -> str:
