@@ -14,7 +14,7 @@ import pytest
 import anyattn
 from anyattn.backends.vulkan import device as devices
 from anyattn.backends.vulkan import tuning
-from anyattn.backends.vulkan.device import MATRICES
+from anyattn.backends.vulkan.device_info import MATRICES
 from anyattn.testing import Case
 from backends.vulkan.common import VULKAN, check_backward, check_forward, fresh_plans
 from harness.backends import engines

@@ -17,7 +17,8 @@ import anyattn
 from anyattn.backends.vulkan import api, matrices, selftest, tuning
 from anyattn.backends.vulkan import device as devices
 from anyattn.backends.vulkan.commands import Commands
-from anyattn.backends.vulkan.device import MATRICES, SCALAR, SHUFFLES, Device
+from anyattn.backends.vulkan.device import Device
+from anyattn.backends.vulkan.device_info import MATRICES, SCALAR, SHUFFLES
 from anyattn.backends.vulkan.engine import current_engine
 from anyattn.backends.vulkan.matrices import Matrices, Shape
 from anyattn.backends.vulkan.memory import Memory

@@ -200,19 +200,24 @@ SubgroupSizeProperties = chained("SubgroupSizeProperties", 1000225000, *_u32s("l
 RequiredSubgroupSize = chained("RequiredSubgroupSize", 1000225001, ("size", u32))
 
 
+MACOS_LOADERS = ("libvulkan.1.dylib", "libvulkan.dylib", "libMoltenVK.dylib")
+HOMEBREW = ("/opt/homebrew/lib", "/usr/local/lib")  # on Apple silicon and on Intel; macOS does not search the first
+LOADERS = {
+    "linux": ("libvulkan.so.1", "libvulkan.so"),
+    "win32": ("vulkan-1.dll",),
+    "darwin": (*MACOS_LOADERS, *(f"{folder}/{name}" for folder in HOMEBREW for name in MACOS_LOADERS)),
+}
+
+
 @cache
 def library() -> Any:
-    """The Vulkan loader.
+    """Return the Vulkan loader. No driver is loaded yet.
 
     Raises:
         VulkanError: there is none.
     """
-    names = {
-        "win32": ("vulkan-1.dll",),
-        "darwin": ("libvulkan.1.dylib", "libvulkan.dylib", "libMoltenVK.dylib"),
-    }.get(sys.platform, ("libvulkan.so.1", "libvulkan.so"))
     errors = []
-    for name in names:
+    for name in LOADERS.get(sys.platform, LOADERS["linux"]):
         try:
             return ctypes.CDLL(name)
         except OSError as error:

@@ -16,7 +16,7 @@ from ..host_append import HostAppendPlan
 from . import offload
 
 if TYPE_CHECKING:
-    from .device import DeviceInfo
+    from .device_info import DeviceInfo
 
 DTYPES = ("float32", "float16", "bfloat16")
 # Optional arrays that the kernels read.

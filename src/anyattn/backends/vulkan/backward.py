@@ -13,7 +13,7 @@ from ...definition.problem import Problem
 from ..base import Call
 from . import tables, tuning
 from .arrays import ALIGNMENT, VECTOR, Region, lse_region, rows_region, score_region
-from .device import MATRICES, DeviceInfo
+from .device_info import MATRICES, DeviceInfo
 from .engine import DevicePlan, Engine, Grid, Job, Launch
 from .forward import SCORES, bind, numpy_view, problem_launches, problem_regions, upload_tables
 from .memory import Buffer

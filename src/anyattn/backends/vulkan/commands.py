@@ -10,7 +10,8 @@ from typing import Any
 from ...config import settings
 from . import api
 from .api import COMPUTE_STAGE, DeviceLost, address, make, u32, u64
-from .device import STORAGE_BUFFERS, Device
+from .device import Device
+from .device_info import STORAGE_BUFFERS
 from .memory import Buffer
 from .pipeline import PUSH_BYTES, Layout
 

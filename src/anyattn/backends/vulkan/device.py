@@ -5,87 +5,23 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from ...config import settings
 from . import api, matrices
 from .api import COMPUTE_STAGE, SHUFFLE, DeviceLost, VulkanError, address, check, make, u32
-from .matrices import Matrices
+from .device_info import KINDS, DeviceInfo
 
-KINDS = {0: "other", 1: "integrated", 2: "discrete", 3: "virtual", 4: "software"}
-ORDER = ("discrete", "integrated", "virtual", "other", "software")
 API_VERSION = (1 << 22) | (1 << 12)  # 1.1: the oldest that we accept
 HIGHEST_API = (1 << 22) | (3 << 12)
 COMPUTE_QUEUE, GRAPHICS_QUEUE = 2, 1
-STORAGE_BUFFERS = 12  # that one of our shaders binds at most
+DEVICE_LOCAL_HEAP = 1
 PORTABILITY = "VK_KHR_portability_subset"
 PORTABILITY_ENUMERATION = b"VK_KHR_portability_enumeration"
 DEBUG_UTILS = b"VK_EXT_debug_utils"
 WARNINGS_AND_ERRORS, EVERY_KIND = 0x1100, 7
-SCALAR, SHUFFLES, MATRICES = "scalar", "subgroup shuffles", "cooperative matrices"
 VALIDATION = b"VK_LAYER_KHRONOS_validation"
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceInfo:
-    """One device as its driver describes it."""
-
-    index: int
-    name: str
-    kind: str
-    api: tuple[int, int, int]
-    driver: str
-    subgroup: int
-    shuffle: bool  # subgroup shuffles in compute shaders
-    storage_range: int  # bytes that one binding may cover
-    allocation: int  # bytes of one allocation
-    alignment: int  # of a binding's offset
-    shared_memory: int
-    invocations: int  # of one workgroup
-    groups: tuple[int, int, int]  # workgroups of one dispatch
-    cache_key: str  # changes with the driver
-    extensions: frozenset[str]
-    matrices: Matrices
-
-    @property
-    def software(self) -> bool:
-        return self.kind == "software"
-
-    def refusal(self) -> str:
-        """Why this device cannot compute; "" if it can."""
-        if self.api < (1, 1, 0):
-            return f"{self.name} offers Vulkan {'.'.join(map(str, self.api))}; 1.1 is needed"
-        return ""
-
-    def paths(self) -> dict[str, str]:
-        """Ways to compute, slowest first -> why this device cannot take it; "" where it can."""
-        return {
-            SCALAR: self.refusal(),
-            SHUFFLES: "" if self.shuffle else "the driver offers none in compute shaders",
-            MATRICES: self.matrices.off,
-        }
-
-    def without(self, path: str) -> DeviceInfo:
-        """The device as it is used where this path computes wrongly."""
-        if path == MATRICES:
-            return replace(self, matrices=Matrices(off="failed its test"))
-        return replace(self, shuffle=False)
-
-    def describe(self) -> dict[str, Any]:
-        """JSON-ready, for `anyattn info`."""
-        paths = self.paths()
-        version = ".".join(map(str, self.api))
-        return {
-            "index": self.index,
-            "name": self.name,
-            "kind": self.kind,
-            "driver": f"{self.driver}, Vulkan {version}, subgroups of {self.subgroup}",
-            "memory": f"bindings of {self.storage_range} bytes, allocations of {self.allocation}",
-            "paths": ", ".join(name for name, reason in paths.items() if not reason),
-            "off": "; ".join(f"{name}: {reason}" for name, reason in paths.items() if reason),
-        }
 
 
 class Instance:
@@ -126,7 +62,7 @@ class Instance:
         return tuple(self._describe(index) for index in range(len(self._physical)))
 
     def choose(self) -> DeviceInfo:
-        """The device that the settings name, or the best: discrete before integrated before software.
+        """Return the device that the settings name, or the best by `DeviceInfo.rank`.
 
         Raises:
             VulkanError: there is none.
@@ -140,7 +76,7 @@ class Instance:
                 names = ", ".join(f"{x.index}: {x.name}" for x in self.devices)
                 raise VulkanError(f"ANYATTN_VULKAN_DEVICE={wanted!r}: expected one of {names}")
             return found[0]
-        return min(self.devices, key=lambda x: (bool(x.refusal()), ORDER.index(x.kind)))
+        return min(self.devices, key=DeviceInfo.rank)
 
     @staticmethod
     def _portability() -> list[bytes]:
@@ -202,7 +138,20 @@ class Instance:
             cache_key=f"{bytes(properties.cache_uuid).hex()}-{properties.driver:x}",
             extensions=extensions,
             matrices=matrices.query(self.function, physical, version, extensions),
+            storage_buffers=limits.maxPerStageDescriptorStorageBuffers,
+            memory=max((heap.size for heap in self._heaps(physical) if heap.flags & DEVICE_LOCAL_HEAP), default=0),
         )
+
+    def memory(self, physical: Any) -> Any:
+        """Return the memory types and heaps of a device."""
+        found = api.MemoryProperties()
+        query = self.function("vkGetPhysicalDeviceMemoryProperties", *[ctypes.c_void_p] * 2, result=None)
+        query(physical, address(found))
+        return found
+
+    def _heaps(self, physical: Any) -> Any:
+        found = self.memory(physical)
+        return found.heaps[: found.n_heaps]
 
     def _extensions(self, physical: Any) -> frozenset[str]:
         arguments = (ctypes.c_void_p, api.char_p, ctypes.c_void_p, ctypes.c_void_p)
@@ -223,10 +172,7 @@ class Device:
         self.physical = instance.physical(info.index)
         self.lock = threading.RLock()
         self.family = self._queue_family()
-        self.memory = api.MemoryProperties()
-        instance.function("vkGetPhysicalDeviceMemoryProperties", *[ctypes.c_void_p] * 2, result=None)(
-            self.physical, address(self.memory)
-        )
+        self.memory = instance.memory(self.physical)
         self.handle = self._create()
         self.lookup = instance.function("vkGetDeviceProcAddr", ctypes.c_void_p, api.char_p, result=ctypes.c_void_p)
         self.queue = ctypes.c_void_p()

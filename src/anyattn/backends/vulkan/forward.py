@@ -17,8 +17,8 @@ from ..base import Call
 from . import tables, tuning
 from .arrays import VECTOR, Region, lse_region, rows_region, score_region
 from .commands import Slice
-from .device import DeviceInfo
 from .device_array import DeviceArray, device_width
+from .device_info import DeviceInfo
 from .engine import DevicePlan, Engine, Grid, Job, Launch, launches
 from .memory import Buffer
 

@@ -21,7 +21,7 @@ from ...definition.problem import Array, Problem
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from .device import DeviceInfo
+    from .device_info import DeviceInfo
 
 FILE = "vulkan-crossover.json"
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from ...config import private_files, settings
 from . import api
 from .api import COMPUTE_STAGE, address, make, u64
-from .device import STORAGE_BUFFERS, Device
+from .device import Device
+from .device_info import STORAGE_BUFFERS
 from .spirv import freeze
 
 STORAGE_BUFFER = 7
@@ -59,7 +60,7 @@ class Kept:
         """Return what was kept, checked by a digest, because some drivers trust what they receive."""
         try:
             whole = private_files.read(self._path) if self._path else b""
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return b""
         except OSError as error:
             warnings.warn(f"compiled shaders are not used: {error}", RuntimeWarning, stacklevel=2)

@@ -22,7 +22,7 @@ from ...definition.validate import make_problem
 from ..base import Call
 from .api import DeviceLost, VulkanError
 from .backward import BackwardPlan
-from .device import SCALAR, DeviceInfo
+from .device_info import SCALAR, DeviceInfo
 from .engine import Engine
 from .forward import ForwardPlan
 

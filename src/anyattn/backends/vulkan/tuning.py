@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from ...definition.problem import Problem
 from .arrays import VECTOR
-from .device import MATRICES, SCALAR, SHUFFLES, DeviceInfo
+from .device_info import MATRICES, SCALAR, SHUFFLES, DeviceInfo
 from .matrices import Shape
 from .tables import feature_bits
 
