@@ -1,5 +1,6 @@
-"""Arrays that stay on a Vulkan device between calls: uploaded once, computed with there, downloaded on demand."""
+"""Arrays that stay on a Vulkan device between calls, and the memory that is kept there."""
 
 from .backends.vulkan.device_array import DeviceArray
+from .backends.vulkan.engine import release_memory
 
-__all__ = ["DeviceArray"]
+__all__ = ["DeviceArray", "release_memory"]

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from anyattn import testing
+from anyattn.backends.vulkan import selftest
+from anyattn.backends.vulkan.engine import current_engine
+from anyattn.definition.passes import BACKWARD, FORWARD
 from anyattn.testing import Case, CaseInputs, make_inputs
 from harness.backends import Engine, engines
 from harness.cases import named
 from harness.checks import run, wrong
+from harness.paths import ROOT, python_path
 from harness.processes import run_python
 
 VULKAN = Engine("vulkan")
+DRIVERS = ROOT / "build" / "drivers"
 needs_vulkan = pytest.mark.skipif(VULKAN not in engines(), reason="no Vulkan device: .ci/run requires one")
 fresh_plans = pytest.mark.usefixtures("fresh_plans")
 
@@ -59,3 +67,24 @@ def printed(code: str, **variables: str) -> str:
     result = run_python("-c", code, **{"ANYATTN_REQUIRE": "", **variables})
     assert result.returncode == 0, result.stderr
     return result.stdout
+
+
+def started(driver: str, *arguments: str, **variables: str) -> str:
+    """Return what Python prints under this driver, which `make vulkan-drivers` has unpacked."""
+    if not (DRIVERS / driver).exists():
+        pytest.skip(f"NOT TESTED: Vulkan on {driver}: `make vulkan-drivers` installs it")
+    # of pytest-xdist, which does not run inside
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    environment |= {"ANYATTN_REQUIRE": "vulkan", "ANYATTN_VULKAN_SOFTWARE": "1", "PYTHONPATH": python_path()}
+    environment |= variables
+    command = [DRIVERS / driver, sys.executable, *arguments]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, f"{result.stdout[-6000:]}\n{result.stderr[-2000:]}"
+    return result.stdout
+
+
+def pass_self_tests() -> None:
+    """Let every way to compute pass its test, before a test sets limits that are too small for that problem."""
+    for pass_ in (FORWARD, BACKWARD):
+        for dtype in ("float32", "float16"):
+            selftest.usable(current_engine(), pass_, dtype)

@@ -1,11 +1,15 @@
-"""Which Vulkan device is taken, and which is refused. Most devices here are descriptions."""
+"""Which Vulkan device is taken, which is refused, and what a device gives back. Most devices here are descriptions."""
 
 from __future__ import annotations
 
+import copy
+import pickle
 import sys
 from dataclasses import replace
 from typing import Any
 
+import ml_dtypes
+import numpy as np
 import pytest
 
 import anyattn
@@ -13,7 +17,9 @@ from anyattn.backends.vulkan import api
 from anyattn.backends.vulkan import device as devices
 from anyattn.backends.vulkan.device import Instance
 from anyattn.backends.vulkan.device_info import STORAGE_BUFFERS, DeviceInfo
+from anyattn.backends.vulkan.engine import current_engine
 from anyattn.backends.vulkan.matrices import Matrices
+from anyattn.vulkan import DeviceArray, release_memory
 from backends.vulkan.common import check_forward, fresh_plans, needs_vulkan
 from harness.cases import named
 
@@ -138,6 +144,33 @@ def test_a_driver_describes_its_memory() -> None:
     info = devices.device().info
     assert info.memory > 2**20 and info.storage_buffers >= STORAGE_BUFFERS
     assert f"{info.memory} bytes" in info.describe()["memory"]
+
+
+@needs_vulkan
+def test_memory_is_given_back() -> None:
+    """What calls have left behind, and no array that lives on the device."""
+    release_memory()  # of the devices of other tests
+    values = np.random.default_rng(0).standard_normal((1, 40, 2, 16), np.float32)
+    array = DeviceArray(values)
+    check_forward(named("everything"))
+    memory = current_engine().memory
+    kept = memory.kept
+    assert kept > 0 and release_memory() == kept
+    assert memory.kept == 0 and release_memory() == 0
+    assert np.array_equal(array.numpy(), values)
+    check_forward(named("everything"))
+    del array
+    assert release_memory() > 0
+
+
+@needs_vulkan
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("copied", [lambda x: pickle.loads(pickle.dumps(x)), copy.copy, copy.deepcopy])
+def test_device_arrays_survive_copies(dtype: Any, copied: Any) -> None:
+    array = DeviceArray(np.random.default_rng(0).standard_normal((1, 9, 2, 5)).astype(dtype))
+    other = copied(array)
+    assert other.buffer is not array.buffer and other.dtype == array.dtype
+    assert other.numpy().tobytes() == array.numpy().tobytes()
 
 
 def test_loaders_of_homebrew_are_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,15 @@ from anyattn.backends.vulkan import tuning
 from anyattn.backends.vulkan.backward import BackwardPlan
 from anyattn.backends.vulkan.engine import current_engine
 from anyattn.testing import Case, make_inputs
-from backends.vulkan.common import BACKWARD_CASES, check_backward, checked_gradients, fresh_plans, needs_vulkan, printed
+from backends.vulkan.common import (
+    BACKWARD_CASES,
+    check_backward,
+    checked_gradients,
+    fresh_plans,
+    needs_vulkan,
+    pass_self_tests,
+    printed,
+)
 from harness.cases import named
 from harness.paths import ROOT
 
@@ -75,6 +83,7 @@ def test_long_sequences_stay_below_the_iterations_of_a_software_driver() -> None
 @pytest.mark.parametrize("limit", [60_000, 30_000])
 def test_arrays_larger_than_a_binding(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
     """Parts of the heads, and of one head's sequences, are bound in turn; they add to one bias and one sink."""
+    pass_self_tests()
     info = replace(devices.device().info, storage_range=limit)
     monkeypatch.setattr(current_engine().device, "info", info)
     parts = {"batch": 3, "seqlen_q": 17, "seqlen_k": 21, "nheads_kv": 4, "group": 2, "sink": True}

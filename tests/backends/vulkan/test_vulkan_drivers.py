@@ -5,37 +5,19 @@ validation layer, and SwiftShader, which offers least. Each runs the common matr
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from anyattn.backends.vulkan.pipeline import BINARIES
-from harness.paths import ROOT, python_path
+from backends.vulkan.common import started
 
-FOLDER = ROOT / "build" / "drivers"
 # of a module's preamble, SPIR-V specification 1.6, section 3.31
 CAPABILITY = 17
 SIXTEEN_OR_EIGHT_BITS = {9, 22, 39, 4433, 4434, 4435, 4436, 4448, 4449, 4450}
 COOPERATIVE_MATRIX = 6022
-
-
-def started(driver: str, *arguments: str, **variables: str) -> str:
-    """What Python prints under this driver."""
-    if not (FOLDER / driver).exists():
-        pytest.skip(f"NOT TESTED: Vulkan on {driver}: `make vulkan-drivers` installs it")
-    # of pytest-xdist, which does not run inside
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    environment |= {"ANYATTN_REQUIRE": "vulkan", "ANYATTN_VULKAN_SOFTWARE": "1", "PYTHONPATH": python_path()}
-    environment |= variables
-    command = [FOLDER / driver, sys.executable, *arguments]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, f"{result.stdout[-6000:]}\n{result.stderr[-2000:]}"
-    return result.stdout
 
 
 def passed(driver: str, *tests: str, **variables: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,21 +33,23 @@ class AppendPlan:
         """Do nothing: its one small shader is compiled at the first call."""
 
     def run(self, call: Call) -> None:
+        current_engine().run_job(partial(self._append, call))
+
+    def _append(self, call: Call, job: Job) -> None:
         problem = self.problem
         lengths = np.asarray(call.cache_seqlens, np.int32)
         entries = np.arange(problem.batch) if call.cache_batch_idx is None else call.cache_batch_idx
         steps = np.full(problem.batch, problem.seqlen_new)
-        with Job(current_engine()) as job:
-            cos, sin = (_angles(job, problem, getattr(call, name)) for name in ("rotary_cos", "rotary_sin"))
-            rows = (steps, lengths, np.ones_like(lengths), lengths, entries)
-            _move(job, problem, call.new_k, call.k, rows, call.block_table, (cos, sin))
-            _move(job, problem, call.new_v, call.v, rows, call.block_table, None)
-            if call.out is not None:
-                moving = np.full(problem.batch, int(problem.rotation.by_row))
-                everywhere = np.full(problem.batch, problem.seqlen_q)
-                rows = (everywhere, lengths, moving, np.zeros_like(lengths), np.arange(problem.batch))
-                _move(job, problem, call.q, call.out, rows, None, (cos, sin))
-            job.finish()
+        cos, sin = (_angles(job, problem, getattr(call, name)) for name in ("rotary_cos", "rotary_sin"))
+        rows = (steps, lengths, np.ones_like(lengths), lengths, entries)
+        _move(job, problem, call.new_k, call.k, rows, call.block_table, (cos, sin))
+        _move(job, problem, call.new_v, call.v, rows, call.block_table, None)
+        if call.out is not None:
+            moving = np.full(problem.batch, int(problem.rotation.by_row))
+            everywhere = np.full(problem.batch, problem.seqlen_q)
+            rows = (everywhere, lengths, moving, np.zeros_like(lengths), np.arange(problem.batch))
+            _move(job, problem, call.q, call.out, rows, None, (cos, sin))
+        job.finish()
 
 
 def _angles(job: Job, problem: Problem, table: npt.NDArray[Any] | None) -> Buffer | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 from ...definition.problem import Problem
 from ..base import Call
@@ -101,28 +102,30 @@ class BackwardPlan(DevicePlan):
     def run(self, call: Call) -> None:
         if 0 in self.problem.lse_shape:
             self._nothing(call)
-            return
-        with Job(self.engine) as job:
-            buffers = self._upload(job, call)
-            wanted = [name for name in ("dq", "dk", "dv", "dbias") if getattr(call, name) is not None]
-            sums = [*wanted, "sink_terms"]
-            buffers["stats"] = job.buffer(self.regions["stats"].nbytes)
-            for name in sums:
-                buffers[name] = job.buffer(self.regions[name].nbytes)
-                job.commands.fill(buffers[name], self.regions[name].nbytes, 0)
-            job.commands.barrier()
-            for launch in self.launches:
-                self._delta(job, launch, buffers)
-            job.commands.barrier()
-            for launch in self.launches:
-                for one in self._passes(launch, call):
-                    self._run(job, launch, buffers, one)
-            job.commands.barrier()
-            for name in wanted:
-                self._finish(job, name, buffers[name], call)
-            if call.dsink is not None:
-                self._finish_sink(job, buffers["sink_terms"], call)
-            job.finish()
+        else:
+            self.engine.run_job(partial(self._compute, call))
+
+    def _compute(self, call: Call, job: Job) -> None:
+        buffers = self._upload(job, call)
+        wanted = [name for name in ("dq", "dk", "dv", "dbias") if getattr(call, name) is not None]
+        sums = [*wanted, "sink_terms"]
+        buffers["stats"] = job.buffer(self.regions["stats"].nbytes)
+        for name in sums:
+            buffers[name] = job.buffer(self.regions[name].nbytes)
+            job.commands.fill(buffers[name], self.regions[name].nbytes, 0)
+        job.commands.barrier()
+        for launch in self.launches:
+            self._delta(job, launch, buffers)
+        job.commands.barrier()
+        for launch in self.launches:
+            for one in self._passes(launch, call):
+                self._run(job, launch, buffers, one)
+        job.commands.barrier()
+        for name in wanted:
+            self._finish(job, name, buffers[name], call)
+        if call.dsink is not None:
+            self._finish_sink(job, buffers["sink_terms"], call)
+        job.finish()
 
     def _nothing(self, call: Call) -> None:
         """No row, no gradient."""

@@ -27,7 +27,7 @@ Slice = tuple[Buffer, int, int]  # buffer, offset and bytes that a shader sees
 
 
 class Commands:
-    """One command buffer of a device. Not for several threads: hold the device's lock."""
+    """One command buffer of a device. Not for several threads: see `Engine.run_alone`."""
 
     def __init__(self, device: Device, layout: Layout) -> None:
         self.device, self.layout = device, layout
@@ -37,16 +37,17 @@ class Commands:
         self._buffer = ctypes.c_void_p()
         allocate = device.function("vkAllocateCommandBuffers", *[ctypes.c_void_p] * 3)
         device.check(allocate(device.handle, address(info), address(self._buffer)), "vkAllocateCommandBuffers")
-        self._fence = u64(device.create("vkCreateFence", make(api.FenceCreateInfo)))
+        self._fence = self._new_fence()
         self._sets = self._allocate_sets()
         self._used = 0
-        self._recording = False
+        self._recording = False  # or submitted, until `finish` or `settle` has ended
         self.operations = 0.0  # recorded and not yet run, as the caller counts them
         self._prepare()
 
     def _functions(self) -> None:
         raw, of = ctypes.c_void_p, self.device.function
         self._begin_buffer = of("vkBeginCommandBuffer", raw, raw)
+        self._reset_buffer = of("vkResetCommandBuffer", raw, u32)
         self._end_buffer = of("vkEndCommandBuffer", raw)
         self._bind_pipeline = of("vkCmdBindPipeline", raw, u32, u64, result=None)
         self._bind_sets = of("vkCmdBindDescriptorSets", raw, u32, u64, u32, u32, raw, u32, raw, result=None)
@@ -134,25 +135,46 @@ class Commands:
         device = self.device
         device.check(self._end_buffer(self._buffer), "vkEndCommandBuffer")
         device.check(self._submit(device.queue, 1, address(self._submit_info), self._fence), "vkQueueSubmit")
-        self._wait_for_fence()
+        self._wait_for(self._fence)
         device.instance.check_messages()
-        device.check(self._reset(device.handle, 1, address(self._fence)), "vkResetFences")
-        self._recording, self._used, self.operations = False, 0, 0.0
+        self._begin_anew()
 
-    def abandon(self) -> None:
-        """Forgets what was recorded and not yet run."""
-        self._recording, self._used, self.operations = False, 0, 0.0
+    def settle(self) -> None:
+        """Wait until the device is idle, and forget what was recorded since the last `finish` that ended in order.
+
+        Wherever an exception has ended a job, even inside this function, a call of it makes the next job safe.
+
+        Raises:
+            DeviceLost: the device is lost, or did not answer within ANYATTN_VULKAN_TIMEOUT seconds.
+        """
+        if not self._recording or self.device.lost:
+            return
+        device, fence = self.device, self._new_fence()
+        # Nothing but the fence: it is signalled after all that was submitted before, if anything was.
+        device.check(self._submit(device.queue, 0, None, fence), "vkQueueSubmit")
+        self._wait_for(fence)
+        device.destroy("vkDestroyFence", fence.value)
+        device.check(self._reset_buffer(self._buffer, 0), "vkResetCommandBuffer")
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        """Accept commands again. The device must be idle."""
+        self.device.check(self._reset(self.device.handle, 1, address(self._fence)), "vkResetFences")
+        self._used, self.operations, self._recording = 0, 0.0, False
 
     def _start(self) -> None:
         if not self._recording:
-            self.device.check(self._begin_buffer(self._buffer, address(self._begin_info)), "vkBeginCommandBuffer")
             self._recording = True
+            self.device.check(self._begin_buffer(self._buffer, address(self._begin_info)), "vkBeginCommandBuffer")
 
-    def _wait_for_fence(self) -> None:
+    def _new_fence(self) -> Any:
+        return u64(self.device.create("vkCreateFence", make(api.FenceCreateInfo)))
+
+    def _wait_for(self, fence: Any) -> None:
         limit = settings.current().vulkan_timeout
         end = time.monotonic() + limit
         while True:
-            result = self._wait(self.device.handle, 1, address(self._fence), 1, WAIT_NS)
+            result = self._wait(self.device.handle, 1, address(fence), 1, WAIT_NS)
             if result != api.TIMEOUT:
                 break
             if time.monotonic() > end:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 import threading
+from collections.abc import Callable
 from functools import cached_property
-from typing import Any
+from types import FrameType
+from typing import Any, TypeVar
+from weakref import WeakSet
 
 from ...config import settings
 from . import api, matrices
@@ -15,6 +19,7 @@ from .device_info import KINDS, DeviceInfo
 
 API_VERSION = (1 << 22) | (1 << 12)  # 1.1: the oldest that we accept
 HIGHEST_API = (1 << 22) | (3 << 12)
+T = TypeVar("T")
 COMPUTE_QUEUE, GRAPHICS_QUEUE = 2, 1
 DEVICE_LOCAL_HEAP = 1
 PORTABILITY = "VK_KHR_portability_subset"
@@ -162,15 +167,16 @@ class Instance:
 class Device:
     """An open device: one compute queue, its memory types, and the functions that are called often.
 
-    `lock` is held during a call: a queue and the pools behind it belong to one thread at a time.
+    A queue and the pools behind it belong to one thread at a time: see `run_alone`.
     """
 
     def __init__(self, instance: Instance, info: DeviceInfo) -> None:
         if info.refusal():
             raise VulkanError(info.refusal())
         self.instance, self.info = instance, info
+        self.lost = ""  # the reason, once the device is lost
+        self._lock = threading.RLock()
         self.physical = instance.physical(info.index)
-        self.lock = threading.RLock()
         self.family = self._queue_family()
         self.memory = instance.memory(self.physical)
         self.handle = self._create()
@@ -178,7 +184,42 @@ class Device:
         self.queue = ctypes.c_void_p()
         get_queue = self.function("vkGetDeviceQueue", ctypes.c_void_p, u32, u32, ctypes.c_void_p, result=None)
         get_queue(self.handle, self.family, 0, address(self.queue))
-        self.lost = ""  # why, once it is
+        _devices.add(self)
+
+    def run_alone(self, work: Callable[[], T]) -> T:
+        """Call `work` while other threads are kept away from the device.
+
+        No generator is used as a context manager here: an exception of a signal handler could leave one suspended, with
+        the lock held. A lost device is refused before the lock is asked for: a forked child may find it held for ever.
+
+        Raises:
+            DeviceLost: the device is lost.
+            VulkanError: this thread is inside such a call already, because a signal handler or a finalizer that ran in
+                its middle makes another one.
+        """
+        self._check_lost()
+        while self._lock._is_owned():  # type: ignore[attr-defined]  # as threading.Condition asks
+            if self._is_running(sys._getframe().f_back):
+                raise VulkanError(
+                    f"{self.info.name} is in the middle of a call of this thread. "
+                    "Make no Vulkan call in a signal handler or finalizer"
+                )
+            self._lock.release()  # an exception of a debugger or tracer has ended a call just before its last step
+        with self._lock:  # implemented in C: an exception of a signal handler finds the lock free or this block entered
+            self._check_lost()
+            return work()
+
+    def _is_running(self, frame: FrameType | None) -> bool:
+        """Return whether `run_alone` of this device is among the callers."""
+        while frame:
+            if frame.f_code is Device.run_alone.__code__ and frame.f_locals["self"] is self:
+                return True
+            frame = frame.f_back
+        return False
+
+    def _check_lost(self) -> None:
+        if self.lost:
+            raise DeviceLost(self.lost, api.LOST)
 
     def function(self, name: str, *arguments: Any, result: Any = api.i32) -> Any:
         found = self.lookup(self.handle, name.encode())
@@ -190,7 +231,7 @@ class Device:
         """A new object's handle."""
         made = api.u64()
         call = self.function(name, *[ctypes.c_void_p] * 4)
-        check(call(self.handle, address(info), None, address(made)), name)
+        self.check(call(self.handle, address(info), None, address(made)), name)
         return int(made.value)
 
     def destroy(self, name: str, handle: int) -> None:
@@ -240,28 +281,39 @@ class Device:
 
 
 _open: dict[str, Any] = {}  # "instance", "device", and the "settings" with which they were opened
-_forked = False  # from a process that had opened a driver, whose threads are not here
+_devices: WeakSet[Device] = WeakSet()  # every device that this process has opened
+_opening = threading.RLock()  # held while an instance or a device is opened
+_loaded = False  # this process has loaded drivers, perhaps under settings that have changed since
+_forked = False  # this process was forked from one that had loaded drivers, whose threads are missing here
+FORKED = "this process was forked from one that used Vulkan: no driver survives that; use spawn"
 
 
 def _after_fork() -> None:
-    global _forked
-    _forked = _forked or bool(_open)
+    """Give up what the parent process has opened: plans and arrays on a lost device are refused at once."""
+    global _forked, _opening
+    _forked = _loaded
+    _opening = threading.RLock()  # another thread of the parent process may have held the lock
     _open.clear()
+    for opened in _devices:
+        opened.lost = FORKED
 
 
 def instance() -> Instance:
-    """The instance, made at first use.
+    """Return the instance, made at first use.
 
     Raises:
-        VulkanError: no loader or no working driver, or one that did not come through a fork.
+        VulkanError: there is no loader or no working driver, or this process was forked from one that had loaded them.
     """
+    global _loaded
     if _forked:
-        raise VulkanError("this process was forked from one that used Vulkan: no driver survives that; use spawn")
-    if "instance" not in _open:
-        _open.setdefault("settings", _settings())
-        _open.setdefault("instance", Instance())
-    found: Instance = _open["instance"]
-    return found
+        raise VulkanError(FORKED)
+    with _opening:
+        if "instance" not in _open:
+            _loaded = True
+            _open["settings"] = _settings()
+            _open["instance"] = Instance()
+        found: Instance = _open["instance"]
+        return found
 
 
 def _settings() -> dict[str, Any]:
@@ -271,15 +323,16 @@ def _settings() -> dict[str, Any]:
 
 
 def device() -> Device:
-    """The device in use, opened at first use and again after it was lost.
+    """Return the device in use, opened at first use and again after it was lost.
 
     Raises:
         VulkanError: there is none that can compute.
     """
-    found: Device | None = _open.get("device")
-    if found is None or found.lost:
-        _open["device"] = found = Device(instance(), instance().choose())
-    return found
+    with _opening:
+        found: Device | None = _open.get("device")
+        if found is None or found.lost:
+            _open["device"] = found = Device(instance(), instance().choose())
+        return found
 
 
 def forget() -> None:

@@ -46,31 +46,40 @@ class DeviceArray:
 
     def __init__(self, values: npt.NDArray[Any]) -> None:
         self._allocate(values.shape, values.dtype)
-        with Job(self.engine) as job:
+
+        def upload(job: Job) -> None:
             write(self.region, job.host(self.buffer, self.region.nbytes), arranged("", values))
             job.finish()
+
+        self.engine.run_job(upload)
 
     @classmethod
     def zeros(cls, shape: tuple[int, ...], dtype: npt.DTypeLike) -> DeviceArray:
         """An array of zeros, made on the device: a KV cache, say."""
         made = cls.__new__(cls)
         made._allocate(shape, np.dtype(dtype))
-        with Job(made.engine) as job:
+
+        def clear(job: Job) -> None:
             job.commands.fill(made.buffer, made.region.nbytes, 0)
             job.finish()
+
+        made.engine.run_job(clear)
         return made
 
     def numpy(self) -> npt.NDArray[Any]:
         """A copy in host memory."""
         found = np.empty(self.shape, self.dtype)
-        with Job(self.engine) as job:
+
+        def download(job: Job) -> None:
             self.check(job)
             job.download("", self.buffer, self.region, found)
             job.finish()
+
+        self.engine.run_job(download)
         return found
 
     def check(self, job: Job) -> None:
-        """Raises DeviceLost if the array lived on a device that is no longer in use."""
+        """Raise DeviceLost if the array was on a device that is no longer in use."""
         if self.engine is not job.engine or self.engine.device.lost:
             raise DeviceLost(f"this array was on {self.engine.device.info.name}, which was lost or left since")
 
@@ -88,16 +97,15 @@ class DeviceArray:
         """There are no views of device arrays: `flash_attention` needs one, `attention` does not."""
         raise TypeError("a DeviceArray has no views: call attention, whose layout is (batch, seqlen, nheads, head_dim)")
 
+    def __reduce__(self) -> tuple[type[DeviceArray], tuple[npt.NDArray[Any]]]:
+        """Pickle and copy by way of the host: the copy is an array on the device of the process that makes it."""
+        return type(self), (self.numpy(),)
+
     def __len__(self) -> int:
         return self.shape[0]
 
     def __repr__(self) -> str:
         return f"DeviceArray({self.shape}, {self.dtype.name}, on {self.engine.device.info.name})"
-
-    def __del__(self) -> None:
-        if hasattr(self, "buffer") and not self.engine.device.lost:
-            with self.engine.device.lock:
-                self.engine.memory.give(self.buffer)
 
     def _allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         if dtype.name not in DTYPES:
@@ -107,5 +115,4 @@ class DeviceArray:
         self.shape, self.dtype = tuple(shape), dtype
         self.engine = current_engine()
         self.region: Region = rows_region(self.shape, dtype.itemsize, device_width(shape[-1]))
-        with self.engine.device.lock:
-            self.buffer = self.engine.memory.take(max(self.region.nbytes, 1))
+        self.buffer = self.engine.run_alone(lambda: self.engine.memory.take(max(self.region.nbytes, 1)))

@@ -5,15 +5,16 @@ from __future__ import annotations
 import struct
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from . import device as devices
+from .api import VulkanError
 from .arrays import Region, arranged, write
 from .commands import Commands, Slice
 from .device import Device
@@ -21,6 +22,7 @@ from .memory import Buffer, Memory
 from .pipeline import Layout, Pipelines
 from .tuning import Config
 
+T = TypeVar("T")
 PUSH = struct.Struct("=8I")
 SUBMIT_SECONDS = 0.1  # no watchdog of any system is that short
 FIRST_RATE = {"software": 1e9, "integrated": 5e10}  # operations per second before any were measured
@@ -39,8 +41,39 @@ class Engine:
         self.commands = Commands(device, self.layout)
         self.rate = FIRST_RATE.get(device.info.kind, DEFAULT_RATE)
 
+    def run_alone(self, work: Callable[[], T]) -> T:
+        """Call `work` while no other thread uses the device, which is idle at the beginning.
+
+        Raises:
+            DeviceLost: the device is lost, or what an earlier call has left running does not end.
+            VulkanError: see `Device.run_alone`.
+        """
+
+        def work_when_idle() -> T:
+            self.commands.settle()
+            self.memory.reclaim()
+            return work()
+
+        return self.device.run_alone(work_when_idle)
+
+    def run_job(self, work: Callable[[Job], T]) -> T:
+        """Call `work` with a new job, which records and runs one call on the device.
+
+        If an exception ends it, in the middle of anything, the device is given the time to finish.
+        """
+
+        def settled() -> T:
+            try:
+                return work(Job(self))
+            except BaseException:
+                with suppress(VulkanError):  # the device is lost then; what ended the job says more
+                    self.commands.settle()
+                raise
+
+        return self.run_alone(settled)
+
     def pipeline(self, shader: str, config: Config) -> int:
-        """The handle of a shader's pipeline."""
+        """Return the handle of a shader's pipeline."""
         name = config.module(shader)
         return self.pipelines.get(name, config.constants(), unroll=config.unroll, subgroup=config.subgroup)
 
@@ -49,7 +82,7 @@ _engines: dict[Device, Engine] = {}
 
 
 def current_engine() -> Engine:
-    """The engine on the device in use.
+    """Return the engine on the device in use.
 
     Raises:
         VulkanError: there is no device that can compute.
@@ -57,9 +90,28 @@ def current_engine() -> Engine:
     device = devices.device()
     found = _engines.get(device)
     if found is None:
-        with device.lock:
-            found = _engines.get(device) or _engines.setdefault(device, Engine(device))
+        found = device.run_alone(lambda: _engines.get(device) or _engines.setdefault(device, Engine(device)))
+        for lost in [other for other in list(_engines) if other.lost]:
+            _engines.pop(lost, None)
     return found
+
+
+def release_memory() -> int:
+    """Give the memory that is kept for later calls back to every Vulkan device in use; return the number of bytes.
+
+    The memory of living `DeviceArray` objects stays. The next call allocates what it needs again.
+
+    Raises:
+        anyattn.backends.vulkan.api.VulkanError: a device is lost, or a signal handler calls in the middle of a call.
+
+    >>> from anyattn.vulkan import release_memory
+    >>> release_memory() >= 0
+    True
+    """
+    released = 0
+    for engine in [engine for device, engine in list(_engines.items()) if not device.lost]:
+        released += engine.run_alone(engine.memory.trim)
+    return released
 
 
 class DevicePlan(ABC):
@@ -82,9 +134,8 @@ class DevicePlan(ABC):
         """What a call dispatches."""
 
     def warmup(self) -> None:
-        with self.engine.device.lock:
-            for shader, config in self.shaders().items():
-                self.engine.pipeline(shader, config)
+        engine = self.engine
+        engine.run_alone(lambda: [engine.pipeline(shader, config) for shader, config in self.shaders().items()])
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,33 +153,18 @@ class Launch:
 
 
 class Job:
-    """One call on the device: holds its lock and gives the call's buffers back at the end."""
+    """One call on the device, and the buffers that it uses."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.commands = engine.commands
-        self._taken: list[tuple[Buffer, bool]] = []
+        self._buffers: list[Buffer] = []
         self._reads: list[tuple[Buffer, Region, npt.NDArray[Any]]] = []
 
-    def __enter__(self) -> Job:
-        self.engine.device.lock.acquire()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if kind is not None:
-                self.commands.abandon()
-            if not self.engine.device.lost:
-                for buffer, staging in self._taken:
-                    self.engine.memory.give(buffer, staging=staging)
-        finally:
-            self.engine.device.lock.release()
-
     def buffer(self, size: int, *, staging: bool = False) -> Buffer:
+        """Return a buffer that lives at least as long as the job."""
         taken = self.engine.memory.take(max(size, DUMMY_BYTES), staging=staging)
-        self._taken.append((taken, staging))
+        self._buffers.append(taken)
         return taken
 
     def upload(self, name: str, region: Region, array: npt.NDArray[Any]) -> Buffer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -104,25 +105,26 @@ class ForwardPlan(DevicePlan):
         return found if self.splits == 1 else found | {"combine": self._combining()}
 
     def run(self, call: Call) -> None:
+        if 0 not in self.problem.lse_shape:
+            self.engine.run_job(partial(self._compute, call))
+
+    def _compute(self, call: Call, job: Job) -> None:
         problem = self.problem
-        if 0 in problem.lse_shape:
-            return
-        with Job(self.engine) as job:
-            buffers = {name: self._buffer(job, call, name) for name in ("q", "k", "v", *SCORES) if has(call, name)}
-            buffers |= upload_tables(job, problem, self.values, call)
-            buffers["lse"] = job.buffer(self.regions["lse"].nbytes)
-            on_device = isinstance(call.out, DeviceArray)
-            buffers["out"] = call.out.buffer if on_device else job.buffer(self.regions["out"].nbytes)
-            if problem.packed_q or problem.seqused_q is not None:  # rows outside every sequence
-                job.commands.fill(buffers["out"], self.regions["out"].nbytes, 0)
-                job.commands.fill(buffers["lse"], self.regions["lse"].nbytes, MINUS_INFINITY)
-            job.commands.barrier()
-            self._dispatch(job, buffers)
-            job.commands.barrier()
-            for name, array in (("out", None if on_device else call.out), ("lse", call.lse)):
-                if array is not None:
-                    job.download(name, buffers[name], self.regions[name], call.adapter.numpy(array))
-            job.finish()
+        buffers = {name: self._buffer(job, call, name) for name in ("q", "k", "v", *SCORES) if has(call, name)}
+        buffers |= upload_tables(job, problem, self.values, call)
+        buffers["lse"] = job.buffer(self.regions["lse"].nbytes)
+        on_device = isinstance(call.out, DeviceArray)
+        buffers["out"] = call.out.buffer if on_device else job.buffer(self.regions["out"].nbytes)
+        if problem.packed_q or problem.seqused_q is not None:  # rows outside every sequence
+            job.commands.fill(buffers["out"], self.regions["out"].nbytes, 0)
+            job.commands.fill(buffers["lse"], self.regions["lse"].nbytes, MINUS_INFINITY)
+        job.commands.barrier()
+        self._dispatch(job, buffers)
+        job.commands.barrier()
+        for name, array in (("out", None if on_device else call.out), ("lse", call.lse)):
+            if array is not None:
+                job.download(name, buffers[name], self.regions[name], call.adapter.numpy(array))
+        job.finish()
 
     def _buffer(self, job: Job, call: Call, name: str) -> Buffer:
         """The call's array on the device: it is there already, or goes there."""
