@@ -73,6 +73,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def put(info: DeviceInfo | None) -> None:
         instance = SimpleNamespace(choose=lambda: info, devices=(info,))
+        monkeypatch.setattr(devices, "has_loaded", lambda: True)
         monkeypatch.setattr(devices, "instance", lambda: instance if info else pytest.fail("looked for a device"))
         monkeypatch.setattr(selftest, "usable", lambda *arguments: info)
         monkeypatch.setattr(engine, "current_engine", lambda: None)

@@ -101,7 +101,10 @@ class Backend(Protocol):
         """Return [] or the reasons against. May look at sizes, never at values in device memory."""
 
     def avoids(self, problem: Problem) -> list[str]:
-        """Return [] or why automatic choice passes this backend over although it computes the problem."""
+        """Return [] or why automatic choice passes this backend over although it computes the problem.
+
+        Asked before `available`, which may have to load a driver.
+        """
 
     def plan(self, problem: Problem) -> Plan:
         """Return a plan. Cheap: compiled parts are cached by problem.variant."""

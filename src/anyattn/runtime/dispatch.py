@@ -212,12 +212,15 @@ def _automatic(problem: Problem) -> tuple[str, ...]:
 
 
 def refuse(candidate: Backend, problem: Problem, *, named: bool = True) -> list[str]:
-    """Return [] or why this backend does not compute the problem; unless the caller named it, it may avoid it."""
+    """Return [] or why this backend does not compute the problem; unless the caller named it, it may avoid it.
+
+    A backend that avoids the problem is not asked whether it is available, because that may mean to load a driver.
+    """
+    avoided = [] if named else candidate.avoids(problem)
+    if avoided:
+        return avoided
     missing = candidate.available(named=named)
-    if missing:
-        return [missing]
-    unsupported_inputs = _unsupported_inputs(candidate, problem)
-    return unsupported_inputs or ([] if named else candidate.avoids(problem)) or candidate.supports(problem)
+    return [missing] if missing else unsupported(candidate, problem)
 
 
 def unsupported(candidate: Backend, problem: Problem) -> list[str]:

@@ -40,16 +40,19 @@ class VulkanBackend:
     may_fail = True
 
     def available(self, *, named: bool = False) -> str | None:
+        """Return None or why not. Unless the caller named it, a child process tries the drivers before this one."""
         from . import device as devices
         from .api import VulkanError
 
+        if not named:
+            against = _tried()[1]
+            if against:
+                return against
         try:
             info = devices.instance().choose()
         except VulkanError as error:
             return str(error)
-        if info.software and not named and not settings.current().vulkan_software:
-            return f"{info.name} runs on the CPU, which the native engine uses better: name the backend to take it"
-        return info.refusal() or None
+        return (_software(info) if not named else "") or info.refusal() or None
 
     def supports(self, problem: Problem) -> list[str]:
         reasons = _misplaced(problem.device)
@@ -91,17 +94,19 @@ class VulkanBackend:
         return []
 
     def avoids(self, problem: Problem) -> list[str]:
-        """Avoid small problems, because transfers cost more than a GPU gains. For those no driver is asked."""
+        """Avoid small problems, because transfers cost more than a GPU gains. For those no driver is asked.
+
+        A device that does not compute is no reason here: `available` tells why.
+        """
         if problem.device != "cpu":
             return []
         if problem.pass_ is APPEND:
             return ["a cache in host memory is appended to there"]
         too_small = offload.reasons_to_stay(problem)
-        if too_small or self.available():
+        if too_small:
             return too_small
-        from . import device as devices
-
-        return offload.reasons_to_stay(problem, devices.instance().choose())
+        device, against = _tried()
+        return [] if against or device is None else offload.reasons_to_stay(problem, device)
 
     def plan(self, problem: Problem) -> Plan:
         if problem.pass_ is APPEND and problem.device == "cpu":
@@ -117,8 +122,30 @@ class VulkanBackend:
         return kind(current_engine(), _info(problem), problem)
 
 
+def _tried() -> tuple[offload.Described | None, str]:
+    """Return the device that automatic choice would take, and why it does not; no driver is loaded for it."""
+    from . import device as devices
+    from . import first_contact
+    from .api import VulkanError
+
+    if devices.has_loaded():
+        try:
+            info = devices.instance().choose()
+        except VulkanError as error:
+            return None, str(error)
+        return info, _software(info) or info.refusal()
+    found = first_contact.report()
+    return found, first_contact.reason(found) or _software(found)
+
+
+def _software(device: offload.Described) -> str:
+    if device.kind != "software" or settings.current().vulkan_software:
+        return ""
+    return f"{device.name} runs on the CPU, which the native engine uses better: name the backend to take it"
+
+
 def _misplaced(device: str) -> list[str]:
-    """Reasons against arrays there."""
+    """Return the reasons against arrays there."""
     if device == "cpu" or device.startswith("vulkan"):
         return []
     return [f"takes arrays in host memory or on a Vulkan device; q is on {device}"]

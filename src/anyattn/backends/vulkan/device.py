@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from weakref import WeakSet
 
 from ...config import settings
-from . import api, matrices
+from . import api, first_contact, matrices
 from .api import COMPUTE_STAGE, SHUFFLE, DeviceLost, VulkanError, address, check, make, u32
 from .device_info import KINDS, DeviceInfo
 
@@ -302,18 +302,27 @@ def instance() -> Instance:
     """Return the instance, made at first use.
 
     Raises:
-        VulkanError: there is no loader or no working driver, or this process was forked from one that had loaded them.
+        VulkanError: there is no loader or no working driver, the drivers are known to end a process that loads them, or
+            this process was forked from one that had loaded them.
     """
     global _loaded
     if _forked:
         raise VulkanError(FORKED)
     with _opening:
         if "instance" not in _open:
+            crash = "" if _loaded else first_contact.known_crash()
+            if crash:
+                raise VulkanError(crash)
             _loaded = True
             _open["settings"] = _settings()
             _open["instance"] = Instance()
         found: Instance = _open["instance"]
         return found
+
+
+def has_loaded() -> bool:
+    """Return whether this process, or the one that it was forked from, has loaded drivers."""
+    return _loaded
 
 
 def _settings() -> dict[str, Any]:

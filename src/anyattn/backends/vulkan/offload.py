@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Mapping
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ...config import settings, tuning_files
 from ...definition.dtypes import DTYPES
@@ -20,8 +20,6 @@ from ...definition.problem import Array, Problem
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from .device_info import DeviceInfo
 
 FILE = "vulkan-crossover.json"
 
@@ -33,7 +31,19 @@ class Work(NamedTuple):
     per_byte: float
 
 
-DEFAULT = Work(1e11, 256.0)  # cautious
+class Described(Protocol):
+    """What decides about offloading to a device, known without loading its driver: `DeviceInfo` or a `Report`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def cache_key(self) -> str: ...
+
+
+DEFAULT = Work(1e11, 256.0)  # cautious; of devices whose kind is in BELIEVED
+BELIEVED = ("discrete", "software")  # others may be slower than the CPU whose memory they share
 NEVER = Work(math.inf, math.inf)
 # (direction, dtype) -> the least work to offload
 Thresholds = Mapping[tuple[str, str], Work]
@@ -63,15 +73,18 @@ def _size(array: Array | None) -> int:
     return 0 if array is None else math.prod(array.shape) * DTYPES[array.dtype].itemsize
 
 
-def reasons_to_stay(problem: Problem, info: DeviceInfo | None = None) -> list[str]:
+def reasons_to_stay(problem: Problem, device: Described | None = None) -> list[str]:
     """Return why the problem is not worth offloading to this device, or []; None: to any device, without a driver."""
     size, key = work(problem), (problem.pass_.name, problem.dtype)
     every = _load()
-    if info is None:
+    if device is None:
         known = [DEFAULT, *(tuned.get(key, DEFAULT) for tuned in every.values())]
         needed = Work(*(min(column) for column in zip(*known, strict=True)))
     else:
-        needed = tuned_thresholds(info).get(key, DEFAULT)
+        tuned = tuned_thresholds(device)
+        if key not in tuned and device.kind not in BELIEVED:
+            return [f"{device.name} is an unmeasured {device.kind} GPU: run anyattn tune, or name the backend"]
+        needed = tuned.get(key, DEFAULT)
     if size.operations < needed.operations:
         least = "no number of them pays" if needed == NEVER else f"{needed.operations:.2g} pay"
         return [f"{size.operations:.2g} operations are fewer than pay for the transfers: {least}"]
@@ -80,12 +93,13 @@ def reasons_to_stay(problem: Problem, info: DeviceInfo | None = None) -> list[st
     return []
 
 
-def describe(info: DeviceInfo) -> str:
+def describe(device: Described) -> str:
     """Return the thresholds of the automatic choice for this device as text, for `anyattn info`."""
-    if info.software and not settings.current().vulkan_software:
+    if device.kind == "software" and not settings.current().vulkan_software:
         return "never: it runs on the CPU, which the native engine uses better"
-    tuned = [f"{way} {dtype} {text(value)}" for (way, dtype), value in tuned_thresholds(info).items()]
-    return "; ".join(tuned) or f"{text(DEFAULT)}; not measured: anyattn tune"
+    tuned = [f"{way} {dtype} {text(value)}" for (way, dtype), value in tuned_thresholds(device).items()]
+    default = text(DEFAULT if device.kind in BELIEVED else NEVER)
+    return "; ".join(tuned) or f"{default}; not measured: anyattn tune"
 
 
 def text(threshold: Work) -> str:
@@ -95,18 +109,18 @@ def text(threshold: Work) -> str:
     return f"from {threshold.operations:.2g} operations, {threshold.per_byte:.2g} for each byte"
 
 
-def tuned_thresholds(info: DeviceInfo) -> Thresholds:
+def tuned_thresholds(device: Described) -> Thresholds:
     """Return the tuned thresholds of this device with this driver and processor; empty if there are none."""
-    return _load().get(_key(info), {})
+    return _load().get(_key(device), {})
 
 
-def save_thresholds(info: DeviceInfo, thresholds: Thresholds) -> Path:
+def save_thresholds(device: Described, thresholds: Thresholds) -> Path:
     """Write the tuned thresholds of a device to the cache folder; they replace its former ones.
 
     Raises:
         OSError: there is no cache folder, or it cannot be written.
     """
-    every = {**_load(), _key(info): thresholds}
+    every = {**_load(), _key(device): thresholds}
     return tuning_files.save(FILE, {name: as_json(entry) for name, entry in every.items()})
 
 
@@ -115,8 +129,8 @@ def as_json(thresholds: Thresholds) -> dict[str, Any]:
     return {" ".join(key): None if value == NEVER else list(value) for key, value in thresholds.items()}
 
 
-def _key(info: DeviceInfo) -> str:
-    return f"{info.name}, driver {info.cache_key}, {os.cpu_count()} cores"
+def _key(device: Described) -> str:
+    return f"{device.name}, driver {device.cache_key}, {os.cpu_count()} cores"
 
 
 @cache
