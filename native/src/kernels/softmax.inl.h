@@ -21,7 +21,7 @@ ANYATTN_NOINLINE void softmax_pass(typename M::C *S, int64_t n, int vectors, typ
         const V before = load<V>(m + c * width), now = larger(before, top[c]);
         // A maximum that overflows in log2 units hides the row's keys: their exponents are -inf.
         const V base = now * scale == splat(-infinity(C())) ? V{} : now;
-        const V rescale = exp2((before - base) * scale);
+        const V rescale = exp2(before - base, scale);
         V sum0{}, sum1{};
         if (n % 2) {
             store(S + n * panel<C> + c * width, splat(-infinity(C())));
@@ -29,8 +29,8 @@ ANYATTN_NOINLINE void softmax_pass(typename M::C *S, int64_t n, int vectors, typ
         }
         for (int64_t j = 0; j < n; j += 2) {
             const int64_t at = j * panel<C> + c * width;
-            V p0 = exp2((load<V>(S + at) - base) * scale);
-            V p1 = exp2((load<V>(S + at + panel<C>) - base) * scale);
+            V p0 = exp2(load<V>(S + at) - base, scale);
+            V p1 = exp2(load<V>(S + at + panel<C>) - base, scale);
             sum0 += p0;
             sum1 += p1;
             if (keep) {

@@ -115,71 +115,75 @@ ANYATTN_INLINE F64 copysign(F64 size, F64 sign) {
     return (F64)(((U64)size & ~bit) | ((U64)sign & bit));
 }
 
-// p * 2^n where x >= lowest or x is NaN, else 0.
+// The exponent a b of 2 as n + f, n an integer and f between -0.5 and 0.5. scaled() multiplies by 2^n, or by 0 where the
+// exponent is below `lowest`.
 #if defined(__AVX512F__)
-ANYATTN_INLINE F32 nearest(F32 x, U32 *) { return (F32)_mm512_roundscale_ps((__m512)x, 8); }
-ANYATTN_INLINE F64 nearest(F64 x, U64 *) { return (F64)_mm512_roundscale_pd((__m512d)x, 8); }
+template <class V>
+struct Exponent {
+    V x, n, f;
+    ANYATTN_INLINE Exponent(V a, V b) : x(a * b), n(nearest(x)), f(x - n) {}
+    static ANYATTN_INLINE F32 nearest(F32 x) { return (F32)_mm512_roundscale_ps((__m512)x, 8); }
+    static ANYATTN_INLINE F64 nearest(F64 x) { return (F64)_mm512_roundscale_pd((__m512d)x, 8); }
+};
 
-ANYATTN_INLINE F32 scaled(F32 p, F32 n, U32, F32 x, float lowest) {
-    const __mmask16 keep = _mm512_cmp_ps_mask((__m512)x, (__m512)splat(lowest), _CMP_NLT_UQ);
-    return (F32)_mm512_maskz_scalef_ps(keep, (__m512)p, (__m512)n);
+ANYATTN_INLINE F32 scaled(F32 p, const Exponent<F32> &e, float lowest) {
+    const __mmask16 keep = _mm512_cmp_ps_mask((__m512)e.x, (__m512)splat(lowest), _CMP_NLT_UQ);
+    return (F32)_mm512_maskz_scalef_ps(keep, (__m512)p, (__m512)e.n);
 }
 
-ANYATTN_INLINE F64 scaled(F64 p, F64 n, U64, F64 x, double lowest) {
-    const __mmask8 keep = _mm512_cmp_pd_mask((__m512d)x, (__m512d)splat(lowest), _CMP_NLT_UQ);
-    return (F64)_mm512_maskz_scalef_pd(keep, (__m512d)p, (__m512d)n);
+ANYATTN_INLINE F64 scaled(F64 p, const Exponent<F64> &e, double lowest) {
+    const __mmask8 keep = _mm512_cmp_pd_mask((__m512d)e.x, (__m512d)splat(lowest), _CMP_NLT_UQ);
+    return (F64)_mm512_maskz_scalef_pd(keep, (__m512d)p, (__m512d)e.n);
 }
 #else
-// Adding 1.5 * 2^23 (2^52) rounds to an integer, which is then in the low bits: 2^n by a shift into the exponent.
-ANYATTN_INLINE F32 nearest(F32 x, U32 *power) {
-    const F32 magic = splat(12582912.0f), t = x + magic;
-    *power = ((U32)t + splat(UINT32_C(127))) << 23;
-    return t - magic;
-}
+// Adding 1.5 * 2^23 (2^52) rounds to an integer, which is then in the low bits: 2^n by a shift into the exponent. The
+// product is never needed by itself: where there are fused multiply-adds it takes no instruction, and f no rounding.
+ANYATTN_INLINE F32 magic(F32) { return splat(12582912.0f); }
+ANYATTN_INLINE F64 magic(F64) { return splat(6755399441055744.0); }
+ANYATTN_INLINE F32 power(F32 t) { return (F32)(((U32)t + splat(UINT32_C(127))) << 23); }
+ANYATTN_INLINE F64 power(F64 t) { return (F64)(((U64)t + splat(UINT64_C(1023))) << 52); }
 
-ANYATTN_INLINE F64 nearest(F64 x, U64 *power) {
-    const F64 magic = splat(6755399441055744.0), t = x + magic;
-    *power = ((U64)t + splat(UINT64_C(1023))) << 52;
-    return t - magic;
-}
+template <class V>
+struct Exponent {
+    V t, n, f;
+    ANYATTN_INLINE Exponent(V a, V b) : t(a * b + magic(a)), n(t - magic(a)), f(a * b - n) {}
+};
 
-template <class C, class V, class U>
-ANYATTN_INLINE V scaled(V p, V, U power, V x, C lowest) {
-    return x < splat(lowest) ? V{} : p * (V)power;
+template <class C, class V>
+ANYATTN_INLINE V scaled(V p, const Exponent<V> &e, C lowest) {
+    return e.n < splat(lowest) ? V{} : p * power(e.t);
 }
 #endif
 
-// 2^x for x < 128: 7.9e-8 relative, exactly 0 below -126 (no subnormals) and for -inf; NaN stays NaN.
-ANYATTN_INLINE F32 exp2(F32 x) {
-    U32 power{};
-    const F32 n = nearest(x, &power), f = x - n;
+// 2^(a b) for a b < 128: 7.9e-8 relative, exactly 0 below about -125 (no subnormals) and for -inf; NaN stays NaN.
+ANYATTN_INLINE F32 exp2(F32 a, F32 b = splat(1.0f)) {
+    const Exponent<F32> e(a, b);
     F32 p = splat(0.000153458124f);
-    p = p * f + splat(0.00133999309f);
-    p = p * f + splat(0.00961848907f);
-    p = p * f + splat(0.0555032864f);
-    p = p * f + splat(0.240226462f);
-    p = p * f + splat(0.693147182f);
-    p = p * f + splat(1.0f);
-    return scaled(p, n, power, x, -126.0f);
+    p = p * e.f + splat(0.00133999309f);
+    p = p * e.f + splat(0.00961848907f);
+    p = p * e.f + splat(0.0555032864f);
+    p = p * e.f + splat(0.240226462f);
+    p = p * e.f + splat(0.693147182f);
+    p = p * e.f + splat(1.0f);
+    return scaled(p, e, -125.0f);
 }
 
-// The same to double precision; 0 below -1022.
-ANYATTN_INLINE F64 exp2(F64 x) {
-    U64 power{};
-    const F64 n = nearest(x, &power), f = x - n;
+// The same to double precision; 0 below about -1021.
+ANYATTN_INLINE F64 exp2(F64 a, F64 b = splat(1.0)) {
+    const Exponent<F64> e(a, b);
     F64 p = splat(4.455817908336064493e-10);
-    p = p * f + splat(7.0741942972885210056e-9);
-    p = p * f + splat(1.0178057087733941105e-7);
-    p = p * f + splat(1.3215432535912376166e-6);
-    p = p * f + splat(1.5252733841556772589e-5);
-    p = p * f + splat(1.5403530463724354209e-4);
-    p = p * f + splat(1.3333558146406470697e-3);
-    p = p * f + splat(9.6181291075872566681e-3);
-    p = p * f + splat(5.5504108664821627039e-2);
-    p = p * f + splat(2.4022650695910159567e-1);
-    p = p * f + splat(6.9314718055994530925e-1);
-    p = p * f + splat(1.0);
-    return scaled(p, n, power, x, -1022.0);
+    p = p * e.f + splat(7.0741942972885210056e-9);
+    p = p * e.f + splat(1.0178057087733941105e-7);
+    p = p * e.f + splat(1.3215432535912376166e-6);
+    p = p * e.f + splat(1.5252733841556772589e-5);
+    p = p * e.f + splat(1.5403530463724354209e-4);
+    p = p * e.f + splat(1.3333558146406470697e-3);
+    p = p * e.f + splat(9.6181291075872566681e-3);
+    p = p * e.f + splat(5.5504108664821627039e-2);
+    p = p * e.f + splat(2.4022650695910159567e-1);
+    p = p * e.f + splat(6.9314718055994530925e-1);
+    p = p * e.f + splat(1.0);
+    return scaled(p, e, -1021.0);
 }
 
 constexpr double kLog2e = 1.44269504088896340736, kLn2 = 0.693147180559945309417;
