@@ -45,6 +45,11 @@ def test_a_fifo_does_not_hang(folder: Path) -> None:
         private_files.read(str(folder / "file"))
 
 
+def test_a_file_in_place_of_the_folder_is_no_folder() -> None:
+    with pytest.raises(NotADirectoryError, match="not a folder"):
+        private_files.read(f"{os.devnull}/file")
+
+
 def test_a_link_is_not_followed(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("secret")
     (folder / "file").symlink_to(tmp_path / "secret")

@@ -20,8 +20,7 @@ def read(path: str) -> bytes:
         OSError: there is no such file, it is no regular file, or it is too large.
         PermissionError: another user owns it, or can write it or its folder.
     """
-    folder = os.path.dirname(path)
-    _check(os.stat(folder), folder)
+    _check_folder(os.path.dirname(path))
     # a FIFO does not block, and a symbolic link is not followed
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     descriptor = os.open(path, flags)
@@ -48,7 +47,7 @@ def write(path: str, content: bytes) -> None:
     try:
         os.mkdir(folder, PRIVATE)
     except FileExistsError:
-        _check(os.stat(folder), folder)
+        _check_folder(folder)
     descriptor, fresh = tempfile.mkstemp(dir=folder)  # a name that nobody guesses, opened exclusively, mode 0600
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -57,6 +56,13 @@ def write(path: str, content: bytes) -> None:
     except BaseException:
         os.unlink(fresh)
         raise
+
+
+def _check_folder(path: str) -> None:
+    status = os.stat(path)
+    if not stat.S_ISDIR(status.st_mode):
+        raise NotADirectoryError(f"{path} is not a folder")
+    _check(status, path)
 
 
 def _check(status: os.stat_result, path: str) -> None:
