@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 from threadpoolctl import ThreadpoolController, threadpool_limits
@@ -11,7 +13,9 @@ from harness.processes import fresh
 
 
 @pytest.fixture(autouse=True)
-def follow() -> None:
+def follow() -> Iterator[None]:
+    anyattn.set_num_threads(0)
+    yield
     anyattn.set_num_threads(0)
 
 
