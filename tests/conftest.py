@@ -22,8 +22,9 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 # A failed assertion of a helper shows its values, as one of a test does.
-pytest.register_assert_rewrite("harness", "backends", "compat", "device", "soak")
+pytest.register_assert_rewrite("harness", "backends", "compat", "device", "soak", "stress")
 
+from anyattn.config import settings as anyattn_settings  # noqa: E402
 from anyattn.frameworks.numpy import NumpyAdapter  # noqa: E402
 from harness import selection  # noqa: E402
 from harness.backends import Engine  # noqa: E402
@@ -84,3 +85,13 @@ def engine(request: pytest.FixtureRequest) -> Engine:
     engine: Engine = request.param
     engine.use(THREADS)
     return engine
+
+
+@pytest.fixture
+def nothing_required() -> Iterator[None]:
+    """A test that takes a backend away: ANYATTN_REQUIRE would raise."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("ANYATTN_REQUIRE", raising=False)
+        anyattn_settings.reload()
+        yield
+    anyattn_settings.reload()

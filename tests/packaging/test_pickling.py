@@ -42,6 +42,7 @@ def refused(_: int) -> Any:
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.usefixtures("nothing_required")  # a process forked from one that used Vulkan lacks it
 def test_refusals_pass_through_a_pool(method: str) -> None:
     with (
         multiprocessing.get_context(method).Pool(1) as pool,

@@ -106,6 +106,7 @@ def test_a_device_that_computes_comes_before_one_that_does_not() -> None:
         ({"maxComputeWorkGroupInvocations": 128, "maxComputeSharedMemorySize": 16384}, ""),
     ],
 )
+@pytest.mark.usefixtures("nothing_required")
 def test_limits_are_those_that_the_driver_states(
     monkeypatch: pytest.MonkeyPatch, changes: dict[str, int], reason: str
 ) -> None:
