@@ -23,7 +23,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find native examples -name '*.cc' -o -name '*.cpp' -o -name '*.c' -o -name '*.h' -o -name '*.hpp' | sort)
 PACKAGED := $(shell find src examples native -not -path '*/__pycache__*') pyproject.toml
 
-.PHONY: venv require-native demo check test full models weights soak stress test-oldest gpu aot bench docs shaders vulkan-drivers wheels test-arm64 lint format sanitize sanitize-python clean
+.PHONY: venv require-native demo check test full models weights soak stress test-oldest gpu aot bench pages docs shaders vulkan-drivers wheels test-arm64 lint format sanitize sanitize-python clean
 .DEFAULT_GOAL := test
 
 venv: $(VENV)/installed
@@ -149,6 +149,11 @@ aot: venv
 
 bench: require-native $(VENV)/bench
 	$(BIN)/python -m anyattn bench --json build/bench.json --plot build/bench.png $(BENCH_ARGS)
+
+# The generated parts of the README and of docs/: tables, help texts, drawings, plots. Features are those of Triton's
+# interpreter and of a Vulkan driver.
+pages: require-native $(VENV)/docs
+	PYTHONPATH=scripts/site TRITON_INTERPRET=1 ANYATTN_VULKAN_SOFTWARE=1 ANYATTN_CACHE=/dev/null/none $(BIN)/python scripts/site/generated.py
 
 # Into build/site; a warning is an error, but --quiet would hide it. The site loads nothing from the network.
 docs: require-native $(VENV)/docs

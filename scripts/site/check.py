@@ -26,11 +26,9 @@ def main(site: Path) -> int:
 
 
 def wrong(path: Path) -> Iterator[str]:
-    """In one page: what it loads from the network, and what was to be generated and is not."""
+    """Yield what one page loads from the network, and lists that Python-Markdown takes for text."""
     html = path.read_text(encoding="utf-8")
     yield from (f"loads {url}" for url in LOADED.findall(html))
-    if "<!-- generated:" in html:
-        yield "a marker was not filled"
     yield from (
         f"a list, table or block without an empty line around it: {found[-60:]}" for found in GLUED.findall(html)
     )

@@ -1,15 +1,16 @@
-"""The parts of pages that are generated when the site is built: `<!-- generated: NAME -->` becomes what NAME makes.
+"""Write the generated parts of the README and of the pages: tables, help texts, drawings and plots.
 
-Nothing of it is committed, so none of it can be out of date.
+A part stands between `<!-- generated: NAME -->` and `<!-- end of generated -->`. The parts and the pictures below
+docs/images are committed, so that every page is complete where its Markdown is read. `make pages` writes them, and a
+test compares them.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import posixpath
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 from unittest.mock import patch
 
 import masks
+import reference
 
 from anyattn import capabilities, cli
 from anyattn.bench import markdown, plots, report
@@ -24,24 +26,40 @@ from anyattn.config import settings
 
 ROOT = Path(__file__).resolve().parents[2]
 INCLUDE = ROOT / "native" / "include"
-MARKER = re.compile(r"^<!-- generated: (.+?) -->$", re.MULTILINE)
+IMAGES = ROOT / "docs" / "images"
+RESULTS = ROOT / "benchmarks" / "results" / "cpu.json"
+PART = re.compile(r"^(<!-- generated: (.+?) -->\n).*?^(<!-- end of generated -->)$", re.MULTILINE | re.DOTALL)
 
 
-def fill(text: str, page: str) -> str:
-    """The page with every marker replaced."""
-    return MARKER.sub(lambda marker: PARTS[marker[1]](page), text)
+def pages() -> list[Path]:
+    """Return every file that may have generated parts."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
-@cache
-def pictures() -> dict[str, bytes]:
-    """Path -> content: the plots of the committed results."""
-    with tempfile.TemporaryDirectory() as folder:
-        return {f"plots/{path.name}": path.read_bytes() for path in plots.plot(results(), Path(folder))}
+def fill(text: str, page: Path) -> str:
+    """Return the text of a page with every generated part made again."""
+    return PART.sub(lambda part: f"{part[1]}{PARTS[part[2]](page)}\n{part[3]}", text)
+
+
+def drawings() -> dict[Path, str]:
+    """Return the drawings of masks, by the files that hold them."""
+    return {IMAGES / f"masks-{group}.svg": masks.drawing(group) for group in masks.GROUPS}
+
+
+def draw_plots() -> None:
+    """Draw the committed results: a picture for each kind of plot, and one for the README."""
+    plots.plot(results(), IMAGES, source=source())
+    plots.plot(results(), IMAGES / "cpu.png", ("forward", "backward", "memory"), source=source())
+
+
+def source() -> str:
+    """Return what a plot says of the results that it was drawn from: their digest."""
+    return hashlib.sha256(RESULTS.read_bytes()).hexdigest()
 
 
 @cache
 def results() -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text(encoding="utf-8"))
+    loaded: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8"))
     return loaded
 
 
@@ -50,12 +68,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
 
-def settings_table(_: str) -> str:
+def settings_table(_: Path) -> str:
     rows = [(f"`{name}`", default or "-", meaning) for name, default, meaning in settings.VARIABLES.values()]
     return table(("Variable", "Default", "Meaning"), rows)
 
 
-def features_table(_: str) -> str:
+def features_table(_: Path) -> str:
     found = capabilities.collect()
     notes = [f"* [{number}] {reason}" for reason, number in capabilities.footnotes(found).items()]
     header, rows = capabilities.cells(found)
@@ -64,7 +82,7 @@ def features_table(_: str) -> str:
     return "\n".join([table(header, rows), "", *notes])
 
 
-def command_line(_: str) -> str:
+def command_line(_: Path) -> str:
     parts = []
     with patch.dict(os.environ, COLUMNS="100", NO_COLOR="1"):  # what argparse asks for width and color
         for name, parser in cli.parsers()[1].items():
@@ -72,24 +90,23 @@ def command_line(_: str) -> str:
     return "\n\n".join(parts)
 
 
-def plot(name: str, page: str) -> str:
-    path = posixpath.relpath(f"plots/{name}.png", posixpath.dirname(page))
-    return f"![{name}]({path})"
+def picture(name: str, text: str, page: Path) -> str:
+    return f"![{text}]({os.path.relpath(IMAGES / name, page.parent)})"
 
 
-def measured(title: str, _: str) -> str:
+def measured(title: str, _: Path) -> str:
     """The tables of `anyattn bench` whose titles begin so."""
     found = [part for part in report.tables(results()) if part.title.startswith(title)]
     assert found, f"the committed results have no table {title!r}"
     return "\n\n".join(f"**{part.title}**\n\n{table(part.header, part.rows)}" for part in found)
 
 
-def header(_: str) -> str:
+def header(_: Path) -> str:
     """The C header, as it is: its comments are the documentation."""
     return f"```c\n{(INCLUDE / 'anyattn.h').read_text(encoding='utf-8')}```"
 
 
-def struct(name: str, _: str) -> str:
+def struct(name: str, _: Path) -> str:
     """A struct of the C++ header with the comment above it."""
     text = (INCLUDE / "anyattn" / "call.hpp").read_text(encoding="utf-8")
     found = re.search(rf"^(//[^\n]*\n)*struct {name}\b.*?^}};\n", text, re.DOTALL | re.MULTILINE)
@@ -97,25 +114,40 @@ def struct(name: str, _: str) -> str:
     return f"```cpp\n{found[0]}```"
 
 
-def _parts() -> Iterator[tuple[str, Callable[[str], str]]]:
+def _parts() -> Iterator[tuple[str, Callable[[Path], str]]]:
     yield "settings", settings_table
     yield "command line", command_line
     yield "features", features_table
     yield "hardware", lambda _: markdown.hardware()
+    yield "names", lambda _: reference.index(reference.source)
     yield "machine", lambda _: next(report.notes(results())) + f", {results()['machine']['date']}"
     yield "refused", lambda _: "\n".join(f"* {note}" for note in report.notes(results()) if note.startswith("refused"))
     yield "accuracy", lambda _: markdown.accuracy(results())
     yield "speed", lambda _: markdown.speed(results())
+    yield "highlights", lambda _: markdown.highlights(results())
     yield "workloads", lambda _: markdown.workloads(results())
     for title in ("features", "small calls", "a fresh process", "beside a torch", "peak MiB"):
         yield f"measured {title}", partial(measured, title)
     for group in masks.GROUPS:
-        yield f"masks {group}", lambda _, group=group: masks.drawn(group)
+        yield f"masks {group}", partial(picture, f"masks-{group}.svg", f"masks: {group}")
     for name in plots.PANELS:
-        yield f"plot {name}", partial(plot, name)
+        yield f"plot {name}", partial(picture, f"{name}.png", plots.CAPTIONS[name])
     yield "anyattn.h", header
     for name in ("Call", "Append"):
         yield f"struct {name}", partial(struct, name)
 
 
 PARTS = dict(_parts())
+
+
+def main() -> None:
+    IMAGES.mkdir(exist_ok=True)
+    for path, drawing in drawings().items():
+        path.write_text(drawing, encoding="utf-8")
+    draw_plots()
+    for page in pages():
+        page.write_text(fill(page.read_text(encoding="utf-8"), page), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

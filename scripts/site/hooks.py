@@ -1,4 +1,4 @@
-"""What mkdocs asks while it builds the site: pages and figures that are generated, and GitHub's Markdown."""
+"""Hooks of mkdocs: pages of the reference, and links and formulas as GitHub's Markdown has them."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ def on_config(config: Any) -> Any:
 def on_files(files: Any, config: Any) -> Any:
     for path, text in reference.pages().items():
         files.append(File.generated(config, path, content=text))
-    for path, content in generated.pictures().items():
-        files.append(File.generated(config, path, content=content))
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    return generated.fill(inside(markdown, page.file.src_uri), page.file.src_uri)
+    if page.file.src_uri == "reference/index.md":
+        names = reference.index(reference.file_name)
+        markdown = generated.PART.sub(lambda part: f"{part[1]}{names}\n{part[3]}", markdown)
+    return inside(markdown, page.file.src_uri)
 
 
 def math(source: str, *_: Any, **__: Any) -> str:

@@ -1,8 +1,9 @@
-"""Drawings of what rows see: each is asked of the reference itself, with the arguments that its caption shows."""
+"""Drawings of masks, computed by the definition from the arguments that each caption shows."""
 
 from __future__ import annotations
 
 from typing import Any
+from xml.sax.saxutils import escape
 
 import numpy as np
 
@@ -11,6 +12,15 @@ from anyattn.definition import reference
 
 CELL = 18
 MARGIN = 34  # for the names of the axes
+GAP = 28
+WIDTH = 760  # of a page
+STYLE = """
+.visible { fill: #4051b5; } .sink { fill: #f28c28; } .masked { fill: #e3e6ee; }
+.text { fill: #667; font: 11px sans-serif; } .code { fill: #334; font: 12px monospace; }
+@media (prefers-color-scheme: dark) {
+  .visible { fill: #8c9eff; } .masked { fill: #343a48; } .text { fill: #99a; } .code { fill: #ccd; }
+}
+"""
 
 # Group -> caption -> arguments; rows and keys are sizes, cu_seqlens are those of rows and keys alike.
 GROUPS: dict[str, dict[str, dict[str, Any]]] = {
@@ -52,20 +62,33 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def drawn(group: str) -> str:
-    """The group's drawings as HTML."""
-    figures = [figure(caption, dict(arguments)) for caption, arguments in GROUPS[group].items()]
-    return f'<div class="masks">{"".join(figures)}</div>'
+def drawing(group: str) -> str:
+    """Return the group's figures with their captions as one SVG file."""
+    x = y = line = 0
+    widest = 0
+    figures = []
+    for caption, arguments in GROUPS[group].items():
+        content, width, height = figure(caption, dict(arguments))
+        if x and x + width > WIDTH:
+            x, y, line = 0, y + line + GAP, 0
+        figures.append(f'<g transform="translate({x} {y})">{content}</g>')
+        x, line, widest = x + width + GAP, max(line, height), max(widest, x + width)
+    size = f'width="{widest}" height="{y + line}" viewBox="0 0 {widest} {y + line}"'
+    lines = [f'<svg xmlns="http://www.w3.org/2000/svg" {size}>', f"<style>{STYLE}</style>", *figures, "</svg>"]
+    return "\n".join(lines) + "\n"
 
 
-def figure(caption: str, arguments: dict[str, Any]) -> str:
+def figure(caption: str, arguments: dict[str, Any]) -> tuple[str, int, int]:
+    """Return a figure and its width and height."""
     sink = bool(arguments.pop("sink", False))
-    picture = svg(seen(**arguments), sink)
-    return f"<figure>{picture}<figcaption><code>{caption.replace('<', '&lt;')}</code></figcaption></figure>"
+    squares, width, height = svg(visible(**arguments), sink)
+    text = escape(caption)
+    label = f'<text class="code" x="0" y="{height + 18}">{text}</text>'
+    return squares + label, max(width, 7 * len(caption)), height + 26
 
 
-def seen(rows: int = 0, keys: int = 0, cu_seqlens: list[int] | None = None, **arguments: Any) -> np.ndarray:
-    """(rows, keys): which keys the reference lets each row see."""
+def visible(rows: int = 0, keys: int = 0, cu_seqlens: list[int] | None = None, **arguments: Any) -> np.ndarray:
+    """Return which keys each query attends to, by the reference: (queries, keys)."""
     if cu_seqlens:
         arguments |= {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
         rows = keys = cu_seqlens[-1]
@@ -78,8 +101,8 @@ def seen(rows: int = 0, keys: int = 0, cu_seqlens: list[int] | None = None, **ar
     return found
 
 
-def svg(cells: np.ndarray, sink: bool) -> str:
-    """One square per row and key; a sink is a column of its own, which every row sees."""
+def svg(cells: np.ndarray, sink: bool) -> tuple[str, int, int]:
+    """Return one square per query and key, width and height; a sink is a column of its own."""
     rows, keys = cells.shape
     left = MARGIN + (CELL + 6 if sink else 0)
     width, height = left + keys * CELL + 1, MARGIN + rows * CELL + 1
@@ -87,7 +110,9 @@ def svg(cells: np.ndarray, sink: bool) -> str:
     def square(x: float, i: int, kind: str) -> str:
         return f'<rect class="{kind}" x="{x}" y="{MARGIN + i * CELL}" width="{CELL - 2}" height="{CELL - 2}" rx="2"/>'
 
-    parts = [square(left + j * CELL, i, "seen" if cells[i, j] else "hidden") for i in range(rows) for j in range(keys)]
+    parts = [
+        square(left + j * CELL, i, "visible" if cells[i, j] else "masked") for i in range(rows) for j in range(keys)
+    ]
     if sink:
         parts += [square(MARGIN, i, "sink") for i in range(rows)]
         parts.append(f'<text class="text" x="{MARGIN}" y="{MARGIN - 20}">sink</text>')
@@ -95,6 +120,6 @@ def svg(cells: np.ndarray, sink: bool) -> str:
         *(f'<text class="text" x="{left + j * CELL + 4}" y="{MARGIN - 5}">{j}</text>' for j in range(keys)),
         *(f'<text class="text" x="{MARGIN - 14}" y="{MARGIN + i * CELL + 12}">{i}</text>' for i in range(rows)),
         f'<text class="text" x="{left}" y="{MARGIN - 20}">keys</text>',
-        f'<text class="text" transform="translate(10 {MARGIN + rows * CELL / 2 + 12}) rotate(-90)">rows</text>',
+        f'<text class="text" transform="translate(10 {MARGIN + rows * CELL / 2 + 22}) rotate(-90)">queries</text>',
     ]
-    return f'<svg width="{width}" height="{height}" viewBox="0 0 {width} {height}">{"".join(parts + labels)}</svg>'
+    return "".join(parts + labels), width, height

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,32 +32,37 @@ MODULES = (
         )
     ),
 )
-INDEX = """# Reference
-
-Every public name. C and C++ have [their own page](c-and-cpp.md).
-
-## Functions and classes
-{names}
-
-## Modules
-{modules}
-"""
 
 
 @cache
 def pages() -> dict[str, str]:
     """Path -> Markdown."""
-    found = {f"reference/{file_name(name)}": page(name) for name in (*NAMES, *MODULES)}
-    return found | {"reference/index.md": INDEX.format(names=table(NAMES), modules=table(MODULES))}
+    return {f"reference/{file_name(name)}": page(name) for name in (*NAMES, *MODULES)}
 
 
 def page(name: str) -> str:
     return f"---\ntitle: {name.removeprefix('anyattn.')}\n---\n\n::: {name}\n"
 
 
-def table(names: tuple[str, ...]) -> str:
-    rows = (f"| [`{name}`]({file_name(name)}) | {summary(name)} |" for name in names)
-    return "\n".join(["| Name | What it is |", "|---|---|", *rows])
+def index(link: Callable[[str], str]) -> str:
+    """Return the tables of all names; `link` gives the target of a name."""
+    tables = []
+    for kind, names in (("Function or class", NAMES), ("Module", MODULES)):
+        rows = (f"| [`{name}`]({link(name)}) | {summary(name)} |" for name in names)
+        tables.append("\n".join([f"| {kind} | Summary |", "|---|---|", *rows]))
+    return "\n\n".join(tables)
+
+
+def source(name: str) -> str:
+    """Return the file of the sources that documents a name, as a link from docs/reference."""
+    if name in MODULES:
+        spec = find_spec(name)
+        assert spec is not None
+        file = spec.origin
+    else:
+        file = inspect.getsourcefile(inspect.unwrap(getattr(anyattn, name.removeprefix("anyattn."))))
+    assert file is not None
+    return f"../../src/anyattn/{Path(file).relative_to(Path(anyattn.__file__).parent).as_posix()}"
 
 
 def file_name(name: str) -> str:

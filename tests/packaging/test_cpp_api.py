@@ -73,10 +73,10 @@ def test_a_header_needs_no_other(header: str, tmp_path: Path) -> None:
     run(program)
 
 
-def test_readme(tmp_path: Path) -> None:
-    """Its program, compiled by its commands."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = {language: re.findall(rf"```{language}\n(.*?)```", readme, re.DOTALL) for language in ("cpp", "bash")}
+def test_program_of_the_documentation(tmp_path: Path) -> None:
+    """Compile the program of the page by the commands of the page."""
+    page = (ROOT / "docs/use-with/c-and-cpp.md").read_text(encoding="utf-8")
+    blocks = {language: re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL) for language in ("cpp", "bash")}
     (program,), (commands,) = blocks["cpp"], blocks["bash"]
     (tmp_path / "program.cpp").write_text(program)
     run("bash", "-euc", f"cd {shlex.quote(str(tmp_path))}\n{commands}\n./program", **TOOLS)

@@ -1,4 +1,4 @@
-"""What the README, the guide and the docstrings show runs; the README's figures are those of the committed results.
+"""Code of the README, of the pages and of the docstrings runs, and their generated parts are up to date.
 
 The Python blocks of a page of the guide are one program. A block that begins with a file's name is that file, and a
 console block runs it: what the page shows below the command is what it prints.
@@ -7,7 +7,6 @@ console block runs it: what the page shows below the command is what it prints.
 from __future__ import annotations
 
 import doctest
-import json
 import os
 import re
 import subprocess
@@ -15,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import generated
 import pytest
 import reference
 import torch
@@ -37,11 +37,11 @@ import anyattn.nn
 import anyattn.runtime.dispatch
 import anyattn.sdpa
 from anyattn import cli, compat
-from anyattn.bench import markdown
+from anyattn.bench import plots
+from harness.backends import engines
 from harness.paths import ROOT
 
 README = ROOT / "README.md"
-RESULTS = ROOT / "benchmarks" / "results" / "cpu.json"
 BLOCKS = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in sorted((ROOT / "docs").rglob("*.md"))}
 # The packages of these have left Python 3.10 behind (requirements/test.txt).
@@ -145,7 +145,8 @@ def test_every_block_is_of_a_kind_that_is_run_or_drawn() -> None:
     """A block without a language is a formula, a picture, or a command that installs or runs for minutes."""
     for name, path in PAGES.items():
         fences = re.findall(r"^```(.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
-        assert set(fences[::2]) <= {"", "python", "console", "math"}, name
+        compiled = {"cpp", "bash", "c"} if name.endswith("c-and-cpp.md") else set()  # test_cpp_api.py, or a header
+        assert set(fences[::2]) <= {"", "python", "console", "math"} | compiled, name
         assert set(fences[1::2]) <= {""}, name
 
 
@@ -209,7 +210,25 @@ def test_every_public_name_is_documented() -> None:
         assert getattr(anyattn, name).__doc__, name
 
 
-def test_readme_tables_are_the_committed_results() -> None:
-    text = README.read_text()
-    assert markdown.fill(text, json.loads(RESULTS.read_text())) == text
-    assert "| float32 |" in text
+@pytest.mark.parametrize("page", [README, *PAGES.values()], ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_generated_parts_are_fresh(page: Path) -> None:
+    """`make pages` writes them."""
+    text = page.read_text(encoding="utf-8")
+    if page.name == "features.md" and not {"triton", "vulkan"} <= {engine.backend for engine in engines()}:
+        pytest.skip("lists what Triton's interpreter and a Vulkan driver answer")
+    assert generated.fill(text, page) == text
+    assert text.count("<!-- generated: ") == len(generated.PART.findall(text))
+
+
+def test_committed_pictures_are_fresh() -> None:
+    for path, drawing in generated.drawings().items():
+        assert path.read_text(encoding="utf-8") == drawing, path
+    for name in ("cpu", *plots.PANELS):
+        assert generated.source().encode() in (generated.IMAGES / f"{name}.png").read_bytes(), name
+
+
+def test_readme_is_short_and_begins_with_a_call() -> None:
+    lines = README.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 150
+    assert len(" ".join(lines).split()) <= 1500
+    assert lines.index("```python") < 20

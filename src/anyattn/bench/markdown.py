@@ -1,14 +1,7 @@
-"""The README's tables, from the committed results and from what backends say of themselves.
-
-python -m anyattn.bench.markdown RESULTS README
-"""
+"""Tables of the README and the documentation, from committed results and from the evidence of each backend."""
 
 from __future__ import annotations
 
-import json
-import re
-import sys
-from pathlib import Path
 from typing import Any
 
 from ..capabilities import evidence
@@ -19,16 +12,50 @@ WORKLOADS = (
     *("GQA 32:8 prefill", "decode B=1", "decode B=8", "decode pages of 16", "32 rows", "window 256", "window 1024"),
     *("varlen", "dense bias", "mask documents", "dropout", "backward few heads", "backward GQA"),
 )
+EVIDENCE = ("tested", "compiled", "expected")
+# (name, end of the label) of a case -> what the README calls it
+HIGHLIGHTS = {
+    ("(1, 16, 2048, 128)", "float32 causal forward"): "prefill, 2,048 tokens, 16 heads of 128, float32",
+    ("(1, 16, 2048, 128)", "bfloat16 causal backward"): "its gradients in bfloat16",
+    ("window 256", "bfloat16 causal window 255 forward"): "sliding window of 256, 8,192 tokens, bfloat16",
+    ("decode B=1", "bfloat16 cache forward"): "one token over a cache of 65,536 keys, 32:8 heads, bfloat16",
+}
 
 
 def hardware() -> str:
     """Return the hardware of each backend by how well it is known to work there."""
-    rows = [
-        f"| `{name}` | {how} | {'; '.join(where)} |"
-        for name in dispatch.names()
-        for how, where in evidence(name).items()
+    lines = [f"| Backend | {' | '.join(name.capitalize() for name in EVIDENCE)} |", "|---" * (len(EVIDENCE) + 1) + "|"]
+    for name in dispatch.names():
+        found = evidence(name)
+        lines.append(f"| `{name}` | {' | '.join('; '.join(found.get(how, ())) or '-' for how in EVIDENCE)} |")
+    return "\n".join(lines)
+
+
+def highlights(results: dict[str, Any]) -> str:
+    """Return the time of a few cases next to PyTorch's."""
+    machine = results["machine"]
+    lines = [
+        f"| {machine['processor']}, {machine['threads']} threads, {machine['date']} | anyattn | torch SDPA | ratio |",
+        "|---|---|---|---|",
     ]
-    return "\n".join(["| Engine | State | Hardware |", "|---|---|---|", *rows])
+    rows = {(row["name"], row["label"].split(") ", 1)[-1]): row for row in results["cases"]}
+    for key, text in HIGHLIGHTS.items():
+        ours, sdpa = (rows[key]["seconds"][name]["median"] for name in ("anyattn", "torch SDPA"))
+        lines.append(f"| {text} | {ours * 1e3:.1f} ms | {sdpa * 1e3:.1f} ms | {sdpa / ours:.1f}x |")
+    return "\n".join([*lines, "", _against_torch(results)])
+
+
+def _against_torch(results: dict[str, Any]) -> str:
+    """Return a sentence about all cases that PyTorch computes."""
+    timed = [row["seconds"] for row in results["cases"]]
+    ratios = sorted(
+        row["torch SDPA"]["median"] / row["anyattn"]["median"] for row in timed if {"anyattn", "torch SDPA"} <= set(row)
+    )
+    faster, half = sum(ratio > 1 for ratio in ratios), ratios[len(ratios) // 2]
+    return (
+        f"anyattn is faster than PyTorch in {faster} of the {len(ratios)} benchmark cases that both compute. "
+        f"PyTorch takes {half:.1f} times as long in the median, and from {ratios[0]:.2f} to {ratios[-1]:.0f} times."
+    )
 
 
 def accuracy(results: dict[str, Any]) -> str:
@@ -69,26 +96,3 @@ def workloads(results: dict[str, Any]) -> str:
         ratios = [f"{seconds[name] / ours:.1f}x" if name in seconds else "" for name in others]
         lines.append(f"| {row['name']}: {row['label']} | {ours * 1e3:.1f} | {' | '.join(ratios)} |")
     return "\n".join(lines)
-
-
-def fill(text: str, results: dict[str, Any]) -> str:
-    """The text with everything between `<!-- NAME:begin -->` and `<!-- NAME:end -->` written anew."""
-    sections = {
-        "hardware": hardware(),
-        "accuracy": accuracy(results),
-        "speed": speed(results),
-        "workloads": workloads(results),
-    }
-    for name, section in sections.items():
-        pattern = re.compile(f"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
-        text = pattern.sub(rf"\g<1>{section}\n\g<2>", text)
-    return text
-
-
-def main(results: str, readme: str) -> None:
-    path = Path(readme)
-    path.write_text(fill(path.read_text(), json.loads(Path(results).read_text())))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:3])

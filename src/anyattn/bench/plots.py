@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from .report import OURS, Results, memory_rows
 
 INCHES = (6.4, 4.4)
+MOST_IN_A_LINE = 3
 
 
-def plot(results: Results, path: Path) -> list[Path]:
-    """One picture with every panel if `path` ends with a picture's suffix, else a folder with one for each."""
+def plot(results: Results, path: Path, names: Sequence[str] = (), *, source: str = "") -> list[Path]:
+    """Draw the results: one picture if `path` ends with a picture's suffix, else a folder with one for each panel.
+
+    Args:
+        names: the panels; all of those that have data if there are none.
+        source: text that the pictures carry in their metadata.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = {name: draw for name, draw in PANELS.items() if DATA[name](results)}
-    if not path.suffix:
-        return [_save(results, {name: draw}, path / f"{name}.png", pyplot) for name, draw in panels.items()]
-    return [_save(results, panels, path, pyplot)] if panels else []
+    panels = {name: draw for name, draw in PANELS.items() if DATA[name](results) and name in (names or PANELS)}
+    files = {path / f"{name}.png": {name: draw} for name, draw in panels.items()} if not path.suffix else {path: panels}
+    return [_save(results, drawn, file, source, pyplot) for file, drawn in files.items() if drawn]
 
 
-def _save(results: Results, panels: dict[str, Any], path: Path, pyplot: Any) -> Path:
+def _save(results: Results, panels: dict[str, Any], path: Path, source: str, pyplot: Any) -> Path:
     width, height = INCHES
-    columns = min(2, len(panels))
+    columns = len(panels) if len(panels) <= MOST_IN_A_LINE else 2
     lines = -(-len(panels) // columns)
     figure, axes = pyplot.subplots(
         lines, columns, figsize=(width * columns, height * lines), layout="constrained", squeeze=False
@@ -43,7 +48,7 @@ def _save(results: Results, panels: dict[str, Any], path: Path, pyplot: Any) -> 
         f"{machine['processor']}, {threads} threads, {machine['cpu_target']}, {machine['date']}", fontsize=9
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, metadata={"Source": source} if path.suffix == ".png" else None)
     pyplot.close(figure)
     return path
 
@@ -62,11 +67,20 @@ def _speed(backward: bool) -> Callable[[Results, Any], None]:
         peaks = [row["peak_flops"] / 1e9 for row in rows if row["peak_flops"]]
         if peaks:
             axis.axhline(max(peaks), color="gray", linestyle=":", label="registers only")
-        title = f"{'backward' if backward else 'forward'}, causal float32, 8 heads of 64"
-        axis.set(title=title, ylabel="useful GFLOP/s", xlabel="sequence length", ylim=(0, None))
+        axis.set_title(_speed_title(rows[-1], "Backward" if backward else "Forward"))
+        axis.set(ylabel="useful GFLOP/s, causal float32, 8 heads of 64", xlabel="sequence length", ylim=(0, None))
         _lengths_axis(axis)
 
     return draw
+
+
+def _speed_title(row: Results, pass_: str) -> str:
+    """Say the result: how many times PyTorch's speed the longest case reaches."""
+    seconds = {name: timing["median"] for name, timing in row["seconds"].items()}
+    length = row.get("seqlen_q", row.get("seqlen"))
+    if "torch SDPA" not in seconds or OURS not in seconds:
+        return pass_
+    return f"{pass_}: {seconds['torch SDPA'] / seconds[OURS]:.1f} times PyTorch's speed at {length:,} tokens"
 
 
 def _roofline(results: Results, axis: Any) -> None:
@@ -93,7 +107,7 @@ def _roofline(results: Results, axis: Any) -> None:
         if peak:
             roof = np.minimum(x * stream, peak) if stream else np.full_like(x, peak)
             axis.plot(x, roof / 1e9, color=colors[dtype], linewidth=1)
-    axis.set(title=f"{OURS}: every case below the measured ceilings", xscale="log", yscale="log")
+    axis.set(title=f"{OURS}: each case against what this machine can do", xscale="log", yscale="log")
     axis.set(xlabel="useful operations per byte that has to move", ylabel="useful GFLOP/s")
 
 
@@ -102,7 +116,9 @@ def _memory(results: Results, axis: Any) -> None:
     for name in dict.fromkeys(name for row in rows for name in row["mib"]):
         mine = [row for row in rows if name in row["mib"]]
         axis.plot([row["seqlen_q"] for row in mine], [max(row["mib"][name], 0.1) for row in mine], **_style(name))
-    axis.set(title="peak extra memory, forward and backward, causal float32", ylabel="MiB", yscale="log")
+    last = rows[-1]["mib"]
+    title = f"Memory grows with the length: {last[OURS]:.0f} MiB at {rows[-1]['seqlen_q']:,} tokens"
+    axis.set(title=title, ylabel="extra MiB of forward and backward, causal float32", yscale="log")
     axis.set(xlabel="sequence length")
     _lengths_axis(axis)
 
@@ -112,7 +128,8 @@ def _accuracy(results: Results, axis: Any) -> None:
     for i, name in enumerate(names := list(rows[0]["errors"])):
         x = [j + (i - (len(names) - 1) / 2) * 0.25 for j in range(len(rows))]
         axis.bar(x, [row["errors"][name] for row in rows], width=0.23, label=name)
-    axis.set(title="largest error against float64, (1, 8, 512, 64)", yscale="log", ylabel="largest absolute error")
+    axis.set(title="Error against float64: no larger than PyTorch's", yscale="log")
+    axis.set(ylabel="largest absolute error, (1, 8, 512, 64)")
     axis.set_xticks(range(len(rows)), [row["dtype"] for row in rows])
 
 
@@ -147,4 +164,11 @@ DATA: dict[str, Callable[[Results], Any]] = {
     "roofline": _intense,
     "memory": _memory_by_length,
     "accuracy": lambda results: results.get("accuracy"),
+}
+CAPTIONS: dict[str, str] = {
+    "forward": "speed of the forward against sequence length, anyattn and others",
+    "backward": "speed of the backward against sequence length, anyattn and others",
+    "roofline": "every case of the benchmark below the measured ceilings of arithmetic and memory",
+    "memory": "extra memory of forward and backward against sequence length",
+    "accuracy": "largest error against float64 by dtype",
 }
