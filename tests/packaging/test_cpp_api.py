@@ -50,13 +50,27 @@ def test_paths() -> None:
     assert Path(anyattn.get_library()).is_file()
 
 
+PRINTED = {
+    "attention.c": "4 heads over 3: invalid dimension",
+    "attention.cpp": "all as it should be",
+    "generate.cpp": "all tokens equal those of the whole sequence",
+}
+
+
+def compiled(source: Path, compiler: str, standard: str, program: Path) -> Path:
+    run(*compiler.split(), f"-std={standard}", *STRICT, "-O1", source, *link(), "-o", program)
+    return program
+
+
 @pytest.mark.parametrize(("language", "compiler", "standard"), STANDARDS)
 def test_examples(language: str, compiler: str, standard: str, tmp_path: Path) -> None:
-    source = EXAMPLES / ("attention.c" if language == "c" else "attention.cpp")
-    program = tmp_path / "attention"
-    run(*compiler.split(), f"-std={standard}", *STRICT, "-O1", source, *link(), "-o", program)
-    printed = run(program)
-    assert ("4 heads over 3: invalid dimension" if language == "c" else "all as it should be") in printed
+    source = "attention.c" if language == "c" else "attention.cpp"
+    assert PRINTED[source] in run(compiled(EXAMPLES / source, compiler, standard, tmp_path / "attention"))
+
+
+@pytest.mark.parametrize("compiler", COMPILERS["c++"])
+def test_generation_example(compiler: str, tmp_path: Path) -> None:
+    assert PRINTED["generate.cpp"] in run(compiled(EXAMPLES / "generate.cpp", compiler, "c++17", tmp_path / "generate"))
 
 
 @pytest.mark.parametrize("header", ["anyattn.h", "anyattn.hpp"])
@@ -92,8 +106,9 @@ def test_find_package(tmp_path: Path) -> None:
     configured = configure(EXAMPLES, tmp_path)
     assert configured.returncode == 0, configured.stderr
     run("cmake", "--build", tmp_path, **TOOLS)
-    assert "all as it should be" in run(tmp_path / "attention")
-    assert "invalid dimension" in run(tmp_path / "attention_c")
+    programs = {"attention.c": "attention_c", "attention.cpp": "attention", "generate.cpp": "generate"}
+    for source, printed in PRINTED.items():
+        assert printed in run(tmp_path / programs[source])
     found = re.search(r"^anyattn_DIR:PATH=(.*)$", (tmp_path / "CMakeCache.txt").read_text(), re.MULTILINE)
     assert found and Path(found.group(1)).resolve() == Path(anyattn.get_include()).parent / "lib/cmake/anyattn"
 
