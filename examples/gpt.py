@@ -87,10 +87,15 @@ class GPT(nn.Module):
                 last = name.endswith(("out.weight", "down.weight"))
                 nn.init.normal_(parameter, std=0.02 / (2 * config.nlayers) ** 0.5 if last else 0.02)
 
-    def forward(self, tokens: Tensor, cache: Cache | None = None, position: int = 0) -> Tensor:
-        """Logits (batch, seqlen, vocab_size) of the token after each of `tokens`, which start at `position`."""
+    def forward(
+        self, tokens: Tensor, cache: Cache | None = None, position: int = 0, positions: Tensor | None = None
+    ) -> Tensor:
+        """Return logits (batch, seqlen, vocab_size) of the token after each of `tokens`.
+
+        The tokens start at `position`. For packed sequences, `positions` (seqlen,) has the position of each token.
+        """
         x = self.embedding(tokens)
-        angles = self.angles[position : position + tokens.shape[1]]
+        angles = self.angles[position : position + tokens.shape[1]] if positions is None else self.angles[positions]
         for layer, block in enumerate(self.blocks):
             x = block(x, angles, cache[layer] if cache else None, position)
         return self.norm(x) @ self.embedding.weight.T

@@ -1,0 +1,60 @@
+"""The examples on small sizes: each compares its results with a second computation and raises if they differ."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+from anyattn.cli import demo
+
+pytest.importorskip("torch")
+
+FOLDER = demo.script().parent
+SHORT = ("server.py", "packed.py", "transformers_model.py", "long_context.py", "cpp/generate.cpp")
+
+
+@pytest.fixture(autouse=True)
+def _examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+
+def test_every_answer_of_the_server_equals_that_of_a_request_served_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    importlib.import_module("server").main(requests=5, num_pages=9, context=64)
+    printed = capsys.readouterr().out
+    assert "all 5 answers equal" in printed
+    assert " 0 waiting, 9 free pages" in printed  # every page came back
+    assert any(" 0 waiting" not in line for line in printed.splitlines()[:-1])  # requests had to wait for pages
+
+
+def test_server_refuses_a_request_that_never_fits() -> None:
+    with pytest.raises(ValueError, match="num_pages must be"):
+        importlib.import_module("server").main(requests=1, num_pages=1, context=64)
+
+
+def test_packed_training_equals_padded_training(capsys: pytest.CaptureFixture[str]) -> None:
+    importlib.import_module("packed").main(steps=3, count=4, longest=48)
+    assert "largest difference of the losses" in capsys.readouterr().out
+
+
+def test_ring_of_pages_equals_one_call_in_constant_memory(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example = importlib.import_module("long_context")
+    monkeypatch.setattr(example, "WINDOW", 32)
+    monkeypatch.setattr(example, "PAGE_SIZE", 8)
+    example.main(length=1024, checked=120)
+    assert "1,024" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="transformers has left Python 3.10 behind")
+def test_transformers_model_generates_what_eager_generates(capsys: pytest.CaptureFixture[str]) -> None:
+    importlib.import_module("transformers_model").main(count=8)
+    assert "anyattn wrote" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_example_is_short(name: str) -> None:
+    assert len(Path(FOLDER, name).read_text(encoding="utf-8").splitlines()) < 120
