@@ -23,7 +23,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find native examples -name '*.cc' -o -name '*.cpp' -o -name '*.c' -o -name '*.h' -o -name '*.hpp' | sort)
 PACKAGED := $(shell find src examples native -not -path '*/__pycache__*') pyproject.toml
 
-.PHONY: venv require-native demo check test full models weights soak stress test-oldest gpu aot bench pages docs shaders vulkan-drivers wheels test-arm64 lint format sanitize sanitize-python clean
+.PHONY: venv require-native demo check test full models weights soak stress test-oldest gpu aot bench pages docs notebooks shaders vulkan-drivers wheels test-arm64 lint format sanitize sanitize-python clean
 .DEFAULT_GOAL := test
 
 venv: $(VENV)/installed
@@ -154,6 +154,10 @@ bench: require-native $(VENV)/bench
 # interpreter and of a Vulkan driver.
 pages: require-native $(VENV)/docs
 	PYTHONPATH=scripts/site TRITON_INTERPRET=1 ANYATTN_VULKAN_SOFTWARE=1 ANYATTN_CACHE=/dev/null/none $(BIN)/python scripts/site/generated.py
+
+# The outputs of the notebooks in examples/notebooks.
+notebooks: venv
+	$(BIN)/python scripts/notebooks.py
 
 # Into build/site; a warning is an error, but --quiet would hide it. The site loads nothing from the network.
 docs: require-native $(VENV)/docs

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
 from anyattn.cli import demo
+from harness.paths import ROOT
 
 pytest.importorskip("torch")
+pytest.importorskip("matplotlib")
+import notebooks
 
 FOLDER = demo.script().parent
 SHORT = ("server.py", "packed.py", "transformers_model.py", "long_context.py", "cpp/generate.cpp")
@@ -58,3 +63,25 @@ def test_transformers_model_generates_what_eager_generates(capsys: pytest.Captur
 @pytest.mark.parametrize("name", SHORT)
 def test_example_is_short(name: str) -> None:
     assert len(Path(FOLDER, name).read_text(encoding="utf-8").splitlines()) < 120
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("examples/notebooks/*.ipynb")), ids=lambda path: path.stem)
+def test_notebook_runs_and_holds_its_outputs(path: Path) -> None:
+    """Numbers and pixels differ between machines, so only the kinds of outputs are compared: `make notebooks`."""
+    text = path.read_text(encoding="utf-8")
+    assert len(text) < 200_000
+    notebook = json.loads(text)
+    ran = [(cell["outputs"], outputs) for cell, outputs in notebooks.run(notebook)]
+    assert sum(len(outputs) for _, outputs in ran) > 3
+    for committed, outputs in ran:
+        assert [output["output_type"] for output in committed] == [output["output_type"] for output in outputs]
+
+
+def test_links_of_the_examples_lead_somewhere() -> None:
+    listed = set()
+    for path in [ROOT / "examples/README.md", *ROOT.glob("examples/notebooks/*.ipynb")]:
+        for target in re.findall(r"\]\(([^)#]+)", path.read_text(encoding="utf-8")):
+            assert (path.parent / target).exists(), f"{path.name}: {target}"
+            listed.add((path.parent / target).resolve())
+    programs = {path for path in (ROOT / "examples").rglob("*") if path.suffix in {".c", ".cpp", ".ipynb", ".py"}}
+    assert programs - listed == {ROOT / "examples/memory.py"}
