@@ -27,6 +27,7 @@ import anyattn
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
+from matplotlib.axes import Axes
 
 HEADS, HEAD_DIM = 2, 64  # of the long-context measurement, float32
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
@@ -136,32 +137,70 @@ def print_long_context(console: Console, found: dict[str, dict[int, Use]]) -> No
 
 
 def plot(path: Path, result: Comparison, tokens: int, used: dict[str, dict[int, Use]]) -> None:
-    """Losses, speed, memory against length."""
-    figure, (losses, speed, space) = pyplot.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
-    losses.plot(result.ours.losses, label="anyattn", linewidth=3, alpha=0.5)
-    losses.plot(result.torchs.losses, label="PyTorch SDPA", linewidth=1, color="black")
-    losses.set(title=f"loss (largest difference {result.difference:.0e})", xlabel="step", ylabel="nats per character")
-    losses.legend()
+    """Write a picture of losses, speed and memory; each title says the result of its panel."""
+    figure, (losses, speed, space) = pyplot.subplots(1, 3, figsize=(14, 4.4), layout="constrained")
+    figure.suptitle("A small GPT trained twice, with anyattn and with PyTorch's attention", fontsize="x-large")
+    plot_losses(losses, result)
+    plot_step(speed, result, tokens)
+    plot_memory(space, used)
+    figure.supxlabel(
+        f"anyattn {anyattn.__version__}, torch {torch.__version__}; float32, CPU threads: {torch.get_num_threads()}; "
+        f"{tokens:,} tokens per training step",
+        fontsize="small",
+        color="gray",
+    )
+    figure.savefig(path, dpi=110)
+
+
+def plot_losses(axes: Axes, result: Comparison) -> None:
+    steps = range(1, len(result.ours.losses) + 1)
+    axes.plot(steps, result.ours.losses, label="anyattn", linewidth=4, alpha=0.5)
+    axes.plot(steps, result.torchs.losses, label="PyTorch SDPA", linewidth=1, color="black")
+    axes.set(xlabel="training step", ylabel="loss, nats per character")
+    axes.set_title(f"Same training: the two losses never\ndiffer by more than {result.difference:.0e}")
+    axes.legend()
+
+
+def plot_step(axes: Axes, result: Comparison, tokens: int) -> None:
+    """Draw the time of one training step; the part of attention is the part that differs."""
     for x, trainer in enumerate((result.ours, result.torchs)):
         step, attention = trainer.step_seconds * 1e3, trainer.attention_share * trainer.step_seconds * 1e3
-        bars = speed.bar([x], [attention], color="tab:blue", label="" if x else "attention")
-        speed.bar([x], [step - attention], bottom=[attention], color="lightgray", label="" if x else "the rest")
-        speed.bar_label(bars, label_type="center", fmt="%.0f ms", color="white")
-        speed.text(x, step, f"{tokens / trainer.step_seconds:,.0f} tokens/s", ha="center", va="bottom")
-    speed.set(title="one training step", ylabel="ms", xticks=[0, 1], xticklabels=["anyattn", "PyTorch SDPA"])
-    speed.margins(y=0.3)  # room for the legend
-    speed.legend(loc="upper center", ncols=2)
+        bars = axes.bar([x], [attention], width=0.6, color="tab:blue", label="" if x else "attention")
+        axes.bar([x], [step - attention], 0.6, [attention], color="lightgray", label="" if x else "the rest")
+        axes.bar_label(bars, label_type="center", fmt="%.0f ms", color="white")
+        axes.text(x, step, f"{tokens / trainer.step_seconds:,.0f} tokens/s", ha="center", va="bottom")
+    ratio = result.torchs.step_seconds / result.ours.step_seconds
+    axes.set(ylabel="one training step, ms", xticks=[0, 1], xticklabels=["anyattn", "PyTorch SDPA"])
+    axes.set_title(f"Training with anyattn is {ratio:.2f} times\nas fast as with PyTorch SDPA")
+    axes.margins(y=0.25)  # room for the legend
+    axes.legend(loc="upper center", ncols=2)
+
+
+def plot_memory(axes: Axes, used: dict[str, dict[int, Use]]) -> None:
+    """Draw peak memory against length; dashed where the matrices are too large to be written."""
+    colors = {"anyattn": "tab:blue", "PyTorch SDPA": "black", "standard": "tab:red"}
     for name, points in used.items():
         known = [(n, use.size / 2**20) for n, use in points.items() if use.size]
         if known:
-            space.plot(*zip(*known, strict=True), marker="o", label=name)
+            axes.plot(*zip(*known, strict=True), marker="o", color=colors[name], label=name)
     computed = [n for n in used["anyattn"] if n >= STANDARD_LIMIT]
-    space.plot(computed, [standard_bytes(n) / 2**20 for n in computed], "--", color="gray", label="standard, computed")
-    space.set(title=f"memory of one forward, {HEADS} heads", xlabel="tokens", ylabel="MiB", xscale="log", yscale="log")
-    space.set_xticks(list(used["anyattn"]), [f"{n // 1024}k" for n in used["anyattn"]])
-    space.minorticks_off()
-    space.legend()
-    figure.savefig(path, dpi=110)
+    need = [standard_bytes(n) / 2**20 for n in computed]
+    axes.plot(computed, need, "--", color=colors["standard"], label="standard, computed")
+    axes.set(xlabel=f"tokens of one forward pass with {HEADS} heads", xscale="log", yscale="log")
+    axes.set_ylabel("peak memory beyond q, k and v")
+    axes.set_yticks([1, 32, 1024, 32 * 1024], ["1 MiB", "32 MiB", "1 GiB", "32 GiB"])
+    axes.set_title(memory_title(used["anyattn"]))
+    axes.set_xticks(list(used["anyattn"]), [f"{n // 1024}k" for n in used["anyattn"]])
+    axes.minorticks_off()
+    axes.legend()
+
+
+def memory_title(used: dict[int, Use]) -> str:
+    seqlen, use = max(used.items())
+    need = memory.text(standard_bytes(seqlen))
+    if use.size is None:
+        return f"{seqlen:,} tokens without the {need}\nthat standard attention needs"
+    return f"{seqlen:,} tokens in {memory.text(use.size)};\nstandard attention would need {need}"
 
 
 def main() -> None:

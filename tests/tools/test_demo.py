@@ -37,6 +37,15 @@ def test_losses_coincide(tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_title_of_the_memory_panel_says_the_result() -> None:
+    from demo import Use, memory_title
+
+    measured = {1024: Use(2**20, 0.1), 8192: Use(5 * 2**20, 0.2)}
+    assert memory_title(measured) == "8,192 tokens in 5.0 MiB;\nstandard attention would need 1.1 GiB"
+    unknown = {8192: Use(None, 0.2)}
+    assert memory_title(unknown) == "8,192 tokens without the 1.1 GiB\nthat standard attention needs"
+
+
 def test_training_learns() -> None:
     from gpt import Config
     from train import Corpus, Trainer
