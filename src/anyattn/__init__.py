@@ -19,8 +19,9 @@ from .api import (
 )
 from .c_library import get_include, get_library
 from .definition.errors import UnsupportedProblem
-from .definition.inputs import Gradients
+from .definition.inputs import Gradients, SecondGradients
 from .definition.mask import Mask
+from .derivatives import attention_second, attention_tangent
 from .sdpa import flash_attention, sdpa
 from .weights import attention_weights
 
@@ -35,10 +36,13 @@ __all__ = [
     "Explanation",
     "Gradients",
     "Mask",
+    "SecondGradients",
     "UnsupportedProblem",
     "attention",
     "attention_backward",
     "attention_forward",
+    "attention_second",
+    "attention_tangent",
     "attention_varlen",
     "attention_weights",
     "attention_with_kvcache",

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from anyattn.definition import reference
+from anyattn.definition.passes import BACKWARD
 from anyattn.testing import Case, CaseInputs, make_inputs
 from harness.cases import ALL, named
 from harness.oracle import attention
@@ -16,7 +17,7 @@ torch = pytest.importorskip("torch")
 
 
 def reference_of(inputs: CaseInputs) -> dict[str, np.ndarray | None]:
-    problem, arrays = inputs.describe(backward=True)
+    problem, arrays = inputs.describe(BACKWARD)
     out, lse = reference.forward(problem, arrays)
     return {"out": out, "lse": lse, **vars(reference.backward(problem, arrays, inputs.dout64, inputs.dlse64))}
 

@@ -14,7 +14,7 @@ import pytest
 
 from anyattn.backends.triton.device import interpreted
 from anyattn.config import settings
-from anyattn.definition.passes import BACKWARD
+from anyattn.definition.passes import BACKWARD, SECOND, TANGENT
 from anyattn.definition.problem import Problem
 from anyattn.runtime import dispatch
 
@@ -49,6 +49,8 @@ class Engine:
 
     def may_refuse(self, problem: Problem) -> bool:
         """Return whether the tests accept that this backend refuses the problem."""
+        if problem.pass_ in (TANGENT, SECOND):
+            return self.backend != "numpy"
         if problem.pass_ is BACKWARD and (problem.paged or problem.cache_batch_idx is not None):
             return self.backend != "numpy"
         limits = MAY_REFUSE.get(self.backend)

@@ -7,8 +7,11 @@ import pytest
 
 import anyattn
 from anyattn import testing
+from anyattn.definition import passes
 from anyattn.runtime import dispatch
 from harness.backends import Engine
+
+PASSES = {pass_.name: pass_ for pass_ in passes.PASSES}
 
 
 def run(inputs: testing.CaseInputs, direction: str, engine: Engine) -> testing.Results:
@@ -25,14 +28,18 @@ def wrong(inputs: testing.CaseInputs, direction: str, engine: Engine) -> list[st
 
 def refused(inputs: testing.CaseInputs, direction: str, engine: Engine) -> bool:
     """Return True if the backend says that it does not compute this, after a check that the call raises its reasons."""
-    backend, (problem, _) = dispatch.get(engine.backend), inputs.describe(backward=direction == "backward")
+    backend, (problem, _) = dispatch.get(engine.backend), inputs.describe(PASSES[direction])
     reasons = dispatch.refuse(backend, problem)
     if not reasons:
         return False
     assert engine.may_refuse(problem), f"{engine} must compute this: {reasons}"
     with pytest.raises(anyattn.UnsupportedProblem) as caught:
         run(inputs, direction, engine)
-    reported = caught.value.refusals[engine.backend]  # a forward that is refused comes first, with its own reasons
+    # a forward that is refused comes first, with its own reasons
+    reported, reasons = (
+        caught.value.refusals[engine.backend],
+        [*reasons, *dispatch.refuse(backend, inputs.describe()[0])],
+    )
     assert reported and set(reported) <= set(reasons)
     return True
 

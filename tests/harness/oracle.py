@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from anyattn.testing import Case, CaseInputs, Span
 
 
+LEAVES = ("q", "k", "v", "bias", "sink")
+
+
 def visible(case: Case, span: Span) -> np.ndarray:
     """(n_q, n_k): which keys the interval lets each row see, rule by rule."""
     p = np.arange(span.n_q)[:, None] + span.offset
@@ -44,10 +47,43 @@ def listed(inputs: CaseInputs, span: Span, h_kv: int) -> np.ndarray:
 
 def attention(inputs: CaseInputs) -> dict[str, np.ndarray | None]:
     """out, lse and, for the case's dout and dlse, every gradient; float64."""
+    leaves = {name: _leaf(inputs.arguments.get(name)) for name in LEAVES}
+    out, lse, loss = _attention(inputs, leaves, _leaf(inputs.dout), _leaf(inputs.dlse))
+    if loss.requires_grad:
+        loss.backward()
+    grads = {f"d{name}": _grad(leaf) for name, leaf in leaves.items()}
+    return {"out": out, "lse": lse, **grads}
+
+
+def second(inputs: CaseInputs) -> dict[str, np.ndarray | None]:
+    """Differentiate <gradients, tangents> of every array: the tangent is the derivative by dout and dlse; float64."""
+    import torch
+
+    leaves = {name: _leaf(inputs.arguments.get(name)) for name in LEAVES}
+    saved = {
+        "dout": _leaf(inputs.dout),
+        "dlse": _leaf(np.zeros(inputs.lse_shape) if inputs.dlse is None else inputs.dlse),
+    }
+    loss = _attention(inputs, leaves, saved["dout"], saved["dlse"])[2]
+    used = {name: x for name, x in leaves.items() if x is not None}
+    first = torch.autograd.grad(loss, list(used.values()), create_graph=True, materialize_grads=True)
+    tangents = {name: np.nan_to_num(x.astype(np.float64)) for name, x in inputs.tangents.items()}
+    along = sum(
+        (grad * torch.from_numpy(tangents[f"t{name}"])).sum()
+        for name, grad in zip(used, first, strict=True)
+        if f"t{name}" in tangents
+    )
+    every = {**used, **saved}
+    found = torch.autograd.grad(along, list(every.values()), materialize_grads=True)
+    results = {f"d{name}": x.numpy() for name, x in zip(every, found, strict=True)}
+    return {f"d{name}": results.get(f"d{name}") for name in (*LEAVES, *saved)}
+
+
+def _attention(inputs: CaseInputs, leaves: dict[str, Any], dout: Any, dlse: Any) -> tuple[np.ndarray, np.ndarray, Any]:
+    """Return out, lse and <out, dout> + <lse, dlse>."""
     import torch
 
     case, given = inputs.case, inputs.arguments
-    leaves = {name: _leaf(given.get(name)) for name in ("q", "k", "v", "bias", "sink")}
     nheads = case.nheads_kv * case.group
     out = np.zeros((*given["q"].shape[:-1], case.head_dim_v))
     lse = np.full(inputs.lse_shape, -np.inf)
@@ -58,14 +94,10 @@ def attention(inputs: CaseInputs) -> dict[str, np.ndarray | None]:
             where = inputs.lse_rows(span, h)
             out[(*_pair(span.rows), h)] = o.detach().numpy()
             lse[where] = np.where(live, line.detach().numpy(), -np.inf)
-            loss = loss + (o * torch.from_numpy(inputs.dout64[(*_pair(span.rows), h)])).sum()
-            if inputs.dlse is not None:
-                dl = torch.from_numpy(np.asarray(inputs.dlse, np.float64)[where])
-                loss = loss + (line * dl)[torch.from_numpy(live)].sum()
-    if loss.requires_grad:
-        loss.backward()
-    grads = {f"d{name}": _grad(leaf) for name, leaf in leaves.items()}
-    return {"out": out, "lse": lse, **grads}
+            loss = loss + (o * dout[(*_pair(span.rows), h)]).sum()
+            if dlse is not None:
+                loss = loss + (line * dlse[where])[torch.from_numpy(live)].sum()
+    return out, lse, loss
 
 
 def _head(inputs: CaseInputs, leaves: dict[str, Any], span: Span, h: int) -> tuple[Any, Any, np.ndarray]:

@@ -211,7 +211,7 @@ def test_work(case: Case, pairs: int) -> None:
     there = q.nbytes + k.nbytes + v.nbytes + bias.size * 2 + mask.size
     assert offload.work(inputs.describe()[0]) == (operations, operations / (there + out))
     gradients = q.nbytes + k.nbytes + v.nbytes + bias.size * 2
-    assert offload.work(inputs.describe(backward=True)[0]) == (
+    assert offload.work(inputs.describe(BACKWARD)[0]) == (
         operations,
         operations / (there + 2 * out + gradients),
     )

@@ -34,6 +34,7 @@ from .reference import Arrays, Float, Head, Part, add_gradients, head_gradients,
 
 ORDINARY_SCORE = 8.0
 HALF = ("float16", "bfloat16")
+STATISTICS = ("lse", "tlse", "ddlse")  # in the compute dtype
 
 
 @dataclass(frozen=True)
@@ -68,16 +69,16 @@ def expected_forward(
     problem: Problem, arrays: Arrays, parts: Iterable[Part] | None = None, *, random: bool = False
 ) -> dict[str, Expected]:
     """Compute out and lse: all rows, or the rows of `parts`. random: the inputs are independent random numbers."""
-    sums = _Sums(problem, {"out": problem.out_shape, "lse": problem.lse_shape}, random)
+    sums = Sums(problem, {"out": problem.out_shape, "lse": problem.lse_shape}, random)
     sums.value["lse"][...] = -np.inf
     for head in reference.heads(problem, arrays, parts):
-        plain, p = _Plain(problem, arrays, head), head.p * head.d
-        s = _score_sizes(problem, head).max(axis=1, initial=0.0)
+        plain, p = Plain(problem, arrays, head), head.p * head.d
+        s = score_sizes(problem, head).max(axis=1, initial=0.0)
         size = np.where(np.isfinite(head.lse), np.maximum(s, 1.0), 0.0)  # a sum near 1 has errors too
         sums.put("out", head.rows_q, head.out, plain.out, p @ np.abs(head.v), p**2 @ head.v**2)
         sums.put("lse", rows_lse(problem, head), head.lse, plain.lse, size, np.zeros_like(size))
     largest = sums.absolutes["lse"].max(initial=0.0)
-    rule = _Rule(2.0, 4.0, largest)
+    rule = Rule(2.0, 4.0, largest)
     return {name: sums.expected(name, rule, whole=parts is None) for name in ("out", "lse")}
 
 
@@ -96,25 +97,25 @@ def expected_backward(
     random: the inputs and dout are independent random numbers.
     """
     shapes = reference.gradient_shapes(problem)
-    sums = _Sums(problem, shapes if parts is None else {name: shapes[name] for name in ("dq", "dk", "dv")}, random)
+    sums = Sums(problem, shapes if parts is None else {name: shapes[name] for name in ("dq", "dk", "dv")}, random)
     largest = 0.0
     for head in reference.heads(problem, arrays, parts):
         do = dout[head.rows_q]
         dl = np.zeros_like(head.lse) if dlse is None else dlse[rows_lse(problem, head)]
-        largest = max(largest, _score_sizes(problem, head).max(initial=0.0))
+        largest = max(largest, score_sizes(problem, head).max(initial=0.0))
         terms = head_gradients(problem, head, do, dl)
         add_gradients(sums.value, head, terms)
-        add_gradients(sums.plain, head, _Plain(problem, arrays, head).backward(do, dl))
+        add_gradients(sums.plain, head, Plain(problem, arrays, head).backward(do, dl))
         add_gradients(sums.absolutes, head, _absolutes(problem, head, do, dl))
         if sums.random:
             add_gradients(sums.squares, head, _squares(problem, head, do, terms["dbias"]))
         if parts is not None:
             add_gradients(sums.known, head, dict.fromkeys(sums.known, np.True_))
-    rule = _Rule(3.0, 8.0, largest)
+    rule = Rule(3.0, 8.0, largest)
     return {name: sums.expected(name, rule, whole=parts is None) for name in sums.value}
 
 
-class _Rule(NamedTuple):
+class Rule(NamedTuple):
     """The numbers of a budget: multiples of the plain implementation's error and of eps * A, and the largest score."""
 
     times: float
@@ -122,7 +123,7 @@ class _Rule(NamedTuple):
     largest_score: float
 
 
-class _Sums:
+class Sums:
     """Every result while heads are added up: exact, from the plain implementation, and what budgets are made of."""
 
     def __init__(self, problem: Problem, shapes: Mapping[str, tuple[int, ...]], random: bool) -> None:
@@ -140,10 +141,10 @@ class _Sums:
             sums[name][rows] = x
         self.known[name][rows] = True
 
-    def expected(self, name: str, rule: _Rule, *, whole: bool) -> Expected:
+    def expected(self, name: str, rule: Rule, *, whole: bool) -> Expected:
         """Derive the budget of one result by the formulas above."""
         value, compute = self.value[name], DTYPES[self.problem.compute_dtype]
-        dtype = self.problem.compute_dtype if name == "lse" else self.problem.dtype
+        dtype = self.problem.compute_dtype if name in STATISTICS else self.problem.dtype
         known = DTYPES[dtype]
         # in float64 the definition is its own plain implementation
         times, c = (0.0, 64.0) if dtype == "float64" else (rule.times, rule.c)
@@ -172,7 +173,7 @@ def check(expected: Mapping[str, Expected], got: Mapping[str, npt.NDArray[Any] |
     return lines
 
 
-def _score_sizes(problem: Problem, head: Head) -> Float:
+def score_sizes(problem: Problem, head: Head) -> Float:
     """|s| where seen, and the products on absolute values where s does not show what cancels in them.
 
     That is behind a softcap, and in float64, which has no plain implementation beside it.
@@ -184,7 +185,7 @@ def _score_sizes(problem: Problem, head: Head) -> Float:
     return np.where(seen, sizes, 0.0)
 
 
-class _Plain:
+class Plain:
     """Standard attention of one head in the compute dtype, with the inputs' dtype in memory."""
 
     def __init__(self, problem: Problem, arrays: Arrays, head: Head) -> None:

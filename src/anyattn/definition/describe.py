@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from .dtypes import DTYPES
-from .inputs import FIELDS, accepted_shapes
+from .inputs import FIELDS, Tangents, accepted_shapes
 from .options import Options
-from .passes import BACKWARD, FORWARD, Pass
+from .passes import FORWARD, Pass
 from .problem import Array, Problem, contiguous
 from .validate import make_problem
 
@@ -81,10 +81,12 @@ def _arrays(d: Description) -> dict[str, Array]:
         if name in names:
             shape, *_ = accepted_shapes(field, packed_q=d.packed)
             found[name] = (tuple(sizes[size] for size in shape), field.dtypes[0])
-    if d.pass_ is BACKWARD:
+    if d.pass_ is not FORWARD:
         out = ((*rows_q, d.nheads, d.head_dim_v), "q")
         lse = ((d.nheads, *rows_q) if d.packed else (d.batch, d.nheads, d.seqlen_q), "compute")
-        found |= {"out": out, "dout": out, "lse": lse} | ({"dlse": lse} if d.dlse else {})
+        saved = {"out": out, "dout": out, "lse": lse} | ({"dlse": lse} if d.dlse else {})
+        saved |= {name: found[name[1:]] for name in Tangents._fields if name[1:] in found}
+        found |= {name: array for name, array in saved.items() if name in d.pass_.inputs}
     return {name: contiguous(shape, dtypes.get(dtype, dtype), d.device) for name, (shape, dtype) in found.items()}
 
 

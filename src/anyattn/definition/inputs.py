@@ -7,7 +7,7 @@ field of `Extras` and a row of `FIELDS`.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 
 class Extras(NamedTuple):
@@ -50,6 +50,16 @@ class Saved(NamedTuple):
     dlse: Any = None
 
 
+class Tangents(NamedTuple):
+    """A direction in the space of the inputs that have gradients, each in the shape of its input; None: zeros."""
+
+    tq: Any = None
+    tk: Any = None
+    tv: Any = None
+    tbias: Any = None
+    tsink: Any = None
+
+
 class Gradients(NamedTuple):
     """Gradients in the shapes and dtypes of the inputs; dbias and dsink are None where there was no bias or sink."""
 
@@ -58,6 +68,24 @@ class Gradients(NamedTuple):
     dv: Any
     dbias: Any = None
     dsink: Any = None
+
+
+class SecondGradients(NamedTuple):
+    """Gradients of <dout, tout> + <dlse, tlse>, where (tout, tlse) is the tangent of (out, lse).
+
+    Those of the inputs are like `Gradients`. The gradient of dout is tout, and the gradient of dlse is tlse.
+    """
+
+    dq: Any
+    dk: Any
+    dv: Any
+    dbias: Any
+    dsink: Any
+    ddout: Any
+    ddlse: Any
+
+
+AnyGradients = TypeVar("AnyGradients", Gradients, SecondGradients)
 
 
 class Appended(NamedTuple):
@@ -143,18 +171,22 @@ def replace_extras(extras: Extras, **changes: Any) -> Extras:
     return Extras(**{**given, **changes})
 
 
-def flatten(arrays: Inputs | Appended, saved: Saved | tuple[()] = ()) -> tuple[Any, ...]:
-    """Return the arrays as one flat tuple, in the order of a pass's inputs; a plain call has no extras in it."""
+def flatten(arrays: Inputs | Appended, saved: tuple[Any, ...] = ()) -> tuple[Any, ...]:
+    """Return the arrays as one flat tuple, in the order of a pass's inputs; a plain call has no extras in it.
+
+    saved: what the pass reads between q, k, v and the optional arrays.
+    """
     if isinstance(arrays, Appended):
         return arrays
     q, k, v, extras = arrays
     return (q, k, v, *saved) if extras is NO_EXTRAS else (q, k, v, *saved, *extras)
 
 
-def reshape_gradients(grads: Gradients, extras: Extras) -> Gradients:
+def reshape_gradients(grads: AnyGradients, extras: Extras) -> AnyGradients:
     """Return the gradients of optional arrays in the shapes in which those came, and None for absent ones."""
     found = {}
     for name in GRADIENTS:
         array, gradient = getattr(extras, name), getattr(grads, f"d{name}")
         found[f"d{name}"] = None if array is None else gradient.reshape(array.shape)
-    return Gradients(grads.dq, grads.dk, grads.dv, **found)
+    given = dict(zip(grads._fields, grads, strict=True))  # torch 2.6 traces no `_replace`
+    return type(grads)(**{**given, **found})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .inputs import Appended, Extras, Gradients, Saved
+from .inputs import Appended, Extras, Gradients, Saved, SecondGradients, Tangents
 
 
 class Pass(NamedTuple):
@@ -23,8 +23,11 @@ class Pass(NamedTuple):
 
 FORWARD = Pass("forward", ("q", "k", "v", *Extras._fields), ("out", "lse"))
 BACKWARD = Pass("backward", ("q", "k", "v", *Saved._fields, *Extras._fields), Gradients._fields)
+# The derivative of out and lse along the tangents, and the gradients of that derivative.
+TANGENT = Pass("tangent", ("q", "k", "v", "out", "lse", *Tangents._fields, *Extras._fields), ("tout", "tlse"))
+SECOND = Pass("second", ("q", "k", "v", *Saved._fields, *Tangents._fields, *Extras._fields), SecondGradients._fields)
 # Writes new keys and values into the cache, in place; `out` is q, rotated.
 APPEND = Pass("append", Appended._fields, ("out",))
 
-PASSES = (FORWARD, BACKWARD, APPEND)
+PASSES = (FORWARD, BACKWARD, TANGENT, SECOND, APPEND)
 ARRAYS = tuple(dict.fromkeys(name for one in PASSES for name in (*one.inputs, *one.outputs)))

@@ -179,9 +179,9 @@ class Problem(NamedTuple):
     def _output(self, name: str) -> Array | None:
         if self.pass_ is APPEND:  # q, rotated
             return contiguous(self.q.shape, self.dtype, self.device) if self.rotary_dim else None
-        if name == "out":
+        if name in ("out", "tout", "ddout"):
             return contiguous(self.out_shape, self.dtype, self.device)
-        if name == "lse":
+        if name in ("lse", "tlse", "ddlse"):
             return contiguous(self.lse_shape, self.compute_dtype, self.device)
         array = self.arrays.get(name.removeprefix("d"))  # of a gradient
         return None if array is None else contiguous(array.shape, array.dtype, self.device)

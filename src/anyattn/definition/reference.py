@@ -56,8 +56,9 @@ class Head:
     rows_q: tuple[Any, ...]  # index of the head's rows in q, out, dout, dq
     rows_k: tuple[Any, ...]  # index of the keys' rows in k, v, dk, dv
     q: Float  # (n_q, head_dim)
-    k: Float  # (n_k, head_dim)
+    k: Float  # (n_k, head_dim); keys that are not used are 0, here and in v
     v: Float
+    used: npt.NDArray[np.bool_]  # (n_k,), keys that some query may attend to
     t: Float  # (n_q, n_k), after softcap
     s: Float  # scores; -inf where not seen
     p: Float  # probabilities
@@ -156,7 +157,7 @@ def _head(problem: Problem, arrays: Arrays, sequence: Sequence, h: int, rows: In
         t = problem.softcap * np.tanh(t / problem.softcap)
     s = t + _score_terms(problem, arrays, sequence, h, rows)
     if problem.mask is not None:
-        seen &= _tile(np.asarray(arrays["mask"]), sequence, h, rows) != 0
+        seen &= score_tile(np.asarray(arrays["mask"]), sequence, h, rows) != 0
     s = np.where(seen & ~(s < LOWEST_SCORE[problem.compute_dtype]), s, -np.inf)  # NaN stays
     sink = -np.inf if problem.sink is None else float(np.asarray(arrays["sink"])[h])
     lse, p, p_sink = softmax(s, np.float64(sink))
@@ -165,14 +166,14 @@ def _head(problem: Problem, arrays: Arrays, sequence: Sequence, h: int, rows: In
         state = np.asarray(arrays["rng_state"])
         kept = philox.keep(state, problem.dropout_p, sequence.number * problem.nheads + h, rows, keys)
         d = kept * philox.keep_scale(problem.dropout_p)
-    return Head(sequence, h, rows, rows_q, rows_k, q, k, v, t, s, p, p_sink, d, lse, (p * d) @ v)
+    return Head(sequence, h, rows, rows_q, rows_k, q, k, v, used, t, s, p, p_sink, d, lse, (p * d) @ v)
 
 
 def _score_terms(problem: Problem, arrays: Arrays, sequence: Sequence, h: int, rows: Ints) -> Float | float:
     """bias_ij - slope |p - c|"""
     terms: Float | float = 0.0
     if problem.bias is not None:
-        terms = terms + widen(_tile(np.asarray(arrays["bias"]), sequence, h, rows), problem.bias.dtype)
+        terms = terms + widen(score_tile(np.asarray(arrays["bias"]), sequence, h, rows), problem.bias.dtype)
     if problem.alibi_slopes is not None:
         slopes = np.asarray(arrays["alibi_slopes"], np.float64)
         slope = slopes[h] if slopes.ndim == 1 else slopes[sequence.number, h]
@@ -202,7 +203,7 @@ def _plane(array: npt.NDArray[Any], sequence: Sequence, h: int) -> npt.NDArray[A
     return np.asarray(plane[:, : sequence.n_k if plane.shape[1] > 1 else 1])
 
 
-def _tile(array: npt.NDArray[Any], sequence: Sequence, h: int, rows: Ints) -> npt.NDArray[Any]:
+def score_tile(array: npt.NDArray[Any], sequence: Sequence, h: int, rows: Ints) -> npt.NDArray[Any]:
     """Return the rows of a head's view, or the one row that serves all."""
     plane = _plane(array, sequence, h)
     return plane[rows] if plane.shape[0] > 1 else plane

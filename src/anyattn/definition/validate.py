@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 
 from . import kvcache, philox
 from .dtypes import ATTENTION_DTYPES, DTYPES, key_dtypes
-from .inputs import FIELDS, SCORES, Field, Saved, accepted_shapes
+from .inputs import FIELDS, SCORES, Field, Saved, Tangents, accepted_shapes
 from .mask import Mask
 from .options import ALIGNMENTS, Options, Rotation
-from .passes import APPEND, BACKWARD, FORWARD, Pass
+from .passes import APPEND, FORWARD, Pass
 from .problem import Array, Problem
 
 POSITION_LIMIT = 2**31 - 1
@@ -25,6 +25,7 @@ _SAVED: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(Saved._fields, ("compute",)),
     **dict.fromkeys(("out", "dout"), ("q", "compute")),
 }
+_TANGENTS = {name: (name.removeprefix("t"),) for name in Tangents._fields}  # each has the dtype of its input
 
 
 def make_problem(arrays: Mapping[str, Array | None], options: Options | Rotation, pass_: Pass = FORWARD) -> Problem:
@@ -51,6 +52,7 @@ def _append_problem(given: Given, rotation: Rotation) -> Problem:
 
 
 def _attention_problem(given: Given, options: Options, pass_: Pass) -> Problem:
+    _check_tangents(given)
     batch, seqlen_q, seqlen_k = check_attention(given, options)
     q = given["q"]
     problem = Problem(
@@ -67,8 +69,7 @@ def _attention_problem(given: Given, options: Options, pass_: Pass) -> Problem:
         deterministic=options.deterministic,
         batch_invariant=options.batch_invariant,
     )
-    if pass_ is BACKWARD:
-        _check_saved(problem)
+    _check_saved(problem)
     return problem
 
 
@@ -91,13 +92,27 @@ def check_attention(given: Given, options: Options) -> Sizes:
 
 
 def _check_saved(problem: Problem) -> None:
+    required = set(problem.pass_.inputs)
     for name, want in (("dout", problem.out_shape), ("out", problem.out_shape), ("lse", problem.lse_shape)):
         array = problem.arrays.get(name)
+        if name not in required:
+            continue
         if array is None or array.shape != want:
             raise ValueError(f"{name} must have shape {want}; got {None if array is None else array.shape}")
     dlse = problem.dlse
     if dlse is not None and dlse.shape != problem.lse_shape:
         raise ValueError(f"dlse must have lse's shape {problem.lse_shape}; got {dlse.shape}")
+
+
+def _check_tangents(given: Given) -> None:
+    for name in Tangents._fields:
+        tangent, primal = given.get(name), given.get(name.removeprefix("t"))
+        if tangent is None:
+            continue
+        if primal is None:
+            raise ValueError(f"{name} must be None without {name.removeprefix('t')}, got shape {tangent.shape}")
+        if tangent.shape != primal.shape:
+            raise ValueError(f"{name} must have the shape {primal.shape} of {name[1:]}, got {tangent.shape}")
 
 
 def _sizes(given: Given, options: Options) -> Sizes:
@@ -150,8 +165,8 @@ def _check_dtypes(given: Given) -> None:
         raise TypeError(f"q has dtype {q.dtype}; accepted are {', '.join(ATTENTION_DTYPES)}")
     if k.dtype != v.dtype or k.dtype not in key_dtypes(q.dtype):
         raise TypeError(f"q, k and v must have one dtype; got {q.dtype}, {k.dtype}, {v.dtype}: convert them first")
-    names = {"q": q.dtype, "compute": DTYPES[q.dtype].compute}
-    accepted = {**{name: field.dtypes for name, field in FIELDS.items()}, **_SAVED}
+    names = {**{name: given[name].dtype for name in given}, "compute": DTYPES[q.dtype].compute}
+    accepted = {**{name: field.dtypes for name, field in FIELDS.items()}, **_SAVED, **_TANGENTS}
     for name, array in given.items():
         dtypes = tuple(names.get(dtype, dtype) for dtype in accepted.get(name, (array.dtype,)))
         if array.dtype not in dtypes:

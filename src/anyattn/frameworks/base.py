@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..definition.inputs import Appended, Gradients, Inputs, Saved
+from ..definition.inputs import Appended, Gradients, Inputs, Saved, SecondGradients, Tangents
 from ..definition.options import Options, Rotation
 from .scores import Stage
 
@@ -43,6 +43,29 @@ class Framework(Protocol):
     ) -> Gradients:
         """Return the gradients from what `forward` got and returned."""
 
+    def tangent(
+        self,
+        out: Any,
+        lse: Any,
+        tangents: Tangents,
+        inputs: Inputs,
+        options: Options,
+        seed: int | None,
+        backend: str | None,
+    ) -> tuple[Any, Any]:
+        """Return (tout, tlse), the derivative along the tangents of what `forward` returned."""
+
+    def second(
+        self,
+        saved: Saved,
+        tangents: Tangents,
+        inputs: Inputs,
+        options: Options,
+        seed: int | None,
+        backend: str | None,
+    ) -> SecondGradients:
+        """Return the gradients of <dout, tout> + <dlse, tlse>."""
+
     def append(
         self, arrays: Appended, rotation: Rotation, backend: str | None, *, check: Callable[[Any], None]
     ) -> tuple[Any, Any]:
@@ -72,4 +95,16 @@ class Framework(Protocol):
         """Return (out, lse) over the union of two disjoint sets of keys."""
 
 
-FUNCTIONS = ("attention", "forward", "backward", "append", "check", "explain", "warmup", "scores", "merge")
+FUNCTIONS = (
+    "attention",
+    "forward",
+    "backward",
+    "tangent",
+    "second",
+    "append",
+    "check",
+    "explain",
+    "warmup",
+    "scores",
+    "merge",
+)

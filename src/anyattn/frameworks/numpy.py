@@ -24,6 +24,8 @@ from ..definition.inputs import (
     Gradients,
     Inputs,
     Saved,
+    SecondGradients,
+    Tangents,
     replace_extras,
     reshape_gradients,
 )
@@ -107,6 +109,27 @@ def backward(saved: Saved, inputs: Inputs, options: Options, seed: int | None, b
     """Return the gradients; that of a bias has the shape in which the bias came."""
     prepared = prepare(inputs, seed)
     grads = execute.backward(adapter, _saved(saved), prepared, options, backend)
+    return reshape_gradients(grads, inputs.extras)
+
+
+def tangent(
+    out: NDArray,
+    lse: NDArray,
+    tangents: Tangents,
+    inputs: Inputs,
+    options: Options,
+    seed: int | None,
+    backend: str | None,
+) -> tuple[NDArray, NDArray]:
+    out, lse = _rows("out", out), _rows("lse", lse)
+    return execute.tangent(adapter, out, lse, _tangents(tangents), prepare(inputs, seed), options, backend)
+
+
+def second(
+    saved: Saved, tangents: Tangents, inputs: Inputs, options: Options, seed: int | None, backend: str | None
+) -> SecondGradients:
+    prepared = prepare(inputs, seed)
+    grads = execute.second(adapter, _saved(saved), _tangents(tangents), prepared, options, backend)
     return reshape_gradients(grads, inputs.extras)
 
 
@@ -273,6 +296,17 @@ def _saved(saved: Saved) -> Saved:
     return Saved(*[None if x is None and name == "dlse" else _rows(name, x) for name, x in saved._asdict().items()])
 
 
+def _tangents(tangents: Tangents) -> Tangents:
+    """Return the tangents as their inputs are prepared."""
+    given = {name: x for name, x in tangents._asdict().items() if x is not None}
+    for name, x in given.items():
+        array = _array(name, x)
+        if name == "tbias" and array.ndim < 4:
+            array = array.reshape((1,) * (4 - array.ndim) + array.shape)
+        given[name] = _rows(name, array)
+    return Tangents(**given)
+
+
 def _batch(inputs: Inputs) -> int:
     boundaries = inputs.extras.cu_seqlens_q
     return len(inputs.q) if boundaries is None else len(boundaries) - 1
@@ -296,7 +330,7 @@ def _rows(name: str, given: Any) -> NDArray:
     array = _array(name, given)
     size = array.itemsize
     last = array.strides[-1] if array.ndim else size
-    broadcast = name in ("bias", "mask") and last == 0
+    broadcast = name in ("bias", "mask", "tbias") and last == 0
     if (
         (last == size or array.shape[-1:] == (1,) or broadcast)
         and array.flags.aligned

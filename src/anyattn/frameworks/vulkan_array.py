@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from ..backends.base import Call
 from ..backends.vulkan.device_array import DeviceArray
-from ..definition.inputs import Appended, Gradients, Inputs, Saved
+from ..definition.inputs import Appended, Gradients, Inputs, Saved, SecondGradients, Tangents
 from ..definition.options import Options, Rotation
 from ..definition.passes import FORWARD
 from ..definition.problem import Array
@@ -78,6 +78,18 @@ def forward(inputs: Inputs, options: Options, seed: int | None, backend: str | N
 
 def backward(saved: Saved, inputs: Inputs, options: Options, seed: int | None, backend: str | None) -> Gradients:
     raise TypeError("device arrays have no gradients: call attention_backward with NumPy arrays")
+
+
+def tangent(
+    out: Any, lse: Any, tangents: Tangents, inputs: Inputs, options: Options, seed: int | None, backend: str | None
+) -> tuple[Any, Any]:
+    raise TypeError("q must be a NumPy array or a torch tensor here, got DeviceArray. Pass q.numpy(), k.numpy().")
+
+
+def second(
+    saved: Saved, tangents: Tangents, inputs: Inputs, options: Options, seed: int | None, backend: str | None
+) -> SecondGradients:
+    raise TypeError("q must be a NumPy array or a torch tensor here, got DeviceArray. Pass q.numpy(), k.numpy().")
 
 
 def scores(inputs: Inputs, options: Options, queries: Any, stage: Stage, lse: Any = None) -> Any:

@@ -13,9 +13,9 @@ from typing import Any
 from ..backends.base import Adapter, Call
 from ..config import settings
 from ..definition import kvcache
-from ..definition.inputs import TABLES, Appended, Gradients, Inputs, Saved, flatten
+from ..definition.inputs import TABLES, Appended, Gradients, Inputs, Saved, SecondGradients, Tangents, flatten
 from ..definition.options import Options, Rotation
-from ..definition.passes import APPEND, BACKWARD, FORWARD, Pass
+from ..definition.passes import APPEND, BACKWARD, FORWARD, SECOND, TANGENT, Pass
 from ..definition.problem import Problem, described
 from ..definition.sequences import check_tables
 from ..definition.validate import make_problem
@@ -31,7 +31,7 @@ def find(
     options: Options | Rotation,
     backend: str | None,
     metadata: Hashable = None,
-    saved: Saved | tuple[()] = (),
+    saved: tuple[Any, ...] = (),
 ) -> dispatch.Ready:
     """Return the problem that the arrays ask for and its plan; the values of its tables are checked.
 
@@ -96,6 +96,42 @@ def backward(
     return Gradients(*_gradients(call))
 
 
+def tangent(
+    adapter: Adapter,
+    out: Any,
+    lse: Any,
+    tangents: Tangents,
+    inputs: Inputs,
+    options: Options,
+    backend: str | None,
+    metadata: Hashable = None,
+) -> tuple[Any, Any]:
+    """Return (tout, tlse), new and contiguous; (out, lse) are the results of the forward pass."""
+    ready = find(adapter, TANGENT, inputs, options, backend, metadata, (out, lse, *tangents))
+    call = Call(adapter, inputs, out=out, lse=lse, **tangents._asdict())
+    allocate(adapter, ready, call)
+    ready.plan.run(call)
+    return call.tout, call.tlse
+
+
+def second(
+    adapter: Adapter,
+    saved: Saved,
+    tangents: Tangents,
+    inputs: Inputs,
+    options: Options,
+    backend: str | None,
+    metadata: Hashable = None,
+) -> SecondGradients:
+    """Return the gradients of <dout, tout> + <dlse, tlse>, new and contiguous; those of absent arrays are None."""
+    ready = find(adapter, SECOND, inputs, options, backend, metadata, (*saved, *tangents))
+    call = Call(adapter, inputs, **saved._asdict(), **tangents._asdict())
+    allocate(adapter, ready, call)
+    ready.plan.run(call)
+    return SecondGradients(*_second_gradients(call))
+
+
+_second_gradients = operator.attrgetter(*SecondGradients._fields)
 _gradients = operator.attrgetter(*Gradients._fields)
 
 

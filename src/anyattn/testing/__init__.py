@@ -13,12 +13,13 @@ bfloat16 needs ml_dtypes.
 
 from .arrays import make_inputs
 from .cases import DTYPES, FEATURES, Case, Limits, feature_cases, random_case
-from .checks import PASSES, Results, check, compare, compute, expected, malformed, share
+from .checks import DERIVATIVES, PASSES, Results, check, compare, compute, expected, malformed, share
 from .inputs import CaseInputs, Span, has_dtype, numpy_dtype
 from .problems import describe, to_numpy
 from .sampling import expected_results, sample
 
 __all__ = [
+    "DERIVATIVES",
     "DTYPES",
     "FEATURES",
     "PASSES",

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .. import api
-from ..definition import accuracy
+from .. import api, derivatives
+from ..definition import accuracy, derivative_accuracy
 from ..definition.accuracy import Expected
 from ..definition.inputs import GRADIENTS
-from ..definition.passes import BACKWARD, FORWARD
+from ..definition.passes import BACKWARD, FORWARD, SECOND, TANGENT
 from .arrays import make_inputs
 from .cases import Case
 from .inputs import CaseInputs
@@ -20,6 +20,7 @@ from .inputs import CaseInputs
 Results = dict[str, npt.NDArray[Any] | None]
 
 PASSES = (FORWARD.name, BACKWARD.name)
+DERIVATIVES = (TANGENT.name, SECOND.name)
 
 
 def check(case: Case, backend: str | None = None, passes: Iterable[str] = PASSES) -> list[str]:
@@ -45,11 +46,16 @@ def expected(inputs: CaseInputs, pass_name: str = FORWARD.name) -> dict[str, Exp
     problem, arrays = inputs.describe()
     if pass_name == FORWARD.name:
         return accuracy.expected_forward(problem, arrays)
+    if pass_name == TANGENT.name:
+        return derivative_accuracy.expected_tangent(problem, arrays, inputs.tangents64)
+    if pass_name == SECOND.name:
+        saved = inputs.dout64, inputs.dlse64
+        return derivative_accuracy.expected_second(problem, arrays, *saved, inputs.tangents64)
     return accuracy.expected_backward(problem, arrays, inputs.dout64, inputs.dlse64)
 
 
 def compute(inputs: CaseInputs, pass_name: str, backend: str | None = None) -> Results:
-    """Call `attention_forward`, and for the backward `attention_backward` too; return the results of the pass by name.
+    """Call `attention_forward`, then the function of the pass; return the results of the pass by name.
 
     Raises:
         UnsupportedProblem: the backend refuses the problem.
@@ -59,6 +65,13 @@ def compute(inputs: CaseInputs, pass_name: str, backend: str | None = None) -> R
     if pass_name == FORWARD.name:
         return {"out": out, "lse": lse}
     out, lse = inputs.saved(out, lse)
+    if pass_name == TANGENT.name:
+        tout, tlse = derivatives.attention_tangent(out=out, lse=lse, **inputs.tangents, **given)
+        return {"tout": tout, "tlse": tlse}
+    if pass_name == SECOND.name:
+        saved = {"dout": inputs.dout, "out": out, "lse": lse, "dlse": inputs.dlse}
+        second: Results = derivatives.attention_second(**saved, **inputs.tangents, **given)._asdict()
+        return second
     got: Results = api.attention_backward(inputs.dout, out=out, lse=lse, dlse=inputs.dlse, **given)._asdict()
     return got
 
@@ -72,7 +85,8 @@ def malformed(inputs: CaseInputs, got: Mapping[str, npt.NDArray[Any] | None]) ->
     """Return [] or one line for each result that is missing, not contiguous, or of the wrong dtype or shape."""
     given = inputs.arguments
     wanted = {f"d{x}": (given[x].dtype, given[x].shape) for x in ("q", "k", "v", *GRADIENTS) if x in given}
-    wanted |= {"out": (given["q"].dtype, inputs.dout.shape), "lse": (inputs.compute_dtype, inputs.lse_shape)}
+    wanted |= dict.fromkeys(("out", "tout", "ddout"), (given["q"].dtype, inputs.dout.shape))
+    wanted |= dict.fromkeys(("lse", "tlse", "ddlse"), (inputs.compute_dtype, inputs.lse_shape))
     lines = []
     for name, x in got.items():
         want = wanted.get(name)

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..definition.inputs import GRADIENTS
+from ..definition.passes import FORWARD, Pass
 from ..definition.problem import Problem
 from .cases import Case
 from .layouts import scattered
@@ -81,13 +83,35 @@ class CaseInputs:
         rng = np.random.default_rng(self.case.seed)
         return scattered(out, rng)[0], scattered(lse, rng)[0]
 
-    def describe(self, *, backward: bool = False) -> tuple[Problem, dict[str, Any]]:
-        """Return the validated problem, of the forward or the backward, and the arrays by name."""
-        if not backward:
+    def describe(self, pass_: Pass = FORWARD) -> tuple[Problem, dict[str, Any]]:
+        """Return the validated problem of a pass, and the arrays of the forward pass by name."""
+        if pass_ is FORWARD:
             return describe(self.arguments)
         out, lse = np.zeros(self.dout.shape, self.dout.dtype), np.zeros(self.lse_shape, self.compute_dtype)
-        saved = {"out": out, "lse": lse, "dout": self.dout}
-        return describe(self.arguments, saved if self.dlse is None else {**saved, "dlse": self.dlse})
+        saved = {"out": out, "lse": lse, "dout": self.dout, "dlse": self.dlse, **self.tangents}
+        given = {name: x for name, x in saved.items() if name in pass_.inputs and x is not None}
+        return describe(self.arguments, given, pass_)
+
+    @cached_property
+    def tangents(self) -> dict[str, Array]:
+        """Tangents of the inputs; every fourth is absent. Where an input is NaN, its tangent is too."""
+        rng = np.random.default_rng(self.case.seed + 1)
+        found = {}
+        for index, name in enumerate(name for name in ("q", "k", "v", *GRADIENTS) if name in self.arguments):
+            primal = self.arguments[name]
+            values = rng.standard_normal(primal.shape)
+            if (self.case.seed + index) % 4 != 3:
+                found[f"t{name}"] = np.where(np.isnan(primal.astype(np.float64)), np.nan, values).astype(primal.dtype)
+        return found
+
+    @property
+    def tangents64(self) -> dict[str, Array]:
+        """The tangents in float64, with four dimensions for a bias."""
+        found = {name: x.astype(np.float64) for name, x in self.tangents.items()}
+        if "tbias" in found:
+            bias = found["tbias"]
+            found["tbias"] = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
+        return found
 
     @property
     def compute_dtype(self) -> np.dtype[Any]:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from ..arguments import explicit
 from ..definition.inputs import flatten
-from ..definition.passes import BACKWARD, FORWARD
+from ..definition.passes import BACKWARD, FORWARD, Pass
 from ..definition.problem import Problem, described
 from ..definition.validate import make_problem
 from ..frameworks import framework_of
@@ -17,12 +17,14 @@ from ..frameworks import framework_of
 Arrays = dict[str, npt.NDArray[Any]]
 
 
-def describe(arguments: Mapping[str, Any], saved: Mapping[str, Any] | None = None) -> tuple[Problem, Arrays]:
+def describe(
+    arguments: Mapping[str, Any], saved: Mapping[str, Any] | None = None, pass_: Pass = BACKWARD
+) -> tuple[Problem, Arrays]:
     """Return the validated problem of a call, and by name the arrays that it has, as NumPy arrays.
 
     Args:
         arguments: of `attention_forward`, on NumPy arrays or torch tensors.
-        saved: out, lse, dout and, if there is one, dlse; with them the problem is that of the backward.
+        saved: what the pass reads besides: out, lse, dout and perhaps dlse for the backward. None: the forward.
     """
     given = dict(arguments)
     q, k, v = (given.pop(name) for name in ("q", "k", "v"))
@@ -30,7 +32,7 @@ def describe(arguments: Mapping[str, Any], saved: Mapping[str, Any] | None = Non
     framework: Any = framework_of(q)  # its functions below are no part of the protocol
     prepared = described(FORWARD.inputs, flatten(framework.prepare(inputs, seed)), lambda x: x)
     metadata = {name: framework.adapter.describe(x) for name, x in {**prepared, **(saved or {})}.items()}
-    problem = make_problem(metadata, options, BACKWARD if saved else FORWARD)
+    problem = make_problem(metadata, options, FORWARD if saved is None else pass_)
     return problem, {name: framework.adapter.numpy(x) for name, x in prepared.items()}
 
 

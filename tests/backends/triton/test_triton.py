@@ -12,6 +12,7 @@ import torch
 import anyattn
 from anyattn.backends.triton import backend, device, tuning
 from anyattn.backends.triton.device import INTERPRETER, interpreted
+from anyattn.definition.passes import BACKWARD
 from anyattn.frameworks.torch.adapter import adapter
 from anyattn.runtime import dispatch, execute
 from anyattn.testing import Case, make_inputs
@@ -53,7 +54,7 @@ def test_elsewhere_than_on_a_gpu_is_refused_with_a_reason() -> None:
 def test_gradients_that_no_tile_of_a_card_holds_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "cards", lambda: [("cpu", "Abacus 9000", "sm_75")])
     forward, _ = make_inputs(Case("wide", seqlen_q=4, seqlen_k=4, head_dim=160)).describe()
-    backward, _ = make_inputs(Case("wide", seqlen_q=4, seqlen_k=4, head_dim=160)).describe(backward=True)
+    backward, _ = make_inputs(Case("wide", seqlen_q=4, seqlen_k=4, head_dim=160)).describe(BACKWARD)
     supports = dispatch.get("triton").supports
     assert supports(forward) == []
     assert supports(backward) == ["takes head_dim and head_dim_v up to 128 for float32 gradients on sm_75; got 160"]

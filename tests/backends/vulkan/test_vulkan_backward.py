@@ -13,6 +13,7 @@ from anyattn.backends.vulkan import device as devices
 from anyattn.backends.vulkan import tuning
 from anyattn.backends.vulkan.backward import BackwardPlan
 from anyattn.backends.vulkan.engine import current_engine
+from anyattn.definition.passes import BACKWARD
 from anyattn.testing import Case, make_inputs
 from backends.vulkan.common import (
     BACKWARD_CASES,
@@ -59,7 +60,7 @@ def test_every_shape_of_a_kernel(monkeypatch: pytest.MonkeyPatch, case: Case, sh
 def test_a_gpu_gets_lanes_and_shuffles() -> None:
     """The choice itself, on the description of a device that is not here."""
     gpu = replace(devices.device().info, kind="discrete", subgroup=32, shuffle=True)
-    problem, _ = make_inputs(Case("wide", head_dim=256, head_dim_v=8)).describe(backward=True)
+    problem, _ = make_inputs(Case("wide", head_dim=256, head_dim_v=8)).describe(BACKWARD)
     configs = tuning.backward_configs(gpu, problem)
     assert len({(x.dim, x.dim_v) for x in configs.values()}) == 1
     assert all(configs[name].shuffle and configs[name].lanes == 16 for name in ("dq", "dkdv"))
@@ -89,7 +90,7 @@ def test_arrays_larger_than_a_binding(monkeypatch: pytest.MonkeyPatch, limit: in
     parts = {"batch": 3, "seqlen_q": 17, "seqlen_k": 21, "nheads_kv": 4, "group": 2, "sink": True}
     for case in (Case("b1", bias="b1", dtype="float16", **parts), Case("one", bias="one", mask="h1", **parts)):
         inputs = make_inputs(case)
-        assert len(BackwardPlan(current_engine(), info, inputs.describe(backward=True)[0]).launches) > 1
+        assert len(BackwardPlan(current_engine(), info, inputs.describe(BACKWARD)[0]).launches) > 1
         checked_gradients(inputs)
 
 

@@ -58,7 +58,7 @@ def _forward_rows(arrays: Arrays, rows: Rows) -> None:
         if arrays.problem.dropout_threshold:
             p *= dropout(arrays, rows, keys)
         acc *= rescale[..., None]
-        acc += _unstack(_stack(p) @ arrays.read_keys("v", rows, keys), rows)
+        acc += unstack(stack(p) @ arrays.read_keys("v", rows, keys), rows)
     arrays.write_rows("out", rows, acc / np.where(l > 0, l, 1)[..., None])
     arrays.write_numbers("lse", rows, m + np.log(l))
 
@@ -95,20 +95,20 @@ def backward(arrays: Arrays) -> None:
 def _backward_rows(arrays: Arrays, rows: Rows, sums: dict[str, Sum]) -> None:
     problem = arrays.problem
     q, do = arrays.read_rows("q", rows), arrays.read_rows("dout", rows)
-    (base, rest), delta = _normalizers(arrays, rows, q), _delta(arrays, rows, do)
+    (base, rest), delta = normalizers(arrays, rows, q), output_delta(arrays, rows, do)
     dq = np.zeros_like(q)
     for keys in key_tiles(arrays, rows):
         k, v = arrays.read_keys("k", rows, keys), arrays.read_keys("v", rows, keys)
         s, tanh = scores(arrays, rows, keys, q, k)
         s -= base[..., None]
         p = np.exp(np.subtract(s, rest[..., None], out=s), out=s)
-        dp = _unstack(do @ _transpose(v), rows)
+        dp = unstack(do @ transpose(v), rows)
         if problem.dropout_threshold:
             factors = dropout(arrays, rows, keys)
             dp *= factors
-            sums["dv"].add_keys(rows, keys, _transpose(_stack(p * factors)) @ do)
+            sums["dv"].add_keys(rows, keys, transpose(stack(p * factors)) @ do)
         else:
-            sums["dv"].add_keys(rows, keys, _transpose(_stack(p)) @ do)
+            sums["dv"].add_keys(rows, keys, transpose(stack(p)) @ do)
         dp -= delta[..., None]
         ds = np.multiply(p, dp, out=dp)
         if "dbias" in sums:
@@ -116,9 +116,9 @@ def _backward_rows(arrays: Arrays, rows: Rows, sums: dict[str, Sum]) -> None:
         if tanh is not None:
             ds *= 1 - tanh * tanh
         ds *= arrays.number(problem.scale)
-        dt = _stack(ds)
+        dt = stack(ds)
         dq += dt @ k
-        sums["dk"].add_keys(rows, keys, _transpose(dt) @ q)
+        sums["dk"].add_keys(rows, keys, transpose(dt) @ q)
     arrays.write_rows("dq", rows, dq)
     if "dsink" in sums:
         sink = arrays.of_heads("sink", rows)
@@ -126,7 +126,7 @@ def _backward_rows(arrays: Arrays, rows: Rows, sums: dict[str, Sum]) -> None:
         sums["dsink"].values[rows.heads] -= (weight * delta).sum(axis=-1).reshape(-1)
 
 
-def _normalizers(arrays: Arrays, rows: Rows, q: Floats) -> tuple[Floats, Floats]:
+def normalizers(arrays: Arrays, rows: Rows, q: Floats) -> tuple[Floats, Floats]:
     """Return (base, rest) of each row, P = exp(s - base - rest): (lse, 0), or (m, log l) where |lse| is large.
 
     An lse that exceeds the row's own by more than rounding is that of more keys, of which these are a part: it stays.
@@ -146,7 +146,7 @@ def _normalizers(arrays: Arrays, rows: Rows, q: Floats) -> tuple[Floats, Floats]
     return np.where(own, m, base), np.where(own, log_l, rest)
 
 
-def _delta(arrays: Arrays, rows: Rows, do: Floats) -> Floats:
+def output_delta(arrays: Arrays, rows: Rows, do: Floats) -> Floats:
     """(heads_kv, group, rows)"""
     delta: Floats = (do * arrays.read_rows("out", rows)).sum(axis=-1).reshape(rows.shape)
     return delta if arrays.view("dlse") is None else delta - arrays.read_numbers("dlse", rows)
@@ -155,7 +155,7 @@ def _delta(arrays: Arrays, rows: Rows, do: Floats) -> Floats:
 def scores(arrays: Arrays, rows: Rows, keys: Keys, q: Floats, k: Floats) -> Scores:
     """s of a tile; the mask of positions is applied only where an edge runs through the tile."""
     problem = arrays.problem
-    s = _unstack(q @ _transpose(k), rows)
+    s = unstack(q @ transpose(k), rows)
     s *= arrays.number(problem.scale)
     tanh = None
     if problem.softcap > 0:
@@ -189,18 +189,18 @@ def dropout(arrays: Arrays, rows: Rows, keys: Keys) -> Floats:
     return factors
 
 
-def _stack(tile: Floats) -> Floats:
+def stack(tile: Floats) -> Floats:
     """(heads_kv, group, rows, n) -> (heads_kv, group * rows, n)"""
     heads_kv, group, rows, n = tile.shape
     return tile.reshape(heads_kv, group * rows, n)
 
 
-def _unstack(tile: Floats, rows: Rows) -> Floats:
+def unstack(tile: Floats, rows: Rows) -> Floats:
     """(heads_kv, group * rows, n) -> (heads_kv, group, rows, n)"""
     return tile.reshape(*rows.shape, tile.shape[-1])
 
 
-def _transpose(tile: Floats) -> Floats:
+def transpose(tile: Floats) -> Floats:
     return np.asarray(tile.swapaxes(-1, -2))
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from ...definition.passes import APPEND, BACKWARD, FORWARD
+from ...definition.passes import APPEND, BACKWARD, FORWARD, SECOND, TANGENT
 from ...definition.problem import Problem
 from ..base import Call, Plan
 from ..host_append import HostAppendPlan
 from .attention import backward, forward
+from .derivatives import second, tangent
 from .tiles import Arrays
 
 EVIDENCE = {"tested": ("anything with NumPy",)}
@@ -17,7 +18,7 @@ EXTRAS = (
     *("bias", "mask", "alibi_slopes", "sink", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"),
     *("leftpad_k", "offset", "block_table", "cache_batch_idx", "kv_indices", "rng_state"),
 )
-COMPUTE = {FORWARD: forward, BACKWARD: backward}
+COMPUTE = {FORWARD: forward, BACKWARD: backward, TANGENT: tangent, SECOND: second}
 
 
 class NumpyPlan:
@@ -42,7 +43,7 @@ class NumpyBackend:
     """Slower than the CPU engine, but available everywhere."""
 
     name = "numpy"
-    passes = frozenset((FORWARD, BACKWARD, APPEND))
+    passes = frozenset((*COMPUTE, APPEND))
     extras = frozenset(EXTRAS)
     may_fail = False
 
