@@ -65,13 +65,13 @@ def compute(inputs: CaseInputs, pass_name: str, backend: str | None = None) -> R
     if pass_name == FORWARD.name:
         return {"out": out, "lse": lse}
     out, lse = inputs.saved(out, lse)
+    along: dict[str, Any] = {**given, **inputs.tangents}
     if pass_name == TANGENT.name:
-        tout, tlse = derivatives.attention_tangent(out=out, lse=lse, **inputs.tangents, **given)
+        tout, tlse = derivatives.attention_tangent(out=out, lse=lse, **along)
         return {"tout": tout, "tlse": tlse}
     if pass_name == SECOND.name:
-        saved = {"dout": inputs.dout, "out": out, "lse": lse, "dlse": inputs.dlse}
-        second: Results = derivatives.attention_second(**saved, **inputs.tangents, **given)._asdict()
-        return second
+        found = derivatives.attention_second(inputs.dout, out=out, lse=lse, dlse=inputs.dlse, **along)
+        return found._asdict()
     got: Results = api.attention_backward(inputs.dout, out=out, lse=lse, dlse=inputs.dlse, **given)._asdict()
     return got
 

@@ -166,4 +166,5 @@ def _product(do: Floats, v: Floats, rows: Rows, d: Floats | None) -> Floats:
 def _sink_weight(arrays: Arrays, rows: Rows, queries: Queries) -> Floats:
     """Return the sink's probability in each row."""
     sink = arrays.of_heads("sink", rows)
-    return np.where(sink > -np.inf, np.exp(sink - queries.base - queries.rest), arrays.number(0))
+    weight: Floats = np.where(sink > -np.inf, np.exp(sink - queries.base - queries.rest), arrays.number(0))
+    return weight

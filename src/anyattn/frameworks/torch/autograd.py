@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,19 +14,11 @@ from ...definition.inputs import GRADIENTS, NO_EXTRAS, Extras, Gradients, Inputs
 from ...definition.options import Options
 from ...definition.passes import FORWARD
 from ...runtime import dispatch, execute
-from . import batching, fastpath, ops
+from . import batching, derivatives, fastpath, ops
 from .adapter import adapter
+from .derivatives import Static
 
 Results = tuple[Tensor | None, ...]
-
-
-class Static(NamedTuple):
-    """All of a call that is no tensor. metadata: of its arrays, for the way without the operator."""
-
-    options: Options
-    backend: str
-    lse_gradient: bool
-    metadata: Any = None
 
 
 class Attention(torch.autograd.Function):
@@ -89,6 +81,28 @@ def _save(ctx: Any, static: Static, arrays: Sequence[Any], out: Tensor, lse: Ten
         ctx.mark_non_differentiable(lse)
 
 
+class AttentionWithTangents(Attention):
+    """Attention where tangents may come. A class apart, because Dynamo refuses any that has a jvp."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        static, *arrays = inputs
+        _save(ctx, static, arrays, *output)
+        ctx.save_for_forward(*arrays, *output)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor | None]:
+        *arrays, out, lse = ctx.saved_tensors
+        _, *given = tangents
+        tout, tlse = derivatives.tangent(ctx.static, make_inputs(*arrays), out, lse, given)
+        return tout, tlse if ctx.static.lse_gradient else None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], static: Static, *arrays: Any) -> tuple[Any, Any]:
+        _, *dims = in_dims
+        return batching.forward(info.batch_size, dims, arrays, lambda *xs: AttentionWithTangents.apply(static, *xs))
+
+
 _of_gradients = operator.attrgetter(*GRADIENTS)
 NONE_WANTED = tuple(False for _ in GRADIENTS)
 
@@ -105,48 +119,8 @@ def _gradients(saved: Saved, inputs: Inputs, static: Static, wants: tuple[bool, 
         absent = () if inputs.extras is NO_EXTRAS else ops.absent(wants)
         return execute.backward(adapter, saved, inputs, static.options, static.backend, metadata, absent=absent)
     if create_graph:
-        call = GradientsCall(static.options, static.backend, wants)
-        q, k, v, extras = inputs
-        return Gradients(*AttentionGradients.apply(call, q, k, v, *saved, *extras))
+        return derivatives.gradients(saved, inputs, Static(static.options, static.backend, static.lse_gradient), wants)
     return ops.call_backward(saved, inputs, static.options, static.backend, wants)
-
-
-class GradientsCall(NamedTuple):
-    """All of a call of `backward` that is no tensor."""
-
-    options: Options
-    backend: str
-    wants: tuple[bool, ...]
-
-
-class AttentionGradients(torch.autograd.Function):
-    """The operator `backward`, with a derivative (a second derivative of attention) that raises instead of lying."""
-
-    @staticmethod
-    def forward(call: GradientsCall, *arrays: Any) -> tuple[Tensor, ...]:
-        results: tuple[Tensor, ...] = ops.backward(*arrays, *call.options, call.backend, *call.wants)
-        return results
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        raise NotImplementedError("anyattn has no second derivative: its backward cannot be differentiated")
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], call: GradientsCall, *arrays: Any) -> tuple[Any, Any]:
-        _, *dims = in_dims
-        return batching.backward(info.batch_size, dims, arrays, lambda *xs: AttentionGradients.apply(call, *xs))
-
-
-class AttentionWithTangents(Attention):
-    """Attention where tangents may come, which are refused. A class apart, since Dynamo refuses any that has a jvp."""
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise NotImplementedError("anyattn has no forward-mode derivative: use reverse mode (backward, torch.func.vjp)")
 
 
 _direct = fastpath.base_apply(DirectAttention)

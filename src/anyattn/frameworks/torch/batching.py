@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...definition.inputs import FIELDS, HEADS, SCORES, STATE
-from ...definition.passes import BACKWARD, FORWARD
+from ...definition.passes import BACKWARD, FORWARD, Pass
 from . import ops
 
 Dims = Sequence["int | None"]
@@ -111,6 +111,13 @@ def backward(
         return loop(samples, dims, arrays, call), tuple(0 for _ in BACKWARD.outputs)
     results = unfold(samples, call(*[folded.get(name) for name in BACKWARD.inputs]))
     return results, tuple(0 for _ in BACKWARD.outputs)
+
+
+def derivative(
+    pass_: Pass, samples: int, dims: Dims, arrays: Sequence[Any], call: Callable[..., Results]
+) -> tuple[Results, tuple[int, ...]]:
+    """Return the same for the inputs of a pass of tangents: one call per sample."""
+    return loop(samples, [*dims], arrays, call), tuple(0 for _ in pass_.outputs)
 
 
 def _given(names: Sequence[str], arrays: Sequence[Any], dims: Dims) -> Mapped:

@@ -25,6 +25,8 @@ from ...definition.inputs import (
     Gradients,
     Inputs,
     Saved,
+    SecondGradients,
+    Tangents,
     flatten,
     replace_extras,
     reshape_gradients,
@@ -84,6 +86,40 @@ def backward(saved: Saved, inputs: Inputs, options: Options, seed: int | None, b
     else:
         grads = ops.call_backward(saved, prepared, options, backend or "")
     return reshape_gradients(grads, inputs.extras)
+
+
+def tangent(
+    out: Tensor,
+    lse: Tensor,
+    tangents: Tangents,
+    inputs: Inputs,
+    options: Options,
+    seed: int | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """Return (tout, tlse) without autograd."""
+    prepared = detach(prepare(inputs, seed))
+    saved = dense("out", out).detach(), dense("lse", lse).detach()
+    return ops.call_tangent(*saved, _tangents(tangents), prepared, options, backend or "")
+
+
+def second(
+    saved: Saved, tangents: Tangents, inputs: Inputs, options: Options, seed: int | None, backend: str | None
+) -> SecondGradients:
+    """Return the second derivatives; that of a bias has the shape in which the bias came."""
+    prepared = detach(prepare(inputs, seed))
+    found = {name: None if x is None else dense(name, x).detach() for name, x in saved._asdict().items()}
+    grads = ops.call_second(Saved(**found), _tangents(tangents), prepared, options, backend or "")
+    return reshape_gradients(grads, inputs.extras)
+
+
+def _tangents(tangents: Tangents) -> Tangents:
+    """Return the tangents as the operators take them, without their history of gradients."""
+    found = {name: None if x is None else dense(name, x).detach() for name, x in tangents._asdict().items()}
+    bias = found["tbias"]
+    if bias is not None and bias.ndim < 4:
+        found["tbias"] = bias.reshape((1,) * (4 - bias.ndim) + tuple(bias.shape))
+    return Tangents(**found)
 
 
 def explain(inputs: Inputs, options: Options, seed: int | None, backend: str | None) -> dispatch.Explanation:

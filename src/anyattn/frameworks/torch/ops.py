@@ -1,4 +1,4 @@
-"""The operators `anyattn::forward` and `anyattn::backward`: schemas, kernels, fakes and flop formulas.
+"""The operators `anyattn::forward`, `backward`, `tangent` and `second`: schemas, kernels, fakes and flop formulas.
 
 Dense, packed and paged calls are one operator. Arrays come in the order of the pass's inputs, then the options, so the
 schemas follow from the definition. No argument is mutated: a mutated view made inside a graph is misplaced by Inductor.
@@ -16,9 +16,20 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ...definition.inputs import GRADIENTS, NO_EXTRAS, Extras, Gradients, Inputs, Saved, flatten, make_inputs
+from ...definition.inputs import (
+    GRADIENTS,
+    NO_EXTRAS,
+    Extras,
+    Gradients,
+    Inputs,
+    Saved,
+    SecondGradients,
+    Tangents,
+    flatten,
+    make_inputs,
+)
 from ...definition.options import Options
-from ...definition.passes import BACKWARD, FORWARD, Pass
+from ...definition.passes import BACKWARD, FORWARD, SECOND, TANGENT, Pass
 from ...definition.problem import described
 from ...definition.validate import make_problem
 from ...runtime import execute
@@ -26,7 +37,7 @@ from .adapter import adapter, rows
 
 DEVICES = ("CPU", "CUDA", "XPU", "MPS")  # dispatch keys of the kernels; which backend computes is decided below them
 _TYPES = {"float": "Scalar", "int": "SymInt", "str": "str", "bool": "bool"}  # of Python -> of schemas; may be symbols
-_OPTIONAL = ("dlse", *Extras._fields)
+_OPTIONAL = ("dlse", *Tangents._fields, *Extras._fields)
 _WANTS = tuple(f"want_d{name}" for name in GRADIENTS)  # which gradients of optional arrays are computed
 
 
@@ -60,14 +71,20 @@ def _arguments(fields: Sequence[str], defaults: Sequence[Any]) -> Any:
 library = torch.library.Library("anyattn", "DEF")
 library.define(schema(FORWARD))
 library.define(schema(BACKWARD, _WANTS))
+library.define(schema(TANGENT))
+library.define(schema(SECOND))
 
 _SCALARS = (*Options._fields, "backend")
 _Forward = _arguments((*FORWARD.inputs, *_SCALARS), (*NO_EXTRAS, *Options(), ""))
 _Backward = _arguments(
     (*BACKWARD.inputs, *_SCALARS, *_WANTS), (None, *NO_EXTRAS, *Options(), "", *(True for _ in _WANTS))
 )
+_NO_TANGENTS = (None,) * len(Tangents._fields)
+_Tangent = _arguments((*TANGENT.inputs, *_SCALARS), (*_NO_TANGENTS, *NO_EXTRAS, *Options(), ""))
+_Second = _arguments((*SECOND.inputs, *_SCALARS), (None, *_NO_TANGENTS, *NO_EXTRAS, *Options(), ""))
 _inputs = operator.attrgetter("q", "k", "v", *Extras._fields)
 _saved = operator.attrgetter(*Saved._fields)
+_tangents = operator.attrgetter(*Tangents._fields)
 _options = operator.attrgetter(*Options._fields)
 _wants = operator.attrgetter(*_WANTS)
 
@@ -90,6 +107,16 @@ class BackwardArguments(NamedTuple):
     wants: tuple[bool, ...]
 
 
+class TangentArguments(NamedTuple):
+    """The arguments of `anyattn::tangent` and of `anyattn::second`; saved: (out, lse), or Saved for `second`."""
+
+    saved: tuple[Any, ...]
+    tangents: Tangents
+    inputs: Inputs
+    options: Options
+    backend: str
+
+
 def forward_arguments(arguments: Sequence[Any]) -> ForwardArguments:
     """Return the arguments of a call of `forward`."""
     given = _Forward(*arguments)
@@ -101,6 +128,14 @@ def backward_arguments(arguments: Sequence[Any]) -> BackwardArguments:
     given = _Backward(*arguments)
     inputs, options = make_inputs(*_inputs(given)), Options(*_options(given))
     return BackwardArguments(Saved(*_saved(given)), inputs, options, given.backend, _wants(given))
+
+
+def tangent_arguments(arguments: Sequence[Any], pass_: Pass = TANGENT) -> TangentArguments:
+    """Return the arguments of a call of `tangent` or `second`."""
+    given = _Tangent(*arguments) if pass_ is TANGENT else _Second(*arguments)
+    saved = (given.out, given.lse) if pass_ is TANGENT else Saved(*_saved(given))
+    inputs, options = make_inputs(*_inputs(given)), Options(*_options(given))
+    return TangentArguments(saved, Tangents(*_tangents(given)), inputs, options, given.backend)
 
 
 def call_forward(inputs: Inputs, options: Options, backend: str) -> tuple[Tensor, Tensor]:
@@ -116,6 +151,21 @@ def call_backward(
     """Call the operator `backward`; gradients that are absent are empty tensors."""
     q, k, v, extras = inputs
     return Gradients(*backward(q, k, v, *saved, *extras, *options, backend, *wants))
+
+
+def call_tangent(
+    out: Tensor, lse: Tensor, tangents: Tangents, inputs: Inputs, options: Options, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Call the operator `tangent`."""
+    q, k, v, extras = inputs
+    result: tuple[Tensor, Tensor] = tangent(q, k, v, out, lse, *tangents, *extras, *options, backend)
+    return result
+
+
+def call_second(saved: Saved, tangents: Tangents, inputs: Inputs, options: Options, backend: str) -> SecondGradients:
+    """Call the operator `second`; gradients that are absent are empty tensors."""
+    q, k, v, extras = inputs
+    return SecondGradients(*second(q, k, v, *saved, *tangents, *extras, *options, backend))
 
 
 def contiguous_inputs(inputs: Inputs) -> Inputs:
@@ -147,6 +197,39 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     saved, inputs = contiguous_saved(saved), contiguous_inputs(inputs)
     results = execute.backward(adapter, saved, inputs, options, backend, absent=absent(wants))
     return tuple(inputs.q.new_empty(0) if x is None else x for x in results)
+
+
+def _tangent(*arguments: Any) -> tuple[Tensor, Tensor]:
+    saved, tangents, inputs, options, backend = tangent_arguments(arguments)
+    out, lse = (rows("out", x) for x in saved)
+    return execute.tangent(adapter, out, lse, _contiguous(tangents), contiguous_inputs(inputs), options, backend)
+
+
+def _second(*arguments: Any) -> tuple[Tensor, ...]:
+    """Compute second derivatives; absent gradients are empty tensors."""
+    saved, tangents, inputs, options, backend = tangent_arguments(arguments, SECOND)
+    given = contiguous_saved(Saved(*saved)), _contiguous(tangents), contiguous_inputs(inputs)
+    results = execute.second(adapter, *given, options, backend)
+    return tuple(inputs.q.new_empty(0) if x is None else x for x in results)
+
+
+def _contiguous(tangents: Tangents) -> Tangents:
+    """Return the tangents with contiguous last dimensions."""
+    return Tangents(*[None if x is None else rows(name, x) for name, x in tangents._asdict().items()])
+
+
+@torch.library.register_fake("anyattn::tangent", lib=library)
+def _fake_tangent(*arguments: Any) -> tuple[Tensor, Tensor]:
+    (out, lse), *_ = tangent_arguments(arguments)
+    return out.new_empty(out.shape), lse.new_empty(lse.shape)
+
+
+@torch.library.register_fake("anyattn::second", lib=library)
+def _fake_second(*arguments: Any) -> tuple[Tensor, ...]:
+    saved, _, inputs, _, _ = tangent_arguments(arguments, SECOND)
+    q, k, v, extras = inputs
+    like = (q, k, v, *[getattr(extras, name) for name in GRADIENTS], saved[0], saved[1])
+    return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in like)
 
 
 @torch.library.register_fake("anyattn::forward", lib=library)
@@ -208,9 +291,27 @@ def _backward_flops(*arguments: Any, out_shape: Any = None, **rest: Any) -> Any:
     return 2 * _score_elements(shapes) * (3 * shapes.q[-1] + 2 * shapes.v[-1])
 
 
+@register_flop_formula(torch.ops.anyattn.tangent)
+def _tangent_flops(*arguments: Any, out_shape: Any = None, **rest: Any) -> Any:
+    _, tangents, shapes, _, _ = tangent_arguments(arguments)
+    products_q = 1 + sum(x is not None for x in (tangents.tq, tangents.tk))
+    products_v = 1 + (tangents.tv is not None)
+    return 2 * _score_elements(shapes) * (products_q * shapes.q[-1] + products_v * shapes.v[-1])
+
+
+@register_flop_formula(torch.ops.anyattn.second)
+def _second_flops(*arguments: Any, out_shape: Any = None, **rest: Any) -> Any:
+    _, _, shapes, _, _ = tangent_arguments(arguments, SECOND)
+    return 2 * _score_elements(shapes) * (10 * shapes.q[-1] + 5 * shapes.v[-1])
+
+
 for _key in DEVICES:
     library.impl("forward", _forward, _key)
     library.impl("backward", _backward, _key)
+    library.impl("tangent", _tangent, _key)
+    library.impl("second", _second, _key)
 
 forward = torch.ops.anyattn.forward.default
 backward = torch.ops.anyattn.backward.default
+tangent = torch.ops.anyattn.tangent.default
+second = torch.ops.anyattn.second.default

@@ -1,0 +1,237 @@
+"""Derivatives beyond the gradient: forward mode, and the derivatives of the backward, as autograd.Functions.
+
+torch.library has no rule for forward mode, so the rules are methods of Functions around the operators. Second
+derivatives are symmetric, so one pass, `second`, is the backward of the tangent, the backward of the backward, and the
+tangent of the backward. Derivatives of third order raise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...definition.inputs import GRADIENTS, Extras, Gradients, Inputs, Saved, SecondGradients, Tangents, make_inputs
+from ...definition.options import Options
+from ...definition.passes import SECOND, TANGENT
+from . import batching, fastpath, ops
+
+THIRD = "anyattn has no third derivative: a second derivative cannot be differentiated"
+TWICE = "anyattn has no forward mode inside forward mode: compute Hessians as jacfwd(jacrev(f)), torch.func.hessian(f)"
+_SAVED, _EXTRAS = len(Saved._fields), len(Extras._fields)
+
+
+class Static(NamedTuple):
+    """All of a call that is no tensor. metadata: of its arrays, for the way without the operator."""
+
+    options: Options
+    backend: str
+    lse_gradient: bool
+    metadata: Any = None
+
+
+def tangent(
+    static: Static, inputs: Inputs, out: Tensor, lse: Tensor, given: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor]:
+    """Return (tout, tlse). given: tangents of the inputs of the forward pass, in their order; None for zeros."""
+    q, k, v, extras = inputs
+    tangents = _tangents(given[:3], given[3:], (q, k, v))
+    arrays = (q, k, v, out, lse, *tangents, *extras)
+    result: tuple[Tensor, Tensor] = AttentionTangent.apply(static, *_without_gradient(arrays, (3, 4)))
+    return result
+
+
+def gradients(saved: Saved, inputs: Inputs, static: Static, wants: tuple[bool, ...]) -> Gradients:
+    """Return the gradients, which can be differentiated once more."""
+    q, k, v, extras = inputs
+    function = AttentionGradientsWithTangents if fastpath.forward_mode() else AttentionGradients
+    return Gradients(*function.apply(static, wants, q, k, v, *saved, *extras))
+
+
+def second(saved: Saved, tangents: Tangents, inputs: Inputs, static: Static) -> SecondGradients:
+    """Return the gradients of <dout, tout> + <dlse, tlse>, whose derivatives raise."""
+    q, k, v, extras = inputs
+    return SecondGradients(*AttentionSecond.apply(static, q, k, v, *saved, *tangents, *extras))
+
+
+class AttentionTangent(torch.autograd.Function):
+    """(tout, tlse) from the inputs of the tangent pass; out and lse follow from q, k and v."""
+
+    @staticmethod
+    def forward(static: Static, *arrays: Any) -> tuple[Tensor, Tensor]:
+        result: tuple[Tensor, Tensor] = ops.tangent(*arrays, *static.options, static.backend)
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.static, *arrays = inputs
+        ctx.save_for_backward(*arrays)
+        ctx.save_for_forward(*arrays)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, dtout: Tensor | None, dtlse: Tensor | None) -> Any:
+        q, k, v, out, lse, *rest = ctx.saved_tensors
+        tangents, inputs = Tangents(*rest[:-_EXTRAS]), make_inputs(q, k, v, *rest[-_EXTRAS:])
+        saved = Saved(out, lse, torch.zeros_like(out) if dtout is None else dtout, dtlse)
+        found = second(saved, tangents, inputs, ctx.static)
+        first: tuple[Any, ...] = (None,) * len(Tangents._fields)
+        needs = ctx.needs_input_grad[6 : 6 + len(Tangents._fields)]
+        if any(needs):  # the tangent is linear in the tangents
+            grads = gradients(saved, inputs, ctx.static, _present(inputs.extras))
+            first = tuple([x if need else None for x, need in zip(grads, needs, strict=True)])
+        return (None, found.dq, found.dk, found.dv, None, None, *first, *_of_extras(inputs.extras, found))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(TWICE)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], static: Static, *arrays: Any) -> tuple[Any, Any]:
+        _, *dims = in_dims
+        return batching.derivative(
+            TANGENT, info.batch_size, dims, arrays, lambda *xs: AttentionTangent.apply(static, *xs)
+        )
+
+
+class AttentionGradients(torch.autograd.Function):
+    """The gradients from the inputs of the backward pass; out and lse follow from q, k and v."""
+
+    @staticmethod
+    def forward(static: Static, wants: tuple[bool, ...], *arrays: Any) -> tuple[Tensor, ...]:
+        results: tuple[Tensor, ...] = ops.backward(*arrays, *static.options, static.backend, *wants)
+        return results
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.static, ctx.wants, *arrays = inputs
+        ctx.save_for_backward(*arrays)
+        ctx.set_materialize_grads(False)
+        absent = [x for x, want in zip(output, (True, True, True, *ctx.wants), strict=True) if not want]
+        ctx.mark_non_differentiable(*absent)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        q, k, v, *rest = ctx.saved_tensors
+        saved, inputs = Saved(*rest[:_SAVED]), make_inputs(q, k, v, *rest[_SAVED:])
+        given = [x if want else None for x, want in zip(cotangents, (True, True, True, *ctx.wants), strict=True)]
+        found = second(saved, Tangents(*given), inputs, ctx.static)
+        ddlse = None if saved.dlse is None else found.ddlse
+        return (
+            None,
+            None,
+            found.dq,
+            found.dk,
+            found.dv,
+            None,
+            None,
+            found.ddout,
+            ddlse,
+            *_of_extras(inputs.extras, found),
+        )
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], static: Static, wants: tuple[bool, ...], *arrays: Any
+    ) -> tuple[Any, Any]:
+        _, _, *dims = in_dims
+        return batching.backward(
+            info.batch_size, dims, arrays, lambda *xs: AttentionGradients.apply(static, wants, *xs)
+        )
+
+
+class AttentionGradientsWithTangents(AttentionGradients):
+    """AttentionGradients where tangents may come. A class apart, because Dynamo refuses any that has a jvp."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        AttentionGradients.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[2:])
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
+        """Differentiate the gradients along the inputs (symmetry: `second`) and along dout and dlse (linear)."""
+        q, k, v, *rest = ctx.saved_tensors
+        saved, inputs = Saved(*rest[:_SAVED]), make_inputs(q, k, v, *rest[_SAVED:])
+        _, _, tq, tk, tv, _, _, tdout, tdlse, *others = tangents
+        along = _tangents((tq, tk, tv), others, (q, k, v))
+        parts: list[tuple[Any, ...]] = []
+        if any(x is not None for x in along):
+            found = second(saved, along, inputs, ctx.static)
+            parts.append(tuple(found)[: len(Gradients._fields)])
+        if tdout is not None or (tdlse is not None and saved.dlse is not None):
+            dout = torch.zeros_like(saved.dout) if tdout is None else tdout
+            linear = Saved(saved.out, saved.lse, dout, None if saved.dlse is None else tdlse)
+            parts.append(tuple(gradients(linear, inputs, ctx.static, ctx.wants)))
+        wanted = (True, True, True, *ctx.wants)
+        return tuple(
+            sum(terms[1:], terms[0]) if want and terms else None
+            for want, terms in zip(wanted, zip(*parts, strict=True) if parts else [()] * len(wanted), strict=True)
+        )
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], static: Static, wants: tuple[bool, ...], *arrays: Any
+    ) -> tuple[Any, Any]:
+        _, _, *dims = in_dims
+        return batching.backward(
+            info.batch_size, dims, arrays, lambda *xs: AttentionGradientsWithTangents.apply(static, wants, *xs)
+        )
+
+
+class AttentionSecond(torch.autograd.Function):
+    """Second derivatives, from the inputs of that pass. Their derivatives raise: never a silent zero."""
+
+    @staticmethod
+    def forward(static: Static, *arrays: Any) -> tuple[Tensor, ...]:
+        results: tuple[Tensor, ...] = ops.second(*arrays, *static.options, static.backend)
+        return results
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        raise NotImplementedError(THIRD)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(THIRD)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], static: Static, *arrays: Any) -> tuple[Any, Any]:
+        _, *dims = in_dims
+        return batching.derivative(
+            SECOND, info.batch_size, dims, arrays, lambda *xs: AttentionSecond.apply(static, *xs)
+        )
+
+
+def _tangents(given: Sequence[Any], extras: Sequence[Any], like: Sequence[Tensor]) -> Tangents:
+    """Return the tangents from those of q, k, v and of the optional arrays.
+
+    Raises:
+        NotImplementedError: an optional array without a derivative has a tangent.
+    """
+    named = dict(zip(Extras._fields, extras, strict=False))
+    for name, x in named.items():
+        if x is not None and name not in GRADIENTS:
+            raise NotImplementedError(f"{name} has no derivative, so it must have no tangent: pass it without one")
+    return Tangents(*given, *[named.get(name) for name in GRADIENTS])
+
+
+def _present(extras: Extras) -> tuple[bool, ...]:
+    """Return which of GRADIENTS are given."""
+    return tuple([getattr(extras, name) is not None for name in GRADIENTS])
+
+
+def _of_extras(extras: Extras, found: SecondGradients) -> Extras:
+    """Return the gradients of the optional arrays in the order of those arrays."""
+    return Extras(**{name: getattr(found, f"d{name}") for name in GRADIENTS if getattr(extras, name) is not None})
+
+
+def _without_gradient(arrays: tuple[Any, ...], places: Sequence[int]) -> tuple[Any, ...]:
+    """Return the arrays; those at `places` follow from the others, so no gradient passes through them."""
+    return tuple([x.detach() if i in places else x for i, x in enumerate(arrays)])
