@@ -301,24 +301,6 @@ def test_func_grad_and_jacobian() -> None:
     torch.testing.assert_close(many[1], jacobian.sum(0))
 
 
-def test_a_second_derivative_raises() -> None:
-    q, k, v = qkv(grad=True)
-    (first,) = torch.autograd.grad(anyattn.attention(q, k, v).sum(), q, create_graph=True)
-    with pytest.raises(NotImplementedError, match="second derivative"):
-        (first * q).sum().backward()
-    once = torch.func.grad(lambda q: anyattn.attention(q, k, v).sum())
-    with pytest.raises(NotImplementedError, match="second derivative"):
-        torch.func.grad(lambda q: once(q).sum())(q)
-
-
-def test_forward_mode_raises() -> None:
-    q, k, v = qkv()
-    with pytest.raises(NotImplementedError, match="forward-mode"):
-        torch.func.jvp(lambda q: anyattn.attention(q, k, v), (q,), (q,))
-    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
-        anyattn.attention(torch.autograd.forward_ad.make_dual(q, q), k, v)
-
-
 def test_autocast() -> None:
     q, k, v = qkv(grad=True)
     bias = leaf(2, 4, 5, 7)
