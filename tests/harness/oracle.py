@@ -87,7 +87,7 @@ def _attention(inputs: CaseInputs, leaves: dict[str, Any], dout: Any, dlse: Any)
     nheads = case.nheads_kv * case.group
     out = np.zeros((*given["q"].shape[:-1], case.head_dim_v))
     lse = np.full(inputs.lse_shape, -np.inf)
-    loss = torch.zeros((), dtype=torch.float64)
+    loss = torch.zeros((), dtype=torch.float64, requires_grad=True) + 0  # has a graph without any sequence too
     for span in inputs.spans:
         for h in range(nheads):
             o, line, live = _head(inputs, leaves, span, h)
