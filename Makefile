@@ -23,7 +23,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find native examples -name '*.cc' -o -name '*.cpp' -o -name '*.c' -o -name '*.h' -o -name '*.hpp' | sort)
 PACKAGED := $(shell find src examples native -not -path '*/__pycache__*') pyproject.toml
 
-.PHONY: venv require-native demo check test full models weights soak stress test-oldest gpu aot bench pages docs notebooks shaders vulkan-drivers wheels test-arm64 lint format sanitize sanitize-python clean
+.PHONY: venv require-native demo check test full models weights soak stress test-oldest gpu aot bench pages docs shaders vulkan-drivers wheels release-check test-arm64 lint format sanitize sanitize-python clean
 .DEFAULT_GOAL := test
 
 venv: $(VENV)/installed
@@ -175,6 +175,14 @@ vulkan-drivers:
 # The sdist and a wheel for each of six platforms, into dist/, from one machine; this machine's is installed and tried.
 wheels: $(VENV)/wheels
 	$(BIN)/python scripts/make_wheels.py
+	$(PYTHON) scripts/try_wheel.py
+
+# Everything that can be checked before a release on one machine: one version in every file, the sdist and this machine's wheel,
+# their metadata, contents and results, and the documentation. CONTRIBUTING.md has the rest of the checklist.
+release-check: $(VENV)/wheels docs
+	$(BIN)/python -m pytest -q tests/packaging/test_wheels.py
+	$(BIN)/python scripts/make_wheels.py --this-machine
+	$(BIN)/python -m twine check --strict dist/*
 	$(PYTHON) scripts/try_wheel.py
 
 # The native tests as the wheel for 64-bit Arm is compiled. Debian's qemu-user and libc6-arm64-cross run them elsewhere.

@@ -1,11 +1,13 @@
-"""Builds into dist/ the sdist and, from its contents alone, one wheel per platform for every Python; and checks them.
+"""Build the sdist and one wheel per platform into dist/, and check them.
 
-PyPI's ziglang compiles for all of them on any machine: nothing else is needed. Arguments: tags of platforms; none: all.
+Each wheel serves every Python and is built from the contents of the sdist alone. PyPI's ziglang compiles for every
+platform on any machine. Arguments are platform tags, or --this-machine for its own; without any, all are built.
 """
 
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -13,7 +15,7 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from check_wheels import check, check_objects
+from check_wheels import MACHINES, check, check_objects, machine_of
 
 ROOT = Path(__file__).resolve().parent.parent
 DIST = ROOT / "dist"
@@ -30,7 +32,12 @@ PLATFORMS = {
 }
 
 
+SYSTEMS = {"Linux": "manylinux", "Darwin": "macosx", "Windows": "win"}
+
+
 def main(*tags: str) -> int:
+    if tags == ("--this-machine",):
+        tags = (tag_of_this_machine(),)
     unknown = [tag for tag in tags if tag not in PLATFORMS]
     if unknown:
         raise SystemExit(f"unknown platforms: {', '.join(unknown)}; there are {', '.join(PLATFORMS)}")
@@ -47,6 +54,13 @@ def main(*tags: str) -> int:
             wrong = True
             wheel.unlink()
     return 1 if wrong else 0
+
+
+def tag_of_this_machine() -> str:
+    """Return the tag of `PLATFORMS` that fits this machine."""
+    machine = MACHINES[platform.machine().lower()]
+    system = SYSTEMS[platform.system()]
+    return next(tag for tag in PLATFORMS if tag.startswith(system) and machine_of(tag) == machine)
 
 
 def make_source() -> Path:
