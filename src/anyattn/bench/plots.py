@@ -66,7 +66,7 @@ def _speed(backward: bool) -> Callable[[Results, Any], None]:
             axis.plot(x, [row["flops"] / row["seconds"][name]["median"] / 1e9 for row in mine], **_style(name))
         peaks = [row["peak_flops"] / 1e9 for row in rows if row["peak_flops"]]
         if peaks:
-            axis.axhline(max(peaks), color="gray", linestyle=":", label="registers only")
+            axis.axhline(max(peaks), color="gray", linestyle=":", label="peak (registers only)")
         axis.set_title(_speed_title(rows[-1], "Backward" if backward else "Forward"))
         axis.set(ylabel="useful GFLOP/s, causal float32, 8 heads of 64", xlabel="sequence length", ylim=(0, None))
         _lengths_axis(axis)
@@ -107,8 +107,14 @@ def _roofline(results: Results, axis: Any) -> None:
         if peak:
             roof = np.minimum(x * stream, peak) if stream else np.full_like(x, peak)
             axis.plot(x, roof / 1e9, color=colors[dtype], linewidth=1)
-    axis.set(title=f"{OURS}: each case against what this machine can do", xscale="log", yscale="log")
-    axis.set(xlabel="useful operations per byte that has to move", ylabel="useful GFLOP/s")
+    axis.set(title=_roofline_title(rows), xscale="log", yscale="log")
+    axis.set(xlabel="useful operations per byte of inputs and outputs", ylabel="useful GFLOP/s")
+
+
+def _roofline_title(rows: list[Results]) -> str:
+    """Say the result: the largest share of the measured peak that a case reaches."""
+    shares = [row["flops"] / row["seconds"][OURS]["median"] / row["peak_flops"] for row in rows if row["peak_flops"]]
+    return f"{OURS} reaches up to {max(shares):.0%} of the peak" if shares else f"{OURS}: speed of every case"
 
 
 def _memory(results: Results, axis: Any) -> None:
@@ -128,7 +134,7 @@ def _accuracy(results: Results, axis: Any) -> None:
     for i, name in enumerate(names := list(rows[0]["errors"])):
         x = [j + (i - (len(names) - 1) / 2) * 0.25 for j in range(len(rows))]
         axis.bar(x, [row["errors"][name] for row in rows], width=0.23, label=name)
-    axis.set(title="Error against float64: no larger than PyTorch's", yscale="log")
+    axis.set(title="Error compared with float64: no larger than PyTorch's", yscale="log")
     axis.set(ylabel="largest absolute error, (1, 8, 512, 64)")
     axis.set_xticks(range(len(rows)), [row["dtype"] for row in rows])
 
@@ -166,9 +172,9 @@ DATA: dict[str, Callable[[Results], Any]] = {
     "accuracy": lambda results: results.get("accuracy"),
 }
 CAPTIONS: dict[str, str] = {
-    "forward": "speed of the forward against sequence length, anyattn and others",
-    "backward": "speed of the backward against sequence length, anyattn and others",
-    "roofline": "every case of the benchmark below the measured ceilings of arithmetic and memory",
-    "memory": "extra memory of forward and backward against sequence length",
-    "accuracy": "largest error against float64 by dtype",
+    "forward": "speed of the forward pass by sequence length, anyattn and others",
+    "backward": "speed of the backward pass by sequence length, anyattn and others",
+    "roofline": "speed of every benchmark case, below the measured limits of arithmetic and memory",
+    "memory": "extra memory of forward and backward by sequence length",
+    "accuracy": "largest error compared with float64, by dtype",
 }
