@@ -1,6 +1,6 @@
-"""Fails where the built site lacks what it promises: `python scripts/site/check.py SITE`.
+"""Check the pages of the built site: `python scripts/site/check.py SITE`.
 
-mkdocs itself fails on links, anchors and names that do not exist; this looks at the pages that came out.
+mkdocs itself fails on links, anchors and names that do not exist. This program reads the pages that mkdocs wrote.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 import reference
 
 LOADED = re.compile(r"<(?:script|link|img|iframe|source)\b[^>]*?\b(?:src|href)=\"?((?:https?:)?//[^\s\">]+)", re.I)
-# GitHub sees a list, a table or a block of code next to a line of text; Python-Markdown wants an empty line between.
+# GitHub accepts a list, a table or a block of code directly after a line of text. Python-Markdown needs an empty line.
 GLUED = re.compile(r"<p>(?:(?!</p>).)*?(?:(?:^|(?<=<p>))[*|] |<div )", re.DOTALL | re.MULTILINE)
 
 
@@ -35,7 +35,7 @@ def wrong(path: Path) -> Iterator[str]:
 
 
 def undocumented(site: Path, name: str) -> Iterator[str]:
-    """A name whose page lacks its heading or the docstring below it."""
+    """Yield a message if the page of a name lacks its heading or the docstring below it."""
     path = site / "reference" / reference.file_name(name).replace(".md", ".html")
     html = path.read_text(encoding="utf-8") if path.exists() else ""
     if f'<h1 id="{name}"' not in html or not re.search(r'class="doc doc-contents.*?<p>', html, re.DOTALL):

@@ -1,4 +1,4 @@
-"""Examples in docstrings become blocks of code: mkdocstrings would see them only under a heading of their own."""
+"""Turn examples in docstrings into blocks of code, which mkdocstrings does only under a heading of their own."""
 
 from __future__ import annotations
 

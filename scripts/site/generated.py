@@ -95,19 +95,19 @@ def picture(name: str, text: str, page: Path) -> str:
 
 
 def measured(title: str, _: Path) -> str:
-    """The tables of `anyattn bench` whose titles begin so."""
+    """Return the tables of `anyattn bench` whose titles begin with `title`."""
     found = [part for part in report.tables(results()) if part.title.startswith(title)]
     assert found, f"the committed results have no table {title!r}"
     return "\n\n".join(f"**{part.title}**\n\n{table(part.header, part.rows)}" for part in found)
 
 
 def header(_: Path) -> str:
-    """The C header, as it is: its comments are the documentation."""
+    """Return the whole C header, because its comments are the documentation."""
     return f"```c\n{(INCLUDE / 'anyattn.h').read_text(encoding='utf-8')}```"
 
 
 def struct(name: str, _: Path) -> str:
-    """A struct of the C++ header with the comment above it."""
+    """Return a struct of the C++ header with the comment above it."""
     text = (INCLUDE / "anyattn" / "call.hpp").read_text(encoding="utf-8")
     found = re.search(rf"^(//[^\n]*\n)*struct {name}\b.*?^}};\n", text, re.DOTALL | re.MULTILINE)
     assert found, f"call.hpp has no struct {name}"

@@ -1,4 +1,4 @@
-"""Hooks of mkdocs: pages of the reference, and links and formulas as GitHub's Markdown has them."""
+"""Hooks of mkdocs: add the pages of the reference, and translate GitHub's links and formulas."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import reference
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File
 
+# Pages whose tables need the room of the table of contents.
+WIDE = {"features.md", "use-with/transformers-models.md"}
 OUTSIDE = re.compile(r"\[([^\]]+)\]\(((?:\.\./)+[^)]+)\)")
 
 
@@ -31,16 +33,18 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     if page.file.src_uri == "reference/index.md":
         names = reference.index(reference.file_name)
         markdown = generated.PART.sub(lambda part: f"{part[1]}{names}\n{part[3]}", markdown)
+    if page.file.src_uri in WIDE:
+        page.meta["hide"] = ["toc"]
     return inside(markdown, page.file.src_uri)
 
 
 def math(source: str, *_: Any, **__: Any) -> str:
-    """LaTeX as MathML, which browsers draw without a script."""
+    """Return LaTeX as MathML, which browsers draw without a script."""
     return f'<div class="math">{convert(source, display="block")}</div>'
 
 
 def inside(text: str, page: str) -> str:
-    """Links to files of the repository that are no pages become their paths."""
+    """Replace links to files of the repository that are not pages by their paths."""
 
     def replace(link: re.Match[str]) -> str:
         target = posixpath.normpath(posixpath.join("docs", posixpath.dirname(page), link[2]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import ceil
 from typing import Any
 from xml.sax.saxutils import escape
 
@@ -13,7 +14,8 @@ from anyattn.definition import reference
 CELL = 18
 MARGIN = 34  # for the names of the axes
 GAP = 28
-WIDTH = 760  # of a page
+WIDTH = 480  # two figures side by side: readable at the width of a phone too
+CHARACTER = 7.4  # width in the font of captions
 STYLE = """
 .visible { fill: #4051b5; } .sink { fill: #f28c28; } .masked { fill: #e3e6ee; }
 .text { fill: #667; font: 11px sans-serif; } .code { fill: #334; font: 12px monospace; }
@@ -26,16 +28,16 @@ STYLE = """
 GROUPS: dict[str, dict[str, dict[str, Any]]] = {
     "causal": {
         "causal=True": {"rows": 6, "keys": 6, "causal": True},
-        "causal=True, 4 rows and 7 keys": {"rows": 4, "keys": 7, "causal": True},
+        "causal=True, 4 queries and 7 keys": {"rows": 4, "keys": 7, "causal": True},
         'causal=True, alignment="top-left"': {"rows": 4, "keys": 7, "causal": True, "alignment": "top-left"},
-        "causal=True, 6 rows and 4 keys": {"rows": 6, "keys": 4, "causal": True},
+        "causal=True, 6 queries and 4 keys": {"rows": 6, "keys": 4, "causal": True},
         "causal=True, offset=1": {"rows": 4, "keys": 7, "causal": True, "offset": 1},
     },
     "window": {
         "window=(2, 1)": {"rows": 7, "keys": 7, "window": (2, 1)},
         "window=(2, None), causal=True": {"rows": 7, "keys": 7, "window": (2, None), "causal": True},
         "window=(None, 1)": {"rows": 7, "keys": 7, "window": (None, 1)},
-        "window=(2, 0), 3 rows and 7 keys": {"rows": 3, "keys": 7, "window": (2, 0)},
+        "window=(2, 0), 3 queries and 7 keys": {"rows": 3, "keys": 7, "window": (2, 0)},
     },
     "chunk": {
         "chunk=3": {"rows": 7, "keys": 7, "chunk": 3},
@@ -84,7 +86,7 @@ def figure(caption: str, arguments: dict[str, Any]) -> tuple[str, int, int]:
     squares, width, height = svg(visible(**arguments), sink)
     text = escape(caption)
     label = f'<text class="code" x="0" y="{height + 18}">{text}</text>'
-    return squares + label, max(width, 7 * len(caption)), height + 26
+    return squares + label, max(width, ceil(CHARACTER * len(caption))), height + 26
 
 
 def visible(rows: int = 0, keys: int = 0, cu_seqlens: list[int] | None = None, **arguments: Any) -> np.ndarray:

@@ -12,7 +12,7 @@ from pathlib import Path
 import anyattn
 
 NAMES = tuple(f"anyattn.{name}" for name in anyattn.__all__)
-# Modules that users import beside `anyattn` itself. Those without a list of names show every public one.
+# Modules that users import in addition to `anyattn` itself. A module without a list of names shows every public name.
 MODULES = (
     "anyattn.nn",
     "anyattn.settings",
@@ -36,7 +36,7 @@ MODULES = (
 
 @cache
 def pages() -> dict[str, str]:
-    """Path -> Markdown."""
+    """Return the Markdown of each page, by its path."""
     return {f"reference/{file_name(name)}": page(name) for name in (*NAMES, *MODULES)}
 
 
@@ -66,14 +66,14 @@ def source(name: str) -> str:
 
 
 def file_name(name: str) -> str:
-    """Below reference/."""
+    """Return the name of a page below reference/."""
     return f"{'modules/' if name in MODULES else ''}{name.removeprefix('anyattn.')}.md"
 
 
 def summary(name: str) -> str:
-    """The first paragraph of the docstring."""
+    """Return the first paragraph of the docstring."""
     if name in MODULES:
-        spec = find_spec(name)  # read, not imported: some need packages that the site does not
+        spec = find_spec(name)  # read instead of imported, because some modules need packages that the site does not
         assert spec is not None and spec.origin is not None
         text = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8")))
     else:
