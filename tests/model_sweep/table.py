@@ -15,19 +15,23 @@ DULL = 2e-3  # ten times the tolerance
 PAGE = """\
 # Every architecture of transformers and diffusers
 
-`make models` builds a tiny model with random weights of every architecture of transformers {transformers} and of every
-transformer of diffusers {diffusers}. It compares `attn_implementation="anyattn"` with `"eager"`, and `use_anyattn()`
-with torch's own attention: dense and padded batches, gradients, generation with dynamic and static caches, packed rows,
-attention weights, images, sounds and videos in text. A difference that rounding does not explain fails.
+This page lists, for each model, whether anyattn gives the results of the model's own attention. `make models`
+writes it: it builds a tiny model with random weights of every architecture of transformers {transformers} and of every
+transformer of diffusers {diffusers}. Then it compares `attn_implementation="anyattn"` with `"eager"`, and
+`use_anyattn()` with torch's own attention. It tries dense and padded batches, gradients, generation with dynamic and
+static caches, packed rows, attention weights, and text with images, sounds and videos. A difference that rounding does
+not explain is a failure.
 
 {counts}
 
-* *right*: equal to eager in every check that eager itself passes.
-* *eager*: the model computes attention with its own code, and keeps doing so.
-* *refused*: raises an error that says what works instead.
-* *upstream*: eager itself differs from SDPA, and anyattn agrees with SDPA. Or the remark names the cause, which is in
+The results mean:
+
+* *right*: results are equal to eager in every check that eager itself passes.
+* *eager*: the model computes attention with its own code, with or without anyattn.
+* *refused*: the model raises an error that says what works instead.
+* *upstream*: eager itself differs from SDPA, and anyattn agrees with SDPA. Otherwise the remark names the cause in
   transformers.
-* *not run*: no tiny model or no inputs for it.
+* *not run*: no tiny model or no inputs were found.
 
 ## transformers
 
