@@ -49,8 +49,7 @@ def attention(inputs: CaseInputs) -> dict[str, np.ndarray | None]:
     """out, lse and, for the case's dout and dlse, every gradient; float64."""
     leaves = {name: _leaf(inputs.arguments.get(name)) for name in LEAVES}
     out, lse, loss = _attention(inputs, leaves, _leaf(inputs.dout), _leaf(inputs.dlse))
-    if loss.requires_grad:
-        loss.backward()
+    loss.backward()
     grads = {f"d{name}": _grad(leaf) for name, leaf in leaves.items()}
     return {"out": out, "lse": lse, **grads}
 
