@@ -11,17 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from .api import (
     attention,
-    attention_backward,
-    attention_forward,
     attention_varlen,
     attention_with_kvcache,
-    merge,
 )
 from .c_library import get_include, get_library
 from .definition.errors import UnsupportedProblem
 from .definition.inputs import Gradients, SecondGradients
 from .definition.mask import Mask
 from .derivatives import attention_second, attention_tangent
+from .explicit import attention_backward, attention_forward, merge
 from .sdpa import flash_attention, sdpa
 from .weights import attention_weights
 
@@ -62,7 +60,7 @@ __all__ = [
 ]
 
 
-# Names and modules that are imported when they are first used.
+# Names and modules that are imported on first use.
 _NAMES = {
     **dict.fromkeys(("explain", "get_available_backends", "print_backend_info", "warmup"), "introspection"),
     **dict.fromkeys(("Explanation", "backend"), "runtime.dispatch"),
@@ -76,7 +74,7 @@ def __getattr__(name: str) -> Any:
         globals()[name] = found = getattr(import_module(f".{_NAMES[name]}", __name__), name)
         return found
     if name in _MODULES:
-        return import_module(f".{name}", __name__)  # not `from . import`, which asks here again
+        return import_module(f".{name}", __name__)  # not `from . import`, which would call this function again
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -1,4 +1,4 @@
-"""`python -m anyattn`."""
+"""Run the command line: `python -m anyattn`."""
 
 import sys
 

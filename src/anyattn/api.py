@@ -1,6 +1,6 @@
-"""The public functions. Arrays are NumPy arrays or torch tensors: what comes in decides what comes out.
+"""Public attention functions for NumPy arrays and torch tensors; results have the kind of the inputs.
 
-Here mask arguments become interval bounds and arguments their canonical order; the framework's module does the rest.
+This module turns mask arguments into interval bounds and collects the arguments. The framework's module does the rest.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, overload
 
-from .arguments import A, Array, Table, Window, bounds, check_parts, explicit, make_options, paged_lengths
-from .definition.inputs import NO_EXTRAS, Appended, Extras, Gradients, Inputs, Saved, replace_extras
+from .arguments import A, Array, Table, Window, bounds, make_options, paged_lengths
+from .definition.inputs import NO_EXTRAS, Appended, Extras, Inputs, replace_extras
 from .definition.options import Rotation
 from .frameworks import framework_of
 from .scalars import flag, integer
@@ -17,7 +17,7 @@ from .scalars import flag, integer
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .keywords import CacheArguments, DenseArguments, ExplicitArguments, VarlenArguments
+    from .keywords import CacheArguments, DenseArguments, VarlenArguments
 
 
 @overload
@@ -54,15 +54,16 @@ def attention(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> A | tuple[A, A]:
-    r"""Exact attention in O(N) memory.
+    r"""Compute exact attention in O(N) memory.
 
         t_ij  = scale <q_i, k_j>                     then softcap tanh(t_ij / softcap) if softcap > 0
-        s_ij  = t_ij + bias_ij - alibi_slope |p - c|  p = i + offset (row), c = j - leftpad (key)
-        lse_i = log sum_j exp(s_ij) (+ exp(sink))     over the keys j that row i sees
+        s_ij  = t_ij + bias_ij - alibi_slope |p - c|  p = i + offset (query), c = j - leftpad (key)
+        lse_i = log sum_j exp(s_ij) (+ exp(sink))     over the keys j that are visible to query i
         out_i = sum_j exp(s_ij - lse_i) v_j
 
-    Query head h reads KV head h // (nheads / nheads_kv), so grouped-query and multi-query attention need no expansion.
-    The causal mask is aligned to the bottom right: with 2 rows and 5 keys, and 5 rows and 2 keys (1: seen),
+    Query head h uses KV head h // (nheads / nheads_kv), so grouped-query and multi-query attention need no expansion.
+    The causal mask is aligned to the bottom right. With 2 queries and 5 keys, and with 5 queries and 2 keys (1:
+    visible):
 
         1 1 1 1 0        0 0
         1 1 1 1 1        0 0
@@ -71,42 +72,48 @@ def attention(
                          1 1
 
     Args:
-        q: (batch, seqlen_q, nheads, head_dim), float32, float16, bfloat16 or float64; any strides (a copy is made only
-            if the last dimension is not contiguous).
+        q: (batch, seqlen_q, nheads, head_dim), float32, float16, bfloat16 or float64. Any strides are accepted, and a
+            copy is made only if the last dimension is not contiguous.
         k: (batch, seqlen_k, nheads_kv, head_dim), of q's dtype; nheads is a multiple of nheads_kv.
         v: (batch, seqlen_k, nheads_kv, head_dim_v).
-        causal: rows see no key after their position.
-        window: (left, right), inclusive: how many keys before and after its position a row sees; None: unbounded.
-        chunk: rows see keys of their own chunk of this many positions only; 0: off.
-        alignment: "bottom-right": the last row is at the last key; "top-left": row 0 is at key 0 (as torch SDPA).
-        offset: position of row 0, an int or one int per sequence, instead of an alignment.
+        causal: each query attends only to keys at or before its own position.
+        window: (left, right), inclusive: number of keys before and after its position that a query attends to. None in
+            either place means unbounded.
+        chunk: each query attends only to keys in its own chunk of this many positions; 0: off.
+        alignment: "bottom-right": the last query is aligned with the last key; "top-left": query 0 is aligned with
+            key 0 (as in torch SDPA).
+        offset: position of query 0, an int or one int per sequence. It replaces `alignment`.
         scale: any finite number; default head_dim ** -0.5.
-        softcap: 0: off.
-        bias: added to the scaled scores; broadcastable to (batch, nheads, seqlen_q, seqlen_k), q's dtype or float32.
-            -inf hides a key. Has a gradient.
-        mask: boolean, broadcastable likewise; False hides a key.
+        softcap: the bound of a tanh applied to the scaled scores; 0: off.
+        bias: added to the scaled scores; broadcastable to (batch, nheads, seqlen_q, seqlen_k), in q's dtype or float32.
+            -inf masks a key. bias has a gradient.
+        mask: boolean, broadcastable like bias. False masks a key.
         alibi_slopes: (nheads,) or (batch, nheads).
-        sink: (nheads,), one more logit in each denominator. Has a gradient.
-        seqused_q: (batch,), rows in use; the others give 0.
-        seqused_k: (batch,), keys in use.
+        sink: (nheads,), one additional logit in each softmax denominator. sink has a gradient.
+        seqused_q: (batch,), number of queries in use; unused queries give 0.
+        seqused_k: (batch,), number of keys in use.
         leftpad_k: (batch,), first key slot in use.
         kv_indices: integers (batch, seqlen_q, n), or (batch, nheads_kv, seqlen_q, n): each query attends only to the
-            key slots in its list that the other masks leave visible. -1 is no key; a slot that is listed twice counts
-            once. On the CPU backend work grows with n, not with seqlen_k.
-        dropout_p: probability in [0, 1), in steps of 2^-16. The same entries are dropped on every backend.
-        seed: int; or rng_state, an int64 array (seed, offset). Default: drawn from the framework's random generator.
-        deterministic: run-to-run identity or an error (the CPU engines always are).
-        batch_invariant: a sequence's result does not depend on the rest of the batch.
-        return_lse: also return lse; gradients then flow through it.
-        backend: "cpu", "triton", "vulkan" or "numpy"; one that is named never falls back. Default: automatic.
+            key slots in its list that the other masks leave visible. -1 means no key. A slot that is listed twice
+            counts once. On the CPU backend, the work grows with n instead of seqlen_k.
+        dropout_p: probability in [0, 1), in steps of 2^-16. Every backend drops the same entries.
+        seed: an int that determines the dropout mask. Default: sampled from the framework's random generator.
+        rng_state: int64 array (seed, offset), an alternative to `seed`.
+        deterministic: guarantee identical results from run to run, or raise. The CPU backend is always deterministic.
+        batch_invariant: guarantee that the result of a sequence does not depend on the rest of the batch.
+        return_lse: also return lse. Gradients then flow through lse too.
+        backend: "cpu", "triton", "vulkan" or "numpy". A named backend never falls back to another one. Default: the
+            first backend that supports the call.
 
     Returns:
-        out (batch, seqlen_q, nheads, head_dim_v) in q's dtype, contiguous; with return_lse also the natural logarithm
-        lse (batch, nheads, seqlen_q), float32 (float64 for float64). A row that sees no key: out 0, lse -inf (with a
-        sink: lse = sink). NaN in memory that no row may see changes nothing.
+        out (batch, seqlen_q, nheads, head_dim_v) in q's dtype, contiguous. With return_lse also the natural logarithm
+        lse (batch, nheads, seqlen_q), float32 (float64 for float64). A query without visible keys gives out 0 and lse
+        -inf (lse = sink with a sink). NaN in memory that no query attends to has no effect.
 
     Raises:
-        ValueError, TypeError: an argument is wrong; nothing was written. UnsupportedProblem: no backend computes it.
+        ValueError: an argument has a wrong value or shape. Nothing was written.
+        TypeError: an argument has a wrong type or dtype. Nothing was written.
+        UnsupportedProblem: no backend supports the call.
 
     Source: Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning" (2023).
 
@@ -205,21 +212,47 @@ def attention_varlen(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> A | tuple[A, A]:
-    """Attention over sequences of different lengths, packed one behind the other: no padding is computed or stored.
+    """Compute attention over sequences of different lengths, concatenated without padding.
 
     Args:
-        q: (total_q, nheads, head_dim). k, v: (total_k, nheads_kv, ...); with block_table the pages
-            (num_pages, page_size, nheads_kv, ...), of any page size.
-        cu_seqlens_q: (batch + 1,), where each sequence begins: rows cu_seqlens_q[b] to cu_seqlens_q[b + 1].
-        cu_seqlens_k: the same for k and v; with block_table it only gives the lengths (or None, with seqused_k).
-        max_seqlen_q: an upper bound of the lengths, if known (it spares GPUs a synchronisation); a smaller one raises.
-        block_table: (batch, max_pages): key j of sequence b is row j % page_size of block_table[b, j // page_size].
+        q: (total_q, nheads, head_dim).
+        k: (total_k, nheads_kv, head_dim); with block_table, pages (num_pages, page_size, nheads_kv, head_dim) of any
+            page size.
+        v: like k, with head_dim_v.
+        cu_seqlens_q: (batch + 1,), cumulative lengths: sequence b is rows cu_seqlens_q[b] to cu_seqlens_q[b + 1] of q.
+        cu_seqlens_k: (batch + 1,), cumulative lengths of k and v. With block_table they only give the lengths, and may
+            be None if seqused_k is given.
+        max_seqlen_q: an upper bound on the query lengths, if known. It saves a synchronisation on GPUs. A bound that is
+            too small raises.
+        max_seqlen_k: an upper bound on the key lengths.
+        block_table: (batch, max_pages): key j of sequence b is row j % page_size of page block_table[b, j //
+            page_size].
+        causal: each query attends only to keys at or before its own position.
+        window: (left, right), inclusive, None: unbounded.
+        chunk: number of positions in a chunk that queries attend within; 0: off.
+        alignment: "bottom-right" or "top-left", within each sequence.
+        offset: position of query 0 of each sequence, an int or (batch,).
+        scale: default head_dim ** -0.5.
+        softcap: 0: off.
+        alibi_slopes: (nheads,) or (batch, nheads).
+        sink: (nheads,).
+        seqused_q: (batch,), number of queries in use.
+        seqused_k: (batch,), number of keys in use.
+        leftpad_k: (batch,), first key slot in use.
         kv_indices: (total_q, n), or (nheads_kv, total_q, n): key slots of each query's own sequence.
+        dropout_p: probability in [0, 1).
+        seed: an int that determines the dropout mask.
+        rng_state: int64 array (seed, offset), an alternative to `seed`.
+        deterministic: guarantee identical results from run to run, or raise.
+        batch_invariant: guarantee that the result of a sequence does not depend on the rest of the batch.
+        return_lse: also return lse.
+        backend: "cpu", "triton", "vulkan" or "numpy".
 
-    The other arguments are those of `attention`.
+    `attention` describes the shared arguments and the errors in detail.
 
     Returns:
-        out (total_q, nheads, head_dim_v); with return_lse also lse (nheads, total_q). Rows of no sequence: 0 and -inf.
+        out (total_q, nheads, head_dim_v); with return_lse also lse (nheads, total_q). Queries outside every sequence
+        give out 0 and lse -inf.
 
     >>> import numpy as np, anyattn
     >>> x = np.ones((7, 2, 8), np.float32)
@@ -227,7 +260,9 @@ def attention_varlen(
     (7, 2, 8)
     """
     if cu_seqlens_k is None and (seqused_k is None or block_table is None):
-        raise ValueError("cu_seqlens_k is None: accepted only with block_table and seqused_k")
+        raise ValueError(
+            "cu_seqlens_k must be (batch + 1,), got None. Pass None only together with block_table and seqused_k."
+        )
     cu_seqlens_k, seqused_k = paged_lengths(block_table, cu_seqlens_k, seqused_k)
     options = make_options(
         bounds(causal, window), scale=scale, softcap=softcap, chunk=chunk, alignment=alignment, dropout_p=dropout_p,
@@ -287,28 +322,49 @@ def attention_with_kvcache(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> A | tuple[A, A]:
-    """Attention to a KV cache after appending to it in place: a step of generation, or a chunk of prefill.
+    """Append keys and values to a KV cache in place, then attend to the cache.
+
+    One call is a decoding step or a chunk of prefill. No gradients flow through the cache.
 
     Args:
         q: (batch, seqlen_q, nheads, head_dim).
         k_cache: (entries, slots, nheads_kv, head_dim); with block_table (num_pages, page_size, nheads_kv, head_dim).
-        v_cache: the same with head_dim_v.
-        k, v: (batch, seqlen_new, nheads_kv, ...): written at slots cache_seqlens + t, k rotated, v bit-equal.
-        cache_seqlens: keys already in the cache, an int or one per sequence; None (without k): all slots.
-        cache_batch_idx: (batch,), which entry of the cache each sequence uses.
+        v_cache: like k_cache, with head_dim_v.
+        k: (batch, seqlen_new, nheads_kv, head_dim), new keys; key t is rotated and written to slot cache_seqlens + t.
+        v: (batch, seqlen_new, nheads_kv, head_dim_v), new values, written unchanged.
+        cache_seqlens: number of keys already in the cache, an int or (batch,). None (only without k): all slots.
+        cache_batch_idx: (batch,), cache entry of each sequence.
         block_table: (batch, max_pages), for pages of any size.
-        rotary_cos, rotary_sin: (positions, rotary_dim / 2). k row t is rotated at cache_seqlens + t; q row i at
-            cache_seqlens + i if causal or windowed, else at cache_seqlens.
-        rotary_interleaved: pairs (0, 1), (2, 3), ... instead of (0, d/2), (1, d/2 + 1), ...
-        num_splits: a hint for GPUs, without effect on results.
+        rotary_cos: (positions, rotary_dim / 2). New key t is rotated at position cache_seqlens + t. Query i is rotated
+            at cache_seqlens + i if causal or windowed, else at cache_seqlens.
+        rotary_sin: (positions, rotary_dim / 2).
+        rotary_interleaved: rotate pairs (0, 1), (2, 3), ... instead of (0, d/2), (1, d/2 + 1), ...
+        num_splits: a hint for GPUs; it does not affect results.
+        causal: each query attends only to keys at or before its own position.
+        window: (left, right), inclusive, None: unbounded.
+        chunk: number of positions in a chunk that queries attend within; 0: off.
+        alignment: "bottom-right" or "top-left".
+        offset: position of query 0, an int or (batch,).
+        scale: default head_dim ** -0.5.
+        softcap: 0: off.
+        bias: broadcastable to (batch, nheads, seqlen_q, slots).
+        mask: boolean, broadcastable like bias. False masks a key.
+        alibi_slopes: (nheads,) or (batch, nheads).
+        sink: (nheads,).
+        seqused_q: (batch,), number of queries in use.
+        leftpad_k: (batch,), first key slot in use.
+        kv_indices: (batch, seqlen_q, n) or (batch, nheads_kv, seqlen_q, n), key slots of each query.
+        batch_invariant: guarantee that the result of a sequence does not depend on the rest of the batch.
+        return_lse: also return lse.
+        backend: "cpu", "triton", "vulkan" or "numpy".
 
-    The other arguments are those of `attention`. No gradients flow through the cache.
+    `attention` describes the shared arguments and the errors in detail.
 
     Returns:
         out (batch, seqlen_q, nheads, head_dim_v); with return_lse also lse (batch, nheads, seqlen_q).
 
     Raises:
-        ValueError: the cache is full, a page is unknown, rotary does not fit; nothing was written.
+        ValueError: the cache is full, a page is unknown or the rotary tables do not fit. Nothing was written.
 
     >>> import numpy as np, anyattn
     >>> cache_k, cache_v = np.zeros((1, 16, 2, 8), np.float32), np.zeros((1, 16, 2, 8), np.float32)
@@ -317,7 +373,7 @@ def attention_with_kvcache(
     ((1, 1, 2, 8), True)
     """
     if integer("num_splits", num_splits) < 0:
-        raise ValueError(f"num_splits must be >= 0 (0: automatic); got {num_splits}")
+        raise ValueError(f"num_splits must be >= 0 (0: automatic), got {num_splits}.")
     interval = bounds(causal, window)
     options = make_options(
         interval, scale=scale, softcap=softcap, chunk=chunk, alignment=alignment, batch_invariant=batch_invariant
@@ -340,52 +396,3 @@ def attention_with_kvcache(
     inputs = Inputs(rotated, k_cache, v_cache, replace_extras(extras, seqused_k=seqused_k))
     out, lse = framework.attention(inputs, options, None, return_lse, backend)
     return (out, lse) if return_lse else out
-
-
-def attention_forward(q: A, k: A, v: A, **arguments: Unpack[ExplicitArguments]) -> tuple[A, A]:
-    """(out, lse) without autograd, from the same arguments as `attention` or, with cu_seqlens_q, `attention_varlen`.
-
-    dropout_p > 0 needs seed or rng_state, so that `attention_backward` can be given the same.
-
-    >>> import numpy as np, anyattn
-    >>> x = np.ones((1, 4, 2, 8), np.float32)
-    >>> out, lse = anyattn.attention_forward(x, x, x, causal=True)
-    >>> grads = anyattn.attention_backward(np.ones_like(out), x, x, x, out, lse, causal=True)
-    >>> grads.dv.shape, grads.dbias is None
-    ((1, 4, 2, 8), True)
-    """
-    inputs, options, seed, backend = explicit(q, k, v, arguments, "attention_forward")
-    return framework_of(q).forward(inputs, options, seed, backend)
-
-
-def attention_backward(
-    dout: A, q: A, k: A, v: A, out: A, lse: A, *, dlse: A | None = None, **arguments: Unpack[ExplicitArguments]
-) -> Gradients:
-    """Gradients of sum(out * dout) (+ sum(lse * dlse)), from what `attention_forward` was given and returned.
-
-        dP_ij = D_ij <do_i, v_j>      delta_i = <do_i, o_i> - dlse_i      ds_ij = P_ij (dP_ij - delta_i)
-        dq_i = scale sum_j dt_ij k_j  dk_j = scale sum_i dt_ij q_i        dv_j = sum_i P_ij D_ij do_i
-
-    with dt = ds (1 - (t / softcap)^2) under a softcap, sums over the rows and heads that read a key, and D the dropout
-    factors. dbias = ds summed over the broadcast axes; dsink_h = - sum_i exp(sink_h - lse_i) delta_i. Keys that no row
-    sees get 0.
-    """
-    inputs, options, seed, backend = explicit(q, k, v, arguments, "attention_backward")
-    return framework_of(q).backward(Saved(out, lse, dout, dlse), inputs, options, seed, backend)
-
-
-def merge(out_a: A, lse_a: A, out_b: A, lse_b: A) -> tuple[A, A]:
-    """The exact attention over the union of two disjoint sets of keys, from the results over each.
-
-        lse = log(exp(lse_a) + exp(lse_b))      out = out_a + (out_b - out_a) exp(lse_b - lse)
-
-    Rows that see no key in either give out 0 and lse -inf. out (..., nheads, head_dim_v), lse (nheads, ...).
-
-    >>> import numpy as np, anyattn
-    >>> x = np.ones((1, 4, 2, 8), np.float32)
-    >>> halves = [anyattn.attention(x, x[:, s], x[:, s], return_lse=True) for s in (slice(0, 2), slice(2, 4))]
-    >>> bool(np.allclose(anyattn.merge(*halves[0], *halves[1])[0], anyattn.attention(x, x, x)))
-    True
-    """
-    check_parts(out_a, lse_a, out_b, lse_b)
-    return framework_of(out_a, "out_a").merge(out_a, lse_a, out_b, lse_b)

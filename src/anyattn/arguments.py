@@ -1,4 +1,4 @@
-"""From the arguments that users give to what frameworks take: interval bounds, Options, Inputs."""
+"""Conversion of the arguments of public functions to what frameworks take: interval bounds, Options, Inputs."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 else:
     Array = Table = Any
 
-A = TypeVar("A", bound="Array")  # the kind of array that comes in is the kind that comes out
+A = TypeVar("A", bound="Array")  # results have the kind of the inputs
 Window = Sequence["int | None"] | None
 Interval = tuple["int | None", "int | None"]
 
 
 class Request(NamedTuple):
-    """A call in the form that every framework takes."""
+    """Call in the form that every framework takes."""
 
     inputs: Inputs
     options: Options
@@ -37,13 +37,13 @@ class Request(NamedTuple):
 
 
 def bounds(causal: Any, window: Any) -> Interval:
-    """Return (left, right) of the interval that causal and window ask for together."""
+    """Return (left, right), the interval that causal and window give together."""
     if causal is not True and causal is not False:
         causal = flag("causal", causal)
     if window is None:
         return None, 0 if causal else None
     if not isinstance(window, (tuple, list)) or len(window) != 2:
-        raise ValueError(f"window must be a pair (left, right) or None; got {window!r}")
+        raise ValueError(f"window must be a pair (left, right) or None, got {window!r}.")
     left, right = _side(window, 0), _side(window, 1)
     return left, 0 if causal else right
 
@@ -55,9 +55,9 @@ def _side(window: Sequence[Any], index: int) -> int | None:
     try:
         found = integer("window", side)
     except TypeError as error:
-        raise ValueError(f"window must hold integers >= 0 or None (unbounded); got {window!r}") from error
+        raise ValueError(f"window must hold integers >= 0 or None (unbounded), got {window!r}.") from error
     if found < 0:
-        raise ValueError(f"window must hold integers >= 0 or None (unbounded); got {window!r}")
+        raise ValueError(f"window must hold integers >= 0 or None (unbounded), got {window!r}.")
     return found
 
 
@@ -74,7 +74,7 @@ def make_options(
     deterministic: Any = False,
     batch_invariant: Any = False,
 ) -> Options:
-    """Return the options of a call, plain Python values whatever stands for them; the usual types are asked first."""
+    """Return the options of a call as plain Python values. The usual types are tested first because this is faster."""
     if scale is not None and type(scale) is not float:
         scale = real("scale", scale)
     if type(softcap) is not float:
@@ -97,22 +97,22 @@ def make_options(
 
 
 def check_parts(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> None:
-    """Raises where they are no results over two sets of keys: nothing is broadcast."""
+    """Raise unless the arrays are two results over disjoint sets of keys. Nothing is broadcast."""
     parts = {"out_a": out_a, "lse_a": lse_a, "out_b": out_b, "lse_b": lse_b}
     for name, x in parts.items():
         if not hasattr(x, "shape"):
-            raise TypeError(f"{name} must be an array or a tensor; got {type(x).__name__}")
+            raise TypeError(f"{name} must be an array or a tensor, got {type(x).__name__}.")
     shape = tuple(out_a.shape)
-    want = (*shape[:-3], *shape[-3:-1][::-1])  # (..., seqlen, nheads) of out as (..., nheads, seqlen)
+    want = (*shape[:-3], *shape[-3:-1][::-1])  # shape of lse (..., nheads, seqlen) for out (..., seqlen, nheads, dim)
     if len(shape) < 3 or out_b.shape != shape or lse_a.shape != want or lse_b.shape != want:
         shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in parts.items())
         raise ValueError(
-            f"merge takes two out (..., seqlen, nheads, head_dim_v), two lse (..., nheads, seqlen); got {shapes}"
+            f"merge takes two out (..., seqlen, nheads, head_dim_v) and two lse (..., nheads, seqlen), got {shapes}."
         )
 
 
 def paged_lengths(block_table: Any, cu_seqlens_k: Any, seqused_k: Any) -> tuple[Any, Any]:
-    """(cu_seqlens_k, seqused_k): with pages, cumulative lengths say nothing about places; only lengths are kept."""
+    """Return (cu_seqlens_k, seqused_k). With pages, cumulative lengths give only lengths, so they become seqused_k."""
     if block_table is None or cu_seqlens_k is None:
         return cu_seqlens_k, seqused_k
     if seqused_k is None:
@@ -148,7 +148,7 @@ def make_request(
     backend: str | None = None,
     **arguments: Any,
 ) -> Request:
-    """Return the request of a call with the interval (left, right); other keywords are fields of Extras and Options."""
+    """Return the request for the interval (left, right). Other keywords are fields of Extras and Options."""
     cu_seqlens_k, seqused_k = arguments.get("cu_seqlens_k"), arguments.get("seqused_k")
     cu_seqlens_k, seqused_k = paged_lengths(arguments.get("block_table"), cu_seqlens_k, seqused_k)
     given = {**arguments, "cu_seqlens_k": cu_seqlens_k, "seqused_k": seqused_k}

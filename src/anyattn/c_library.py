@@ -1,4 +1,4 @@
-"""Where C and C++ programs find anyattn: its headers and its library."""
+"""Paths of the headers and the library for C and C++ programs."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ HEADERS = ("anyattn.h", "anyattn.hpp")
 
 
 def get_include() -> str:
-    """The folder of `anyattn.h` (C99) and `anyattn.hpp` (C++17), to compile with `-I`.
+    """Return the folder of `anyattn.h` (C99) and `anyattn.hpp` (C++17), to compile with `-I`.
 
-    Both describe the same library: the attention of this package on host memory, forward and backward, packed sequences
-    and KV caches. A CMake project whose `CMAKE_PREFIX_PATH` names the folder above this one finds everything with
-    `find_package(anyattn CONFIG)`, and links `anyattn::anyattn`.
+    Both headers describe one library: attention on host memory, forward and backward, with packed sequences and KV
+    caches. A CMake project whose `CMAKE_PREFIX_PATH` names the parent folder finds the package with
+    `find_package(anyattn CONFIG)` and links `anyattn::anyattn`.
 
     Returns:
         The path of the folder.
 
     Raises:
-        RuntimeError: the headers are not installed, as the native library was not built.
+        RuntimeError: the headers are not installed, because the native library was not built.
 
     >>> import os, anyattn
     >>> os.path.exists(os.path.join(anyattn.get_include(), "anyattn.h"))
@@ -38,9 +38,9 @@ def get_include() -> str:
 
 
 def get_library() -> str:
-    """The native library in force, to link with: the file that Python itself loads.
+    """Return the path of the native library to link with, which is the file that Python itself loads.
 
-    A program built like this finds it again at run time:
+    A program that is built with this command finds the library again at run time:
 
         g++ -std=c++17 program.cpp -I$INCLUDE $LIBRARY -Wl,-rpath,$(dirname $LIBRARY)
 
@@ -48,7 +48,7 @@ def get_library() -> str:
         The path of the shared library: the one that `ANYATTN_LIBRARY` names, or the one installed with the package.
 
     Raises:
-        RuntimeError: it is missing, does not load, or is of another version.
+        RuntimeError: the library is missing, does not load, or has another version.
 
     >>> import os, anyattn
     >>> "anyattn" in os.path.basename(anyattn.get_library())

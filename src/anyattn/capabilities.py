@@ -1,4 +1,4 @@
-"""Capabilities of the backends: which features each backend computes in which pass, asked of its own `supports`.
+"""Capabilities of the backends: the features that each backend supports in each pass, taken from its `supports`.
 
 `anyattn info --features` prints the table, the documentation shows it, and tests compare the backends with it.
 """
@@ -57,11 +57,11 @@ FEATURES: dict[str, Description] = {
     "batch_invariant": _small(batch_invariant=True),
 }
 PASSES = (FORWARD, BACKWARD)
-DEVICES = ("cpu", "cuda:0")  # a backend computes a feature if it does so on one of these
+DEVICES = ("cpu", "cuda:0")  # a backend supports a feature if it does so on one of these
 
 
 class Feature(NamedTuple):
-    """A feature, and by the names of backend and pass the reasons why it is not computed: [] if it is."""
+    """Feature and its refusals by backend and pass: a list of reasons, empty if the feature is supported."""
 
     name: str
     description: Description
@@ -74,7 +74,7 @@ def collect() -> list[Feature]:
 
 
 def evidence(name: str) -> dict[str, tuple[str, ...]]:
-    """Return the hardware of a backend by how well it is known to work there: the EVIDENCE of its module."""
+    """Return the hardware that a backend runs on, by level of evidence: the EVIDENCE of the backend's module."""
     module = sys.modules[type(dispatch.get(name)).__module__]
     found: dict[str, tuple[str, ...]] = getattr(module, "EVIDENCE", {})
     return found
@@ -111,6 +111,6 @@ def _refusals(description: Description) -> dict[str, dict[str, list[str]]]:
 
 
 def _reasons(backend: Backend, description: Description) -> list[str]:
-    """Return the fewest reasons that the backend has on any of DEVICES."""
+    """Return the shortest list of reasons that the backend gives on any of DEVICES."""
     answers = [dispatch.unsupported(backend, describe(description._replace(device=device))) for device in DEVICES]
     return min(answers, key=len)

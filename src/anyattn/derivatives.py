@@ -36,10 +36,17 @@ def attention_tangent(
     f' is the derivative of the softcap, 1 without one. D are the dropout factors. Queries without keys get tout = 0.
 
     Args:
-        q, k, v, and all other keywords: what `attention_forward` was called with.
-        out, lse: what `attention_forward` returned.
-        tq, tk, tv, tbias, tsink: the tangents, each in the shape and dtype of its input. None stands for zeros, and its
-            products are skipped. Masks, slopes and tables have no tangents.
+        q: as passed to `attention_forward`.
+        k: as passed to `attention_forward`.
+        v: as passed to `attention_forward`.
+        out: as returned by `attention_forward`.
+        lse: as returned by `attention_forward`.
+        tq: tangent of q, in q's shape and dtype. None stands for zeros, and its products are skipped.
+        tk: tangent of k, like tq.
+        tv: tangent of v, like tq.
+        tbias: tangent of bias, like tq.
+        tsink: tangent of sink, like tq. Masks, slopes and tables have no tangents.
+        **arguments: the keywords passed to `attention_forward`.
 
     Returns:
         (tout, tlse): in the shapes and dtypes of out and lse.
@@ -83,9 +90,19 @@ def attention_second(
     `attention_backward`, where (tq, tk, tv, tbias, tsink) are the incoming gradients of (dq, dk, dv, dbias, dsink).
 
     Args:
-        dout, dlse: what `attention_backward` was called with, or the incoming gradients of tout and tlse.
-        tq, tk, tv, tbias, tsink: the direction, each in the shape and dtype of its input; None stands for zeros.
-        q, k, v, out, lse, and all other keywords: as in `attention_backward`.
+        dout: gradient of out passed to `attention_backward`, or the incoming gradient of tout.
+        q: as passed to `attention_forward`.
+        k: as passed to `attention_forward`.
+        v: as passed to `attention_forward`.
+        out: as returned by `attention_forward`.
+        lse: as returned by `attention_forward`.
+        dlse: gradient of lse passed to `attention_backward`, or the incoming gradient of tlse.
+        tq: direction along q, in q's shape and dtype; None stands for zeros.
+        tk: direction along k, like tq.
+        tv: direction along v, like tq.
+        tbias: direction along bias, like tq.
+        tsink: direction along sink, like tq.
+        **arguments: the keywords passed to `attention_forward`.
 
     Returns:
         SecondGradients: dq, dk, dv, dbias, dsink, and ddout and ddlse, the gradients of dout and dlse, which equal

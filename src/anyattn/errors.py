@@ -1,4 +1,4 @@
-"""The exceptions of anyattn: the public name of `anyattn.definition.errors`."""
+"""Exceptions of anyattn: the public name of `anyattn.definition.errors`."""
 
 from .definition.errors import CacheOverflow, CompilationError, DeviceError, DeviceMemoryError, UnsupportedProblem
 

@@ -1,4 +1,4 @@
-"""What would compute a call, and making it ready: nothing here computes."""
+"""Inspect and pre-compile calls (`explain`, `warmup`) without running them, and list the backends."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ if TYPE_CHECKING:
 
 
 def explain(q: A, k: A, v: A, **arguments: Unpack[ExplicitArguments]) -> dispatch.Explanation:
-    """Which backend a call (arguments of `attention_forward`) gets, and every refusal. Computes nothing.
+    """Explain which backend a call uses and why each other backend is refused. Nothing is computed.
+
+    Args:
+        q: (batch, seqlen_q, nheads, head_dim), or (total_q, nheads, head_dim) with cu_seqlens_q.
+        k: as for `attention` or `attention_varlen`.
+        v: as for `attention` or `attention_varlen`.
+        **arguments: keywords of `attention_forward`.
 
     >>> import numpy as np, anyattn
     >>> x = np.ones((1, 4, 2, 8), np.float32)
@@ -28,10 +34,17 @@ def explain(q: A, k: A, v: A, **arguments: Unpack[ExplicitArguments]) -> dispatc
 
 
 def warmup(q: A, k: A, v: A, *, backward: bool = False, **arguments: Unpack[ExplicitArguments]) -> None:
-    """Compiles the kernels of a call (arguments of `attention_forward`) ahead of the first one; computes nothing.
+    """Compile the kernels of a call before its first use. Nothing is computed.
 
-    GPU kernels are compiled once per dtype, head sizes and features, for any lengths, and are kept on disk. backward:
-    those of the gradients too. Nothing to do on the CPU.
+    GPU kernels are compiled once per dtype, head size and set of features, for any lengths, and are stored on disk.
+    The CPU backend has nothing to compile.
+
+    Args:
+        q: (batch, seqlen_q, nheads, head_dim), or (total_q, nheads, head_dim) with cu_seqlens_q.
+        k: as for `attention` or `attention_varlen`.
+        v: as for `attention` or `attention_varlen`.
+        backward: also compile the kernels of the gradients.
+        **arguments: keywords of `attention_forward`.
 
     >>> import numpy as np, anyattn
     >>> x = np.ones((1, 4, 2, 8), np.float32)
@@ -42,11 +55,11 @@ def warmup(q: A, k: A, v: A, *, backward: bool = False, **arguments: Unpack[Expl
 
 
 def get_available_backends() -> list[str]:
-    """Names of the backends that run here, best first."""
+    """Return the names of the backends that run on this machine, best first."""
     return dispatch.available()
 
 
 def print_backend_info() -> None:
-    """Prints the backends and why any of them is not available; `anyattn info` tells more."""
+    """Print each backend and, if it is not available, the reason. `anyattn info` prints more details."""
     for name in dispatch.names():
         sys.stdout.write(f"{name}: {dispatch.get(name).available() or 'available'}\n")

@@ -1,4 +1,4 @@
-"""The keywords of the public functions as types: for type checkers, and for functions of yours that pass them on.
+"""Keywords of the public functions as types, for type checkers and for your own functions that pass keywords on.
 
 def my_attention(q, k, v, **keywords: Unpack[anyattn.keywords.DenseArguments]): ...
 """

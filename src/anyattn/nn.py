@@ -1,6 +1,6 @@
 """Attention layers for PyTorch: `Attention`, with grouped heads, rotary positions and a `KVCache`.
 
-Imported when `anyattn.nn` is first asked for, since it needs torch.
+This module is imported when `anyattn.nn` is first used, because it needs torch.
 """
 
 from __future__ import annotations
@@ -16,18 +16,23 @@ from .frameworks.torch_tools import rotary
 
 
 class KVCache:
-    """Keys and values of the rows that one layer has seen, in memory that is allocated once.
+    """Keys and values of one layer for the tokens processed so far, in memory that is allocated once.
+
+    `Attention.cache` makes a cache that fits a layer.
 
     Args:
-        batch, slots: sequences, and how many rows of each it holds.
-        nheads_kv, head_dim: of the layer; head_dim_v: default head_dim.
-        device, dtype: of the layer's activations.
+        batch: number of sequences.
+        slots: number of tokens that each sequence can hold.
+        nheads_kv: number of key and value heads.
+        head_dim: size of a key head.
+        head_dim_v: size of a value head; default head_dim.
+        device: device of the layer's activations.
+        dtype: dtype of the layer's activations.
 
     Attributes:
-        k: (batch, slots, nheads_kv, head_dim), rotated where the layer has rotary positions. v: with head_dim_v.
-        seqlens: int32 (batch,), rows in use; set entries to drop rows (0: another sequence).
-
-    `Attention.cache` makes one that fits a layer.
+        k: (batch, slots, nheads_kv, head_dim), rotated if the layer has rotary positions.
+        v: (batch, slots, nheads_kv, head_dim_v).
+        seqlens: int32 (batch,), tokens in use. Lower an entry to drop tokens, or set it to 0 to start a new sequence.
 
     >>> import torch, anyattn.nn
     >>> cache = KVCache(batch=2, slots=64, nheads_kv=2, head_dim=8)
@@ -51,10 +56,16 @@ class KVCache:
         self.seqlens = torch.zeros(batch, dtype=torch.int32, device=device)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        """Appends k and v, and attends to all of the cache: `anyattn.attention_with_kvcache` with these `options`.
+        """Append k and v, then attend to the whole cache with `anyattn.attention_with_kvcache`.
+
+        Args:
+            q: (batch, seqlen_q, nheads, head_dim).
+            k: (batch, seqlen_new, nheads_kv, head_dim).
+            v: (batch, seqlen_new, nheads_kv, head_dim_v).
+            **options: keywords of `anyattn.attention_with_kvcache`.
 
         Raises:
-            ValueError: the cache is full; nothing was written. Or a gradient was asked for: decode under
+            ValueError: the cache is full, and nothing was written; or a gradient is required. Decode under
                 `torch.no_grad()`.
         """
         out: Tensor = api.attention_with_kvcache(q, self.k, self.v, k=k, v=v, cache_seqlens=self.seqlens, **options)
@@ -69,28 +80,30 @@ class Attention(nn.Module):
         out = concat_h(attention(q_h, k_(h // group), v_(h // group))) W_out
 
     Args:
-        width: of input and output.
-        nheads: query heads.
-        nheads_kv: key and value heads, a divisor of nheads; default nheads.
-        head_dim: default width / nheads. head_dim_v: of values; default head_dim.
-        bias: whether the projections have one.
-        causal: rows see no key after their position.
+        width: size of input and output.
+        nheads: number of query heads.
+        nheads_kv: number of key and value heads, a divisor of nheads; default nheads.
+        head_dim: size of a query or key head; default width / nheads.
+        head_dim_v: size of a value head; default head_dim.
+        bias: add a bias in each projection.
+        causal: each query attends only to keys at or before its own position.
         window: (left, right), inclusive, None: unbounded.
         scale: default head_dim ** -0.5.
         softcap: 0: off.
-        sink: one learnable logit per head in the softmax's denominator, at first 0.
-        alibi: adds -slope * distance to the scores, with the slopes of Press et al. (2022).
-        rotary_dim: values of each head that rotary positions turn, even; 0: none.
-        rotary_base, rotary_interleaved: of the rotation: angles p * rotary_base ** (-2 i / rotary_dim); pairs (0, 1),
-            (2, 3), ... if interleaved, else (0, d/2), (1, d/2 + 1), ...
-        dropout_p: of the probabilities, in training only.
+        sink: add one learnable logit per head to the softmax denominator, initially 0.
+        alibi: add -slope * distance to the scores, with the slopes of Press et al. (2022).
+        rotary_dim: number of values of each head that rotary positions rotate, even; 0: none.
+        rotary_base: base of the angles p * rotary_base ** (-2 i / rotary_dim).
+        rotary_interleaved: rotate pairs (0, 1), (2, 3), ... instead of (0, d/2), (1, d/2 + 1), ...
+        dropout_p: dropout probability of the attention probabilities, in training only.
         backend: as for `anyattn.attention`.
-        device, dtype: of the parameters.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
-    state_dict: q.weight, k.weight, v.weight, out.weight, and the biases and `sink` if there are any.
+    state_dict: q.weight, k.weight, v.weight, out.weight, and the biases and `sink` if the layer has them.
 
     Raises:
-        ValueError: sizes that do not fit together.
+        ValueError: sizes do not fit together.
 
     >>> import torch, anyattn.nn
     >>> layer = anyattn.nn.Attention(64, nheads=8, nheads_kv=2, causal=True, rotary_dim=8)
@@ -130,7 +143,7 @@ class Attention(nn.Module):
         self.width, self.nheads = width, nheads
         self.nheads_kv = nheads if nheads_kv is None else nheads_kv
         if head_dim is None and width % nheads:
-            raise ValueError(f"nheads ({nheads}) must divide width ({width}), or give head_dim")
+            raise ValueError(f"width must be a multiple of nheads ({nheads}), got {width}. Or pass head_dim.")
         self.head_dim = width // nheads if head_dim is None else head_dim
         self.head_dim_v = self.head_dim if head_dim_v is None else head_dim_v
         self.causal, self.window, self.scale, self.softcap = causal, window, scale, softcap
@@ -143,20 +156,26 @@ class Attention(nn.Module):
         self.v = nn.Linear(width, self.nheads_kv * self.head_dim_v, bias=bias, **factory)
         self.out = nn.Linear(nheads * self.head_dim_v, width, bias=bias, **factory)
         self.sink = nn.Parameter(torch.zeros(nheads, **factory)) if sink else None
-        # plain attributes: as buffers they would lose precision where the layer is cast
+        # Plain attributes, because buffers would lose precision when the layer is cast.
         self._slopes = torch.tensor(alibi_slopes(nheads)) if alibi else None
         self._tables = rotary.Tables(rotary_dim, rotary_base)
 
     def _check(self) -> None:
         if self.nheads_kv < 1 or self.nheads % self.nheads_kv:
-            raise ValueError(f"nheads ({self.nheads}) must be a multiple of nheads_kv ({self.nheads_kv})")
+            raise ValueError(f"nheads must be a multiple of nheads_kv ({self.nheads_kv}), got {self.nheads}.")
         if self.rotary_dim % 2 or not 0 <= self.rotary_dim <= self.head_dim:
-            raise ValueError(f"rotary_dim must be even, 0 to head_dim ({self.head_dim}); got {self.rotary_dim}")
+            raise ValueError(f"rotary_dim must be even, from 0 to head_dim ({self.head_dim}), got {self.rotary_dim}.")
         if not 0 <= self.dropout_p < 1:
-            raise ValueError(f"dropout_p must be in [0, 1); got {self.dropout_p}")
+            raise ValueError(f"dropout_p must be in [0, 1), got {self.dropout_p}.")
 
     def cache(self, batch: int, slots: int, dtype: torch.dtype | None = None) -> KVCache:
-        """An empty cache of this layer's sizes; dtype: of its activations, default the parameters'."""
+        """Return an empty cache with the sizes of this layer.
+
+        Args:
+            batch: number of sequences.
+            slots: number of tokens that each sequence can hold.
+            dtype: dtype of the activations; default: the dtype of the parameters.
+        """
         weight = self.k.weight
         sizes = (batch, slots, self.nheads_kv, self.head_dim, self.head_dim_v)
         return KVCache(*sizes, device=weight.device, dtype=dtype or weight.dtype)
@@ -173,19 +192,20 @@ class Attention(nn.Module):
         max_seqlen: int | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """(batch, seqlen, width), or with cu_seqlens (total, width).
+        """Compute attention on x; returns (batch, seqlen, width), or (total, width) with cu_seqlens.
 
         Args:
-            x: of the same shape.
-            context: (batch, seqlen_k, width), what keys and values are made of; default x. Without rotary positions.
-            bias, mask: of the scores, as for `anyattn.attention`.
-            seqused: (batch,), rows of context (of x) in use; those behind them are padding.
-            cu_seqlens: (batch + 1,), where each sequence of x begins, packed one behind the other.
-            max_seqlen: the longest of them, if known.
-            cache: appends to it, and attends to all of it; for causal layers, outside of training.
+            x: (batch, seqlen, width), or (total, width) with cu_seqlens.
+            context: (batch, seqlen_k, width), source of keys and values; default x. Not combined with rotary positions.
+            bias: added to the scores, as for `anyattn.attention`.
+            mask: boolean mask of the scores, as for `anyattn.attention`.
+            seqused: (batch,), number of tokens of context (of x without context) in use; the rest is padding.
+            cu_seqlens: (batch + 1,), cumulative lengths of the sequences packed in x.
+            max_seqlen: longest length in cu_seqlens, if known.
+            cache: append to this cache and attend to all of it. The layer must be causal, and dropout must be off.
 
         Raises:
-            ValueError: arguments that exclude each other; the cache is full.
+            ValueError: arguments exclude each other, or the cache is full.
         """
         self._check_call(context, bias, mask, seqused, cu_seqlens, cache)
         source = x if context is None else context
@@ -215,13 +235,13 @@ class Attention(nn.Module):
         cache: KVCache | None,
     ) -> None:
         if context is not None and (self.rotary_dim or cu_seqlens is not None or cache is not None):
-            raise ValueError("context excludes rotary_dim, cu_seqlens and cache")
+            raise ValueError("context cannot be combined with rotary_dim, cu_seqlens or cache.")
         if cu_seqlens is not None and any(x is not None for x in (bias, mask, seqused, cache)):
-            raise ValueError("cu_seqlens excludes bias, mask, seqused and cache")
+            raise ValueError("cu_seqlens cannot be combined with bias, mask, seqused or cache.")
         if cache is not None and (not self.causal or seqused is not None):
-            raise ValueError("cache needs a causal layer, and excludes seqused")
+            raise ValueError("cache needs a layer with causal=True, and cannot be combined with seqused.")
         if cache is not None and self.training and self.dropout_p:
-            raise ValueError("cache excludes dropout: call eval() before decoding")
+            raise ValueError("cache cannot be combined with dropout. Call eval() before decoding.")
 
     def _options(self, x: Tensor) -> dict[str, Any]:
         if self._slopes is not None and self._slopes.device != x.device:
@@ -237,7 +257,7 @@ class Attention(nn.Module):
         }
 
     def _rotate(self, q: Tensor, k: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """q and k at their positions, from 0 in each sequence."""
+        """Return q and k rotated at their positions, which start at 0 in each sequence."""
         if not self.rotary_dim:
             return q, k
         seqlen = q.shape[0] if cu_seqlens is not None else q.shape[1]
@@ -251,14 +271,19 @@ class Attention(nn.Module):
 
     def _decode(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, **scores: Tensor | None) -> Tensor:
         options = {**self._options(q), **scores}
-        if self.rotary_dim:  # q and k are turned where they are appended
+        if self.rotary_dim:  # q and k are rotated when they are appended
             cos, sin = self._tables.get(cache.k.shape[1], q.device)
             options.update(rotary_cos=cos, rotary_sin=sin, rotary_interleaved=self.rotary_interleaved)
         return cache.attend(q, k, v, **options)
 
 
 def alibi_slopes(nheads: int) -> list[float]:
-    """ALiBi's slopes (Press et al., 2022): 2 ** (-8 (h + 1) / nheads) for a power of two, else filled up from the next.
+    """Return ALiBi's slopes (Press et al., 2022).
+
+    For a power of two they are 2 ** (-8 (h + 1) / nheads). Otherwise the slopes of the next power of two fill the list.
+
+    Args:
+        nheads: number of query heads.
 
     >>> alibi_slopes(4)
     [0.25, 0.0625, 0.015625, 0.00390625]

@@ -1,7 +1,7 @@
-"""Scalars of a call in every form in which programs have them: numbers of Python and NumPy, arrays, tensors.
+"""Conversion of the scalars of a call, which may be Python or NumPy numbers, arrays or tensors.
 
-Each becomes a plain Python value, because scalars are part of the key of cached plans: a tensor is equal to no other,
-and its value may change.
+Each becomes a plain Python value because scalars are part of the key of cached plans. Tensors do not compare equal by
+value, and their values may change.
 """
 
 from __future__ import annotations

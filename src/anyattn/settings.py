@@ -1,4 +1,4 @@
-"""The settings of anyattn: the public name of `anyattn.config.settings`."""
+"""Settings of anyattn: the public name of `anyattn.config.settings`."""
 
 from .config.settings import VARIABLES, Settings, current, describe, on_reload, reload
 

@@ -1,4 +1,4 @@
-"""The number of threads of the native engine, at run time."""
+"""Number of threads of the CPU engine, adjustable at run time."""
 
 from __future__ import annotations
 

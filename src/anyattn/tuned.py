@@ -1,4 +1,4 @@
-"""Tuned values in the user's cache folder: the name that `anyattn.config.tuning_files` had before."""
+"""Tuned values in the user's cache folder: the former name of `anyattn.config.tuning_files`."""
 
 from .config.tuning_files import load, path, save
 

@@ -1,4 +1,4 @@
-"""The weights of chosen queries, computed after attention from its logsumexp."""
+"""Attention weights of selected queries, computed after attention from its logsumexp."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ def attention_weights(
     seqused_k: Table | None = None,
     leftpad_k: Table | None = None,
 ) -> A:
-    r"""Compute the attention weights of chosen queries from the lse that `attention` returned.
+    r"""Compute the attention weights of selected queries from the lse that `attention` returned.
 
         P_ij = exp(s_ij - lse_i) where query i attends to key j, else 0
 
     with the scores s of `attention`. The weights are those before dropout. A query without keys gives zeros, and with a
     sink the weights of a query sum to less than 1.
 
-    In addition to the result, memory is that of one tile of scores (16 MiB and a few copies of it). Where torch records
-    gradients, traces or transforms, the scores of the chosen queries are in memory as a whole, in float32.
+    In addition to the result, the call needs memory for one tile of scores (16 MiB and a few copies of it). Where torch
+    records gradients, traces or transforms the call, all scores of the selected queries are stored, in float32.
 
     Args:
         q: (batch, seqlen_q, nheads, head_dim), a NumPy array or a torch tensor on any device.
@@ -52,7 +52,7 @@ def attention_weights(
             lse of `merge` the weights are those among the keys of all parts.
         queries: None (all), a slice with a positive step, or a 1-D array, tensor or list of integers. Negative integers
             count from the end.
-        causal: as in `attention`, and so are all arguments below: pass what `attention` was given.
+        causal: this and all arguments below must be those of the `attention` call.
         window: (left, right).
         chunk: length of chunks of positions; 0: off.
         alignment: "bottom-right" or "top-left".
@@ -60,11 +60,11 @@ def attention_weights(
         scale: default head_dim ** -0.5.
         softcap: 0: off.
         bias: broadcastable to (batch, nheads, seqlen_q, seqlen_k).
-        mask: boolean, broadcastable likewise.
+        mask: boolean, broadcastable like bias.
         kv_indices: (batch, seqlen_q, n) or (batch, nheads_kv, seqlen_q, n), the key slots of each query; -1: no key.
         alibi_slopes: (nheads,) or (batch, nheads).
-        sink: (nheads,). Its part of the denominator is in lse, so it is checked and not read.
-        seqused_q: (batch,), queries in use; the others give zeros.
+        sink: (nheads,). lse already contains it, so sink is only checked.
+        seqused_q: (batch,), queries in use; unused queries give zeros.
         seqused_k: (batch,), keys in use.
         leftpad_k: (batch,), first key slot in use.
 

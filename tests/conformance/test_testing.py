@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import anyattn
-from anyattn import api, testing
+from anyattn import explicit, testing
 from anyattn.definition import reference
 from anyattn.testing import sampling
 from harness.processes import fresh
@@ -29,7 +29,7 @@ def test_right_results_pass(case: testing.Case) -> None:
 @pytest.mark.parametrize("name", ["out", "lse", "dq", "dk", "dv", "dbias", "dsink"])
 def test_one_wrong_number_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     function = "attention_forward" if name in ("out", "lse") else "attention_backward"
-    right: Callable[..., Any] = getattr(api, function)
+    right: Callable[..., Any] = getattr(explicit, function)
 
     def wrong(*arguments: Any, **named: Any) -> Any:
         results = right(*arguments, **named)
@@ -37,7 +37,7 @@ def test_one_wrong_number_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -
         array.flat[array.size // 3] += 0.01
         return results
 
-    monkeypatch.setattr(api, function, wrong)
+    monkeypatch.setattr(explicit, function, wrong)
     lines = testing.check(EVERYTHING, backend="numpy")
     assert any(f": {name}: error " in line for line in lines), lines
 
@@ -52,13 +52,13 @@ def test_one_wrong_number_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -
     ],
 )
 def test_a_malformed_result_is_found(change: Any, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = api.attention_forward
+    right = explicit.attention_forward
 
     def wrong(**named: Any) -> Any:
         out, lse = right(**named)
         return change(out), lse
 
-    monkeypatch.setattr(api, "attention_forward", wrong)
+    monkeypatch.setattr(explicit, "attention_forward", wrong)
     assert testing.check(EVERYTHING, backend="numpy", passes=["forward"]) == [line]
 
 
@@ -72,14 +72,14 @@ def test_a_gradient_of_an_absent_input_is_found() -> None:
 
 
 def test_a_written_input_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = api.attention_forward
+    right = explicit.attention_forward
 
     def wrong(**named: Any) -> Any:
         results = right(**named)
         named["k"].base[0] = 0  # before the first key
         return results
 
-    monkeypatch.setattr(api, "attention_forward", wrong)
+    monkeypatch.setattr(explicit, "attention_forward", wrong)
     lines = testing.check(testing.Case("plain"), backend="numpy", passes=["forward"])
     assert lines == ["an input, or memory around it, was written"]
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import anyattn
-from anyattn import api
+from anyattn import explicit
 from anyattn.cli import demo, main
 from anyattn.config import machine, settings
 from anyattn.runtime import dispatch
@@ -180,13 +180,13 @@ def test_verify_passes(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.usefixtures("few")
 def test_verify_fails_on_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    right = api.attention_backward
+    right = explicit.attention_backward
 
     def wrong(*arguments: Any, **named: Any) -> anyattn.Gradients:
         gradients = right(*arguments, **named)
         return gradients._replace(dk=gradients.dk * 1.1)
 
-    monkeypatch.setattr(api, "attention_backward", wrong)
+    monkeypatch.setattr(explicit, "attention_backward", wrong)
     assert main(["verify", "--backend", "numpy"]) == 1
     assert "MISMATCH numpy, bias: dk" in capsys.readouterr().out
 

@@ -33,6 +33,7 @@ import anyattn.compat.installation
 import anyattn.compat.onnx
 import anyattn.compat.torch
 import anyattn.compat.xformers
+import anyattn.explicit
 import anyattn.nn
 import anyattn.runtime.dispatch
 import anyattn.sdpa
@@ -181,6 +182,7 @@ def test_every_module_that_a_page_imports_has_a_page_of_its_own() -> None:
     [
         anyattn,
         anyattn.api,
+        anyattn.explicit,
         anyattn.compat.aule,
         anyattn.compat.flash_attention,
         anyattn.compat.flash_attention_amd,

@@ -9,7 +9,7 @@ from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
 
-from .. import api, testing
+from .. import explicit, testing
 from ..backends.triton import tuning
 from ..backends.triton.device import device as card
 from ..backends.triton.tuning import CHOICES, Tiles
@@ -138,11 +138,11 @@ def make_task(workload: Workload, device: str) -> Task:
     q = draw(workload.batch, workload.seqlen_q, nheads, size)
     k, v = (draw(workload.batch, workload.seqlen_k, workload.nheads_kv, size) for _ in range(2))
     last = {"q": _last("q", q), "k": _last("k", k), "v": _last("v", v), "causal": True}
-    forward = partial(api.attention_forward, q, k, v, causal=True, backend="triton")
+    forward = partial(explicit.attention_forward, q, k, v, causal=True, backend="triton")
     if workload.phase in ("forward", "decode"):
         return Task(forward, testing.expected_results(last, random=True))
     (out, lse), dout = forward(), draw(q.shape)
-    backward = partial(api.attention_backward, dout, q, k, v, out, lse, causal=True, backend="triton")
+    backward = partial(explicit.attention_backward, dout, q, k, v, out, lse, causal=True, backend="triton")
     return Task(backward, testing.expected_results(last, _last("dout", dout), random=True))
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from .. import api
+from .. import explicit
 from ..backends.vulkan.offload import NEVER, Work, work
 from ..definition.options import Options
 from ..definition.passes import BACKWARD, FORWARD
@@ -89,9 +89,9 @@ def make_calls(direction: str, given: Arrays) -> dict[str, Callable[[], Any]]:
     """Return the call to time by backend."""
     q, k, v, dout = (given[name] for name in ("q", "k", "v", "dout"))
     if direction == "forward":
-        return {name: partial(api.attention_forward, q, k, v, backend=name) for name in BACKENDS}
-    out, lse = api.attention_forward(q, k, v, backend="cpu")
-    return {name: partial(api.attention_backward, dout, q, k, v, out, lse, backend=name) for name in BACKENDS}
+        return {name: partial(explicit.attention_forward, q, k, v, backend=name) for name in BACKENDS}
+    out, lse = explicit.attention_forward(q, k, v, backend="cpu")
+    return {name: partial(explicit.attention_backward, dout, q, k, v, out, lse, backend=name) for name in BACKENDS}
 
 
 def describe_point(point: Point) -> Problem:

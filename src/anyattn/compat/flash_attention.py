@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import api
+from .. import api, explicit
 from ..scalars import integer
 
 ROWS = 256  # of scores that are held at a time for the row maxima
@@ -68,7 +68,7 @@ def flash_attention_backward(
     """
     _check_blocks(Bc, Br)
     q, k, v, out, dout = _rows(use_half, Q, K, V, O, dO)
-    grads = api.attention_backward(dout, q, k, v, out, (m + torch.log(l)).contiguous())
+    grads = explicit.attention_backward(dout, q, k, v, out, (m + torch.log(l)).contiguous())
     return [grad.transpose(1, 2).to(Q.dtype) for grad in grads[:3]]
 
 

@@ -193,7 +193,7 @@ def cache_lengths(lengths: Any, batch: int) -> npt.NDArray[np.int32] | None:
 
 
 def merge(out_a: NDArray, lse_a: NDArray, out_b: NDArray, lse_b: NDArray) -> tuple[NDArray, NDArray]:
-    """See api.merge."""
+    """See explicit.merge."""
     top = np.maximum(lse_a, lse_b)
     safe = np.where(np.isfinite(top), top, 0)
     total = np.exp(lse_a - safe) + np.exp(lse_b - safe)

@@ -145,7 +145,7 @@ def _table(name: str, array: Any) -> Any:
 
 
 def merge(out_a: DeviceArray, lse_a: NDArray, out_b: DeviceArray, lse_b: NDArray) -> tuple[DeviceArray, NDArray]:
-    """See api.merge; by way of the host."""
+    """See explicit.merge; by way of the host."""
     out, lse = numpy_arrays.merge(out_a.numpy(), lse_a, out_b.numpy(), lse_b)
     return DeviceArray(out), lse
 

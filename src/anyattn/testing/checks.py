@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .. import api, derivatives
+from .. import derivatives, explicit
 from ..definition import accuracy, derivative_accuracy
 from ..definition.accuracy import Expected
 from ..definition.inputs import GRADIENTS
@@ -61,7 +61,7 @@ def compute(inputs: CaseInputs, pass_name: str, backend: str | None = None) -> R
         UnsupportedProblem: the backend refuses the problem.
     """
     given = {**inputs.arguments, "backend": backend}
-    out, lse = api.attention_forward(**given)
+    out, lse = explicit.attention_forward(**given)
     if pass_name == FORWARD.name:
         return {"out": out, "lse": lse}
     out, lse = inputs.saved(out, lse)
@@ -72,7 +72,7 @@ def compute(inputs: CaseInputs, pass_name: str, backend: str | None = None) -> R
     if pass_name == SECOND.name:
         found = derivatives.attention_second(inputs.dout, out=out, lse=lse, dlse=inputs.dlse, **along)
         return found._asdict()
-    got: Results = api.attention_backward(inputs.dout, out=out, lse=lse, dlse=inputs.dlse, **given)._asdict()
+    got: Results = explicit.attention_backward(inputs.dout, out=out, lse=lse, dlse=inputs.dlse, **given)._asdict()
     return got
 
 

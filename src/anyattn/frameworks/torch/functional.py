@@ -174,7 +174,7 @@ def scores(inputs: Inputs, options: Options, queries: Any, stage: Stage, lse: An
 
 
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """See api.merge; differentiable in all four."""
+    """See explicit.merge; differentiable in all four."""
     out_a, out_b = dense("out_a", out_a), dense("out_b", out_b)
     lse_a, lse_b = dense("lse_a", lse_a), dense("lse_b", lse_b)
     top = torch.maximum(lse_a, lse_b).detach()
