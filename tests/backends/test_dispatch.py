@@ -132,7 +132,7 @@ def test_required_backends_must_be_there(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_unknown_names_are_refused_with_the_accepted_ones() -> None:
-    with pytest.raises(ValueError, match="backend must be one of cpu, triton, vulkan, numpy; got 'cuda'"):
+    with pytest.raises(ValueError, match="backend must be one of cpu, triton, vulkan, numpy, got 'cuda'"):
         anyattn.attention(X, X, X, backend="cuda")
     with pytest.raises(ValueError, match="got 'cuda'"), anyattn.backend("cuda"):
         pass
@@ -191,14 +191,14 @@ def test_a_registered_backend_has_its_place_in_the_order(monkeypatch: pytest.Mon
     assert anyattn.explain(X, X, X).chosen == "echo", "it survives a reload of the settings"
     with pytest.raises(anyattn.UnsupportedProblem, match="echo: has no backward pass"):
         anyattn.attention_backward(X, X, X, X, X, np.zeros((1, 2, X.shape[1]), X.dtype))
-    with pytest.raises(anyattn.UnsupportedProblem, match="echo: does not take mask"):
+    with pytest.raises(anyattn.UnsupportedProblem, match="echo: does not support mask"):
         anyattn.attention(X, X, X, mask=np.ones((4, 4), bool))
     dispatch.register("echo", Echo)
     assert dispatch.names()[-1] == "echo"
 
 
 def test_register_refuses_what_it_does_not_know() -> None:
-    with pytest.raises(ValueError, match="after must be one of cpu, triton, vulkan, numpy; got 'cuda'"):
+    with pytest.raises(ValueError, match="after must be one of cpu, triton, vulkan, numpy, got 'cuda'"):
         dispatch.register("echo", Echo, after="cuda")
     with pytest.raises(ValueError, match="part of anyattn"):
         dispatch.unregister("cpu")

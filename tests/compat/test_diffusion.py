@@ -120,7 +120,7 @@ def test_xformers_dropout_and_output_dtype() -> None:
 
 def test_xformers_refuses() -> None:
     q, k, v = inputs()
-    with pytest.raises(ValueError, match=r"attn_bias must be .*LowerTriangularMask.*; got PagedBlockDiagonal"):
+    with pytest.raises(ValueError, match=r"attn_bias must be .*LowerTriangularMask.*, got PagedBlockDiagonal"):
         xformers.memory_efficient_attention(q, k, v, type("PagedBlockDiagonal", (), {})())
     with pytest.raises(ValueError, match="needs a batch of 1"):
         xformers.memory_efficient_attention(q, k, v, xformers.BlockDiagonalMask.from_seqlens([ROWS], [KEYS]))

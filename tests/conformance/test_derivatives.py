@@ -79,7 +79,7 @@ def arguments(**changes: Any) -> dict[str, Any]:
     ("changes", "error", "message"),
     [
         ({"tq": np.ones((1, 3, 2, 8), np.float32)}, ValueError, r"tq must have the shape \(1, 4, 2, 8\) of q"),
-        ({"tv": np.ones((1, 4, 2, 8))}, TypeError, "tv has dtype float64"),
+        ({"tv": np.ones((1, 4, 2, 8))}, TypeError, "tv must be float32, got float64"),
         ({"tbias": np.ones((1, 1, 4, 4), np.float32)}, ValueError, "tbias must be None without bias"),
         ({"tsink": np.ones(2, np.float32)}, ValueError, "tsink must be None without sink"),
         ({"lse": np.ones((1, 4, 2), np.float32)}, ValueError, "lse must have shape"),

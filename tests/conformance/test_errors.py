@@ -171,7 +171,13 @@ PACKED = {
     "max_seqlen_q negative": ({"max_seqlen_q": -1}, ValueError, "max_seqlen_q"),
     "seqused_k beyond its sequence": ({"seqused_k": [6, 6]}, ValueError, "seqused_k[1]", "0 to 5"),
     "seqused_q beyond its sequence": ({"seqused_q": [5, 5]}, ValueError, "seqused_q[0]", "0 to 4"),
-    "kv_indices beyond a sequence": ({"kv_indices": [[5]] * 9}, ValueError, "kv_indices of sequence 1", "to 4"),
+    "kv_indices beyond a sequence": (
+        {"kv_indices": [[5]] * 9},
+        ValueError,
+        "kv_indices must be from -1",
+        "to 4",
+        "sequence 1",
+    ),
     "kv_indices of a batch": ({"kv_indices": np.zeros((2, 5, 1), np.int32)}, ValueError, "kv_indices", "total_q = 9"),
     "slopes of another batch": ({"alibi_slopes": zeros(3, 4)}, ValueError, "alibi_slopes"),
 }

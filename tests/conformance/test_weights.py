@@ -188,7 +188,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "head_dim": ({"k": X[..., :4]}, ValueError, "q and k must have one head_dim"),
     "bias": ({"bias": np.zeros((5, 4), np.float32)}, ValueError, "bias must broadcast"),
     "sink": ({"sink": np.zeros(3, np.float32)}, ValueError, "sink must have shape"),
-    "seqused_k": ({"seqused_k": np.array([5, 6])}, ValueError, r"seqused_k\[1\] is 6"),
+    "seqused_k": ({"seqused_k": np.array([5, 6])}, ValueError, r"seqused_k\[1\] must be .*, got 6"),
     "window": ({"window": (-1, 0)}, ValueError, "window must hold integers >= 0"),
     "query": ({"queries": [5]}, ValueError, "queries must be indices from -5 to 4, got 5"),
     "negative_query": ({"queries": [0, -6]}, ValueError, "queries must be indices from -5 to 4, got -6"),

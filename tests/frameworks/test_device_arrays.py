@@ -45,7 +45,7 @@ def test_what_is_not_an_array_of_heads_is_refused() -> None:
     with pytest.raises(ValueError, match="3 or 4 dimensions"):
         DeviceArray(np.ones(3, np.float32))
     x = np.ones((1, 2, 3, 4), np.float32)
-    with pytest.raises(TypeError, match="k must be a DeviceArray like q; got ndarray"):
+    with pytest.raises(TypeError, match="k must be a DeviceArray like q, got ndarray"):
         anyattn.attention(DeviceArray(x), x, x)
     with pytest.raises(anyattn.UnsupportedProblem, match="q is on vulkan:0"):
         anyattn.attention(*[DeviceArray(x)] * 3, backend="cpu")

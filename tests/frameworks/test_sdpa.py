@@ -164,7 +164,7 @@ def test_wrong_arguments() -> None:
         anyattn.sdpa(q, k, v, normal(4, 9))
     with pytest.raises(ValueError, match=r"value must be a tensor.*\(6,\)"):
         anyattn.sdpa(q, k, v[0, 0, 0])
-    with pytest.raises(TypeError, match=r"query must be a torch.Tensor; got ndarray"):
+    with pytest.raises(TypeError, match=r"query must be a torch.Tensor, got ndarray"):
         anyattn.sdpa(q.numpy(), k, v)
     with pytest.raises(ValueError, match=r"dropout_p"):
         anyattn.sdpa(q, k, v, dropout_p=1.0)
@@ -172,7 +172,7 @@ def test_wrong_arguments() -> None:
 
 def test_mask_that_is_no_tensor() -> None:
     x = torch.zeros(1, 2, 3, 8)
-    with pytest.raises(TypeError, match="attn_mask must be a tensor or None; got list"):
+    with pytest.raises(TypeError, match="attn_mask must be a tensor or None, got list"):
         anyattn.sdpa(x, x, x, [[True]])
 
 

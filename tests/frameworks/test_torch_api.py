@@ -219,7 +219,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "slopes with gradients": ({"alibi_slopes": torch.zeros(4, requires_grad=True)}, ValueError, "alibi_slopes"),
     "seed and state": ({"seed": 1, "rng_state": torch.tensor([1, 0])}, ValueError, "exclude each other"),
     "seed range": ({"seed": 2**64, "dropout_p": 0.1}, ValueError, "64-bit"),
-    "seed of text": ({"seed": "1", "dropout_p": 0.1}, TypeError, "seed must be an integer; got '1'"),
+    "seed of text": ({"seed": "1", "dropout_p": 0.1}, TypeError, "seed must be an integer, got '1'"),
     "dropout of text": ({"dropout_p": "0.1"}, TypeError, "dropout_p must be a real number, got '0.1'"),
     "window of tensors": ({"window": (torch.tensor([1, 2]), 0)}, ValueError, "window must hold integers"),
     "state dtype": ({"rng_state": torch.zeros(2), "dropout_p": 0.1}, TypeError, "rng_state"),

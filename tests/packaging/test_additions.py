@@ -30,17 +30,17 @@ schema = str(torch.ops.anyattn.backward.default._schema)
 assert all(part in schema for part in ("Tensor? key_bias=None", "bool want_dkey_bias=True", "Tensor dkey_bias")), schema
 for x, given in ((q.detach(), bias), (q.detach().numpy(), bias.numpy())):
     explanation = anyattn.explain(x, x, x, key_bias=given)
-    assert explanation.chosen is None and explanation.reasons["cpu"] == ["does not take key_bias"], explanation
+    assert explanation.chosen is None and explanation.reasons["cpu"] == ["does not support key_bias"], explanation
     try:
         anyattn.attention_forward(x, x, x, key_bias=given, backend="numpy")
     except anyattn.UnsupportedProblem as error:
-        assert "numpy: does not take key_bias" in str(error)
+        assert "numpy: does not support key_bias" in str(error)
     else:
         raise AssertionError("key_bias was ignored")
     try:
         anyattn.attention_forward(x, x, x, key_bias=given[:1])
     except ValueError as error:
-        assert "key_bias must have shape (nheads,) = (2,); got (1,)" in str(error)
+        assert "key_bias must have shape (nheads,) = (2,), got (1,)" in str(error)
     else:
         raise AssertionError("key_bias of a wrong shape passed")
 """
@@ -79,6 +79,6 @@ def test_a_row_adds_an_input_everywhere_and_no_backend_ignores_it(package: Path)
 
 def test_a_row_adds_a_flag_of_explain(package: Path) -> None:
     result = run(package, "-m", "anyattn", "explain", "--key-bias")
-    assert result.returncode == 1 and "not numpy: does not take key_bias" in result.stdout, (
+    assert result.returncode == 1 and "not numpy: does not support key_bias" in result.stdout, (
         result.stdout + result.stderr
     )

@@ -179,7 +179,7 @@ def test_a_large_problem_without_a_gpu_is_logged_once(
     with caplog.at_level(logging.INFO, logger="anyattn"):
         for asked in (problem(8192), problem(8193), problem(512)):
             assert dispatch.choose(asked, ()).name == "cpu"
-    assert len(caplog.messages) == 1 and "vulkan passed over" in caplog.messages[0]
+    assert len(caplog.messages) == 1 and "skipping backend vulkan" in caplog.messages[0]
 
 
 def test_software_is_chosen_where_the_settings_say(gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:

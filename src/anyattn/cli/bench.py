@@ -105,7 +105,7 @@ def _plan(arguments: argparse.Namespace) -> Any:
     if suites and not workloads:
         raise ValueError(f"no case of {', '.join(suites)} matches {arguments.filter!r}; --list shows them")
     if arguments.seconds < 0:
-        raise ValueError(f"--seconds must be >= 0; got {arguments.seconds}")
+        raise ValueError(f"--seconds must be >= 0, got {arguments.seconds}")
     seconds = arguments.seconds or (QUICK_SECONDS if arguments.quick else 1.0)
     providers = choose(arguments.peers.split(","))
     return Plan(workloads, tuple(sections), providers, threads, seconds, arguments.quick)
@@ -118,7 +118,7 @@ def _apply(threads: int) -> int:
     from ..backends.cpu import library
 
     if threads < 0 or threads > 4096:
-        raise ValueError(f"--threads must be 1 to 4096 (0: as the engine finds them); got {threads}")
+        raise ValueError(f"--threads must be 1 to 4096 (0: as the engine finds them), got {threads}")
     if threads:
         torch.set_num_threads(threads)
     try:

@@ -77,7 +77,7 @@ def install(*names: str, force: bool = False) -> Installation:
     """
     for name in names:
         if name not in NAMES:
-            raise ValueError(f"install knows {', '.join(NAMES)}; got {name!r}")
+            raise ValueError(f"install knows {', '.join(NAMES)}, got {name!r}")
     added = [name for name in dict.fromkeys(names) if name not in _finder.installed]
     if not force:
         for root in _roots(added):

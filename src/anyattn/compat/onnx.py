@@ -104,13 +104,13 @@ def _heads(name: str, x: Array, heads: int | None) -> Array:
     if x.ndim == 4:
         return np.swapaxes(x, 1, 2)
     if x.ndim != 3 or not heads or x.shape[2] % heads:
-        raise ValueError(f"{name} must have 4 dimensions, or 3 with q_num_heads and kv_num_heads; got {x.shape}")
+        raise ValueError(f"{name} must have 4 dimensions, or 3 with q_num_heads and kv_num_heads, got {x.shape}")
     return x.reshape(*x.shape[:2], heads, -1)
 
 
 def _bound(name: str, size: int) -> int | None:
     if size < -1:
-        raise ValueError(f"{name} must be >= 0, or -1 for none; got {size}")
+        raise ValueError(f"{name} must be >= 0, or -1 for none, got {size}")
     return None if size == -1 else size
 
 
@@ -123,7 +123,7 @@ def _scores(attn_mask: Array | None, keys: int, dtype: np.dtype[Any]) -> dict[st
         attn_mask = attn_mask.astype(np.float64 if dtype == np.float64 else np.float32)
     missing = keys - attn_mask.shape[-1]
     if missing < 0:
-        raise ValueError(f"attn_mask must have no more than {keys} keys in its last dimension; got {attn_mask.shape}")
+        raise ValueError(f"attn_mask must have no more than {keys} keys in its last dimension, got {attn_mask.shape}")
     hidden: Any = False if boolean else -np.inf
     attn_mask = np.pad(attn_mask, [(0, 0)] * (attn_mask.ndim - 1) + [(0, missing)], constant_values=hidden)
     return {"mask" if boolean else "bias": attn_mask.reshape((1,) * (4 - attn_mask.ndim) + attn_mask.shape)}

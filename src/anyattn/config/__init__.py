@@ -1,1 +1,1 @@
-"""Configuration: environment variables, tuned values, the machine."""
+"""Configuration: environment variables, tuned values, and the machine."""

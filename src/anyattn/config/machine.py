@@ -1,4 +1,4 @@
-"""What a reader of figures or of a bug report has to know of the machine: its processor."""
+"""Description of the processor, for benchmark results and bug reports."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ CPUINFO = Path("/proc/cpuinfo")
 
 
 def processor() -> str:
-    """Name, family and model of the first processor; on Arm, where Linux gives no name, implementer and part."""
+    """Return name, family and model of the first processor; implementer and part on Arm, where Linux has no name."""
     if not CPUINFO.exists():
         return platform.processor() or platform.machine() or "unknown"
     first = CPUINFO.read_text(errors="replace").partition("\n\n")[0]

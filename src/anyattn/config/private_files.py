@@ -1,7 +1,7 @@
-"""Files of the user's cache folder, which decide what a process runs: read and written so that nobody else can.
+"""Files in the user's cache folder. Nobody else can change them, because they decide what a process runs.
 
 A cache folder may be shared or prepared by somebody else. A file is read only if it is a regular file of at most
-`LIMIT` bytes, belongs to this user or to root, and no other user can write it or its folder.
+`LIMIT` bytes, belongs to this user or to root, and neither it nor its folder is writable by other users.
 """
 
 from __future__ import annotations
@@ -17,30 +17,32 @@ def read(path: str) -> bytes:
     """Return the content of a file.
 
     Raises:
-        OSError: there is no such file, it is no regular file, or it is too large.
-        PermissionError: another user owns it, or can write it or its folder.
+        OSError: the file does not exist, is not a regular file, or is too large.
+        PermissionError: another user owns the file, or can write it or its folder.
     """
     _check_folder(os.path.dirname(path))
-    # a FIFO does not block, and a symbolic link is not followed
+    # Opening does not block on a FIFO and does not follow a symbolic link.
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     descriptor = os.open(path, flags)
     with os.fdopen(descriptor, "rb") as file:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise OSError(f"{path} is not a regular file")
+            raise OSError(f"{path} must be a regular file.")
         _check(status, path)
         if status.st_size > LIMIT:
-            raise OSError(f"{path} has {status.st_size} bytes, more than {LIMIT}")
+            raise OSError(f"{path} must have at most {LIMIT} bytes, got {status.st_size}.")
         return file.read(LIMIT)
 
 
 def write(path: str, content: bytes) -> None:
-    """Replace a file atomically: another process reads either the old content or the new. The folder is made (0700).
+    """Replace a file atomically, so that another process reads either the old or the new content.
+
+    The folder is created with mode 0700 if it does not exist.
 
     Raises:
-        OSError: the folder cannot be made or written, or another user owns it or can write it.
+        OSError: the folder cannot be created or written, or another user owns it or can write it.
     """
-    import tempfile  # slow to import, and rarely needed
+    import tempfile  # imported here because it is slow to import and rarely needed
 
     folder = os.path.dirname(path)
     os.makedirs(os.path.dirname(folder), exist_ok=True)
@@ -48,7 +50,7 @@ def write(path: str, content: bytes) -> None:
         os.mkdir(folder, PRIVATE)
     except FileExistsError:
         _check_folder(folder)
-    descriptor, fresh = tempfile.mkstemp(dir=folder)  # a name that nobody guesses, opened exclusively, mode 0600
+    descriptor, fresh = tempfile.mkstemp(dir=folder)  # unpredictable name, opened exclusively with mode 0600
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
@@ -61,20 +63,20 @@ def write(path: str, content: bytes) -> None:
 def _check_folder(path: str) -> None:
     status = os.stat(path)
     if not stat.S_ISDIR(status.st_mode):
-        raise NotADirectoryError(f"{path} is not a folder")
+        raise NotADirectoryError(f"{path} must be a folder.")
     _check(status, path)
 
 
 def _check(status: os.stat_result, path: str) -> None:
-    if not hasattr(os, "geteuid"):  # Windows: the access list of a user's folder keeps others out
+    if not hasattr(os, "geteuid"):  # Windows: the access list of a user's folder excludes other users
         return
     if status.st_uid not in (os.geteuid(), 0):
         raise PermissionError(
-            f"{path} belongs to another user (uid {status.st_uid}). Set ANYATTN_CACHE to your own folder"
+            f"{path} belongs to another user (uid {status.st_uid}). Set ANYATTN_CACHE to your own folder."
         )
     mode = status.st_mode
     by_group = mode & stat.S_IWGRP and status.st_gid != os.getegid()
-    by_others = mode & stat.S_IWOTH and not (stat.S_ISDIR(mode) and mode & stat.S_ISVTX)  # as /tmp: files are safe
+    by_others = mode & stat.S_IWOTH and not (stat.S_ISDIR(mode) and mode & stat.S_ISVTX)  # like /tmp
     if by_group or by_others:
         bits = f"{stat.S_IMODE(mode):o}"
-        raise PermissionError(f"{path} can be written by other users (mode {bits}). Run chmod go-w on it")
+        raise PermissionError(f"{path} must not be writable by other users, got mode {bits}. Run chmod go-w on it.")

@@ -1,6 +1,6 @@
-"""Every environment variable of anyattn, read here and nowhere else.
+"""Environment variables of anyattn. No other module reads the environment.
 
-The environment is read at first use; `reload` reads it again (and forgets every cached plan).
+The environment is read at first use. `reload` reads it again and discards every cached plan.
 """
 
 from __future__ import annotations
@@ -13,29 +13,29 @@ from typing import NamedTuple
 
 VARIABLES = {
     "backend": ("ANYATTN_BACKEND", "", "backends to use, in order, separated by commas; empty: automatic choice"),
-    "require": ("ANYATTN_REQUIRE", "", "backends that must be available: missing ones raise at the first call"),
-    "cpu_target": ("ANYATTN_CPU_TARGET", "", "instruction set of the native engine; empty: the best of this machine"),
-    "num_threads": ("ANYATTN_NUM_THREADS", "0", "threads of the native engine; 0: the OpenMP runtime's or all cores"),
-    "omp_num_threads": ("OMP_NUM_THREADS", "", "OpenMP's own: threads at each level of nesting; the first is ours"),
+    "require": ("ANYATTN_REQUIRE", "", "backends that must be available: a missing backend raises at the first call"),
+    "cpu_target": ("ANYATTN_CPU_TARGET", "", "instruction set of the CPU engine; empty: the best of this machine"),
+    "num_threads": ("ANYATTN_NUM_THREADS", "0", "threads of the CPU engine; 0: those of OpenMP, or all cores"),
+    "omp_num_threads": ("OMP_NUM_THREADS", "", "OpenMP's threads at each nesting level; anyattn uses the first"),
     "library": ("ANYATTN_LIBRARY", "", "path of the native library; empty: the one installed with the package"),
-    "vulkan_device": ("ANYATTN_VULKAN_DEVICE", "", "Vulkan device: its number or a part of its name; empty: the best"),
-    "vulkan_software": ("ANYATTN_VULKAN_SOFTWARE", "0", "1: Vulkan drivers that run on the CPU count as available"),
-    "vulkan_validate": ("ANYATTN_VULKAN_VALIDATE", "0", "1: Khronos' validation layer checks every Vulkan call"),
-    "vulkan_timeout": ("ANYATTN_VULKAN_TIMEOUT", "300", "seconds after which a Vulkan device that hangs is left"),
+    "vulkan_device": ("ANYATTN_VULKAN_DEVICE", "", "number or part of the name of a Vulkan device; empty: the best"),
+    "vulkan_software": ("ANYATTN_VULKAN_SOFTWARE", "0", "1: also use Vulkan drivers that run on the CPU"),
+    "vulkan_validate": ("ANYATTN_VULKAN_VALIDATE", "0", "1: check every Vulkan call with Khronos' validation layer"),
+    "vulkan_timeout": ("ANYATTN_VULKAN_TIMEOUT", "300", "seconds before a hanging Vulkan device is abandoned"),
     "cache": (
         "ANYATTN_CACHE",
         "",
-        "folder of compiled shaders and of the values that `anyattn tune` measured; empty: the user's",
+        "folder of compiled shaders and of values measured by `anyattn tune`; empty: the user's cache folder",
     ),
-    "check": ("ANYATTN_CHECK", "0", "1: check values in device memory too, at the price of a synchronisation"),
-    "hopper": ("ANYATTN_HOPPER", "0", "1: the Triton backend's kernels for Hopper (sm_90), which no GPU has run yet"),
+    "check": ("ANYATTN_CHECK", "0", "1: also check values in device memory, which costs a synchronisation"),
+    "hopper": ("ANYATTN_HOPPER", "0", "1: use the Triton backend's kernels for Hopper (sm_90), not yet run on a GPU"),
 }
-MOST_THREADS = 4096  # of the native engine
+MOST_THREADS = 4096  # of the CPU engine
 LONGEST_WAIT = 10**6  # seconds
 
 
 class Settings(NamedTuple):
-    """The environment, parsed. `VARIABLES` gives each field's variable, default and meaning."""
+    """Parsed environment. `VARIABLES` gives each field's variable, default and meaning."""
 
     backend: tuple[str, ...]
     require: tuple[str, ...]
@@ -52,18 +52,18 @@ class Settings(NamedTuple):
     hopper: bool
 
 
-# One entry, and no lock: dictionaries are safe among threads, and a forked child finds no lock that is held.
+# One entry and no lock: dictionaries are thread-safe, and a forked child could inherit a held lock.
 _current: dict[str, Settings] = {}
 _listeners: list[Callable[[], None]] = []
 
 
 def current() -> Settings:
-    """The settings in force."""
+    """Return the active settings."""
     return _current.get("settings") or _current.setdefault("settings", _read())
 
 
 def reload() -> Settings:
-    """Reads the environment again; everything that was derived from the old settings is forgotten."""
+    """Read the environment again and discard everything derived from the old settings."""
     _current["settings"] = fresh = _read()
     for listener in _listeners:
         listener()
@@ -71,13 +71,13 @@ def reload() -> Settings:
 
 
 def on_reload(listener: Callable[[], None]) -> Callable[[], None]:
-    """Calls `listener` whenever the settings may have changed."""
+    """Register `listener` to be called when the settings may have changed; return it."""
     _listeners.append(listener)
     return listener
 
 
 def describe() -> dict[str, tuple[str, str]]:
-    """Variable name -> (value in force, meaning), for `anyattn info`."""
+    """Return (active value, meaning) by variable name, for `anyattn info`."""
     values = current()._asdict()
     return {VARIABLES[name][0]: (_text(value), VARIABLES[name][2]) for name, value in values.items()}
 
@@ -90,7 +90,7 @@ def _read() -> Settings:
         require=_names(raw["require"]),
         cpu_target=raw["cpu_target"],
         num_threads=num_threads,
-        # who says how many threads needs no OpenMP to say it
+        # A user who sets the number of threads does not need OpenMP for it.
         omp_num_threads=() if num_threads else _levels("omp_num_threads", raw["omp_num_threads"]),
         library=raw["library"],
         vulkan_device=raw["vulkan_device"],
@@ -104,7 +104,7 @@ def _read() -> Settings:
 
 
 def _cache_folder() -> str:
-    """Where the system keeps a user's caches; "" for a user without a home."""
+    """Return the folder in which the system stores a user's caches; "" for a user without a home."""
     others = {"win32": ("LOCALAPPDATA", "AppData/Local"), "darwin": ("", "Library/Caches")}
     variable, usual = others.get(sys.platform, ("XDG_CACHE_HOME", ".cache"))
     given, home = os.environ.get(variable, ""), os.path.expanduser("~")
@@ -128,13 +128,17 @@ def _number(name: str, text: str, least: int, most: int) -> int:
 
 
 def _levels(name: str, text: str) -> tuple[int, ...]:
-    """Return the numbers of a variable that is not ours; a value that is no list of numbers counts as unset."""
+    """Return the numbers in a variable that other libraries define.
+
+    A value that is not a list of numbers is ignored.
+    """
     numbers = [part.strip().removeprefix("+") for part in text.split(",")] if text else []
     if all(number.isascii() and number.isdigit() and 1 <= int(number) <= MOST_THREADS for number in numbers):
         return tuple(int(number) for number in numbers)
     accepted = f"integers from 1 to {MOST_THREADS}, separated by commas"
     warnings.warn(
-        f"{VARIABLES[name][0]}={text!r} is ignored: expected {accepted}. ANYATTN_NUM_THREADS sets the number here",
+        f"{VARIABLES[name][0]}={text!r} is ignored because it must be {accepted}. "
+        "Set ANYATTN_NUM_THREADS to choose the number for anyattn.",
         RuntimeWarning,
         stacklevel=2,
     )
@@ -142,7 +146,7 @@ def _levels(name: str, text: str) -> tuple[int, ...]:
 
 
 def _nonsense(name: str, text: str, expected: str) -> ValueError:
-    return ValueError(f"{VARIABLES[name][0]}={text!r}: expected {expected}")
+    return ValueError(f"{VARIABLES[name][0]} must be {expected}, got {text!r}.")
 
 
 def _text(value: object) -> str:

@@ -1,4 +1,4 @@
-"""Store of tuned values, which `anyattn tune` measures: one JSON file for each backend, in the user's cache folder."""
+"""Store of the values that `anyattn tune` measures: one JSON file per backend, in the user's cache folder."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ logger = logging.getLogger("anyattn")
 
 
 def load(name: str, parse: Callable[[Any], Entry]) -> dict[str, Entry]:
-    """Return the entries of a file, by device; {} if there is no file or, with a warning, if it cannot be used."""
+    """Return the entries of a file by device; {} without a file or, with a warning, if the file cannot be used."""
     if not settings.current().cache:
         return {}
     try:
         content = private_files.read(path(name))
-        import json  # most machines have no such file
+        import json  # imported here because most machines have no such file
 
         found = json.loads(content.decode("utf-8"))
         return {device: parse(entry) for device, entry in found.items()}
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except PermissionError as error:
-        warnings.warn(f"tuned values are not used: {error}", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"ignoring tuned values: {error}", RuntimeWarning, stacklevel=2)
         return {}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        logger.warning("%s is not used, because it is not what `anyattn tune` writes: %s", path(name), error)
+        logger.warning("ignoring %s, because `anyattn tune` did not write it in this form: %s", path(name), error)
         return {}
 
 
 def save(name: str, entries: Mapping[str, Any]) -> Path:
-    """Replace the entries of a file, by device. Settings are then read again and plans made again.
+    """Replace the entries of a file, by device. Settings are read again and cached plans are discarded.
 
     Raises:
-        OSError: there is no cache folder, it cannot be written, or other users can write it.
+        OSError: the cache folder does not exist, cannot be written, or is writable by other users.
     """
     if not settings.current().cache:
-        raise FileNotFoundError("there is no cache folder for this user: set ANYATTN_CACHE")
+        raise FileNotFoundError("this user has no cache folder. Set ANYATTN_CACHE.")
     import json
     from pathlib import Path
 

@@ -1,1 +1,1 @@
-"""The definition of attention: inputs, masks, problems and their rules, the reference. Needs NumPy alone."""
+"""Definition of attention: inputs, masks, problems and their rules, and the reference. Needs only NumPy."""

@@ -1,21 +1,22 @@
-"""How wrong a backend may be: float64 values, and for each result an error budget that follows from the problem.
+"""Accuracy of backends: float64 values, and an error budget for each result that is derived from the problem.
 
     error <= 2 * error of a plain implementation in that dtype + c * eps(dtype) * A             (gradients: 3 times)
 
-A is the largest value of the result's own expression on absolute values, and where that is 0 the result must be 0. The
-plain implementation is standard attention with the inputs' dtype in memory: scores, softmax and sums in float32, P and
-dt rounded before the second product, as the definition allows. Scores s beyond 8 lose bits before the softmax, and P
-with them: a relative error of eps |s|, which one plain result shows only by chance, so for those it is added.
+A is the largest value of the result's own expression on absolute values. Where A is 0, the result must be 0. The plain
+implementation is standard attention that stores its arrays in the inputs' dtype. It computes scores, softmax and sums
+in float32 and rounds P and dt before the second product, as the definition allows. Scores s beyond 8 lose bits before
+the softmax, and P loses them too: its relative error is eps |s|. One plain result shows this error only by chance, so
+the budget adds it for such scores.
 
-A of long sequences is far above their results. Where the inputs are independent random numbers (`random=True`: the
-benchmark's gate, the self-test of a Vulkan driver), a tighter budget holds for 16-bit dtypes. P, dt, out and the
-results may be rounded, each number by itself, so the errors of a sum's terms add up like the sides of a right angle:
+For long sequences A is far above the results. For independent random inputs (`random=True`: the benchmark's gate, the
+self-test of a Vulkan driver), a tighter budget holds for 16-bit dtypes. P, dt, out and the results may each be rounded
+independently, so the errors of the terms of a sum add up in quadrature:
 
     error <= 2 * error of the plain implementation + c * eps(compute dtype) * A + 4 * eps(dtype) * R
 
-R is the root of the sum of the squares of the terms. 4 eps is 8 times the largest error of one rounding, which by
-Hoeffding's bound one sum in 10^13 exceeds (Higham and Mary, "A new approach to probabilistic rounding error analysis",
-2019). Numbers that repeat, such as equal scores, are all rounded in one direction: there this budget does not hold.
+R is the square root of the sum of the squared terms. 4 eps is 8 times the largest error of one rounding. By Hoeffding's
+bound, one sum in 10^13 exceeds it (Higham and Mary, "A new approach to probabilistic rounding error analysis", 2019).
+Repeated numbers, such as equal scores, are all rounded in one direction, so this budget does not hold for them.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ STATISTICS = ("lse", "tlse", "ddlse")  # in the compute dtype
 
 @dataclass(frozen=True)
 class Expected:
-    """One result: its float64 value, the same expression on absolute values, and the largest error accepted.
+    """Expected value of one result: in float64, from absolute values, and the largest accepted error.
 
-    `known` says where the value was computed, if not everywhere; the rest of a result is not compared.
+    `known` marks the computed entries if only some were computed. The other entries are not compared.
     """
 
     value: Float
@@ -50,7 +51,7 @@ class Expected:
     known: npt.NDArray[np.bool_] | None = None
 
     def error(self, got: npt.NDArray[Any]) -> float:
-        """Largest absolute error; inf for a wrong shape, a NaN, a wrong infinity, not 0 where nothing contributes."""
+        """Return the largest absolute error; inf for a wrong shape, NaN, a wrong infinity or a value that must be 0."""
         if got.shape != self.value.shape:
             return np.inf
         values = widen(got, "bfloat16" if got.dtype == np.uint16 else got.dtype.name)
@@ -91,9 +92,9 @@ def expected_backward(
     *,
     random: bool = False,
 ) -> dict[str, Expected]:
-    """Compute dq, dk, dv and, where the problem has them, dbias and dsink.
+    """Compute dq, dk, dv and, if the problem has them, dbias and dsink.
 
-    `parts` gives dq, dk and dv alone. It must hold every row of every query head that shares a key head.
+    With `parts`, only dq, dk and dv are computed. `parts` must hold every query of every head that shares a KV head.
     random: the inputs and dout are independent random numbers.
     """
     shapes = reference.gradient_shapes(problem)
@@ -136,7 +137,7 @@ class Sums:
         self.plain, self.known = zeros(problem.compute_dtype), zeros("bool")
 
     def put(self, name: str, rows: Any, *terms: npt.NDArray[Any]) -> None:
-        """Set rows, each of which belongs to one head; terms: value, plain, absolutes and squares."""
+        """Store rows that belong to one head. terms: exact value, plain value, absolute values and squares."""
         for sums, x in zip((self.value, self.plain, self.absolutes, self.squares), terms, strict=True):
             sums[name][rows] = x
         self.known[name][rows] = True
@@ -146,16 +147,16 @@ class Sums:
         value, compute = self.value[name], DTYPES[self.problem.compute_dtype]
         dtype = self.problem.compute_dtype if name in STATISTICS else self.problem.dtype
         known = DTYPES[dtype]
-        # in float64 the definition is its own plain implementation
+        # in float64, the definition is its own plain implementation
         times, c = (0.0, 64.0) if dtype == "float64" else (rule.times, rule.c)
         finite = np.isfinite(value)
         error = np.abs(round_to(self.plain[name][finite], dtype) - value[finite]).max(initial=0.0)
         scores = rule.times * compute.eps * max(0.0, rule.largest_score - ORDINARY_SCORE)
-        scores *= 2.0 if dtype == "float64" else 1.0  # the definition loses as many bits as the backend
+        scores *= 2.0 if dtype == "float64" else 1.0  # the definition loses as many bits as the backend does
         absolutes = float(self.absolutes[name].max(initial=0.0))
         rounding = c * known.eps * absolutes
         if self.random and dtype in HALF:
-            largest = np.abs(value[finite]).max(initial=0.0)  # the result is a term too
+            largest = np.abs(value[finite]).max(initial=0.0)  # the result itself is rounded too
             squares = max(np.sqrt(self.squares[name].max(initial=0.0)), largest)
             rounding = min(rounding, c * compute.eps * absolutes + 4.0 * known.eps * squares)
         budget = times * error + rounding + scores * absolutes + known.smallest
@@ -163,7 +164,7 @@ class Sums:
 
 
 def check(expected: Mapping[str, Expected], got: Mapping[str, npt.NDArray[Any] | None]) -> list[str]:
-    """[] or one line for each result whose error is beyond its budget."""
+    """Return one line for each result whose error exceeds its budget; [] if all are within it."""
     lines = []
     for name, want in expected.items():
         value = got[name]
@@ -176,7 +177,7 @@ def check(expected: Mapping[str, Expected], got: Mapping[str, npt.NDArray[Any] |
 def score_sizes(problem: Problem, head: Head) -> Float:
     """|s| where seen, and the products on absolute values where s does not show what cancels in them.
 
-    That is behind a softcap, and in float64, which has no plain implementation beside it.
+    Cancellation does not show after a softcap, and in float64, which has no plain implementation to compare with.
     """
     seen = np.isfinite(head.s)
     sizes = np.abs(np.where(seen, head.s, 0.0))
@@ -203,7 +204,7 @@ class Plain:
         self.out = round_to(round_to(self.p * self.d, problem.dtype) @ self.v, problem.dtype)
 
     def backward(self, dout: Float, dlse: Float) -> dict[str, npt.NDArray[Any]]:
-        """This head's terms of every gradient."""
+        """Compute the terms that this head adds to every gradient."""
         problem, kind = self.problem, self.t.dtype.type
         do = dout.astype(kind)
         delta = (do * self.out).sum(-1) - dlse.astype(kind)
@@ -220,7 +221,7 @@ class Plain:
 
 
 def _absolutes(problem: Problem, head: Head, do: Float, dl: Float) -> dict[str, Any]:
-    """The terms of every gradient on absolute values."""
+    """Compute the terms of every gradient from absolute values."""
     q, k, v, do = (np.abs(x) for x in (head.q, head.k, head.v, do))
     delta = (do * ((head.p * head.d) @ v)).sum(-1) + np.abs(dl)
     ds = head.p * (head.d * (do @ v.T) + delta[:, None])
@@ -234,7 +235,7 @@ def _absolutes(problem: Problem, head: Head, do: Float, dl: Float) -> dict[str, 
 
 
 def _squares(problem: Problem, head: Head, do: Float, ds: Float) -> dict[str, Any]:
-    """Squares of the terms of every gradient: of P and dt, and of what out brings by way of delta, one number a row."""
+    """Compute the squared terms of every gradient: from P and dt, and from out through delta (one value per query)."""
     slope = 1.0 - (head.t / problem.softcap) ** 2 if problem.softcap > 0 else 1.0
     p, dt, delta = (head.p * slope), (ds * slope) ** 2, ((do * head.out) ** 2).sum(-1)
     return {
@@ -247,5 +248,5 @@ def _squares(problem: Problem, head: Head, do: Float, ds: Float) -> dict[str, An
 
 
 def round_to(x: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
-    """x rounded to a 16-bit dtype, in its own type; other dtypes leave it alone."""
+    """Return x rounded to a 16-bit dtype and stored in its own dtype; x itself for other dtypes."""
     return widen(narrow(x, dtype), dtype, x.dtype.name) if dtype in HALF else x

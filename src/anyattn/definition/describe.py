@@ -1,4 +1,4 @@
-"""Problems from a description: sizes and the names of features in place of arrays. Nothing is allocated."""
+"""Problems from a description: sizes and names of features instead of arrays. Nothing is allocated."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def describe(description: Description) -> Problem:
     """Return the problem of a description, with contiguous arrays.
 
     Raises:
-        ValueError, TypeError: there is no such problem; see `make_problem`.
+        ValueError, TypeError: the description is not a valid problem; see `make_problem`.
     """
     d = _with_defaults(description)
     assert d.seqlen_k is not None

@@ -1,5 +1,6 @@
-"""The dtypes: one row each, and their values. NumPy has no bfloat16: such an array is ml_dtypes.bfloat16, or its bits
-as uint16.
+"""Supported dtypes, one row each, and conversion of values.
+
+NumPy has no bfloat16: such an array has dtype ml_dtypes.bfloat16, or holds the bits as uint16.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ NDArray = npt.NDArray[Any]
 
 
 class Dtype(NamedTuple):
-    """What is known of a dtype, under its NumPy name."""
+    """Properties of a dtype, stored under its NumPy name."""
 
     itemsize: int
-    code: int  # in the C ABI (anyattn.h); 0: no array there has it
-    compute: str = ""  # dtype of scores, softmax and sums for q of this dtype; "": q cannot have it
+    code: int  # in the C ABI (anyattn.h); 0: not used there
+    compute: str = ""  # dtype of scores, softmax and sums for q of this dtype; "": not a dtype of q
     eps: float = 0.0
-    smallest: float = 0.0  # numbers below, times what they are multiplied by, may be flushed to 0
+    smallest: float = 0.0  # smaller numbers, and their products, may be flushed to 0
     triton: str = ""
 
 
@@ -38,22 +39,22 @@ ATTENTION_DTYPES = tuple(name for name, dtype in DTYPES.items() if dtype.compute
 
 
 def key_dtypes(q: str) -> tuple[str, ...]:
-    """Return the dtypes that k and v may have for q of this dtype."""
+    """Return the dtypes that k and v may have for a q of this dtype."""
     return (q,)
 
 
-# Scores below this value, by compute dtype, mask their key as -inf does: times log2(e), as kernels keep scores, they
-# are -inf.
+# Scores below this value (per compute dtype) mask the key, because kernels store scores times log2(e), and such a score
+# overflows to -inf.
 LOWEST_SCORE = {name: float(np.finfo(name).min) * math.log(2.0) for name in ("float32", "float64")}
 
 
 def raw(array: NDArray, dtype: str) -> NDArray:
-    """The array as `narrow` writes it: a bfloat16 array as its uint16 bits (a view), any other as it is."""
+    """Return the array as `narrow` writes it: bfloat16 as a view of its uint16 bits, any other dtype unchanged."""
     return array.view(np.uint16) if dtype == "bfloat16" else array
 
 
 def widen(array: NDArray, dtype: str, to: str = "float64") -> NDArray:
-    """The values of an array of `dtype` in the dtype `to`; the array itself if it has that dtype already."""
+    """Return the values of an array of `dtype` in the dtype `to`; the array itself if it already has that dtype."""
     if dtype == "bfloat16":
         array = (raw(array, dtype).astype(np.uint32) << np.uint32(16)).view(np.float32)
     with np.errstate(invalid="ignore"):  # signalling NaN
@@ -61,9 +62,10 @@ def widen(array: NDArray, dtype: str, to: str = "float64") -> NDArray:
 
 
 def narrow(values: NDArray, dtype: str) -> NDArray:
-    """The values rounded to `dtype`, nearest and ties to even; bfloat16 as uint16 bits.
+    """Return the values rounded to `dtype` (nearest, ties to even); bfloat16 as uint16 bits.
 
-    Too large values become infinite, NaN stays NaN. float64 goes to bfloat16 by way of float32, as in ml_dtypes.
+    Values that are too large become infinite, and NaN stays NaN. float64 is rounded to bfloat16 through float32, as in
+    ml_dtypes.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         if dtype != "bfloat16":
@@ -71,5 +73,5 @@ def narrow(values: NDArray, dtype: str) -> NDArray:
         bits = values.astype(np.float32, copy=False).view(np.uint32)
     half = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
     rounded = ((bits + half) >> np.uint32(16)).astype(np.uint16)
-    quiet = (bits >> np.uint32(16)).astype(np.uint16) | np.uint16(0x40)  # rounding could carry a NaN's bits away
+    quiet = (bits >> np.uint32(16)).astype(np.uint16) | np.uint16(0x40)  # rounding could turn NaN into infinity
     return np.asarray(np.where(np.isnan(values), quiet, rounded))

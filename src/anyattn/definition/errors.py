@@ -1,4 +1,4 @@
-"""Exceptions of anyattn. Bad arguments raise ValueError or TypeError; a refusal by every backend is its own type."""
+"""Exceptions of anyattn. Wrong arguments raise ValueError or TypeError; unsupported calls raise UnsupportedProblem."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from collections.abc import Mapping, Sequence
 
 
 class CacheOverflow(ValueError, RuntimeError):
-    """A KV cache has no room for the keys of a call; nothing was written. RuntimeError too, as flash_attn raises."""
+    """KV cache without space for the new keys of a call; nothing was written. A RuntimeError too, as in flash_attn."""
 
 
 class CompilationError(RuntimeError):
-    """A backend's kernel does not compile for this device. Automatic choice goes on to the next backend."""
+    """Failure to compile a kernel for this device. Automatic choice continues with the next backend."""
 
 
 class DeviceError(RuntimeError):
-    """A device failed in a call that was right. Automatic choice goes on to the next backend."""
+    """Failure of a device during a valid call. Automatic choice continues with the next backend."""
 
 
 class DeviceMemoryError(DeviceError, MemoryError):
-    """A device has no room for a call's arrays."""
+    """Failure to allocate a call's arrays on a device."""
 
 
 class UnsupportedProblem(NotImplementedError):
-    """No backend computes this problem: the call is valid, and the message lists each backend's reasons."""
+    """Valid call that no backend computes; the message lists the reasons of each backend."""
 
     def __init__(self, problem: str, refusals: Mapping[str, Sequence[str]]) -> None:
         self.problem = problem
@@ -31,5 +31,5 @@ class UnsupportedProblem(NotImplementedError):
         super().__init__("\n".join([f"no backend computes {problem}", *lines]))
 
     def __reduce__(self) -> tuple[type[UnsupportedProblem], tuple[str, dict[str, tuple[str, ...]]]]:
-        """Pickle the arguments: a process pool must be able to pass the exception on."""
+        """Pickle the arguments, so that a process pool can pass the exception on."""
         return type(self), (self.problem, self.refusals)

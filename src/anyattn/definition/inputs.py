@@ -1,8 +1,8 @@
-"""Every array of a call, once: its name, its shape, its dtypes, its gradient.
+"""Arrays of a call: name, shape, dtypes and gradient of each, listed once.
 
-All that depends on the list of arrays follows from it: the operators' schemas, the checks, the arrays of a Problem and
-of a Call, the positions of gradients, the rules of vmap and the flags of `anyattn explain`. A new optional array is a
-field of `Extras` and a row of `FIELDS`.
+Everything that depends on the list of arrays follows from it: the operators' schemas, the checks, the arrays of a
+Problem and of a Call, the positions of gradients, the vmap rules and the flags of `anyattn explain`. A new optional
+array is a field of `Extras` and a row of `FIELDS`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ from typing import Any, NamedTuple, TypeVar
 
 
 class Extras(NamedTuple):
-    """Every optional array, in the order of the operators' schemas. No properties: torch 2.6 compiles none."""
+    """Optional arrays, in the order of the operators' schemas.
+
+    No properties, because torch 2.6 does not compile them.
+    """
 
     bias: Any = None
     mask: Any = None
@@ -29,11 +32,11 @@ class Extras(NamedTuple):
     rng_state: Any = None
 
 
-NO_EXTRAS = Extras()  # `inputs.extras is NO_EXTRAS` says that a call is plain
+NO_EXTRAS = Extras()  # `inputs.extras is NO_EXTRAS` means that a call has no optional arrays
 
 
 class Inputs(NamedTuple):
-    """The arrays that every attention call reads."""
+    """Arrays of an attention call."""
 
     q: Any
     k: Any
@@ -42,7 +45,7 @@ class Inputs(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the backward pass reads in addition to the inputs; dlse may be None."""
+    """Arrays that the backward pass reads in addition to the inputs; dlse may be None."""
 
     out: Any
     lse: Any
@@ -61,7 +64,7 @@ class Tangents(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients in the shapes and dtypes of the inputs; dbias and dsink are None where there was no bias or sink."""
+    """Gradients in the shapes and dtypes of the inputs; dbias and dsink are None without a bias or sink."""
 
     dq: Any
     dk: Any
@@ -89,9 +92,9 @@ AnyGradients = TypeVar("AnyGradients", Gradients, SecondGradients)
 
 
 class Appended(NamedTuple):
-    """The arrays of an append to a KV cache: the cache (k, v), new keys and values, and their places.
+    """Arrays of an append to a KV cache: the cache (k, v), the new keys and values, and their slots.
 
-    q is rotated like the keys; a call without new keys only reads `cache_seqlens`.
+    q is rotated like the keys. A call without new keys only reads `cache_seqlens`.
     """
 
     q: Any
@@ -106,21 +109,21 @@ class Appended(NamedTuple):
     block_table: Any = None
 
 
-# Kinds of optional arrays; frameworks prepare, and vmap folds, each kind in one way.
+# Kinds of optional arrays. Frameworks prepare each kind in one way, and vmap folds each kind in one way.
 SCORES = "scores"  # broadcast to (batch, nheads, seqlen_q, seqlen_k)
 HEADS = "heads"  # one number per head, in the compute dtype
 TABLE = "table"  # int32 lengths and positions; values in host memory are checked
-STATE = "state"  # of the random generator
+STATE = "state"  # state of the random generator
 
 
 class Field(NamedTuple):
-    """What is known of an optional array."""
+    """Properties of an optional array."""
 
     kind: str
     shapes: tuple[tuple[str, ...], ...]  # accepted shapes, by the names of sizes
     dtypes: tuple[str, ...]  # accepted dtypes; "q": of q, "compute": of scores and sums
     gradient: bool = False
-    scalar: bool = False  # an int stands for one number per sequence
+    scalar: bool = False  # an int is accepted for all sequences
     note: str = ""  # for error messages
 
 
@@ -148,25 +151,25 @@ FIELDS: dict[str, Field] = {
     "rng_state": Field(STATE, (("2",),), ("int64",), note="seed and offset"),
 }
 TABLES = tuple(name for name, field in FIELDS.items() if field.kind == TABLE)
-GRADIENTS = tuple(name for name, field in FIELDS.items() if field.gradient)  # in addition to q, k and v
+GRADIENTS = tuple(name for name, field in FIELDS.items() if field.gradient)  # in addition to those of q, k and v
 
 
 def accepted_shapes(field: Field, *, packed_q: bool) -> tuple[tuple[str, ...], ...]:
-    """Return the shapes of an optional array in a call whose queries are packed (total_q) or not (seqlen_q)."""
+    """Return the accepted shapes of an optional array for packed (total_q) or unpacked (seqlen_q) queries."""
     other = "seqlen_q" if packed_q else "total_q"
     return tuple(shape for shape in field.shapes if other not in shape)
 
 
 def make_inputs(q: Any, k: Any, v: Any, *extras: Any) -> Inputs:
-    """Return the inputs from a flat list: q, k and v alone, or with every optional array."""
+    """Return the inputs from a flat list: only q, k and v, or q, k, v and every optional array."""
     for x in extras:
         if x is not None:
             return Inputs(q, k, v, Extras(*extras))
-    return Inputs(q, k, v, NO_EXTRAS)  # torch 2.6 traces no default that is a NamedTuple
+    return Inputs(q, k, v, NO_EXTRAS)  # torch 2.6 cannot trace a default that is a NamedTuple
 
 
 def replace_extras(extras: Extras, **changes: Any) -> Extras:
-    """Return the extras with other arrays under these names. torch 2.6 traces no `_replace`."""
+    """Return the extras with some arrays replaced. torch 2.6 cannot trace `_replace`."""
     given = dict(zip(Extras._fields, extras, strict=True))
     return Extras(**{**given, **changes})
 

@@ -1,4 +1,4 @@
-"""Masks as intervals: which keys a row may see."""
+"""Masks as intervals of visible keys."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ Ints = npt.NDArray[np.int64]
 
 
 class Mask(NamedTuple):
-    """Interval of keys that a row sees, from its position p = i + offset and a key's c = j - leftpad:
+    """Interval of visible keys, for a query at position p = i + offset and a key at position c = j - leftpad.
 
         max(0, p - left, chunk * floor(p / chunk)) <= c
         c < min(n_k - leftpad, p + right + 1, chunk * (floor(p / chunk) + 1))
 
-    Bounds are any integers, or None for unbounded; the chunk terms exist only for chunk > 0. Causal is right = 0.
+    Bounds are integers, or None for unbounded. The chunk terms apply only for chunk > 0. Causal means right = 0.
     """
 
     left: int | None = None
@@ -24,7 +24,10 @@ class Mask(NamedTuple):
     chunk: int = 0
 
     def bounds(self, positions: Ints, n_k: int, leftpad: int = 0) -> tuple[Ints, Ints]:
-        """First and one-past-last key slot of each row; first >= last where a row sees none. Neither ever decreases."""
+        """Return the first and the one-past-last key slot of each query; first >= last if no key is visible.
+
+        Neither bound ever decreases.
+        """
         lo = np.zeros_like(positions)
         hi = np.full_like(positions, n_k)
         if self.left is not None:
@@ -32,7 +35,7 @@ class Mask(NamedTuple):
         if self.right is not None:
             hi = np.minimum(hi, leftpad + positions + self.right + 1)
         if self.chunk > 0:
-            start = positions // self.chunk * self.chunk  # floors, for negative positions too
+            start = positions // self.chunk * self.chunk  # rounds down for negative positions too
             lo = np.maximum(lo, start)
             hi = np.minimum(hi, leftpad + start + self.chunk)
         return lo + leftpad, hi

@@ -1,4 +1,4 @@
-"""The scalars of a call."""
+"""Scalars of a call."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ ALIGNMENTS = ("bottom-right", "top-left")
 
 
 class Options(NamedTuple):
-    """The scalars of attention, in the order of the operators' schemas.
+    """Scalars of attention, in the order of the operators' schemas.
 
-    `left` and `right` are inclusive and None where unbounded; a max_seqlen of 0 is not known.
+    `left` and `right` are inclusive, and None if unbounded. A max_seqlen of 0 means unknown.
     """
 
     scale: float | None = None
@@ -27,10 +27,10 @@ class Options(NamedTuple):
 
 
 class Rotation(NamedTuple):
-    """The scalars of an append.
+    """Scalars of an append.
 
     interleaved: rotary pairs are (0, 1), (2, 3), ...; else (0, d/2), (1, d/2 + 1), ...
-    by_row: q row i is rotated at cache_seqlens + i (causal or windowed), else every row at cache_seqlens.
+    by_row: query i is rotated at cache_seqlens + i (causal or windowed); else every query at cache_seqlens.
     """
 
     interleaved: bool = True

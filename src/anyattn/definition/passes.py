@@ -1,4 +1,4 @@
-"""The passes: what each of them reads and writes. A backend lists those that it computes."""
+"""Passes and the arrays that each of them reads and writes. A backend lists the passes that it supports."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from .inputs import Appended, Extras, Gradients, Saved, SecondGradients, Tangent
 
 
 class Pass(NamedTuple):
-    """A computation on the arrays of a call, by the names of its inputs and outputs.
+    """Computation on the arrays of a call, with the names of its inputs and outputs.
 
-    Optional arrays come last, so that a plain call passes a prefix of the inputs.
+    Optional arrays come last, so that a call without optional arrays passes a prefix of the inputs.
     """
 
     name: str

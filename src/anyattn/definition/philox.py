@@ -1,11 +1,11 @@
-"""Dropout bits: Philox4x32 with 7 rounds, the counter layout of every backend, and its NumPy version.
+"""Dropout bits: Philox4x32 with 7 rounds, the counter layout of every backend, and the NumPy implementation.
 
     key     = seed (64 bits)
     counter = (key_index // 8, query_index, b * nheads + h, offset mod 2^32)
 
-Key column j takes the 16-bit half `key_index % 8` of the 128 bits, low half of the first word first, and is kept when
-half >= threshold, with threshold = round(p * 2^16); the kept are scaled by 1 / (1 - threshold / 2^16). The indices
-count inside the sequence, so padded, packed and paged calls, any tiles and any threads drop the same entries.
+Key j uses the 16-bit half `key_index % 8` of the 128 bits, low half of the first word first. The key is kept when
+half >= threshold, with threshold = round(p * 2^16). Kept entries are scaled by 1 / (1 - threshold / 2^16). Indices
+count within the sequence. Padded, packed and paged calls therefore drop the same entries, for any tiles and threads.
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
 """
 
@@ -24,17 +24,17 @@ Words = npt.NDArray[np.uint64]
 
 
 def threshold(dropout_p: float) -> int:
-    """The 16-bit number below which an entry is dropped."""
+    """Return the 16-bit number below which an entry is dropped."""
     return round(dropout_p * 65536)
 
 
 def keep_scale(dropout_p: float) -> float:
-    """1 / (1 - p), with p as it is really used: a multiple of 2^-16."""
+    """Return 1 / (1 - p) for the p that is really used, a multiple of 2^-16."""
     return 1.0 / (1.0 - threshold(dropout_p) / 65536.0)
 
 
 def philox(counter: tuple[Words, Words, Words, Words], seed: int, rounds: int = ROUNDS) -> tuple[Words, ...]:
-    """Four 32-bit words for each counter (arrays of uint64 that hold 32-bit values and broadcast together)."""
+    """Return four 32-bit words for each counter; counters are uint64 arrays that hold 32-bit values and broadcast."""
     c0, c1, c2, c3 = counter
     k0, k1 = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
     for _ in range(rounds):
@@ -56,7 +56,7 @@ def keep(
     queries: npt.NDArray[np.int64],
     keys: npt.NDArray[np.int64],
 ) -> npt.NDArray[np.bool_]:
-    """(len(queries), len(keys)) booleans: which entries of one head (b * nheads + h) survive."""
+    """Return booleans (len(queries), len(keys)): the entries of one head (b * nheads + h) that are kept."""
     seed, offset = (int(word) & 0xFFFFFFFFFFFFFFFF for word in rng_state)
     groups, column = np.unique(keys // 8, return_inverse=True)
     words = philox(

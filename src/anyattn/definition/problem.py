@@ -1,6 +1,6 @@
-"""A call without its data: metadata of arrays, and the Problem that backends are asked about.
+"""Problems: calls without their data, as metadata of arrays. Backends decide on a Problem whether they support it.
 
-The rules that a problem fulfils are in `validate.py`.
+`validate.py` holds the rules of a problem.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .passes import APPEND, ARRAYS, Pass
 
 
 class Array(NamedTuple):
-    """Metadata of one array: strides in elements, dtype by name, device as text."""
+    """Metadata of one array: shape, strides in elements, name of the dtype, name of the device."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -40,7 +40,7 @@ def contiguous(shape: Sequence[int], dtype: str, device: str = "cpu") -> Array:
 
 
 class Variant(NamedTuple):
-    """The key of compiled code: no sizes, no strides, no scalars."""
+    """Key of compiled code, without sizes, strides and scalars."""
 
     pass_: str
     dtype: str  # of q
@@ -52,16 +52,16 @@ class Variant(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """One validated call of one pass: the metadata of every array, and every scalar. Holds no data.
+    """Validated call of one pass: the metadata of every array, and every scalar. It holds no data.
 
-    Arrays are attributes under their names in `passes.py`; one that was not given is None.
+    Arrays are attributes under their names in `passes.py`. An array that was not passed is None.
     """
 
     pass_: Pass
     arrays: Mapping[str, Array]
     batch: int
-    seqlen_q: int  # packed: an upper bound of any sequence's length
-    seqlen_k: int  # paged, and of an append: logical slots of a sequence
+    seqlen_q: int  # packed: an upper bound on the length of a sequence
+    seqlen_k: int  # paged or append: logical slots of a sequence
     interval: Mask = Mask()
     alignment: str = "bottom-right"
     scale: float = 1.0
@@ -69,15 +69,15 @@ class Problem(NamedTuple):
     dropout_p: float = 0.0
     deterministic: bool = False
     batch_invariant: bool = False
-    rotation: Rotation = Rotation()  # of an append
+    rotation: Rotation = Rotation()  # used by the APPEND pass
 
     def __getattr__(self, name: str) -> Array | None:
         if name in ARRAYS:
             return self.arrays.get(name)
-        raise AttributeError(f"a Problem has no {name!r}")
+        raise AttributeError(f"Problem has no attribute {name!r}")
 
     def with_arrays(self, **arrays: Array) -> Problem:
-        """Return the problem with other arrays under these names; nothing is checked again."""
+        """Return the problem with some arrays replaced. Nothing is checked again."""
         return self._replace(arrays={**self.arrays, **arrays})
 
     @property
@@ -110,7 +110,7 @@ class Problem(NamedTuple):
 
     @property
     def compute_dtype(self) -> str:
-        """The dtype of scores, softmax, accumulators and lse."""
+        """Return the dtype of scores, softmax, accumulators and lse."""
         return DTYPES[self.q.dtype].compute
 
     @property
@@ -143,7 +143,7 @@ class Problem(NamedTuple):
 
     @property
     def seqlen_new(self) -> int:
-        """Keys that an append writes for each sequence."""
+        """Return the number of keys that an append writes for each sequence."""
         new_k = self.new_k
         return 0 if new_k is None else new_k.shape[1]
 
@@ -166,24 +166,24 @@ class Problem(NamedTuple):
 
     @property
     def lse_shape(self) -> tuple[int, ...]:
-        """(batch, nheads, seqlen_q); packed (nheads, total_q)."""
+        """Return (batch, nheads, seqlen_q); packed: (nheads, total_q)."""
         if self.packed_q:
             return (self.nheads, self.q.shape[0])
         return (self.q.shape[0], self.nheads, self.q.shape[1])
 
     def outputs(self) -> dict[str, Array]:
-        """Return the metadata of what the pass writes: new contiguous arrays."""
+        """Return the metadata of the new contiguous arrays that the pass writes."""
         found = {name: self._output(name) for name in self.pass_.outputs}
         return {name: array for name, array in found.items() if array is not None}
 
     def _output(self, name: str) -> Array | None:
-        if self.pass_ is APPEND:  # q, rotated
+        if self.pass_ is APPEND:  # rotated q
             return contiguous(self.q.shape, self.dtype, self.device) if self.rotary_dim else None
         if name in ("out", "tout", "ddout"):
             return contiguous(self.out_shape, self.dtype, self.device)
         if name in ("lse", "tlse", "ddlse"):
             return contiguous(self.lse_shape, self.compute_dtype, self.device)
-        array = self.arrays.get(name.removeprefix("d"))  # of a gradient
+        array = self.arrays.get(name.removeprefix("d"))  # the output is a gradient
         return None if array is None else contiguous(array.shape, array.dtype, self.device)
 
     @property
@@ -223,5 +223,5 @@ T = TypeVar("T")
 
 
 def described(names: Iterable[str], arrays: Iterable[Any], describe: Callable[[Any], T]) -> dict[str, T]:
-    """Return, by name, what `describe` says of the arrays that are given; the last names may have no array."""
+    """Return `describe(array)` by name for each array that is not None. There may be fewer arrays than names."""
     return {name: describe(x) for name, x in zip(names, arrays, strict=False) if x is not None}

@@ -1,10 +1,10 @@
-"""The definition of attention in NumPy float64, forward and backward, one head at a time, as the formulas are written.
+"""Reference implementation in NumPy float64, forward and backward, one head at a time, written like the formulas.
 
     t = scale <q_i, k_j>;  t = softcap tanh(t / softcap);  s = t + bias - slope |p - c|
-    lse_i = log(sum over seen j of exp(s_ij) + exp(sink_h));  P = exp(s - lse);  o_i = sum_j P_ij D_ij v_j
+    lse_i = log(sum over visible j of exp(s_ij) + exp(sink_h));  P = exp(s - lse);  o_i = sum_j P_ij D_ij v_j
 
-O(N^2) memory and slow on purpose: every backend is tested against it, and nothing ever chooses it.
-Source: Dao et al., "FlashAttention-2" (2023), sections 2 and 3; options as in flash_attn, torch SDPA, ONNX.
+It needs O(N^2) memory and is slow, because clarity matters most here. Every backend is tested against it, and no call
+uses it. Source: Dao et al., "FlashAttention-2" (2023), sections 2 and 3; options as in flash_attn, torch SDPA, ONNX.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Arrays = Mapping[str, Any]
 
 @dataclass
 class Gradients:
-    """float64, in the shapes of the inputs."""
+    """Gradients in float64, in the shapes of the inputs."""
 
     dq: Float
     dk: Float
@@ -39,37 +39,37 @@ class Gradients:
 
 
 class Part(NamedTuple):
-    """Query rows of one head of one sequence. Problems that are too large for the reference are checked in parts."""
+    """Queries of one head of one sequence. Problems that are too large for the reference are checked in parts."""
 
-    sequence: int  # its number in the batch
+    sequence: int  # index in the batch
     h: int
     rows: Ints
 
 
 @dataclass
 class Head:
-    """Everything about one query head of one sequence: inputs as float64 rows, and what they give."""
+    """Values of one query head of one sequence: the inputs in float64, and all intermediate results."""
 
     sequence: Sequence
     h: int
-    rows: Ints  # of the sequence: all, or those of a Part
-    rows_q: tuple[Any, ...]  # index of the head's rows in q, out, dout, dq
-    rows_k: tuple[Any, ...]  # index of the keys' rows in k, v, dk, dv
+    rows: Ints  # queries of the sequence: all, or those of a Part
+    rows_q: tuple[Any, ...]  # index of the head's queries in q, out, dout, dq
+    rows_k: tuple[Any, ...]  # index of the head's keys in k, v, dk, dv
     q: Float  # (n_q, head_dim)
     k: Float  # (n_k, head_dim); keys that are not used are 0, here and in v
     v: Float
     used: npt.NDArray[np.bool_]  # (n_k,), keys that some query may attend to
     t: Float  # (n_q, n_k), after softcap
-    s: Float  # scores; -inf where not seen
+    s: Float  # scores; -inf for masked keys
     p: Float  # probabilities
-    p_sink: Float  # (n_q,), the sink's; 1 where a row attends to no key
+    p_sink: Float  # (n_q,), probability of the sink; 1 for a query without visible keys
     d: Float  # dropout factors D
     lse: Float
     out: Float
 
 
 def forward(problem: Problem, arrays: Arrays) -> tuple[Float, Float]:
-    """(out, lse) in float64. Rows outside every sequence: out 0, lse -inf."""
+    """Return (out, lse) in float64. Queries outside every sequence have out 0 and lse -inf."""
     out = np.zeros(problem.out_shape)
     lse = np.full(problem.lse_shape, -np.inf)
     for head in heads(problem, arrays):
@@ -79,9 +79,9 @@ def forward(problem: Problem, arrays: Arrays) -> tuple[Float, Float]:
 
 
 def weights(problem: Problem, arrays: Arrays) -> Float:
-    """Return P in float64, before dropout: (batch, nheads, seqlen_q, seqlen_k), 0 for a key that is not visible.
+    """Return P in float64, before dropout: (batch, nheads, seqlen_q, seqlen_k), 0 for masked keys.
 
-    Packed queries have no such array.
+    Packed queries are not supported, because they have no array of this shape.
     """
     p = np.zeros((problem.batch, problem.nheads, problem.seqlen_q, problem.seqlen_k))
     for head in heads(problem, arrays):
@@ -90,7 +90,7 @@ def weights(problem: Problem, arrays: Arrays) -> Float:
 
 
 def backward(problem: Problem, arrays: Arrays, dout: Float, dlse: Float | None = None) -> Gradients:
-    """Gradients of sum(out * dout) + sum(lse * dlse)."""
+    """Return the gradients of sum(out * dout) + sum(lse * dlse)."""
     grads = {name: np.zeros(shape) for name, shape in gradient_shapes(problem).items()}
     for head in heads(problem, arrays):
         dl = np.zeros_like(head.lse) if dlse is None else dlse[rows_lse(problem, head)]
@@ -104,7 +104,7 @@ def gradient_shapes(problem: Problem) -> dict[str, tuple[int, ...]]:
 
 
 def head_gradients(problem: Problem, head: Head, do: Float, dl: Float) -> dict[str, Any]:
-    """Compute the terms that one head adds to every gradient; do, dl: its rows of dout and dlse."""
+    """Compute the terms that one head adds to every gradient. do, dl: the head's queries in dout and dlse."""
     dp = head.d * (do @ head.v.T)
     delta = (do * head.out).sum(-1) - dl
     ds = head.p * (dp - delta[:, None])
@@ -119,19 +119,19 @@ def head_gradients(problem: Problem, head: Head, do: Float, dl: Float) -> dict[s
 
 
 def add_gradients(sums: Mapping[str, npt.NDArray[Any]], head: Head, terms: Mapping[str, Any]) -> None:
-    """Add one head's terms to the gradients that `sums` has."""
+    """Add one head's terms to the gradients in `sums`."""
     places: dict[str, Any] = {"dq": head.rows_q, "dk": head.rows_k, "dv": head.rows_k, "dsink": head.h}
     for name, total in sums.items():
         if name == "dbias":
             _add_dbias(total, head, terms[name])
         elif name in ("dk", "dv"):
-            np.add.at(total, places[name], terms[name])  # a page may serve a sequence twice
+            np.add.at(total, places[name], terms[name])  # a sequence may use a page twice
         else:
             total[places[name]] += terms[name]
 
 
 def heads(problem: Problem, arrays: Arrays, parts: Iterable[Part] | None = None) -> Iterator[Head]:
-    """Compute every query head of every sequence, or these parts alone."""
+    """Compute every query head of every sequence, or only these parts."""
     found = list(sequences(problem, {name: arrays.get(name) for name in TABLES}))
     if parts is None:
         parts = (Part(s.number, h, np.arange(s.n_q)) for s in found for h in range(problem.nheads))
@@ -150,7 +150,7 @@ def _head(problem: Problem, arrays: Arrays, sequence: Sequence, h: int, rows: In
     if problem.kv_indices is not None:
         lists = selected_keys(problem, sequence, np.asarray(arrays["kv_indices"]))
         seen &= is_listed(lists[h // problem.group if len(lists) > 1 else 0, rows], sequence.n_k)
-    used = np.asarray(seen.any(axis=0))  # memory that no row may see is never read into a result
+    used = np.asarray(seen.any(axis=0))  # memory of keys that no query attends to never affects a result
     k, v = np.where(used[:, None], k, 0.0), np.where(used[:, None], v, 0.0)
     t = problem.scale * (q @ k.T)
     if problem.softcap > 0:
@@ -170,7 +170,7 @@ def _head(problem: Problem, arrays: Arrays, sequence: Sequence, h: int, rows: In
 
 
 def _score_terms(problem: Problem, arrays: Arrays, sequence: Sequence, h: int, rows: Ints) -> Float | float:
-    """bias_ij - slope |p - c|"""
+    """Return bias_ij - slope |p - c|."""
     terms: Float | float = 0.0
     if problem.bias is not None:
         terms = terms + widen(score_tile(np.asarray(arrays["bias"]), sequence, h, rows), problem.bias.dtype)
@@ -183,9 +183,10 @@ def _score_terms(problem: Problem, arrays: Arrays, sequence: Sequence, h: int, r
 
 
 def softmax(s: npt.NDArray[Any], sink: np.floating[Any]) -> tuple[npt.NDArray[Any], ...]:
-    """Return lse, P and the sink's probability, row by row in the dtype of s; an empty row: -inf and zeros.
+    """Return lse, P and the sink's probability per query, in the dtype of s; -inf and zeros without visible keys.
 
-    P is divided by the row's sum, because exp(s - lse) repeats the rounding of lse, which large scores make large.
+    P is divided by the sum of its row, because exp(s - lse) would repeat the rounding error of lse. That error is large
+    for large scores.
     """
     top = np.maximum(s.max(axis=1, initial=-np.inf), sink)
     safe = np.where(np.isfinite(top), top, s.dtype.type(0))
@@ -238,7 +239,7 @@ def _rows_k(problem: Problem, sequence: Sequence, h_kv: int, block_table: Any) -
 
 
 def append(problem: Problem, arrays: Arrays) -> Float | None:
-    """Writes new_k (rotated) and new_v into k and v, in place; returns q rotated (float64), or None without rotary."""
+    """Write new_k (rotated) and new_v into k and v in place; return the rotated q (float64), or None without rotary."""
     dtype = problem.q.dtype
     k, v, new_k, new_v = (raw(arrays[name], dtype) for name in ("k", "v", "new_k", "new_v"))
     lengths = np.asarray(arrays["cache_seqlens"]).astype(np.int64)
@@ -260,7 +261,7 @@ def append(problem: Problem, arrays: Arrays) -> Float | None:
 
 
 def rotate(problem: Problem, arrays: Arrays, x: Float, positions: npt.NDArray[np.int64]) -> Float:
-    """Rotates the first rotary_dim values of x (rows, nheads, head_dim) by the angles of `positions`."""
+    """Rotate the first rotary_dim values of x (rows, nheads, head_dim) by the angles at `positions`."""
     half = problem.rotary_dim // 2
     assert problem.rotary_cos is not None and problem.rotary_sin is not None
     cos = widen(arrays["rotary_cos"][positions], problem.rotary_cos.dtype)[:, None, :]

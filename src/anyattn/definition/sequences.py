@@ -1,4 +1,4 @@
-"""Where each sequence of a call lies: lengths and positions read from the tables, and the check of their values."""
+"""Sequences of a call: lengths and offsets read from the tables, and the check of the tables' values."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ Lengths = npt.NDArray[np.int64]
 
 
 class Sequence(NamedTuple):
-    """One sequence: rows and keys in use, first key slot in use, position of row 0, and where it lies in the arrays."""
+    """Sequence of a call: lengths in use, first key slot, position of query 0, and offsets in the arrays."""
 
-    number: int  # in the batch
+    number: int  # index in the batch
     n_q: int
     n_k: int
     leftpad: int
@@ -29,12 +29,12 @@ class Sequence(NamedTuple):
     batch_k: int  # batch entry of dense k and v
 
     def positions(self, start: int = 0, stop: int | None = None) -> npt.NDArray[np.int64]:
-        """Positions of rows [start, stop)."""
+        """Return the positions of queries [start, stop)."""
         return np.arange(start, self.n_q if stop is None else stop, dtype=np.int64) + self.offset
 
 
 def sequences(problem: Problem, tables: Tables) -> Iterator[Sequence]:
-    """Every sequence of the call, in order."""
+    """Yield every sequence of the call, in order."""
     cu_q, cu_k = tables.get("cu_seqlens_q"), tables.get("cu_seqlens_k")
 
     def entry(name: str, b: int, default: int) -> int:
@@ -61,10 +61,10 @@ def sequences(problem: Problem, tables: Tables) -> Iterator[Sequence]:
 
 
 def check_tables(problem: Problem, tables: Tables) -> None:
-    """Check the values of every table (host memory) before any work.
+    """Check the values of every table in host memory before any computation.
 
     Raises:
-        ValueError: names the table, the entry and what is accepted.
+        ValueError: the message names the table, the entry and the accepted range.
     """
     rows_q = _check_cumulative("cu_seqlens_q", tables, problem.q.shape[0], problem.seqlen_q)
     rows_k = _check_cumulative("cu_seqlens_k", tables, problem.k.shape[0], problem.seqlen_k)
@@ -81,7 +81,7 @@ def check_tables(problem: Problem, tables: Tables) -> None:
 
 
 def _used(tables: Tables, problem: Problem, rows_k: Lengths | None) -> Lengths:
-    """Keys in use per sequence."""
+    """Return the number of keys in use per sequence."""
     table = tables.get("seqused_k")
     if table is not None:
         return table.astype(np.int64)
@@ -89,7 +89,7 @@ def _used(tables: Tables, problem: Problem, rows_k: Lengths | None) -> Lengths:
 
 
 def _check_kv_indices(problem: Problem, tables: Tables, rows_k: Lengths | None) -> None:
-    """Check the lists of queries in use; those of other rows may hold anything."""
+    """Check the lists of queries in use. Lists of unused queries may hold any values."""
     indices = tables["kv_indices"]
     assert indices is not None
     least = problem.seqlen_k if rows_k is None else int(rows_k.min(initial=problem.seqlen_k))
@@ -102,13 +102,13 @@ def _check_kv_indices(problem: Problem, tables: Tables, rows_k: Lengths | None) 
         if bad.any():
             _, row, entry = (int(x) for x in np.argwhere(bad)[0])
             raise ValueError(
-                f"kv_indices of sequence {sequence.number}, query {row}, entry {entry} is {lists[bad][0]}; "
-                f"accepted are -1 (no key) to {slots - 1}"
+                f"kv_indices must be from -1 (no key) to {slots - 1}, got {lists[bad][0]} "
+                f"for sequence {sequence.number}, query {row}, entry {entry}."
             )
 
 
 def selected_keys(problem: Problem, sequence: Sequence, kv_indices: Table) -> Table:
-    """Return the lists of a sequence's queries in use, a view (nheads_kv, n_q, n), or (1, n_q, n) for all heads."""
+    """Return a view of the lists of a sequence's queries in use: (nheads_kv, n_q, n), or (1, n_q, n) for all heads."""
     if problem.packed_q:
         lists = kv_indices[..., sequence.row_q : sequence.row_q + sequence.n_q, :]
     else:
@@ -117,28 +117,26 @@ def selected_keys(problem: Problem, sequence: Sequence, kv_indices: Table) -> Ta
 
 
 def is_listed(lists: Table, n_k: int) -> npt.NDArray[np.bool_]:
-    """Return which of n_k keys each list (..., n) names: (..., n_k). Entries outside [0, n_k) name no key."""
+    """Return booleans (..., n_k): the keys that each list (..., n) names. Entries outside [0, n_k) are ignored."""
     found = np.zeros((*lists.shape[:-1], n_k + 1), np.bool_)
     np.put_along_axis(found, np.where((lists >= 0) & (lists < n_k), lists, n_k), True, axis=-1)
     return found[..., :n_k]
 
 
 def _check_cumulative(name: str, tables: Tables, total: int, longest: int) -> Lengths | None:
-    """Lengths from a cumulative table, or None where there is none."""
+    """Return the lengths from a cumulative table, or None without such a table."""
     table = tables.get(name)
     if table is None:
         return None
     lengths: Lengths = np.subtract(table[1:], table[:-1], dtype=np.int64)
     if (lengths < 0).any():
         b = int(np.argmax(lengths < 0))
-        raise ValueError(f"{name} must not decrease; got {table[b]} before {table[b + 1]} at entry {b + 1}")
+        raise ValueError(f"{name} must not decrease, got {table[b]} before {table[b + 1]} at entry {b + 1}.")
     if table[0] < 0 or table[-1] > total:
-        raise ValueError(
-            f"{name} must lie in [0, {total}] (the rows of the packed array); got {table[0]} to {table[-1]}"
-        )
+        raise ValueError(f"{name} must be from 0 to {total} (rows of the packed array), got {table[0]} to {table[-1]}.")
     if lengths.size and lengths.max() > longest:
         b = int(np.argmax(lengths))
-        raise ValueError(f"{name}: sequence {b} has {lengths[b]} rows, more than the max_seqlen given ({longest})")
+        raise ValueError(f"{name}: sequence {b} must have at most max_seqlen = {longest} rows, got {lengths[b]}.")
     return lengths
 
 
@@ -150,16 +148,19 @@ def _check_range(name: str, tables: Tables, low: int, high: int | Lengths, *, pa
     if bad.any():
         b = int(np.argmax(bad))
         limit = int(np.broadcast_to(high, table.shape)[b])
-        text = f"{name}[{b}] is {table[b]}; accepted are {low} to {limit}"
-        raise CacheOverflow(f"{text}, block_table columns * page_size") if pages else ValueError(text)
+        text = f"{name}[{b}] must be from {low} to {limit}"
+        found = f"got {table[b]}."
+        if pages:
+            raise CacheOverflow(f"{text} (block_table columns * page_size), {found}")
+        raise ValueError(f"{text}, {found}")
 
 
 def check_pages(pages: Table, used: Lengths, page_size: int, num_pages: int) -> None:
-    """Entries beyond a sequence's used pages may be anything."""
+    """Check the page numbers in use. Entries beyond a sequence's pages in use may hold any values."""
     if pages.size == 0:
         return
     in_use = np.arange(pages.shape[1])[None, :] * page_size < np.asarray(used)[:, None]
     bad = in_use & ((pages < 0) | (pages >= num_pages))
     if bad.any():
         b, entry = (int(x) for x in np.argwhere(bad)[0])
-        raise ValueError(f"block_table[{b}, {entry}] is {pages[b, entry]}; accepted are 0 to {num_pages - 1}")
+        raise ValueError(f"block_table[{b}, {entry}] must be from 0 to {num_pages - 1}, got {pages[b, entry]}.")

@@ -1,7 +1,7 @@
-"""The rules of a call: `make_problem` checks metadata, and raises before any work.
+"""Rules of a call: `make_problem` checks metadata and raises before any computation.
 
-ValueError (sizes, scalars) and TypeError (dtypes) name the argument, what came and what is accepted. What `FIELDS` says
-of an optional array is checked from there. Values in tables: `sequences.py`, `kvcache.py`.
+ValueError (sizes, scalars) and TypeError (dtypes) name the argument, the accepted values and the received value.
+Optional arrays are checked against `FIELDS`. `sequences.py` and `kvcache.py` check the values in tables.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def make_problem(arrays: Mapping[str, Array | None], options: Options | Rotation
     given = {name: array for name, array in arrays.items() if array is not None}
     unknown = given.keys() - set(pass_.inputs)
     if unknown:
-        raise TypeError(f"the {pass_} pass takes no {', '.join(sorted(unknown))}")
+        raise TypeError(f"the {pass_} pass does not accept {', '.join(sorted(unknown))}.")
     if pass_ is APPEND:
         assert isinstance(options, Rotation)
         return _append_problem(given, options)
@@ -80,7 +80,7 @@ def check_attention(given: Given, options: Options) -> Sizes:
     """
     for name in ("q", "k", "v"):
         if name not in given:
-            raise TypeError(f"{name} is None: q, k and v are required")
+            raise TypeError(f"{name} must be an array, got None.")
     sizes = _sizes(given, options)
     _check_dtypes(given)
     _check_heads(given)
@@ -98,10 +98,10 @@ def _check_saved(problem: Problem) -> None:
         if name not in required:
             continue
         if array is None or array.shape != want:
-            raise ValueError(f"{name} must have shape {want}; got {None if array is None else array.shape}")
+            raise ValueError(f"{name} must have shape {want}, got {None if array is None else array.shape}.")
     dlse = problem.dlse
     if dlse is not None and dlse.shape != problem.lse_shape:
-        raise ValueError(f"dlse must have lse's shape {problem.lse_shape}; got {dlse.shape}")
+        raise ValueError(f"dlse must have lse's shape {problem.lse_shape}, got {dlse.shape}.")
 
 
 def _check_tangents(given: Given) -> None:
@@ -116,28 +116,28 @@ def _check_tangents(given: Given) -> None:
 
 
 def _sizes(given: Given, options: Options) -> Sizes:
-    """Return (batch, seqlen_q, seqlen_k); check the ranks, and that k and v agree."""
+    """Return (batch, seqlen_q, seqlen_k); check the ranks, and that k and v have matching shapes."""
     q, k, v = (given[name] for name in ("q", "k", "v"))
     cu_q, cu_k, pages = (given.get(name) for name in ("cu_seqlens_q", "cu_seqlens_k", "block_table"))
     if cu_k is not None and pages is not None:
-        raise ValueError("cu_seqlens_k and block_table exclude each other: paged k takes its lengths from seqused_k")
+        raise ValueError("cu_seqlens_k cannot be combined with block_table. Pass the lengths as seqused_k.")
     _check_ranks(given)
     if k.shape[:-1] != v.shape[:-1]:
-        raise ValueError(f"k and v must agree in all but the last dimension; got k {k.shape}, v {v.shape}")
+        raise ValueError(f"k and v must agree in all but the last dimension, got k {k.shape}, v {v.shape}.")
     batch = q.shape[0]
     for name, table in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
         if table is not None:
             if len(table.shape) != 1 or table.shape[0] < 1:
-                raise ValueError(f"{name} must have shape (batch + 1,); got {table.shape}")
+                raise ValueError(f"{name} must have shape (batch + 1,), got {table.shape}")
             batch = table.shape[0] - 1
     if pages is not None:
         if len(pages.shape) != 2:
-            raise ValueError(f"block_table must have shape (batch, max_pages); got {pages.shape}")
+            raise ValueError(f"block_table must have shape (batch, max_pages), got {pages.shape}")
         seqlen_k = pages.shape[1] * k.shape[1]
     else:
         seqlen_k = k.shape[0] if cu_k is not None else k.shape[1]
         if cu_k is None and "cache_batch_idx" not in given and k.shape[0] != batch:
-            raise ValueError(f"k must have q's batch {batch} as its first dimension; got k {k.shape}, q {q.shape}")
+            raise ValueError(f"k must have q's batch {batch} as its first dimension, got k {k.shape}, q {q.shape}")
     seqlen_q = q.shape[0] if cu_q is not None else q.shape[1]
     seqlen_q = min(seqlen_q, options.max_seqlen_q) if cu_q is not None and options.max_seqlen_q else seqlen_q
     seqlen_k = min(seqlen_k, options.max_seqlen_k) if cu_k is not None and options.max_seqlen_k else seqlen_k
@@ -156,13 +156,13 @@ def _check_ranks(given: Given) -> None:
     for name, (text, rank) in (("q", rank_q), ("k", rank_k), ("v", rank_k)):
         shape = given[name].shape
         if len(shape) != rank:
-            raise ValueError(f"{name} must have {rank} dimensions {text}; got {shape}")
+            raise ValueError(f"{name} must have {rank} dimensions {text}, got {shape}")
 
 
 def _check_dtypes(given: Given) -> None:
     q, k, v = (given[name] for name in ("q", "k", "v"))
     if q.dtype not in ATTENTION_DTYPES:
-        raise TypeError(f"q has dtype {q.dtype}; accepted are {', '.join(ATTENTION_DTYPES)}")
+        raise TypeError(f"q must be one of {', '.join(ATTENTION_DTYPES)}, got {q.dtype}.")
     if k.dtype != v.dtype or k.dtype not in key_dtypes(q.dtype):
         raise TypeError(f"q, k and v must have one dtype; got {q.dtype}, {k.dtype}, {v.dtype}: convert them first")
     names = {**{name: given[name].dtype for name in given}, "compute": DTYPES[q.dtype].compute}
@@ -170,7 +170,7 @@ def _check_dtypes(given: Given) -> None:
     for name, array in given.items():
         dtypes = tuple(names.get(dtype, dtype) for dtype in accepted.get(name, (array.dtype,)))
         if array.dtype not in dtypes:
-            raise TypeError(f"{name} has dtype {array.dtype}; accepted here: {', '.join(dict.fromkeys(dtypes))}")
+            raise TypeError(f"{name} must be {' or '.join(dict.fromkeys(dtypes))}, got {array.dtype}.")
 
 
 def _check_heads(given: Given) -> None:
@@ -178,28 +178,30 @@ def _check_heads(given: Given) -> None:
     nheads, nheads_kv = q.shape[-2], k.shape[-2]
     if nheads < 1 or nheads_kv < 1 or nheads % nheads_kv:
         raise ValueError(
-            f"nheads ({nheads}) must be a multiple of nheads_kv ({nheads_kv}); got q {q.shape}, k {k.shape}"
+            f"nheads ({nheads}) must be a multiple of nheads_kv ({nheads_kv}), got q {q.shape}, k {k.shape}"
         )
     if q.shape[-1] != k.shape[-1]:
-        raise ValueError(f"q and k must have one head_dim; got q {q.shape}, k {k.shape}")
+        raise ValueError(f"q and k must have one head_dim, got q {q.shape}, k {k.shape}")
     if q.shape[-1] < 1 or v.shape[-1] < 1:
-        raise ValueError(f"head_dim and head_dim_v must be at least 1; got q {q.shape}, v {v.shape}")
+        raise ValueError(f"head_dim and head_dim_v must be at least 1, got q {q.shape}, v {v.shape}")
 
 
 def _check_devices(given: Given) -> None:
     q = given["q"]
     for name, array in given.items():
         if array.device != q.device:
-            raise ValueError(f"{name} is on {array.device} but q is on {q.device}: all arrays must be on one device")
+            raise ValueError(f"{name} must be on q's device {q.device}, got {array.device}.")
 
 
 def _check_combinations(given: Given) -> None:
     if "cache_batch_idx" in given and ("block_table" in given or "cu_seqlens_k" in given):
-        raise ValueError("cache_batch_idx needs a dense cache; it cannot be combined with block_table or cu_seqlens_k")
+        raise ValueError("cache_batch_idx cannot be combined with block_table or cu_seqlens_k. It needs a dense cache.")
     packed = "cu_seqlens_q" in given or "cu_seqlens_k" in given
     for name, field in FIELDS.items():
         if field.kind == SCORES and name in given and packed:
-            raise ValueError(f"{name} cannot be combined with cu_seqlens: a dense {name} has no packed layout")
+            raise ValueError(
+                f"{name} cannot be combined with cu_seqlens, because packed queries have no dense score matrix."
+            )
 
 
 def _check_shapes(given: Given, sizes: Sizes) -> None:
@@ -215,11 +217,11 @@ def _check_shapes(given: Given, sizes: Sizes) -> None:
         shapes = accepted_shapes(field, packed_q=packed_q)
         accepted = [tuple(named.get(size) for size in shape) for shape in shapes]
         if not any(_fits(array.shape, shape, broadcast=field.kind == SCORES) for shape in accepted):
-            raise ValueError(f"{name} must {_expected(field, shapes, named)}; got {array.shape}")
+            raise ValueError(f"{name} must {_expected(field, shapes, named)}, got {array.shape}")
 
 
 def _fits(shape: tuple[int, ...], want: tuple[int | None, ...], *, broadcast: bool) -> bool:
-    """Return whether a shape is the wanted one; a size of None may be any."""
+    """Return whether a shape is the wanted one. A wanted size of None accepts any size."""
     if len(shape) != len(want):
         return False
     return all(b is None or a == b or (broadcast and a == 1) for a, b in zip(shape, want, strict=True))
@@ -240,24 +242,26 @@ def _expected(field: Field, shapes: Sequence[tuple[str, ...]], named: Mapping[st
 def _check_scalars(options: Options, given: Given, compute: str) -> None:
     limit = 2.0**128 if compute == "float32" else math.inf
     if options.scale is not None and not abs(options.scale) < limit:
-        raise ValueError(f"scale must be finite, as a {compute}; got {options.scale}")
+        raise ValueError(f"scale must be finite in {compute}, got {options.scale}")
     if not 0 <= options.softcap < limit:
-        raise ValueError(f"softcap must be finite, as a {compute}, and >= 0 (0: off); got {options.softcap}")
+        raise ValueError(f"softcap must be >= 0 (0: off) and finite in {compute}, got {options.softcap}")
     if options.chunk < 0:
-        raise ValueError(f"chunk must be >= 0 (0: off); got {options.chunk}")
+        raise ValueError(f"chunk must be >= 0 (0: off), got {options.chunk}")
     if options.alignment not in ALIGNMENTS:
-        raise ValueError(f"alignment must be one of {', '.join(ALIGNMENTS)}; got {options.alignment!r}")
+        raise ValueError(f"alignment must be one of {', '.join(ALIGNMENTS)}, got {options.alignment!r}")
     if not 0.0 <= options.dropout_p < 1.0 or philox.threshold(options.dropout_p) > 65535:
-        raise ValueError(f"dropout_p must be in [0, 1 - 2^-17); got {options.dropout_p}")
+        raise ValueError(f"dropout_p must be in [0, 1 - 2^-17), got {options.dropout_p}")
     if philox.threshold(options.dropout_p) and "rng_state" not in given:
-        raise ValueError("dropout_p > 0 needs rng_state, an int64 array (seed, offset), or an int seed")
+        raise ValueError(
+            "rng_state must be an int64 array (seed, offset) if dropout_p > 0, got None. Or pass an int seed."
+        )
     for name, size in (("max_seqlen_q", options.max_seqlen_q), ("max_seqlen_k", options.max_seqlen_k)):
         if size < 0:
-            raise ValueError(f"{name} must be >= 0 (0 or None: not known); got {size}")
+            raise ValueError(f"{name} must be >= 0 (0 or None: unknown), got {size}")
 
 
 def make_interval(options: Options, given_offset: bool, seqlen_q: int, seqlen_k: int) -> Mask:
-    """Return the bounds, clamped so that positions never overflow, and dropped where they cannot exclude a key."""
+    """Return the bounds, clamped so that positions never overflow; None for a bound that cannot exclude a key."""
     reach = POSITION_LIMIT if given_offset else max(seqlen_q, seqlen_k)
     left, right = options.left, options.right
     left = None if left is None or left >= reach else max(left, -reach)

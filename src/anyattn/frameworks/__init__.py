@@ -1,6 +1,6 @@
-"""The frameworks, one for each kind of array. `framework_of` is the door of `api` and `compat` to all below.
+"""Frameworks, one for each kind of array. `api` and `compat` call them through `framework_of`.
 
-A framework is imported when its first array comes (`loaded.py`).
+A framework is imported when its first array is passed (`loaded.py`).
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ ARRAYS = {"numpy": "numpy.ndarray", "torch": "torch.Tensor", "vulkan": "DeviceAr
 
 
 def framework_of(array: Any, name: str = "q") -> Framework:
-    """Return the framework of this kind of array; TypeError names the argument if there is none.
+    """Return the framework of this kind of array; raise a TypeError that names the argument if there is none.
 
-    A kind is recognised without an import of its framework.
+    The kind of an array is recognised without importing the framework.
     """
     if isinstance(array, np.ndarray):
         return loaded.numpy
@@ -29,4 +29,4 @@ def framework_of(array: Any, name: str = "q") -> Framework:
     if hasattr(array, "__anyattn_vulkan__"):
         return loaded.vulkan
     *most, last = ARRAYS.values()
-    raise TypeError(f"{name} must be a {', a '.join(most)} or a {last}; got {type(array).__name__}")
+    raise TypeError(f"{name} must be a {', a '.join(most)} or a {last}, got {type(array).__name__}")

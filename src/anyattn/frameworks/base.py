@@ -1,4 +1,4 @@
-"""The contract of a framework: a module that does, for one kind of array, what every public function needs."""
+"""Protocol of a framework: a module with the functions that the public API needs for one kind of array."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ if TYPE_CHECKING:
 
 
 class Framework(Protocol):
-    """Arrays of one kind in, arrays of that kind out. Each function computes what it says, or refuses by name.
+    """Functions on arrays of one kind, which return arrays of that kind or raise an error that names the argument.
 
-    Inputs come as the user gave them: a framework converts, checks kinds of arrays and prepares them. `backend` is a
-    name, several separated by commas, or None: automatic choice. An int `seed` stands for rng_state.
+    Inputs arrive as the user passed them. A framework converts them, checks the kinds of arrays and prepares them.
+    `backend` is a name, several names separated by commas, or None for automatic choice. An int `seed` replaces
+    rng_state.
     """
 
     def attention(
@@ -30,9 +31,10 @@ class Framework(Protocol):
         *,
         want_lse: bool = False,
     ) -> tuple[Any, Any]:
-        """Return (out, lse), with gradients if the framework has them; draw the dropout state where none is given.
+        """Return (out, lse), with gradients if the framework has them; sample the dropout state if it is not given.
 
-        return_lse: gradients flow through lse too. want_lse: its values are wanted. With neither, lse may be None.
+        return_lse: gradients flow through lse. want_lse: only the values of lse are needed. With neither, lse may be
+            None.
         """
 
     def forward(self, inputs: Inputs, options: Options, seed: int | None, backend: str | None) -> tuple[Any, Any]:
@@ -41,7 +43,7 @@ class Framework(Protocol):
     def backward(
         self, saved: Saved, inputs: Inputs, options: Options, seed: int | None, backend: str | None
     ) -> Gradients:
-        """Return the gradients from what `forward` got and returned."""
+        """Return the gradients from the inputs and the results of `forward`."""
 
     def tangent(
         self,
@@ -69,24 +71,24 @@ class Framework(Protocol):
     def append(
         self, arrays: Appended, rotation: Rotation, backend: str | None, *, check: Callable[[Any], None]
     ) -> tuple[Any, Any]:
-        """Append to the cache in place; return q (rotated) and the keys in use per sequence (None: all).
+        """Append to the cache in place; return q (rotated) and the number of keys in use per sequence (None: all).
 
-        `check` is called with the latter and raises if the attention would; it runs before anything is written.
+        `check` is called with that number before anything is written. It raises if the attention would raise.
         """
 
     def check(self, inputs: Inputs, options: Options, backend: str | None) -> None:
-        """Raise what `forward` would raise before it computes."""
+        """Raise the errors that `forward` would raise, without computing."""
 
     def explain(self, inputs: Inputs, options: Options, seed: int | None, backend: str | None) -> Explanation:
-        """Return which backend `forward` would take, and why not the others."""
+        """Return the backend that `forward` would use, and why not the others."""
 
     def warmup(
         self, inputs: Inputs, options: Options, seed: int | None, backend: str | None, *, backward: bool
     ) -> None:
-        """Compile what `forward` and, if asked for, `backward` need; compute nothing."""
+        """Compile the kernels that `forward` and, on request, `backward` need; compute nothing."""
 
     def scores(self, inputs: Inputs, options: Options, queries: Any, stage: Stage, lse: Any = None) -> Any:
-        """Return a stage of the scores of these queries, (batch, nheads, queries, seqlen_k), in q's dtype.
+        """Return one stage of the scores of these queries, (batch, nheads, queries, seqlen_k), in q's dtype.
 
         `inputs.v` is not read. The stage "weights" needs lse. queries: None (all), a slice, or indices.
         """

@@ -1,7 +1,7 @@
-"""The frameworks as attributes: each is imported when it is first used, and an attribute from then on.
+"""Frameworks as attributes. Each framework is imported on first use and is an attribute afterwards.
 
-An import statement in every call takes longer than the search for its plan. torch.compile traces both; a dictionary
-that fills up would make it compile again.
+An import statement in every call would take longer than finding the plan. torch.compile traces both; it would recompile
+for a dictionary that grows.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""NumPy arrays in and out. bfloat16 is ml_dtypes.bfloat16, known by its name; nothing is imported for it."""
+"""Framework for NumPy arrays. bfloat16 is recognised as ml_dtypes.bfloat16 by its name, without an import."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ ALIGNMENT = 64
 
 @lru_cache(64)
 def _name(dtype: np.dtype[Any]) -> str:
-    """dtype.name, which NumPy puts together anew each time."""
+    """Return dtype.name from a cache, because NumPy builds the string at every access."""
     return str(dtype.name)
 
 
 class NumpyAdapter:
-    """How NumPy arrays are described, allocated and reached."""
+    """Adapter for NumPy arrays: description, allocation and addresses."""
 
     name = "numpy"
 
@@ -87,16 +87,16 @@ def attention(
     *,
     want_lse: bool = False,
 ) -> tuple[NDArray, NDArray]:
-    """Return (out, lse); the dropout state comes from numpy.random where none is given."""
+    """Return (out, lse). Without seed and rng_state, the dropout state is sampled from numpy.random."""
     prepared = prepare(with_state(inputs, options, seed), seed)
     return execute.forward(adapter, prepared, options, backend, want_lse=return_lse or want_lse)
 
 
 def with_state(inputs: Inputs, options: Options, seed: int | None) -> Inputs:
-    """Return the inputs with a dropout state where they need one."""
+    """Return the inputs with a dropout state if they need one."""
     if not options.dropout_p or inputs.extras.rng_state is not None or seed is not None:
         return inputs
-    # the legacy generator on purpose: np.random.seed reproduces the call
+    # The legacy generator, so that np.random.seed reproduces the call.
     state = np.random.randint(-(2**63), 2**63 - 1, 2, dtype=np.int64)
     return inputs._replace(extras=inputs.extras._replace(rng_state=state))
 
@@ -106,7 +106,7 @@ def forward(inputs: Inputs, options: Options, seed: int | None, backend: str | N
 
 
 def backward(saved: Saved, inputs: Inputs, options: Options, seed: int | None, backend: str | None) -> Gradients:
-    """Return the gradients; that of a bias has the shape in which the bias came."""
+    """Return the gradients. The gradient of a bias has the shape in which the bias was passed."""
     prepared = prepare(inputs, seed)
     grads = execute.backward(adapter, _saved(saved), prepared, options, backend)
     return reshape_gradients(grads, inputs.extras)
@@ -155,10 +155,10 @@ def append(
         check_no_new_keys(arrays)
         return q, lengths
     prepared = {name: None if x is None else _prepare_appended(name, x) for name, x in arrays._asdict().items()}
-    for name in ("k", "v"):  # written in place: a copy would be lost
+    for name in ("k", "v"):  # written in place, so a copy would be lost
         cache = _array(LABELS[name], getattr(arrays, name))
         if prepared[name] is not cache or not cache.flags.writeable:
-            raise ValueError(f"{name}_cache must be writeable, aligned and contiguous in its last dimension")
+            raise ValueError(f"{name}_cache must be writeable, aligned and contiguous in its last dimension.")
     prepared["cache_seqlens"] = lengths
     used = keys_in_use(lengths, new_k)
     rotated = execute.append(adapter, Appended(**prepared), rotation, backend, check=lambda: check(used))
@@ -172,19 +172,19 @@ def _prepare_appended(name: str, x: Any) -> Any:
 
 
 def check_no_new_keys(arrays: Appended) -> None:
-    """Raise ValueError where something belongs to new keys that are not given."""
+    """Raise ValueError if an argument needs new keys that were not passed."""
     if arrays.new_v is not None or arrays.rotary_cos is not None:
-        raise ValueError("v and rotary_cos need k, the new keys, as well")
+        raise ValueError("k must be passed together with v and rotary_cos, got None.")
 
 
 def keys_in_use(lengths: npt.NDArray[np.int32] | None, new_k: Any) -> npt.NDArray[np.int32] | None:
-    """Return the keys in use per sequence after an append; None where no lengths are given."""
-    rows = sum(new_k.shape[1:2])  # of another rank, it is refused later
+    """Return the keys in use per sequence after an append; None if no lengths are given."""
+    rows = sum(new_k.shape[1:2])  # a wrong rank is reported later
     return None if lengths is None else np.asarray(lengths + np.int32(rows), np.int32)
 
 
 def cache_lengths(lengths: Any, batch: int) -> npt.NDArray[np.int32] | None:
-    """cache_seqlens as one length per sequence; None where none is given."""
+    """Return cache_seqlens as one length per sequence; None if it is not given."""
     if lengths is None:
         return None
     if np.ndim(lengths) == 0:
@@ -193,7 +193,7 @@ def cache_lengths(lengths: Any, batch: int) -> npt.NDArray[np.int32] | None:
 
 
 def merge(out_a: NDArray, lse_a: NDArray, out_b: NDArray, lse_b: NDArray) -> tuple[NDArray, NDArray]:
-    """See explicit.merge."""
+    """Merge two results; see explicit.merge."""
     top = np.maximum(lse_a, lse_b)
     safe = np.where(np.isfinite(top), top, 0)
     total = np.exp(lse_a - safe) + np.exp(lse_b - safe)
@@ -205,11 +205,11 @@ def merge(out_a: NDArray, lse_a: NDArray, out_b: NDArray, lse_b: NDArray) -> tup
     return (a + weight * (b - a)).astype(out_a.dtype), lse
 
 
-@np.errstate(all="ignore")  # NaN and infinities of the caller go through in silence
+@np.errstate(all="ignore")  # no warnings for the caller's NaN and infinities
 def scores(
     inputs: Inputs, options: Options, queries: Any, stage: formulas.Stage, lse: NDArray | None = None
 ) -> NDArray:
-    """Return a stage of the scores; in addition to the result, memory is that of one tile."""
+    """Return a stage of the scores. In addition to the result, memory is one tile."""
     prepared = prepare(inputs, None)
     arrays = formulas.named(prepared)
     described = {name: adapter.describe(x) for name, x in arrays.items()}
@@ -229,14 +229,14 @@ def scores(
 
 
 def _listed(slots: NDArray, width: int, nheads: int) -> NDArray:
-    found = np.zeros((*slots.shape[:-1], width + 1), np.bool_)  # the last one: elsewhere
+    found = np.zeros((*slots.shape[:-1], width + 1), np.bool_)  # the last column collects slots outside the tile
     np.put_along_axis(found, slots, True, -1)
     found = found[..., :-1]
     return found if found.shape[1] == 1 else np.repeat(found, nheads // found.shape[1], 1)
 
 
 def _queries(queries: Any, seqlen_q: int) -> Any:
-    """Return a slice, or an index array."""
+    """Return a slice or an index array."""
     if queries is None:
         return slice(None)
     if isinstance(queries, slice):
@@ -250,13 +250,13 @@ def _queries(queries: Any, seqlen_q: int) -> Any:
 
 
 def prepare(inputs: Inputs, seed: int | None) -> Inputs:
-    """Return the arrays as `execute` wants them: views wherever possible."""
+    """Return the arrays as `execute` needs them; views if possible."""
     q, k, v = _rows("q", inputs.q), _rows("k", inputs.k), _rows("v", inputs.v)
     extras = inputs.extras
     if extras is NO_EXTRAS and seed is None:
         return Inputs(q, k, v)
     if seed is not None and extras.rng_state is not None:
-        raise ValueError("seed and rng_state exclude each other: rng_state is (seed, offset)")
+        raise ValueError("seed cannot be combined with rng_state, which is (seed, offset).")
     extras = Extras(
         *[None if x is None else fit(name, x, inputs) for (name, fit), x in zip(_FITS, extras, strict=True)]
     )
@@ -273,7 +273,7 @@ def _prepare_scores(name: str, x: Any, inputs: Inputs) -> NDArray:
 def _prepare_heads(name: str, x: Any, inputs: Inputs) -> NDArray:
     array = _array(name, x)
     if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
-        raise TypeError(f"{name} must be floating point; got {array.dtype.name}")
+        raise TypeError(f"{name} must be floating point, got {array.dtype.name}")
     dtype = DTYPES.get(_name(inputs.q.dtype))
     return _whole(array).astype(dtype.compute if dtype and dtype.compute else "float32", copy=False)
 
@@ -314,18 +314,18 @@ def _batch(inputs: Inputs) -> int:
 
 def _array(name: str, array: Any) -> NDArray:
     if not isinstance(array, np.ndarray):
-        raise TypeError(f"{name} must be a NumPy array like q; got {type(array).__name__}")
+        raise TypeError(f"{name} must be a NumPy array like q, got {type(array).__name__}")
     if type(array) is not np.ndarray and isinstance(array, np.ma.MaskedArray):
-        raise TypeError(f"{name} is a masked array, whose mask would have no effect; accepted: its data, and mask=")
+        raise TypeError(f"{name} must not be a masked array, because its mask has no effect. Pass its data and mask=.")
     if not array.dtype.isnative:
-        raise TypeError(f"{name} has byte order {array.dtype.byteorder!r}; accepted: the machine's own")
+        raise TypeError(f"{name} must have the machine's byte order, got {array.dtype.byteorder!r}.")
     return array
 
 
 def _rows(name: str, given: Any) -> NDArray:
-    """The array, or a copy if its last dimension is not contiguous (of size 1 or broadcast counts as contiguous).
+    """Return the array, or a copy if its last dimension is not contiguous (size 1 and broadcast count as contiguous).
 
-    One whose elements are not aligned, as in a packed record or a file, is copied too.
+    An array with unaligned elements, for example from a packed record or a file, is copied too.
     """
     array = _array(name, given)
     size = array.itemsize
@@ -342,18 +342,18 @@ def _rows(name: str, given: Any) -> NDArray:
 
 
 def _whole(array: NDArray) -> NDArray:
-    """Contiguous and aligned: itself, or a copy."""
+    """Return the array, or a contiguous and aligned copy."""
     found = np.ascontiguousarray(array)
     return found if found.flags.aligned else found.copy()
 
 
 def table(name: str, given: Any) -> npt.NDArray[np.int32]:
-    """int32 and contiguous; integers of other widths and sequences of ints are converted."""
+    """Return a contiguous int32 array. Other integer dtypes and sequences of ints are converted."""
     array = np.asarray(given)
     if array.dtype.kind not in "iu" and array.size:
-        raise TypeError(f"{name} must hold integers; got {array.dtype.name}")
+        raise TypeError(f"{name} must hold integers, got {array.dtype.name}")
     if array.size and (array.min() < -(2**31) or array.max() >= 2**31):
-        raise ValueError(f"{name} must fit in int32; got {array.min()} to {array.max()}")
+        raise ValueError(f"{name} must fit in int32, got {array.min()} to {array.max()}")
     return _whole(array.astype(np.int32, copy=False))
 
 
@@ -361,19 +361,19 @@ def _index(name: str, value: Any) -> int:
     try:
         return operator.index(value)
     except TypeError:
-        raise TypeError(f"{name} must be an integer; got {value!r}") from None
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
 
 
 def _int(name: str, value: Any) -> int:
     number = _index(name, value)
     if not -(2**31) <= number < 2**31:
-        raise ValueError(f"{name} must fit in int32; got {number}")
+        raise ValueError(f"{name} must fit in int32, got {number}")
     return number
 
 
 def _wrap(seed: int) -> int:
-    """Any 64-bit seed as int64."""
+    """Return a 64-bit seed as int64."""
     number = _index("seed", seed)
     if not -(2**63) <= number < 2**64:
-        raise ValueError(f"seed must be a 64-bit integer; got {number}")
+        raise ValueError(f"seed must be a 64-bit integer, got {number}")
     return (number + 2**63) % 2**64 - 2**63

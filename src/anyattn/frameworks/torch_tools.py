@@ -1,6 +1,6 @@
-"""What `compat` and `nn` need of torch tensors beyond the Framework protocol: the one list of it.
+"""Functions for torch tensors that `compat` and `nn` need in addition to the Framework protocol.
 
-They import it from here, and nothing from `frameworks.torch`.
+They import these functions from here, and nothing from `frameworks.torch`.
 """
 
 from .torch import rotary

@@ -1,4 +1,4 @@
-"""Arrays on a Vulkan device in, arrays on it out. Everything but q, k, v and the caches comes from the host."""
+"""Framework for arrays on a Vulkan device. Only q, k, v and caches are on the device; other arrays are on the host."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BACKEND = "vulkan"
 
 
 class VulkanAdapter:
-    """Device arrays, and what the host brings along for them: it counts as being where they are."""
+    """Adapter for device arrays and for the host arrays that accompany them, which count as being on the device."""
 
     name = "vulkan"
 
@@ -43,7 +43,7 @@ class VulkanAdapter:
         return DeviceArray.zeros(tuple(shape), like.dtype)
 
     def pointer(self, array: Any) -> int:
-        raise TypeError("a device array has no address")
+        raise TypeError("a DeviceArray has no host address.")
 
     def numpy(self, array: Any) -> NDArray:
         return array.numpy() if isinstance(array, DeviceArray) else numpy_arrays.adapter.numpy(array)
@@ -77,7 +77,7 @@ def forward(inputs: Inputs, options: Options, seed: int | None, backend: str | N
 
 
 def backward(saved: Saved, inputs: Inputs, options: Options, seed: int | None, backend: str | None) -> Gradients:
-    raise TypeError("device arrays have no gradients: call attention_backward with NumPy arrays")
+    raise TypeError("q must be a NumPy array or a torch tensor for gradients, got DeviceArray. Pass q.numpy().")
 
 
 def tangent(
@@ -103,7 +103,7 @@ def explain(inputs: Inputs, options: Options, seed: int | None, backend: str | N
 
 def warmup(inputs: Inputs, options: Options, seed: int | None, backend: str | None, *, backward: bool) -> None:
     if backward:
-        raise TypeError("device arrays have no gradients: call warmup without backward=True, or with NumPy arrays")
+        raise TypeError("q must be a NumPy array or a tensor for gradients, got DeviceArray. Pass backward=False.")
     prepared = prepare(inputs, seed)
     execute.warmup(_adapter(prepared.q), prepared, options, backend or BACKEND, backward=False)
 
@@ -116,7 +116,7 @@ def check(inputs: Inputs, options: Options, backend: str | None) -> None:
 def append(
     arrays: Appended, rotation: Rotation, backend: str | None, *, check: Callable[[NDArray | None], None]
 ) -> tuple[DeviceArray, NDArray | None]:
-    """Append to the cache on the device, in place; new keys and values may come from the host."""
+    """Append to the cache on the device in place. New keys and values may be host arrays."""
     q = _device_array("q", arrays.q)
     lengths = numpy_arrays.cache_lengths(arrays.cache_seqlens, q.shape[0])
     if arrays.new_k is None:
@@ -145,13 +145,13 @@ def _table(name: str, array: Any) -> Any:
 
 
 def merge(out_a: DeviceArray, lse_a: NDArray, out_b: DeviceArray, lse_b: NDArray) -> tuple[DeviceArray, NDArray]:
-    """See explicit.merge; by way of the host."""
+    """Merge two results on the host; see explicit.merge."""
     out, lse = numpy_arrays.merge(out_a.numpy(), lse_a, out_b.numpy(), lse_b)
     return DeviceArray(out), lse
 
 
 def prepare(inputs: Inputs, seed: int | None) -> Inputs:
-    """Return the arrays as `execute` wants them."""
+    """Return the arrays as `execute` needs them."""
     q, k, v = (_device_array(name, getattr(inputs, name)) for name in ("q", "k", "v"))
     host = numpy_arrays.prepare(Inputs(_stand_in(q), _stand_in(k), _stand_in(v), inputs.extras), seed)
     return host._replace(q=q, k=k, v=v)
@@ -163,12 +163,12 @@ def _adapter(q: DeviceArray) -> VulkanAdapter:
 
 def _device_array(name: str, array: Any) -> DeviceArray:
     if not isinstance(array, DeviceArray):
-        raise TypeError(f"{name} must be a DeviceArray like q; got {type(array).__name__}")
+        raise TypeError(f"{name} must be a DeviceArray like q, got {type(array).__name__}")
     return array
 
 
 def _stand_in(array: DeviceArray) -> NDArray:
-    """A host array of that shape and dtype that takes no memory."""
+    """Return a host array of that shape and dtype that needs no memory."""
     row = np.zeros(array.shape[-1], array.dtype)
     strides = (*[0] * (array.ndim - 1), array.dtype.itemsize)
     return np.lib.stride_tricks.as_strided(row, array.shape, strides)

@@ -1,1 +1,1 @@
-"""Choosing a backend for a problem, and running it."""
+"""Choice of a backend for a problem, and its execution."""

@@ -1,6 +1,6 @@
-"""The choice of a backend for a problem, with reasons. Argument > context manager > environment > automatic.
+"""Choice of a backend for a problem, with reasons. Argument > context manager > environment > automatic.
 
-No backend is known here by name: `backends.ROWS` lists them, `register` adds others.
+This module does not depend on any backend's name. `backends.ROWS` lists the backends, and `register` adds others.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _warned: set[str] = set()
 
 
 class Explanation(NamedTuple):
-    """The backend that a problem gets (None: none computes it) and the reasons of every backend that refuses it."""
+    """Backend chosen for a problem (None: no backend computes it), and the reasons of the backends that refuse it."""
 
     problem: str
     chosen: str | None
@@ -68,20 +68,20 @@ def names() -> tuple[str, ...]:
 
 
 def register(name: str, load: Callable[[], Backend], *, after: str | None = None, offloads: bool = False) -> None:
-    """Add a backend, or replace the one of that name; every cached plan is forgotten.
+    """Add a backend, or replace the backend of that name. Every cached plan is discarded.
 
     Args:
-        name: what `backend=` and ANYATTN_BACKEND call it.
-        load: makes the backend, at its first use; import what it needs in there.
-        after: the backend behind which automatic choice asks it; default: behind all others.
-        offloads: it computes arrays in host memory on another device, so it is asked first about problems that it does
-            not avoid.
+        name: name for `backend=` and ANYATTN_BACKEND.
+        load: creates the backend at its first use. Import the backend's dependencies inside it.
+        after: name of the backend after which automatic choice tries this one; default: last.
+        offloads: the backend computes arrays in host memory on another device. Automatic choice then tries it first for
+            problems that it does not avoid.
 
     Raises:
-        ValueError: there is no backend `after`.
+        ValueError: no backend is named `after`.
     """
     if after is not None and after not in _rows:
-        raise ValueError(f"after must be one of {', '.join(_rows)}; got {after!r}")
+        raise ValueError(f"after must be one of {', '.join(_rows)}, got {after!r}")
     rows = [row for row in _rows.values() if row.name != name]
     place = len(rows) if after is None else 1 + [row.name for row in rows].index(after)
     rows.insert(place, Row(name, load, offloads))
@@ -93,28 +93,29 @@ def register(name: str, load: Callable[[], Backend], *, after: str | None = None
 def unregister(name: str) -> None:
     """Remove a backend that `register` added."""
     if name in {row.name for row in ROWS}:
-        raise ValueError(f"name must be a registered backend; got {name!r}, which is part of anyattn")
+        raise ValueError(f"name must be a backend added by register(), got {name!r}.")
     _rows.pop(name)
     forget()
 
 
 def get(name: str) -> Backend:
-    """Return the backend of that name; it is made at first use."""
-    # Without a lock, which a forked child might find held: of two that are made at once, one is kept.
+    """Return the backend of that name, which is created at first use."""
+    # No lock, because a forked child might inherit a held lock. If two threads create a backend, one of the two
+    # remains.
     return _backends.get(name) or _backends.setdefault(name, _make(name))
 
 
 def _make(name: str) -> Backend:
     row = _rows.get(name)
     if row is None:
-        raise ValueError(f"backend must be one of {', '.join(_rows)}; got {name!r}")
+        raise ValueError(f"backend must be one of {', '.join(_rows)}, got {name!r}")
     return row.load()
 
 
 def named(argument: str | None) -> tuple[str, ...]:
-    """Return the backends that the caller ("cpu,numpy"), a context manager or the environment named; (): automatic."""
+    """Return the backends named by the caller ("cpu,numpy"), a context manager or the environment; () if automatic."""
     if argument and not isinstance(argument, str):
-        raise TypeError(f"backend must be a name, or names separated by commas; got {argument!r}")
+        raise TypeError(f"backend must be a name, or names separated by commas, got {argument!r}")
     return tuple(argument.split(",")) if argument else _named.get() or _from_settings("backend")
 
 
@@ -124,12 +125,13 @@ def _from_settings(which: str) -> tuple[str, ...]:
     for name in found:
         if name not in _rows:
             variable, _, meaning = settings.VARIABLES[which]
-            raise ValueError(f"{variable}={','.join(found)!r}: expected {', '.join(_rows)} ({meaning}); got {name!r}")
+            accepted, asked = ", ".join(_rows), ",".join(found)
+            raise ValueError(f"{variable} must be one or more of {accepted} ({meaning}), got {asked!r}.")
     return found
 
 
 def check_settings() -> None:
-    """Raise ValueError where the environment names a backend that does not exist."""
+    """Raise ValueError if the environment names an unknown backend."""
     for which in ("backend", "require"):
         _from_settings(which)
 
@@ -137,7 +139,7 @@ def check_settings() -> None:
 def plan(problem: Problem, asked: tuple[str, ...], failed: Mapping[str, list[str]] = NONE) -> Plan:
     """Return a plan from the first backend that supports the problem and initialises successfully.
 
-    Errors of backends that the caller named (`asked`) propagate. failed: reasons against those that were tried.
+    Errors of backends that the caller named (`asked`) propagate. failed: reasons of the backends already tried.
     """
     failed = dict(failed)
     while True:
@@ -150,14 +152,14 @@ def plan(problem: Problem, asked: tuple[str, ...], failed: Mapping[str, list[str
         except (CompilationError, DeviceError) as error:
             if asked:
                 raise
-            logger.warning("%s passed over: %s", chosen.name, error)
+            logger.warning("skipping backend %s: %s", chosen.name, error)
             failed[chosen.name] = [str(error)]
 
 
 class FallbackPlan:
-    """An automatically chosen plan; on DeviceError, the next backend computes this and all later calls."""
+    """Automatically chosen plan. On a DeviceError, switch to the next backend for this and all later calls."""
 
-    lse_optional = False  # the next backend may need it
+    lse_optional = False  # because the next backend may need lse
 
     def __init__(self, made: Plan, name: str, problem: Problem) -> None:
         self._name, self._problem = name, problem
@@ -177,17 +179,17 @@ class FallbackPlan:
             self._plan.run(call)
 
     def _fall_back(self, error: DeviceError, call: Call) -> None:
-        logger.warning("%s failed, from now on the next backend computes %s: %s", self._name, self._problem, error)
+        logger.warning("%s failed, so the next backend now computes %s: %s", self._name, self._problem, error)
         self._use(plan(self._problem, (), {self._name: [str(error)]}))
         size = self.workspace_bytes
         call.workspace = call.adapter.empty((size,), "uint8", call.q) if size else None
 
 
 def choose(problem: Problem, asked: tuple[str, ...], failed: Mapping[str, list[str]] = NONE) -> Backend:
-    """Return the first backend that computes the problem. failed: reasons against those that were tried.
+    """Return the first backend that supports the problem. failed: reasons of the backends already tried.
 
     Raises:
-        UnsupportedProblem: none does, among those that the caller named (`asked`) if any are.
+        UnsupportedProblem: no backend supports it, or none of those that the caller named (`asked`).
     """
     _check_required()
     refusals: dict[str, list[str]] = {}
@@ -202,9 +204,9 @@ def choose(problem: Problem, asked: tuple[str, ...], failed: Mapping[str, list[s
 
 
 def _automatic(problem: Problem) -> tuple[str, ...]:
-    """Return all backends, those first that gain from computing arrays in host memory on another device.
+    """Return all backends, starting with those that gain from moving host arrays to another device.
 
-    A backend may avoid small problems without looking for its device.
+    Such a backend may avoid small problems before it looks for its device.
     """
     offloading = [row.name for row in _rows.values() if row.offloads and problem.device == "cpu"]
     first = [name for name in offloading if not get(name).avoids(problem)]
@@ -212,9 +214,9 @@ def _automatic(problem: Problem) -> tuple[str, ...]:
 
 
 def refuse(candidate: Backend, problem: Problem, *, named: bool = True) -> list[str]:
-    """Return [] or why this backend does not compute the problem; unless the caller named it, it may avoid it.
+    """Return why this backend does not compute the problem, or []. A backend that was not named may avoid the problem.
 
-    A backend that avoids the problem is not asked whether it is available, because that may mean to load a driver.
+    The availability of a backend that avoids the problem is not checked, because the check may load a driver.
     """
     avoided = [] if named else candidate.avoids(problem)
     if avoided:
@@ -224,20 +226,20 @@ def refuse(candidate: Backend, problem: Problem, *, named: bool = True) -> list[
 
 
 def unsupported(candidate: Backend, problem: Problem) -> list[str]:
-    """Return [] or why this backend, where it is available, does not compute the problem."""
+    """Return why this backend, if available, does not support the problem, or []."""
     return _unsupported_inputs(candidate, problem) or candidate.supports(problem)
 
 
 def _unsupported_inputs(candidate: Backend, problem: Problem) -> list[str]:
-    """Return [] or the pass, or the optional arrays, that the backend does not take."""
+    """Return why the backend does not support the pass or the optional arrays, or []."""
     if problem.pass_ not in candidate.passes:
         return [f"has no {problem.pass_} pass"]
     unknown = [name for name in problem.arrays if name in FIELDS and name not in candidate.extras]
-    return [f"does not take {', '.join(unknown)}"] if unknown else []
+    return [f"does not support {', '.join(unknown)}"] if unknown else []
 
 
 def explain(problem: Problem, asked: tuple[str, ...]) -> Explanation:
-    """Return what `choose` would do, with every backend's reasons."""
+    """Return the backend that `choose` would return, with the reasons of every other backend."""
     order = asked or _automatic(problem)
     reasons = {name: refuse(get(name), problem, named=bool(asked)) for name in order}
     chosen = next((name for name, refusal in reasons.items() if not refusal), None)
@@ -245,7 +247,7 @@ def explain(problem: Problem, asked: tuple[str, ...]) -> Explanation:
 
 
 def available() -> list[str]:
-    """Return the names of the backends that run here, best first."""
+    """Return the names of the backends that run on this machine, best first."""
     return [name for name in _rows if get(name).available() is None]
 
 
@@ -253,15 +255,15 @@ def _check_required() -> None:
     for name in _from_settings("require"):
         missing = get(name).available(named=True)
         if missing:
-            raise RuntimeError(f"ANYATTN_REQUIRE names {name}, which is not available: {missing}")
+            raise RuntimeError(f"ANYATTN_REQUIRE must name available backends, got {name}: {missing}")
 
 
 def _report(problem: Problem, refusals: dict[str, list[str]]) -> None:
-    """Log once per class of problems which backends were passed over; warn once about one that should be there."""
+    """Log the skipped backends once per class of problems. Warn once about a backend that should be available."""
     for name, reasons in refusals.items():
         if (name, problem.variant) not in _passed_over:
             _passed_over.add((name, problem.variant))
-            logger.info("%s passed over for %s: %s", name, problem, "; ".join(reasons))
+            logger.info("skipping backend %s for %s: %s", name, problem, "; ".join(reasons))
         warning = _rows[name].missed
         missing = get(name).available() if warning and name not in _warned else None
         if missing:
@@ -270,7 +272,7 @@ def _report(problem: Problem, refusals: dict[str, list[str]]) -> None:
 
 
 class Ready(NamedTuple):
-    """Cached result of a lookup: the validated problem, its plan, and what every call reads of the problem."""
+    """Cached result of a lookup: the validated problem, its plan, and the fields needed on every call."""
 
     problem: Problem
     plan: Plan
@@ -279,7 +281,7 @@ class Ready(NamedTuple):
 
 
 class _Cache(threading.local):
-    """Per thread: raw metadata and the backends asked for -> Ready. Cleared when full or when the settings change."""
+    """Cache per thread: raw metadata and the requested backends -> Ready. Cleared if full or if the settings change."""
 
     def __init__(self) -> None:
         self.entries: dict[Hashable, Ready] = {}
@@ -289,11 +291,11 @@ _cache = _Cache()
 
 
 def lookup(key: Hashable, backend: str | None, build: Callable[[], Problem]) -> Ready:
-    """Return the validated problem and its plan, found by a raw tuple of metadata; built at the first such call."""
+    """Return the validated problem and its plan from the cache. The key is a raw tuple of metadata."""
     entries, wanted = _cache.entries, (key, backend or _named.get())
     try:
         found = entries.get(wanted)
-    except TypeError:  # a list or an array where a number belongs: the checks name it
+    except TypeError:  # unhashable key: a list or an array was passed for a number, and `build` names it
         named(backend)
         build()
         raise
@@ -309,7 +311,7 @@ def lookup(key: Hashable, backend: str | None, build: Callable[[], Problem]) -> 
 
 @settings.on_reload
 def forget() -> None:
-    """Drop every cached plan and backend."""
+    """Discard every cached plan and backend."""
     global _cache
     _cache = _Cache()
     _backends.clear()

@@ -1,7 +1,7 @@
-"""One call, for every framework and every pass: find its plan, allocate its outputs, run it.
+"""Execution of one call for every framework and pass: find the plan, allocate the outputs, run the plan.
 
-Arrays come prepared (see each framework's `prepare`): last dimension contiguous, tables int32, slopes and sink in the
-compute dtype, bias and mask with four dimensions. A caller who owns the output buffers calls `find` and `run` alone.
+Arrays are prepared by each framework's `prepare`: last dimension contiguous, tables int32, slopes and sink in the
+compute dtype, bias and mask with four dimensions. A caller that owns the output buffers calls only `find` and `run`.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def find(
     metadata: Hashable = None,
     saved: tuple[Any, ...] = (),
 ) -> dispatch.Ready:
-    """Return the problem that the arrays ask for and its plan; the values of its tables are checked.
+    """Return the problem of the arrays and its plan. The values of its tables are checked.
 
-    metadata: the adapter's key of `flatten(arrays, saved)`, where the caller has it already.
+    metadata: the adapter's key of `flatten(arrays, saved)`, if the caller already has it.
     """
     key = (pass_.name, options, metadata or adapter.keys(flatten(arrays, saved)))
     ready = dispatch.lookup(key, backend, lambda: _problem(adapter, pass_, flatten(arrays, saved), options))
@@ -45,7 +45,7 @@ def find(
 
 
 def allocate(adapter: Adapter, ready: dispatch.Ready, call: Call, absent: Sequence[str] = ()) -> None:
-    """Give the call its workspace and new outputs, but for those that nobody asked for."""
+    """Allocate the workspace and the outputs of a call, except the outputs in `absent`."""
     like, arrays = call.q, call.__dict__
     for name, shape, dtype in ready.outputs:
         if name not in absent:
@@ -69,7 +69,7 @@ def forward(
     *,
     want_lse: bool = True,
 ) -> tuple[Any, Any]:
-    """Return (out, lse), new and contiguous; lse may be None where it is not wanted."""
+    """Return (out, lse), new and contiguous. lse may be None if it is not wanted."""
     ready = find(adapter, FORWARD, inputs, options, backend, metadata)
     call = Call(adapter, inputs)
     allocate(adapter, ready, call, () if want_lse or not ready.plan.lse_optional else ("lse",))
@@ -87,7 +87,7 @@ def backward(
     *,
     absent: Sequence[str] = (),
 ) -> Gradients:
-    """Return the gradients, new and contiguous; those named in `absent`, and those of absent arrays, are None."""
+    """Return the gradients, new and contiguous; None for those in `absent` and for absent arrays."""
     ready = find(adapter, BACKWARD, inputs, options, backend, metadata, saved)
     call = Call(adapter, inputs)
     call.out, call.lse, call.dout, call.dlse = saved
@@ -138,9 +138,9 @@ _gradients = operator.attrgetter(*Gradients._fields)
 def append(
     adapter: Adapter, arrays: Appended, rotation: Rotation, backend: str | None, *, check: Callable[[], None]
 ) -> Any:
-    """Write new_k and new_v into the cache, in place, and return q, rotated if rotary is given.
+    """Write new_k and new_v into the cache in place; return q, rotated if rotary tables are given.
 
-    `check` raises if the attention after the append would; it runs before anything is written.
+    `check` raises if the attention after the append would raise. It runs before anything is written.
     """
     ready = find(adapter, APPEND, arrays, rotation, backend)
     check()
@@ -151,19 +151,19 @@ def append(
 
 
 def check(adapter: Adapter, inputs: Inputs, options: Options, backend: str | None) -> None:
-    """Check everything that `forward` checks, before something else is written."""
+    """Check everything that `forward` checks, before anything is written."""
     find(adapter, FORWARD, inputs, options, backend)
 
 
 def check_values(adapter: Adapter, inputs: Inputs, options: Options) -> None:
-    """Check a call that no backend computes, and the values of its tables; raise what `forward` would raise."""
+    """Check a call that no backend computes, and the values of its tables, with the errors of `forward`."""
     problem = _problem(adapter, FORWARD, flatten(inputs), options)
     if problem.has_tables:
         _check_values(adapter, problem, dict(zip(FORWARD.inputs, flatten(inputs), strict=False)))
 
 
 def warmup(adapter: Adapter, inputs: Inputs, options: Options, backend: str | None, *, backward: bool) -> None:
-    """Compile what `forward` and, if asked for, `backward` need for these arrays; run nothing."""
+    """Compile the kernels that `forward` and, on request, `backward` need for these arrays; compute nothing."""
     names = dispatch.named(backend)
     problem = _problem(adapter, FORWARD, flatten(inputs), options)
     dispatch.plan(problem, names).warmup()
@@ -175,7 +175,7 @@ def warmup(adapter: Adapter, inputs: Inputs, options: Options, backend: str | No
 
 
 def explain(adapter: Adapter, inputs: Inputs, options: Options, backend: str | None) -> dispatch.Explanation:
-    """Return which backend `forward` would take, and why not the others."""
+    """Return the backend that `forward` would use, and why not the others."""
     return dispatch.explain(_problem(adapter, FORWARD, flatten(inputs), options), dispatch.named(backend))
 
 
@@ -191,12 +191,12 @@ def _workspace(adapter: Adapter, size: int, like: Any) -> Any:
 
 
 def _check_values(adapter: Adapter, problem: Problem, given: Mapping[str, Any]) -> None:
-    """Check tables in host memory before any work; on a device only if ANYATTN_CHECK asks for it."""
+    """Check tables in host memory before any computation, and tables on a device only if ANYATTN_CHECK is set."""
     if not (adapter.tables_on_host(problem.device) or settings.current().check):
         return
     names = _APPEND_TABLES if problem.pass_ is APPEND else TABLES
     tables = {name: adapter.numpy(given[name]) for name in names if given.get(name) is not None}
     if problem.pass_ is APPEND:
-        kvcache.check_append(kvcache.room(problem.arrays, by_row=problem.rotation.by_row), tables)
+        kvcache.check_append(kvcache.append_limits(problem.arrays, by_row=problem.rotation.by_row), tables)
     else:
         check_tables(problem, tables)

@@ -35,7 +35,7 @@ def test_automatic_choice_never_takes_the_interpreter() -> None:
 
 def test_refusals_name_what_is_accepted() -> None:
     wide = np.ones((1, 4, 2, 513), np.float32)
-    with pytest.raises(anyattn.UnsupportedProblem, match=r"head_dim and head_dim_v up to 512; got 513"):
+    with pytest.raises(anyattn.UnsupportedProblem, match=r"head_dim and head_dim_v up to 512, got 513"):
         anyattn.attention(wide, wide, wide, backend="triton")
     double = X.astype(np.float64)
     with pytest.raises(anyattn.UnsupportedProblem, match="has no float64"):
@@ -57,7 +57,7 @@ def test_gradients_that_no_tile_of_a_card_holds_are_refused(monkeypatch: pytest.
     backward, _ = make_inputs(Case("wide", seqlen_q=4, seqlen_k=4, head_dim=160)).describe(BACKWARD)
     supports = dispatch.get("triton").supports
     assert supports(forward) == []
-    assert supports(backward) == ["takes head_dim and head_dim_v up to 128 for float32 gradients on sm_75; got 160"]
+    assert supports(backward) == ["takes head_dim and head_dim_v up to 128 for float32 gradients on sm_75, got 160"]
 
 
 @pytest.mark.parametrize("config", [(16, 16), (32, 128), (128, 32)], ids=str)

@@ -62,7 +62,7 @@ class Library:
             return 0
         if wanted not in self.targets():
             accepted = ", ".join(self.targets())
-            raise ValueError(f"ANYATTN_CPU_TARGET={wanted!r}: expected one of {accepted} (this machine and library)")
+            raise ValueError(f"ANYATTN_CPU_TARGET must be one of {accepted} (on this machine), got {wanted!r}.")
         index = 0
         while self._dll.anyattn_target_name(index) != wanted.encode():
             index += 1

@@ -103,7 +103,7 @@ def _too_wide(problem: Problem) -> list[str]:
     if width <= largest:
         return []
     what = "" if largest == LARGEST_HEAD_DIM else f" for {problem.dtype} gradients on {arch}"
-    return [f"takes head_dim and head_dim_v up to {largest}{what}; got {width}"]
+    return [f"takes head_dim and head_dim_v up to {largest}{what}, got {width}"]
 
 
 def _without(dtype: str) -> list[str]:

@@ -109,9 +109,9 @@ class DeviceArray:
 
     def _allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         if dtype.name not in DTYPES:
-            raise TypeError(f"a DeviceArray holds {', '.join(DTYPES)}; got {dtype.name}")
+            raise TypeError(f"a DeviceArray holds {', '.join(DTYPES)}, got {dtype.name}")
         if len(shape) not in (3, 4):
-            raise ValueError(f"a DeviceArray has 3 or 4 dimensions; got {shape}")
+            raise ValueError(f"a DeviceArray has 3 or 4 dimensions, got {shape}")
         self.shape, self.dtype = tuple(shape), dtype
         self.engine = current_engine()
         self.region: Region = rows_region(self.shape, dtype.itemsize, device_width(shape[-1]))

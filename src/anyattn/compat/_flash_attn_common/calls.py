@@ -48,7 +48,7 @@ def gradients(
 def pair(name: str, value: Any) -> tuple[Any, Any]:
     """Return the two elements (left, right) of a tuple, a list, an array or a tensor."""
     if not hasattr(value, "__len__") or isinstance(value, str) or len(value) != 2:
-        raise ValueError(f"{name} must have two elements (left, right); got {value!r}")
+        raise ValueError(f"{name} must have two elements (left, right), got {value!r}")
     return value[0], value[1]
 
 
@@ -69,7 +69,7 @@ def store(into: Tensor | None, value: Tensor) -> Tensor:
 def only_speed(num_splits: Any, most: int) -> None:
     """Checks the one argument that only steers a GPU's speed, and that callers get wrong."""
     if not 0 <= integer("num_splits", num_splits) <= most:
-        raise ValueError(f"num_splits must be 0 (automatic) to {most}; got {num_splits}")
+        raise ValueError(f"num_splits must be 0 (automatic) to {most}, got {num_splits}")
 
 
 def rows_of(cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -22,7 +22,7 @@ def combine(
     if out_partial.ndim not in (4, 5) or lse_partial.shape != out_partial.shape[:-1]:
         raise ValueError(
             "out_partial must be (num_splits, batch, seqlen, nheads, head_dim) or (num_splits, total, nheads, head_dim)"
-            f", lse_partial that less head_dim; got {tuple(out_partial.shape)} and {tuple(lse_partial.shape)}"
+            f", lse_partial that less head_dim, got {tuple(out_partial.shape)} and {tuple(lse_partial.shape)}"
         )
     with torch.no_grad():
         if used is not None:
@@ -38,7 +38,7 @@ def used_rows(out_partial: Tensor, cu_seqlens: Tensor | None, seqused: Tensor | 
     packed = out_partial.ndim == 4
     if cu_seqlens is not None and not packed:
         raise ValueError(
-            f"cu_seqlens needs out_partial (num_splits, total, nheads, head_dim); got {out_partial.ndim}-D"
+            f"cu_seqlens needs out_partial (num_splits, total, nheads, head_dim), got {out_partial.ndim}-D"
         )
     if cu_seqlens is not None:
         sequence, row, inside = rows_of(cu_seqlens, out_partial.shape[1])

@@ -30,7 +30,7 @@ class Scores(NamedTuple):
         """Return the arguments of `attend`."""
         softcap, dropout_p = real("softcap", self.softcap), real("dropout_p", self.dropout_p)
         if dropout_p > 0 and softcap > 0:
-            raise RuntimeError(f"softcap does not support dropout; got softcap {softcap} and dropout_p {dropout_p}")
+            raise RuntimeError(f"softcap does not support dropout, got softcap {softcap} and dropout_p {dropout_p}")
         return {
             "bounds": window_bounds(self.window_size, self.causal),
             "scale": self.softmax_scale,
@@ -117,7 +117,7 @@ def _flash_attn_varlen_forward(
     _check_return_softmax(return_softmax, dropout_p)
     only_speed(num_splits, 128)
     if block_table is not None and integer("num_splits", num_splits) > 1:
-        raise RuntimeError(f"num_splits > 1 is not supported with block_table; got num_splits {num_splits}")
+        raise RuntimeError(f"num_splits > 1 is not supported with block_table, got num_splits {num_splits}")
     tables = varlen_tables(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table)
     tables.update({"leftpad_k": leftpad_k, "seqused_k": seqused_k})
     window = (window_size_left, window_size_right)

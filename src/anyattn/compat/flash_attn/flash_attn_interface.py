@@ -291,7 +291,7 @@ def _unpack(name: str, packed: Tensor, ndim: int) -> tuple[Tensor, ...]:
     packed = dense(name, packed)
     if packed.ndim != ndim or packed.shape[-3] != len(name):
         batch = "batch, seqlen" if ndim == 5 else "total"
-        raise ValueError(f"{name} must be ({batch}, {len(name)}, nheads, head_dim); got {tuple(packed.shape)}")
+        raise ValueError(f"{name} must be ({batch}, {len(name)}, nheads, head_dim), got {tuple(packed.shape)}")
     return packed.unbind(-3)
 
 

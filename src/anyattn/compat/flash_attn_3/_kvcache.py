@@ -54,11 +54,11 @@ class NewKeys:
             return q, first
         if first is None or first.shape != (batch,):
             shape = None if first is None else tuple(first.shape)
-            raise ValueError(f"cache_seqlens must be an int or ({batch},) where k and v are appended; got {shape}")
+            raise ValueError(f"cache_seqlens must be an int or ({batch},) where k and v are appended, got {shape}")
         k = self.k
         sequences = k.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
         if sequences != batch:
-            raise ValueError(f"k must have q's batch {batch}; got {sequences} sequences of new keys")
+            raise ValueError(f"k must have q's batch {batch}, got {sequences} sequences of new keys")
         if self.rotary is not None:
             start = first if self.rotary_seqlens is None else self.rotary_seqlens
             by_row = bounds != (None, None) or options["chunk"] > 0
@@ -110,7 +110,7 @@ def _as_words(x: Tensor) -> Tensor:
     if x.dtype is not FP8:
         return x
     if x.shape[-1] % 2:
-        raise ValueError(f"an fp8 cache needs an even head_dim; got {x.shape[-1]}")
+        raise ValueError(f"an fp8 cache needs an even head_dim, got {x.shape[-1]}")
     return x.view(torch.float16)
 
 
@@ -131,7 +131,7 @@ def _rotate(x: Tensor, rotary: Rotary, first: Tensor, cu_seqlens: Tensor | None,
         raise ValueError("rotary_cos cannot be combined with fp8 inputs")
     if cos is None or sin is None or cos.ndim != 2 or cos.shape != sin.shape or 2 * cos.shape[1] > x.shape[-1]:
         shapes = [None if table is None else tuple(table.shape) for table in (cos, sin)]
-        raise ValueError(f"rotary_cos and rotary_sin must be (positions, rotary_dim / 2); got {shapes[0]}, {shapes[1]}")
+        raise ValueError(f"rotary_cos and rotary_sin must be (positions, rotary_dim / 2), got {shapes[0]}, {shapes[1]}")
     if cu_seqlens is None:
         positions = first[:, None] + torch.arange(x.shape[1], device=x.device) * by_row
     else:

@@ -166,7 +166,7 @@ def flash_attn_qkvpacked_func(
     else:
         raise ValueError(
             "qkv must be (batch, seqlen, 3, nheads, head_dim), or (batch, seqlen, num_heads_q + 2 nheads_kv, head_dim) "
-            f"with num_heads_q; got {tuple(qkv.shape)}, num_heads_q {num_heads_q}"
+            f"with num_heads_q, got {tuple(qkv.shape)}, num_heads_q {num_heads_q}"
         )
     options = (softmax_scale, causal, None, q_descale, k_descale, v_descale, window_size, attention_chunk, softcap)
     return flash_attn_func(
@@ -232,7 +232,7 @@ def flash_attn_with_kvcache(
         assert dense(name, cache).stride(-1) == 1, f"{name} must have contiguous last dimension"
     only_speed(num_splits, 256)
     if scheduler_metadata is not None and scheduler_metadata.dtype is not torch.int32:
-        raise TypeError(f"scheduler_metadata must be get_scheduler_metadata's; got {scheduler_metadata.dtype}")
+        raise TypeError(f"scheduler_metadata must be get_scheduler_metadata's, got {scheduler_metadata.dtype}")
     packed = cu_seqlens_q is not None
     rows = dense("q", q).shape[0 if packed else 1] if max_seqlen_q is None else integer("max_seqlen_q", max_seqlen_q)
     slots = k_cache.shape[1] * (1 if page_table is None else page_table.shape[1])

@@ -42,7 +42,7 @@ def forward(
 
 def _laid_out(result: Tensor, query: Tensor) -> Tensor:
     if result.shape != query.shape:  # copy_ would broadcast a value of head_dim 1
-        raise ValueError(f"query and value must have one head_dim, as torch has it; got results {tuple(result.shape)}")
+        raise ValueError(f"query and value must have one head_dim, as torch has it, got results {tuple(result.shape)}")
     out = torch.empty_like(query)
     return result if out.stride() == result.stride() else out.copy_(result)
 

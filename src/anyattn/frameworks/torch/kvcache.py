@@ -14,7 +14,7 @@ from torch import Tensor
 from ...config.settings import current
 from ...definition import kvcache
 from ...definition.inputs import Appended
-from ...definition.kvcache import Room, check_append
+from ...definition.kvcache import AppendLimits, check_append
 from ...definition.options import Rotation
 from ...definition.problem import described
 from ...runtime import execute
@@ -29,7 +29,7 @@ def append(arrays: Appended, rotation: Rotation, backend: str | None, *, check: 
     """Write new_k, rotated, and new_v into the cache k and v; return q, rotated. Tables are int32."""
     for name, cache in (("k", arrays.k), ("v", arrays.v)):  # attention would copy it, all of it, at every step
         if cache is not None and cache.ndim and cache.stride(-1) != 1 and cache.shape[-1] != 1:
-            raise ValueError(f"{name}_cache must be contiguous in its last dimension; got strides {cache.stride()}")
+            raise ValueError(f"{name}_cache must be contiguous in its last dimension, got strides {cache.stride()}")
     if not fastpath.plain(arrays):
         return _traced(arrays, rotation)
     prepared = [x if x is None or name in TABLES else rows(name, x) for name, x in arrays._asdict().items()]
@@ -43,14 +43,14 @@ def append(arrays: Appended, rotation: Rotation, backend: str | None, *, check: 
 def _traced(arrays: Appended, rotation: Rotation) -> Tensor:
     given = described(Appended._fields, arrays, adapter.describe)
     kvcache.check_arrays(given)
-    if tracing.active():  # the sizes of Room are constants of a trace
+    if tracing.active():  # the sizes of AppendLimits are constants of a trace
         for name in ("k", "new_k", *(("rotary_cos",) if arrays.rotary_cos is not None else ())):
             tracing.fix_shape(kvcache.LABELS.get(name, name), getattr(arrays, name))
     q: Tensor = arrays.q
     new_k: Tensor = arrays.new_k
     tables = (arrays.cache_seqlens, arrays.cache_batch_idx, arrays.block_table)
-    room = kvcache.room(given, by_row=rotation.by_row)
-    lengths, entry, row = torch.ops.anyattn.cache_slots(*tables, *room)
+    limits = kvcache.append_limits(given, by_row=rotation.by_row)
+    lengths, entry, row = torch.ops.anyattn.cache_slots(*tables, *limits)
     if arrays.rotary_cos is not None:
         angles = (arrays.rotary_cos, arrays.rotary_sin)
         first = lengths[:, None]
@@ -76,12 +76,14 @@ def _cache_slots(
     """Where an append writes: (lengths, entry or page, row), int64. An operator, so that graphs check values too."""
     tables = dict(zip(TABLES, (cache_seqlens, cache_batch_idx, block_table), strict=True))
     if cache_seqlens.device.type == "cpu" or current().check:
-        check_append(Room(*sizes), {name: None if x is None else adapter.numpy(x) for name, x in tables.items()})
-    return _slots(cache_seqlens, cache_batch_idx, block_table, Room(*sizes))
+        check_append(
+            AppendLimits(*sizes), {name: None if x is None else adapter.numpy(x) for name, x in tables.items()}
+        )
+    return _slots(cache_seqlens, cache_batch_idx, block_table, AppendLimits(*sizes))
 
 
 def _slots(
-    cache_seqlens: Tensor, cache_batch_idx: Tensor | None, block_table: Tensor | None, sizes: Room
+    cache_seqlens: Tensor, cache_batch_idx: Tensor | None, block_table: Tensor | None, sizes: AppendLimits
 ) -> tuple[Tensor, Tensor, Tensor]:
     lengths = cache_seqlens.to(torch.int64, copy=True)
     logical = lengths[:, None] + torch.arange(sizes.seqlen_new, device=lengths.device)  # (batch, seqlen_new)

@@ -87,7 +87,7 @@ def positions(seqlen: int, offsets: int | Tensor, length: int, device: torch.dev
         return (rows + offsets)[None]
     if offsets.ndim != 1 or offsets.is_floating_point():
         raise ValueError(
-            f"seqlen_offsets must be an int or integers (batch,); got {offsets.dtype} {tuple(offsets.shape)}"
+            f"seqlen_offsets must be an int or integers (batch,), got {offsets.dtype} {tuple(offsets.shape)}"
         )
     if readable(offsets) and offsets.numel():
         low, high = (int(bound) for bound in offsets.aminmax())
@@ -111,7 +111,7 @@ def packed_positions(
         raise ValueError(f"max_seqlen is {max_seqlen}; cu_seqlens holds a sequence of {int(cu_seqlens.diff().max())}")
     if isinstance(offsets, Tensor) and offsets.shape != (len(cu_seqlens) - 1,):
         raise ValueError(
-            f"seqlen_offsets must be ({len(cu_seqlens) - 1},) like the sequences; got {tuple(offsets.shape)}"
+            f"seqlen_offsets must be ({len(cu_seqlens) - 1},) like the sequences, got {tuple(offsets.shape)}"
         )
     positions(max_seqlen, offsets, length, cu_seqlens.device)  # raises where the longest leaves the tables
     first = offsets[sequence] if isinstance(offsets, Tensor) else offsets

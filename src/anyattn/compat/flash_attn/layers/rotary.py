@@ -46,7 +46,7 @@ def apply_rotary_emb_torch(x: Tensor, cos: Tensor, sin: Tensor, interleaved: boo
     batch, seqlen = x.shape[:2]
     if cos.shape[:-1] not in ((seqlen,), (batch, seqlen)):
         raise ValueError(
-            f"cos must be ({seqlen}, rotary_dim / 2) or ({batch}, {seqlen}, rotary_dim / 2); got {tuple(cos.shape)}"
+            f"cos must be ({seqlen}, rotary_dim / 2) or ({batch}, {seqlen}, rotary_dim / 2), got {tuple(cos.shape)}"
         )
     rows = torch.arange(cos[..., 0].numel(), device=x.device).view(-1, seqlen)
     flat = (cos.reshape(-1, cos.shape[-1]), sin.reshape(-1, sin.shape[-1]))
@@ -106,7 +106,7 @@ def apply_rotary_emb_kv_(
 ) -> Tensor:
     """Rotates k of kv (batch, seqlen, 2, nheads, head_dim) in place, and returns kv."""
     if kv.ndim != 5 or kv.shape[2] != 2:
-        raise ValueError(f"kv must be (batch, seqlen, 2, nheads, head_dim); got {tuple(kv.shape)}")
+        raise ValueError(f"kv must be (batch, seqlen, 2, nheads, head_dim), got {tuple(kv.shape)}")
     cos, sin, positions = prepare(kv[:, :, 0], cos, sin, seqlen_offsets)
     return rotary.rotate_in_place(kv, positions, interleaved, [0], (cos, sin))
 

@@ -108,7 +108,7 @@ class MHA(nn.Module):
     def _check(self, use_alibi: bool, window_size: tuple[int, ...]) -> None:
         if self.embed_dim % self.num_heads or self.num_heads % self.num_heads_kv:
             raise ValueError(
-                "num_heads must divide embed_dim, and num_heads_kv num_heads; got "
+                "num_heads must divide embed_dim, and num_heads_kv num_heads, got "
                 f"embed_dim {self.embed_dim}, num_heads {self.num_heads}, num_heads_kv {self.num_heads_kv}"
             )
         if (use_alibi or window_size != (-1, -1)) and not self.use_flash_attn:
@@ -159,7 +159,7 @@ class MHA(nn.Module):
         """
         self._check_call(x_kv, key_padding_mask, cu_seqlens, max_seqlen, mixer_subset, inference_params)
         if inference_params is not None and kwargs:
-            raise ValueError(f"inference_params takes the module's own options; got {', '.join(kwargs)}")
+            raise ValueError(f"inference_params takes the module's own options, got {', '.join(kwargs)}")
         if self.use_flash_attn:
             kwargs.update({"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen})
         else:

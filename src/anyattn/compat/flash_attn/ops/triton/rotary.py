@@ -67,12 +67,12 @@ def prepare(
         )
     if cu_seqlens is None:
         if x.ndim != 4:
-            raise ValueError(f"x must be (batch, seqlen, nheads, head_dim); got {tuple(x.shape)}")
+            raise ValueError(f"x must be (batch, seqlen, nheads, head_dim), got {tuple(x.shape)}")
         if max_seqlen is not None and max_seqlen < x.shape[1]:
             raise ValueError(f"max_seqlen is {max_seqlen}; x has {x.shape[1]} rows")
         positions = rotary.positions(x.shape[1], seqlen_offsets, len(cos), x.device)
         if len(positions) not in (1, len(x)):
-            raise ValueError(f"seqlen_offsets must be ({len(x)},) like x's batch; got ({len(positions)},)")
+            raise ValueError(f"seqlen_offsets must be ({len(x)},) like x's batch, got ({len(positions)},)")
         return cos, sin, positions
     if x.ndim != 3 or max_seqlen is None:
         raise ValueError(
