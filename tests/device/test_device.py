@@ -36,7 +36,7 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     done = run_python(SCRIPTS / "gpu.py", "--json", tmp_path / "gpu.json", without=("TRITON_INTERPRET",))
     if torch.cuda.is_available():
         return
-    assert done.returncode == 2 and done.stderr.startswith("no GPU: torch sees no GPU"), done.stderr
+    assert done.returncode == 2 and done.stderr.startswith("no GPU: torch finds no GPU"), done.stderr
     assert not (tmp_path / "gpu.json").exists()
 
 

@@ -1,6 +1,6 @@
-"""The backends: one row each, in the order of automatic choice.
+"""Backends, one row each, in the order of automatic choice.
 
-A row says what must be known before a backend is loaded; its loader imports it at first use.
+A row holds what must be known before a backend is loaded. Its loader imports the backend at first use.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from .base import Backend
 
 
 class Row(NamedTuple):
-    """A backend that exists, and how automatic choice treats it."""
+    """Available backend and its treatment by automatic choice."""
 
     name: str
     load: Callable[[], Backend]
-    offloads: bool = False  # computes arrays in host memory elsewhere: comes first where it does not avoid a problem
-    missed: str = ""  # warning where it is not available; "": its absence is no surprise
+    offloads: bool = False  # computes host arrays on another device; tried first unless it avoids the problem
+    missed: str = ""  # warning if it is not available; "": no warning
 
 
 def _cpu() -> Backend:

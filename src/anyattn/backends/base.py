@@ -1,4 +1,4 @@
-"""The contract of a backend: it says what it supports and makes plans; a plan computes a Problem on a Call's arrays."""
+"""Protocol of a backend. It reports what it supports and makes plans; a plan computes a Problem on a Call's arrays."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..definition.problem import Array, Problem
 
 
 class Adapter(Protocol):
-    """A framework's arrays as a call needs them: described, allocated, reached. One object per framework."""
+    """Operations on a framework's arrays: description, allocation, addresses. One object per framework."""
 
     name: str
 
@@ -21,7 +21,7 @@ class Adapter(Protocol):
         """Return the metadata of an array."""
 
     def keys(self, arrays: Sequence[Any]) -> Hashable:
-        """Return the metadata of all arrays (None: absent) as cheaply as possible: the key of cached plans."""
+        """Return the metadata of all arrays (None: absent) as fast as possible; it is the key of cached plans."""
 
     def empty(self, shape: Sequence[int], dtype: str, like: Any) -> Any:
         """Return an uninitialised contiguous array on the device of `like`; dtype "uint8" for workspace."""
@@ -30,7 +30,7 @@ class Adapter(Protocol):
         """Return the address of the first element."""
 
     def numpy(self, array: Any) -> npt.NDArray[Any]:
-        """Return a view in host memory; bfloat16 comes as uint16."""
+        """Return a view in host memory, bfloat16 as uint16."""
 
     def tables_on_host(self, device: str) -> bool:
         """Return whether the tables of a call on this device can be read without waiting for it."""
@@ -40,9 +40,10 @@ _EXTRAS = Extras._fields
 
 
 class Call:
-    """One call: the framework's own arrays under their names in `passes.py`, None where absent, and the workspace.
+    """Arrays of one call, in the framework's types and under their names in `passes.py` (None: absent), and the
+    workspace.
 
-    Only this changes between equal calls.
+    Calls of the same plan differ only in their Call.
     """
 
     adapter: Adapter
@@ -54,7 +55,7 @@ class Call:
             self.q, self.k, self.v, extras = inputs
             if extras is not NO_EXTRAS:
                 arrays = self.__dict__
-                for name, x in zip(_EXTRAS, extras):  # noqa: B905 (a keyword takes time in every call)
+                for name, x in zip(_EXTRAS, extras):  # noqa: B905 (a keyword costs time in every call)
                     if x is not None:
                         arrays[name] = x
         if named:
@@ -71,47 +72,48 @@ for _name in ARRAYS:
 
 
 class Plan(Protocol):
-    """Everything about a Problem that does not change between calls."""
+    """Everything in the computation of a Problem that does not change between calls."""
 
     workspace_bytes: int  # allocated by the framework together with the outputs
-    lse_optional: bool  # a call of the forward pass may have no lse, because nobody asked for it
+    lse_optional: bool  # a forward call may have no lse, if the caller does not want it
 
     def warmup(self) -> None:
-        """Compile what the first call would compile."""
+        """Compile everything that the first call would compile."""
 
     def run(self, call: Call) -> None:
-        """Write the outputs of the problem's pass. No allocation, no synchronisation, no host read of device values.
+        """Write the outputs of the problem's pass, without allocation, synchronisation or reading device values on the
+        host.
 
-        A call of the backward pass may have no dbias or dsink, because nobody asked for them.
+        A call of the backward pass may have no dbias or dsink, if the caller does not want them.
         """
 
 
 class Backend(Protocol):
-    """One way to compute attention, on one kind of device."""
+    """Implementation of attention on one kind of device."""
 
     name: str
     passes: frozenset[Pass]
-    extras: frozenset[str]  # names of the optional arrays that it takes; a problem with another one is refused
-    may_fail: bool  # its device may be lost or full: plans then raise DeviceError, having written nothing
+    extras: frozenset[str]  # names of the supported optional arrays; a problem with another array is refused
+    may_fail: bool  # the device may be lost or full; plans then raise DeviceError and have written nothing
 
     def available(self, *, named: bool = False) -> str | None:
-        """Return None, or why this backend cannot run here; `named`: the caller asked for it by name."""
+        """Return None, or why this backend cannot run on this machine. named: the caller asked for it by name."""
 
     def supports(self, problem: Problem) -> list[str]:
-        """Return [] or the reasons against. May look at sizes, never at values in device memory."""
+        """Return why the problem is not supported, or []. Sizes may be read, but never values in device memory."""
 
     def avoids(self, problem: Problem) -> list[str]:
-        """Return [] or why automatic choice passes this backend over although it computes the problem.
+        """Return why automatic choice should skip this backend although it supports the problem, or [].
 
-        Asked before `available`, which may have to load a driver.
+        This is called before `available`, which may have to load a driver.
         """
 
     def plan(self, problem: Problem) -> Plan:
-        """Return a plan. Cheap: compiled parts are cached by problem.variant."""
+        """Return a plan. This is fast, because compiled parts are cached by problem.variant."""
 
 
 def without_cache_gradients(problem: Problem) -> list[str]:
-    """Return the reason against the backward pass of a KV cache, which only the NumPy backend computes."""
+    """Return why the backward pass of a KV cache is not supported, or []. Only the NumPy backend supports it."""
     if problem.dout is not None and (problem.paged or problem.cache_batch_idx is not None):
         return ["has no backward through a KV cache (block_table, cache_batch_idx)"]
     return []

@@ -1,4 +1,4 @@
-"""An append to a cache in host memory, computed by the definition: for backends without a kernel of their own there."""
+"""Append to a cache in host memory by the definition, for backends without a kernel for it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .base import Call
 
 
 class HostAppendPlan:
-    """A plan of the APPEND pass on arrays in host memory."""
+    """Plan of the APPEND pass on arrays in host memory."""
 
     workspace_bytes = 0
     lse_optional = False
@@ -17,7 +17,7 @@ class HostAppendPlan:
         self.problem = problem
 
     def warmup(self) -> None:
-        """Do nothing: there is nothing to compile."""
+        """Do nothing, because nothing has to be compiled."""
 
     def run(self, call: Call) -> None:
         from ..definition import reference

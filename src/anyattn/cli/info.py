@@ -131,9 +131,9 @@ def _backend(name: str) -> dict[str, Any]:
     }
     if name == "triton":
         from ..backends.triton import sm90
-        from ..backends.triton.backend import seen
+        from ..backends.triton.backend import list_gpus
 
-        found["devices"] = [] if reason else seen()
+        found["devices"] = [] if reason else list_gpus()
         found["hopper"] = sm90.reason_off() or "on"
     return found
 

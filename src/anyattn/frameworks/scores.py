@@ -1,11 +1,11 @@
-"""Scores and weights of chosen queries, tile by tile, on the arrays of any framework.
+"""Scores and weights of selected queries, tile by tile, on the arrays of any framework.
 
     t_ij = scale <q_i, k_j>      t_ij = softcap tanh(t_ij / softcap)      s_ij = t_ij + bias_ij - slope_h |p - c|
     P_ij = exp(s_ij - lse_i) where query i attends to key j, else 0
 
-The formulas are written once, with operators that the arrays of every framework have; a framework brings the few
-functions that differ (`Functions`). `tile` makes one tile of a result and writes to no array, so a framework with
-automatic differentiation gets gradients by one tile that is the whole result.
+The formulas are written once, with operators that every framework's arrays have. A framework supplies the few functions
+that differ (`Functions`). `tile` computes one tile of a result and writes to no array, so a framework with automatic
+differentiation gets gradients if one tile is the whole result.
 """
 
 from __future__ import annotations
@@ -21,25 +21,26 @@ from ..definition.options import Options
 from ..definition.problem import Array
 from ..definition.validate import check_attention, make_interval
 
-# scale q k^T; after softcap; with bias and ALiBi, -inf where a query does not attend to a key; P.
+# scale q k^T; after softcap; with bias and ALiBi, -inf for masked keys; P.
 Stage = Literal["products", "capped", "masked", "weights"]
 
 TILE_KEYS = 1024
-TILE_ENTRIES = 2**22  # of a tile: 16 MiB in float32
+TILE_ENTRIES = 2**22  # entries of a tile: 16 MiB in float32
 
 
 class Functions(NamedTuple):
-    """The functions of a framework that have no operator; `compute` returns values in the compute dtype."""
+    """Functions of a framework that are not operators. `compute` returns values in the compute dtype."""
 
     exp: Callable[[Any], Any]
     tanh: Callable[[Any], Any]
     where: Callable[[Any, Any, Any], Any]
-    listed: Callable[[Any, int, int], Any]  # of slots (batch, heads, queries, n): which of so many are listed
+    # (slots (batch, heads, queries, n), number of keys, heads) -> which keys are listed.
+    listed: Callable[[Any, int, int], Any]
     compute: Callable[[Any], Any]
 
 
 class Scores(NamedTuple):
-    """Sizes and scalars on which the scores of a call depend."""
+    """Sizes and scalars that the scores of a call depend on."""
 
     batch: int
     nheads: int
@@ -52,7 +53,7 @@ class Scores(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Positions p of queries and c of keys, and which of the keys each query attends to before masks and biases."""
+    """Positions p of queries and c of keys, and the visible keys of each query before masks and biases."""
 
     p: Any  # (batch or 1, 1, queries, 1)
     c: Any  # (batch or 1, 1, 1, keys)
@@ -67,7 +68,7 @@ def named(inputs: Inputs) -> dict[str, Any]:
 
 
 def check(given: Mapping[str, Array], options: Options, lse: Array | None) -> Scores:
-    """Check the metadata of a call and return what its scores depend on. torch.compile traces this function.
+    """Check the metadata of a call and return the values that its scores depend on. torch.compile traces this function.
 
     Raises:
         ValueError, TypeError: an array or a scalar is wrong; the message names it.
@@ -122,7 +123,7 @@ def check_range(low: int, high: int, seqlen_q: int) -> None:
 
 
 def tiles(shape: tuple[int, int, int, int]) -> Iterator[tuple[slice, slice]]:
-    """Yield the places of each tile in a result (batch, nheads, queries, keys): slices of its last two axes."""
+    """Yield the position of each tile in a result (batch, nheads, queries, keys): slices of its last two axes."""
     batch, nheads, queries, keys = shape
     width = max(1, min(keys, TILE_KEYS))
     height = max(1, TILE_ENTRIES // max(1, batch * nheads * width))
@@ -132,7 +133,7 @@ def tiles(shape: tuple[int, int, int, int]) -> Iterator[tuple[slice, slice]]:
 
 
 def part(queries: Any, place: slice, seqlen_q: int) -> Any:
-    """Return the queries at a slice of the result's places."""
+    """Return the queries at a slice of the result."""
     if not isinstance(queries, slice):
         return queries[place]
     start, _, step = queries.indices(seqlen_q)
@@ -157,7 +158,7 @@ def tile(f: Functions, scores: Scores, arrays: Mapping[str, Any], queries: Any, 
     if stage == "capped":
         return _capped(f, scores, _products(scores, q, k))
     places = _places(scores, arrays, queries, keys)
-    # A key to which no query attends may hold NaN: 0 times NaN would reach gradients.
+    # A masked key may hold NaN, and 0 times NaN would reach gradients.
     q = f.where(places.seen.any(-1)[:, 0, :, None, None], q, 0.0)
     k = f.where(places.seen.any(-2)[:, 0, :, None, None], k, 0.0)
     s = _capped(f, scores, _products(scores, q, k))
@@ -170,7 +171,7 @@ def tile(f: Functions, scores: Scores, arrays: Mapping[str, Any], queries: Any, 
 
 
 def _products(scores: Scores, q: Any, k: Any) -> Any:
-    """Return scale q k^T by one matrix product per KV head, for all query heads that read it."""
+    """Return scale q k^T by one matrix product per KV head, for all query heads that use it."""
     batch, rows, nheads, head_dim = q.shape
     _, keys, nheads_kv, _ = k.shape
     group = nheads // nheads_kv
@@ -201,7 +202,7 @@ def _places(scores: Scores, arrays: Mapping[str, Any], queries: Any, keys: slice
 
 
 def _table(arrays: Mapping[str, Any], name: str, default: Any) -> Any:
-    """Return one number per sequence, (batch, 1, 1, 1), or the default."""
+    """Return one value per sequence, (batch, 1, 1, 1), or the default."""
     table = arrays.get(name)
     return default if table is None else table.reshape(-1, 1, 1, 1)
 
@@ -209,7 +210,7 @@ def _table(arrays: Mapping[str, Any], name: str, default: Any) -> Any:
 def _masked(
     f: Functions, scores: Scores, arrays: Mapping[str, Any], queries: Any, keys: slice, s: Any, places: Places
 ) -> tuple[Any, Any]:
-    """Return s with bias and ALiBi added, and which keys are visible to each query."""
+    """Return s with bias and ALiBi added, and the visible keys of each query."""
     bias, mask, slopes = (arrays.get(name) for name in ("bias", "mask", "alibi_slopes"))
     seen = places.seen
     if bias is not None:
@@ -224,7 +225,7 @@ def _masked(
 
 
 def _listed(f: Functions, lists: Any, nheads: int, queries: Any, keys: slice) -> Any:
-    """Return which keys of a tile are in the list of each query, (batch, 1 or nheads, queries, keys)."""
+    """Return the keys of a tile that are in the list of each query, (batch, 1 or nheads, queries, keys)."""
     lists = (lists if lists.ndim == 4 else lists[:, None])[:, :, queries]
     width = keys.stop - keys.start
     inside = (lists >= keys.start) & (lists < keys.stop)
@@ -232,6 +233,6 @@ def _listed(f: Functions, lists: Any, nheads: int, queries: Any, keys: slice) ->
 
 
 def _scores_tile(x: Any, queries: Any, keys: slice) -> Any:
-    """Return the tile of a bias or a mask; an axis of size 1 broadcasts."""
+    """Return the tile of a bias or a mask. An axis of size 1 is broadcast."""
     x = x[:, :, queries] if x.shape[2] != 1 else x
     return x[..., keys] if x.shape[3] != 1 else x

@@ -197,14 +197,14 @@ def test_the_portable_kernels_take_the_rest(why: str, recorded: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"dtype": "float32"}, "takes float16 and bfloat16; q has float32"),
-        ({"head_dim": 96, "head_dim_v": 96}, "takes head_dim = head_dim_v of 64 or 128"),
-        ({"head_dim_v": 128}, "takes head_dim = head_dim_v of 64 or 128"),
-        ({"softcap": 5.0, "alibi": "h", "lengths": "seqused"}, "has no alibi, lengths, softcap"),
-        ({"causal": False, "window": (9, None)}, "has no left"),
-        ({"scale": -1.0}, "takes a scale above 0"),
-        ({"seqlen_q": 64}, "leaves up to 64 rows to decoding"),
-        ({"alignment": "top-left", "window": (None, 0), "seqlen_k": 0}, "has nothing to do"),
+        ({"dtype": "float32"}, "supports float16 and bfloat16, got float32"),
+        ({"head_dim": 96, "head_dim_v": 96}, "supports head_dim = head_dim_v of 64 or 128"),
+        ({"head_dim_v": 128}, "supports head_dim = head_dim_v of 64 or 128"),
+        ({"softcap": 5.0, "alibi": "h", "lengths": "seqused"}, "does not support alibi, lengths, softcap"),
+        ({"causal": False, "window": (9, None)}, "does not support left"),
+        ({"scale": -1.0}, "supports a scale above 0"),
+        ({"seqlen_q": 64}, "leaves up to 64 queries to the decoding kernel"),
+        ({"alignment": "top-left", "window": (None, 0), "seqlen_k": 0}, "has nothing to compute"),
         ({"layout": "slices"}, ""),
     ],
 )
@@ -240,7 +240,7 @@ def test_a_triton_without_gluon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     settings.reload()
     assert missing is not None and missing.startswith("off, as this Triton has no Gluon that they know")
-    assert sm90.reason_off() == "off, as no GPU has run them yet (ANYATTN_HOPPER=1 turns them on)"
+    assert sm90.reason_off() == "off, because no GPU has run them yet (ANYATTN_HOPPER=1 enables them)"
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -1,1 +1,1 @@
-"""The native engine: C++ kernels behind a C ABI, loaded with ctypes, the GIL released during calls."""
+"""CPU engine: C++ kernels behind a C ABI, loaded with ctypes. The GIL is released during calls."""

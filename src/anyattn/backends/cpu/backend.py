@@ -1,4 +1,4 @@
-"""CpuBackend: host memory, every feature, every pass; a KV cache has no backward pass."""
+"""CPU backend: host memory, every feature, every pass except the backward pass of a KV cache."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from . import layout, library
 HAS_LEFT, HAS_RIGHT, TOP_LEFT, ROTARY_INTERLEAVED, BATCH_INVARIANT, HAS_KV_INDICES = 1, 2, 4, 8, 32, 64
 OUT_OF_MEMORY = 7
 MESSAGE_BYTES = 512
-# How well each processor is known: README, documentation and `anyattn info` show it.
+# Evidence for each processor, shown in the README, the documentation and `anyattn info`.
 EVIDENCE = {
     "tested": (
         "x86-64 with AVX-512 and bfloat16 instructions",
@@ -32,7 +32,7 @@ Values = dict[str, float]
 
 
 class _Message(threading.local):
-    """Where the library says what was wrong, for each thread."""
+    """Buffer for the library's error message, one per thread."""
 
     def __init__(self) -> None:
         self.buffer = ctypes.create_string_buffer(MESSAGE_BYTES)
@@ -43,7 +43,7 @@ _message = _Message()
 
 
 class CpuBackend:
-    """The native engine."""
+    """Backend of the CPU engine."""
 
     name = "cpu"
     passes = frozenset((FORWARD, BACKWARD, APPEND))
@@ -61,7 +61,7 @@ class CpuBackend:
         reasons = []
         if problem.device != "cpu":
             verb = "writes to" if problem.pass_ is APPEND else "computes in"
-            reasons.append(f"{verb} host memory only; q is on {problem.device}")
+            reasons.append(f"{verb} host memory only, got q on {problem.device}")
         return reasons + without_cache_gradients(problem)
 
     def avoids(self, problem: Problem) -> list[str]:
@@ -72,7 +72,7 @@ class CpuBackend:
 
 
 class CpuPlan:
-    """A packed struct for this problem; each call copies it and fills in addresses."""
+    """Plan with a packed struct for its problem. Each call copies the struct and fills in addresses."""
 
     lse_optional = True
 
@@ -80,7 +80,7 @@ class CpuPlan:
         values = _common(native) | (_append_values(problem) if problem.pass_ is APPEND else _attention_values(problem))
         outputs = problem.outputs()
         inputs = {name: array for name, array in problem.arrays.items() if name in layout.ARRAYS}
-        if problem.pass_ is APPEND and not outputs:  # without rotary, q stays as it is
+        if problem.pass_ is APPEND and not outputs:  # without rotary, q is unchanged
             del inputs["q"]
         for name, array in {**inputs, **outputs}.items():
             values |= _array(name, array, packed_q=problem.packed_q)
@@ -89,14 +89,14 @@ class CpuPlan:
         self.workspace_bytes = 0 if problem.pass_ is APPEND else self._template.workspace()
 
     def warmup(self) -> None:
-        """Do nothing: there is nothing to compile."""
+        """Do nothing, because nothing has to be compiled."""
 
     def run(self, call: Call) -> None:
         self._template.run(call)
 
 
 class _Template:
-    """A call without addresses, as 64-bit words, and which words the addresses are."""
+    """Packed call without addresses, as 64-bit words, and the positions of the addresses among the words."""
 
     def __init__(
         self, native: library.Library, which: int, values: Values, arrays: tuple[str, ...], tables: tuple[str, ...]
@@ -111,10 +111,10 @@ class _Template:
         self._needed = 0
 
     def workspace(self) -> int:
-        """Bytes of workspace, from sizes alone."""
+        """Return the bytes of workspace, which depend only on sizes."""
         filled = self._words[:]
         for slot in self._slots:
-            filled[slot] = 64  # tables are told from their addresses: any will do, none is read
+            filled[slot] = 64  # the library only tests addresses of tables for null, and reads none
         filled[self._message] = _message.address
         self._needed = int(self._native.workspace(filled.buffer_info()[0], self._which))
         if self._needed < 0:
@@ -124,7 +124,7 @@ class _Template:
     def run(self, call: Call) -> None:
         pointer = call.adapter.pointer
         filled = self._words[:]
-        for slot, array in zip(self._slots, self._arrays(call)):  # noqa: B905 (a keyword takes time in every call)
+        for slot, array in zip(self._slots, self._arrays(call)):  # noqa: B905 (a keyword costs time in every call)
             if array is not None:
                 filled[slot] = pointer(array)
         if call.workspace is not None:
@@ -205,9 +205,9 @@ def _append_values(problem: Problem) -> Values:
 
 
 def _array(name: str, array: Array, *, packed_q: bool) -> Values:
-    """Strides as the C struct wants them: bias and mask broadcast by stride 0, statistics as (batch, nheads, row).
+    """Return the strides for the C struct. bias and mask broadcast by stride 0; statistics are (batch, nheads, row).
 
-    Lists of selected keys are (batch, nheads_kv, row, entry), by stride 0 where KV heads share them.
+    Lists of selected keys are (batch, nheads_kv, row, entry), with stride 0 if KV heads share them.
     """
     strides: tuple[int, ...] = array.strides
     if name in ("bias", "mask", "dbias"):

@@ -1,4 +1,4 @@
-"""The C struct `anyattn_call` (anyattn.h) as Python packs it: one table of fields, their formats and offsets."""
+"""Layout of the C struct `anyattn_call` (anyattn.h): one table of fields, their formats and offsets."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ FIELDS: tuple[tuple[str, str], ...] = (
     *((f"kv_indices.{name}", kind) for name, kind in _ARRAY),
     ("num_indices", "q"),
 )
-# Native byte order and alignment: every field is aligned by the order above, in C as here.
+# Native byte order and alignment. The order above aligns every field, in C and here.
 STRUCT = struct.Struct("@" + "".join(kind for _, kind in FIELDS))
 SIZE = STRUCT.size
 
 
 def offset(name: str) -> int:
-    """Bytes from the start of the struct to a field."""
+    """Return the bytes from the start of the struct to a field."""
     index = [field for field, _ in FIELDS].index(name)
     kinds = "".join(kind for _, kind in FIELDS[: index + 1])
     return struct.calcsize("@" + kinds) - struct.calcsize(FIELDS[index][1])
 
 
 def pack(values: Mapping[str, float]) -> bytes:
-    """The struct with these fields, zero elsewhere."""
+    """Return the struct with these fields, and zero in all others."""
     unknown = values.keys() - {name for name, _ in FIELDS}
     assert not unknown, unknown
     return STRUCT.pack(*[values.get(name, 0) for name, _ in FIELDS])

@@ -1,4 +1,4 @@
-"""Finds and loads the native library. A missing or broken one is a reason, never a crash at import."""
+"""Search and loading of the native library. A missing or broken library gives a reason, never a crash at import."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ PASSES = {"forward": 0, "backward": 1, "append": 2}  # anyattn_pass in anyattn.h
 
 
 class LibraryError(RuntimeError):
-    """Why the native library cannot be used."""
+    """Reason why the native library cannot be used."""
 
 
 class Library:
-    """The C functions of one loaded library."""
+    """C functions of a loaded library."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -45,17 +45,17 @@ class Library:
         return int(self._dll.anyattn_call_size())
 
     def targets(self) -> list[str]:
-        """Instruction sets that are compiled in and that this machine runs, best first."""
+        """Return the instruction sets that are compiled in and run on this machine, best first."""
         compiled: list[str] = []
         while name := self._dll.anyattn_target_name(len(compiled)):
             compiled.append(name.decode())
         return [name for index, name in enumerate(compiled) if self._dll.anyattn_target_available(index)]
 
     def target_index(self) -> int:
-        """The `target` field of calls: 0 for the best, else 1 + the index of the one that the settings name.
+        """Return the `target` field of calls: 0 for the best, else 1 + the index of the one that the settings name.
 
         Raises:
-            ValueError: there is no such instruction set here.
+            ValueError: that instruction set is not available.
         """
         wanted = settings.current().cpu_target
         if not wanted:
@@ -69,8 +69,8 @@ class Library:
         return 1 + index
 
     def target(self) -> str:
-        """The instruction set in force."""
-        self.target_index()  # it exists
+        """Return the active instruction set."""
+        self.target_index()  # raises if it is not available
         return settings.current().cpu_target or self.targets()[0]
 
     def num_threads(self) -> int:
@@ -78,11 +78,11 @@ class Library:
         return int(self._dll.anyattn_num_threads())
 
     def set_num_threads(self, count: int) -> None:
-        """Choose the number of threads of later calls; 0: follow the runtime, the affinity mask and the quota."""
+        """Set the number of threads of later calls. 0: follow the runtime, the affinity mask and the quota."""
         self._dll.anyattn_set_num_threads(count)
 
     def restore_num_threads(self, count: int) -> None:
-        """Choose a number that was in use before; the number that the runtime gives is followed again."""
+        """Set a number that was active before. If it was the runtime's number, follow the runtime again."""
         self.set_num_threads(0)
         if count != self.num_threads():
             self.set_num_threads(count)
@@ -91,7 +91,7 @@ class Library:
         return str(self._dll.anyattn_thread_runtime().decode())
 
     def peak_flops(self, dtype: int) -> float:
-        """Floating-point operations per second of the register-only loop, on the threads and target in force."""
+        """Return floating-point operations per second of the register-only loop, with the active threads and target."""
         return float(self._dll.anyattn_peak_flops(self.target_index(), dtype, self.num_threads()))
 
     def error_string(self, status: int) -> str:
@@ -99,10 +99,10 @@ class Library:
 
 
 def load() -> Library:
-    """The library that the settings name, or the one beside the package.
+    """Return the library that the settings name, or the one installed with the package.
 
     Raises:
-        LibraryError: it is missing, does not load, or is of another version.
+        LibraryError: the library is missing, does not load, or has another version.
     """
     return _load(settings.current().library)
 

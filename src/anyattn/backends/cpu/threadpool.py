@@ -1,4 +1,4 @@
-"""The native library among the thread pools that threadpoolctl finds and limits (scikit-learn, joblib, dask)."""
+"""Registration of the native library with threadpoolctl, which limits threads of scikit-learn, joblib and dask."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 
 class Native(Protocol):
-    """The functions of the native library that a controller needs."""
+    """Functions of the native library that a controller needs."""
 
     def num_threads(self) -> int: ...
     def restore_num_threads(self, count: int) -> None: ...
@@ -26,7 +26,7 @@ def show_to_threadpoolctl(open_library: Callable[[str], Native]) -> None:
 
 def _controller(base: Any, open_library: Callable[[str], Native]) -> Any:
     class AnyattnController(base):  # type: ignore[misc]
-        """Give threadpoolctl the number of threads of the native engine, whichever pool runs them."""
+        """Controller of the CPU engine's number of threads, for any of its thread pools."""
 
         user_api = "anyattn"
         internal_api = "anyattn"

@@ -1,4 +1,4 @@
-"""The NumPy backend: tiled attention in O(N) memory on any machine, and the executable explanation of the algorithm."""
+"""NumPy backend: tiled attention in O(N) memory on any machine, and an executable explanation of the algorithm."""
 
 from .backend import NumpyBackend
 

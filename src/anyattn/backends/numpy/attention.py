@@ -1,21 +1,24 @@
-"""Attention tile by tile: no more than one tile of the (seqlen_q, seqlen_k) scores exists at a time.
+"""Attention tile by tile. At most one tile of the (seqlen_q, seqlen_k) scores is stored at a time.
 
-Forward: a tile of rows visits the tiles of keys that it sees. Per row it keeps the largest score so far, the sum of the
-exponentials relative to it, and the weighted sum of the values; when the maximum rises, the other two are rescaled:
+Forward: a tile of queries visits the tiles of keys that it attends to. Each query keeps the largest score so far, the
+sum of the exponentials relative to it, and the weighted sum of the values. When the maximum rises, the two sums are
+rescaled:
 
     m' = max(m, max_j s_j)             l' = l exp(m - m') + sum_j exp(s_j - m')
     o = acc / l, lse = m + log l       acc' = acc exp(m - m') + sum_j exp(s_j - m') D_j v_j
 
-A sink is a score without a value: its rows begin with m = sink, l = 1 instead of m = -inf, l = 0.
+A sink is a score without a value, so its queries start with m = sink, l = 1 instead of m = -inf, l = 0.
 
-Backward: the probabilities are computed again, P = exp(s - lse), and need no maximum. Where the rounding of a large lse
-would show in P, the row's maximum and sum are computed again too, and P = exp(s - m) / l. With D the dropout factors:
+Backward: the probabilities are recomputed as P = exp(s - lse), which needs no maximum. If lse is so large that its
+rounding error would affect P, the maximum and sum of the query are recomputed too, and P = exp(s - m) / l. With the
+dropout factors D:
 
     delta = rowsum(dO O) - dlse        dP = D (dO V^T)               dS = P (dP - delta)
     dT = dS (1 - (t / softcap)^2)      dQ = scale dT K               dK = scale dT^T Q
     dV = (P D)^T dO                    dbias = dS                    dsink = -sum P_sink delta
 
-A tile of rows keeps its own dQ; dK and dV are sums over the tiles of rows, which takes O(seqlen_k) memory.
+Each tile of queries computes its own dQ. dK and dV are summed over the tiles of queries, which takes O(seqlen_k)
+memory.
 Source: Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning" (2023), algorithms 1, 2.
 """
 
@@ -29,20 +32,20 @@ from ...definition import philox
 from ...definition.dtypes import LOWEST_SCORE, widen
 from .tiles import Arrays, Floats, Keys, Rows, Sum, key_tiles, row_tiles, score_tile
 
-# Beyond this |lse|, P = exp(s - lse) would be wrong by more than 4e-6 in float32: by half a unit in lse's last place.
+# Beyond this |lse|, P = exp(s - lse) has a relative error above 4e-6 in float32: half a unit in lse's last place.
 TRUSTED_LSE = 128.0
 
 
 class Scores(NamedTuple):
-    """(heads_kv, group, rows, keys): scores, -inf where not seen, and t / softcap, None without a softcap."""
+    """Scores (heads_kv, group, rows, keys), -inf for masked keys, and t / softcap (None without a softcap)."""
 
     s: Floats
     tanh: Floats | None
 
 
 def forward(arrays: Arrays) -> None:
-    """Writes out and lse."""
-    arrays.view("out")[...] = 0  # rows outside every sequence
+    """Write out and lse."""
+    arrays.view("out")[...] = 0  # queries outside every sequence
     arrays.view("lse")[...] = -np.inf
     for sequence in arrays.sequences():
         for rows in row_tiles(arrays.problem, sequence):
@@ -64,7 +67,7 @@ def _forward_rows(arrays: Arrays, rows: Rows) -> None:
 
 
 def _begin(arrays: Arrays, rows: Rows) -> tuple[Floats, Floats]:
-    """m and l before the first key."""
+    """Return m and l before the first key."""
     m = np.full(rows.shape, -np.inf, arrays.kind)
     if arrays.problem.sink is not None:
         m[...] = arrays.of_heads("sink", rows)
@@ -72,7 +75,7 @@ def _begin(arrays: Arrays, rows: Rows) -> tuple[Floats, Floats]:
 
 
 def _visit(arrays: Arrays, rows: Rows, keys: Keys, q: Floats, m: Floats, l: Floats) -> tuple[Floats, ...]:
-    """Return exp(s - m) of a tile, m and l after it, and what sums from before it must be multiplied by."""
+    """Return exp(s - m) of a tile, the new m and l, and the factor that rescales earlier sums."""
     s = scores(arrays, rows, keys, q, arrays.read_keys("k", rows, keys)).s
     m_new = np.maximum(m, s.max(axis=-1))
     finite = _finite(m_new)
@@ -82,7 +85,7 @@ def _visit(arrays: Arrays, rows: Rows, keys: Keys, q: Floats, m: Floats, l: Floa
 
 
 def backward(arrays: Arrays) -> None:
-    """Writes dq, dk, dv and, where the call has them, dbias and dsink."""
+    """Write dq, dk, dv and, if the call has them, dbias and dsink."""
     arrays.view("dq")[...] = 0
     sums = {name: Sum(arrays, name) for name in ("dk", "dv", "dbias", "dsink") if arrays.view(name) is not None}
     for sequence in arrays.sequences():
@@ -129,7 +132,8 @@ def _backward_rows(arrays: Arrays, rows: Rows, sums: dict[str, Sum]) -> None:
 def normalizers(arrays: Arrays, rows: Rows, q: Floats) -> tuple[Floats, Floats]:
     """Return (base, rest) of each row, P = exp(s - base - rest): (lse, 0), or (m, log l) where |lse| is large.
 
-    An lse that exceeds the row's own by more than rounding is that of more keys, of which these are a part: it stays.
+    An lse that exceeds the query's own lse by more than rounding belongs to a larger set of keys, so it is used
+    unchanged.
     """
     lse = arrays.read_numbers("lse", rows)
     base, rest = _finite(lse), np.zeros_like(lse)
@@ -153,7 +157,7 @@ def output_delta(arrays: Arrays, rows: Rows, do: Floats) -> Floats:
 
 
 def scores(arrays: Arrays, rows: Rows, keys: Keys, q: Floats, k: Floats) -> Scores:
-    """s of a tile; the mask of positions is applied only where an edge runs through the tile."""
+    """Return s of a tile. The mask of positions is applied only if an edge of the mask crosses the tile."""
     problem = arrays.problem
     s = unstack(q @ transpose(k), rows)
     s *= arrays.number(problem.scale)
@@ -178,7 +182,7 @@ def scores(arrays: Arrays, rows: Rows, keys: Keys, q: Floats, k: Floats) -> Scor
 
 
 def dropout(arrays: Arrays, rows: Rows, keys: Keys) -> Floats:
-    """D of a tile: 0 or 1 / (1 - p)."""
+    """Return D of a tile: 0 or 1 / (1 - p)."""
     problem = arrays.problem
     state, b = arrays.view("rng_state"), rows.sequence.number
     queries, slots = np.arange(rows.start, rows.stop), np.arange(keys.start, keys.stop)
@@ -205,5 +209,5 @@ def transpose(tile: Floats) -> Floats:
 
 
 def _finite(x: Floats) -> Floats:
-    """0 in place of -inf: what rows without keys subtract."""
+    """Replace -inf by 0, so that queries without visible keys subtract 0."""
     return np.asarray(np.where(x == -np.inf, x.dtype.type(0), x))

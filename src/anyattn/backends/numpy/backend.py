@@ -1,4 +1,4 @@
-"""NumpyBackend: every problem whose arrays are in host memory."""
+"""NumPy backend: every problem whose arrays are in host memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COMPUTE = {FORWARD: forward, BACKWARD: backward, TANGENT: tangent, SECOND: secon
 
 
 class NumpyPlan:
-    """A plan without workspace, because temporaries come from NumPy."""
+    """Plan without workspace, because NumPy allocates temporaries."""
 
     workspace_bytes = 0
     lse_optional = False
@@ -31,16 +31,16 @@ class NumpyPlan:
         self.problem = problem
 
     def warmup(self) -> None:
-        """Do nothing: there is nothing to compile."""
+        """Do nothing, because nothing has to be compiled."""
 
-    # NaN and infinities of the caller go through in silence, as on every backend
+    # No warnings for the caller's NaN and infinities, as in every backend.
     @np.errstate(all="ignore")
     def run(self, call: Call) -> None:
         COMPUTE[self.problem.pass_](Arrays(self.problem, call))
 
 
 class NumpyBackend:
-    """Slower than the CPU engine, but available everywhere."""
+    """Backend that is slower than the CPU engine, but available everywhere."""
 
     name = "numpy"
     passes = frozenset((*COMPUTE, APPEND))
@@ -54,7 +54,7 @@ class NumpyBackend:
         if problem.device == "cpu":
             return []
         verb = "writes to" if problem.pass_ is APPEND else "computes in"
-        return [f"{verb} host memory only; q is on {problem.device}"]
+        return [f"{verb} host memory only, got q on {problem.device}"]
 
     def avoids(self, problem: Problem) -> list[str]:
         return []

@@ -1,7 +1,7 @@
-"""Tiles: how a problem is cut into them, where they lie in a call's arrays, and how they are read and written.
+"""Tiles of a problem: their sizes, their positions in a call's arrays, reading and writing.
 
-A tile of rows is (heads_kv, group * rows, dim): the query heads that read one KV head stand below each other, so that
-one matrix product serves the whole group. A tile of keys is (heads_kv, keys, dim).
+A tile of queries is (heads_kv, group * rows, dim). The query heads of one KV head are stacked, so that one matrix
+product computes the whole group. A tile of keys is (heads_kv, keys, dim).
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from ..base import Call
 
 Floats = npt.NDArray[Any]
 
-TILE_Q = 256  # query rows, those of all heads of a group together
+TILE_Q = 256  # queries, counting all heads of a group
 TILE_K = 256
-TILE_ENTRIES = 2**18  # scores held at a time: 1 MB in float32
+TILE_ENTRIES = 2**18  # scores stored at a time: 1 MB in float32
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Rows [start, stop) of one sequence, for the query heads that read the KV heads [first, last)."""
+    """Queries [start, stop) of one sequence, for the query heads of the KV heads [first, last)."""
 
     sequence: Sequence
     start: int
@@ -43,15 +43,15 @@ class Rows:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(heads_kv, group, rows)"""
+        """Return (heads_kv, group, rows)."""
         return (self.last - self.first, self.group, self.stop - self.start)
 
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """Key slots [start, stop); `seen` is None where every query attends to every key: no mask is needed.
+    """Key slots [start, stop). `seen` marks the visible keys; it is None if every query attends to every key.
 
-    Else it is (heads_kv, 1, rows, keys), or (1, 1, rows, keys) where the heads agree.
+    `seen` is (heads_kv, 1, rows, keys), or (1, 1, rows, keys) if all heads have the same mask.
     """
 
     start: int
@@ -60,7 +60,10 @@ class Keys:
 
 
 def row_tiles(problem: Problem, sequence: Sequence) -> Iterator[Rows]:
-    """Sizes depend on nothing but the sequence and the heads, so a result does not depend on the rest of the batch."""
+    """Yield the tiles of queries.
+
+    Sizes depend only on the sequence and the heads, so results do not depend on the batch.
+    """
     rows = max(1, min(TILE_Q // problem.group, sequence.n_q))
     keys = max(1, min(TILE_K, sequence.n_k))
     entries = keys * max(problem.group * rows, problem.head_dim, problem.head_dim_v)
@@ -72,7 +75,7 @@ def row_tiles(problem: Problem, sequence: Sequence) -> Iterator[Rows]:
 
 
 def key_tiles(arrays: Arrays, rows: Rows) -> Iterator[Keys]:
-    """Yield the tiles in which some query attends to some key."""
+    """Yield the tiles with at least one visible key."""
     sequence, problem = rows.sequence, arrays.problem
     lo, hi = problem.interval.bounds(sequence.positions(rows.start, rows.stop), sequence.n_k, sequence.leftpad)
     lists = arrays.selected_keys(rows)
@@ -91,7 +94,7 @@ def key_tiles(arrays: Arrays, rows: Rows) -> Iterator[Keys]:
 
 
 def _listed(lists: npt.NDArray[np.int32], start: int, stop: int) -> npt.NDArray[np.bool_]:
-    """Return which slots [start, stop) the lists (heads_kv, rows, n) name: (heads_kv, 1, rows, slots)."""
+    """Return the slots [start, stop) that the lists (heads_kv, rows, n) name: (heads_kv, 1, rows, slots)."""
     heads_kv, rows, _ = lists.shape
     found = np.zeros((heads_kv, 1, rows, stop - start), np.bool_)
     head, row, entry = np.nonzero((lists >= start) & (lists < stop))
@@ -100,7 +103,7 @@ def _listed(lists: npt.NDArray[np.int32], start: int, stop: int) -> npt.NDArray[
 
 
 class Arrays:
-    """The arrays of one call in host memory; tiles of them are copies in the compute dtype."""
+    """Arrays of one call in host memory. Tiles are copies in the compute dtype."""
 
     def __init__(self, problem: Problem, call: Call) -> None:
         self.problem = problem
@@ -109,12 +112,12 @@ class Arrays:
         self._call = call
 
     def view(self, name: str) -> Any:
-        """The named array, bfloat16 as uint16; None where absent."""
+        """Return the named array, bfloat16 as uint16, or None if absent."""
         array = getattr(self._call, name)
         return None if array is None else self._call.adapter.numpy(array)
 
     def selected_keys(self, rows: Rows) -> npt.NDArray[np.int32] | None:
-        """Return the lists of key slots of the rows, (heads_kv or 1, rows, n); None where a call has no kv_indices."""
+        """Return the key slot lists of the queries, (heads_kv or 1, rows, n), or None without kv_indices."""
         indices = self.view("kv_indices")
         if indices is None:
             return None
@@ -125,20 +128,20 @@ class Arrays:
         return sequences(self.problem, {name: self.view(name) for name in TABLES})
 
     def read_rows(self, name: str, rows: Rows) -> Floats:
-        """(heads_kv, group * rows, dim) of q, out or dout."""
+        """Read (heads_kv, group * rows, dim) of q, out or dout."""
         described: Array = getattr(self.problem, name)
         tile = widen(self.view(name)[self._rows(rows)], described.dtype, self.kind)
         heads_kv, group, count = rows.shape
         return np.array(tile.swapaxes(0, 1), order="C").reshape(heads_kv, group * count, -1)
 
     def write_rows(self, name: str, rows: Rows, values: Floats) -> None:
-        """The same for out and dq."""
+        """Write (heads_kv, group * rows, dim) of out or dq."""
         heads_kv, group, count = rows.shape
         tile = values.reshape(heads_kv * group, count, -1).swapaxes(0, 1)
         self.view(name)[self._rows(rows)] = narrow(tile, self.problem.dtype)
 
     def read_numbers(self, name: str, rows: Rows) -> Floats:
-        """(heads_kv, group, rows) of lse or dlse."""
+        """Read (heads_kv, group, rows) of lse or dlse."""
         return np.asarray(self.view(name)[self._numbers(rows)].reshape(rows.shape))
 
     def write_numbers(self, name: str, rows: Rows, values: Floats) -> None:
@@ -146,7 +149,7 @@ class Arrays:
         self.view(name)[self._numbers(rows)] = values.reshape(heads_kv * group, count)
 
     def read_keys(self, name: str, rows: Rows, keys: Keys) -> Floats:
-        """(heads_kv, keys, dim) of k or v. Keys that no row of the tile sees may be NaN in memory: they become 0."""
+        """Read (heads_kv, keys, dim) of k or v. Keys that no query of the tile attends to may be NaN and become 0."""
         tile = widen(self.view(name)[self.key_index(rows, keys)], self.problem.dtype, self.kind)
         tile = np.array(tile.swapaxes(0, 1), order="C")
         if keys.seen is not None:
@@ -155,7 +158,7 @@ class Arrays:
         return tile
 
     def key_index(self, rows: Rows, keys: Keys) -> tuple[Any, ...]:
-        """Index of (keys, heads_kv, dim) in k, v, dk and dv."""
+        """Return the index of (keys, heads_kv, dim) in k, v, dk and dv."""
         sequence, heads = rows.sequence, slice(rows.first, rows.last)
         if self.problem.paged:
             slots = np.arange(keys.start, keys.stop)
@@ -166,20 +169,20 @@ class Arrays:
         return (sequence.batch_k, slice(keys.start, keys.stop), heads)
 
     def of_heads(self, name: str, rows: Rows) -> Floats:
-        """(heads_kv, group, 1) of sink or alibi_slopes."""
+        """Return (heads_kv, group, 1) of sink or alibi_slopes."""
         array = self.view(name)
         array = array if array.ndim == 1 else array[rows.sequence.number]
         return np.asarray(array[rows.heads].reshape(-1, rows.group, 1))
 
     def _rows(self, rows: Rows) -> tuple[Any, ...]:
-        """Index of (rows, heads, dim) in q, out, dout and dq."""
+        """Return the index of (rows, heads, dim) in q, out, dout and dq."""
         sequence = rows.sequence
         if self.problem.packed_q:
             return (slice(sequence.row_q + rows.start, sequence.row_q + rows.stop), rows.heads)
         return (sequence.number, slice(rows.start, rows.stop), rows.heads)
 
     def _numbers(self, rows: Rows) -> tuple[Any, ...]:
-        """Index of (heads, rows) in lse and dlse."""
+        """Return the index of (heads, rows) in lse and dlse."""
         sequence = rows.sequence
         if self.problem.packed_q:
             return (rows.heads, slice(sequence.row_q + rows.start, sequence.row_q + rows.stop))
@@ -187,7 +190,7 @@ class Arrays:
 
 
 def score_tile(array: Floats, rows: Rows, keys: Keys) -> Floats:
-    """(heads_kv, group, rows, keys) of bias, dbias or mask: a view, with size 1 along the axes that are broadcast."""
+    """Return a view (heads_kv, group, rows, keys) of bias, dbias or mask, with size 1 along broadcast axes."""
     b = rows.sequence.number
     wanted = (slice(b, b + 1), rows.heads, slice(rows.start, rows.stop), slice(keys.start, keys.stop))
     index = [slice(0, 1) if size == 1 else part for size, part in zip(array.shape, wanted, strict=True)]
@@ -196,7 +199,7 @@ def score_tile(array: Floats, rows: Rows, keys: Keys) -> Floats:
 
 
 class Sum:
-    """A gradient to which many tiles add: in the compute dtype, and in the result itself where it has that."""
+    """Sum of many tiles in a gradient: in the compute dtype, or directly in the result if it has that dtype."""
 
     def __init__(self, arrays: Arrays, name: str) -> None:
         problem = arrays.problem
@@ -206,22 +209,22 @@ class Sum:
         self._dtype = described.dtype
         self._result = raw(arrays.view(name), self._dtype)
         scores = (problem.batch, problem.nheads, problem.seqlen_q, problem.seqlen_k)
-        # nothing is summed then, so an array of O(N^2) need not exist a second time
+        # No sum is needed then, so that an array of O(N^2) is not stored twice.
         self._once = name == "dbias" and described.shape == scores
         in_place = self._dtype == arrays.kind or self._once
         self.values = self._result if in_place else np.zeros(described.shape, arrays.kind)
         self.values[...] = 0
 
     def add_keys(self, rows: Rows, keys: Keys, values: Floats) -> None:
-        """Adds (heads_kv, keys, dim) to dk or dv."""
+        """Add (heads_kv, keys, dim) to dk or dv."""
         index, values = self._arrays.key_index(rows, keys), values.swapaxes(0, 1)
         if self._arrays.problem.paged:
-            np.add.at(self.values, index, values)  # a page may occur twice
+            np.add.at(self.values, index, values)  # a page may be listed twice
         else:
             self.values[index] += values
 
     def add_scores(self, rows: Rows, keys: Keys, values: Floats) -> None:
-        """Adds (heads_kv, group, rows, keys) to dbias, summed over the axes along which the bias is broadcast."""
+        """Add (heads_kv, group, rows, keys) to dbias, summed over the axes along which the bias is broadcast."""
         tile = score_tile(self.values, rows, keys)
         if self._once:
             tile[...] = narrow(values, self._dtype)
@@ -229,7 +232,7 @@ class Sum:
             tile += values.sum(axis=tuple(axis for axis in range(4) if tile.shape[axis] == 1), keepdims=True)
 
     def finish(self) -> None:
-        """Rounds the sums to the result's dtype."""
+        """Round the sums to the result's dtype."""
         if self.values is self._result:
             return
         step = max(1, TILE_ENTRIES // max(1, self.values[:1].size))

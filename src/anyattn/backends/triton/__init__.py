@@ -1,1 +1,1 @@
-"""GPUs of NVIDIA, AMD and Intel through Triton. Imported at the first call on a GPU, never before."""
+"""Triton backend: GPUs of NVIDIA, AMD and Intel. Imported at the first call on a GPU."""

@@ -1,4 +1,4 @@
-"""Appending to a KV cache: new keys, rotated, and new values are written behind what is there; q is rotated beside."""
+"""Append to a KV cache: write new keys (rotated) and values after the keys in the cache, and rotate q."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .tiles import clamp, narrow
 
 
 class Rotation(NamedTuple):
-    """Tables of angles (positions, half); cos and sin are None where nothing is rotated."""
+    """Tables of angles (positions, half); cos and sin are None if nothing is rotated."""
 
     cos: Any
     sin: Any
@@ -24,7 +24,7 @@ class Rotation(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Where slots lie: keys already there, and the tables."""
+    """Position of slots: the number of keys in the cache, and the tables."""
 
     lengths: Any
     entries: Any
@@ -41,7 +41,7 @@ def copy_rows(
     DIM: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BY_ROW: tl.constexpr,
     APPEND: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """One row of `source` (batch, rows, nheads, DIM), rotated, to the same row of `target` or, APPEND, to its slot."""
+    """Copy a row of `source` (batch, rows, nheads, DIM), rotated, to that row of `target` or, with APPEND, its slot."""
     program = tl.program_id(0)
     b, t = program // rows, program % rows
     length = tl.load(cache.lengths + b)
@@ -65,7 +65,7 @@ def copy_rows(
     place, row = b.to(tl.int64), t.to(tl.int64)
     if APPEND:
         slot = length + t
-        fits = (slot >= 0) & (slot < cache.slots)  # on a device nothing was checked
+        fits = (slot >= 0) & (slot < cache.slots)  # values on a device were not checked
         inside = inside & (h < tl.where(fits, nheads, 0))[:, None]
         row = slot.to(tl.int64)
         if cache.block_table is not None:
@@ -83,7 +83,7 @@ HEADS = 4  # heads of one program
 
 
 def append_kernels(problem: Problem) -> list[Kernel]:
-    """Return the kernels that copy new keys and values into the cache and, with rotary, rotate q into `out`."""
+    """Return the kernels that copy new keys and values to the cache and, with rotary tables, rotate q into `out`."""
     found = [_kernel(problem, "new_k", "k", rotated=True), _kernel(problem, "new_v", "v", rotated=False)]
     if problem.rotary_dim:
         found.append(_kernel(problem, "q", "out", rotated=True))

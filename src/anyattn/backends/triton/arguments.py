@@ -1,4 +1,4 @@
-"""A Problem as arguments and constants of kernels: numbers, and the places of the call's arrays."""
+"""Arguments and constants of kernels for a Problem: numbers, and positions of the call's arrays."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .launch import Address, f32, i32, i64, stride
 from .tuning import Config, chunks
 from .views import Dense, Dropout, Heads, Interval, Scalars, Sizes, Tables, View
 
-# torch's precision of float32 products: what Triton calls it
+# torch's precision of float32 products -> Triton's name
 PRECISIONS = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
 
 
 def common(problem: Problem) -> tuple[Any, ...]:
-    """bias, mask, heads, tables, sizes, interval, scalars and dropout, as every kernel takes them."""
+    """Return bias, mask, heads, tables, sizes, interval, scalars and dropout in the kernels' parameter order."""
     interval = problem.interval
     left, right, chunk = (
         None if bound is None else i64(bound) for bound in (interval.left, interval.right, interval.chunk or None)
@@ -45,7 +45,7 @@ def view(name: str, array: Array) -> View:
 
 
 def statistics(name: str, array: Array) -> View:
-    """lse, dlse and delta: (batch, nheads, row) or packed (nheads, row)."""
+    """Return the view of lse, dlse or delta: (batch, nheads, row), or packed (nheads, row)."""
     *batch, head, row = array.strides
     return View(Address(name, "float32"), i64(batch[0] if batch else 0), i64(row), i64(head))
 
@@ -84,19 +84,22 @@ def sizes(problem: Problem) -> Sizes:
 
 
 def key_bytes(problem: Problem) -> int:
-    """Of k and v of one KV head of one sequence."""
+    """Return the bytes of k and v for one KV head of one sequence."""
     return problem.seqlen_k * (problem.head_dim + problem.head_dim_v) * (4 if problem.dtype == "float32" else 2)
 
 
 def dims(problem: Problem) -> dict[str, int]:
-    """Head sizes and their chunks."""
+    """Return the head sizes and their chunks."""
     (d0, d1), (e0, e1) = chunks(problem.head_dim), chunks(problem.head_dim_v)
     sizes = {"HEAD_DIM": problem.head_dim, "HEAD_DIM_V": problem.head_dim_v}
     return {**sizes, "D0": d0, "D1": d1, "E0": e0, "E1": e1}
 
 
 def flags(problem: Problem) -> dict[str, Any]:
-    """Constants of the mask, the scores and the products. HOLES: keys that no row sees may lie between those seen."""
+    """Return the constants of the mask, the scores and the products.
+
+    HOLES: masked keys may lie between visible ones.
+    """
     interval = problem.interval
     return {
         "TOP_LEFT": problem.alignment == "top-left",
@@ -108,14 +111,14 @@ def flags(problem: Problem) -> dict[str, Any]:
 
 
 def precision(problem: Problem) -> str:
-    """How float32 is multiplied: as torch.set_float32_matmul_precision says, where the hardware has a choice."""
+    """Return the precision of float32 products: torch.set_float32_matmul_precision's, if the hardware has a choice."""
     if problem.dtype != "float32" or not tuning.has_tf32(device(problem.device).arch):
         return "ieee"
     import torch
 
     try:
         return PRECISIONS[torch.get_float32_matmul_precision()]
-    except RuntimeError:  # set through torch's newer names, which it does not mix with this one
+    except RuntimeError:  # set through torch's newer names, which cannot be mixed with this one
         return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 

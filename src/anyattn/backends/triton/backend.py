@@ -1,4 +1,4 @@
-"""TritonBackend: what runs on a GPU through torch's device, or in Triton's interpreter on host memory."""
+"""Triton backend: runs on a GPU through torch's device, or in Triton's interpreter on host memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EXTRAS = (
     *("bias", "mask", "alibi_slopes", "sink", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"),
     *("leftpad_k", "offset", "block_table", "cache_batch_idx", "rng_state"),
 )
-# What is known of each card, for `anyattn info`. Compiled: tests' aot.json; expected: nothing has been seen to fail.
+# Evidence for each card, for `anyattn info`. Compiled: see the tests' aot.json. Expected: no known failure.
 EVIDENCE = {
     "tested": ("Triton's interpreter",),
     "compiled": (
@@ -31,7 +31,7 @@ EVIDENCE = {
 
 
 class TritonBackend:
-    """NVIDIA, AMD and Intel GPUs."""
+    """Backend for NVIDIA, AMD and Intel GPUs."""
 
     name = "triton"
     passes = frozenset((FORWARD, BACKWARD, APPEND))
@@ -40,7 +40,7 @@ class TritonBackend:
 
     def available(self, *, named: bool = False) -> str | None:
         if self._missing is None and interpreted() and not named:
-            return "runs in Triton's interpreter, which is slow: only if named"
+            return "runs in Triton's interpreter, which is slow. Name it to use it"
         return self._missing
 
     @cached_property
@@ -50,7 +50,7 @@ class TritonBackend:
             return "Triton is not installed: pip install triton (it comes with torch for GPUs)"
         if found < OLDEST:
             had, needed = (".".join(map(str, numbers)) for numbers in (found, OLDEST))
-            return f"Triton {had} is too old: {needed} or later is needed (torch 2.10 brings it)"
+            return f"Triton {had} is too old: {needed} or later is needed (torch 2.10 includes it)"
         if interpreted():
             return None
         try:
@@ -58,7 +58,7 @@ class TritonBackend:
         except ImportError:
             return "torch, through which GPUs are reached, is not installed"
         if not any(hasattr(torch, kind) and getattr(torch, kind).is_available() for kind in DEVICES):
-            return "torch sees no GPU (TRITON_INTERPRET=1 runs the kernels in Triton's interpreter, slowly)"
+            return "torch finds no GPU (TRITON_INTERPRET=1 runs the kernels in Triton's interpreter, slowly)"
         return None
 
     def supports(self, problem: Problem) -> list[str]:
@@ -76,22 +76,22 @@ class TritonBackend:
         return TritonPlan(problem)
 
 
-def seen() -> list[dict[str, str]]:
-    """What is known of each GPU of this machine, for `anyattn info`."""
+def list_gpus() -> list[dict[str, str]]:
+    """Return what is known about each GPU of this machine, for `anyattn info`."""
     return [{"device": name, "name": product, "arch": arch, "state": state(arch)} for name, product, arch in cards()]
 
 
 def state(arch: str) -> str:
-    """compiled, expected, or why it cannot run there."""
+    """Return "compiled", "expected", or why Triton cannot run on the architecture."""
     return refusal(arch) or ("compiled" if arch in EVIDENCE["compiled"] else "expected")
 
 
 def _misplaced(where: str) -> list[str]:
-    """Reasons against arrays there."""
+    """Return why arrays on this device are not supported, or []."""
     if interpreted():
-        return [] if where == "cpu" else [f"computes in host memory, as TRITON_INTERPRET is set; q is on {where}"]
+        return [] if where == "cpu" else [f"computes in host memory because TRITON_INTERPRET is set, got q on {where}"]
     if where.split(":", maxsplit=1)[0] not in DEVICES:
-        return [f"computes on {' and '.join(DEVICES)} devices; q is on {where}"]
+        return [f"computes on {' and '.join(DEVICES)} devices, got q on {where}"]
     against = [refusal(arch) for name, _, arch in cards() if name == where]
     return [reason for reason in against if reason]
 
@@ -103,7 +103,7 @@ def _too_wide(problem: Problem) -> list[str]:
     if width <= largest:
         return []
     what = "" if largest == LARGEST_HEAD_DIM else f" for {problem.dtype} gradients on {arch}"
-    return [f"takes head_dim and head_dim_v up to {largest}{what}, got {width}"]
+    return [f"supports head_dim and head_dim_v up to {largest}{what}, got {width}"]
 
 
 def _without(dtype: str) -> list[str]:

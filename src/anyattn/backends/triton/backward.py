@@ -1,11 +1,11 @@
-"""Backward: the probabilities are computed again, P = 2^(x - log2(e) lse) with x = log2(e) s, and with D of dropout:
+"""Backward pass. The probabilities are recomputed: P = 2^(x - log2(e) lse) with x = log2(e) s. D: dropout factors.
 
     delta = rowsum(dO O) - dlse        dP = D (dO V^T)               dS = P (dP - delta)
     dT = dS (1 - (t / softcap)^2)      dQ = scale dT K               dK = scale dT^T Q               dV = (P D)^T dO
 
-One kernel owns tiles of keys and visits the rows that see them, head by head of the group; another owns tiles of rows
-and visits the keys that they see. Neither adds to memory that another program writes, so no atomics are needed and the
-result is the same from run to run. Full tiles come first, without a mask, as in forward.py.
+One kernel owns tiles of keys and visits the queries that attend to them, head by head of the group. Another kernel owns
+tiles of queries and visits their visible keys. No two programs write to the same memory, so no atomics are needed and
+results are the same from run to run. Full tiles come first, without a mask, as in forward.py.
 Source: Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning" (2023), algorithm 2.
 """
 
@@ -37,7 +37,7 @@ from .views import Sizes, Tables
 
 
 class Terms(NamedTuple):
-    """What makes a score and its gradient of a product, besides where it lies."""
+    """Parameters that turn a product into a score and its gradient, except positions."""
 
     bias: Any
     mask: Any
@@ -52,7 +52,7 @@ def attention_backward_delta(
     out, dout, dlse, delta, tables, sizes, schedule,
     HEAD_DIM_V: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, TILE_Q: tl.constexpr, TOP_LEFT: tl.constexpr,
 ):  # fmt: skip
-    """delta of every row; 0 where a row is not in use."""
+    """Compute delta of every query; 0 for unused queries."""
     tile, b, head, row_q, length = place(tl.program_id(0), tables, sizes, schedule, False, TILE_Q, False)
     seq = sequence(b, row_q, length, tables, sizes, TOP_LEFT)
     r = tl.arange(0, TILE_Q)
@@ -69,14 +69,17 @@ def attention_backward_delta(
 
 @triton.jit
 def row_sums(out_rows, do_rows, used, START: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr):
-    """rowsum(dO O) over one chunk of dimensions."""
+    """Return rowsum(dO O) over one chunk of dimensions."""
     out = load(out_rows, used, True, START, WIDTH, SIZE).to(tl.float32)
     return tl.sum(out * load(do_rows, used, True, START, WIDTH, SIZE).to(tl.float32), 1)
 
 
 @triton.jit
 def rows_at(view, b, head, first, i):
-    """Addresses of rows first + i: 64-bit for the tile, as narrow as the stride inside, which saves registers."""
+    """Return the addresses of rows first + i:
+
+    64 bits for the tile, and the stride's type inside it, to save registers.
+    """
     base = view.pointer + b.to(tl.int64) * view.batch + head.to(tl.int64) * view.head + first.to(tl.int64) * view.row
     return base + i * view.row
 
@@ -88,7 +91,7 @@ def attention_backward_dkv(
     E1: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr, TOP_LEFT: tl.constexpr, LOWER: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    # Tables and sizes with which place() walks over keys and their heads; here, as Triton 3.6 returns no None.
+    # Tables and sizes with which place() iterates over keys and their heads, because Triton 3.6 cannot return None.
     walked = Tables(tables.cu_seqlens_k, None, None, None, None, None, None, None, None)
     by_key = Sizes(sizes.batch, sizes.seqlen_k, 0, sizes.nheads // sizes.group, 1, sizes.rows_k, 0, 0, 0)
     tile, b, kv_head, row_k, length = place(tl.program_id(0), walked, by_key, schedule, False, TILE_K, False)
@@ -102,7 +105,7 @@ def attention_backward_dkv(
     r = tl.arange(0, TILE_K)
     j = start + r
     low, high = row_bounds(j, seq, interval)
-    keys = low < high  # memory of keys that no row sees may hold NaN
+    keys = low < high  # memory of keys that no query attends to may hold NaN
     k_rows, v_rows = rows_at(k, b, kv_head, row_k + start, r), rows_at(v, b, kv_head, row_k + start, r)
     k0 = load(k_rows, keys, True, 0, D0, HEAD_DIM)
     v0 = load(v_rows, keys, True, 0, E0, HEAD_DIM_V)
@@ -141,7 +144,7 @@ def attention_backward_dkv(
 
 @triton.jit
 def rows_of_sequence(b, tables, sizes):
-    """(first row of sequence b in packed q, rows)"""
+    """Return (first row of sequence b in packed q, number of rows)."""
     first = b * 0
     rows = first + sizes.seqlen_q
     if tables.cu_seqlens_q is not None:
@@ -152,7 +155,7 @@ def rows_of_sequence(b, tables, sizes):
 
 @triton.jit
 def row_bounds(j, seq, interval):
-    """First and one-past-last row that may see key slots j; both never decrease."""
+    """Return the first and one-past-last query that may attend to key slots j. Neither bound ever decreases."""
     c = (j - seq.leftpad).to(tl.int64)
     low = c * 0
     high = low + seq.n_q
@@ -172,7 +175,10 @@ def row_bounds(j, seq, interval):
 
 @triton.jit
 def row_tiles(first, last, seq, interval, TILE: tl.constexpr):
-    """Tiles of rows for key slots first..last: edges [begin, full), full tiles [full, edge), edges [edge, end)"""
+    """Return tiles of queries for key slots first..last:
+
+    edges [begin, full), full tiles [full, edge), edges [edge, end).
+    """
     low_first, _ = row_bounds(tl.maximum(first, seq.leftpad), seq, interval)
     low_last, _ = row_bounds(last, seq, interval)
     _, high_first = row_bounds(first, seq, interval)
@@ -192,7 +198,7 @@ def visit_rows(
     E1: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr, EDGE: tl.constexpr, LOWER: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of rows; scores are transposed, (tile_k, tile_q)."""
+    """Add one tile of queries. Scores are transposed: (tile_k, tile_q)."""
     r, first = tl.arange(0, TILE_Q), seq.row_q + start_q
     i = start_q + r
     used = i < seq.n_q
@@ -231,7 +237,7 @@ def visit_rows(
 
 @triton.jit
 def row_lse(pointers, used, EDGE: tl.constexpr):
-    """log2(e) lse of rows, +inf where there is no key, so that P is 0."""
+    """Return log2(e) lse of queries, +inf for queries without visible keys, so that P is 0."""
     value = tl.load(pointers, mask=used, other=float("-inf")) * LOG2E
     if EDGE:
         value = tl.where(value == float("-inf"), float("inf"), value)
@@ -240,7 +246,7 @@ def row_lse(pointers, used, EDGE: tl.constexpr):
 
 @triton.jit
 def probabilities(s, lse, row, j, start, b, terms, EDGE: tl.constexpr, LOWER: tl.constexpr):
-    """P of a tile of products, and the derivative of the cap."""
+    """Return P for a tile of products, and the derivative of the softcap."""
     PLAIN: tl.constexpr = (
         terms.scalars.softcap is None and terms.bias is None and terms.heads.slopes is None and terms.mask is None
     )
@@ -255,7 +261,7 @@ def probabilities(s, lse, row, j, start, b, terms, EDGE: tl.constexpr, LOWER: tl
 
 @triton.jit
 def score_gradient(p, dp, delta, keep, terms):
-    """dS; keep: what dropout keeps."""
+    """Return dS. keep: entries that dropout keeps."""
     if terms.dropout is not None:
         dp = tl.where(keep, dp * terms.dropout.factor, 0.0)
     return p * (dp - delta)
@@ -275,7 +281,7 @@ def attention_backward_dq(
         return
     last = tl.minimum(start_q + TILE_Q, seq.n_q) - 1
     begin, full, edge, end, low, high = key_tiles(start_q, last, seq, interval, 0, 1, TILE_K)
-    own = own_rows(
+    own = load_query_tile(
         start_q, q, dout, lse, delta, head, seq, sizes, interval, HEAD_DIM, HEAD_DIM_V, D0, D1, E0, E1, TILE_Q
     )
     dq0 = tl.zeros([TILE_Q, D0], tl.float32)
@@ -300,8 +306,8 @@ def attention_backward_dq(
         store(dq_rows, dq1 * scalars.scale, owned, D0, D1, HEAD_DIM)
 
 
-class Own(NamedTuple):
-    """What the program that owns a tile of rows keeps of them: where they are, q and dO in chunks, lse and delta."""
+class QueryTile(NamedTuple):
+    """Tile of queries that a program owns: positions, q and dO in chunks, lse and delta."""
 
     row: Any
     q0: Any
@@ -313,7 +319,7 @@ class Own(NamedTuple):
 
 
 @triton.jit
-def own_rows(
+def load_query_tile(
     start_q, q, dout, lse, delta, head, seq, sizes, interval, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, TILE_Q: tl.constexpr,
 ):  # fmt: skip
@@ -330,7 +336,7 @@ def own_rows(
         do1 = narrow(load(do_rows, used, True, E0, E1, HEAD_DIM_V), q0.dtype)
     top = row_lse(rows_at(lse, seq.index, head, first, r), used, True)
     shift = tl.load(rows_at(delta, seq.index, head, first, r), mask=used, other=0.0)
-    return Own(rows_of(i, i, head, seq, sizes, interval, False), q0, q1, do0, do1, top[:, None], shift[:, None])
+    return QueryTile(rows_of(i, i, head, seq, sizes, interval, False), q0, q1, do0, do1, top[:, None], shift[:, None])
 
 
 @triton.jit
@@ -340,7 +346,7 @@ def visit_keys(
     E1: tl.constexpr, TILE_K: tl.constexpr, EDGE: tl.constexpr, LOWER: tl.constexpr, HOLES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys."""
+    """Add one tile of keys."""
     ds, slope, k0, k1 = tile_gradient(
         start, own, k, v, low, high, seq, interval, terms,
         HEAD_DIM, HEAD_DIM_V, D0, D1, E0, E1, TILE_K, EDGE, LOWER, HOLES, PRECISION,
@@ -359,10 +365,10 @@ def tile_gradient(
     E1: tl.constexpr, TILE_K: tl.constexpr, EDGE: tl.constexpr, LOWER: tl.constexpr, HOLES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dS of a tile (tile_q, tile_k), the derivative of the cap, and the keys that it read."""
+    """Return dS of a tile (tile_q, tile_k), the derivative of the softcap, and the keys that were read."""
     r = tl.arange(0, TILE_K)
     j = start + r
-    keys = (j >= low) & (j < high)  # outside, memory may hold NaN
+    keys = (j >= low) & (j < high)  # outside this range, memory may hold NaN
     if HOLES and EDGE:
         first, last = row_bounds(j, seq, interval)
         keys = keys & (first < last)

@@ -1,9 +1,9 @@
-"""Gradients of what scores share: dbias = dS, summed over the axes along which the bias is broadcast, and
+"""Gradients of bias and sink: dbias = dS, summed over the axes along which the bias is broadcast, and
 
-    dsink_h = - sum over rows of exp(sink_h - lse) delta
+    dsink_h = - sum over queries of exp(sink_h - lse) delta
 
-A program owns a tile of dbias and walks over everything that is added to it, in a fixed order; where tiles are few,
-several programs take a part each, and their parts are added in order.
+A program owns a tile of dbias and adds all its terms in a fixed order. If there are few tiles, several programs compute
+partial sums, which are then added in order.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .backward import Terms, own_rows, tile_gradient
+from .backward import Terms, load_query_tile, tile_gradient
 from .tiles import LOG2E, bounds, narrow, sequence
 
 
-class Walk(NamedTuple):
-    """Counts of batch entries, heads, tiles of rows and of keys: those that programs own and those that one adds."""
+class BiasReduction(NamedTuple):
+    """Counts of batch entries, heads, tiles of queries and tiles of keys:
+
+    those of all programs, and those that one adds.
+    """
 
     heads: Any
     rows: Any
@@ -33,30 +36,30 @@ class Walk(NamedTuple):
 
 @triton.jit
 def attention_backward_dbias(
-    q, k, v, dout, lse, delta, dbias, bias, mask, heads, tables, sizes, interval, scalars, dropout, walk,
+    q, k, v, dout, lse, delta, dbias, bias, mask, heads, tables, sizes, interval, scalars, dropout, reduction,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr,
     E1: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr, TOP_LEFT: tl.constexpr, LOWER: tl.constexpr,
     HOLES: tl.constexpr, PRECISION: tl.constexpr, ADD_ROWS: tl.constexpr, ADD_KEYS: tl.constexpr,
 ):  # fmt: skip
     program, part = tl.program_id(0), tl.program_id(1)
-    own_key, own_row = program % walk.keys, program // walk.keys % walk.rows
-    own_head = program // (walk.keys * walk.rows) % walk.heads
-    own_batch = program // (walk.keys * walk.rows * walk.heads)
+    own_key, own_row = program % reduction.keys, program // reduction.keys % reduction.rows
+    own_head = program // (reduction.keys * reduction.rows) % reduction.heads
+    own_batch = program // (reduction.keys * reduction.rows * reduction.heads)
     terms = Terms(bias, mask, heads, sizes, scalars, dropout)
     total = tl.zeros([TILE_Q, TILE_K], tl.float32)
-    count = walk.add_batch * walk.add_heads * walk.add_rows * walk.add_keys
-    share = tl.cdiv(count, walk.parts)
+    count = reduction.add_batch * reduction.add_heads * reduction.add_rows * reduction.add_keys
+    share = tl.cdiv(count, reduction.parts)
     for n in range(part * share, tl.minimum(part * share + share, count)):
-        start = (own_key + n % walk.add_keys) * TILE_K
-        start_q = (own_row + n // walk.add_keys % walk.add_rows) * TILE_Q
-        head = own_head + n // (walk.add_keys * walk.add_rows) % walk.add_heads
-        b = own_batch + n // (walk.add_keys * walk.add_rows * walk.add_heads)
+        start = (own_key + n % reduction.add_keys) * TILE_K
+        start_q = (own_row + n // reduction.add_keys % reduction.add_rows) * TILE_Q
+        head = own_head + n // (reduction.add_keys * reduction.add_rows) % reduction.add_heads
+        b = own_batch + n // (reduction.add_keys * reduction.add_rows * reduction.add_heads)
         seq = sequence(b, b * 0, sizes.seqlen_q, tables, sizes, TOP_LEFT)
         last = tl.minimum(start_q + TILE_Q, seq.n_q) - 1
         low, _high = bounds(start_q, seq, interval)
         _low, high = bounds(last, seq, interval)
         if (start_q <= last) & (start < high) & (start + TILE_K > low):
-            own = own_rows(
+            own = load_query_tile(
                 start_q, q, dout, lse, delta, head, seq, sizes, interval, HEAD_DIM, HEAD_DIM_V, D0, D1, E0, E1, TILE_Q
             )
             ds, _slope, _k0, _k1 = tile_gradient(
@@ -74,13 +77,13 @@ def attention_backward_dbias(
         total, j = tl.sum(total, 1, keep_dims=True), tl.zeros([1, 1], tl.int64)
         keep = i < (1 if ADD_ROWS else sizes.seqlen_q)
     place = dbias.pointer + own_batch.to(tl.int64) * dbias.batch + own_head.to(tl.int64) * dbias.head
-    place += part.to(tl.int64) * walk.elements + i * dbias.row + j * dbias.key
+    place += part.to(tl.int64) * reduction.elements + i * dbias.row + j * dbias.key
     tl.store(place, narrow(total, dbias.pointer.dtype.element_ty), mask=keep)
 
 
 @triton.jit
 def sum_parts(parts, result, count, elements, TILE: tl.constexpr):
-    """result[e] = sum over n < count of parts[n, e]"""
+    """Compute result[e] = sum over n < count of parts[n, e]."""
     e = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     total = tl.zeros([TILE], tl.float32)
     for n in range(0, count):
@@ -90,7 +93,7 @@ def sum_parts(parts, result, count, elements, TILE: tl.constexpr):
 
 @triton.jit
 def attention_backward_dsink(sink, lse, delta, dsink, rows, count, TILE: tl.constexpr):
-    """One program per head; count: rows of all batch entries, of which each has `rows`."""
+    """Compute dsink of one head per program. count: queries of all batch entries; rows: queries of one batch entry."""
     h = tl.program_id(0).to(tl.int64)
     logit = tl.load(sink + h)
     total = tl.zeros([TILE], tl.float32)
@@ -99,6 +102,6 @@ def attention_backward_dsink(sink, lse, delta, dsink, rows, count, TILE: tl.cons
         b, i = (n // rows).to(tl.int64), (n % rows).to(tl.int64)
         part = tl.load(delta.pointer + b * delta.batch + h * delta.head + i * delta.row, mask=n < count, other=0.0)
         below = logit - tl.load(lse.pointer + b * lse.batch + h * lse.head + i * lse.row, mask=n < count, other=0.0)
-        # the exponent is 0 where the row sees no key; delta is 0 in rows that are not in use, whatever lse is there
+        # The exponent is 0 for a query without visible keys. delta is 0 for unused queries, whatever their lse.
         total += tl.where(part != 0, tl.exp2(tl.minimum(below, 0.0) * LOG2E) * part, 0.0)
     tl.store(dsink + h, tl.where(logit > float("-inf"), -tl.sum(total, 0), 0.0))

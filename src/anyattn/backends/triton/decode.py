@@ -1,4 +1,5 @@
-"""Few rows and many keys: the group's heads share a tile, programs share the keys, and their parts are combined.
+"""Decoding, with few queries and many keys. The heads of a group share a tile, programs split the keys (split-KV), and
+their partial results are combined.
 
 lse = log(sum_s exp(lse_s))      out = sum_s exp(lse_s - lse) out_s
 """
@@ -16,7 +17,7 @@ def combine_splits(
     part_out, part_lse, out, lse, rows, nheads, seqlen_q, splits,
     HEAD_DIM_V: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """out: `rows` rows (batch, seqlen_q, nheads) of HEAD_DIM_V; lse: (batch, nheads, seqlen_q); parts float32."""
+    """Combine float32 parts to out, `rows` rows (batch, seqlen_q, nheads), and lse (batch, nheads, seqlen_q)."""
     n = tl.program_id(0) * TILE + tl.arange(0, TILE)
     inside = n < rows
     n = n.to(tl.int64)

@@ -1,4 +1,4 @@
-"""Which GPU a tensor lies on, as far as tuning needs to know. The interpreter counts as a device of its own."""
+"""Properties of GPUs that tuning needs. Triton's interpreter counts as a device."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 INTERPRETER = "interpreter"
-DEVICES = ("cuda", "xpu")  # torch's; AMD's GPUs are "cuda" too
+DEVICES = ("cuda", "xpu")  # torch's names; AMD's GPUs are "cuda" too
 DISTRIBUTIONS = ("triton", "pytorch-triton-rocm", "triton-rocm", "pytorch-triton-xpu", "triton-xpu", "triton-windows")
 OLDEST_SM = 70
 LARGEST_HEAD_DIM = 512
-# ... with gradients, where little memory is shared: tiles of four arrays have to fit
+# ... with gradients on cards with little shared memory, which must hold tiles of four arrays
 LARGEST_WITH_GRADIENTS = {
     ("sm_70", "float32"): 256, ("sm_75", "float32"): 128, ("sm_75", "float16"): 256, ("sm_75", "bfloat16"): 256,
 }  # fmt: skip
@@ -31,7 +31,7 @@ class Device:
 
 
 def installed() -> tuple[int, ...] | None:
-    """Triton's version, (3, 9), from the metadata of whichever package brings it; None without one."""
+    """Return Triton's version, for example (3, 9), from the metadata of its package; None if it is not installed."""
     for name in DISTRIBUTIONS:
         try:
             return tuple(int(part) for part in re.findall(r"\d+", version(name))[:2])
@@ -41,7 +41,7 @@ def installed() -> tuple[int, ...] | None:
 
 
 def refusal(arch: str) -> str | None:
-    """Why Triton makes no code for this architecture, as far as is known beforehand."""
+    """Return why Triton is known not to compile for this architecture, or None."""
     if arch.startswith("sm_") and int(arch[3:]) < OLDEST_SM:
         return f"Triton compiles for sm_{OLDEST_SM} and later; this card is {arch}"
     if arch.startswith("gfx103") and (installed() or ()) > NEWEST_FOR_GFX103:
@@ -50,12 +50,12 @@ def refusal(arch: str) -> str | None:
 
 
 def largest_head_dim(arch: str, dtype: str, *, backward: bool) -> int:
-    """The largest head_dim and head_dim_v."""
+    """Return the largest supported head_dim and head_dim_v."""
     return LARGEST_WITH_GRADIENTS.get((arch, dtype), LARGEST_HEAD_DIM) if backward else LARGEST_HEAD_DIM
 
 
 def cards() -> list[tuple[str, str, str]]:
-    """(torch's name, product, architecture) of the GPUs that torch sees."""
+    """Return (torch's name, product, architecture) of the GPUs that torch finds."""
     try:
         import torch
     except ImportError:
@@ -70,13 +70,16 @@ def cards() -> list[tuple[str, str, str]]:
 
 
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, which reads TRITON_INTERPRET itself when they are first imported."""
+    """Return whether kernels run in Triton's interpreter.
+
+    Triton reads TRITON_INTERPRET when the kernels are imported.
+    """
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
 @cache
 def device(name: str) -> Device:
-    """The device of that torch name, "cuda:0"; an architecture's name stands for a card that is not here."""
+    """Return the device of a torch name such as "cuda:0". An architecture's name gives a card that is not installed."""
     kind, _, number = name.partition(":")
     if kind.startswith(("sm_", "gfx")):
         return Device(kind, 128, 2**25)

@@ -1,13 +1,13 @@
-"""Forward: a program owns a tile of rows and visits the tiles of keys that they see, keeping
+"""Forward pass: a program owns a tile of queries and visits their tiles of visible keys, computing
 
     m' = max(m, max_j x_j)                        l' = l 2^(m - m') + sum_j 2^(x_j - m')
     acc' = acc 2^(m - m') + sum_j 2^(x_j - m') v_j
 
-with x = log2(e) s. Full tiles come first, without a mask; then those through which an edge of the mask runs.
-Dimensions are cut into two chunks of powers of two, so 96 is 64 + 32 and not 128.
+with x = log2(e) s. Full tiles come first, without a mask, then the tiles that an edge of the mask crosses.
+Dimensions are split into two chunks of powers of two, so 96 is 64 + 32 instead of 128.
 
-With PACK a tile holds (row, head of the group) pairs, so that keys are read once per KV head: decoding. With SPLIT
-several programs share the keys of a tile of rows and write partial results, which decode.py combines.
+With PACK a tile holds pairs (query, head of the group), so that keys are read once per KV head; decoding uses it.
+With SPLIT several programs share the keys of a tile of queries and write partial results, which decode.py combines.
 Source: Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning" (2023), algorithm 1.
 """
 
@@ -83,7 +83,7 @@ def attention_forward(
 
 @triton.jit
 def place(program, tables, sizes, schedule, PACK: tl.constexpr, TILE_Q: tl.constexpr, LAST_FIRST: tl.constexpr):
-    """(tile, sequence, head, first row, rows) of a program: the heads of a section take turns, tile by tile."""
+    """Return (tile, sequence, head, first row, rows) of a program. The heads of a section alternate, tile by tile."""
     heads = sizes.nheads // sizes.group if PACK else sizes.nheads
     pairs = heads if tables.cu_seqlens_q is not None else heads * sizes.batch
     section = program // (schedule.tiles * schedule.section)
@@ -103,7 +103,7 @@ def place(program, tables, sizes, schedule, PACK: tl.constexpr, TILE_Q: tl.const
 
 @triton.jit
 def rows_of(r, i, head, seq, sizes, interval, PACK: tl.constexpr):
-    """The rows of a tile as index tensors (tile_q, 1); without PACK one head for all."""
+    """Return the queries of a tile as index tensors (tile_q, 1). Without PACK all have the same head."""
     low, high = bounds(i, seq, interval)
     position = i.to(tl.int64) + seq.offset + seq.leftpad
     h = head
@@ -115,7 +115,7 @@ def rows_of(r, i, head, seq, sizes, interval, PACK: tl.constexpr):
 
 @triton.jit
 def start_row(heads, h, split, SPLIT: tl.constexpr, TILE_Q: tl.constexpr):
-    """m and l before the first key: a sink is a score without a value, and belongs to the first split."""
+    """Return m and l before the first key. A sink is a score without a value, and only the first split counts it."""
     m = tl.full([TILE_Q], float("-inf"), tl.float32)
     if heads.sink is not None:
         m = tl.load(heads.sink + h) * LOG2E
@@ -131,9 +131,9 @@ def visit(
     E1: tl.constexpr, TILE_K: tl.constexpr, EDGE: tl.constexpr, LOWER: tl.constexpr, HOLES: tl.constexpr,
     NEGATIVE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys."""
+    """Add one tile of keys."""
     j = start + tl.arange(0, TILE_K)
-    keys = (j >= low) & (j < high)  # outside, memory may hold NaN
+    keys = (j >= low) & (j < high)  # outside this range, memory may hold NaN
     place_k, slot_k = slots(j, keys, seq, tables, sizes)
     k_rows = k.pointer + place_k * k.batch + slot_k * k.row + kv_head * k.head
     v_rows = v.pointer + place_k * v.batch + slot_k * v.row + kv_head * v.head
@@ -170,7 +170,7 @@ def finish(
     m, l, acc0, acc1, out, lse, b, row_q, i, h, used, owned, split, schedule, dropout, HEAD_DIM_V: tl.constexpr,
     E0: tl.constexpr, E1: tl.constexpr,
 ):  # fmt: skip
-    """Writes out and lse; rows that are not in use get 0 and -inf. A split's part lies behind those of the others."""
+    """Write out and lse. Unused queries get 0 and -inf. The parts of the splits are stored one after another."""
     some = used & (l != 0)  # NaN stays NaN
     factor = tl.where(some, 1.0 / tl.where(l != 0, l, 1.0), 0.0)
     if dropout is not None:

@@ -1,7 +1,7 @@
-"""From a kernel and its arguments to a running program: the same way for every kernel, through the compiler directly.
+"""Launch of kernels: from a kernel and its arguments to a running program, through Triton's compiler.
 
-Arguments are described once per plan, as a Template of typed numbers and named addresses. It gives the signature of the
-compiled kernel, so that nothing about sizes is ever specialized, and per call only the addresses are filled in.
+Arguments are described once per plan, as a Template of typed numbers and named addresses. The template gives the
+signature of the compiled kernel, so that no size is ever specialised. Each call only fills in the addresses.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from ...definition.errors import CompilationError
 from ..base import Call
 from .device import interpreted
 
-LARGEST_STRIDE = 2**23  # times the rows of a tile, at most 128, and plus the dimensions: below 2^31
-ALIGNMENT = 16  # bytes of addresses: what the widest loads need; strides are known to be multiples of up to as much
-INTERPRETED = interpreted()  # as the kernels, which decide it when they are imported
+LARGEST_STRIDE = 2**23  # times the rows of a tile (at most 128), plus the dimensions: below 2^31
+ALIGNMENT = 16  # bytes; required by the widest loads. Strides are known to be multiples of up to this number
+INTERPRETED = interpreted()  # decided when the kernels are imported
 
 
 class Number(NamedTuple):
-    """A runtime scalar; `stride`: the compiler is told what all of them are multiples of."""
+    """Runtime scalar. stride: the compiler may assume the common divisor of all strides."""
 
     kind: str
     value: float
@@ -36,7 +36,7 @@ class Number(NamedTuple):
 
 
 class Address(NamedTuple):
-    """Where an array of the call begins, plus a number of bytes."""
+    """Address of the first element of a call's array, plus a number of bytes."""
 
     name: str
     dtype: str
@@ -59,12 +59,12 @@ def f32(value: float) -> Number:
 
 
 def stride(value: int) -> Number:
-    """32 bits wherever offsets inside a tile fit into them."""
+    """Return a stride, in 32 bits if offsets inside a tile fit into them."""
     return Number("i32" if abs(value) < LARGEST_STRIDE else "i64", value, True)
 
 
 class Template:
-    """The arguments of one kernel: leaves and named tuples of leaves, then constants."""
+    """Arguments of one kernel: leaves and named tuples of leaves, then constants."""
 
     def __init__(self, arguments: Sequence[Any], constants: dict[str, Any]) -> None:
         self.arguments = tuple(arguments)
@@ -78,7 +78,7 @@ class Template:
         self.names = {leaf.name for leaf in self.addresses}
         self.key = (tuple(part.signature() for part in self._parts), tuple(constants.items()), self.divisor)
         self._values = [part.value for part in self._parts] + list(constants.values())
-        self._open: list[tuple[int, _Part, list[int]]] = []  # place of a part, and of its addresses among all
+        self._open: list[tuple[int, _Part, list[int]]] = []  # index of a part, and indices of its addresses among all
         first = 0
         for at, part in enumerate(self._parts):
             if part.slots:
@@ -86,14 +86,14 @@ class Template:
                 first += len(part.slots)
 
     def values(self, addresses: Sequence[Any]) -> list[Any]:
-        """What the launcher takes, these being what `self.addresses` asks for."""
+        """Return the launcher's arguments for these addresses, in the order of `self.addresses`."""
         values = self._values.copy()
         for at, part, places in self._open:
             values[at] = (addresses[places[0]], *part.rest) if part.rest else part.fill(addresses, places)
         return values
 
     def source(self, function: Any, aligned: bool) -> ASTSource:
-        """What the compiler takes."""
+        """Return the source for the compiler."""
         names = function.arg_names
         signature: dict[str, Any] = {}
         constants: dict[tuple[int, ...], Any] = {}
@@ -114,7 +114,7 @@ class Template:
 
 
 class _Part:
-    """One parameter: a leaf or a named tuple of leaves. Kernels that run as Python want it named."""
+    """Parameter of a kernel: a leaf or a named tuple of leaves, with names for kernels that run in Python."""
 
     def __init__(self, argument: Any) -> None:
         self.nested = isinstance(argument, tuple) and not isinstance(argument, Number | Address)
@@ -124,11 +124,11 @@ class _Part:
         self._values = [leaf.value if isinstance(leaf, Number) else None for leaf in self.leaves]
         self._make: Any = self.kind._make if self.kind and INTERPRETED else tuple
         self.value = self._make(self._values) if self.nested else self._values[0]
-        # behind an address at the beginning, as in a View: most of what a call fills in
+        # Everything after the first address is constant, as in a View; this is the most common case.
         self.rest = tuple(self._values[1:]) if self.slots == [0] and self._make is tuple else ()
 
     def fill(self, addresses: Sequence[Any], places: Sequence[int]) -> Any:
-        """The value with addresses[places] in its slots."""
+        """Return the value with addresses[places] filled in."""
         if not self.nested:
             return addresses[places[0]]
         values = self._values.copy()
@@ -148,7 +148,7 @@ def _kind(leaf: Leaf) -> str:
 
 
 class Kernel:
-    """A kernel with its template, ready to launch. Compiled at the first launch, once per device and alignment."""
+    """Kernel with its template, ready to launch. It is compiled at the first launch, once per device and alignment."""
 
     def __init__(self, function: Any, template: Template, grid: tuple[int, int], options: dict[str, Any]) -> None:
         assert tuple(template.constants) == tuple(function.arg_names[len(template.arguments) :])
@@ -164,16 +164,16 @@ class Kernel:
     def interpret(self, call: Call) -> None:
         addresses = zip(self.addresses(call), self.template.addresses, strict=True)
         tensors = [_tensor(address, leaf.dtype) for address, leaf in addresses]
-        with np.errstate(all="ignore"):  # infinities and the wrapping integers of Philox
+        with np.errstate(all="ignore"):  # no warnings for infinities and the wrapping integers of Philox
             self.function[self.grid](*self.template.values(tensors))
 
     def warmup(self) -> None:
-        """Compiles it for the current device and arrays that are aligned."""
+        """Compile the kernel for the current device and aligned arrays."""
         if not self.empty:
             self._compile(triton.runtime.driver.active.get_current_device(), True)
 
     def launch(self, call: Call, device: int, stream: int) -> None:
-        """On the device that is current."""
+        """Launch the kernel on the current device."""
         addresses, bits = self.addresses(call), 0
         for address in addresses:
             bits |= address
@@ -188,7 +188,7 @@ class Kernel:
 
 
 def run_all(kernels: Sequence[Kernel], call: Call, device: str) -> None:
-    """In order, on the device of that torch name, whichever is current."""
+    """Run the kernels in order on the device of that torch name."""
     wanted = [kernel for kernel in kernels if not kernel.empty]
     if INTERPRETED:
         for kernel in wanted:
@@ -206,7 +206,7 @@ def run_all(kernels: Sequence[Kernel], call: Call, device: str) -> None:
 
 
 def warmup_all(kernels: Sequence[Kernel], device: str) -> None:
-    """Compiles them for the device of that torch name."""
+    """Compile the kernels for the device of that torch name."""
     if not INTERPRETED:
         with torch_device(device):
             for kernel in kernels:
@@ -215,13 +215,13 @@ def warmup_all(kernels: Sequence[Kernel], device: str) -> None:
 
 @cache
 def device_number(name: str) -> int | None:
-    """1 of "cuda:1"; None for the current one."""
+    """Return the number of a device, for example 1 for "cuda:1"; None for the current device."""
     number = name.partition(":")[2]
     return int(number) if number else None
 
 
 def torch_device(name: str) -> AbstractContextManager[Any]:
-    """Makes the device of that torch name the current one."""
+    """Return a context in which the device of that torch name is the current one."""
     number = device_number(name)
     if number is None:
         return nullcontext()
@@ -235,10 +235,10 @@ _cache: dict[Any, Any] = {}
 
 
 def compiled(kernel: Kernel, device: int, aligned: bool) -> Any:
-    """The compiled kernel, loaded; equal ones are shared by all plans.
+    """Return the compiled and loaded kernel. Plans share equal kernels.
 
     Raises:
-        CompilationError: the compiler or the device refuses it.
+        CompilationError: the compiler or the device refuses the kernel.
     """
     key = (device, kernel.function, kernel.template.key, aligned, tuple(kernel.options.items()))
     found = _cache.get(key)
@@ -247,7 +247,7 @@ def compiled(kernel: Kernel, device: int, aligned: bool) -> Any:
         try:
             source = kernel.template.source(kernel.function, aligned)
             found = triton.compile(source, target=target, options=kernel.options)
-            _ = found.run  # loads it, which fails where it wants more registers or shared memory than there are
+            _ = found.run  # loads the kernel, which fails if it needs more registers or shared memory than available
         except Exception as error:
             raise CompilationError(f"{_variant(kernel)} on {target.backend} {target.arch}: {error}") from error
         _cache[key] = found
@@ -255,7 +255,7 @@ def compiled(kernel: Kernel, device: int, aligned: bool) -> Any:
 
 
 def _variant(kernel: Kernel) -> str:
-    """What somebody needs to see the same failure."""
+    """Return a description with which others can reproduce the failure."""
     constants = {**kernel.template.constants, **kernel.options}
     inside = ", ".join(f"{name}={value}" for name, value in constants.items())
     given = ", ".join(sorted(kernel.template.names))
@@ -263,10 +263,10 @@ def _variant(kernel: Kernel) -> str:
 
 
 def _tensor(address: int, dtype: str) -> Any:
-    """One element of host memory as a tensor: the interpreter only wants its address and dtype."""
+    """Return one element of host memory as a tensor, because the interpreter only needs its address and dtype."""
     import torch
 
     kind = getattr(torch, "uint8" if dtype == "bool" else dtype)
-    if not address:  # an array without elements
+    if not address:  # array without elements
         return torch.empty(1, dtype=kind)
     return torch.frombuffer((ctypes.c_char * kind.itemsize).from_address(address), dtype=kind)

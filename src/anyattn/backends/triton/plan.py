@@ -1,4 +1,4 @@
-"""The plan of a problem: its kernels in the order in which they run, and their workspace."""
+"""Plan of a problem: its kernels in execution order, and their workspace."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from ..base import Call
 from .arguments import precision
 from .launch import Kernel, run_all, warmup_all
 
-OPTIONAL = frozenset(("dbias", "dsink"))  # outputs that a call may lack
+OPTIONAL = frozenset(("dbias", "dsink"))  # outputs that may be absent from a call
 
 
 class TritonPlan:
-    """The kernels of one problem, in the order in which they run."""
+    """Kernels of one problem, in execution order."""
 
     lse_optional = False
 
@@ -32,7 +32,7 @@ class TritonPlan:
         run_all(kernels, call, self._problem.device)
 
     def _kernels(self) -> list[Kernel]:
-        """Return the kernels for the precision of float32 products that torch asks for now."""
+        """Return the kernels for torch's current precision of float32 products."""
         now = precision(self._problem)
         if now not in self._built:
             self._built[now], _ = build(self._problem)
@@ -44,7 +44,7 @@ def _wanted(kernel: Kernel, call: Call) -> bool:
 
 
 def build(problem: Problem) -> tuple[list[Kernel], int]:
-    """Return the kernels of the problem's pass and their bytes of workspace; only that pass is imported."""
+    """Return the kernels of the problem's pass and their bytes of workspace. Only that pass is imported."""
     if problem.pass_ is FORWARD:
         from .plan_forward import forward_kernels
 

@@ -1,4 +1,4 @@
-"""Plans of the backward: delta, dk and dv by tiles of keys, dq by tiles of rows; dbias and dsink where asked for."""
+"""Plans of the backward pass: delta, dk and dv by tiles of keys, dq by tiles of queries; dbias and dsink on request."""
 
 from __future__ import annotations
 
@@ -9,38 +9,39 @@ from ...definition.problem import Array, Problem, contiguous
 from . import tuning
 from .arguments import common, dense, dims, flags, options, sizes, statistics, tables, view
 from .backward import attention_backward_delta, attention_backward_dkv, attention_backward_dq
-from .dbias import Walk, attention_backward_dbias, attention_backward_dsink, sum_parts
+from .dbias import BiasReduction, attention_backward_dbias, attention_backward_dsink, sum_parts
 from .device import Device, device
 from .launch import Address, Kernel, Template, i32, i64
 from .tuning import Config
 from .views import Dense, Schedule, View
 
-BYTES = 4  # of a float32
+BYTES = 4  # size of a float32
 
 
 def backward_kernels(problem: Problem) -> tuple[list[Kernel], int]:
-    """(kernels, bytes of workspace)."""
+    """Return (kernels, bytes of workspace)."""
     width = max(sum(tuning.chunks(problem.head_dim)), sum(tuning.chunks(problem.head_dim_v)))
     gpu = device(problem.device)
     dkv, dq = tuning.backward(gpu.arch, problem.dtype, width)
     kernels = [delta_kernel(problem), dkv_kernel(problem, dkv), dq_kernel(problem, dq)]
-    used = BYTES * max(math.prod(problem.lse_shape), 1)  # delta; an empty workspace has no address
+    # For delta; at least one, because an empty workspace has no address.
+    used = BYTES * max(math.prod(problem.lse_shape), 1)
     if problem.bias is not None:
-        walk = bias_walk(problem, problem.bias, tuning.bias(gpu.arch, problem.dtype, width), gpu)
-        kernels += bias_kernels(problem, problem.bias, walk, used)
-        used += walk.bytes
+        reduction = plan_bias(problem, problem.bias, tuning.bias(gpu.arch, problem.dtype, width), gpu)
+        kernels += bias_kernels(problem, problem.bias, reduction, used)
+        used += reduction.bytes
     if problem.sink is not None:
         kernels.append(sink_kernel(problem))
     return kernels, used
 
 
 def delta_view(problem: Problem) -> View:
-    """delta lies like lse, at the beginning of the workspace."""
+    """Return the view of delta, which has lse's layout and starts the workspace."""
     return statistics("workspace", contiguous(problem.lse_shape, "float32"))
 
 
 def row_schedule(problem: Problem, tile: int) -> tuple[Schedule, int]:
-    """(schedule, programs) of tiles of rows."""
+    """Return (schedule, programs) for tiles of queries."""
     if problem.packed_q:
         rows = problem.q.shape[0]
         return schedule(rows // tile + problem.batch + 2 if rows else 0, problem.nheads)
@@ -48,7 +49,7 @@ def row_schedule(problem: Problem, tile: int) -> tuple[Schedule, int]:
 
 
 def key_schedule(problem: Problem, tile: int) -> tuple[Schedule, int]:
-    """(schedule, programs) of tiles of keys."""
+    """Return (schedule, programs) for tiles of keys."""
     if problem.packed_k:
         rows = problem.k.shape[0]
         return schedule(rows // tile + problem.batch + 2 if rows else 0, problem.nheads_kv)
@@ -93,47 +94,54 @@ def dq_kernel(problem: Problem, config: Config) -> Kernel:
     return Kernel(attention_backward_dq, Template(arguments, constants), (programs, 1), options(config))
 
 
-class BiasWalk(NamedTuple):
-    """How dbias is cut: what programs own, what each adds (see dbias.Walk), and in how many parts."""
+class BiasPlan(NamedTuple):
+    """Division of dbias:
+
+    axes of the programs, axes that each program sums over (see dbias.BiasReduction), and parts.
+    """
 
     config: Config
-    own: tuple[int, ...]  # batch entries, heads, tiles of rows, tiles of keys
+    own: tuple[int, ...]  # batch entries, heads, tiles of queries, tiles of keys
     add: tuple[int, ...]
     parts: int
     elements: int
 
     @property
     def bytes(self) -> int:
-        """Of workspace for the parts."""
+        """Return the bytes of workspace for the parts."""
         return BYTES * self.parts * self.elements if self.parts > 1 else 0
 
 
-def bias_walk(problem: Problem, bias: Array, config: Config, gpu: Device) -> BiasWalk:
-    """From sizes alone."""
+def plan_bias(problem: Problem, bias: Array, config: Config, gpu: Device) -> BiasPlan:
+    """Return the division of dbias, from sizes only."""
     tiles = (-(-problem.seqlen_q // config.tile_q), -(-problem.seqlen_k // config.tile_k))
     whole = (problem.batch, problem.nheads, *tiles)
     own = tuple(1 if size == 1 else count for size, count in zip(bias.shape, whole, strict=True))
     add = tuple(count if size == 1 else 1 for size, count in zip(bias.shape, whole, strict=True))
     parts = max(1, min(math.prod(add), 2 * gpu.processors // max(math.prod(own), 1)))
-    return BiasWalk(config, own, add, parts, math.prod(bias.shape))
+    return BiasPlan(config, own, add, parts, math.prod(bias.shape))
 
 
-def bias_kernels(problem: Problem, bias: Array, walk: BiasWalk, used: int) -> list[Kernel]:
-    """`used`: bytes of workspace before the parts."""
-    result, config = Address("dbias", bias.dtype), walk.config
+def bias_kernels(problem: Problem, bias: Array, reduction: BiasPlan, used: int) -> list[Kernel]:
+    """Return the kernels of dbias. used: bytes of workspace before the parts."""
+    result, config = Address("dbias", bias.dtype), reduction.config
     parts = Address("workspace", "float32", used)
     steps = dense("dbias", contiguous(bias.shape, bias.dtype))
     assert steps is not None
-    target = Dense(parts if walk.parts > 1 else result, *steps[1:])
-    counts = Walk._make([*(i32(x) for x in (*walk.own[1:], *walk.add, walk.parts)), i64(walk.elements)])
+    target = Dense(parts if reduction.parts > 1 else result, *steps[1:])
+    counts = BiasReduction._make(
+        [*(i32(x) for x in (*reduction.own[1:], *reduction.add, reduction.parts)), i64(reduction.elements)]
+    )
     constants = {**dims(problem), "TILE_Q": config.tile_q, "TILE_K": config.tile_k}
     constants |= {name: flags(problem)[name] for name in ("TOP_LEFT", "LOWER", "HOLES", "PRECISION")}
     constants |= {"ADD_ROWS": bias.shape[2] == 1, "ADD_KEYS": bias.shape[3] == 1}
     template = Template((*inputs(problem), target, *common(problem), counts), constants)
-    kernels = [Kernel(attention_backward_dbias, template, (math.prod(walk.own), walk.parts), options(config))]
-    if walk.parts > 1:
-        template = Template((parts, result, i32(walk.parts), i64(walk.elements)), {"TILE": tuning.SUM_ELEMENTS})
-        kernels.append(Kernel(sum_parts, template, (-(-walk.elements // tuning.SUM_ELEMENTS), 1), {}))
+    kernels = [Kernel(attention_backward_dbias, template, (math.prod(reduction.own), reduction.parts), options(config))]
+    if reduction.parts > 1:
+        template = Template(
+            (parts, result, i32(reduction.parts), i64(reduction.elements)), {"TILE": tuning.SUM_ELEMENTS}
+        )
+        kernels.append(Kernel(sum_parts, template, (-(-reduction.elements // tuning.SUM_ELEMENTS), 1), {}))
     return kernels
 
 
@@ -150,7 +158,7 @@ def sink_kernel(problem: Problem) -> Kernel:
 
 
 def inputs(problem: Problem) -> tuple[View, ...]:
-    """q, k, v, dout, lse and delta, as every kernel behind delta's takes them."""
+    """Return q, k, v, dout, lse and delta in the parameter order of every kernel except delta's."""
     assert problem.dout is not None and problem.lse is not None
     arrays = [view(name, getattr(problem, name)) for name in ("q", "k", "v", "dout")]
     return (*arrays, statistics("lse", problem.lse), delta_view(problem))

@@ -1,4 +1,4 @@
-"""Plans of the forward pass: tiles of queries, and keys in splits where the queries alone do not fill the GPU."""
+"""Plans of the forward pass: tiles of queries, and splits of the keys if the queries alone do not fill the GPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from .views import Schedule, View
 
 
 class Shape(NamedTuple):
-    """How a forward is cut: `pack`: a tile holds the heads of a group; `splits` of the keys."""
+    """Launch shape of a forward kernel.
+
+    pack: a tile holds all query heads of a KV group; splits: number of key splits.
+    """
 
     config: Config
     pack: bool
@@ -24,7 +27,7 @@ class Shape(NamedTuple):
 
 
 def forward_kernels(problem: Problem) -> tuple[list[Kernel], int]:
-    """(kernels, bytes of workspace)."""
+    """Return (kernels, bytes of workspace)."""
     shape = forward_shape(problem, device(problem.device))
     if shape.splits == 1:
         kernel = forward_kernel(problem, shape)
@@ -41,7 +44,7 @@ def forward_kernels(problem: Problem) -> tuple[list[Kernel], int]:
 
 
 def forward_shape(problem: Problem, gpu: Device) -> Shape:
-    """From sizes alone; batch_invariant: from nothing that other sequences may change."""
+    """Return the launch shape, from sizes only. For batch_invariant, other sequences do not affect it."""
     width = max(sum(chunks(problem.head_dim)), sum(chunks(problem.head_dim_v)))
     dense = problem.bias is not None or problem.mask is not None
     heavy = dense or problem.packed_q or problem.dropout_threshold > 0
@@ -59,7 +62,10 @@ def forward_shape(problem: Problem, gpu: Device) -> Shape:
 
 
 def tiles_and_pairs(problem: Problem, config: Config, pack: bool) -> tuple[int, int]:
-    """(tiles of rows per pair, pairs): a pair is a (sequence, head); packed sequences share one numbering of tiles."""
+    """Return (tiles of queries per pair, pairs).
+
+    A pair is (sequence, head). Packed sequences share one numbering of tiles.
+    """
     heads, packed = (problem.nheads_kv, problem.group) if pack else (problem.nheads, 1)
     if problem.packed_q:
         rows = problem.q.shape[0]
@@ -68,7 +74,7 @@ def tiles_and_pairs(problem: Problem, config: Config, pack: bool) -> tuple[int, 
 
 
 def forward_kernel(problem: Problem, shape: Shape, parts: tuple[Address, Address] | None = None) -> Kernel:
-    """`parts`: where splits write (out, lse)."""
+    """Return the kernel. parts: addresses at which splits write out and lse."""
     config = shape.config
     tiles, pairs = tiles_and_pairs(problem, config, shape.pack)
     out = view("out", contiguous(problem.out_shape, problem.dtype))

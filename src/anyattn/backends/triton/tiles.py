@@ -1,7 +1,7 @@
-"""Device functions that every kernel shares: where a tile's rows and keys lie, which it sees, and their scores.
+"""Device functions shared by all kernels: positions of queries and keys, their mask and their scores.
 
-Index tensors are two-dimensional, rows (tile_q, 1) and keys (1, tile_k) or the other way round, so one function serves
-tiles of scores in both orientations.
+Index tensors have two dimensions: queries (tile_q, 1) and keys (1, tile_k), or transposed. One function therefore
+serves tiles of scores in both orientations.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-# The interpreter keeps bfloat16 as integers: it multiplies those, and truncates where hardware rounds.
+# The interpreter stores bfloat16 as integers. It multiplies those integers, and truncates where hardware rounds.
 INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
 class Sequence(NamedTuple):
-    """One sequence: rows of memory that are its own, rows and keys in use, first key in use, position of row 0."""
+    """Sequence: rows of memory, queries and keys in use, first key slot in use, position of query 0."""
 
     index: Any
     rows: Any
@@ -33,7 +33,7 @@ class Sequence(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Rows of a tile: index in the sequence, query head, interval of keys, position against key 0, in use or not."""
+    """Queries of a tile: index in the sequence, query head, interval of keys, position relative to key 0, in use."""
 
     index: Any
     head: Any
@@ -45,7 +45,7 @@ class Rows(NamedTuple):
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a @ b in float32."""
+    """Return acc + a @ b in float32."""
     if INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
@@ -53,7 +53,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def narrow(x, dtype: tl.constexpr):
-    """Rounded to dtype, nearest and ties to even."""
+    """Round to dtype, nearest and ties to even."""
     if INTERPRETED and dtype == tl.bfloat16:
         x = x.to(tl.float32)
         bits = x.to(tl.uint32, bitcast=True)
@@ -64,7 +64,7 @@ def narrow(x, dtype: tl.constexpr):
 
 @triton.jit
 def tanh(x):
-    """Relative error of a few ulp everywhere: a polynomial near 0, where the formula cancels."""
+    """Compute tanh with a relative error of a few ulp; by a polynomial near 0, where the formula cancels."""
     e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
     far = (1.0 - e) / (1.0 + e)
     far = tl.where(x < 0, -far, far)
@@ -80,7 +80,7 @@ def clamp(x, low, high):
 
 @triton.jit
 def entry(table, b, sizes, default):
-    """table[b], or the default without a table."""
+    """Return table[b], or the default without a table."""
     value = default
     if table is not None:
         value = tl.load(table + b, mask=b < sizes.batch, other=0)
@@ -89,7 +89,7 @@ def entry(table, b, sizes, default):
 
 @triton.jit
 def first_row(v, tables, sizes):
-    """First row of virtual sequence v: 0 are the rows before the first, batch + 1 those behind the last sequence."""
+    """Return the first row of virtual sequence v: 0 precedes the first sequence, and batch + 1 follows the last one."""
     inside = (v > 0) & (v < sizes.batch + 2)
     start = tl.load(tables.cu_seqlens_q + v - 1, mask=inside, other=0)
     return clamp(tl.where(v < sizes.batch + 2, start, sizes.rows_q), 0, sizes.rows_q)
@@ -97,9 +97,10 @@ def first_row(v, tables, sizes):
 
 @triton.jit
 def find(slot, tables, sizes, PACK: tl.constexpr, TILE: tl.constexpr):
-    """(tile, sequence, its first row, its rows) of a slot of packed rows; sequence `batch` for rows of none.
+    """Return (tile, sequence, its first row, its rows) of a slot of packed rows; sequence `batch` for rows of no
+    sequence.
 
-    Virtual sequence v owns the slots from first_row(v) // TILE + v on: enough for its rows, whatever the lengths, so
+    Virtual sequence v owns the slots from first_row(v) // TILE + v on. They suffice for its rows at any length, so
     neither the longest length nor a prefix sum of tiles is needed.
     """
     rows_per_row = sizes.group if PACK else 1
@@ -118,7 +119,7 @@ def find(slot, tables, sizes, PACK: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def sequence(b, row_q, rows, tables, sizes, TOP_LEFT: tl.constexpr):
-    """What the tables say, clamped to what is allocated. b = batch stands for rows outside every sequence."""
+    """Read a sequence from the tables, clamped to the allocated memory. b = batch means rows outside every sequence."""
     n_q = clamp(entry(tables.seqused_q, b, sizes, rows), 0, rows)
     n_q = tl.where(b < sizes.batch, n_q, 0)
     row_k = b * 0
@@ -141,7 +142,10 @@ def sequence(b, row_q, rows, tables, sizes, TOP_LEFT: tl.constexpr):
 
 @triton.jit
 def bounds(i, seq, interval):
-    """First and one-past-last key slot that rows i may see; both never decrease. 64-bit: positions may be anything."""
+    """Return the first and one-past-last visible key slot of queries i.
+
+    Neither decreases. 64-bit, as positions may be.
+    """
     p = i.to(tl.int64) + seq.offset
     keys = (seq.n_k - seq.leftpad).to(tl.int64)
     low = p * 0
@@ -152,7 +156,7 @@ def bounds(i, seq, interval):
         high = tl.minimum(high, p + interval.right + 1)
     if interval.chunk is not None:
         chunk = interval.chunk.to(tl.int64)
-        start = p - (p % chunk + chunk) % chunk  # floors, whatever sign % gives
+        start = p - (p % chunk + chunk) % chunk  # rounds down for either sign of %
         low = tl.maximum(low, start)
         high = tl.minimum(high, start + chunk)
     low, high = tl.minimum(low, keys), tl.maximum(high, 0)
@@ -161,7 +165,7 @@ def bounds(i, seq, interval):
 
 @triton.jit
 def key_tiles(first, last, seq, interval, split, splits, TILE: tl.constexpr):
-    """Numbers of key tiles for rows first..last: edges [begin, full), full tiles [full, edge), edges [edge, end)."""
+    """Return key tiles for queries first..last: edges [begin, full), full tiles [full, edge), edges [edge, end)."""
     low_first, high_first = bounds(first, seq, interval)
     low_last, high_last = bounds(last, seq, interval)
     begin = low_first // TILE
@@ -177,7 +181,7 @@ def key_tiles(first, last, seq, interval, split, splits, TILE: tl.constexpr):
 
 @triton.jit
 def slots(j, keys_used, seq, tables, sizes):
-    """(entry, row) of key slots j in k and v; entries of pages are clamped to what is allocated."""
+    """Return (entry, row) of key slots j in k and v. Page numbers are clamped to the allocated pages."""
     if tables.block_table is not None:
         pages = tables.block_table + seq.index.to(tl.int64) * tables.max_pages
         page = tl.load(pages + j // sizes.page_size, mask=keys_used, other=0)
@@ -189,7 +193,10 @@ def slots(j, keys_used, seq, tables, sizes):
 
 @triton.jit
 def load(pointers, keep, MASKED: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr):
-    """(n, WIDTH) values of dimensions START... of n rows; 0 beyond SIZE and, if MASKED, where not to keep (n,)."""
+    """Load (n, WIDTH) values of dimensions START...
+
+    of n rows; 0 beyond SIZE and, if MASKED, for rows outside `keep` (n,).
+    """
     d = START + tl.arange(0, WIDTH)
     addresses = pointers[:, None] + d[None, :]
     if START + WIDTH > SIZE:
@@ -206,7 +213,7 @@ def load(pointers, keep, MASKED: tl.constexpr, START: tl.constexpr, WIDTH: tl.co
 
 @triton.jit
 def store(pointers, values, keep, START: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr):
-    """The same for results, rounded to their dtype."""
+    """Store results like `load`, rounded to their dtype."""
     d = START + tl.arange(0, WIDTH)
     inside = keep[:, None]
     if START + WIDTH > SIZE:
@@ -215,8 +222,8 @@ def store(pointers, values, keep, START: tl.constexpr, WIDTH: tl.constexpr, SIZE
 
 
 @triton.jit
-def seen(row, j, EDGE: tl.constexpr, LOWER: tl.constexpr):
-    """Which entries of an edge tile the interval lets through."""
+def is_visible(row, j, EDGE: tl.constexpr, LOWER: tl.constexpr):
+    """Return the entries of an edge tile that the interval makes visible."""
     keep = row.used & (j < row.high)
     if LOWER:
         keep = keep & (j >= row.low)
@@ -225,7 +232,7 @@ def seen(row, j, EDGE: tl.constexpr, LOWER: tl.constexpr):
 
 @triton.jit
 def capped(s, scalars):
-    """t: scaled and capped products; and 1 - (t / softcap)^2, the derivative of the cap."""
+    """Return t, the scaled and capped products, and 1 - (t / softcap)^2, the derivative of the softcap."""
     t = s * scalars.scale
     slope = 1.0
     if scalars.softcap is not None:
@@ -236,10 +243,10 @@ def capped(s, scalars):
 
 @triton.jit
 def scores(t, row, j, start, b, bias, mask, heads, EDGE: tl.constexpr, LOWER: tl.constexpr):
-    """Scores times log2(e), -inf where not seen. t: scaled and capped products; j: keys, from about start."""
+    """Return scores times log2(e), -inf for masked keys. t: scaled and capped products; start: a key at most j."""
     keep = row.used
     if EDGE:
-        keep = seen(row, j, EDGE, LOWER)
+        keep = is_visible(row, j, EDGE, LOWER)
     if bias is not None:
         t += tl.load(dense(bias, b, row, j), mask=keep, other=0.0).to(tl.float32)
     if heads.slopes is not None:
@@ -256,14 +263,14 @@ def scores(t, row, j, start, b, bias, mask, heads, EDGE: tl.constexpr, LOWER: tl
 
 @triton.jit
 def dense(array, b, row, j):
-    """Addresses of a tile of a bias or mask."""
+    """Return the addresses of a tile of a bias or mask."""
     base = array.pointer + b.to(tl.int64) * array.batch
     return base + row.head.to(tl.int64) * array.head + row.index.to(tl.int64) * array.row + j.to(tl.int64) * array.key
 
 
 @triton.jit
 def kept(dropout, row, start, b, sizes, TILE_K: tl.constexpr):
-    """(tile_q, TILE_K): which entries dropout keeps. row: (tile_q, 1); start: a multiple of 8."""
+    """Return the entries (tile_q, TILE_K) that dropout keeps. row: (tile_q, 1); start: a multiple of 8."""
     state = tl.load(dropout.state).to(tl.uint64, bitcast=True)
     offset = (tl.load(dropout.state + 1) & 0xFFFFFFFF).to(tl.uint32)
     octet = (start // 8 + tl.arange(0, TILE_K // 8))[None, :].to(tl.uint32)

@@ -15,8 +15,8 @@ from .device import INTERPRETER
 
 FILE = "triton-tiles.json"
 PHASES = ("forward", "decode", "dkv", "dq")
-WIDTHS = (64, 128, 256, 512)  # tuned tiles of a width serve the head sizes above the next smaller width
-# What a tuned Config may hold, by field
+WIDTHS = (64, 128, 256, 512)  # tuned tiles of a width are used for head sizes above the next smaller width
+# Accepted values of a tuned Config, by field
 TILES = (16, 32, 64, 128, 256)
 WARPS = (1, 2, 4, 8, 16)
 STAGES = (1, 2, 3, 4, 5)
@@ -36,12 +36,12 @@ class Config(NamedTuple):
 
 
 Entry = TypeVar("Entry")
-# By family of architectures, whose name it begins with, and by the widest head that an entry serves.
+# By family of architectures (a prefix of the name), and by the widest head that an entry is used for.
 Table = dict[str, tuple[tuple[int, Entry], ...]]
 
-# 16-bit forward by the widest head that a row serves (compiled with Triton 3.9: no spills but those that the tests'
-# aot.json lists). Where a card is not named its family's row holds; sm_7x and gfx10 have no matrix instructions in
-# Triton.
+# 16-bit forward, by the widest head that an entry is used for. Compiled with Triton 3.9: there are no spills except
+# those in the tests' aot.json. A card that is not listed uses its family's entry. sm_7x and gfx10 have no matrix
+# instructions in Triton.
 FORWARD: Table[Config] = {
     "sm_7": ((64, Config(32, 32, 4, 1)), (512, Config(16, 16, 4, 1))),
     "sm_9": (
@@ -73,7 +73,7 @@ FORWARD: Table[Config] = {
     "gfx11": ((64, Config(64, 32, 4, 1)), (128, Config(32, 16, 4, 1)), (512, Config(16, 16, 4, 1))),
     "": ((64, Config(64, 32, 4, 1)), (256, Config(32, 32, 4, 1)), (512, Config(16, 16, 4, 1))),
 }
-# float32 in full has no matrix instructions on NVIDIA's cards: operands wait in shared memory, results in registers.
+# Full float32 has no matrix instructions on NVIDIA's cards: operands are in shared memory, results in registers.
 FORWARD_FLOAT32: Table[Config] = {
     "sm_7": ((64, Config(32, 32, 4, 1)), (256, Config(16, 32, 4, 1)), (512, Config(16, 16, 4, 1))),
     "sm_": (
@@ -84,7 +84,7 @@ FORWARD_FLOAT32: Table[Config] = {
     ),
     "": ((64, Config(32, 32, 4, 1)), (512, Config(16, 32, 4, 1))),
 }
-# Few rows; tile_q is the most.
+# Decoding: tile_q is the maximum.
 DECODE: Table[Config] = {
     "sm_7": ((128, Config(32, 32, 8, 1)), (256, Config(16, 32, 8, 1)), (512, Config(16, 16, 8, 1))),
     "sm_": ((128, Config(64, 64, 4, 3)), (256, Config(32, 64, 4, 2)), (512, Config(16, 32, 4, 1))),
@@ -96,14 +96,14 @@ DECODE_FLOAT32: Table[Config] = {
     "gfx9": ((128, Config(32, 32, 4, 1)), (256, Config(16, 32, 4, 1)), (512, Config(16, 16, 4, 1))),
     "": ((64, Config(16, 32, 8, 1)), (512, Config(16, 16, 8, 1))),
 }
-DECODE_ROWS = 64  # rows of a (sequence, KV head) up to which its keys are what costs
+DECODE_ROWS = 64  # queries of a (sequence, KV head) up to which reading keys dominates the time
 COMBINE_ROWS = 16
 DELTA_ROWS = 64
 SUM_ELEMENTS = 1024
 
 
 def chunks(size: int) -> tuple[int, int]:
-    """Return a dimension as one or two powers of two, each at least 16 (0: not needed): 96 is 64 + 32, 100 is 128."""
+    """Return a dimension as one or two powers of two, each at least 16 (0: unused): 96 is 64 + 32, 100 is 128."""
     first = max(16, 1 << (size.bit_length() - 1))
     if size <= first:
         return first, 0
@@ -129,7 +129,10 @@ def _forward(arch: str, dtype: str, width: int) -> Config:
 
 
 def decode(arch: str, dtype: str, width: int, rows: int) -> Config:
-    """Return the configuration of decoding: tile_q is `rows` rounded up to a power of two, up to the table's."""
+    """Return the configuration of decoding.
+
+    tile_q is `rows` rounded up to a power of two, at most the table's value.
+    """
     config = _tuned("decode", arch, dtype, width) or _decode(arch, dtype, width)
     tile_q = max(16, 1 << (rows - 1).bit_length())
     return config._replace(tile_q=min(tile_q, config.tile_q))
@@ -141,8 +144,8 @@ def _decode(arch: str, dtype: str, width: int) -> Config:
     return _row(DECODE_FLOAT32 if dtype == "float32" else DECODE, arch, width)
 
 
-# 16-bit backward: (dk and dv, whose program owns tile_k keys; dq, whose program owns tile_q rows). On NVIDIA's cards
-# the first keeps addresses on the stack outside its loops; the tests' aot.json says what spills, and what in a loop.
+# 16-bit backward: (dk and dv, whose program owns tile_k keys; dq, whose program owns tile_q queries). On NVIDIA's cards
+# the first kernel spills addresses to the stack outside its loops. The tests' aot.json lists all spills.
 BACKWARD: Table[tuple[Config, Config]] = {
     "sm_7": (
         (64, (Config(32, 32, 4, 1), Config(32, 32, 4, 1))),
@@ -230,14 +233,14 @@ def has_tf32(arch: str) -> bool:
 
 
 def fill(rows: int, tile: int) -> float:
-    """Return the share of the rows of tiles that are used."""
+    """Return the share of the rows of all tiles that is in use."""
     return rows / (-(-rows // tile) * tile) if rows else 1.0
 
 
 def splits(programs: int, tiles: int, processors: int) -> int:
-    """Return the number of splits of the keys: the fewest that keep processors busy within 85 % of the best.
+    """Return the number of splits of the keys: the smallest number within 85 % of the best use of the processors.
 
-    programs: without splits; tiles: of keys, at most. FlashAttention's decoding uses the same heuristic.
+    programs: without splits; tiles: of keys, at most. FlashAttention's decoding uses this heuristic too.
     """
     if programs == 0 or programs >= 0.8 * processors or tiles <= 4:
         return 1
@@ -248,7 +251,7 @@ def splits(programs: int, tiles: int, processors: int) -> int:
 
 
 def section(pairs: int, pair_bytes: int, l2_bytes: int) -> int:
-    """Return the number of heads that take turns tile by tile, longest tiles first, while their keys stay in L2."""
+    """Return the number of heads that alternate tile by tile, longest tiles first, while their keys stay in L2."""
     return max(1, min(pairs, l2_bytes // 2 // max(pair_bytes, 1)))
 
 
@@ -258,15 +261,15 @@ def tuned_tiles(arch: str, phase: str, dtype: str, width: int) -> Tiles | None:
 
 
 def use_tiles(arch: str, phase: str, dtype: str, width: int, tiles: Tiles) -> None:
-    """Use these tiles for plans that this process makes from now on, until the settings are read again."""
+    """Use these tiles for plans that this process makes, until the settings are read again."""
     _load().setdefault(arch, {})[_name(phase, dtype, width)] = tiles
 
 
 def save_tiles() -> Path:
-    """Write the tuned tiles that are in use to the cache folder.
+    """Write the active tuned tiles to the cache folder.
 
     Raises:
-        OSError: there is no cache folder, or it cannot be written.
+        OSError: the cache folder does not exist or cannot be written.
     """
     return tuning_files.save(FILE, _load())
 
@@ -286,7 +289,7 @@ def _load() -> dict[str, dict[str, Tiles]]:
 def _parse(entry: Mapping[str, list[int]]) -> dict[str, Tiles]:
     for name, numbers in entry.items():
         if len(numbers) != len(CHOICES) or any(x not in some for x, some in zip(numbers, CHOICES, strict=True)):
-            raise ValueError(f"{name} is {numbers}")
+            raise ValueError(f"{name} must hold accepted numbers, got {numbers}")
     return {name: tuple(numbers) for name, numbers in entry.items()}
 
 

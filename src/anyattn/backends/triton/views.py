@@ -1,4 +1,4 @@
-"""What kernels receive: arrays and scalars in named tuples. An absent part is None, and its code is not compiled."""
+"""Arguments of kernels: arrays and scalars in named tuples. A part that is None is not compiled."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 
 class View(NamedTuple):
-    """An array (batch, row, head, dim): its address and its strides in elements; dim is contiguous. lse has no dim."""
+    """Array (batch, row, head, dim): its address and its strides in elements. dim is contiguous; lse has no dim."""
 
     pointer: Any
     batch: Any
@@ -15,7 +15,7 @@ class View(NamedTuple):
 
 
 class Dense(NamedTuple):
-    """A bias or mask (batch, head, row, key); stride 0 along axes that are broadcast."""
+    """Bias or mask (batch, head, row, key); stride 0 along broadcast axes."""
 
     pointer: Any
     batch: Any
@@ -25,7 +25,7 @@ class Dense(NamedTuple):
 
 
 class Heads(NamedTuple):
-    """Numbers per query head: ALiBi slopes (stride 0 along a missing batch axis) and sinks."""
+    """Values per query head: ALiBi slopes (stride 0 along a missing batch axis) and sinks."""
 
     slopes: Any
     slopes_batch: Any
@@ -33,7 +33,7 @@ class Heads(NamedTuple):
 
 
 class Tables(NamedTuple):
-    """int32 tables, one entry per sequence."""
+    """Tables in int32, one entry per sequence."""
 
     cu_seqlens_q: Any
     cu_seqlens_k: Any
@@ -47,7 +47,7 @@ class Tables(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Runtime sizes. rows_q: of packed q; rows_k, entries_k: of k, whose first two axes they are."""
+    """Sizes at run time. rows_q: of packed q; entries_k, rows_k: the first two axes of k."""
 
     batch: Any
     seqlen_q: Any
@@ -61,7 +61,7 @@ class Sizes(NamedTuple):
 
 
 class Interval(NamedTuple):
-    """The mask's bounds. See mask.Mask."""
+    """Bounds of the mask; see mask.Mask."""
 
     left: Any
     right: Any
@@ -69,14 +69,14 @@ class Interval(NamedTuple):
 
 
 class Scalars(NamedTuple):
-    """How a product becomes a score."""
+    """Scalars that turn a product into a score."""
 
     scale: Any
     softcap: Any
 
 
 class Dropout(NamedTuple):
-    """Philox's state, the threshold and the factor of what is kept. See philox.py."""
+    """Philox state, threshold, and the factor of kept entries; see philox.py."""
 
     state: Any
     threshold: Any
@@ -84,8 +84,8 @@ class Dropout(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """How programs are ordered: tiles of rows per head, heads whose keys share the L2 cache, splits of the keys and how
-    far apart their parts of out and lse lie."""
+    """Order of programs: tiles of queries per head, heads whose keys share the L2 cache, splits of the keys, and the
+    distance between the splits' parts of out and lse."""
 
     tiles: Any
     section: Any

@@ -1,4 +1,4 @@
-"""torch tensors in and out, with autograd. Importing this package registers the operators of `torch.ops.anyattn`."""
+"""Framework for torch tensors, with autograd. Importing it registers the operators of `torch.ops.anyattn`."""
 
 from . import batching as batching
 from . import kvcache as kvcache

@@ -1,4 +1,4 @@
-"""How torch tensors are described, allocated and reached."""
+"""Adapter for torch tensors: description, allocation and addresses."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TORCH_DTYPES = {name: dtype for dtype, name in NAMES.items()}
 
 
 class TorchAdapter:
-    """The Adapter protocol on torch.Tensor, of any device."""
+    """Adapter protocol for torch.Tensor on any device."""
 
     name = "torch"
 
@@ -31,7 +31,7 @@ class TorchAdapter:
         return Array(tracing.sizes(array), tuple(array.stride()), dtype, str(array.device))
 
     def keys(self, arrays: Sequence[Tensor | None]) -> Hashable:
-        torch.get_num_threads()  # a new thread's first such call tells OpenMP what torch.set_num_threads said
+        torch.get_num_threads()  # a thread's first such call passes the number of torch.set_num_threads to OpenMP
         key: list[Any] = []
         for x in arrays:
             if x is None:
@@ -43,11 +43,11 @@ class TorchAdapter:
     def empty(self, shape: Sequence[int], dtype: str, like: Tensor) -> Tensor:
         wanted = TORCH_DTYPES[dtype]
         try:
-            if like.dtype is wanted:  # faster so, and a tuple of sizes is slower to parse
+            if like.dtype is wanted:  # faster, and a tuple of sizes is slower to parse
                 return like.new_empty(*shape)
             return torch.empty(*shape, dtype=wanted, device=like.device)
         except RuntimeError as error:
-            if like.device.type != "cpu":  # there torch says it in an exception of its own
+            if like.device.type != "cpu":  # torch raises its own exception on other devices
                 raise
             size = math.prod(shape) * wanted.itemsize
             raise MemoryError(f"no memory for {size} bytes: {tuple(shape)} of {dtype}") from error
@@ -66,9 +66,10 @@ adapter = TorchAdapter()
 
 
 def rows(name: str, array: Tensor) -> Tensor:
-    """The tensor, or a copy if its last dimension is not contiguous (size 1 or a broadcast score counts as such).
+    """Return the tensor, copied if its last dimension is not contiguous (size 1 and broadcast scores count as
+    contiguous).
 
-    A block_table is whole: kernels take its columns for the distance of its rows.
+    `block_table` must be fully contiguous, because kernels use its width as the row stride.
     """
     if name == "block_table":
         return array.contiguous()

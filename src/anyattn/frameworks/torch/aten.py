@@ -1,9 +1,9 @@
 """Kernels for torch's own attention operators, for torch.nn.attention's registry of flash implementations.
 
-What Inductor compiles relies on the strides that torch's fakes promise: out like query, logsumexp (batch, seqlen_q,
-nheads) in memory, gradients (batch, seqlen, nheads, head_dim) in memory; on a GPU logsumexp is contiguous and gradients
-are like the inputs. The operators of packed sequences, behind
-torch.nn.attention.varlen, have no CPU kernel of torch's own.
+Code compiled by Inductor relies on the strides of torch's fake kernels. out is laid out like query. logsumexp is stored
+as (batch, seqlen_q, nheads), and gradients as (batch, seqlen, nheads, head_dim). On a GPU, logsumexp is contiguous and
+gradients are laid out like the inputs. The operators of packed sequences, used by torch.nn.attention.varlen, have no
+CPU kernel in torch.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def forward(
     attn_mask: Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """aten::_scaled_dot_product_flash_attention_for_cpu: (output, logsumexp)."""
+    """Compute aten::_scaled_dot_product_flash_attention_for_cpu: (output, logsumexp)."""
     inputs, options = _call(query, key, value, dropout_p, is_causal, attn_mask, scale)
     result, lse = execute.forward(adapter, inputs, options, None)
     return _laid_out(result.transpose(1, 2), query), lse.transpose(1, 2).contiguous().transpose(1, 2)
@@ -42,7 +42,7 @@ def forward(
 
 def _laid_out(result: Tensor, query: Tensor) -> Tensor:
     if result.shape != query.shape:  # copy_ would broadcast a value of head_dim 1
-        raise ValueError(f"query and value must have one head_dim, as torch has it, got results {tuple(result.shape)}")
+        raise ValueError(f"query and value must have the same head_dim, as in torch, got results {tuple(result.shape)}")
     out = torch.empty_like(query)
     return result if out.stride() == result.stride() else out.copy_(result)
 
@@ -60,7 +60,7 @@ def backward(
     attn_mask: Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """aten::_scaled_dot_product_flash_attention_for_cpu_backward: (grad_query, grad_key, grad_value)."""
+    """Compute aten::_scaled_dot_product_flash_attention_for_cpu_backward: (grad_query, grad_key, grad_value)."""
     inputs, options = _call(query, key, value, dropout_p, is_causal, attn_mask, scale)
     saved = ops.contiguous_saved(Saved(out.transpose(1, 2), logsumexp, grad_out.transpose(1, 2)))
     grads = execute.backward(adapter, saved, inputs, options, None, absent=("dbias",))
@@ -77,9 +77,10 @@ def gpu_forward(
     *,
     scale: float | None = None,
 ) -> tuple[Any, ...]:
-    """aten::_scaled_dot_product_flash_attention: (output, logsumexp, -, -, max_q, max_k, rng_state, unused, unused).
+    """Compute aten::_scaled_dot_product_flash_attention.
 
-    Its is_causal is aligned to the bottom right: torch calls it so for as many queries as keys, and for CausalBias.
+    It returns (output, logsumexp, -, -, max_q, max_k, rng_state, unused, unused). is_causal is aligned to the bottom
+    right, because torch uses it for as many queries as keys and for CausalBias.
     """
     _without_scores(return_debug_mask)
     inputs, options = _call(query, key, value, dropout_p, is_causal, None, scale, "bottom-right")
@@ -107,7 +108,7 @@ def gpu_backward(
     *,
     scale: float | None = None,
 ) -> tuple[Tensor, ...]:
-    """aten::_scaled_dot_product_flash_attention_backward: (grad_query, grad_key, grad_value)."""
+    """Compute aten::_scaled_dot_product_flash_attention_backward: (grad_query, grad_key, grad_value)."""
     inputs, options = _call(query, key, value, dropout_p, is_causal, None, scale, "bottom-right")
     inputs, _ = _with_dropout(inputs, dropout_p, rng_state, unused)
     saved = ops.contiguous_saved(Saved(out.transpose(1, 2), logsumexp, grad_out.transpose(1, 2)))
@@ -117,11 +118,11 @@ def gpu_backward(
 
 def _without_scores(return_debug_mask: bool) -> None:
     if return_debug_mask:
-        raise NotImplementedError("return_debug_mask=True: anyattn keeps no scores")
+        raise NotImplementedError("return_debug_mask must be False, got True. anyattn does not store scores.")
 
 
 def _with_dropout(inputs: Inputs, p: float, *carried: Tensor) -> tuple[Inputs, tuple[Tensor, ...]]:
-    """Return the inputs with Philox's state, and that state in the two tensors in which torch carries it."""
+    """Return the inputs with the Philox state, and that state as the two tensors in which torch passes it on."""
     if not p:
         return inputs, _carry(torch.zeros(2, dtype=torch.int64, device=inputs.q.device))
     if not carried:
@@ -132,7 +133,7 @@ def _with_dropout(inputs: Inputs, p: float, *carried: Tensor) -> tuple[Inputs, t
 
 
 def _carry(state: Tensor) -> tuple[Tensor, ...]:
-    """As two of int64 (), or as (2,) of uint64 and one that is not used."""
+    """Return the state as two int64 tensors (), or as a uint64 tensor (2,) and an unused tensor."""
     if _TWO_STATES:
         return state[0].clone(), state[1].clone()
     return state.view(torch.uint64), torch.empty(0, device=state.device)
@@ -148,7 +149,7 @@ def _call(
     scale: float | None,
     alignment: str = "top-left",
 ) -> tuple[Inputs, Options]:
-    if attn_mask is not None:  # additive by now, whatever the user gave
+    if attn_mask is not None:  # torch has already made it additive
         attn_mask = attn_mask[(None,) * (4 - attn_mask.ndim)]
         wide = ops.compute_dtype(query)
         attn_mask = attn_mask if attn_mask.dtype in (query.dtype, wide) else attn_mask.to(wide)
@@ -178,9 +179,9 @@ def packed_forward(
     block_table: Tensor | None = None,
     num_splits: int | None = None,
 ) -> tuple[Tensor, ...]:
-    """aten::_flash_attention_forward: (output, softmax_logsumexp, rng_state, unused, debug_attn_mask)."""
+    """Compute aten::_flash_attention_forward: (output, softmax_logsumexp, rng_state, unused, debug_attn_mask)."""
     _without_scores(return_debug_mask)
-    if block_table is not None and cum_seq_k is not None:  # it tells lengths alone
+    if block_table is not None and cum_seq_k is not None:  # cum_seq_k only gives lengths
         seqused_k = cum_seq_k.diff() if seqused_k is None else seqused_k
         cum_seq_k = None
     extras = Extras(
@@ -218,7 +219,7 @@ def packed_backward(
     window_size_left: int | None = None,
     window_size_right: int | None = None,
 ) -> tuple[Tensor, ...]:
-    """aten::_flash_attention_backward: (grad_query, grad_key, grad_value)."""
+    """Compute aten::_flash_attention_backward: (grad_query, grad_key, grad_value)."""
     options = _packed_options(dropout_p, is_causal, scale, window_size_left, window_size_right)
     options = options._replace(max_seqlen_q=max_q, max_seqlen_k=max_k)
     inputs = Inputs(query, key, value, Extras(cu_seqlens_q=cum_seq_q, cu_seqlens_k=cum_seq_k))
@@ -251,14 +252,15 @@ KERNELS: dict[str, dict[str, Any]] = {  # by dispatch key
 
 
 class Override:
-    """Our kernels in place of torch's, until `remove`.
+    """Replacement of torch's kernels by anyattn's, until `remove`.
 
-    Meanwhile nn.MultiheadAttention does not take its inference fast path, which computes attention with no such kernel.
+    Meanwhile nn.MultiheadAttention does not take its inference fast path, because that path computes attention without
+    these kernels.
     """
 
     def __init__(self) -> None:
         self.library: Any = torch.library.Library("aten", "IMPL")
-        with warnings.catch_warnings():  # torch says that a kernel is overridden: the caller asked for it
+        with warnings.catch_warnings():  # torch warns that a kernel is overridden, which the caller asked for
             warnings.filterwarnings("ignore", message="(?s).*Overriding a previously registered kernel")
             for device, kernels in KERNELS.items():
                 for name, kernel in kernels.items():

@@ -1,4 +1,4 @@
-"""The one autograd.Function, and the choice of the way through it."""
+"""autograd.Function of attention, and the choice between the operator and the eager fast path."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Results = tuple[Tensor | None, ...]
 
 
 class Attention(torch.autograd.Function):
-    """(out, lse) from a Static and the inputs of the forward pass, at top level as autograd needs them."""
+    """Differentiable (out, lse) from a Static and the inputs of the forward pass, flat as autograd requires."""
 
     @staticmethod
     def forward(static: Static, *arrays: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -39,7 +39,7 @@ class Attention(torch.autograd.Function):
         static, inputs = ctx.static, make_inputs(*arrays)
         dout = torch.zeros_like(out) if dout is None else dout
         saved = Saved(out, lse, dout, dlse if static.lse_gradient else None)
-        _, _, _, _, *needs = ctx.needs_input_grad  # of the optional arrays, if they were passed
+        _, _, _, _, *needs = ctx.needs_input_grad  # those of the optional arrays, if they were passed
         if not needs:
             grads = _gradients(saved, inputs, static, NONE_WANTED)
             return None, grads.dq, grads.dk, grads.dv
@@ -54,13 +54,13 @@ class Attention(torch.autograd.Function):
         return batching.forward(info.batch_size, dims, arrays, lambda *xs: Attention.apply(static, *xs))
 
 
-# Dynamo counts the parameters: of *arrays alone it would think that a context comes first.
+# Dynamo counts the parameters. With only *arrays it would take the first one for the context.
 _parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY) for name in ("static", *FORWARD.inputs)]
 Attention.forward.__signature__ = inspect.Signature(_parameters)  # type: ignore[attr-defined]
 
 
 class DirectAttention(torch.autograd.Function):
-    """Attention in plain eager execution: without operator and setup_context; of a plain call, q, k and v alone."""
+    """Eager fast path: attention without the operator and setup_context. Also accepts only q, k and v."""
 
     @staticmethod
     def forward(ctx: Any, static: Static, *arrays: Any) -> tuple[Tensor, Tensor]:
@@ -73,7 +73,7 @@ class DirectAttention(torch.autograd.Function):
 
 
 def _save(ctx: Any, static: Static, arrays: Sequence[Any], out: Tensor, lse: Tensor) -> None:
-    """Save what the backward needs."""
+    """Save the arrays and options that the backward pass needs."""
     ctx.static = static
     ctx.save_for_backward(*arrays, out, lse)
     ctx.set_materialize_grads(False)
@@ -112,7 +112,7 @@ def _wants(needs: Extras) -> tuple[bool, ...]:
 
 
 def _gradients(saved: Saved, inputs: Inputs, static: Static, wants: tuple[bool, ...]) -> Gradients:
-    """Return the gradients, by the backend itself in plain eager execution, otherwise by the operator."""
+    """Return the gradients, directly from the backend in plain eager execution, otherwise from the operator."""
     create_graph = torch.is_grad_enabled()  # or torch.func
     metadata = None if create_graph else fastpath.metadata(flatten(inputs, saved))
     if metadata is not None:
@@ -135,19 +135,19 @@ def attention(
     *,
     want_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return (out, lse), differentiable in q, k, v and the arrays of GRADIENTS, and through lse if asked for.
+    """Return (out, lse), differentiable in q, k, v and the arrays of GRADIENTS, and through lse on request.
 
-    metadata: of the arrays, where nothing watches; else None. want_lse: otherwise lse may be None.
+    metadata: of the arrays if the eager fast path may be used; else None. want_lse: if False, lse may be None.
     """
     if metadata is not None:
         if not (torch.is_grad_enabled() and _is_differentiated(inputs)):
             return execute.forward(adapter, inputs, options, backend, metadata, want_lse=want_lse)
-        # named now: the backward may run outside this `with backend(...)`
+        # resolved now, because the backward pass may run outside this `with backend(...)`
         named = backend or ",".join(dispatch.named(None))
         out, lse = _direct(Static(options, named, lse_gradient, metadata), *flatten(inputs))
         return out, lse
     fastpath.break_inside_transforms()
-    function = AttentionWithTangents if fastpath.forward_mode() else Attention
+    function = AttentionWithTangents if fastpath.is_forward_mode() else Attention
     q, k, v, extras = inputs
     out, lse = function.apply(Static(options, backend, lse_gradient), *fastpath.distinct((q, k, v, *extras)))
     return out, lse

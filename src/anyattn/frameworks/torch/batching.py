@@ -1,4 +1,4 @@
-"""torch.vmap: the samples become one call with a larger batch, or a loop of calls where that means something else."""
+"""Rules for torch.vmap: samples become one call with a larger batch, or a loop of calls if they cannot be combined."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from . import ops
 
 Dims = Sequence["int | None"]
 Results = tuple[Tensor, ...]
-Mapped = dict[str, tuple[Tensor, "int | None"]]  # the arrays that are given, and the dimension of their samples
+Mapped = dict[str, tuple[Tensor, "int | None"]]  # arrays that were passed, and their sample dimension
 
 
 def fold(samples: int, given: Mapped, *, gradients: bool = False) -> dict[str, Tensor] | None:
-    """Return the arrays of all samples as one call's (batch entry n * batch + b), or None if only a loop is right.
+    """Return the arrays of all samples as one call's (batch entry n * batch + b), or None if a loop is needed.
 
-    `gradients`: the results hold one gradient per sample of every array, of those that the samples share as well.
+    `gradients`: the results hold one gradient per sample for every array, including arrays that all samples share.
     """
     mapped = {name for name, (_, dim) in given.items() if dim is not None}
     if any(_needs_loop(name, name in mapped or gradients) for name in given):
@@ -45,12 +45,12 @@ def fold(samples: int, given: Mapped, *, gradients: bool = False) -> dict[str, T
 
 
 def _is_shared(name: str) -> bool:
-    """Return whether an array has one number per head for all sequences, so that samples cannot differ in one call."""
+    """Return whether an array has one value per head for all sequences, so samples in one call cannot differ."""
     return name in FIELDS and FIELDS[name].kind == HEADS and all("batch" not in shape for shape in FIELDS[name].shapes)
 
 
 def _needs_loop(name: str, differs: bool) -> bool:
-    """Return whether an array forbids one call: boundaries of packed sequences, dropout's state, numbers of heads."""
+    """Return whether an array prevents one call: cumulative lengths, a dropout state, or one value per head."""
     if name not in FIELDS:
         return False
     field = FIELDS[name]
@@ -59,31 +59,31 @@ def _needs_loop(name: str, differs: bool) -> bool:
 
 
 def _fold_score(samples: int, batch: int, x: Tensor, dim: int | None, *, per_sample: bool) -> Tensor | None:
-    """bias, mask (1 or batch, ...) or slopes (nheads,), (batch, nheads) for samples * batch entries."""
+    """Return bias or mask (1 or batch, ...), or slopes (nheads,) or (batch, nheads), for samples * batch entries."""
     if dim is None and not per_sample and (x.ndim == 1 or x.shape[0] == 1):
         return x
     x = _front(samples, x, dim)
     if x.ndim == 2:
         return x.unsqueeze(1).expand(-1, batch, -1).flatten(0, 1)
     if per_sample and x.shape[1] != batch:
-        return None  # a sample's gradient is a sum over its batch
+        return None  # the gradient of a sample is a sum over its batch
     return x.expand(samples, batch, *x.shape[2:]).flatten(0, 1)
 
 
 def _front(samples: int, x: Tensor, dim: int | None) -> Tensor:
-    """A view with the samples in front."""
+    """Return a view with the sample dimension first."""
     return x.expand(samples, *x.shape) if dim is None else x.movedim(dim, 0)
 
 
 def unfold(samples: int, results: Sequence[Tensor]) -> Results:
-    """The results of a folded call, samples in front; absent ones are empty and stay so."""
+    """Return the results of a folded call with the sample dimension first. Absent results are empty and stay empty."""
     return tuple(
         x.unflatten(0, (samples, x.shape[0] // samples)) if x.ndim > 1 else x.expand(samples, 0) for x in results
     )
 
 
 def loop(samples: int, dims: Dims, inputs: Sequence[Any], call: Callable[..., Sequence[Tensor]]) -> Results:
-    """The results of one call per sample, stacked in front."""
+    """Return the results of one call per sample, stacked along a new first dimension."""
     results = [
         call(*[x if dim is None else x.select(dim, n) for x, dim in zip(inputs, dims, strict=True)])
         for n in range(samples)
@@ -94,7 +94,7 @@ def loop(samples: int, dims: Dims, inputs: Sequence[Any], call: Callable[..., Se
 def forward(
     samples: int, dims: Dims, arrays: Sequence[Any], call: Callable[..., Results]
 ) -> tuple[Results, tuple[int, int]]:
-    """Return (results, their dims) of `call(*arrays)`, inputs of the forward pass, in one call or one per sample."""
+    """Return (results, their dims) of the forward pass `call(*arrays)`, in one call or one call per sample."""
     folded = fold(samples, _given(FORWARD.inputs, arrays, dims))
     if folded is None:
         return loop(samples, dims, arrays, call), (0, 0)
@@ -104,7 +104,7 @@ def forward(
 def backward(
     samples: int, dims: Dims, arrays: Sequence[Any], call: Callable[..., Results]
 ) -> tuple[Results, tuple[int, ...]]:
-    """Return the same for the inputs of the backward pass: one gradient per sample of every array."""
+    """Return (results, their dims) of the backward pass: one gradient per sample of every array."""
     given = _given(BACKWARD.inputs, arrays, dims)
     folded = fold(samples, given, gradients=True)
     if folded is None:
@@ -121,7 +121,7 @@ def derivative(
 
 
 def _given(names: Sequence[str], arrays: Sequence[Any], dims: Dims) -> Mapped:
-    """Return the arrays that are given; the dispatcher may have stripped the dims of trailing defaults."""
+    """Return the arrays that are not None. The dispatcher may have removed the dims of trailing defaults."""
     padded = (*dims, *(None for _ in arrays))
     return {name: (x, dim) for name, x, dim in zip(names, arrays, padded, strict=False) if x is not None}
 
@@ -143,5 +143,5 @@ def _backward(info: Any, in_dims: Dims, *arguments: Any) -> tuple[Results, tuple
 
 
 def _array_dims(in_dims: Dims, names: Sequence[str]) -> Dims:
-    """Return one dimension per array: those of options are dropped, and stripped ones are None."""
+    """Return one dimension per array. Dims of options are dropped, and removed trailing dims are None."""
     return [dim for _, dim in zip(names, (*in_dims, *(None for _ in names)), strict=False)]

@@ -18,13 +18,13 @@ from ...definition.options import Options
 from ...definition.passes import SECOND, TANGENT
 from . import batching, fastpath, ops
 
-THIRD = "anyattn has no third derivative: a second derivative cannot be differentiated"
-TWICE = "anyattn has no forward mode inside forward mode: compute Hessians as jacfwd(jacrev(f)), torch.func.hessian(f)"
+THIRD = "anyattn has no third derivative, so a second derivative cannot be differentiated"
+TWICE = "anyattn has no forward mode inside forward mode. Compute Hessians as jacfwd(jacrev(f)), torch.func.hessian(f)"
 _SAVED, _EXTRAS = len(Saved._fields), len(Extras._fields)
 
 
 class Static(NamedTuple):
-    """All of a call that is no tensor. metadata: of its arrays, for the way without the operator."""
+    """Arguments of a call that are not tensors. metadata: of the call's arrays, for the eager fast path."""
 
     options: Options
     backend: str
@@ -46,7 +46,7 @@ def tangent(
 def gradients(saved: Saved, inputs: Inputs, static: Static, wants: tuple[bool, ...]) -> Gradients:
     """Return the gradients, which can be differentiated once more."""
     q, k, v, extras = inputs
-    function = AttentionGradientsWithTangents if fastpath.forward_mode() else AttentionGradients
+    function = AttentionGradientsWithTangents if fastpath.is_forward_mode() else AttentionGradients
     return Gradients(*function.apply(static, wants, q, k, v, *saved, *extras))
 
 
@@ -57,7 +57,7 @@ def second(saved: Saved, tangents: Tangents, inputs: Inputs, static: Static) -> 
 
 
 class AttentionTangent(torch.autograd.Function):
-    """(tout, tlse) from the inputs of the tangent pass; out and lse follow from q, k and v."""
+    """Differentiable (tout, tlse) from the inputs of the tangent pass. out and lse follow from q, k and v."""
 
     @staticmethod
     def forward(static: Static, *arrays: Any) -> tuple[Tensor, Tensor]:
@@ -97,7 +97,7 @@ class AttentionTangent(torch.autograd.Function):
 
 
 class AttentionGradients(torch.autograd.Function):
-    """The gradients from the inputs of the backward pass; out and lse follow from q, k and v."""
+    """Differentiable gradients from the inputs of the backward pass. out and lse follow from q, k and v."""
 
     @staticmethod
     def forward(static: Static, wants: tuple[bool, ...], *arrays: Any) -> tuple[Tensor, ...]:
@@ -143,7 +143,7 @@ class AttentionGradients(torch.autograd.Function):
 
 
 class AttentionGradientsWithTangents(AttentionGradients):
-    """AttentionGradients where tangents may come. A class apart, because Dynamo refuses any that has a jvp."""
+    """AttentionGradients under forward-mode AD. Separate because Dynamo rejects Functions that define jvp."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -182,7 +182,7 @@ class AttentionGradientsWithTangents(AttentionGradients):
 
 
 class AttentionSecond(torch.autograd.Function):
-    """Second derivatives, from the inputs of that pass. Their derivatives raise: never a silent zero."""
+    """Second derivatives, from the inputs of their pass. Their derivatives raise instead of being silently zero."""
 
     @staticmethod
     def forward(static: Static, *arrays: Any) -> tuple[Tensor, ...]:
@@ -210,7 +210,7 @@ class AttentionSecond(torch.autograd.Function):
 
 
 def _tangents(given: Sequence[Any], extras: Sequence[Any], like: Sequence[Tensor]) -> Tangents:
-    """Return the tangents from those of q, k, v and of the optional arrays.
+    """Return the tangents of all arrays, from the tangents of q, k and v and of the optional arrays.
 
     Raises:
         NotImplementedError: an optional array without a derivative has a tangent.
@@ -218,7 +218,9 @@ def _tangents(given: Sequence[Any], extras: Sequence[Any], like: Sequence[Tensor
     named = dict(zip(Extras._fields, extras, strict=False))
     for name, x in named.items():
         if x is not None and name not in GRADIENTS:
-            raise NotImplementedError(f"{name} has no derivative, so it must have no tangent: pass it without one")
+            raise NotImplementedError(
+                f"{name} must not have a tangent, because it has no derivative. Pass it without one."
+            )
     return Tangents(*given, *[named.get(name) for name in GRADIENTS])
 
 
@@ -233,5 +235,5 @@ def _of_extras(extras: Extras, found: SecondGradients) -> Extras:
 
 
 def _without_gradient(arrays: tuple[Any, ...], places: Sequence[int]) -> tuple[Any, ...]:
-    """Return the arrays; those at `places` follow from the others, so no gradient passes through them."""
+    """Return the arrays. Arrays at `places` follow from the others, so no gradient passes through them."""
     return tuple([x.detach() if i in places else x for i, x in enumerate(arrays)])

@@ -1,4 +1,4 @@
-"""The matrix of scores and dropped entries that flash_attn calls S_dmask and returns to its tests."""
+"""Matrix of probabilities and dropped entries that flash_attn calls S_dmask and returns for its tests."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from .adapter import adapter
 
 
 def round_multiple(x: int, m: int) -> int:
-    """Return the smallest multiple of m that is not below x."""
+    """Return the smallest multiple of m that is at least x."""
     return (x + m - 1) // m * m
 
 
 def dropped_scores(inputs: Inputs, options: Options, seed: int | None, backend: str | None) -> Tensor:
-    """Return (batch, nheads, seqlen_q, seqlen_k), both lengths rounded up to 128, in q's dtype.
+    """Return (batch, nheads, seqlen_q, seqlen_k), both lengths rounded up to a multiple of 128, in q's dtype.
 
-    exp(s - maximum of the row) where a query attends to a key, negative where dropout drops it, 0 elsewhere. Computed
-    head by head from the definition itself, in float64: as slow as the matrix is large.
+    Entries are exp(s - row maximum) for visible keys, negative if dropped, and 0 elsewhere. They are computed head by
+    head from the definition in float64, which is slow for large matrices.
     """
     q, k, v, extras = functional.detach(functional.prepare(inputs, seed))
     scores: Tensor = torch.ops.anyattn.dropped_scores(q, k, v, *extras, *options, backend or "")
@@ -35,7 +35,7 @@ def dropped_scores(inputs: Inputs, options: Options, seed: int | None, backend: 
 
 
 def _empty(inputs: Inputs, options: Options) -> Tensor:
-    """Return the result, 0."""
+    """Return a result filled with 0."""
     q, k, starts = inputs.q, inputs.k, inputs.extras.cu_seqlens_q
     batch, rows = q.shape[:2] if starts is None else (starts.shape[0] - 1, options.max_seqlen_q)
     keys = k.shape[1] if starts is None else options.max_seqlen_k
@@ -44,7 +44,7 @@ def _empty(inputs: Inputs, options: Options) -> Tensor:
 
 
 def _dropped_scores(*arguments: Any) -> Tensor:
-    """An operator, with the arguments of `anyattn::forward`, since what is traced cannot look at values."""
+    """Compute the matrix in an operator with the arguments of `anyattn::forward`, because traces cannot read values."""
     inputs, options, _ = ops.forward_arguments(arguments)
     scores = _empty(inputs, options)
     arrays = flatten(ops.contiguous_inputs(inputs))

@@ -1,9 +1,9 @@
-"""When plain eager execution may skip the operator and the slow part of autograd.Function.apply.
+"""Conditions under which eager execution may skip the operator and the slow part of autograd.Function.apply.
 
-Measured with torch 2.13: `Function.apply` in setup_context form costs 20 us, the apply of its base class 7 us, an
-operator of 28 arguments 4 us. Both are needed only where something watches: a tracer, a functorch transform, a dispatch
-mode, a tensor subclass or the profiler. The tests of that are private names of torch; where one is missing, nothing is
-skipped.
+Measured with torch 2.13: `Function.apply` in setup_context form costs 20 us, the apply of its base class 7 us, and an
+operator with 28 arguments 4 us. Both are needed only if something observes the operators: a tracer, a functorch
+transform, a dispatch mode, a tensor subclass or the profiler. The tests for observers use private names of torch. If
+one of these names is missing, nothing is skipped.
 """
 
 from __future__ import annotations
@@ -30,22 +30,25 @@ except AttributeError:
     AVAILABLE = False
 
 
-def watched(*, by_profiler: bool = True) -> bool:
-    """Return whether something wants to see the operators: a tracer, a transform, a dispatch mode, the profiler."""
+def is_observed(*, by_profiler: bool = True) -> bool:
+    """Return whether something observes the operators: a tracer, a transform, a dispatch mode or the profiler."""
     if _is_compiling() or not AVAILABLE or _modes() or _transforms() or _tracing():
         return True
     enabled: bool = profiler._is_profiler_enabled and by_profiler
     return enabled or forward_ad._current_level >= 0
 
 
-def plain(tensors: Sequence[Any]) -> bool:
-    """Whether nothing watches, and these tensors (any may be None) are what they look like."""
-    return not watched() and not any(_peculiar(x) for x in tensors if x is not None)
+def can_skip_operator(tensors: Sequence[Any]) -> bool:
+    """Return whether nothing observes the operators and the memory of these tensors holds their values.
+
+    None is allowed.
+    """
+    return not is_observed() and not any(_needs_dispatcher(x) for x in tensors if x is not None)
 
 
 def metadata(tensors: Sequence[Any]) -> tuple[Any, ...] | None:
-    """The key of cached plans (the adapter's) if `execute` may have these tensors as they are, else None."""
-    if watched():
+    """Return the adapter's key of cached plans if `execute` can use these tensors unchanged, else None."""
+    if is_observed():
         return None
     key: list[Any] = []
     append = key.append
@@ -54,44 +57,47 @@ def metadata(tensors: Sequence[Any]) -> tuple[Any, ...] | None:
             if x is None:
                 append(None)
                 continue
-            if type(x) not in PLAIN or x.is_neg() or x.is_meta or not _has_storage(x):  # _peculiar, without a call
+            # As in _needs_dispatcher, without a call.
+            if type(x) not in PLAIN or x.is_neg() or x.is_meta or not _has_storage(x):
                 return None
             strides = x.stride()
             if not strides or strides[-1] != 1:
-                return None  # the operators' kernels know what to copy
+                return None  # the operators' kernels make the copies
             key += (x.shape, strides, x.dtype, x.device)
     except RuntimeError:  # a nested tensor has no strides
         return None
-    torch.get_num_threads()  # a new thread's first such call tells OpenMP what torch.set_num_threads said
+    torch.get_num_threads()  # a thread's first such call passes the number of torch.set_num_threads to OpenMP
     return tuple(key)
 
 
-def _peculiar(x: Any) -> bool:
-    """A subclass, or values that only the dispatcher knows how to read."""
+def _needs_dispatcher(x: Any) -> bool:
+    """Return whether x is a subclass, or holds values that only the dispatcher can read."""
     return type(x) not in PLAIN or x.is_neg() or x.is_meta or not _has_storage(x)
 
 
-def forward_mode() -> bool:
-    """Whether tensors may carry tangents."""
+def is_forward_mode() -> bool:
+    """Return whether tensors may carry tangents."""
     return not torch.compiler.is_compiling() and getattr(forward_ad, "_current_level", 0) >= 0
 
 
-def maybe_autocast() -> bool:
-    """False if autocast is off for every device."""
+def may_autocast() -> bool:
+    """Return False if autocast is off for every device."""
     return _is_compiling() or _any_autocast is None or _any_autocast()
 
 
 def break_inside_transforms() -> None:
-    """Dynamo traces an autograd.Function inside torch.func transforms as if it had no backward (seen with torch 2.13).
+    """Break the graph inside torch.func transforms.
 
-    A graph break makes it run the function eagerly, as it should be; with fullgraph=True it raises. Eager: no effect.
+    Dynamo traces an autograd.Function inside a transform as if it had no backward (seen with torch 2.13). After a graph
+    break the function runs eagerly, which is right; with fullgraph=True the break raises. Eager execution is not
+    affected.
     """
     if torch.compiler.is_compiling() and torch.is_grad_enabled() and torch._C._are_functorch_transforms_active():
         torch._dynamo.graph_break()
 
 
 def distinct(arrays: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arrays for a Function that Dynamo traces: it refuses one tensor in two places (q = k = v, one cu_seqlens)."""
+    """Return the arrays without repeated tensors (q = k = v), because Dynamo rejects a Function that gets one twice."""
     if not torch.compiler.is_compiling():
         return arrays
     seen: list[Any] = []
@@ -102,7 +108,7 @@ def distinct(arrays: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def base_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """Function.apply without its support of functorch and of default arguments."""
+    """Return Function.apply without its support for functorch and for default arguments."""
     owner: Any = super(torch.autograd.Function, function) if AVAILABLE else function
     apply: Callable[..., Any] = owner.apply
     return apply

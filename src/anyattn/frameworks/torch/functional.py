@@ -1,6 +1,6 @@
-"""The functions behind the public API for torch tensors: arguments in canonical form, then autograd.
+"""Functions of the public API for torch tensors: arguments in canonical form, then autograd.
 
-Everything here is traced by torch.compile: it looks at metadata, never at values, and logs nothing.
+torch.compile traces this module. It reads metadata, never values, and does not log.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ def attention(
     *,
     want_lse: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Return (out, lse) with autograd; draw the dropout state from torch's generator where none is given.
+    """Return (out, lse) with autograd. Without seed and rng_state, the dropout state is sampled from torch's generator.
 
-    With return_lse gradients flow through lse; want_lse asks for its values alone. With neither it may be None.
+    With return_lse, gradients flow through lse. want_lse requests only its values. With neither, lse may be None.
     """
     metadata = None
-    if seed is None and not options.dropout_p and not fastpath.maybe_autocast() and inputs.extras is NO_EXTRAS:
+    if seed is None and not options.dropout_p and not fastpath.may_autocast() and inputs.extras is NO_EXTRAS:
         q, k, v, _ = inputs
         if k is not None and v is not None:
-            metadata = fastpath.metadata((q, k, v))  # all the preparation that the commonest call needs
+            metadata = fastpath.metadata((q, k, v))  # the most common call needs no other preparation
     if metadata is None:
         inputs = prepare(inputs, seed, draw=options.dropout_p != 0)
         metadata = fastpath.metadata(flatten(inputs))
@@ -75,7 +75,7 @@ def forward(inputs: Inputs, options: Options, seed: int | None, backend: str | N
 
 
 def backward(saved: Saved, inputs: Inputs, options: Options, seed: int | None, backend: str | None) -> Gradients:
-    """Return the gradients; that of a bias has the shape in which the bias came."""
+    """Return the gradients. The gradient of a bias has the shape in which the bias was passed."""
     prepared = detach(prepare(inputs, seed))
     out, lse, dout, dlse = saved
     dlse = None if dlse is None else dense("dlse", dlse).detach()
@@ -143,7 +143,7 @@ def append(
         lengths = per_sequence("cache_seqlens", lengths, q.shape[0] if q.ndim else 0, q.device)
     if arrays.new_k is None:
         if arrays.new_v is not None or arrays.rotary_cos is not None:
-            raise ValueError("v and rotary_cos need k, the new keys, as well")
+            raise ValueError("k must be passed together with v and rotary_cos, got None.")
         return q, lengths
     given: dict[str, Any] = {
         name: None if x is None else dense(LABELS.get(name, name), x)
@@ -155,32 +155,33 @@ def append(
         given[name] = None if given[name] is None else table(name, given[name])
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given.values()):
         raise ValueError(
-            "no gradients flow through a KV cache: append under torch.no_grad(), or detach q, k, v and the caches"
+            "q, k, v and the caches must not require a gradient, because none flows through a KV cache. "
+            "Append under torch.no_grad(), or detach them."
         )
     if _autocast_dtype(q) is not None:
-        for name in ("q", "new_k", "new_v"):  # the cache's dtype is what it is
+        for name in ("q", "new_k", "new_v"):  # the dtype of the cache is fixed
             given[name] = given[name].to(given["k"].dtype) if given[name].dtype in _CASTABLE else given[name]
-    used = None if lengths is None else lengths + sum(given["new_k"].shape[1:2])  # of another rank, it is refused later
+    used = None if lengths is None else lengths + sum(given["new_k"].shape[1:2])  # a wrong rank is reported later
     return kvcache.append(Appended(**given), rotation, backend, check=lambda: check(used)), used
 
 
 def scores(inputs: Inputs, options: Options, queries: Any, stage: Stage, lse: Any = None) -> Tensor:
-    """Return a stage of the scores, differentiable in q, k, bias and lse; autocast gives the dtype of the result."""
+    """Return a stage of the scores, differentiable in q, k, bias and lse. Autocast decides the dtype of the result."""
     prepared, lse = prepare(inputs, None), None if lse is None else dense("lse", lse)
     if _autocast_dtype(prepared.q) is None:
         return torch_scores.scores(prepared, options, queries, stage, lse)
-    with torch.autocast(prepared.q.device.type, enabled=False):  # products in the compute dtype
+    with torch.autocast(prepared.q.device.type, enabled=False):  # products are computed in the compute dtype
         return torch_scores.scores(prepared, options, queries, stage, lse)
 
 
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """See explicit.merge; differentiable in all four."""
+    """Merge two results, differentiable in all four arrays; see explicit.merge."""
     out_a, out_b = dense("out_a", out_a), dense("out_b", out_b)
     lse_a, lse_b = dense("lse_a", lse_a), dense("lse_b", lse_b)
     top = torch.maximum(lse_a, lse_b).detach()
     safe = torch.where(torch.isfinite(top), top, 0.0)
     total = torch.exp(lse_a - safe) + torch.exp(lse_b - safe)
-    some = torch.where(total > 0, total, 1.0)  # no key in either: no NaN, in the gradients neither
+    some = torch.where(total > 0, total, 1.0)  # without keys in either set: no NaN in results and gradients
     lse = torch.where(total > 0, safe + torch.log(some), -torch.inf)
     weight = (torch.exp(lse_b - safe) / some).transpose(-1, -2).unsqueeze(-1)
     a, b = out_a.to(lse.dtype), out_b.to(lse.dtype)
@@ -188,9 +189,10 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
 
 
 def prepare(inputs: Inputs, seed: int | None, *, draw: bool = False) -> Inputs:
-    """Return the arrays as the operators take them.
+    """Return the arrays in the form that the operators take.
 
-    Conversions are outside the autograd.Function, so gradients pass them. draw: a state of dropout is needed.
+    Conversions happen outside the autograd.Function, so that gradients pass through them. draw: a dropout state is
+    needed.
     """
     q, k, v, extras = inputs
     q, k, v = dense("q", q), dense("k", k), dense("v", v)
@@ -213,7 +215,7 @@ def prepare(inputs: Inputs, seed: int | None, *, draw: bool = False) -> Inputs:
 
 
 def _cast_scores(extras: Extras, low: torch.dtype) -> Extras:
-    """Return the extras as autocast wants them: float32 scores are accepted with any dtype."""
+    """Return the extras in the dtype that autocast requires. float32 scores are accepted with any dtype."""
     cast = {}
     for name, x in zip(Extras._fields, extras, strict=True):
         if FIELDS[name].kind == SCORES and x is not None and x.dtype in _CASTABLE - {torch.float32}:
@@ -225,8 +227,8 @@ _CASTABLE = frozenset((torch.float32, torch.float16, torch.bfloat16))
 
 
 def _autocast_dtype(q: Tensor) -> torch.dtype | None:
-    """The dtype that autocast asks for, or None outside it."""
-    if not fastpath.maybe_autocast():
+    """Return the dtype that autocast requires, or None if autocast is off."""
+    if not fastpath.may_autocast():
         return None
     device = q.device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
@@ -249,7 +251,7 @@ def _prepare_heads(name: str, array: Any, q: Tensor, cu_seqlens_q: Any) -> Tenso
         x = x.to(wanted)
     x = x.contiguous()
     if not FIELDS[name].gradient and x.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{name} requires grad, but has no gradient here: pass {name}.detach()")
+        raise ValueError(f"{name} must not require a gradient here. Pass {name}.detach().")
     return x
 
 
@@ -269,7 +271,7 @@ _FITS = tuple((name, _PREPARE[field.kind]) for name, field in FIELDS.items())  #
 
 
 def per_sequence(name: str, value: Any, batch: int, device: torch.device) -> Tensor:
-    """Return an int32 table from one; from one integer, Python's, NumPy's or a tensor's, for every sequence."""
+    """Return an int32 table from a table, or from one integer (Python, NumPy or tensor) for every sequence."""
     if not isinstance(value, (int, np.integer, torch.SymInt)):
         found = table(name, value)
         return found if found.ndim else found.expand(batch).contiguous()
@@ -280,13 +282,13 @@ def per_sequence(name: str, value: Any, batch: int, device: torch.device) -> Ten
 
 
 def table(name: str, array: Any) -> Tensor:
-    """int32 and contiguous; integers of other widths are converted."""
+    """Return a contiguous int32 tensor. Other integer dtypes are converted."""
     x = dense(name, array)
     if x.dtype is torch.int32:
         return x.contiguous()
     if x.is_floating_point() or x.is_complex() or x.dtype is torch.bool:
         raise TypeError(f"{name} must hold integers, got {x.dtype}")
-    if x.device.type == "cpu" and x.dtype is torch.int64 and fastpath.plain((x,)) and x.numel():
+    if x.device.type == "cpu" and x.dtype is torch.int64 and fastpath.can_skip_operator((x,)) and x.numel():
         low, high = (int(bound) for bound in x.aminmax())
         if low < -(2**31) or high >= 2**31:
             raise ValueError(f"{name} must fit in int32, got {low} to {high}")
@@ -294,10 +296,10 @@ def table(name: str, array: Any) -> Tensor:
 
 
 def random_state(q: Tensor, seed: int | None = None, rng_state: Any = None) -> Tensor:
-    """int64 (seed, offset) on q's device, drawn from torch's generator if neither is given."""
+    """Return int64 (seed, offset) on q's device, sampled from torch's generator if neither is given."""
     if rng_state is not None:
         if seed is not None:
-            raise ValueError("seed and rng_state exclude each other: rng_state is (seed, offset)")
+            raise ValueError("seed cannot be combined with rng_state, which is (seed, offset).")
         return dense("rng_state", rng_state).contiguous()
     if seed is None:
         return torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=q.device)
@@ -308,12 +310,12 @@ def random_state(q: Tensor, seed: int | None = None, rng_state: Any = None) -> T
     if not -(2**63) <= number < 2**64:
         raise ValueError(f"seed must be a 64-bit integer, got {number}")
     number = number - 2**64 if number >= 2**63 else number
-    # kernels alone, no copy from the host: this can be captured in a CUDA graph
+    # only kernels and no copy from the host, so that a CUDA graph can capture this
     return torch.nn.functional.pad(torch.full((1,), number, dtype=torch.int64, device=q.device), (0, 1))
 
 
 def detach(inputs: Inputs) -> Inputs:
-    """Return the inputs without their history of gradients."""
+    """Return the inputs detached from the autograd graph."""
     q, k, v, extras = inputs
     if extras is not NO_EXTRAS:
         extras = Extras(*[None if x is None else x.detach() for x in extras])

@@ -1,4 +1,4 @@
-"""Attention of torch's jagged nested tensors (batch, nheads, {seqlen}, head_dim): packed sequences."""
+"""Attention of torch's jagged nested tensors (batch, nheads, {seqlen}, head_dim), computed as packed sequences."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ def sdpa(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Return the nested tensor that torch returns: query's sequences, value's head_dim. Causal: row i sees keys 0 to i.
+    """Return the nested tensor that torch returns: query's sequences, value's head_dim. Causal: query i uses keys 0 to
+    i.
 
     Raises:
-        NotImplementedError: a combination that is not computed: another layout, another ragged dimension, a mask.
-        ValueError: sizes or sequences do not agree.
+        NotImplementedError: an unsupported combination: another layout, another ragged dimension, or a mask.
+        ValueError: sizes or sequences do not match.
     """
     reason = refusal(query, key, value, attn_mask)
     if reason is not None:
@@ -37,8 +38,8 @@ def sdpa(
     grouped = enable_gqa or nheads_kv == 1
     if value.shape[1] != nheads_kv or (nheads_kv != nheads and not grouped):
         raise ValueError(
-            f"query, key and value have {[nheads, nheads_kv, value.shape[1]]} heads: they must agree or key and value "
-            "have 1; for grouped queries pass enable_gqa=True"
+            f"query, key and value must have the same number of heads, or key and value 1, got "
+            f"{[nheads, nheads_kv, value.shape[1]]}. Pass enable_gqa=True for grouped queries."
         )
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # (batch, {seqlen}, nheads, head_dim)
     _check_sequences(k, v)
@@ -51,19 +52,19 @@ def sdpa(
 
 
 def refusal(query: Any, key: Any, value: Any, attn_mask: Tensor | None) -> str | None:
-    """Return why these arguments are not computed, or None."""
+    """Return why these arguments are not supported, or None."""
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not x.is_nested or x.layout is not torch.jagged:
             return f"{name} must be a nested tensor of layout torch.jagged like the others, got layout {x.layout}."
         if x.ndim != 4 or x._ragged_idx != 2:
-            return f"{name} must be (batch, nheads, seqlen, head_dim) and ragged in seqlen alone, got {tuple(x.shape)}."
+            return f"{name} must be (batch, nheads, seqlen, head_dim) and ragged only in seqlen, got {tuple(x.shape)}."
     if attn_mask is not None:
-        return "attn_mask must be None with nested tensors: a dense mask has no packed layout. Pass is_causal instead."
+        return "attn_mask must be None with nested tensors, got a dense mask. Pass is_causal instead."
     return None
 
 
 def _check_sequences(k: Any, v: Any) -> None:
-    """Check that keys and values are the same sequences; those of one nested tensor are, and need no look at values."""
+    """Check that keys and values hold the same sequences. Tensors with the same offsets need no check of values."""
     for one, other in ((k.offsets(), v.offsets()), (k.lengths(), v.lengths())):
         if one is other:
             continue
@@ -74,9 +75,9 @@ def _check_sequences(k: Any, v: Any) -> None:
 
 
 class Hook:
-    """Attention of jagged tensors on a CPU in place of torch's, which holds every score, until `remove`.
+    """Replacement of torch's CPU attention of jagged tensors, which stores every score, until `remove`.
 
-    torch gives those of a GPU to the operator of packed sequences. What is not computed here stays with torch.
+    On a GPU, torch calls the operator of packed sequences. Unsupported calls go to torch's function.
     """
 
     def __init__(self) -> None:
@@ -89,12 +90,12 @@ class Hook:
             setattr(ops, NAME, self.attend)
 
     def attend(self, query: Any, key: Any, value: Any, attn_mask: Any = None, *rest: Any, **keywords: Any) -> Any:
-        """Return what F.scaled_dot_product_attention returns for nested tensors."""
+        """Return the result of F.scaled_dot_product_attention for nested tensors."""
         here = self.active and query.device.type == "cpu" and refusal(query, key, value, attn_mask) is None
         return (sdpa if here else self.original)(query, key, value, attn_mask, *rest, **keywords)
 
     def remove(self) -> None:
-        """Give torch its own function back; a hook that came later goes on."""
+        """Restore torch's function, unless a later hook has replaced it."""
         if self.active and getattr(self.module, NAME) == self.attend:
             setattr(self.module, NAME, self.original)
         self.active = False

@@ -1,4 +1,4 @@
-"""Which tensors are what their memory holds, and which are refused because they mean something else."""
+"""Kinds of tensors: those whose memory holds their values, and those that are refused because they mean more."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ _OWN_FUNCTIONS = (_Base.__torch_function__.__func__, torch._C._disabled_torch_fu
 
 
 def dense(name: str, array: Any) -> Tensor:
-    """Return a tensor whose values can be read where it is.
+    """Return a tensor whose values can be read directly.
 
-    Subclasses that only carry a label are read as tensors. Those with a `__torch_dispatch__`, such as DTensor and
-    FakeTensor, are asked by the operators and answer for themselves.
+    Subclasses that only carry a label are read as tensors. Subclasses with a `__torch_dispatch__`, such as DTensor and
+    FakeTensor, are handled by the operators.
 
     Raises:
-        TypeError: no tensor, a nested or a sparse one, or a subclass with a `__torch_function__` of its own: a mask
+        TypeError: not a tensor; a nested or a sparse tensor; or a subclass with its own `__torch_function__`. A mask
             object such as torch's CausalBias holds no values that could be read.
     """
-    if type(array) in PLAIN and array.layout is torch.strided and not array.is_nested:  # the usual one
+    if type(array) in PLAIN and array.layout is torch.strided and not array.is_nested:  # most common
         return array  # type: ignore[no-any-return]
     if not isinstance(array, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor like q, got {type(array).__name__}")
@@ -39,7 +39,7 @@ def dense(name: str, array: Any) -> Tensor:
 
 
 def causal_bias(mask: Tensor) -> Any:
-    """Return the mask if it is torch.nn.attention.bias.CausalBias, a triangle that has no values, else None."""
+    """Return the mask if it is a torch.nn.attention.bias.CausalBias, a triangle without values, else None."""
     named = type(mask).__name__ == "CausalBias" and hasattr(mask, "variant")
     return mask if named else None
 

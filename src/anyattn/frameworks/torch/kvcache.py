@@ -1,6 +1,6 @@
-"""Appending to a KV cache: by the backend, in place, in plain eager execution; in torch operations where it is traced.
+"""Append to a KV cache: in place by the backend in plain eager execution, in torch operations if it is traced.
 
-No operator may mutate the cache: Inductor misplaces a mutated argument that is a view made inside the graph.
+No operator may mutate the cache, because Inductor misplaces a mutated argument that is a view made inside the graph.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ TABLES = ("cache_seqlens", "cache_batch_idx", "block_table")
 
 
 def append(arrays: Appended, rotation: Rotation, backend: str | None, *, check: Callable[[], None]) -> Tensor:
-    """Write new_k, rotated, and new_v into the cache k and v; return q, rotated. Tables are int32."""
-    for name, cache in (("k", arrays.k), ("v", arrays.v)):  # attention would copy it, all of it, at every step
+    """Write new_k (rotated) and new_v into the caches k and v; return the rotated q. Tables are int32."""
+    for name, cache in (("k", arrays.k), ("v", arrays.v)):  # attention would copy the whole cache at every step
         if cache is not None and cache.ndim and cache.stride(-1) != 1 and cache.shape[-1] != 1:
-            raise ValueError(f"{name}_cache must be contiguous in its last dimension, got strides {cache.stride()}")
-    if not fastpath.plain(arrays):
+            raise ValueError(f"{name}_cache must be contiguous in its last dimension, got strides {cache.stride()}.")
+    if not fastpath.can_skip_operator(arrays):
         return _traced(arrays, rotation)
     prepared = [x if x is None or name in TABLES else rows(name, x) for name, x in arrays._asdict().items()]
     q: Tensor = execute.append(adapter, Appended(*prepared), rotation, backend, check=check)
@@ -73,7 +73,7 @@ ops.library.define(
 def _cache_slots(
     cache_seqlens: Tensor, cache_batch_idx: Tensor | None, block_table: Tensor | None, *sizes: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Where an append writes: (lengths, entry or page, row), int64. An operator, so that graphs check values too."""
+    """Return the slots that an append writes: (lengths, entry or page, row), int64. Graphs check values through it."""
     tables = dict(zip(TABLES, (cache_seqlens, cache_batch_idx, block_table), strict=True))
     if cache_seqlens.device.type == "cpu" or current().check:
         check_append(
@@ -87,7 +87,7 @@ def _slots(
 ) -> tuple[Tensor, Tensor, Tensor]:
     lengths = cache_seqlens.to(torch.int64, copy=True)
     logical = lengths[:, None] + torch.arange(sizes.seqlen_new, device=lengths.device)  # (batch, seqlen_new)
-    logical = logical.clamp(0, max(sizes.slots - 1, 0))  # on a device nothing was checked
+    logical = logical.clamp(0, max(sizes.slots - 1, 0))  # values on a device were not checked
     if block_table is not None:
         page = block_table.to(torch.int64).gather(1, logical // sizes.page_size)
         return lengths, page.clamp(0, max(sizes.entries - 1, 0)), logical % sizes.page_size

@@ -1,8 +1,8 @@
 """The operators `anyattn::forward`, `backward`, `tangent` and `second`: schemas, kernels, fakes and flop formulas.
 
-Dense, packed and paged calls are one operator. Arrays come in the order of the pass's inputs, then the options, so the
-schemas follow from the definition. No argument is mutated: a mutated view made inside a graph is misplaced by Inductor.
-Sizes and window bounds are SymInt, so that one graph serves every length.
+Dense, packed and paged calls use one operator. Arrays come in the order of the pass's inputs, then the options, so the
+schemas follow from the definition. No argument is mutated, because Inductor misplaces a mutated view that was made
+inside a graph. Sizes and window bounds are SymInt, so that one graph serves every length.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def schema(pass_: Pass, flags: Sequence[str] = ()) -> str:
 
 
 def _schema_type(annotation: Any) -> str:
-    """Return "float?" for "float | None"; NamedTuple wraps postponed annotations."""
+    """Return the schema type of an annotation, for example "float?" for "float | None"."""
     kind, _, optional = getattr(annotation, "__forward_arg__", annotation).partition(" | ")
     return _TYPES[kind] + ("?" if optional else "")
 
@@ -64,7 +64,7 @@ def _literal(value: Any) -> str:
 
 
 def _arguments(fields: Sequence[str], defaults: Sequence[Any]) -> Any:
-    """Return a NamedTuple of an operator's arguments; the dispatcher strips trailing defaults."""
+    """Return a NamedTuple type for an operator's arguments. The dispatcher removes trailing defaults."""
     return namedtuple("Arguments", fields, defaults=defaults)
 
 
@@ -90,7 +90,7 @@ _wants = operator.attrgetter(*_WANTS)
 
 
 class ForwardArguments(NamedTuple):
-    """The arguments of `anyattn::forward`."""
+    """Arguments of `anyattn::forward`."""
 
     inputs: Inputs
     options: Options
@@ -98,7 +98,7 @@ class ForwardArguments(NamedTuple):
 
 
 class BackwardArguments(NamedTuple):
-    """The arguments of `anyattn::backward`; wants: whether each of GRADIENTS is computed."""
+    """Arguments of `anyattn::backward`. wants: for each of GRADIENTS, whether it is computed."""
 
     saved: Saved
     inputs: Inputs
@@ -148,7 +148,7 @@ def call_forward(inputs: Inputs, options: Options, backend: str) -> tuple[Tensor
 def call_backward(
     saved: Saved, inputs: Inputs, options: Options, backend: str, wants: Sequence[bool] = ()
 ) -> Gradients:
-    """Call the operator `backward`; gradients that are absent are empty tensors."""
+    """Call the operator `backward`. Absent gradients are empty tensors."""
     q, k, v, extras = inputs
     return Gradients(*backward(q, k, v, *saved, *extras, *options, backend, *wants))
 
@@ -169,7 +169,7 @@ def call_second(saved: Saved, tangents: Tangents, inputs: Inputs, options: Optio
 
 
 def contiguous_inputs(inputs: Inputs) -> Inputs:
-    """Return the inputs with contiguous last dimensions: themselves, but for the one kind of copy that is allowed."""
+    """Return the inputs with contiguous last dimensions. Only inputs that need it are copied."""
     q, k, v, extras = inputs
     if extras is not NO_EXTRAS:
         extras = Extras(*[None if x is None else rows(name, x) for name, x in extras._asdict().items()])
@@ -177,7 +177,7 @@ def contiguous_inputs(inputs: Inputs) -> Inputs:
 
 
 def contiguous_saved(saved: Saved) -> Saved:
-    """Return what was saved with contiguous last dimensions."""
+    """Return the saved arrays with contiguous last dimensions."""
     return Saved(*[None if x is None else rows(name, x) for name, x in saved._asdict().items()])
 
 
@@ -192,7 +192,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
-    """Compute the gradients; absent ones are empty tensors, because a schema has no optional results."""
+    """Compute the gradients. Absent ones are empty tensors, because a schema has no optional results."""
     saved, inputs, options, backend, wants = backward_arguments(arguments)
     saved, inputs = contiguous_saved(saved), contiguous_inputs(inputs)
     results = execute.backward(adapter, saved, inputs, options, backend, absent=absent(wants))
@@ -239,7 +239,7 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     arrays = flatten(inputs)
     _check_devices(FORWARD, arrays, q)
     if q.is_meta and not any(isinstance(n, torch.SymInt) for x in arrays if x is not None for n in x.shape):
-        # no kernel after this fake would refuse them
+        # no kernel runs after this fake to refuse them
         make_problem(described(FORWARD.inputs, arrays, adapter.describe), options)
     packed = extras.cu_seqlens_q is not None
     lse_shape = (q.shape[1], q.shape[0]) if packed else (q.shape[0], q.shape[2], q.shape[1])
@@ -249,7 +249,7 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
 def _check_devices(pass_: Pass, arrays: Sequence[Any], q: Tensor) -> None:
     for name, x in zip(pass_.inputs, arrays, strict=False):
         if x is not None and x.device != q.device:
-            raise ValueError(f"{name} is on {x.device} but q is on {q.device}")
+            raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}.")
 
 
 def compute_dtype(q: Tensor) -> torch.dtype:
@@ -267,8 +267,8 @@ def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _score_elements(inputs: Inputs) -> Any:
-    """Return the entries of the score matrices of all heads, as if dense; packed sequences count as equally long."""
-    q, k, _, extras = inputs  # shapes
+    """Return the number of score entries of all heads as if dense. Packed sequences count as equally long."""
+    q, k, _, extras = inputs  # these are shapes
     packed, pages = extras.cu_seqlens_q, extras.block_table
     batch, queries = (q[0], q[0] * q[1]) if packed is None else (packed[0] - 1, q[0])
     keys = k[1] if pages is None else pages[1] * k[1]

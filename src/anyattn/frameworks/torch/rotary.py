@@ -1,4 +1,4 @@
-"""Rotary positions in torch operations: the one rotation of the KV cache, of `anyattn.nn` and of the compat modules."""
+"""Rotary positions in torch operations, used by the KV cache, `anyattn.nn` and the compat modules."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import Tensor
 
 from . import fastpath
 
-Part = int | slice | EllipsisType  # of dimension 2
+Part = int | slice | EllipsisType  # index along dimension 2
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool) -> Tensor:
-    """x (..., nheads, head_dim) with its first rotary_dim values turned by the angles of `positions` (..., or 1).
+    """Rotate the first rotary_dim values of x (..., nheads, head_dim) by the angles of `positions` (..., or 1).
 
         (a, b) -> (a cos - b sin, a sin + b cos)
 
-    for the pairs (0, 1), (2, 3), ... if interleaved, else (0, d/2), (1, d/2 + 1), ... of the first d = rotary_dim;
-    cos and sin are (length, rotary_dim / 2). Computed in float32 (float64 for float64), differentiable in all three.
+    Pairs are (0, 1), (2, 3), ... if interleaved, else (0, d/2), (1, d/2 + 1), ... with d = rotary_dim. cos and sin are
+    (length, rotary_dim / 2). Computed in float32 (float64 for float64), differentiable in x, cos and sin.
     """
     half: int = cos.shape[-1]
     wide = torch.float64 if x.dtype is torch.float64 else torch.float32
@@ -33,7 +33,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: 
 
 
 class RotateInPlace(torch.autograd.Function):
-    """Rotates parts of x in place. x may be a leaf that requires a gradient, so it is not marked as dirty."""
+    """In-place rotation of parts of x. x may be a leaf that requires a gradient, so it is not marked as dirty."""
 
     @staticmethod
     def forward(
@@ -41,13 +41,13 @@ class RotateInPlace(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(positions, *tables)
         ctx.interleaved, ctx.parts = interleaved, parts
-        # detached: as a view of its base, the result could not be used once another part of the base is rotated
+        # detached, because a view of a base is unusable after another part of the base is rotated
         return _turn(x, positions, interleaved, parts, tables).detach()
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         positions, *tables = ctx.saved_tensors
-        back = [-table if n % 2 else table for n, table in enumerate(tables)]  # by the opposite angle
+        back = [-table if n % 2 else table for n, table in enumerate(tables)]  # rotates by the opposite angle
         dx = _turn(dout.clone(), positions, ctx.interleaved, ctx.parts, back)
         return dx, None, None, None, *[None] * len(tables)
 
@@ -61,13 +61,16 @@ def _turn(x: Tensor, positions: Tensor, interleaved: bool, parts: Sequence[Part]
 def rotate_in_place(
     x: Tensor, positions: Tensor, interleaved: bool, parts: Sequence[Part], tables: Sequence[Tensor]
 ) -> Tensor:
-    """x with x[:, :, part] rotated in place for each part, by tables = (cos, sin) of the first part, of the next, ...
+    """Return x with x[:, :, part] rotated in place for each part, by tables = (cos, sin) of the first part, the next,
+    ...
 
-    What is returned carries the gradient of the rotation; the tables get none.
+    The result carries the gradient of the rotation. The tables get no gradient.
     """
     if torch.is_grad_enabled() and any(table.requires_grad for table in tables):
-        raise ValueError("cos and sin get no gradient where x is rotated in place: detach them")
-    if torch.compiler.is_compiling():  # Dynamo traces no Function that writes into a view
+        raise ValueError(
+            "cos and sin must not require a gradient if x is rotated in place. Pass cos.detach() and sin.detach()."
+        )
+    if torch.compiler.is_compiling():  # Dynamo cannot trace a Function that writes to a view
         copy = _turn(x.clone(), positions, interleaved, parts, tables)
         x.detach().copy_(copy.detach())
         return copy
@@ -76,14 +79,16 @@ def rotate_in_place(
 
 
 def positions(seqlen: int, offsets: int | Tensor, length: int, device: torch.device) -> Tensor:
-    """Positions of seqlen rows behind `offsets`, one int or one per sequence: (1 or batch, seqlen).
+    """Return the positions (1 or batch, seqlen) of seqlen queries after `offsets`, one int or one per sequence.
 
-    Raises ValueError where they leave the tables' `length`; values on a device, or in a graph, are clamped instead.
+    Raises ValueError if they exceed the tables' `length`. Values on a device or in a graph are clamped instead.
     """
     rows = torch.arange(seqlen, device=device)
     if isinstance(offsets, int):
         if offsets < 0 or offsets + seqlen > length:
-            raise ValueError(f"seqlen_offsets {offsets} + seqlen {seqlen} must lie in [0, {length}], the length of cos")
+            raise ValueError(
+                f"seqlen_offsets + seqlen {seqlen} must be from 0 to {length}, the length of cos, got offset {offsets}"
+            )
         return (rows + offsets)[None]
     if offsets.ndim != 1 or offsets.is_floating_point():
         raise ValueError(
@@ -93,7 +98,8 @@ def positions(seqlen: int, offsets: int | Tensor, length: int, device: torch.dev
         low, high = (int(bound) for bound in offsets.aminmax())
         if low < 0 or high + seqlen > length:
             raise ValueError(
-                f"seqlen_offsets ({low} to {high}) + seqlen {seqlen} must lie in [0, {length}], the length of cos"
+                f"seqlen_offsets + seqlen {seqlen} must be from 0 to {length}, the length of cos, "
+                f"got offsets from {low} to {high}."
             )
         return offsets[:, None] + rows
     return (offsets[:, None] + rows).clamp(0, length - 1)
@@ -102,49 +108,51 @@ def positions(seqlen: int, offsets: int | Tensor, length: int, device: torch.dev
 def packed_positions(
     total: int, cu_seqlens: Tensor, max_seqlen: int, offsets: int | Tensor, length: int
 ) -> tuple[Tensor, Tensor]:
-    """(positions (total,), whether the row belongs to a sequence (total,)) of sequences packed one behind the other."""
+    """Return (positions, is_in_sequence), both (total,), of packed sequences."""
     rows = torch.arange(total, device=cu_seqlens.device)
     sequence = torch.searchsorted(cu_seqlens, rows, right=True) - 1
     inside = (sequence >= 0) & (sequence < len(cu_seqlens) - 1)
     sequence = sequence.clamp(0, max(len(cu_seqlens) - 2, 0))
     if readable(cu_seqlens) and len(cu_seqlens) > 1 and int(cu_seqlens.diff().max()) > max_seqlen:
-        raise ValueError(f"max_seqlen is {max_seqlen}; cu_seqlens holds a sequence of {int(cu_seqlens.diff().max())}")
+        raise ValueError(
+            f"max_seqlen must be at least {int(cu_seqlens.diff().max())}, the longest in cu_seqlens, got {max_seqlen}."
+        )
     if isinstance(offsets, Tensor) and offsets.shape != (len(cu_seqlens) - 1,):
         raise ValueError(
             f"seqlen_offsets must be ({len(cu_seqlens) - 1},) like the sequences, got {tuple(offsets.shape)}"
         )
-    positions(max_seqlen, offsets, length, cu_seqlens.device)  # raises where the longest leaves the tables
+    positions(max_seqlen, offsets, length, cu_seqlens.device)  # raises if the longest sequence exceeds the tables
     first = offsets[sequence] if isinstance(offsets, Tensor) else offsets
     return torch.where(inside, rows - cu_seqlens[sequence] + first, 0).clamp(0, length - 1), inside
 
 
 def readable(x: Tensor) -> bool:
-    """Whether x's values may be looked at: in host memory, and nothing traces or transforms."""
-    return x.device.type == "cpu" and fastpath.plain((x,))
+    """Return whether x's values can be read: x is in host memory, and nothing traces or transforms."""
+    return x.device.type == "cpu" and fastpath.can_skip_operator((x,))
 
 
 def frequencies(dim: int, base: float, device: torch.device | str | None = None) -> Tensor:
-    """base ** (-2 i / dim), float32 (dim / 2,)."""
+    """Return base ** (-2 i / dim), float32 (dim / 2,)."""
     return 1.0 / base ** (torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
 
 
-# torch 2.6 does not say; there every trace makes its own tables.
+# torch 2.6 cannot tell whether it exports. Every trace makes its own tables there.
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 
 
 class Tables:
-    """(cos, sin) of the angles p * base ** (-2 i / dim), float32, kept between calls and grown on demand."""
+    """Cached (cos, sin) of the angles p * base ** (-2 i / dim), float32, extended on demand."""
 
     def __init__(self, dim: int, base: float) -> None:
         self.dim, self.base = dim, base
         self.cos = self.sin = torch.empty(0, dim // 2)
 
     def get(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Two tables of at least `length` positions."""
-        if _is_exporting():  # what is kept would bind the program to its length
+        """Return cos and sin for at least `length` positions."""
+        if _is_exporting():  # a cached table would fix the length in the exported program
             return self._make(length, device)
         if self.cos.shape[0] < length or self.cos.device != device:
-            with torch.inference_mode(False):  # the next call may be one of training
+            with torch.inference_mode(False):  # the next call may train
                 self.cos, self.sin = self._make(max(length, 2 * self.cos.shape[0]), device)
         return self.cos, self.sin
 

@@ -1,4 +1,4 @@
-"""Scalars that come as tensors."""
+"""Scalars passed as tensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ def element(name: str, x: Tensor) -> Any:
     """Return the value of a tensor of one element.
 
     Raises:
-        TypeError: it has more elements, needs a gradient, which a scalar has not, or holds no value (a meta tensor).
+        TypeError: the tensor has more elements, requires a gradient (scalars have none), or holds no value (meta
+            tensor).
     """
     shape = tracing.sizes(x)
     if math.prod(shape) != 1:
@@ -30,5 +31,5 @@ def element(name: str, x: Tensor) -> Any:
         return tracing.element(name, x)
     try:
         return x.item()
-    except RuntimeError as error:  # a meta tensor, a fake one, or one that torch.func maps over
+    except RuntimeError as error:  # a meta or fake tensor, or one that torch.func maps over
         raise TypeError(f"{name} must be one number, got a tensor whose value cannot be read here: {error}") from error

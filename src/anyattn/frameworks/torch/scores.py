@@ -19,10 +19,10 @@ from .adapter import adapter
 def scores(inputs: Inputs, options: Options, queries: Any, stage: formulas.Stage, lse: Tensor | None) -> Tensor:
     """Return a stage of the scores from prepared inputs.
 
-    In plain eager execution memory is that of the result and one tile. Where gradients are recorded, or something
-    traces or transforms the operations, one tile is the whole result, in the compute dtype.
+    In plain eager execution, memory is the result and one tile. If gradients are recorded, or something traces or
+    transforms the operations, one tile is the whole result, in the compute dtype.
     """
-    q, arrays, traced = inputs.q, formulas.named(inputs), fastpath.watched(by_profiler=False)
+    q, arrays, traced = inputs.q, formulas.named(inputs), fastpath.is_observed(by_profiler=False)
     described = {name: adapter.describe(x) for name, x in arrays.items()}
     sizes = formulas.check(described, options, None if lse is None else adapter.describe(lse))
     if not traced:
@@ -46,25 +46,26 @@ def scores(inputs: Inputs, options: Options, queries: Any, stage: formulas.Stage
 
 
 def _listed(slots: Tensor, width: int, nheads: int) -> Tensor:
-    found = torch.zeros(*slots.shape[:-1], width + 1, dtype=torch.bool, device=slots.device)  # the last one: elsewhere
+    # The last column collects slots outside the tile.
+    found = torch.zeros(*slots.shape[:-1], width + 1, dtype=torch.bool, device=slots.device)
     found = found.scatter(-1, slots.long(), True)[..., :-1]
     return found if found.shape[1] == 1 else found.repeat_interleave(nheads // found.shape[1], 1)
 
 
 def _check_gradient(arrays: Mapping[str, Tensor], lse: Tensor) -> None:
-    """Raise where gradients would be recorded without the part of them that flows through lse."""
+    """Raise if gradients would be recorded without the part that flows through lse."""
     if not torch.is_grad_enabled() or lse.requires_grad:
         return
     for name in ("q", "k", *GRADIENTS):
         if name in arrays and arrays[name].requires_grad:
             raise ValueError(
-                f"lse must have its gradient where {name} requires grad, got an lse that does not. "
+                f"lse must require a gradient because {name} does, got an lse that does not. "
                 f"Pass lse as attention(..., return_lse=True) returned it, or call under torch.no_grad()."
             )
 
 
 def _queries(queries: Any, seqlen_q: int, device: torch.device) -> Any:
-    """Return a slice, or an index tensor."""
+    """Return a slice or an index tensor."""
     if queries is None:
         return slice(None)
     if isinstance(queries, slice):
@@ -74,7 +75,7 @@ def _queries(queries: Any, seqlen_q: int, device: torch.device) -> Any:
     integers = not (indices.is_floating_point() or indices.is_complex() or indices.dtype is torch.bool)
     formulas.check_queries(tuple(indices.shape), str(indices.dtype).removeprefix("torch."), integers=integers)
     indices = indices.to(torch.int64)
-    if indices.device.type == "cpu" and indices.shape[0] and fastpath.plain((indices,)):
+    if indices.device.type == "cpu" and indices.shape[0] and fastpath.can_skip_operator((indices,)):
         low, high = indices.aminmax()
         formulas.check_range(int(low), int(high), seqlen_q)
     return indices

@@ -1,4 +1,4 @@
-"""scaled_dot_product_attention in torch's own terms: leading dimensions, masks, causal alignment."""
+"""Implementation of scaled_dot_product_attention: leading dimensions, masks, causal alignment."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def sdpa(
     scale: float | None,
     enable_gqa: bool,
 ) -> Tensor:
-    """See anyattn.sdpa."""
+    """Compute scaled_dot_product_attention; see anyattn.sdpa."""
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, Tensor) or x.ndim < 2:
             what = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
@@ -34,7 +34,7 @@ def sdpa(
     if attn_mask is not None and not isinstance(attn_mask, Tensor):
         raise TypeError(f"attn_mask must be a tensor or None, got {type(attn_mask).__name__}")
     if attn_mask is not None and is_causal:
-        raise ValueError("attn_mask and is_causal=True exclude each other: put the causal part into attn_mask")
+        raise ValueError("attn_mask cannot be combined with is_causal=True. Include the causal mask in attn_mask.")
     if query.is_nested or key.is_nested or value.is_nested:
         return jagged.sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     query, key, value = kinds.dense("query", query), kinds.dense("key", key), kinds.dense("value", value)
@@ -47,7 +47,7 @@ def sdpa(
     leading = None
     if not _fits(shapes, enable_gqa):
         query, key, value, attn_mask, leading = _four_dimensions(query, key, value, attn_mask, shapes, enable_gqa)
-    elif not enable_gqa and tracing.active():  # what it computes would be grouped queries for other heads
+    elif not enable_gqa and tracing.active():  # the trace would compute grouped queries for other numbers of heads
         tracing.fix_size("the number of query heads", query, 1)
         tracing.fix_size("the number of key heads", key, 1)
     bias, mask = _scores(query, attn_mask)
@@ -60,15 +60,18 @@ def sdpa(
 
 
 def _alignment(triangle: Any, query: Tensor, key: Tensor) -> str:
-    """Return the alignment of torch's CausalBias, whose sizes have to be those of the scores."""
+    """Return the alignment of torch's CausalBias, whose sizes must be those of the scores."""
     sizes, given = (triangle.seq_len_q, triangle.seq_len_kv), (query.shape[-2], key.shape[-2])
     if sizes != given:
-        raise ValueError(f"attn_mask is a CausalBias of {sizes[0]} queries and {sizes[1]} keys, got {given}.")
+        raise ValueError(
+            f"attn_mask must be a CausalBias of {given[0]} queries and {given[1]} keys, "
+            f"got one of {sizes[0]} queries and {sizes[1]} keys."
+        )
     return "top-left" if triangle.variant.name == "UPPER_LEFT" else "bottom-right"
 
 
 def _fits(shapes: Sequence[Shape], enable_gqa: bool) -> bool:
-    """Return whether nothing has to be broadcast; one key head for all queries is grouped-query attention as it is."""
+    """Return whether nothing has to be broadcast. One key head for all queries is grouped-query attention already."""
     query, key, value = shapes
     if not (len(query) == len(key) == len(value) == 4 and query[0] == key[0] == value[0]):
         return False
@@ -81,7 +84,7 @@ def _four_dimensions(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Shape]:
     """Return views (batch, nheads, seqlen, head_dim) and the result's leading dimensions with heads.
 
-    More than one leading dimension is copied where it is broadcast.
+    Inputs with more than one leading dimension are copied if they are broadcast.
     """
     given = (query, key, value)
     if tracing.active():
@@ -91,10 +94,11 @@ def _four_dimensions(
     nheads = [shape[-3] if len(shape) > 2 else 1 for shape in shapes]
     if not enable_gqa:
         most = max(nheads)
-        if any(heads != 1 and heads != most for heads in nheads):  # noqa: PLR1714 (Dynamo finds no symbol in a tuple)
+        # Dynamo does not find a symbol in a tuple.
+        if any(heads != 1 and heads != most for heads in nheads):  # noqa: PLR1714
             raise ValueError(
-                f"query, key and value have {nheads} heads: they must agree or be 1; for grouped queries pass "
-                "enable_gqa=True"
+                f"query, key and value must have the same number of heads or 1, got {nheads}. "
+                "Pass enable_gqa=True for grouped queries."
             )
         nheads = [most] * 3 if nheads[1:] != [1, 1] else nheads
     try:

@@ -1,7 +1,7 @@
-"""What torch.jit.trace cannot record: Python code that reads a size or a value.
+"""Checks for torch.jit.trace, which cannot record Python code that reads a size or a value.
 
-While it traces, sizes are tensors, and a Python decision that depends on one is fixed in the trace. Functions that
-decide read sizes here, without the tracer's warning, and record a check: a trace that is run with another value raises.
+While it traces, sizes are tensors, and a Python decision that depends on one is fixed in the trace. Functions that make
+such decisions read sizes here, without the tracer's warning, and record a check. A trace run with another value raises.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ def active() -> bool:
 
 
 def sizes(x: Tensor) -> tuple[int, ...]:
-    """Return the shape in integers."""
+    """Return the shape as integers."""
     return tuple(_untraced(lambda: x.shape)) if active() else tuple(x.shape)
 
 
 def element(name: str, x: Tensor) -> Any:
-    """Return the value of a tensor of one element, and let the trace raise where it is another one."""
+    """Return the value of a tensor of one element, and make the trace raise for another value."""
     value = _untraced(x.item)
     Fixed.apply(x, value, name)
     return value
 
 
 def fix_shape(name: str, x: Tensor) -> None:
-    """Let the trace raise where this tensor comes in another shape."""
+    """Make the trace raise for another shape of this tensor."""
     Fixed.apply(x, sizes(x), name)
 
 
 def fix_size(name: str, x: Tensor, axis: int) -> None:
-    """Let the trace raise where this tensor comes with another size along an axis."""
-    size: Any = x.shape[axis]  # a tensor, while it traces
+    """Make the trace raise for another size along an axis of this tensor."""
+    size: Any = x.shape[axis]  # a tensor while tracing
     element(name, size)
 
 
 class Fixed(torch.autograd.Function):
-    """A check inside a trace, which keeps a Function although nobody uses its result."""
+    """Check inside a trace, as a Function, because a trace keeps a Function even if its result is unused."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, traced: Any, name: str) -> Tensor:
@@ -60,7 +60,7 @@ class Fixed(torch.autograd.Function):
 
 
 def _untraced(read: Any) -> Any:
-    """Return what `read` returns while nothing is recorded."""
+    """Return the result of `read`, without recording it."""
     state = _torch._get_tracing_state()
     _torch._set_tracing_state(None)
     try:

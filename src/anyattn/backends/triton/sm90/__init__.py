@@ -1,4 +1,4 @@
-"""Kernels for Hopper (sm_90) in Gluon, Triton's lower-level language. A plan uses them in place of portable kernels."""
+"""Kernels for Hopper (sm_90) in Gluon, Triton's lower-level language. A plan uses them instead of portable kernels."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ ARCH = "sm_90"
 
 
 def reason_off() -> str | None:
-    """Return why these kernels are not used, or None. They are off because no GPU has shown them right."""
+    """Return why these kernels are not used, or None. They are off by default because no GPU has run them yet."""
     if not settings.current().hopper:
-        return "off, as no GPU has run them yet (ANYATTN_HOPPER=1 turns them on)"
+        return "off, because no GPU has run them yet (ANYATTN_HOPPER=1 enables them)"
     try:
         from . import dialect  # noqa: F401
     except (ImportError, AttributeError) as error:
-        return f"off, as this Triton has no Gluon that they know ({error})"
+        return f"off, because this version of Triton has no supported Gluon ({error})"
     return None
 
 

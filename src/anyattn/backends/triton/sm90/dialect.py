@@ -1,4 +1,4 @@
-"""What the kernels take from Gluon, under one name whatever the version of Triton (3.6 to 3.9 were tried)."""
+"""Names from Gluon that the kernels use, the same for every version of Triton (tested with 3.6 to 3.9)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = [
     "tma_store_wait", "warpgroup_mma", "warpgroup_mma_wait",
 ]  # fmt: skip
 
-# Triton 3.7 gave the copies other names, and 3.9 took the old ones away.
+# Triton 3.7 renamed the copies, and 3.9 removed the old names.
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 tma_store_wait = tma.store_wait

@@ -1,19 +1,19 @@
-"""Forward on Hopper: a program owns 128 rows of a head. One warp fetches tiles with the copy engine (TMA), and two
-warpgroups of 64 rows each compute, taking turns at the tensor cores: while one multiplies, the other exponentiates.
+"""Forward pass on Hopper: a program owns 128 queries of a head. One warp loads tiles with the copy engine (TMA). Two
+warpgroups of 64 queries each compute and alternate on the tensor cores: while one multiplies, the other exponentiates.
 
-    producer      Q      K0 V0      K1 V1      K2 V2 ...             waits until both groups have left a buffer
+    producer      Q      K0 V0      K1 V1      K2 V2 ...             waits until both groups have released a buffer
     consumer   S0 = QK0', P0 | S1 = QK1' and O += P0 V0 start together, P1 is computed from S1 while P0 V0 runs | ...
 
-The arithmetic is that of the portable kernel (../forward.py), visited from the last tile of keys to the first, so that
-the tiles through which an edge of the mask runs come first. What each barrier promises:
+The arithmetic is that of the portable kernel (../forward.py). Tiles of keys are visited from last to first, so that the
+tiles that an edge of the mask crosses come first. Meaning of the barriers:
 
     k_full, v_full      a tile has arrived              (the copy engine counts its bytes)
-    k_empty, v_empty    both groups have read it        (two arrivals)
-    turn[group]         the other group has issued its products, so this one may
-    q_full              both groups' rows have arrived
+    k_empty, v_empty    both groups have read the tile  (two arrivals)
+    turn[group]         the other group has issued its products, so this group may issue its own
+    q_full              both groups' queries have arrived
 
-Barriers alternate between two phases; a buffer's n-th use is in phase n % 2. Source: Shah et al., "FlashAttention-3:
-Fast and Accurate Attention with Asynchrony and Low-precision" (2024), algorithms 1 and 2, and
+Barriers alternate between two phases; the n-th use of a buffer is in phase n % 2. Source: Shah et al.,
+"FlashAttention-3: Fast and Accurate Attention with Asynchrony and Low-precision" (2024), algorithms 1 and 2, and
 docs/how-it-works/hopper.md.
 """
 
@@ -35,16 +35,16 @@ from .dialect import (
     warpgroup_mma_wait,
 )
 
-ROWS = gl.constexpr(64)  # of a warpgroup
+ROWS = gl.constexpr(64)  # queries of a warpgroup
 GROUPS = gl.constexpr(2)
 GROUP_WARPS = gl.constexpr(4)
-# Registers per thread after the split: two groups of 240 and the producer's 24 fill the 64 Ki of a processor.
+# Registers per thread after the split: two groups of 240 and the producer's 24 use the 64 Ki of a processor.
 GROUP_REGISTERS = gl.constexpr(240)
 PRODUCER_REGISTERS = gl.constexpr(24)
 
 
 class Barriers(NamedTuple):
-    """See above."""
+    """Barriers, described above."""
 
     q_full: Any
     k_full: Any
@@ -55,7 +55,7 @@ class Barriers(NamedTuple):
 
 
 class Buffers(NamedTuple):
-    """Tiles in shared memory: q by group, k and v by stage. A group's q becomes its out."""
+    """Tiles in shared memory: q by group, k and v by stage. A group's q buffer is reused for its out."""
 
     q: Any
     k: Any
@@ -67,9 +67,9 @@ def attention_forward_hopper(
     lse, tables, sizes, reach, scale, schedule, q, k, v, out,
     HEAD_DIM: gl.constexpr, TILE_K: gl.constexpr, STAGES: gl.constexpr, LAST_FIRST: gl.constexpr,
 ):  # fmt: skip
-    """reach: row i sees keys below min(i + reach, seqlen_k); None: all of them.
+    """Compute out and lse. reach: query i attends to keys below min(i + reach, seqlen_k); None: to all keys.
 
-    q, k, v, out: descriptors (batch, head, row, dim). Their rows end where a sequence's do: beyond, loads give 0 and
+    q, k, v, out are descriptors (batch, head, row, dim). Their rows end with the sequence: beyond it, loads give 0 and
     stores do nothing.
     """
     tile, b, head, _, _ = place(gl.program_id(0), tables, sizes, schedule, False, GROUPS * ROWS, LAST_FIRST)
@@ -109,14 +109,17 @@ def make_barriers(STAGES: gl.constexpr):
         mbarrier.init(v_empty.index(s), count=GROUPS)
     for group in gl.static_range(GROUPS):
         mbarrier.init(turn.index(group), count=1)
-    fence_async_shared()  # the copy engine sees the barriers
+    fence_async_shared()  # makes the barriers visible to the copy engine
     mbarrier.arrive(turn.index(0), count=1)  # group 0 begins
     return Barriers(q_full, k_full, k_empty, v_full, v_empty, turn)
 
 
 @gluon.jit
 def count_tiles(first, sizes, reach, TILE_K: gl.constexpr):
-    """Tiles of keys that 128 rows visit: at least one, so that rows that see no key are written too."""
+    """Return the tiles of keys that 128 queries visit:
+
+    at least one, so that queries without visible keys are written.
+    """
     end = sizes.seqlen_k
     if reach is not None:
         last = gl.minimum(first + GROUPS * ROWS, sizes.seqlen_q) - 1
@@ -126,7 +129,7 @@ def count_tiles(first, sizes, reach, TILE_K: gl.constexpr):
 
 @gluon.jit
 def count_full(first, sizes, reach, TILE_K: gl.constexpr):
-    """Tiles of keys that a group's rows, from `first` on, see without a mask."""
+    """Return the tiles of keys that need no mask, for a group's queries from `first` on."""
     end = sizes.seqlen_k
     if reach is not None:
         end = gl.minimum(end, gl.maximum(first + reach, 0))
@@ -137,14 +140,14 @@ def count_full(first, sizes, reach, TILE_K: gl.constexpr):
 def produce(
     q, k, v, barriers, buffers, b, head, kv_head, first, tiles, TILE_K: gl.constexpr, STAGES: gl.constexpr
 ):  # fmt: skip
-    """Fetches q once, then k and v tile by tile as buffers become empty."""
+    """Load q once, then k and v tile by tile as buffers are released."""
     mbarrier.expect(barriers.q_full, GROUPS * q.block_type.nbytes)
     for group in gl.static_range(GROUPS):
         tma_load(q, [b, head, first + group * ROWS, 0], barriers.q_full, buffers.q.index(group))
     for n in range(tiles):
         stage, phase = n % STAGES, (n // STAGES) & 1
         start = (tiles - 1 - n) * TILE_K
-        mbarrier.wait(barriers.k_empty.index(stage), phase ^ 1)  # at once in a buffer's first use
+        mbarrier.wait(barriers.k_empty.index(stage), phase ^ 1)  # immediately in a buffer's first use
         mbarrier.expect(barriers.k_full.index(stage), k.block_type.nbytes)
         tma_load(k, [b, kv_head, start, 0], barriers.k_full.index(stage), buffers.k.index(stage))
         mbarrier.wait(barriers.v_empty.index(stage), phase ^ 1)
@@ -156,7 +159,7 @@ def produce(
 def consume(
     rows, barriers, buffers, HEAD_DIM: gl.constexpr, TILE_K: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr
 ):
-    """One warpgroup's rows, from the first product to out and lse."""
+    """Compute one warpgroup's queries, from the first product to out and lse."""
     out, lse, sizes, reach, scale, b, head, first, tiles = rows
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[GROUP_WARPS, 1], instr_shape=[16, TILE_K, 16]
@@ -170,10 +173,11 @@ def consume(
     DTYPE: gl.constexpr = out.dtype
     first = first + GROUP * ROWS
     i = first + gl.arange(0, ROWS, layout=S_ROW)
-    limit = i * 0 + sizes.seqlen_k  # first key that a row does not see
+    limit = i * 0 + sizes.seqlen_k  # first masked key of a query
     if reach is not None:
         limit = gl.minimum(limit, i + reach)
-    edges = tiles - count_full(first, sizes, reach, TILE_K)  # that come first; the very first is treated as one
+    # Edge tiles come first; the first tile is always treated as one.
+    edges = tiles - count_full(first, sizes, reach, TILE_K)
     factor = scale * LOG2E
     m = gl.full([ROWS], float("-inf"), gl.float32, layout=S_ROW)
     l = gl.full([ROWS], 0.0, gl.float32, layout=S_ROW)
@@ -208,8 +212,8 @@ def consume(
                 s = mask_edge(s, limit, (tiles - 1 - n) * TILE_K, S_LAYOUT, TILE_K)
         p_next, m, l, rescale = softmax(s, m, l, factor)
         p_next = gl.convert_layout(p_next.to(DTYPE), P_LAYOUT)
-        # The next K is awaited here, not where it is used: a loop between the exponentials and the wait for the product
-        # keeps ptxas from moving that wait up, which would put the tensor cores to sleep.
+        # The next K is awaited here instead of at its use. A loop between the exponentials and the wait for the product
+        # prevents ptxas from moving that wait up, which would idle the tensor cores.
         mbarrier.wait(barriers.k_full.index((n + 1) % STAGES), ((n + 1) // STAGES) & 1, pred=n + 1 < tiles)
         acc, p = warpgroup_mma_wait(0, deps=(acc, p_next))
         mbarrier.arrive(barriers.v_empty.index(v_stage), count=1)
@@ -232,7 +236,7 @@ def consume(
 
 @gluon.jit
 def flat(buffer, stage, TILE_K: gl.constexpr, HEAD_DIM: gl.constexpr):
-    """The tile of a stage: (tile_k, head_dim)."""
+    """Return the tile of a stage: (tile_k, head_dim)."""
     return buffer.index(stage).reshape([TILE_K, HEAD_DIM])
 
 
@@ -243,16 +247,16 @@ def transposed(buffer, stage, TILE_K: gl.constexpr, HEAD_DIM: gl.constexpr):
 
 @gluon.jit
 def mask_edge(s, limit, start, LAYOUT: gl.constexpr, TILE_K: gl.constexpr):
-    """-inf where a row does not see a key of the tile from `start` on."""
+    """Set masked keys of the tile from `start` on to -inf."""
     j = start + gl.arange(0, TILE_K, layout=gl.SliceLayout(0, LAYOUT))
     return gl.where(gl.expand_dims(j, 0) < gl.expand_dims(limit, 1), s, float("-inf"))
 
 
 @gluon.jit
 def softmax(s, m, l, factor):
-    """(p, m, l, what to multiply the accumulator by) after the tile of products s; m is not yet scaled."""
+    """Return (p, m, l, factor of the accumulator) after the tile of products s. m is not yet scaled."""
     m_new = gl.maximum(m, gl.max(s, 1))
-    finite = gl.where(m_new == float("-inf"), 0.0, m_new)  # a row that has seen no key yet
+    finite = gl.where(m_new == float("-inf"), 0.0, m_new)  # a query without a visible key so far
     rescale = gl.exp2((m - finite) * factor)
     p = gl.exp2(s * factor - gl.expand_dims(finite * factor, 1))
     return p, m_new, l * rescale + gl.sum(p, 1), rescale

@@ -24,34 +24,34 @@ LARGEST_SEQLEN = 2**28  # sums of a few lengths stay below 2^31
 LARGEST_STRIDE = 2**40  # bytes
 TILE_K = 128
 STAGES = 2
-# Registers per thread at the start, before the kernel shares them out: 384 threads, 64 Ki registers.
+# Registers per thread at the start, before the kernel redistributes them: 384 threads, 64 Ki registers.
 OPTIONS = {"num_warps": 4, "maxnreg": 168, "enable_fp_fusion": True}
 
 
 def unsupported_reasons(problem: Problem) -> list[str]:
-    """Return why the Hopper kernels leave a forward problem to the portable ones; empty if they compute it."""
+    """Return why the Hopper kernels do not support a forward problem, or []."""
     reasons = []
     if problem.dtype not in HALVES:
-        reasons.append(f"takes {' and '.join(HALVES)}; q has {problem.dtype}")
+        reasons.append(f"supports {' and '.join(HALVES)}, got {problem.dtype}")
     if problem.head_dim not in HEAD_DIMS or problem.head_dim_v != problem.head_dim:
-        reasons.append(f"takes head_dim = head_dim_v of {' or '.join(map(str, HEAD_DIMS))}")
+        reasons.append(f"supports head_dim = head_dim_v of {' or '.join(map(str, HEAD_DIMS))}")
     others = set(problem.variant.features) - {"right"}
     if others:
-        reasons.append(f"has no {', '.join(sorted(others))}")
+        reasons.append(f"does not support {', '.join(sorted(others))}")
     if problem.scale <= 0:
-        reasons.append("takes a scale above 0")
+        reasons.append("supports a scale above 0")
     if problem.batch_invariant:
-        reasons.append("does not promise batch_invariant: strides of a batch may forbid it")
+        reasons.append("does not support batch_invariant, because the strides of a batch may prevent it")
     if reasons:
         return reasons
     if max(problem.seqlen_q, problem.seqlen_k) > LARGEST_SEQLEN:
-        reasons.append(f"takes up to {LARGEST_SEQLEN} rows and keys")
+        reasons.append(f"supports up to {LARGEST_SEQLEN} queries and keys")
     if problem.seqlen_q <= tuning.DECODE_ROWS:
-        reasons.append(f"leaves up to {tuning.DECODE_ROWS} rows to decoding")
+        reasons.append(f"leaves up to {tuning.DECODE_ROWS} queries to the decoding kernel")
     if 0 in (*problem.q.shape, count_visible_keys(problem)):
-        reasons.append("has nothing to do")
+        reasons.append("has nothing to compute")
     if not all(has_mappable_strides(array) for array in (problem.q, problem.k, problem.v)):
-        reasons.append("takes strides that are positive multiples of 16 bytes")
+        reasons.append("supports strides that are positive multiples of 16 bytes")
     return reasons
 
 
@@ -87,12 +87,12 @@ def schedule(problem: Problem, tiles: int, pairs: int, gpu: Device) -> Schedule:
 
 
 def diagonal_offset(problem: Problem) -> int:
-    """Return the key with which query 0 is aligned."""
+    """Return the key that query 0 is aligned with."""
     return 0 if problem.alignment == "top-left" else problem.seqlen_k - problem.seqlen_q
 
 
 def count_visible_keys(problem: Problem) -> int:
-    """Return the number of keys that some query attends to. The copy engine must not read memory after them."""
+    """Return the number of keys that some query attends to. The copy engine must not read memory beyond them."""
     right = problem.interval.right
     if right is None:
         return problem.seqlen_k
@@ -100,7 +100,7 @@ def count_visible_keys(problem: Problem) -> int:
 
 
 def has_mappable_strides(array: Array) -> bool:
-    """Return whether the copy engine takes the strides (batch, row, head). An axis of size 1 may have any."""
+    """Return whether the copy engine supports the strides (batch, row, head). An axis of size 1 may have any stride."""
     *steps, last = array.strides4()
     size = 2  # bytes of an element
     used = [step * size for step, count in zip(steps, array.shape, strict=False) if count > 1]
@@ -108,7 +108,7 @@ def has_mappable_strides(array: Array) -> bool:
 
 
 class Map:
-    """An array (batch, row, head, dim) as the copy engine sees it: (batch, head, row, dim), `rows` of them."""
+    """Array (batch, row, head, dim) as the copy engine addresses it: (batch, head, row, dim), with `rows` rows."""
 
     def __init__(self, name: str, array: Array, rows: int, tile: int) -> None:
         batch, _, heads, dim = array.shape
@@ -123,14 +123,14 @@ class Map:
         return f"tensordesc<{DTYPES[self.address.dtype].triton}[{','.join(map(str, self.block))}],{self.layout!r}>"
 
     def descriptor_at(self, address: int) -> Any:
-        """Return the descriptor of an array at `address`. Only the address is new, so nothing is checked again."""
+        """Return the descriptor of an array at `address`. Only the address changes, so nothing is checked again."""
         descriptor = object.__new__(TensorDescriptor)
         descriptor.__dict__.update(self._checked.__dict__, base=Base(address, self._checked.base.dtype))
         return descriptor
 
 
 class Base(NamedTuple):
-    """What a descriptor asks of a tensor."""
+    """Attributes of a tensor that a descriptor reads."""
 
     address: int
     dtype: str
@@ -140,7 +140,7 @@ class Base(NamedTuple):
 
 
 class MapTemplate(Template):
-    """A template whose descriptors come between the other arguments and the constants."""
+    """Template with descriptors between the other arguments and the constants."""
 
     def __init__(self, arguments: tuple[Any, ...], maps: tuple[Map, ...], constants: dict[str, Any]) -> None:
         super().__init__(arguments, constants)
@@ -166,7 +166,10 @@ class MapTemplate(Template):
 
 
 class HopperKernel(Kernel):
-    """The copy engine takes addresses that are multiples of 16 bytes; elsewhere the portable kernels run."""
+    """Hopper kernel.
+
+    The copy engine needs addresses that are multiples of 16 bytes; otherwise the portable kernel runs.
+    """
 
     def __init__(
         self,
