@@ -1,1 +1,1 @@
-"""`anyattn bench`: how fast the engines are, beside what people use today, in one process, never on a wrong result."""
+"""`anyattn bench`: speed of the backends and of other libraries, in one process. Wrong results are never timed."""

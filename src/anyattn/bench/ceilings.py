@@ -1,4 +1,4 @@
-"""What this machine allows, measured in the same run: arithmetic in registers, and reading memory."""
+"""Limits of this machine, measured in the same run: arithmetic in registers, and reading memory."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ..definition.dtypes import DTYPES
 if TYPE_CHECKING:
     from torch import Tensor
 
-STREAM_BYTES = 2**29  # far beyond any cache
+STREAM_BYTES = 2**29  # far larger than any cache
 REPEATS = 5
 
 
 def flops(dtype: str) -> float | None:
-    """What registers alone would allow in this dtype, now; float16 is computed in float32. None: no native library."""
+    """Return the current register-only rate in this dtype (float16 as float32); None without the CPU engine."""
     try:
         return library.load().peak_flops(DTYPES["float32" if dtype == "float16" else dtype].code)
     except library.LibraryError:
@@ -25,7 +25,7 @@ def flops(dtype: str) -> float | None:
 
 
 class Stream:
-    """Bytes per second of adding up a long array on all of torch's threads; the best of a few."""
+    """Bandwidth of summing a long array on all of torch's threads: bytes per second, the best of a few."""
 
     @cached_property
     def _array(self) -> Tensor:
@@ -44,5 +44,5 @@ class Stream:
 
 
 def best(*values: float | None) -> float | None:
-    """The largest of several measurements of one ceiling: noise only lowers it."""
+    """Return the largest of several measurements of one limit, because noise only lowers it."""
     return max((value for value in values if value is not None), default=None)

@@ -1,6 +1,6 @@
-"""The correctness gate: a provider whose result is wrong is not timed.
+"""Correctness gate: a provider with a wrong result is not timed.
 
-Results are compared with float64 within budgets that follow from the problem; of large workloads, a sample is.
+Results are compared with float64 within budgets derived from the problem. For large workloads a sample is compared.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ SPREAD = (0.8, 1.25)  # accepted mean of squared deviations from the average ove
 
 
 class Gate:
-    """Float64 values of a workload, computed once, with which any number of providers' results are compared."""
+    """Float64 values of a workload, computed once and compared with the results of all providers."""
 
     def __init__(self, inputs: Inputs) -> None:
         self.inputs = inputs
 
     @cached_property
     def expected(self) -> dict[str, Expected]:
-        """Compute the results that are compared, in the order in which providers return them."""
+        """Compute the results to compare, in the order in which providers return them."""
         inputs = self.inputs
         names = ("dq", "dk", "dv") if inputs.workload.backward else ("out",)
         found = testing.expected_results(
@@ -41,14 +41,13 @@ class Gate:
     def wrong(self, results: list[Tensor], own_dropout: bool = False) -> str | None:
         """Return how results (out, or dq, dk and dv, in the layouts of the inputs) differ from float64, or None.
 
-        `own_dropout`: the provider drops other entries than the definition, so that only averages and spread can be
-        compared.
+        own_dropout: the provider drops other entries than the definition, so only averages and spread are compared.
         """
         inputs = self.inputs
         arrays = (inputs.q, inputs.k, inputs.v) if inputs.workload.backward else (inputs.dout,)
         shapes = [tuple(x.shape) for x in arrays]
         if [tuple(x.shape) for x in results] != shapes:
-            return f"shapes {[tuple(x.shape) for x in results]} are not {shapes}"
+            return f"shapes {[tuple(x.shape) for x in results]} must be {shapes}"
         if own_dropout:
             return _wrong_spread(inputs, results[0])
         got = dict(zip(self.expected, map(testing.to_numpy, results), strict=True))
@@ -61,7 +60,7 @@ class Gate:
 
 
 def _wrong_spread(inputs: Inputs, out: Tensor) -> str | None:
-    """Over a provider's own dropout, out_i has mean sum_j P_ij v_j and variance p / (1 - p) sum_j P_ij^2 v_j^2."""
+    """Compare the spread of out with theory: mean sum_j P_ij v_j, variance p / (1 - p) sum_j P_ij^2 v_j^2."""
     odds = inputs.workload.dropout_p / (1.0 - inputs.workload.dropout_p)
     problem, arrays = testing.describe(inputs.arguments())
     parts = testing.sample(problem, arrays, backward=False)
@@ -71,5 +70,5 @@ def _wrong_spread(inputs: Inputs, out: Tensor) -> str | None:
         squares.append(((got[head.rows_q] - head.p @ head.v) ** 2 / variance).ravel())
     mean = float(np.concatenate(squares).mean())
     if not SPREAD[0] <= mean <= SPREAD[1]:
-        return f"dropout: the spread is {mean:.2f} of what it must be"
+        return f"dropout: the spread is {mean:.2f} of the expected spread"
     return None

@@ -1,5 +1,5 @@
-"""What the CPU engine has to reach, beside what a run measured: one line for each goal, read from suite "bars" and from
-the sections. A share is of the measured ceiling, a ratio is another provider's time by ours."""
+"""Goals of the CPU engine compared with the measurements of a run, from suite "bars" and from the sections. A share is
+relative to the measured limit of the machine; a ratio is another provider's time divided by anyattn's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MIB = 2.0**20
 
 
 class Goal(NamedTuple):
-    """`value` is None where the run did not measure it. `at_most`: less is better."""
+    """Goal and its measured value, None if the run did not measure it. at_most: lower is better."""
 
     workload: str
     quantity: str
@@ -36,7 +36,7 @@ class Goal(NamedTuple):
 
 @dataclass(frozen=True)
 class View:
-    """The rows of a run. Every figure is the worst over the rows that match."""
+    """Rows of a run. Every value is the worst of the matching rows."""
 
     results: dict[str, Any]
 
@@ -60,7 +60,7 @@ class View:
         )
 
     def read(self, **wanted: Any) -> float | None:
-        """K and V once per call, of the measured stream."""
+        """Return the rate of reading K and V once per call, relative to the measured bandwidth."""
         rows = self.rows(**wanted)
         return _least(row["kv_bytes"] / row["seconds"][OURS]["median"] / row["stream_bytes"] for row in rows)
 
@@ -73,7 +73,7 @@ class View:
         return rows[0]["flops"] / rows[0]["seconds"][OURS]["median"] if rows else None
 
     def over(self, section: str, *path: str) -> float | None:
-        """A median of a section of the run."""
+        """Return a median from a section of the run."""
         found: Any = self.results.get(section)
         for name in path:
             found = None if not found else found.get(name)
@@ -143,7 +143,7 @@ def _backward(view: View) -> Iterator[Goal]:
 
 
 def _dims(view: View) -> Iterator[Goal]:
-    """Beside head dims 32, 64 and 128, interpolated, and 256 beside 128."""
+    """Yield goals of head dims between 32, 64 and 128, relative to interpolation, and of 256 relative to 128."""
     import numpy as np
 
     knots = (32, 64, 128, 256)
@@ -239,7 +239,7 @@ def _calls(view: View) -> Iterator[Goal]:
 
 
 def _avx2(view: View) -> Iterator[Goal]:
-    """With the AVX2 instruction set forced, against its own ceiling."""
+    """Yield goals with the AVX2 instruction set, relative to the limit of that instruction set."""
     for causal, ratio in ((False, 1.15), (True, 1.4)):
         text = f"AVX2 forward float32 {'causal' if causal else 'dense'}"
         for shape in ((1, 8, 2048, 64), (1, 16, 2048, 128)):

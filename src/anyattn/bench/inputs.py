@@ -1,4 +1,4 @@
-"""The arrays of a workload, as torch tensors, in the layouts that providers want; made once, outside what is timed."""
+"""Arrays of a workload as torch tensors, in the layouts that providers need. They are made once and not timed."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .workloads import Workload
 if TYPE_CHECKING:
     from torch import Tensor
 
-SEED = 20220527  # of dropout
+SEED = 20220527  # seed of dropout
 NAMES = ("q", "k", "v", "dout")
 
 
 class Sequence(NamedTuple):
-    """One sequence: (rows or keys, heads, dim)."""
+    """Arrays of one sequence: (rows or keys, heads, dim)."""
 
     q: Tensor
     k: Tensor
@@ -26,7 +26,10 @@ class Sequence(NamedTuple):
 
 
 class Inputs:
-    """q, k, v and dout, unit normal: (batch, seqlen, nheads, head_dim), packed (total, nheads, head_dim)."""
+    """q, k, v and dout of a workload, unit normal:
+
+    (batch, seqlen, nheads, head_dim), packed (total, nheads, head_dim).
+    """
 
     def __init__(self, workload: Workload, seed: int = 0, arrays: Sequence | None = None) -> None:
         import torch
@@ -43,7 +46,7 @@ class Inputs:
         return torch.empty(shape).normal_(generator=self._generator).to(self.dtype)
 
     def heads_first(self, name: str) -> Tensor:
-        """(batch, nheads, seqlen, head_dim), contiguous: what most others want."""
+        """Return (batch, nheads, seqlen, head_dim), contiguous, the layout of most other libraries."""
         if name not in self._heads_first:
             self._heads_first[name] = getattr(self, name).transpose(1, 2).contiguous()
         return self._heads_first[name]
@@ -56,7 +59,10 @@ class Inputs:
         return Sequence(*(x[start:end] for x in arrays))
 
     def arguments(self) -> dict[str, Any]:
-        """Return the arguments of `attention_forward` that ask for this; without a cache, whose keys are the same."""
+        """Return the arguments of `attention_forward` for this workload.
+
+        A cache is left out, because its keys are the same.
+        """
         workload = self.workload
         tables = {"cu_seqlens_q": self.cu_seqlens, "cu_seqlens_k": self.cu_seqlens} if workload.packed else {}
         options = {
@@ -71,7 +77,7 @@ class Inputs:
 
     @cached_property
     def parts(self) -> list[Inputs]:
-        """A packed workload as one dense workload for each sequence: how those compute it who have no packed layout."""
+        """Return a packed workload as one dense workload per sequence, for libraries without a packed layout."""
         found = []
         for b, n in enumerate(self.workload.lengths):
             values = {name: getattr(self.workload, name) for name in Workload.__slots__}
@@ -97,7 +103,7 @@ class Inputs:
 
     @cached_property
     def mask(self) -> Tensor | None:
-        """True: seen. (1, 1, seqlen_q or 1, seqlen_k)."""
+        """Return the boolean mask (1, 1, seqlen_q or 1, seqlen_k); True: visible."""
         import torch
 
         hidden = self.workload.hidden(self.workload.seqlen_q, self.workload.seqlen_k)
@@ -121,7 +127,7 @@ class Inputs:
 
     @cached_property
     def block_table(self) -> Tensor:
-        """(batch, pages of a sequence), in no order."""
+        """Return the block table (batch, pages of a sequence), in random order."""
         import torch
 
         pages = -(-self.workload.seqlen_k // self.workload.page_size)
@@ -130,7 +136,7 @@ class Inputs:
 
     @cached_property
     def pages(self) -> tuple[Tensor, Tensor]:
-        """k and v as (num_pages, page_size, nheads_kv, head_dim), spread by the block table."""
+        """Return k and v as (num_pages, page_size, nheads_kv, head_dim), arranged by the block table."""
         workload, table = self.workload, self.block_table.flatten().long()
 
         def spread(x: Tensor) -> Tensor:
@@ -144,7 +150,7 @@ class Inputs:
 
     @cached_property
     def visible(self) -> Tensor | None:
-        """Interval and mask as one boolean array that broadcasts to the scores, for those who need it; None: all."""
+        """Return interval and mask as one boolean array that broadcasts to the scores; None: everything is visible."""
         import torch
 
         workload = self.workload
@@ -157,7 +163,7 @@ class Inputs:
 
     @cached_property
     def additive(self) -> Tensor | None:
-        """Bias and ALiBi as one array that broadcasts to the scores, in the workload's dtype."""
+        """Return bias and ALiBi as one array that broadcasts to the scores, in the workload's dtype."""
         import torch
 
         if self.alibi_slopes is None:

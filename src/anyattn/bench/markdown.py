@@ -86,7 +86,7 @@ def speed(results: dict[str, Any]) -> str:
 
 
 def workloads(results: dict[str, Any]) -> str:
-    """Milliseconds of ours, and how many times longer each of the others takes."""
+    """Return milliseconds of anyattn, and the times of the other libraries relative to them."""
     rows = [row for row in results["cases"] if row["name"] in WORKLOADS and "anyattn" in row["seconds"]]
     others = sorted({name for row in rows for name in row["seconds"]} - {"anyattn"}, reverse=True)
     lines = [f"| workload | ms | {' | '.join(others)} |", "|---" * (len(others) + 2) + "|"]

@@ -1,4 +1,4 @@
-"""Peak extra memory of a call, each in a process of its own: `python -m anyattn.bench.memory PROVIDER CASE THREADS`."""
+"""Peak extra memory of a call, each in its own process: `python -m anyattn.bench.memory PROVIDER CASE THREADS`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ QUICK = ("anyattn", "torch SDPA", "softmax(QK^T)V")
 
 
 def workloads() -> list[Workload]:
-    """Forward, and forward with backward, against length; then the features that others pay for with a matrix."""
+    """Return forward and forward with backward against length, and the features for which others store a matrix."""
     base = Workload("memory", 1, 8, 4096, 64)
     by_length = [
         replace(base, seqlen_q=n, seqlen_k=n, causal=True, backward=backward, name=f"memory {n}")
@@ -42,7 +42,7 @@ def workloads() -> list[Workload]:
 
 
 def measure(providers: Iterable[Provider], threads: int, quick: bool = False) -> list[dict[str, Any]]:
-    """One row for each workload: provider -> MiB beyond inputs and results."""
+    """Return one row per workload: provider -> MiB in addition to inputs and results."""
     chosen = [workload for workload in workloads() if not quick or workload.name == "memory 4096"]
     if quick:
         providers = [provider for provider in providers if provider.name in QUICK]
@@ -60,7 +60,7 @@ def measure(providers: Iterable[Provider], threads: int, quick: bool = False) ->
 
 
 def peak(provider: str, workload: Workload, threads: int) -> float | str | None:
-    """MiB beyond inputs and results, or why there is no figure; None where the provider has no such variant."""
+    """Return MiB in addition to inputs and results, or why there is no value; None if the variant does not apply."""
     command = [sys.executable, "-m", __name__, provider, json.dumps(asdict(workload)), str(threads)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
@@ -70,7 +70,7 @@ def peak(provider: str, workload: Workload, threads: int) -> float | str | None:
 
 
 def results_mib(workload: Workload) -> float:
-    """Out (float32 lse beside it) and, backward, the gradients."""
+    """Return the MiB of out, of the float32 lse and, for backward, of the gradients."""
     rows = workload.batch * workload.seqlen_q * workload.nheads
     keys = workload.batch * workload.seqlen_k * workload.nheads_kv
     d, dv, size = workload.head_dim, workload.head_dim_v, ITEMSIZE[workload.dtype]
@@ -87,7 +87,7 @@ def _main() -> None:
 
 
 def _measured(provider: Provider, workload: Workload, threads: int) -> float | str | None:
-    """Libraries and threads are there before, from a small call; masks and layouts that a provider needs count."""
+    """Measure after a small call, which loads libraries and starts threads. Masks and layouts of a provider count."""
     try:
         tiny = replace(workload, seqlen_q=min(64, workload.seqlen_q), seqlen_k=64)
         warm = provider.prepare(Inputs(tiny), threads)
@@ -109,7 +109,7 @@ def _measured(provider: Provider, workload: Workload, threads: int) -> float | s
 
 
 def _reset() -> float:
-    """MiB resident now; where Linux allows it, the peak starts again from there."""
+    """Return the resident MiB; reset the peak to this value if Linux allows it."""
     if not STATUS.exists():
         return _peak()
     Path("/proc/self/clear_refs").write_text("5")
@@ -117,7 +117,7 @@ def _reset() -> float:
 
 
 def _peak() -> float:
-    """Peak resident MiB. Elsewhere than on Linux it may be the parent process's, and so too high."""
+    """Return the peak resident MiB. Except on Linux it may be the parent process's peak, which may be higher."""
     if STATUS.exists():
         return _status("VmHWM")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

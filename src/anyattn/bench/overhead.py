@@ -1,4 +1,4 @@
-"""What a call costs besides its arithmetic: small calls, the first call of a process, features that are off or on."""
+"""Overhead of a call in addition to arithmetic: small calls, the first call of a process, features off and on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .timing import measure, summary
 
 Functions = Mapping[str, Callable[[], Any]]
 
-CALLS = 50  # in one sample: the clock itself takes a twentieth of a microsecond
+CALLS = 50  # in one sample, because reading the clock takes 0.05 us
 SMALL = ((1, 1, 16, 64), (1, 8, 64, 64))
 
 FIRST = """
@@ -37,7 +37,7 @@ print(json.dumps({"import": imported, "first": times[0], "second": times[1]}))
 
 
 def small_calls(seconds: float = 1.0) -> dict[str, dict[str, Any]]:
-    """Shape -> call -> seconds of one call, from torch tensors with and without gradients and from NumPy arrays."""
+    """Return shape -> call -> seconds per call, for torch tensors with and without gradients and for NumPy arrays."""
     return {str(shape): _small(shape, seconds) for shape in SMALL}
 
 
@@ -65,7 +65,7 @@ def _small(shape: tuple[int, int, int, int], seconds: float) -> dict[str, Any]:
 
 
 def in_bulk(functions: Functions, seconds: float, calls: int = CALLS) -> dict[str, Any]:
-    """Like `measure`, of `calls` calls at once."""
+    """Measure like `measure`, with `calls` calls per sample."""
     samples: dict[str, list[float]] = {name: [] for name in functions}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(next(iter(samples.values()))) < 3:
@@ -79,7 +79,7 @@ def in_bulk(functions: Functions, seconds: float, calls: int = CALLS) -> dict[st
 
 
 def first_call(repeats: int = 3) -> dict[str, dict[str, float]]:
-    """Seconds of `import anyattn`, of the first call and of the second, in fresh processes; the least of a few."""
+    """Return seconds of `import anyattn`, the first and the second call, in new processes; the minimum of a few."""
     found = {}
     for kind in ("numpy", "torch"):
         runs = [_first(kind) for _ in range(repeats)]
@@ -93,7 +93,7 @@ def _first(kind: str) -> dict[str, float]:
 
 
 def features(seconds: float = 4.0, seqlen: int = 2048) -> dict[str, dict[str, Any]]:
-    """dtype -> feature -> seconds at (1, 8, seqlen, 64), in turns, so that each can be put beside the plain call."""
+    """Return dtype -> feature -> seconds at (1, 8, seqlen, 64), alternating to compare each with the plain call."""
     return {dtype: _features(dtype, seconds, seqlen) for dtype in ("float32", "bfloat16")}
 
 

@@ -1,4 +1,4 @@
-"""Plots, drawn from the JSON of results: speed against length, a roofline, memory against length, accuracy."""
+"""Plots of the JSON results: speed against length, a roofline, memory against length, accuracy."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _speed_title(row: Results, pass_: str) -> str:
 
 
 def _roofline(results: Results, axis: Any) -> None:
-    """Each workload at its arithmetic intensity, below the two measured ceilings."""
+    """Draw each workload at its arithmetic intensity, below the two measured limits."""
     import numpy as np
 
     rows = _intense(results)

@@ -1,4 +1,4 @@
-"""Largest error against float64 at (1, 8, 512, 64), unit normal, on the same inputs for every provider."""
+"""Largest error compared with float64 at (1, 8, 512, 64), unit normal, on the same inputs for every provider."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 
 def errors(workload: Workload, seeds: int, threads: int) -> dict[str, list[float]]:
-    """Provider -> largest absolute error of each seed, on inputs rounded to the workload's dtype."""
+    """Return provider -> largest absolute error per seed, on inputs rounded to the workload's dtype."""
     found: dict[str, list[float]] = {name: [] for name in NAMES}
     for seed in range(seeds):
         inputs = Inputs(workload, seed)
@@ -32,7 +32,7 @@ def errors(workload: Workload, seeds: int, threads: int) -> dict[str, list[float
 
 
 def summary(threads: int, quick: bool = False) -> list[dict[str, Any]]:
-    """One row per dtype: the median over the seeds of every provider's largest error."""
+    """Return one row per dtype: for every provider, the median over seeds of the largest error."""
     rows = []
     for dtype in DTYPES:
         values = errors(replace(CASE, dtype=dtype), 2 if quick else SEEDS, threads)

@@ -1,4 +1,4 @@
-"""Results as JSON with the machine's header, and as tables."""
+"""Results as JSON with a description of the machine, and as tables."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OURS = "anyattn"
 
 
 class Table(NamedTuple):
-    """Text, ready to be laid out."""
+    """Table of text."""
 
     title: str
     header: tuple[str, ...]
@@ -29,7 +29,7 @@ class Table(NamedTuple):
 
 
 def header(threads: int, providers: Iterable[Provider] = ()) -> Results:
-    """What a reader needs to judge the figures."""
+    """Return the description of the machine that a reader needs to judge the results."""
     from ..backends.cpu import library
 
     packages = dict.fromkeys(["anyattn", "numpy", "torch", *(provider.package for provider in providers)])
@@ -62,7 +62,7 @@ def write(results: Results, path: Path) -> None:
 
 
 def notes(results: Results) -> Iterator[str]:
-    """The machine, who is absent and why, and what was wrong or refused, each reason once."""
+    """Yield the machine, absent providers with reasons, and wrong or refused results, each reason once."""
     machine = results["machine"]
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items() if number)
     threads = machine.get("threads", machine["cores"])
@@ -81,7 +81,7 @@ def notes(results: Results) -> Iterator[str]:
 
 
 def tables(results: Results) -> Iterator[Table]:
-    """Every section that was measured."""
+    """Yield a table for every measured section."""
     for suite in dict.fromkeys(row.get("suite", "") for row in results["cases"]):
         rows = [row for row in results["cases"] if row.get("suite", "") == suite]
         yield Table(suite or "cases", _CASES, [line for row in rows for line in _case(row)])
@@ -94,7 +94,7 @@ def tables(results: Results) -> Iterator[Table]:
 
 
 def goals_table(results: Results) -> Table | None:
-    """The CPU goals beside what was measured; None where nothing of it was."""
+    """Return the CPU goals compared with the measurements; None if nothing was measured."""
     found = [goal for goal in goals.goals(results) if goal.value is not None]
     rows = []
     for goal in found:
@@ -120,7 +120,7 @@ _CASES = ("case", "ms", "spread", "GFLOP/s", "of peak", "GB/s", "of read", "anya
 
 
 def _case(row: Results) -> Iterator[tuple[str, ...]]:
-    """A line with the workload and one for each provider; GB/s of K and V where reading them is the work."""
+    """Yield a line for the workload and one per provider; GB/s of K and V if reading them dominates."""
     name = row["label"] if row["label"].startswith(row["name"]) else f"{row['name']}: {row['label']}"
     yield (name, *[""] * (len(_CASES) - 1))
     ours = row["seconds"].get(OURS, {}).get("median")
@@ -162,7 +162,7 @@ def _first(section: Results) -> Iterator[Table]:
     yield Table("a fresh process, ms", ("arrays", "import anyattn", "first call", "second call"), rows)
 
 
-def _citizen(section: Results) -> Iterator[Table]:
+def _interleaving(section: Results) -> Iterator[Table]:
     rows = []
     for name, title in (("attention", "attention (1, 8, 512, 64)"), ("mm", "torch.mm (512)")):
         alone, after = section[name]["median"], section[f"{name} after"]["median"]
@@ -189,14 +189,14 @@ _SECTIONS = {
     "features": _features,
     "small_calls": _small,
     "first_call": _first,
-    "citizen": _citizen,
+    "citizen": _interleaving,
     "memory": _memory,
     "accuracy": _accuracy,
 }
 
 
 def memory_rows(section: Any) -> list[Results]:
-    """Rows of the memory section; results of version 0.1 have provider -> length -> MiB with the results in it."""
+    """Return the rows of the memory section. Version 0.1 stored provider -> length -> MiB including the results."""
     if isinstance(section, list):
         return section
     return [

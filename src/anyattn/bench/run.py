@@ -1,4 +1,4 @@
-"""Runs the benchmark: correctness gate first, then timing in turns, then what is not a workload."""
+"""Run of the benchmark: the correctness gate, alternating timing, then measurements other than workloads."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from . import ceilings, citizen, gate, memory, overhead, precision, report
+from . import ceilings, gate, interleaving, memory, overhead, precision, report
 from .inputs import Inputs
 from .providers import Prepared, Provider, Refused
 from .timing import measure
@@ -18,10 +18,10 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """The measurements to make.
+    """Measurements to make.
 
-    `seconds`: for each workload. `quick`: sections measure less. `keep` gets the results so far after each step, so
-    that a run that is broken off has not been for nothing.
+    seconds: per workload. quick: sections measure less. keep: called with the results after each step, so that an
+    interrupted run keeps its results.
     """
 
     workloads: list[Workload]
@@ -35,23 +35,23 @@ class Plan:
 
     @property
     def steps(self) -> int:
-        """How often `progress` is called."""
+        """Return how often `progress` is called."""
         return len(self.workloads) + len(self.sections)
 
 
-# Besides the suites of workloads. Each takes the plan and the providers that are there.
+# Sections in addition to the suites of workloads. Each gets the plan and the available providers.
 SECTIONS: dict[str, Callable[[Plan, tuple[Provider, ...]], Any]] = {
     "features": lambda plan, present: overhead.features(plan.seconds * (1 if plan.quick else 4)),
     "small_calls": lambda plan, present: overhead.small_calls(plan.seconds),
     "first_call": lambda plan, present: overhead.first_call(1 if plan.quick else 3),
-    "citizen": lambda plan, present: citizen.measure(plan.seconds),
+    "citizen": lambda plan, present: interleaving.measure(plan.seconds),
     "memory": lambda plan, present: memory.measure(present, plan.threads, plan.quick),
     "accuracy": lambda plan, present: precision.summary(plan.threads, plan.quick),
 }
 
 
 def run(plan: Plan) -> dict[str, Any]:
-    """Everything that was measured, ready for JSON."""
+    """Return all measurements, ready for JSON."""
     absent = {p.name: reason for p in plan.providers if (reason := p.absent())}
     present = tuple(p for p in plan.providers if p.name not in absent)
     results: dict[str, Any] = {"machine": report.header(plan.threads, plan.providers), "absent": absent, "cases": []}
@@ -69,7 +69,7 @@ def run(plan: Plan) -> dict[str, Any]:
 
 
 def _level(rows: list[Row]) -> None:
-    """A processor's peak is one number for each dtype, and noise only lowers it: the best of the run holds for all."""
+    """Use the best peak of the run for each dtype, because the peak is one number and noise only lowers it."""
     for dtype in {row["dtype"] for row in rows}:
         mine = [row for row in rows if row["dtype"] == dtype]
         peak = ceilings.best(*(row["peak_flops"] for row in mine))
@@ -84,7 +84,7 @@ def run_workload(
     seconds: float,
     stream: ceilings.Stream | None = None,
 ) -> Row:
-    """One row: seconds of every provider that is right, and why the others were not timed."""
+    """Return one row: seconds of every provider with right results, and why the others were not timed."""
     inputs = Inputs(workload)
     expected = gate.Gate(inputs)
     functions: dict[str, Callable[[], Any]] = {}
@@ -97,7 +97,7 @@ def run_workload(
         except Refused as reason:
             refused[provider.name] = str(reason)
             continue
-        except Exception as error:  # another library's failure is no reason to measure nothing
+        except Exception as error:  # a failure of one library must not end the run
             refused[provider.name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             continue
         if problem:
@@ -119,7 +119,7 @@ def run_workload(
 
 
 def check(expected: gate.Gate, prepared: Prepared) -> str | None:
-    """None, or why this provider's result must not be timed."""
+    """Return why this provider's result must not be timed, or None."""
     return expected.wrong(prepared.results(prepared.run()), prepared.own_dropout)
 
 

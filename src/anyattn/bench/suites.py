@@ -1,4 +1,4 @@
-"""The named workloads: real models, every row of the performance goals, the tables of earlier projects, lengths."""
+"""Suites of workloads: real models, all performance goals, the tables of earlier projects, lengths."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SHAPES = ((1, 8, 512, 64), (1, 8, 2048, 64), (1, 16, 2048, 128), (4, 12, 512, 32
 
 
 def shapes() -> list[Workload]:
-    """The shapes that the README quotes."""
+    """Return the shapes that the README quotes."""
     return [
         Workload(f"{shape}", *shape, dtype=dtype, causal=causal, backward=backward)
         for dtype in DTYPES
@@ -25,13 +25,13 @@ def shapes() -> list[Workload]:
 
 
 def models() -> list[Workload]:
-    """One layer of well-known models, at sizes that two cores compute in about a second."""
+    """Return one layer of well-known models, in sizes that two cores compute in about a second."""
     found = [
         Workload("Llama-3 8B prefill", 1, 32, 2048, 128, nheads_kv=8, causal=True),
         Workload("Llama-3 8B decode", 1, 32, 1, 128, seqlen_k=8192, nheads_kv=8, cache=True, causal=True),
         Workload("Llama-3 8B decode, batch 8", 8, 32, 1, 128, seqlen_k=4096, nheads_kv=8, cache=True, causal=True),
         Workload("Gemma-2 9B softcap", 1, 16, 2048, 256, nheads_kv=8, causal=True, softcap=50.0),
-        # 6144: a third of the rows are beyond the window of 4096
+        # 6144, so that a third of the queries have a full window of 4096.
         Workload("Gemma-2 9B local", 1, 4, 6144, 256, nheads_kv=2, causal=True, window=(4095, 0), softcap=50.0),
         Workload("BERT base", 8, 12, 512, 64, mask="padding"),
         Workload("MiniLM", 16, 12, 256, 32),
@@ -50,7 +50,7 @@ def models() -> list[Workload]:
 
 
 def bars() -> list[Workload]:
-    """Every row of the CPU goals, apart from those that are no attention call (small calls, neighbours, memory)."""
+    """Return every CPU goal that is an attention call."""
     both = [
         *_dims(),
         Workload("GQA 32:8 prefill", 1, 32, 2048, 128, nheads_kv=8, causal=True),
@@ -81,7 +81,7 @@ def bars() -> list[Workload]:
 
 
 def _dims() -> list[Workload]:
-    """Head dims between and beside the usual ones, with those as neighbours to compare with."""
+    """Return head dims between and beyond the usual ones, with the usual ones for comparison."""
     dims = ((32, 32), (40, 40), (59, 59), (64, 64), (80, 80), (96, 96), (128, 128), (192, 192), (256, 256))
     unequal = ((192, 128), (64, 128), (128, 64))
     return [
@@ -92,7 +92,7 @@ def _dims() -> list[Workload]:
 
 
 def _decode(dtype: str) -> list[Workload]:
-    """256 MiB of K and V and more, for one sequence and for eight; pages against contiguous."""
+    """Return decoding with at least 256 MiB of K and V, for one and for eight sequences, contiguous and paged."""
     keys = 2 ** (15 if dtype == "float32" else 16)
     plain = [
         Workload(f"decode B={b}", b, 32, 1, 128, seqlen_k=keys // b * n, nheads_kv=8, cache=True, dtype=dtype)
@@ -102,7 +102,7 @@ def _decode(dtype: str) -> list[Workload]:
 
 
 def _blocks() -> list[Workload]:
-    """Few query rows: speculation, chunks of a prefill."""
+    """Return workloads with few queries: speculative decoding and chunks of a prefill."""
     return [
         Workload(f"{rows} rows", 1, 32, rows, 128, seqlen_k=8192, nheads_kv=8, causal=True)
         for rows in (1, 2, 4, 8, 16, 32, 48)
@@ -110,8 +110,8 @@ def _blocks() -> list[Workload]:
 
 
 def seeds() -> list[Workload]:
-    """The tables of the projects that anyattn grew from. Where two cores would need minutes, batch times heads is less
-    (the name tells both); the speed of attention does not depend on it once every core has work."""
+    """Return the tables of the projects that anyattn grew from. Where two cores would need minutes, batch times heads
+    is reduced, as the name says. The speed of attention does not depend on it once every core has work."""
     found = []
     for dtype, backward, causal in product(("float32", "float16"), (False, True), (True, False)):
         for seqlen in (1024, 2048, 4096, 8192, 16384):
@@ -134,13 +134,13 @@ def seeds() -> list[Workload]:
 
 
 def edges() -> list[Workload]:
-    """In place of a sweep of tile sizes, which are not an argument here: lengths on both sides of tile edges."""
+    """Return lengths on both sides of tile edges. Tile sizes are not an argument, so they cannot be swept."""
     lengths = (31, 32, 33, 63, 64, 65, 95, 96, 97, 127, 128, 129, 191, 192, 193, 255, 256, 257, 511, 512, 513)
     return [Workload(f"tile edge {seqlen}", 4, 8, seqlen, 64) for seqlen in lengths]
 
 
 def lengths() -> list[Workload]:
-    """Speed against length."""
+    """Return workloads for speed against length."""
     return [
         Workload(f"length {seqlen}", 1, 8, seqlen, 64, causal=True, backward=backward)
         for backward in (False, True)
@@ -149,7 +149,7 @@ def lengths() -> list[Workload]:
 
 
 def quick() -> list[Workload]:
-    """One workload of every kind, each well below a second."""
+    """Return one workload of every kind, each far below a second."""
     return [
         *(Workload(f"{s}", *s, dtype=d, causal=c) for s in SHAPES[1:2] for d in DTYPES for c in (False, True)),
         *(Workload(f"{s}", *s, dtype=d, causal=True, backward=True) for s in SHAPES[1:2] for d in DTYPES),
@@ -166,7 +166,7 @@ def quick() -> list[Workload]:
 
 
 def vulkan() -> list[Workload]:
-    """For the Vulkan providers; small enough for a software driver and the slowest of them."""
+    """Return workloads for the Vulkan providers, small enough for a software driver."""
     sizes = ((1, 8, 256, 64), (1, 8, 512, 64))
     found = [Workload(f"{s}", *s, causal=c, backward=b) for b in (False, True) for s in sizes for c in (False, True)]
     found += [Workload("head_dim 128", 1, 8, 512, 128, backward=b) for b in (False, True)]
@@ -186,7 +186,7 @@ DEFAULT = ("models", "bars", "seeds", "lengths")
 
 
 def select(names: Iterable[str], pattern: str = "") -> list[Workload]:
-    """The workloads of these suites in which every word of the pattern occurs (in suite, name or label)."""
+    """Return the workloads of these suites that contain every word of the pattern in suite, name or label."""
     words = pattern.lower().split()
     workloads = [replace(workload, suite=name) for name in names for workload in SUITES[name]()]
     return [

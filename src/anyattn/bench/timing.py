@@ -1,4 +1,4 @@
-"""Timing in turns: A B C A B C ..., so that a noisy machine is noisy for all of them alike."""
+"""Timing in turns, A B C A B C ..., so that noise of the machine affects all functions alike."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from statistics import median, quantiles
 from typing import Any
 
-PAUSE = 0.004  # other runtimes' threads spin for a while after their turn
-WARM = 0.02  # a call that is shorter than this runs once untimed at the beginning of its turn
-CALLS = 32  # in one turn
+PAUSE = 0.004  # seconds, because other runtimes' threads spin for a while after their turn
+WARM = 0.02  # seconds; a shorter call runs once untimed at the start of its turn
+CALLS = 32  # calls in one turn, at most
 SLOW = 0.2
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds: median, and the quartiles that say how far to trust it."""
+    """Median of the seconds, and the quartiles as a measure of the spread."""
 
     median: float
     low: float
@@ -25,10 +25,10 @@ class Timing:
 
 
 def measure(functions: Mapping[str, Callable[[], Any]], seconds: float, rounds: int = 5) -> dict[str, Timing]:
-    """Times each function in turn for about `seconds` in all and at least `rounds` turns each (2, where a call is
-    longer than `seconds`).
+    """Time each function in turn for about `seconds` in total and at least `rounds` turns each.
 
-    A short one runs several times in its turn, so that a slow neighbour does not leave it with a handful of samples.
+    A call longer than `seconds` has 2 turns. A short function runs several times in its turn, so that it gets enough
+    samples next to a slow one.
     """
     samples: dict[str, list[float]] = {name: [] for name in functions}
     once = {name: _once(function) for name, function in functions.items()}
@@ -49,7 +49,7 @@ def measure(functions: Mapping[str, Callable[[], Any]], seconds: float, rounds: 
 
 
 def _once(function: Callable[[], Any]) -> float:
-    """What a call takes; the gate has already called it."""
+    """Return the time of a call. The gate has already called the function once."""
     first = _time(function)
     return first if first > SLOW else min(first, _time(function))
 

@@ -1,4 +1,7 @@
-"""Tune the Triton kernels: measure the fastest tiles on the card in use, by hill climbing from the tiles in use."""
+"""Tuning of the Triton kernels:
+
+measure the fastest tiles on the current card, by hill climbing from the active tiles.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +20,13 @@ from ..definition.accuracy import Expected
 from ..definition.errors import CompilationError
 from ..runtime import dispatch
 
-FASTER = 0.97  # of the time, to count as faster: a difference below is noise
+FASTER = 0.97  # a tile must take less than this share of the time, because smaller differences are noise
 ROUNDS = 5
-GROUP = 4  # query heads of a key head
+GROUP = 4  # query heads per KV head
 
 
 class Workload(NamedTuple):
-    """Problem on which the tiles of a phase are measured: causal, GROUP query heads for each key head."""
+    """Problem on which the tiles of a phase are measured: causal, GROUP query heads per KV head."""
 
     phase: str
     dtype: str
@@ -35,19 +38,19 @@ class Workload(NamedTuple):
 
 
 class Task(NamedTuple):
-    """The call that is timed, and what it must return for the last key head of the last sequence."""
+    """Timed call, and its expected results for the last KV head of the last sequence."""
 
     call: Callable[[], tuple[Any, ...]]
     expected: dict[str, Expected]
 
     def is_right(self, results: tuple[Any, ...]) -> bool:
-        """Return whether results are within their budgets."""
+        """Return whether results are within their error budgets."""
         got = {name: testing.to_numpy(_last(name, x)) for name, x in zip(self.expected, results, strict=False)}
         return not testing.compare(self.expected, got)
 
 
 class Result(NamedTuple):
-    """Tiles and seconds: those in use before tuning, and the fastest."""
+    """Tiles and seconds before tuning, and the fastest ones."""
 
     workload: Workload
     before: Tiles
@@ -68,7 +71,7 @@ def workloads(device: str) -> list[Workload]:
 
 
 def tune(workload: Workload, device: str, seconds: float, clock: Callable[..., float] | None = None) -> Result:
-    """Measure the fastest tiles and leave them in use. Tiles that do not compile or compute wrongly are not timed."""
+    """Measure the fastest tiles and activate them. Tiles that do not compile or compute wrongly are not timed."""
     measure = clock or partial(time_call, device=device, seconds=seconds)
     arch = card(device).arch
     task, before = make_task(workload, device), tiles_in_use(workload, arch)
@@ -91,7 +94,7 @@ def tune(workload: Workload, device: str, seconds: float, clock: Callable[..., f
 
 
 def climb(start: Tiles, seconds: float, timed: Callable[[Tiles], float]) -> tuple[Tiles, float]:
-    """Return the end of a walk from neighbour to neighbour, for as long as one is faster, and its seconds."""
+    """Return the end of a walk from neighbour to neighbour, continued while one is faster, and its seconds."""
     known = {start: seconds}
     here, improved = start, True
     while improved:
@@ -106,7 +109,7 @@ def climb(start: Tiles, seconds: float, timed: Callable[[Tiles], float]) -> tupl
 
 
 def neighbours(tiles: Tiles) -> Iterator[Tiles]:
-    """Yield tiles in which one field has its next or previous choice."""
+    """Yield tiles that differ in one field by one step."""
     for at, choices in enumerate(CHOICES):
         place = choices.index(tiles[at])
         for other in choices[max(place - 1, 0) : place + 2]:
@@ -115,7 +118,7 @@ def neighbours(tiles: Tiles) -> Iterator[Tiles]:
 
 
 def tiles_in_use(workload: Workload, arch: str) -> Tiles:
-    """Return the tiles that are in use: tuned, or from the table."""
+    """Return the active tiles: tuned, or from the table."""
     dtype, width = workload.dtype, workload.head_dim
     if workload.phase == "forward":
         return tuning.forward(arch, dtype, width)
@@ -130,7 +133,7 @@ def label(workload: Workload) -> str:
 
 
 def make_task(workload: Workload, device: str) -> Task:
-    """Return a call of the pass that the phase is part of, on unit normal arrays, and its expected results."""
+    """Return a call of the phase's pass on unit normal arrays, and its expected results."""
     import torch
 
     draw = partial(torch.randn, device=device, dtype=getattr(torch, workload.dtype))
@@ -147,7 +150,7 @@ def make_task(workload: Workload, device: str) -> Task:
 
 
 def _last(name: str, array: Any) -> Any:
-    """Return what an array has of the last key head of the last sequence."""
+    """Return the part of an array that belongs to the last KV head of the last sequence."""
     if name == "lse":  # (batch, nheads, seqlen_q)
         return array[-1:, -GROUP:]
     heads = 1 if name in ("k", "v", "dk", "dv") else GROUP

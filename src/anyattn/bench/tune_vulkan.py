@@ -1,4 +1,4 @@
-"""Tune offloading to Vulkan: measure from which size the device in use is faster than the CPU, transfers included."""
+"""Tuning of Vulkan offloading: measure from which size the current device is faster than the CPU, with transfers."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from .timing import Timing, measure
 DTYPES = ("float32", "float16", "bfloat16")
 NHEADS, HEAD_DIM = 8, 64
 SEQLENS = tuple(2**n for n in range(7, 15))
-LONGEST = 0.5  # seconds of both together, above which no larger problem is measured
-FASTER = 0.95  # of its time, to count as faster: a difference below is noise
+LONGEST = 0.5  # seconds of both backends; beyond this, no larger problem is measured
+FASTER = 0.95  # Vulkan must take less than this share of the CPU's time, because smaller differences are noise
 BACKENDS = ("cpu", "vulkan")
 
 Arrays = Mapping[str, npt.NDArray[Any]]
@@ -43,7 +43,7 @@ class Point(NamedTuple):
 
 
 def dtypes() -> dict[str, str]:
-    """Return by dtype why it cannot be measured, or ""."""
+    """Return by dtype why it cannot be measured; "" if it can."""
     try:
         import ml_dtypes  # noqa: F401
     except ImportError:
@@ -56,7 +56,7 @@ def measure_points(direction: str, dtype: str, seconds: float) -> Iterator[Point
     won = 0
     for seqlen in SEQLENS:
         functions = make_calls(direction, make_inputs(dtype, seqlen))
-        for function in functions.values():  # compiles, and takes memory
+        for function in functions.values():  # compiles, and allocates memory
             function()
         times = measure(functions, seconds, rounds=3)
         point = Point(direction, dtype, seqlen, *(times[name].median for name in BACKENDS))
@@ -67,7 +67,7 @@ def measure_points(direction: str, dtype: str, seconds: float) -> Iterator[Point
 
 
 def find_threshold(points: list[Point]) -> Work:
-    """Return the work of the smallest problem from which on Vulkan always won; NEVER if it did not win the largest."""
+    """Return the work of the smallest problem from which Vulkan always won; NEVER if it did not win the largest."""
     winning = NEVER
     for point in reversed(points):
         if not point.won:

@@ -1,4 +1,4 @@
-"""What is measured: one description for every workload, and its useful work and memory traffic."""
+"""Workloads: one description each, with its useful work and memory traffic."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from ..definition.mask import Mask
 
 ITEMSIZE = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 BIASES = ("", "full", "key")  # (1, nheads, seqlen_q, seqlen_k) or (1, 1, 1, seqlen_k)
-MASKS = ("", "padding", "documents")  # keys beyond 3/4 of a sequence hidden; four documents that see themselves alone
+# Keys beyond 3/4 of a sequence masked; four documents that attend only to themselves.
+MASKS = ("", "padding", "documents")
 
 Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """One call that is timed. A `testing.Case` draws lengths and contents; a Workload gives each of them.
+    """Timed call. A `testing.Case` samples lengths and contents; a Workload specifies all of them.
 
     Masks are aligned to the bottom right. Zeros mean: seqlen_k as seqlen_q, nheads_kv as nheads, head_dim_v as
     head_dim.
 
-    `lengths`: packed sequences, of rows and keys alike, instead of batch and seqlen_q. `cache`: k and v are a KV cache,
-    in pages of `page_size` if that is not 0. `backward`: gradients of q, k and v from a saved forward.
+    lengths: packed sequences, with as many keys as queries, instead of batch and seqlen_q. cache: k and v are a KV
+    cache, in pages of `page_size` unless it is 0. backward: gradients of q, k and v after a saved forward pass.
     """
 
     name: str
@@ -78,7 +79,7 @@ class Workload:
         return Mask(left, 0 if self.causal else right)
 
     def sequences(self) -> Iterator[tuple[int, int]]:
-        """(rows, keys) of every sequence."""
+        """Yield (queries, keys) of every sequence."""
         yield from (
             zip(self.lengths, self.lengths, strict=True)
             if self.lengths
@@ -86,12 +87,12 @@ class Workload:
         )
 
     def bounds(self, n_q: int, n_k: int) -> tuple[Ints, Ints]:
-        """First and one-past-last key of each row."""
+        """Return the first and one-past-last key of each query."""
         lo, hi = self.interval.bounds(np.arange(n_q) + n_k - n_q, n_k)
         return lo, np.maximum(lo, hi)
 
     def hidden(self, n_q: int, n_k: int) -> npt.NDArray[np.bool_] | None:
-        """(n_q, n_k) or (1, n_k): what the boolean mask hides, or None without one."""
+        """Return what the boolean mask masks, (n_q, n_k) or (1, n_k), or None without a mask."""
         keys = np.arange(n_k)
         if self.mask == "padding":
             return np.asarray(keys[None] >= n_k - n_k // 4)
@@ -102,7 +103,7 @@ class Workload:
 
     @property
     def pairs(self) -> float:
-        """Unmasked (row, key) pairs of one head, over the batch."""
+        """Return the unmasked (query, key) pairs of one head, over the batch."""
         total = 0.0
         for n_q, n_k in self.sequences():
             lo, hi = self.bounds(n_q, n_k)
@@ -117,13 +118,13 @@ class Workload:
 
     @property
     def flops(self) -> float:
-        """Floating-point operations over unmasked pairs only: 2 (D + Dv) a pair forward, 6 D + 4 Dv backward."""
+        """Return the floating-point operations of unmasked pairs: 2 (D + Dv) per pair forward, 6 D + 4 Dv backward."""
         d, dv = self.head_dim, self.head_dim_v
         return self.pairs * self.nheads * (6 * d + 4 * dv if self.backward else 2 * (d + dv))
 
     @property
     def kv_bytes(self) -> float:
-        """K and V once, as far as any row sees them: what decoding has to read."""
+        """Return the bytes of K and V that some query attends to; decoding has to read them once."""
         keys = 0
         for n_q, n_k in self.sequences():
             lo, hi = self.bounds(n_q, n_k)
@@ -132,7 +133,7 @@ class Workload:
 
     @property
     def bytes(self) -> float:
-        """Every input read once and every result written once; the least that any implementation moves."""
+        """Return the bytes of all inputs and results, each counted once: the minimum traffic of any implementation."""
         rows = sum(n_q for n_q, _ in self.sequences()) * self.nheads
         q, out = rows * self.head_dim * ITEMSIZE[self.dtype], rows * self.head_dim_v * ITEMSIZE[self.dtype]
         scores = self.score_bytes
@@ -142,7 +143,7 @@ class Workload:
 
     @property
     def score_bytes(self) -> float:
-        """The bias and the boolean mask."""
+        """Return the bytes of the bias and the boolean mask."""
         per_head = self.seqlen_q * self.seqlen_k
         bias = {"": 0, "full": self.nheads * per_head, "key": self.seqlen_k}[self.bias] * ITEMSIZE[self.dtype]
         mask = {"": 0, "padding": self.seqlen_k, "documents": per_head}[self.mask]
@@ -150,7 +151,7 @@ class Workload:
 
     @property
     def matrix_bytes(self) -> float:
-        """One whole matrix of float32 scores: what the plain formula stores, more than once."""
+        """Return the bytes of one matrix of float32 scores, which the plain formula stores more than once."""
         return (
             4.0
             * self.nheads
@@ -160,7 +161,7 @@ class Workload:
 
     @property
     def reads_memory(self) -> bool:
-        """Few rows and many keys: reading K and V is the work."""
+        """Return whether reading K and V dominates, because there are few queries and many keys."""
         return self.seqlen_q < 64 <= self.seqlen_k // 16 and not self.packed
 
     @property
@@ -187,6 +188,6 @@ class Workload:
 
 
 def from_json(row: dict[str, Any]) -> Workload:
-    """The workload of a row of results (what else the row holds is ignored)."""
+    """Return the workload of a row of results. Other contents of the row are ignored."""
     names = {field.name for field in fields(Workload)}
     return Workload(**{name: value for name, value in row.items() if name in names})

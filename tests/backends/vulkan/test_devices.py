@@ -75,13 +75,13 @@ def test_of_equal_devices_the_first_is_chosen() -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"api": (1, 0, 3)}, "card offers Vulkan 1.0.3; 1.1 is needed"),
-        ({"storage_buffers": 11}, "card offers 11 storage buffers for one shader; 12 are needed"),
-        ({"shared_memory": 2048}, "card offers 2048 bytes of shared memory; 4096 are needed"),
+        ({"api": (1, 0, 3)}, "card supports Vulkan 1.0.3, but 1.1 is needed"),
+        ({"storage_buffers": 11}, "card has only 11 storage buffers for one shader (12 are needed)"),
+        ({"shared_memory": 2048}, "card has only 2048 bytes of shared memory (4096 are needed)"),
         (
             {"storage_buffers": 4, "invocations": 64},
-            "card offers 4 storage buffers for one shader; 12 are needed, 64 invocations of one workgroup; "
-            "128 are needed",
+            "card has only 4 storage buffers for one shader (12 are needed), 64 invocations of one workgroup "
+            "(128 are needed)",
         ),
         # the least that Vulkan asks of a device, but for storage buffers
         ({"shared_memory": 16384, "invocations": 128, "groups": (65535,) * 3}, ""),
@@ -101,8 +101,8 @@ def test_a_device_that_computes_comes_before_one_that_does_not() -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"maxPerStageDescriptorStorageBuffers": 8}, "offers 8 storage buffers for one shader; 12 are needed"),
-        ({"maxComputeSharedMemorySize": 1024}, "offers 1024 bytes of shared memory; 4096 are needed"),
+        ({"maxPerStageDescriptorStorageBuffers": 8}, "has only 8 storage buffers for one shader (12 are needed)"),
+        ({"maxComputeSharedMemorySize": 1024}, "has only 1024 bytes of shared memory (4096 are needed)"),
         ({"maxComputeWorkGroupInvocations": 128, "maxComputeSharedMemorySize": 16384}, ""),
     ],
 )

@@ -1,1 +1,1 @@
-"""The Vulkan backend: attention on any GPU that has a Vulkan driver. Nothing here touches Vulkan when imported."""
+"""Vulkan backend: attention on any GPU with a Vulkan driver. Importing it does not load Vulkan."""

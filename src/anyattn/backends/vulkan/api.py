@@ -1,4 +1,7 @@
-"""The part of Vulkan's C API that we call, through ctypes: structures, function lookup, and results as exceptions."""
+"""Subset of Vulkan's C API that the backend calls through ctypes:
+
+structures, function lookup, results as exceptions.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ RESULTS = {
 
 
 class VulkanError(DeviceError):
-    """A Vulkan call failed, or Vulkan is not there."""
+    """Failure of a Vulkan call, or no Vulkan on this machine."""
 
     def __init__(self, text: str, result: int = 0) -> None:
         super().__init__(text)
@@ -46,16 +49,19 @@ class VulkanError(DeviceError):
 
 
 class DeviceLost(VulkanError):
-    """The device is gone, or was left because it did not answer in time. The next call starts a new one."""
+    """Loss of the device:
+
+    it failed, or was abandoned because it did not answer in time. The next call opens a new one.
+    """
 
 
 def struct(name: str, *fields: tuple[str, Any]) -> Any:
-    """A plain C structure."""
+    """Return a C structure type."""
     return type(name, (ctypes.Structure,), {"_fields_": list(fields)})
 
 
 def chained(name: str, structure_type: int, *fields: tuple[str, Any]) -> Any:
-    """A structure that begins with sType and pNext; `make` fills in sType."""
+    """Return a structure type that starts with sType and pNext. `make` fills in sType."""
     made = struct(name, ("sType", u32), ("pNext", pointer), *fields)
     made.TYPE = structure_type
     return made
@@ -201,7 +207,7 @@ RequiredSubgroupSize = chained("RequiredSubgroupSize", 1000225001, ("size", u32)
 
 
 MACOS_LOADERS = ("libvulkan.1.dylib", "libvulkan.dylib", "libMoltenVK.dylib")
-HOMEBREW = ("/opt/homebrew/lib", "/usr/local/lib")  # on Apple silicon and on Intel; macOS does not search the first
+HOMEBREW = ("/opt/homebrew/lib", "/usr/local/lib")  # for Apple silicon and Intel; macOS does not search the first
 LOADERS = {
     "linux": ("libvulkan.so.1", "libvulkan.so"),
     "win32": ("vulkan-1.dll",),
@@ -214,7 +220,7 @@ def library() -> Any:
     """Return the Vulkan loader. No driver is loaded yet.
 
     Raises:
-        VulkanError: there is none.
+        VulkanError: no loader is installed.
     """
     errors = []
     for name in LOADERS.get(sys.platform, LOADERS["linux"]):
@@ -230,7 +236,7 @@ def global_function(name: str, *arguments: Any) -> Any:
 
 
 def instance_function(instance: Any, name: str, *arguments: Any, result: Any = i32) -> Any:
-    """A function of the instance (None: of the loader); a missing one is a VulkanError."""
+    """Return a function of the instance (None: of the loader); raise VulkanError if it is missing."""
     lookup = library().vkGetInstanceProcAddr
     lookup.restype, lookup.argtypes = pointer, [pointer, char_p]
     found = lookup(instance, name.encode())
@@ -240,7 +246,7 @@ def instance_function(instance: Any, name: str, *arguments: Any, result: Any = i
 
 
 def check(result: int, what: str) -> None:
-    """Raises where a call failed."""
+    """Raise if a call failed."""
     if result >= 0 and result != TIMEOUT:
         return
     text = f"{what}: {RESULTS.get(result, 'error')} ({result})"
@@ -248,7 +254,7 @@ def check(result: int, what: str) -> None:
 
 
 def enumerate_all(function: Any, kind: Any, *arguments: Any) -> Any:
-    """Vulkan's two calls: how many, then all of them."""
+    """Return all items, by Vulkan's two calls: the first gives their number, the second the items."""
     count = u32()
     check(function(*arguments, address(count), None) or 0, "an enumeration")
     found = (kind * max(1, count.value))(*[make(kind) for _ in range(count.value if hasattr(kind, "TYPE") else 0)])

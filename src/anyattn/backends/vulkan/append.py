@@ -1,4 +1,4 @@
-"""Appends to a KV cache that lives on the device: new keys are rotated and written behind those in use."""
+"""Append to a KV cache on the device: new keys are rotated and written after the keys in use."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROTARY, INTERLEAVED = 1, 2  # bits of problem.comp
 
 
 class AppendPlan:
-    """A plan of the APPEND pass on arrays of one device."""
+    """Plan of the APPEND pass on arrays of one device."""
 
     workspace_bytes = 0
     lse_optional = False
@@ -30,7 +30,7 @@ class AppendPlan:
         self.problem = problem
 
     def warmup(self) -> None:
-        """Do nothing: its one small shader is compiled at the first call."""
+        """Do nothing, because the only shader is small and is compiled at the first call."""
 
     def run(self, call: Call) -> None:
         current_engine().run_job(partial(self._append, call))
@@ -53,7 +53,7 @@ class AppendPlan:
 
 
 def _angles(job: Job, problem: Problem, table: npt.NDArray[Any] | None) -> Buffer | None:
-    """cos or sin as float32."""
+    """Return cos or sin as float32."""
     if table is None or problem.rotary_cos is None:
         return None
     return job.upload_bytes(np.ascontiguousarray(widen(table, table.dtype.name, "float32")).ravel())
@@ -68,7 +68,7 @@ def _move(
     pages: npt.NDArray[np.int32] | None,
     angles: tuple[Buffer | None, Buffer | None] | None,
 ) -> None:
-    """Rows (count, position, whether it moves, first slot, entry) of source, of each sequence, to their slots."""
+    """Copy rows of each sequence in source (count, position, whether it moves, first slot, entry) to their slots."""
     for array in (source, target):
         array.check(job)
     count, position, moving, slot, entry = rows
@@ -97,6 +97,6 @@ def _move(
 
 
 def _values(source: Region, target: Region) -> dict[str, float]:
-    names = ("head", "batch", "row")  # as tables.glsl calls them, of the source q and of the target k
+    names = ("head", "batch", "row")  # names in tables.glsl for the source q and the target k
     regions = {"q": source, "k": target}
     return {f"{x}_{name}": regions[x].strides[i] // VECTOR for x in regions for i, name in enumerate(names)}

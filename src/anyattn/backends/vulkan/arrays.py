@@ -1,7 +1,7 @@
-"""How arrays lie on the device: (head, batch, row, column), rows of whole vectors of four values.
+"""Memory layout of arrays on the device: (head, batch, row, column), with rows of whole vectors of four values.
 
-Heads come first, so that a part of the heads, or of one head's sequences, is one stretch of memory: where a device's
-bindings cannot cover an array, a launch binds a part.
+Heads come first, so that a range of heads, or of sequences of one head, is contiguous. If a device's bindings cannot
+cover an array, each launch binds such a range.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import numpy.typing as npt
 
 NDArray = npt.NDArray[Any]
 VECTOR = 4
-ALIGNMENT = 256  # bytes: no device asks more of a binding's offset
+ALIGNMENT = 256  # bytes: the largest alignment of a binding's offset in Vulkan
 
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """A (head, batch, row, column) array. Strides in items, 0 along an axis that is broadcast."""
+    """Array (head, batch, row, column). Strides in items, 0 along a broadcast axis."""
 
     shape: tuple[int, int, int, int]
     strides: tuple[int, int, int, int]
     itemsize: int
-    fill: int = 0  # columns behind the last that are 0, to make whole vectors
+    fill: int = 0  # zero columns after the last, to complete vectors
 
     @property
     def items(self) -> int:
@@ -36,11 +36,11 @@ class Region:
 
     @property
     def used(self) -> int:
-        """Items up to the last that is one of the array's."""
+        """Return the number of items up to the last one that belongs to the array."""
         return self._used(*self.shape[:2])
 
     def extent(self, heads: int, batches: int) -> int:
-        """Items from the first of `heads` heads and `batches` sequences to where one may bind behind the last."""
+        """Return the items from the first of `heads` heads and `batches` sequences to the next possible binding."""
         return -(-self._used(heads, batches) * self.itemsize // ALIGNMENT) * ALIGNMENT // self.itemsize
 
     def _used(self, heads: int, batches: int) -> int:
@@ -50,7 +50,7 @@ class Region:
         return 1 + self.fill + sum((size - 1) * stride for size, stride in zip(sizes, self.strides, strict=True))
 
     def part(self, heads: tuple[int, int], batches: tuple[int, int]) -> tuple[int, int]:
-        """(offset, bytes) of heads and batches [first, first + count)."""
+        """Return (offset, bytes) of heads and batches [first, first + count)."""
         (h, nheads), (b, nbatch) = heads, batches
         nheads, nbatch = (min(n, size) for n, size in zip((nheads, nbatch), self.shape[:2], strict=True))
         start = h * self.strides[0] + b * self.strides[1]
@@ -58,28 +58,28 @@ class Region:
         return start * self.itemsize, size * self.itemsize
 
     def view(self, memory: npt.NDArray[np.uint8]) -> NDArray:
-        """The array in mapped memory, as unsigned integers of its item's size."""
+        """Return the array in mapped memory, as unsigned integers of its item size."""
         strides = tuple(stride * self.itemsize for stride in self.strides)
         view: NDArray = np.ndarray(self.shape, f"u{self.itemsize}", memory.data, 0, strides)
         return view
 
 
 def rows_region(shape: tuple[int, ...], itemsize: int, width: int) -> Region:
-    """For (batch, row, head, column) or packed (row, head, column); `width` columns in memory."""
+    """Return the region of (batch, row, head, column) or packed (row, head, column), with `width` columns in memory."""
     batch, rows, heads, columns = (1, *shape) if len(shape) == 3 else shape
     per_batch = _round(rows * width, itemsize)
     return Region((heads, batch, rows, columns), (batch * per_batch, per_batch, width, 1), itemsize, width - columns)
 
 
 def lse_region(shape: tuple[int, ...]) -> Region:
-    """For (batch, head, row) or packed (head, row); float32."""
+    """Return the region of (batch, head, row) or packed (head, row) in float32."""
     batch, heads, rows = (1, *shape) if len(shape) == 2 else shape
     per_batch = _round(rows, 4)
     return Region((heads, batch, rows, 1), (batch * per_batch, per_batch, 1, 1), 4)
 
 
 def score_region(shape: tuple[int, ...], itemsize: int) -> Region:
-    """For a bias or mask (batch, head, row, key), each axis of full size or 1."""
+    """Return the region of a bias or mask (batch, head, row, key). Each axis has its full size or 1."""
     batch, heads, rows, keys = shape
     per_batch = _round(rows * keys, itemsize)
     strides = (batch * per_batch, per_batch, keys, 1)
@@ -94,7 +94,7 @@ def _round(items: int, itemsize: int) -> int:
 
 
 def arranged(name: str, array: NDArray) -> NDArray:
-    """A call's array as (head, batch, row, column), a view."""
+    """Return a view (head, batch, row, column) of a call's array."""
     raw: NDArray = array.view(f"u{array.itemsize}") if array.dtype.kind != "u" else array
     if name in ("lse", "dlse"):
         whole: NDArray = raw if raw.ndim == 3 else raw[None]
@@ -108,7 +108,7 @@ def arranged(name: str, array: NDArray) -> NDArray:
 
 
 def write(region: Region, memory: npt.NDArray[np.uint8], values: NDArray) -> None:
-    """Copies values (from `arranged`) into mapped memory; columns that only fill up vectors become 0."""
+    """Copy values (from `arranged`) into mapped memory. Columns that complete vectors become 0."""
     region.view(memory)[...] = values
     if region.fill:
         shape = (*region.shape[:3], region.shape[3] + region.fill)

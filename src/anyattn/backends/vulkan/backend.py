@@ -1,6 +1,6 @@
-"""VulkanBackend: host arrays in, host arrays out; in between a GPU.
+"""Vulkan backend: host arrays in, host arrays out, computed on a GPU.
 
-The automatic choice asks it about every problem, so what drives a device is imported where a device is looked at.
+Automatic choice considers it for every problem, so modules that open a device are imported only when one is needed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ EVIDENCE = {
 
 
 class VulkanBackend:
-    """Attention through Vulkan compute shaders."""
+    """Backend of Vulkan compute shaders."""
 
     name = "vulkan"
     passes = frozenset((FORWARD, BACKWARD, APPEND))
@@ -40,7 +40,10 @@ class VulkanBackend:
     may_fail = True
 
     def available(self, *, named: bool = False) -> str | None:
-        """Return None or why not. Unless the caller named it, a child process tries the drivers before this one."""
+        """Return None or why it is not available.
+
+        Unless the caller named it, a child process tries the drivers first.
+        """
         from . import device as devices
         from .api import VulkanError
 
@@ -61,7 +64,7 @@ class VulkanBackend:
         if problem.device.startswith("vulkan") and problem.pass_ is BACKWARD:
             reasons.append("has no backward on device arrays")
         if problem.dtype not in DTYPES:
-            reasons.append(f"computes {', '.join(DTYPES)}; q is {problem.dtype}")
+            reasons.append(f"supports {', '.join(DTYPES)}, got q of {problem.dtype}")
         for name in ("head_dim", "head_dim_v"):
             size = getattr(problem, name)
             if size > MAX_HEAD_DIM:
@@ -71,7 +74,7 @@ class VulkanBackend:
         return reasons or self._limits(problem)
 
     def _limits(self, problem: Problem) -> list[str]:
-        """What the device at hand cannot hold, or computes wrongly."""
+        """Return what the current device cannot store or computes wrongly."""
         from .backward import backward_regions
         from .forward import Setup, problem_launches
         from .tuning import backward_configs
@@ -94,14 +97,14 @@ class VulkanBackend:
         return []
 
     def avoids(self, problem: Problem) -> list[str]:
-        """Avoid small problems, because transfers cost more than a GPU gains. For those no driver is asked.
+        """Avoid small problems, because transfers cost more than a GPU gains. No driver is loaded for them.
 
-        A device that does not compute is no reason here: `available` tells why.
+        A device that does not work is no reason here, because `available` reports it.
         """
         if problem.device != "cpu":
             return []
         if problem.pass_ is APPEND:
-            return ["a cache in host memory is appended to there"]
+            return ["a cache in host memory is appended to on the host"]
         too_small = offload.reasons_to_stay(problem)
         if too_small:
             return too_small
@@ -110,7 +113,7 @@ class VulkanBackend:
 
     def plan(self, problem: Problem) -> Plan:
         if problem.pass_ is APPEND and problem.device == "cpu":
-            return HostAppendPlan(problem)  # a cache in host memory is not sent back and forth for a row
+            return HostAppendPlan(problem)  # a host cache is not transferred for a few rows
         from .append import AppendPlan
         from .backward import BackwardPlan
         from .engine import current_engine
@@ -123,7 +126,7 @@ class VulkanBackend:
 
 
 def _tried() -> tuple[offload.Described | None, str]:
-    """Return the device that automatic choice would take, and why it does not; no driver is loaded for it."""
+    """Return the device that automatic choice would use, and why it does not. No driver is loaded for this."""
     from . import device as devices
     from . import first_contact
     from .api import VulkanError
@@ -141,18 +144,18 @@ def _tried() -> tuple[offload.Described | None, str]:
 def _software(device: offload.Described) -> str:
     if device.kind != "software" or settings.current().vulkan_software:
         return ""
-    return f"{device.name} runs on the CPU, which the native engine uses better: name the backend to take it"
+    return f"{device.name} is a software driver, and the cpu backend is faster: name the backend to use it"
 
 
 def _misplaced(device: str) -> list[str]:
-    """Return the reasons against arrays there."""
+    """Return why arrays on this device are not supported, or []."""
     if device == "cpu" or device.startswith("vulkan"):
         return []
-    return [f"takes arrays in host memory or on a Vulkan device; q is on {device}"]
+    return [f"supports arrays in host memory or on a Vulkan device, got q on {device}"]
 
 
 def _info(problem: Problem) -> DeviceInfo:
-    """The device in use as it may be used for the problem."""
+    """Return the device, without the paths that it must not use for the problem."""
     from .engine import current_engine
     from .selftest import usable
 
@@ -164,5 +167,5 @@ def _backward_reasons(problem: Problem) -> list[str]:
     for name in ("out", "dout"):
         dtype = getattr(problem, name).dtype
         if dtype != problem.dtype:
-            reasons.append(f"takes {name} in the dtype of q, {problem.dtype}; it is {dtype}")
+            reasons.append(f"supports {name} in q's dtype {problem.dtype}, got {dtype}")
     return reasons

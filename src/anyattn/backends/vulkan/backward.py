@@ -1,7 +1,7 @@
-"""The backward pass of one problem: delta of every row, then dK/dV, dQ and the bias's gradient, each by its own shader.
+"""Backward pass of one problem: delta of every query, then dK/dV, dQ and the bias's gradient, each by its own shader.
 
-All sums are float32 buffers that begin as zeros; a workgroup adds to places that no other touches, in a fixed order.
-Where a driver bounds the loops of a shader, several dispatches add up, one after the other.
+All sums are float32 buffers that start at zero. Each workgroup adds to its own entries in a fixed order. If a driver
+limits the loops of a shader, several dispatches add to the sums one after the other.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ STEP = ALIGNMENT // FLOAT
 UPLOADED = ("q", "k", "v", *SCORES, "out", "lse", "dout", "dlse")
 DELTA_BINDINGS = ("tables", "heads", "out", "", "", "dout", "lse", "", "", "dlse", "stats", "sink_terms")
 BINDINGS = ("tables", "heads", "q", "k", "v", "dout", "stats", "bias", "mask", "")
-WHOLE = Launch((0, 1), (0, 1))  # of shaders that take an array as one row of numbers
-# operations for each score beyond its products
+WHOLE = Launch((0, 1), (0, 1))  # for shaders that treat an array as one row of numbers
+# Operations per score in addition to the products.
 SCORE_OPERATIONS = 24
 
 
 def backward_regions(problem: Problem, configs: Mapping[str, tuning.Config]) -> dict[str, Region]:
-    """Where everything that is bound lies; sums as float32, with the strides that they have in their own type."""
+    """Return the regions of all bound arrays. Sums are float32, with the strides of their own type."""
     dim, dim_v = configs["dq"].dim, configs["dq"].dim_v
     regions = problem_regions(problem, dim, dim_v)
     lse = lse_region(problem.lse_shape)
@@ -46,14 +46,14 @@ def backward_regions(problem: Problem, configs: Mapping[str, tuning.Config]) -> 
 
 
 def bias_terms(problem: Problem, config: tuning.Config) -> tuple[int, int]:
-    """Of an item of dbias: those that dbias.comp writes side by side along rows and keys."""
+    """Return the number of terms of an item of dbias that dbias.comp writes next to each other, along rows and keys."""
     assert problem.bias is not None
     row_tiles, key_tiles = tuning.bias_tiles(problem, config)
     return row_tiles if problem.bias.shape[2] == 1 else 1, key_tiles if problem.bias.shape[3] == 1 else 1
 
 
 def dbias_region(shape: tuple[int, ...], terms: int) -> Region:
-    """The bias's gradient with so many terms instead of each item."""
+    """Return the region of the bias's gradient with this many terms instead of each item."""
     one = score_region(shape, 2)
     head, batch, row, key = (stride * terms for stride in one.strides)
     return Region(one.shape, (head, batch, row, key), FLOAT, terms - 1)
@@ -61,7 +61,10 @@ def dbias_region(shape: tuple[int, ...], terms: int) -> Region:
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """A shader that adds up: its outputs, workgroups of a launch, and how many keys, rows or turns each takes."""
+    """Shader that adds to sums:
+
+    its outputs, the workgroups of a launch, and the keys, rows or turns of each dispatch.
+    """
 
     shader: str
     outputs: tuple[str, ...]
@@ -72,7 +75,7 @@ class Pass:
 
 
 class BackwardPlan(DevicePlan):
-    """What does not change between calls."""
+    """Plan of the backward pass on a device."""
 
     def __init__(self, engine: Engine, info: DeviceInfo, problem: Problem) -> None:
         super().__init__(engine)
@@ -128,7 +131,7 @@ class BackwardPlan(DevicePlan):
         job.finish()
 
     def _nothing(self, call: Call) -> None:
-        """No row, no gradient."""
+        """Return zero gradients, because there are no queries."""
         for name in ("dq", "dk", "dv", "dbias", "dsink"):
             array = numpy_view(call, name)
             if array is not None:
@@ -176,7 +179,7 @@ class BackwardPlan(DevicePlan):
         return Pass("dbias", ("dbias",), blocks, units, turns, operations)
 
     def _run(self, job: Job, launch: Launch, buffers: Mapping[str, Buffer], one: Pass) -> None:
-        """The parts of a pass, each after the one before."""
+        """Run the parts of a pass, one after the other."""
         if not one.blocks * one.units * one.total:
             return
         slices = bind(self.problem, launch, self.regions, buffers, BINDINGS + one.outputs)
@@ -189,7 +192,7 @@ class BackwardPlan(DevicePlan):
             job.run(self._pipeline(one.shader), launch, slices, grid)
 
     def _finish(self, job: Job, name: str, sums: Buffer, call: Call) -> None:
-        """From float32 sums to the call's array."""
+        """Convert float32 sums to the call's array."""
         array, region = call.adapter.numpy(getattr(call, name)), self.regions[name]
         if name == "dbias":
             region, sums = self._add_terms(job, dbias_region(array.shape, 1), sums, self.terms)
@@ -204,7 +207,7 @@ class BackwardPlan(DevicePlan):
         job.download("dsink", sums, region, call.adapter.numpy(call.dsink))
 
     def _add_terms(self, job: Job, region: Region, terms: Buffer, count: int) -> tuple[Region, Buffer]:
-        """The region of sums of so many neighbouring terms each."""
+        """Return the region of sums of `count` neighbouring terms each."""
         if count == 1:
             return region, terms
         sums, items = job.buffer(region.nbytes), region.used
@@ -224,12 +227,12 @@ class BackwardPlan(DevicePlan):
         return region, sums
 
     def _step(self, nbytes: int) -> int:
-        """How many things of so many bytes one binding covers, such that the next begins where one may."""
+        """Return how many items of `nbytes` fit in one binding, rounded down so that the next offset is aligned."""
         step = max(self.engine.device.info.storage_range // nbytes, 1)
         return step - step % STEP if step > STEP else step
 
     def _round(self, job: Job, region: Region, sums: Buffer) -> tuple[Region, Buffer]:
-        """The same numbers in 16 bits."""
+        """Return the values in 16 bits."""
         rounded = replace(region, itemsize=2)
         target = job.buffer(rounded.nbytes)
         vectors, step = region.items // VECTOR, self._step(VECTOR * FLOAT)

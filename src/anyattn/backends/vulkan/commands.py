@@ -1,4 +1,4 @@
-"""Recording and running commands: copies, fills and dispatches in order, each seeing what those before it wrote."""
+"""Recording and execution of commands: copies, fills and dispatches, in order, each after the writes before it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .device_info import STORAGE_BUFFERS
 from .memory import Buffer
 from .pipeline import PUSH_BYTES, Layout
 
-SETS = 256  # dispatches of one submission
+SETS = 256  # dispatches in one submission
 STORAGE_BUFFER = 7
 COMPUTE_POINT = 1
 ALL_COMMANDS = 0x10000
@@ -23,11 +23,11 @@ WRITES, READS_AND_WRITES, HOST_READS = 0x40 | 0x1000, 0x20 | 0x40 | 0x800 | 0x10
 COMPUTE_AND_TRANSFER, HOST_STAGE = 0x800 | 0x1000, 0x4000
 WAIT_NS = 10**9
 
-Slice = tuple[Buffer, int, int]  # buffer, offset and bytes that a shader sees
+Slice = tuple[Buffer, int, int]  # buffer, offset and number of bytes bound to a shader
 
 
 class Commands:
-    """One command buffer of a device. Not for several threads: see `Engine.run_alone`."""
+    """Command buffer of a device. It is not thread-safe: see `Engine.run_alone`."""
 
     def __init__(self, device: Device, layout: Layout) -> None:
         self.device, self.layout = device, layout
@@ -40,8 +40,8 @@ class Commands:
         self._fence = self._new_fence()
         self._sets = self._allocate_sets()
         self._used = 0
-        self._recording = False  # or submitted, until `finish` or `settle` has ended
-        self.operations = 0.0  # recorded and not yet run, as the caller counts them
+        self._recording = False  # recording or submitted, until `finish` or `settle` has ended
+        self.operations = 0.0  # recorded and not yet run, counted by the caller
         self._prepare()
 
     def _functions(self) -> None:
@@ -73,7 +73,7 @@ class Commands:
         return sets
 
     def _prepare(self) -> None:
-        """Structures that every call fills in anew."""
+        """Build the structures that every call fills in."""
         self._infos = (api.BufferInfo * STORAGE_BUFFERS)()
         self._writes = (api.WriteSet * STORAGE_BUFFERS)(
             *[make(api.WriteSet, binding=i, count=1, type=STORAGE_BUFFER) for i in range(STORAGE_BUFFERS)]
@@ -86,13 +86,13 @@ class Commands:
         self._submit_info = make(api.SubmitInfo, n_commands=1, commands=address(self._buffer))
 
     def dispatch(self, pipeline: int, slices: Sequence[Slice], push: bytes, groups: tuple[int, int, int]) -> None:
-        """Runs so many workgroups; slice i is what binding i sees."""
+        """Dispatch `groups` workgroups; slice i is bound to binding i."""
         if self._used == SETS:
             self.finish()
         self._start()
         device, set_index = self.device, self._used
         self._used += 1
-        for binding in range(STORAGE_BUFFERS):  # all of them: the layout says that a shader might read each
+        for binding in range(STORAGE_BUFFERS):  # all of them, because the layout declares each
             buffer, offset, size = slices[min(binding, len(slices) - 1)]
             self._infos[binding] = (buffer.handle, offset, size)
             self._writes[binding].set = self._sets[set_index]
@@ -111,19 +111,19 @@ class Commands:
             self._copy(self._buffer, source.handle, target.handle, 1, address(region))
 
     def fill(self, target: Buffer, size: int, word: int) -> None:
-        """Repeats a 32-bit word over the first `size` bytes, a multiple of 4."""
+        """Fill the first `size` bytes, a multiple of 4, with a 32-bit word."""
         if size:
             self._start()
             self._fill(self._buffer, target.handle, 0, size, word)
 
     def barrier(self) -> None:
-        """What comes after sees what came before."""
+        """Make the commands before visible to the commands after."""
         self._start()
         stage, at = COMPUTE_AND_TRANSFER, address(self._between)
         self._barrier(self._buffer, stage, stage, 0, 1, at, 0, None, 0, None)
 
     def finish(self) -> None:
-        """Submits what was recorded and waits for it.
+        """Submit the recorded commands and wait for them.
 
         Raises:
             DeviceLost: the device was lost, or did not answer within ANYATTN_VULKAN_TIMEOUT seconds.
@@ -140,9 +140,9 @@ class Commands:
         self._begin_anew()
 
     def settle(self) -> None:
-        """Wait until the device is idle, and forget what was recorded since the last `finish` that ended in order.
+        """Wait until the device is idle, and discard what was recorded since the last successful `finish`.
 
-        Wherever an exception has ended a job, even inside this function, a call of it makes the next job safe.
+        After an exception in a job, even inside this function, calling it makes the next job safe.
 
         Raises:
             DeviceLost: the device is lost, or did not answer within ANYATTN_VULKAN_TIMEOUT seconds.
@@ -150,7 +150,7 @@ class Commands:
         if not self._recording or self.device.lost:
             return
         device, fence = self.device, self._new_fence()
-        # Nothing but the fence: it is signalled after all that was submitted before, if anything was.
+        # Only the fence: it is signalled after everything that was submitted before.
         device.check(self._submit(device.queue, 0, None, fence), "vkQueueSubmit")
         self._wait_for(fence)
         device.destroy("vkDestroyFence", fence.value)

@@ -1,4 +1,4 @@
-"""Vulkan devices: which there are, what each offers, and the open one that computes."""
+"""Vulkan devices: their list, their descriptions, and the open device that computes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from . import api, first_contact, matrices
 from .api import COMPUTE_STAGE, SHUFFLE, DeviceLost, VulkanError, address, check, make, u32
 from .device_info import KINDS, DeviceInfo
 
-API_VERSION = (1 << 22) | (1 << 12)  # 1.1: the oldest that we accept
+API_VERSION = (1 << 22) | (1 << 12)  # 1.1, the oldest supported version
 HIGHEST_API = (1 << 22) | (3 << 12)
 T = TypeVar("T")
 COMPUTE_QUEUE, GRAPHICS_QUEUE = 2, 1
@@ -30,10 +30,10 @@ VALIDATION = b"VK_LAYER_KHRONOS_validation"
 
 
 class Instance:
-    """The loader's instance and its devices."""
+    """Vulkan instance and its devices."""
 
     def __init__(self) -> None:
-        self.messages: list[str] = []  # of the validation layer
+        self.messages: list[str] = []  # messages of the validation layer
         validate = settings.current().vulkan_validate
         application = make(api.ApplicationInfo, name=b"anyattn", engine=b"anyattn", api=HIGHEST_API)
         extensions = [*self._portability(), *([DEBUG_UTILS] if validate else [])]
@@ -70,28 +70,28 @@ class Instance:
         """Return the device that the settings name, or the best by `DeviceInfo.rank`.
 
         Raises:
-            VulkanError: there is none.
+            VulkanError: there is no device.
         """
         if not self.devices:
-            raise VulkanError("Vulkan is installed, but no driver offers a device")
+            raise VulkanError("Vulkan is installed, but no driver has a device")
         wanted = settings.current().vulkan_device
         if wanted:
             found = [x for x in self.devices if wanted == str(x.index) or wanted.lower() in x.name.lower()]
             if not found:
                 names = ", ".join(f"{x.index}: {x.name}" for x in self.devices)
-                raise VulkanError(f"ANYATTN_VULKAN_DEVICE={wanted!r}: expected one of {names}")
+                raise VulkanError(f"ANYATTN_VULKAN_DEVICE must be one of {names}, got {wanted!r}")
             return found[0]
         return min(self.devices, key=DeviceInfo.rank)
 
     @staticmethod
     def _portability() -> list[bytes]:
-        """Drivers on top of another API (MoltenVK) are listed only for those who ask."""
+        """Return the extensions that make Vulkan list drivers on top of another API (MoltenVK)."""
         function = api.global_function("vkEnumerateInstanceExtensionProperties", api.char_p, *[ctypes.c_void_p] * 2)
         names = {x.name for x in api.enumerate_all(function, api.Extension, None)}
         return [x for x in (PORTABILITY_ENUMERATION,) if x in names]
 
     def _listen(self) -> None:
-        """Errors and warnings of the validation layer go into `messages`."""
+        """Collect errors and warnings of the validation layer in `messages`."""
 
         def note(severity: int, kinds: int, message: int, user: int) -> int:
             self.messages.append(api.DebugMessage.from_address(message).text.decode(errors="replace"))
@@ -106,10 +106,10 @@ class Instance:
         check(create(self.handle, address(info), None, address(handle)), "vkCreateDebugUtilsMessengerEXT")
 
     def check_messages(self) -> None:
-        """Raises VulkanError with what the validation layer has found."""
+        """Raise VulkanError with the messages of the validation layer, if there are any."""
         if self.messages:
             found, self.messages = self.messages, []
-            raise VulkanError("\n".join(["the validation layer says:", *found]))
+            raise VulkanError("\n".join(["the validation layer reports:", *found]))
 
     def _describe(self, index: int) -> DeviceInfo:
         physical = self._physical[index]
@@ -165,9 +165,9 @@ class Instance:
 
 
 class Device:
-    """An open device: one compute queue, its memory types, and the functions that are called often.
+    """Open device: one compute queue, its memory types, and frequently called functions.
 
-    A queue and the pools behind it belong to one thread at a time: see `run_alone`.
+    One thread at a time may use the queue and its pools: see `run_alone`.
     """
 
     def __init__(self, instance: Instance, info: DeviceInfo) -> None:
@@ -187,15 +187,16 @@ class Device:
         _devices.add(self)
 
     def run_alone(self, work: Callable[[], T]) -> T:
-        """Call `work` while other threads are kept away from the device.
+        """Call `work` while other threads cannot use the device.
 
-        No generator is used as a context manager here: an exception of a signal handler could leave one suspended, with
-        the lock held. A lost device is refused before the lock is asked for: a forked child may find it held for ever.
+        This is not a generator-based context manager, because an exception in a signal handler could leave it suspended
+        with the lock held. A lost device is refused before the lock is acquired, because a forked child may inherit a
+        lock that is never released.
 
         Raises:
             DeviceLost: the device is lost.
-            VulkanError: this thread is inside such a call already, because a signal handler or a finalizer that ran in
-                its middle makes another one.
+            VulkanError: this thread is already inside such a call, for example because a signal handler or a finalizer
+                makes another call in the middle of it.
         """
         self._check_lost()
         while self._lock._is_owned():  # type: ignore[attr-defined]  # as threading.Condition asks
@@ -204,8 +205,9 @@ class Device:
                     f"{self.info.name} is in the middle of a call of this thread. "
                     "Make no Vulkan call in a signal handler or finalizer"
                 )
-            self._lock.release()  # an exception of a debugger or tracer has ended a call just before its last step
-        with self._lock:  # implemented in C: an exception of a signal handler finds the lock free or this block entered
+            self._lock.release()  # an exception in a debugger or tracer ended a call just before its last step
+        # Implemented in C: after an exception in a signal handler, the lock is free or this block was entered.
+        with self._lock:
             self._check_lost()
             return work()
 
@@ -228,7 +230,7 @@ class Device:
         return ctypes.CFUNCTYPE(result, *arguments)(found)
 
     def create(self, name: str, info: Any) -> int:
-        """A new object's handle."""
+        """Return the handle of a new object."""
         made = api.u64()
         call = self.function(name, *[ctypes.c_void_p] * 4)
         self.check(call(self.handle, address(info), None, address(made)), name)
@@ -238,7 +240,7 @@ class Device:
         self.function(name, ctypes.c_void_p, api.u64, ctypes.c_void_p, result=None)(self.handle, handle, None)
 
     def check(self, result: int, what: str) -> None:
-        """`api.check`; a device that is lost is left alone from then on."""
+        """Check a result like `api.check`, and mark the device as lost if it is."""
         try:
             check(result, f"{self.info.name}: {what}")
         except DeviceLost as error:
@@ -281,15 +283,15 @@ class Device:
 
 
 _open: dict[str, Any] = {}  # "instance", "device", and the "settings" with which they were opened
-_devices: WeakSet[Device] = WeakSet()  # every device that this process has opened
+_devices: WeakSet[Device] = WeakSet()  # all devices that this process has opened
 _opening = threading.RLock()  # held while an instance or a device is opened
-_loaded = False  # this process has loaded drivers, perhaps under settings that have changed since
-_forked = False  # this process was forked from one that had loaded drivers, whose threads are missing here
-FORKED = "this process was forked from one that used Vulkan: no driver survives that; use spawn"
+_loaded = False  # this process has loaded drivers, perhaps with settings that have changed since
+_forked = False  # this process was forked from one with loaded drivers, whose threads do not exist here
+FORKED = "this process was forked from one that used Vulkan, which no driver supports. Use spawn"
 
 
 def _after_fork() -> None:
-    """Give up what the parent process has opened: plans and arrays on a lost device are refused at once."""
+    """Mark all that the parent process opened as lost, so that plans and arrays on it are refused immediately."""
     global _forked, _opening
     _forked = _loaded
     _opening = threading.RLock()  # another thread of the parent process may have held the lock
@@ -299,11 +301,11 @@ def _after_fork() -> None:
 
 
 def instance() -> Instance:
-    """Return the instance, made at first use.
+    """Return the instance, which is created at first use.
 
     Raises:
-        VulkanError: there is no loader or no working driver, the drivers are known to end a process that loads them, or
-            this process was forked from one that had loaded them.
+        VulkanError: there is no loader or no working driver, the drivers are known to crash a process that loads them,
+            or this process was forked from one that had loaded them.
     """
     global _loaded
     if _forked:
@@ -321,21 +323,21 @@ def instance() -> Instance:
 
 
 def has_loaded() -> bool:
-    """Return whether this process, or the one that it was forked from, has loaded drivers."""
+    """Return whether this process, or the process that it was forked from, has loaded drivers."""
     return _loaded
 
 
 def _settings() -> dict[str, Any]:
-    """Return the settings that say which device is opened, and how."""
+    """Return the settings that determine which device is opened, and how."""
     values = settings.current()._asdict()
     return {name: value for name, value in values.items() if name.startswith("vulkan") or name == "cache"}
 
 
 def device() -> Device:
-    """Return the device in use, opened at first use and again after it was lost.
+    """Return the device, opened at first use and again after a loss.
 
     Raises:
-        VulkanError: there is none that can compute.
+        VulkanError: no device can compute.
     """
     with _opening:
         found: Device | None = _open.get("device")
@@ -345,13 +347,13 @@ def device() -> Device:
 
 
 def forget() -> None:
-    """Open a device at the next use; what is open stays open for those who hold it."""
+    """Open a device again at the next use. Objects that hold the open device keep it."""
     _open.clear()
 
 
 @settings.on_reload
 def _follow_settings() -> None:
-    """Keep what is open unless a setting of Vulkan has changed, because each open device takes memory and threads."""
+    """Keep the open device unless a Vulkan setting has changed, because each open device needs memory and threads."""
     if _open and _open["settings"] != _settings():
         forget()
 

@@ -1,4 +1,4 @@
-"""Arrays that live on a Vulkan device between calls."""
+"""Arrays that stay on a Vulkan device between calls."""
 
 from __future__ import annotations
 
@@ -13,27 +13,30 @@ from .arrays import VECTOR, Region, arranged, rows_region, write
 from .engine import Job, current_engine
 
 DTYPES = ("float32", "float16", "bfloat16")
-WIDTH_STEP = 8 * VECTOR  # columns: whatever number of lanes shares a row, each has whole vectors
+WIDTH_STEP = 8 * VECTOR  # columns, so that every number of lanes per row gives each lane whole vectors
 
 
 def device_width(columns: int) -> int:
-    """Columns that a row of a device array takes."""
+    """Return the number of columns stored for each row of a device array."""
     return -(-columns // WIDTH_STEP) * WIDTH_STEP
 
 
 class DeviceArray:
-    """An array (batch, seqlen, nheads, head_dim), or packed (total, nheads, head_dim), in a GPU's memory.
+    """Array (batch, seqlen, nheads, head_dim), or packed (total, nheads, head_dim), in the memory of a GPU.
 
-    Made from a NumPy array, which is copied once. `anyattn.attention`, `attention_varlen` and `attention_with_kvcache`
-    take device arrays for q, k, v and the caches (all other arguments are NumPy arrays and numbers) and return out as
-    one; lse comes as a NumPy array. A cache is appended to in place, on the device. No gradients.
+    It is made from a NumPy array, which is copied once. `anyattn.attention`, `attention_varlen` and
+    `attention_with_kvcache` accept device arrays for q, k, v and the caches. All other arguments are NumPy arrays and
+    numbers. out is returned as a device array, and lse as a NumPy array. Appending to a cache happens in place, on the
+    device. Gradients are not supported.
 
     Args:
         values: float32, float16 or bfloat16 (ml_dtypes), with 3 or 4 dimensions.
 
     Raises:
-        TypeError: another dtype. ValueError: other dimensions.
-        anyattn.backends.vulkan.api.VulkanError: there is no Vulkan device. MemoryError: it has no room.
+        TypeError: another dtype.
+        ValueError: another number of dimensions.
+        anyattn.backends.vulkan.api.VulkanError: there is no Vulkan device.
+        MemoryError: the device has not enough free memory.
 
     >>> import numpy as np, anyattn
     >>> from anyattn.vulkan import DeviceArray
@@ -42,7 +45,7 @@ class DeviceArray:
     (1, 4, 2, 8)
     """
 
-    __anyattn_vulkan__ = True  # tells the API without an import
+    __anyattn_vulkan__ = True  # recognised by the API without an import
 
     def __init__(self, values: npt.NDArray[Any]) -> None:
         self._allocate(values.shape, values.dtype)
@@ -55,7 +58,12 @@ class DeviceArray:
 
     @classmethod
     def zeros(cls, shape: tuple[int, ...], dtype: npt.DTypeLike) -> DeviceArray:
-        """An array of zeros, made on the device: a KV cache, say."""
+        """Return an array of zeros that is made on the device, for example a KV cache.
+
+        Args:
+            shape: (batch, seqlen, nheads, head_dim) or (total, nheads, head_dim).
+            dtype: float32, float16 or bfloat16 (ml_dtypes).
+        """
         made = cls.__new__(cls)
         made._allocate(shape, np.dtype(dtype))
 
@@ -67,7 +75,7 @@ class DeviceArray:
         return made
 
     def numpy(self) -> npt.NDArray[Any]:
-        """A copy in host memory."""
+        """Return a copy in host memory."""
         found = np.empty(self.shape, self.dtype)
 
         def download(job: Job) -> None:
@@ -79,9 +87,9 @@ class DeviceArray:
         return found
 
     def check(self, job: Job) -> None:
-        """Raise DeviceLost if the array was on a device that is no longer in use."""
+        """Raise DeviceLost if the device of this array is no longer in use."""
         if self.engine is not job.engine or self.engine.device.lost:
-            raise DeviceLost(f"this array was on {self.engine.device.info.name}, which was lost or left since")
+            raise DeviceLost(f"this array was on {self.engine.device.info.name}, which was lost or abandoned")
 
     def describe(self) -> Array:
         strides = [1]
@@ -94,11 +102,13 @@ class DeviceArray:
         return len(self.shape)
 
     def swapaxes(self, first: int, second: int) -> DeviceArray:
-        """There are no views of device arrays: `flash_attention` needs one, `attention` does not."""
-        raise TypeError("a DeviceArray has no views: call attention, whose layout is (batch, seqlen, nheads, head_dim)")
+        """Raise TypeError, because device arrays have no views. `flash_attention` needs one, `attention` does not."""
+        raise TypeError(
+            "a DeviceArray has no views. Call attention, whose layout is (batch, seqlen, nheads, head_dim)."
+        )
 
     def __reduce__(self) -> tuple[type[DeviceArray], tuple[npt.NDArray[Any]]]:
-        """Pickle and copy by way of the host: the copy is an array on the device of the process that makes it."""
+        """Pickle and copy through the host. The copy is on the device of the process that loads it."""
         return type(self), (self.numpy(),)
 
     def __len__(self) -> int:
@@ -109,9 +119,9 @@ class DeviceArray:
 
     def _allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         if dtype.name not in DTYPES:
-            raise TypeError(f"a DeviceArray holds {', '.join(DTYPES)}, got {dtype.name}")
+            raise TypeError(f"values must be {', '.join(DTYPES)}, got {dtype.name}")
         if len(shape) not in (3, 4):
-            raise ValueError(f"a DeviceArray has 3 or 4 dimensions, got {shape}")
+            raise ValueError(f"values must have 3 or 4 dimensions, got {shape}")
         self.shape, self.dtype = tuple(shape), dtype
         self.engine = current_engine()
         self.region: Region = rows_region(self.shape, dtype.itemsize, device_width(shape[-1]))

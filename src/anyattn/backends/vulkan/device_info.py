@@ -1,4 +1,4 @@
-"""Description of a Vulkan device: its limits, the ways to compute that it offers, and its rank among others."""
+"""Description of a Vulkan device: its limits, its compute paths, and its rank among other devices."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ ORDER = ("discrete", "integrated", "virtual", "other", "software")
 SCALAR, SHUFFLES, MATRICES = "scalar", "subgroup shuffles", "cooperative matrices"
 TRANSLATION_LAYERS = ("dozen",)  # drivers that reach a GPU through another API, next to the GPU's own driver
 
-# The least that the shaders need.
-STORAGE_BUFFERS = 12  # one shader binds at most
+# Minimum that the shaders need.
+STORAGE_BUFFERS = 12  # maximum that one shader binds
 SHARED_MEMORY = 4096  # bytes: sums of 128 invocations with 8 scores each
-INVOCATIONS = 128  # every Vulkan device has at least that many
+INVOCATIONS = 128  # minimum of every Vulkan device
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceInfo:
-    """One device as its driver describes it."""
+    """Properties of a device, as its driver reports them."""
 
     index: int
     name: str
@@ -31,14 +31,14 @@ class DeviceInfo:
     shuffle: bool  # subgroup shuffles in compute shaders
     storage_range: int  # bytes that one binding may cover
     allocation: int  # bytes of one allocation
-    alignment: int  # of a binding's offset
+    alignment: int  # alignment of a binding's offset
     shared_memory: int
-    invocations: int  # of one workgroup
+    invocations: int  # in one workgroup
     groups: tuple[int, int, int]  # workgroups of one dispatch
     cache_key: str  # changes with the driver
     extensions: frozenset[str]
     matrices: Matrices
-    storage_buffers: int = STORAGE_BUFFERS  # that one shader may bind
+    storage_buffers: int = STORAGE_BUFFERS  # per shader
     memory: int = 0  # bytes of the device's own memory
 
     @property
@@ -53,33 +53,33 @@ class DeviceInfo:
     def refusal(self) -> str:
         """Return why this device cannot compute; "" if it can."""
         if self.api < (1, 1, 0):
-            return f"{self.name} offers Vulkan {'.'.join(map(str, self.api))}; 1.1 is needed"
+            return f"{self.name} supports Vulkan {'.'.join(map(str, self.api))}, but 1.1 is needed"
         limits = (
             ("storage buffers for one shader", self.storage_buffers, STORAGE_BUFFERS),
             ("bytes of shared memory", self.shared_memory, SHARED_MEMORY),
             ("invocations of one workgroup", self.invocations, INVOCATIONS),
         )
-        few = [f"{had} {what}; {needed} are needed" for what, had, needed in limits if had < needed]
-        return f"{self.name} offers {', '.join(few)}" if few else ""
+        few = [f"{had} {what} ({needed} are needed)" for what, had, needed in limits if had < needed]
+        return f"{self.name} has only {', '.join(few)}" if few else ""
 
     def rank(self) -> tuple[bool, bool, bool, int, int, int]:
-        """Return the key by which devices are sorted, best first.
+        """Return the sort key of devices, best first.
 
-        Devices that compute come first, then GPUs, then a GPU's own driver, then the kind, then the most memory.
+        Order: devices that can compute, GPUs, the GPU's own driver, the kind of device, the most memory.
         """
         kind = ORDER.index(self.kind)
         return bool(self.refusal()), self.software, self.translated, kind, -self.memory, -self.allocation
 
     def paths(self) -> dict[str, str]:
-        """Return the ways to compute, slowest first -> why this device cannot take it; "" where it can."""
+        """Return the compute paths, slowest first -> why this device cannot use the path; "" if it can."""
         return {
             SCALAR: self.refusal(),
-            SHUFFLES: "" if self.shuffle else "the driver offers none in compute shaders",
+            SHUFFLES: "" if self.shuffle else "the driver has none in compute shaders",
             MATRICES: self.matrices.off,
         }
 
     def without(self, path: str) -> DeviceInfo:
-        """Return the device as it is used where this path computes wrongly."""
+        """Return the device without a path that computes wrongly."""
         if path == MATRICES:
             return replace(self, matrices=Matrices(off="failed its test"))
         return replace(self, shuffle=False)

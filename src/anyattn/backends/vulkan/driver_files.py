@@ -1,4 +1,4 @@
-"""What tells one set of Vulkan drivers from another, read without loading any: files, environment, device nodes."""
+"""Fingerprint of the installed Vulkan drivers, without loading them: files, environment, device nodes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-KINDS = ("icd.d", "implicit_layer.d")  # drivers, and layers that the loader puts in front of them unasked
+KINDS = ("icd.d", "implicit_layer.d")  # drivers, and layers that the loader inserts by itself
 VARIABLES = (
     *("VK_", "XDG_CONFIG_", "XDG_DATA_", "MESA_", "NVIDIA_", "__NV"),
     *("LD_LIBRARY_PATH", "DYLD_", "CUDA_VISIBLE_DEVICES"),
@@ -22,7 +22,7 @@ ADAPTER_VALUES = ("DriverDesc", "DriverVersion", "VulkanDriverName")
 
 
 def fingerprint() -> list[object]:
-    """Return facts that change with the drivers: two equal lists mean that the same drivers would be loaded."""
+    """Return facts that change with the drivers. Equal lists mean that the same drivers would be loaded."""
     environment = sorted(item for item in os.environ.items() if item[0].startswith(VARIABLES))
     drivers = _registered() if sys.platform == "win32" else [_manifest(path) for path in manifests()]
     return [sys.platform, sys.maxsize, _machine(), _most_memory(), environment, drivers, _nodes()]
@@ -90,7 +90,7 @@ def _machine() -> tuple[str, ...]:
 
 
 def _most_memory() -> object:
-    """Return the limit of a process's address space, below which a driver may fail that is sound elsewhere."""
+    """Return the limit of a process's address space, because a working driver may fail below it."""
     if sys.platform == "win32":
         return None
     import resource
@@ -99,7 +99,7 @@ def _most_memory() -> object:
 
 
 def _nodes() -> list[str]:
-    """Return the device files of GPUs, because a container may be given others."""
+    """Return the device files of GPUs, because containers may get different ones."""
     devices = [path.name for path in _entries(Path("/dev")) if path.name.startswith(NODES)]
     return devices + [path.name for path in _entries(Path("/dev/dri"))]
 

@@ -1,4 +1,4 @@
-"""An open device with everything that a call needs of it, and a call's buffers."""
+"""Execution on an open device: memory, pipelines and commands, and the buffers of a call."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from .tuning import Config
 
 T = TypeVar("T")
 PUSH = struct.Struct("=8I")
-SUBMIT_SECONDS = 0.1  # no watchdog of any system is that short
-FIRST_RATE = {"software": 1e9, "integrated": 5e10}  # operations per second before any were measured
+SUBMIT_SECONDS = 0.1  # shorter than the watchdog of any system
+FIRST_RATE = {"software": 1e9, "integrated": 5e10}  # operations per second until they are measured
 DEFAULT_RATE = 3e11
 DUMMY_BYTES = 256
 
 
 class Engine:
-    """One device, its memory, pipelines and command buffer."""
+    """Device with its memory, pipelines and command buffer."""
 
     def __init__(self, device: Device) -> None:
         self.device = device
@@ -42,10 +42,10 @@ class Engine:
         self.rate = FIRST_RATE.get(device.info.kind, DEFAULT_RATE)
 
     def run_alone(self, work: Callable[[], T]) -> T:
-        """Call `work` while no other thread uses the device, which is idle at the beginning.
+        """Call `work` while no other thread uses the device. The device is idle at the start.
 
         Raises:
-            DeviceLost: the device is lost, or what an earlier call has left running does not end.
+            DeviceLost: the device is lost, or commands of an earlier call do not end.
             VulkanError: see `Device.run_alone`.
         """
 
@@ -59,14 +59,14 @@ class Engine:
     def run_job(self, work: Callable[[Job], T]) -> T:
         """Call `work` with a new job, which records and runs one call on the device.
 
-        If an exception ends it, in the middle of anything, the device is given the time to finish.
+        If an exception ends the job at any point, the device gets the time to finish.
         """
 
         def settled() -> T:
             try:
                 return work(Job(self))
             except BaseException:
-                with suppress(VulkanError):  # the device is lost then; what ended the job says more
+                with suppress(VulkanError):  # the device is lost then, and the first exception says more
                     self.commands.settle()
                 raise
 
@@ -82,10 +82,10 @@ _engines: dict[Device, Engine] = {}
 
 
 def current_engine() -> Engine:
-    """Return the engine on the device in use.
+    """Return the engine of the current device.
 
     Raises:
-        VulkanError: there is no device that can compute.
+        VulkanError: no device can compute.
     """
     device = devices.device()
     found = _engines.get(device)
@@ -97,12 +97,12 @@ def current_engine() -> Engine:
 
 
 def release_memory() -> int:
-    """Give the memory that is kept for later calls back to every Vulkan device in use; return the number of bytes.
+    """Release the memory that is reserved for later calls on every Vulkan device; return the number of bytes.
 
-    The memory of living `DeviceArray` objects stays. The next call allocates what it needs again.
+    The memory of living `DeviceArray` objects is not released. The next call allocates what it needs again.
 
     Raises:
-        anyattn.backends.vulkan.api.VulkanError: a device is lost, or a signal handler calls in the middle of a call.
+        anyattn.backends.vulkan.api.VulkanError: a device is lost, or this is called by a signal handler during a call.
 
     >>> from anyattn.vulkan import release_memory
     >>> release_memory() >= 0
@@ -115,7 +115,7 @@ def release_memory() -> int:
 
 
 class DevicePlan(ABC):
-    """A plan outlives its device: once that is lost, the device opened in its place computes."""
+    """Plan that outlives its device. After a loss, the newly opened device computes."""
 
     workspace_bytes = 0
     lse_optional = False
@@ -131,7 +131,7 @@ class DevicePlan(ABC):
 
     @abstractmethod
     def shaders(self) -> dict[str, Config]:
-        """What a call dispatches."""
+        """Return the shaders that a call dispatches."""
 
     def warmup(self) -> None:
         engine = self.engine
@@ -147,13 +147,13 @@ class Launch:
     whole: bool = False  # bindings cover every sequence of an array
 
     def part(self, region: Region, heads: int) -> tuple[int, int]:
-        """(offset, bytes) of an array that has so many heads for each KV head."""
+        """Return (offset, bytes) in an array with `heads` heads per KV head."""
         first, count = self.heads
         return region.part((first * heads, count * heads), (0, region.shape[1]) if self.whole else self.batches)
 
 
 class Job:
-    """One call on the device, and the buffers that it uses."""
+    """Call on the device, and the buffers that it uses."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -168,7 +168,7 @@ class Job:
         return taken
 
     def upload(self, name: str, region: Region, array: npt.NDArray[Any]) -> Buffer:
-        """A buffer that holds a call's array."""
+        """Return a buffer with the contents of a call's array."""
         target = self.buffer(region.nbytes)
         write(region, self.host(target, region.nbytes), arranged(name, array))
         return target
@@ -180,7 +180,7 @@ class Job:
         return target
 
     def host(self, target: Buffer, size: int) -> npt.NDArray[np.uint8]:
-        """Mapped memory whose contents the target has before the first dispatch."""
+        """Return mapped memory whose contents are copied to `target` before the first dispatch."""
         if target.host is not None:
             return target.host
         staging = self.buffer(size, staging=True)
@@ -189,7 +189,7 @@ class Job:
         return staging.host
 
     def download(self, name: str, buffer: Buffer, region: Region, array: npt.NDArray[Any]) -> None:
-        """Copies the buffer into a call's array when the job is finished."""
+        """Copy the buffer to a call's array when the job is finished."""
         if buffer.host is None:
             staging = self.buffer(region.nbytes, staging=True)
             self.commands.copy(buffer, staging, region.nbytes)
@@ -197,7 +197,7 @@ class Job:
         self._reads.append((buffer, region, arranged(name, array)))
 
     def finish(self) -> None:
-        """Waits for the device, then fills the arrays that were to be downloaded."""
+        """Wait for the device, then fill the arrays that are downloaded."""
         self.commands.finish()
         for buffer, region, array in self._reads:
             assert buffer.host is not None
@@ -205,7 +205,7 @@ class Job:
         self._reads.clear()
 
     def run(self, pipeline: int, launch: Launch, slices: Sequence[Slice], grid: Grid) -> None:
-        """Dispatches the whole grid, in submissions of bounded length."""
+        """Dispatch the grid, in submissions of limited duration."""
         for first_block, blocks, first_unit, units in self._pieces(grid):
             push = PUSH.pack(
                 *(first_block, first_unit, *launch.heads, launch.batches[0], grid.part_size, grid.parts, grid.part)
@@ -214,7 +214,7 @@ class Job:
             self._pace(grid.operations * (blocks * units) / max(1, grid.blocks * grid.units))
 
     def _pieces(self, grid: Grid) -> Iterator[tuple[int, int, int, int]]:
-        """(first block, blocks, first unit, units) of dispatches that take about SUBMIT_SECONDS each."""
+        """Yield (first block, blocks, first unit, units) of dispatches that take about SUBMIT_SECONDS each."""
         limits = self.engine.device.info.groups
         per_unit = grid.operations / max(1, grid.units)
         budget = self.engine.rate * SUBMIT_SECONDS
@@ -227,7 +227,7 @@ class Job:
                 yield block, min(blocks, grid.blocks - block), unit, min(units, grid.units - unit)
 
     def _pace(self, operations: float) -> None:
-        """Submits when enough work is recorded, and learns how fast the device is."""
+        """Submit if enough work is recorded, and measure the speed of the device."""
         commands = self.commands
         commands.operations += operations
         if commands.operations < self.engine.rate * SUBMIT_SECONDS / 2:
@@ -235,15 +235,15 @@ class Job:
         done, start = commands.operations, time.perf_counter()
         commands.finish()
         measured = done / max(time.perf_counter() - start, 1e-6)
-        # slowly up, at once down
+        # Increase the rate slowly, decrease it immediately.
         self.engine.rate = min(measured, 2 * self.engine.rate)
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Workgroups of a launch: blocks of rows or keys, units (a KV head of a sequence), layers; and its work.
+    """Workgroups of a launch: blocks of queries or keys, units (a KV head of a sequence), layers; and their work.
 
-    What parts are is the shader's: split keys, each with workgroups of its own (layers), or dispatches that add up.
+    The shader decides what a part is: split keys with workgroups of their own (layers), or dispatches that add to sums.
     """
 
     blocks: int
@@ -263,10 +263,10 @@ def launches(
     whole: bool,
     scales: Mapping[str, int],
 ) -> list[Launch]:
-    """Parts of (KV heads, sequences) whose every array fits into one binding of `limit` bytes; [] if none do.
+    """Return ranges of (KV heads, sequences) whose arrays fit into bindings of `limit` bytes; [] if none do.
 
-    `heads`: how many heads of an array belong to one KV head. `whole`: sequences cannot be told apart in memory.
-    `scales`: how many times its size an array needs.
+    heads: heads of an array per KV head. whole: sequences are not separate in memory. scales: factor by which an
+    array's size grows.
     """
     nheads, batch = sizes[0], max(sizes[1], 1)
     tries = [(n, batch) for n in _halves(nheads)]

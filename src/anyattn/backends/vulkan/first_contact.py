@@ -1,7 +1,8 @@
-"""First contact with the Vulkan drivers of this machine, in a child process: a broken driver ends the child alone.
+"""First contact with the Vulkan drivers of this machine, in a child process, so that a broken driver only ends the
+child.
 
-Automatic choice asks here before this process loads a driver that nobody has named. The answer is stored in the cache
-folder, under a digest of everything that tells one set of drivers from another. Answers of failure expire after a day.
+Automatic choice calls this before this process loads a driver that nobody has named. The answer is stored in the cache
+folder, under a digest of everything that distinguishes sets of drivers. Answers of failure expire after a day.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from ...config import private_files, settings
 from . import api, driver_files
 from .api import VulkanError
 
-FORMAT = 1  # of the stored answer and of what the child does
-SECONDS = 30  # that the child may take
+FORMAT = 1  # version of the stored answer and of the child's task
+SECONDS = 30  # time limit of the child
 FAILURE_LASTS = 24 * 3600  # seconds
-ENDED_FROM_OUTSIDE = ("SIGINT", "SIGTERM", "SIGKILL", "SIGHUP")  # says nothing about a driver
-NO_WINDOW = 0x08000000  # Windows: no console window for the child of a graphical program
-# Neither the package's own __init__ nor that of `backends` runs in the child, so that NumPy is not imported.
+ENDED_FROM_OUTSIDE = ("SIGINT", "SIGTERM", "SIGKILL", "SIGHUP")  # not caused by a driver
+NO_WINDOW = 0x08000000  # Windows: open no console window for the child of a graphical program
+# The child does not run __init__ of the package and of `backends`, so that it does not import NumPy.
 CHILD = """
 import sys, types
 for name, path in {packages!r}:
@@ -35,20 +36,20 @@ main()
 
 
 class Report(NamedTuple):
-    """The device that a child process has chosen and opened, or why there is none."""
+    """Device that a child process has chosen and opened, or why there is none."""
 
     name: str = ""
     kind: str = ""
     cache_key: str = ""
-    refusal: str = ""  # the child has answered: no device computes
-    crash: str = ""  # the child has not answered: how it ended
+    refusal: str = ""  # the child answered that no device can compute
+    crash: str = ""  # the child did not answer and ended like this
 
 
-_reports: dict[str, Report] = {}  # by digest, of this process
+_reports: dict[str, Report] = {}  # by digest, in this process
 
 
 def report() -> Report:
-    """Return what a child process has seen of the drivers, now or earlier."""
+    """Return what a child process found out about the drivers, now or earlier."""
     digest = _digest()
     found = _reports.get(digest) or _load(digest)
     if found is None:
@@ -60,7 +61,7 @@ def report() -> Report:
 
 
 def reason(found: Report) -> str:
-    """Return why automatic choice leaves the drivers alone; "" if it need not."""
+    """Return why automatic choice does not use the drivers, or ""."""
     if not found.crash:
         return found.refusal
     stored = path(_digest())
@@ -72,27 +73,27 @@ def reason(found: Report) -> str:
 
 
 def known_crash() -> str:
-    """Return why the drivers must not be loaded if a child process has shown it already; starts no child."""
+    """Return why the drivers must not be loaded, if a child process has already shown it. No child is started."""
     digest = _digest()
     found = _reports.get(digest) or _load(digest)
     return reason(found) if found and found.crash else ""
 
 
 def path(digest: str) -> str:
-    """Return the file of an answer; "" without a cache folder."""
+    """Return the path of a stored answer; "" without a cache folder."""
     folder = settings.current().cache
     return str(Path(folder) / f"vulkan-drivers-{digest}.json") if folder else ""
 
 
 def _digest() -> str:
-    """Return what the answer depends on, as 16 hexadecimal digits."""
+    """Return the digest of everything that the answer depends on, as 16 hexadecimal digits."""
     current = settings.current()
     facts = [FORMAT, current.vulkan_device, current.vulkan_validate, driver_files.fingerprint()]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
 def _load(digest: str) -> Report | None:
-    """Return the stored answer; None if there is none, or none that counts."""
+    """Return the stored answer, or None if there is no valid one."""
     if not path(digest):
         return None
     try:
@@ -107,7 +108,7 @@ def _load(digest: str) -> Report | None:
 
 
 def _save(digest: str, found: Report) -> None:
-    """Store an answer for later processes; without a folder that can be written each of them asks again."""
+    """Store an answer for later processes. If the folder cannot be written, each process asks again."""
     if not path(digest):
         return
     content = json.dumps({"time": time.time(), "report": found._asdict()}, indent=1)
@@ -118,17 +119,17 @@ def _save(digest: str, found: Report) -> None:
 
 
 def _ask() -> tuple[Report, bool]:
-    """Return the answer of a new child process, and whether it counts for later processes too."""
+    """Return the answer of a new child process, and whether it is valid for later processes."""
     import subprocess
 
     try:
-        api.library()  # the loader alone, which loads no driver yet
+        api.library()  # only the loader, which does not load a driver yet
     except VulkanError as error:
         return Report(refusal=str(error)), False
     python = _interpreter()
     if not python:
-        why = f"no Python is known that could try the drivers first (sys.executable is {sys.executable!r})"
-        return Report(refusal=f"{why}: name the backend"), False
+        why = f"no Python is available to try the drivers first (sys.executable is {sys.executable!r})"
+        return Report(refusal=f"{why}. Name the backend to load them"), False
     backends = Path(__file__).absolute().parents[1]
     packages = [("anyattn", str(backends.parent)), ("anyattn.backends", str(backends))]
     command = [python, "-I", "-S", "-c", CHILD.format(packages=packages)]
@@ -138,7 +139,7 @@ def _ask() -> tuple[Report, bool]:
             command, stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS, check=False, creationflags=flags
         )
     except subprocess.TimeoutExpired:
-        return Report(refusal=f"the Vulkan drivers gave no answer within {SECONDS} s: name the backend to wait"), True
+        return Report(refusal=f"the Vulkan drivers did not answer within {SECONDS} s. Name the backend to wait"), True
     except OSError as error:
         return Report(refusal=f"no child process could be started to try the drivers: {error}"), False
     return _understand(result.returncode, result.stdout, result.stderr)
@@ -152,7 +153,7 @@ def _interpreter() -> str:
 
 
 def _understand(status: int, out: bytes, err: bytes) -> tuple[Report, bool]:
-    """Return the child's answer, which is the last line that it has printed, and whether it lasts."""
+    """Return the child's answer, its last printed line, and whether the answer is valid for later processes."""
     try:
         if status == 0:
             return Report(**json.loads(out.splitlines()[-1])), True

@@ -1,4 +1,4 @@
-"""The child process of `first_contact`: opens the device that would be chosen, and prints what it is."""
+"""Child process of `first_contact`: opens the device that would be chosen, and prints its description."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def main() -> None:
 
 
 def _leave_no_core() -> None:
-    """Keep a crash from writing a core file or from opening a dialog."""
+    """Prevent a crash from writing a core file or opening a dialog."""
     if sys.platform == "win32":
         import ctypes
 

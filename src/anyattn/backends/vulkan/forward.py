@@ -1,4 +1,4 @@
-"""The forward pass of one problem: regions and pipeline are settled here, each call fills them."""
+"""Forward pass of one problem. The plan fixes regions and pipelines; each call fills the regions."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ SPLIT_BINDINGS = ("tables", "heads", "q", "k", "v", "", "partial_lse", "bias", "
 COMBINE_BINDINGS = ("tables", "", "", "", "", "out", "lse", "", "", "partial", "partial_lse")
 MINUS_INFINITY = 0xFF800000
 SCORES = ("bias", "mask")
-KV_ARRAYS = ("k", "v", "dk", "dv")  # have a head for each KV head
-# operations for each score beyond its products with K and V
+KV_ARRAYS = ("k", "v", "dk", "dv")  # have one head per KV head
+# Operations per score in addition to its products with K and V.
 SOFTMAX_OPERATIONS = 16
 
 
 def problem_regions(problem: Problem, dim: int, dim_v: int) -> dict[str, Region]:
-    """Where q, k, v, out, lse and, if given, bias and mask lie; dim and dim_v in vectors."""
+    """Return the regions of q, k, v, out, lse and, if given, bias and mask. dim and dim_v count vectors."""
     itemsize = DTYPES[problem.dtype].itemsize
     width, width_v = VECTOR * dim, VECTOR * dim_v
     if problem.device != "cpu":
@@ -54,7 +54,7 @@ def problem_regions(problem: Problem, dim: int, dim_v: int) -> dict[str, Region]
 
 
 def problem_launches(problem: Problem, regions: Mapping[str, Region], limit: int, splits: int = 1) -> list[Launch]:
-    """See `engine.launches`; packed, paged and reordered sequences cannot be told apart in memory."""
+    """Return the launches; see `engine.launches`. Packed, paged and reordered sequences are not separate in memory."""
     scales = {"out": splits * 4 // DTYPES[problem.dtype].itemsize, "lse": splits} if splits > 1 else {}
     heads = {name: 1 if name in KV_ARRAYS else problem.group for name in regions}
     whole = problem.packed_q or problem.packed_k or problem.paged or problem.cache_batch_idx is not None
@@ -63,7 +63,7 @@ def problem_launches(problem: Problem, regions: Mapping[str, Region], limit: int
 
 @dataclass(frozen=True)
 class Setup:
-    """How a device computes a problem. No launches: its arrays do not fit into the device's bindings."""
+    """Setup of a device for a problem. Without launches, the arrays do not fit into the device's bindings."""
 
     config: tuning.Config
     regions: dict[str, Region]
@@ -84,7 +84,7 @@ class Setup:
 
 
 class ForwardPlan(DevicePlan):
-    """What does not change between calls."""
+    """Plan of the forward pass on a device."""
 
     def __init__(self, engine: Engine, info: DeviceInfo, problem: Problem) -> None:
         super().__init__(engine)
@@ -115,7 +115,7 @@ class ForwardPlan(DevicePlan):
         buffers["lse"] = job.buffer(self.regions["lse"].nbytes)
         on_device = isinstance(call.out, DeviceArray)
         buffers["out"] = call.out.buffer if on_device else job.buffer(self.regions["out"].nbytes)
-        if problem.packed_q or problem.seqused_q is not None:  # rows outside every sequence
+        if problem.packed_q or problem.seqused_q is not None:  # queries outside every sequence
             job.commands.fill(buffers["out"], self.regions["out"].nbytes, 0)
             job.commands.fill(buffers["lse"], self.regions["lse"].nbytes, MINUS_INFINITY)
         job.commands.barrier()
@@ -127,7 +127,7 @@ class ForwardPlan(DevicePlan):
         job.finish()
 
     def _buffer(self, job: Job, call: Call, name: str) -> Buffer:
-        """The call's array on the device: it is there already, or goes there."""
+        """Return the call's array on the device, uploaded if it is on the host."""
         array = getattr(call, name)
         if isinstance(array, DeviceArray):
             array.check(job)
@@ -135,14 +135,14 @@ class ForwardPlan(DevicePlan):
         return job.upload(name, self.regions[name], call.adapter.numpy(array))
 
     def _partial_values(self) -> tables.Values:
-        """How far the results of two splits lie apart: as much as the largest launch needs."""
+        """Return the distances between the results of two splits, sized for the largest launch."""
         parts = {name: max(self._extent(name, launch) for launch in self.launches) for name in ("out", "lse")}
         self.partial_bytes = {"partial": parts["out"] * 4 * self.splits, "partial_lse": parts["lse"] * 4 * self.splits}
         features = int(self.values["features"]) | tables.SPLIT
         return {"features": features, "partial_split": parts["out"] // VECTOR, "partial_lse_split": parts["lse"]}
 
     def _extent(self, name: str, launch: Launch) -> int:
-        """Items of out or lse in a launch."""
+        """Return the number of items of out or lse in a launch."""
         region = self.regions[name]
         return launch.part(region, self.problem.group)[1] // region.itemsize
 
@@ -183,7 +183,10 @@ def bind(
     buffers: Mapping[str, Buffer],
     names: tuple[str, ...],
 ) -> list[Slice]:
-    """What each binding sees in a launch; one without an array sees the tables, which no shader then reads."""
+    """Return the buffer slice for each binding.
+
+    A binding without an array gets the tables, which no shader then reads.
+    """
     slices: list[Slice] = []
     for name in names:
         buffer = buffers.get(name, buffers["tables"])
@@ -206,7 +209,7 @@ def numpy_view(call: Call, name: str) -> npt.NDArray[Any] | None:
 
 
 def upload_tables(job: Job, problem: Problem, values: tables.Values, call: Call) -> dict[str, Buffer]:
-    """The buffers of bindings 0 and 1."""
+    """Return the buffers of bindings 0 and 1."""
     views = {name: numpy_view(call, name) for name in TABLES}
     rest = [tables.sequence_rows(problem, list(sequences(problem, views))).ravel()]
     if views["block_table"] is not None:

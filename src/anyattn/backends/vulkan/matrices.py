@@ -1,4 +1,4 @@
-"""Cooperative matrices: whether a device can multiply tiles of 16-bit numbers for us, and in which shapes."""
+"""Cooperative matrices: the shapes in which a device can multiply tiles of 16-bit numbers."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ MATRIX, BFLOAT16 = "VK_KHR_cooperative_matrix", "VK_KHR_shader_bfloat16"
 API_VERSION = (1, 3, 0)
 SUBGROUP_SCOPE = 3
 TYPES = {0: "float16", 1: "float32", 1000141000: "bfloat16"}
-SIZES = (8, 16, 32)  # rows of staged tiles are whole vectors of 16 bytes, steps of 32 keys whole tiles
-MOST_SHARED = 16  # the shape that most hardware multiplies best
+SIZES = (8, 16, 32)  # rows of staged tiles are whole 16-byte vectors, and steps of 32 keys are whole tiles
+MOST_SHARED = 16  # the fastest shape on most hardware
 
 Function = Callable[..., Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """(m, k) times (k, n) numbers of `dtype`, summed in float32."""
+    """Product of (m, k) and (k, n) numbers of `dtype`, summed in float32."""
 
     m: int
     n: int
@@ -32,19 +32,19 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Matrices:
-    """What a device offers. `off`: why nothing that we can use."""
+    """Supported shapes of a device. off: why there are none."""
 
     shapes: tuple[Shape, ...] = ()
     off: str = ""
 
     def best(self, dtype: str) -> Shape | None:
-        """The shape nearest to the common one."""
+        """Return the supported shape that is nearest to the common one."""
         found = [x for x in self.shapes if x.dtype == dtype]
         return min(found, key=lambda x: sum(abs(size - MOST_SHARED) for size in (x.m, x.n, x.k)), default=None)
 
 
 class Features:
-    """The features that matrices need, as structures to ask for them and to switch them on."""
+    """Features that matrices need, as structures to query and to enable them."""
 
     def __init__(self, extensions: frozenset[str]) -> None:
         self.matrix = make(api.CooperativeMatrixFeatures)
@@ -57,7 +57,7 @@ class Features:
             self._all.append(self.bfloat)
 
     def chain(self) -> int:
-        """The address of the first; each leads to the next."""
+        """Return the address of the first structure; each points to the next."""
         for one, following in zip(self._all, self._all[1:], strict=False):
             one.pNext = address(following)
         return address(self._all[0])
@@ -72,17 +72,17 @@ class Features:
         return ", ".join(name for name, offered in needed.items() if not offered)
 
     def of(self, dtype: str) -> bool:
-        """Whether shaders may multiply matrices of this type."""
+        """Return whether shaders may multiply matrices of this type."""
         return bool(self.halves.float16) if dtype == "float16" else bool(self.bfloat.type and self.bfloat.matrix)
 
     def only_needed(self) -> Features:
-        """What is switched on: nothing that costs a driver checks."""
+        """Return the features to enable: none that costs a driver checks."""
         self.matrix.robust = self.model.device = self.model.chains = self.halves.int8 = 0
         return self
 
 
 def query_features(function: Function, physical: Any, extensions: frozenset[str]) -> Features:
-    """`function`: looks up one of the instance's."""
+    """Return the features of a physical device. function: looks up a function of the instance."""
     features = Features(extensions)
     both = make(api.Features2, pNext=features.chain())
     function("vkGetPhysicalDeviceFeatures2", ctypes.c_void_p, ctypes.c_void_p, result=None)(physical, address(both))
@@ -90,7 +90,7 @@ def query_features(function: Function, physical: Any, extensions: frozenset[str]
 
 
 def query(function: Function, physical: Any, version: tuple[int, int, int], extensions: frozenset[str]) -> Matrices:
-    """What the physical device offers."""
+    """Return the matrices of a physical device."""
     if MATRIX not in extensions:
         return Matrices(off=f"the driver has no {MATRIX}")
     if version < API_VERSION:
@@ -103,12 +103,12 @@ def query(function: Function, physical: Any, version: tuple[int, int, int], exte
     found = (_shape(x) for x in api.enumerate_all(enumerate_shapes, api.CooperativeMatrixProperties, physical))
     shapes = tuple(dict.fromkeys(x for x in found if x and features.of(x.dtype)))
     if not shapes:
-        return Matrices(off="the driver multiplies no 16-bit matrices of 8, 16 or 32 with float32 sums")
+        return Matrices(off="the driver supports no 16-bit matrices of 8, 16 or 32 with float32 sums")
     return Matrices(shapes)
 
 
 def _missing_subgroups(function: Function, physical: Any) -> str:
-    """What our shaders do with subgroups besides, and this device does not."""
+    """Return the subgroup feature that the shaders also need and the device lacks, or ""."""
     sizes, subgroups = make(api.SubgroupSizeProperties), make(api.SubgroupProperties)
     both = make(api.Properties2, pNext=address(sizes))
     sizes.pNext = address(subgroups)
@@ -120,7 +120,7 @@ def _missing_subgroups(function: Function, physical: Any) -> str:
 
 
 def _shape(one: Any) -> Shape | None:
-    """None where our shaders have no use for it."""
+    """Return the shape, or None if the shaders cannot use it."""
     dtype = TYPES.get(one.a, "")
     of_sum = [TYPES.get(x) for x in (one.c, one.result)]
     usable = dtype in ("float16", "bfloat16") and one.b == one.a and of_sum == ["float32", "float32"]

@@ -1,8 +1,8 @@
-"""Buffers on a device: mapped where device and host share memory, else with a mapped one next to them for transfers.
+"""Buffers on a device: mapped if device and host share memory, else with a mapped buffer for transfers.
 
-Whoever holds a `Buffer` owns its memory. When the last reference to it dies, the memory is noted as returned, and a
-later call gets it once the device is known to be idle. So an exception at any point of a call neither loses memory
-nor hands out what the device still uses.
+The holder of a `Buffer` owns its memory. When the last reference is gone, the memory is recorded as returned, and a
+later call reuses it once the device is known to be idle. An exception at any point of a call therefore neither leaks
+memory nor reuses memory that the device still accesses.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Bytes = npt.NDArray[np.uint8]
 
 
 class Buffer:
-    """A storage buffer. `host`: its bytes as NumPy sees them, None where the host cannot."""
+    """Storage buffer. host: its bytes as a NumPy array, or None if the host cannot access them."""
 
     __slots__ = ("__weakref__", "handle", "host", "size")
 
@@ -41,7 +41,7 @@ class Buffer:
 
 @dataclass(eq=False, slots=True)
 class Allocation:
-    """A buffer of the device with its memory. It is handed out only while nobody has a lease on it."""
+    """Buffer of the device with its memory. It can be taken only if no lease on it exists."""
 
     handle: int
     memory: int
@@ -51,12 +51,12 @@ class Allocation:
     lease: Lease | None = None
 
     def is_free(self) -> bool:
-        """Return whether it may be handed out. Lists of free ones may name others, where an exception came between."""
+        """Return whether it can be taken. After an exception, a list of free allocations may contain others."""
         return self.lease is None and self.handle != 0
 
 
 class Lease(weakref.ref[Buffer]):
-    """The use of an allocation through a `Buffer`, which ends when the buffer dies. Compared by identity."""
+    """Use of an allocation through a `Buffer`, which ends when the buffer is deleted. Compared by identity."""
 
     allocation: Allocation | None = None
     __hash__ = object.__hash__
@@ -64,9 +64,9 @@ class Lease(weakref.ref[Buffer]):
 
 
 class Memory:
-    """Hands out buffers; those that nobody holds any more are kept, by size, for the next call.
+    """Allocator of buffers. Unused buffers are stored by size for the next call.
 
-    Not for several threads: see `Engine.run_alone`.
+    It is not thread-safe: see `Engine.run_alone`.
     """
 
     def __init__(self, device: Device) -> None:
@@ -75,7 +75,7 @@ class Memory:
         self.unified = any(kind.flags & SHARED == SHARED for kind in types)
         self._free: dict[tuple[int, bool], list[Allocation]] = defaultdict(list)
         self._leases: set[Lease] = set()  # reachable from here, so that the garbage collector calls back
-        self._returned: list[Lease] = []  # leases whose buffers have died, in order
+        self._returned: list[Lease] = []  # leases whose buffers were deleted, in order
         handle, raw = ctypes.c_void_p, ctypes.c_void_p
         self._requirements = device.function("vkGetBufferMemoryRequirements", handle, api.u64, raw, result=None)
         self._bind = device.function("vkBindBufferMemory", handle, api.u64, api.u64, api.u64)
@@ -83,16 +83,16 @@ class Memory:
 
     @property
     def kept(self) -> int:
-        """Return the bytes that no buffer uses."""
+        """Return the number of bytes that no buffer uses."""
         free = {one for kept in self._free.values() for one in kept if one.is_free()}
         returned = {lease.allocation for lease in self._returned.copy() if lease.allocation}
         return sum(one.size for one in free | returned)
 
     def take(self, size: int, *, staging: bool = False) -> Buffer:
-        """Return a buffer of at least so many bytes with any contents; `staging` ones are always mapped.
+        """Return a buffer of at least `size` bytes with any contents. `staging` buffers are always mapped.
 
         Raises:
-            DeviceMemoryError: the device has no room, even after those kept were given back to it.
+            DeviceMemoryError: the device has not enough memory, even after the stored buffers were released.
         """
         rounded, staging = _size_class(size), staging and not self.unified
         free = self._free[rounded, staging]
@@ -101,7 +101,7 @@ class Memory:
         if not free:
             free.append(self._allocate(rounded, staging))
         buffer = Buffer(free[-1])
-        lease = Lease(buffer, self._returned.append)  # a function of C: no exception can come in its middle
+        lease = Lease(buffer, self._returned.append)  # a C function, which no exception can interrupt
         lease.allocation = free[-1]
         self._leases.add(lease)
         free[-1].lease = lease
@@ -109,9 +109,9 @@ class Memory:
         return buffer
 
     def reclaim(self) -> None:
-        """Keep the memory of dead buffers for the next call. The device must be idle."""
+        """Store the memory of deleted buffers for the next call. The device must be idle."""
         while self._returned:
-            # An exception may come between any two steps, which are then repeated: see `is_free`.
+            # An exception may interrupt any step, which is then repeated: see `is_free`.
             lease = self._returned[0]
             allocation = lease.allocation
             if allocation and allocation.lease is lease:
@@ -121,7 +121,7 @@ class Memory:
             self._returned.pop(0)
 
     def trim(self) -> int:
-        """Give everything that is kept back to the device; return the bytes. The device must be idle."""
+        """Release all stored memory; return the number of bytes. The device must be idle."""
         self.reclaim()
         bytes_kept = self.kept
         for free in self._free.values():
@@ -147,7 +147,7 @@ class Memory:
         device = self.device
         if size > device.info.allocation:
             raise DeviceMemoryError(
-                f"{size} bytes are more than {device.info.name} allocates: {device.info.allocation}"
+                f"no memory for {size} bytes on {device.info.name}, which allocates at most {device.info.allocation}"
             )
         handle = device.create("vkCreateBuffer", make(api.BufferCreateInfo, size=size, usage=USAGE))
         made = Allocation(handle, 0, size, None, staging)
@@ -171,7 +171,7 @@ class Memory:
         return np.frombuffer(whole, np.uint8)
 
     def _type(self, allowed: int, staging: bool) -> int:
-        """Return the first memory type that suits, best wish first."""
+        """Return the best memory type that is allowed."""
         wishes: tuple[int, ...] = (DEVICE_LOCAL, 0)
         if self.unified:
             wishes = (SHARED,)
@@ -188,11 +188,11 @@ class Memory:
         handle, memory = allocation.handle, allocation.memory
         allocation.handle = allocation.memory = 0
         self.device.destroy("vkDestroyBuffer", handle)
-        self.device.destroy("vkFreeMemory", memory)  # 0, where there is none, is accepted
+        self.device.destroy("vkFreeMemory", memory)  # accepts 0 if there is none
 
 
 def _size_class(size: int) -> int:
-    """Return the size rounded up to a multiple of an eighth of its power of two: little waste, few sizes to keep."""
+    """Return the size rounded up to a multiple of an eighth of its power of two: little waste, few different sizes."""
     size = max(size, SMALLEST)
     step = max(SMALLEST, 1 << (size.bit_length() - 4))
     return -(-size // step) * step

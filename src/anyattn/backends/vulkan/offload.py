@@ -25,14 +25,14 @@ FILE = "vulkan-crossover.json"
 
 
 class Work(NamedTuple):
-    """Amount of work: operations, and operations for each transferred byte. As a threshold, the least to offload."""
+    """Amount of work: operations, and operations per transferred byte. As a threshold, the least work to offload."""
 
     operations: float
     per_byte: float
 
 
 class Described(Protocol):
-    """What decides about offloading to a device, known without loading its driver: `DeviceInfo` or a `Report`."""
+    """Device properties that decide about offloading, available without its driver: a `DeviceInfo` or a `Report`."""
 
     @property
     def name(self) -> str: ...
@@ -42,8 +42,8 @@ class Described(Protocol):
     def cache_key(self) -> str: ...
 
 
-DEFAULT = Work(1e11, 256.0)  # cautious; of devices whose kind is in BELIEVED
-BELIEVED = ("discrete", "software")  # others may be slower than the CPU whose memory they share
+DEFAULT = Work(1e11, 256.0)  # cautious default for devices whose kind is in BELIEVED
+BELIEVED = ("discrete", "software")  # other kinds may be slower than the CPU whose memory they share
 NEVER = Work(math.inf, math.inf)
 # (direction, dtype) -> the least work to offload
 Thresholds = Mapping[tuple[str, str], Work]
@@ -62,7 +62,7 @@ def work(problem: Problem) -> Work:
 
 
 def _bytes(problem: Problem) -> int:
-    """Return the bytes of the large arrays, to the device and back."""
+    """Return the bytes of the large arrays that are transferred, in both directions."""
     inputs = _size(problem.q) + _size(problem.k) + _size(problem.v) + _size(problem.bias)
     out = math.prod(problem.out_shape) * DTYPES[problem.dtype].itemsize
     forward = inputs + _size(problem.mask) + out
@@ -74,7 +74,7 @@ def _size(array: Array | None) -> int:
 
 
 def reasons_to_stay(problem: Problem, device: Described | None = None) -> list[str]:
-    """Return why the problem is not worth offloading to this device, or []; None: to any device, without a driver."""
+    """Return why the problem is too small to offload to this device, or []. None: any device, without its driver."""
     size, key = work(problem), (problem.pass_.name, problem.dtype)
     every = _load()
     if device is None:
@@ -83,20 +83,21 @@ def reasons_to_stay(problem: Problem, device: Described | None = None) -> list[s
     else:
         tuned = tuned_thresholds(device)
         if key not in tuned and device.kind not in BELIEVED:
-            return [f"{device.name} is an unmeasured {device.kind} GPU: run anyattn tune, or name the backend"]
+            return [f"{device.name} is an unmeasured {device.kind} GPU: run `anyattn tune`, or name the backend"]
         needed = tuned.get(key, DEFAULT)
     if size.operations < needed.operations:
-        least = "no number of them pays" if needed == NEVER else f"{needed.operations:.2g} pay"
-        return [f"{size.operations:.2g} operations are fewer than pay for the transfers: {least}"]
+        least = "offloading never pays" if needed == NEVER else f"at least {needed.operations:.2g} are needed"
+        return [f"{size.operations:.2g} operations do not pay for the transfers: {least}"]
     if size.per_byte < needed.per_byte:
-        return [f"{size.per_byte:.2g} operations for each byte do not pay for the transfers: {needed.per_byte:.2g} do"]
+        least = f"at least {needed.per_byte:.2g} are needed"
+        return [f"{size.per_byte:.2g} operations per byte do not pay for the transfers: {least}"]
     return []
 
 
 def describe(device: Described) -> str:
-    """Return the thresholds of the automatic choice for this device as text, for `anyattn info`."""
+    """Return the thresholds of automatic choice for this device as text, for `anyattn info`."""
     if device.kind == "software" and not settings.current().vulkan_software:
-        return "never: it runs on the CPU, which the native engine uses better"
+        return "never, because it is a software driver and the cpu backend is faster"
     tuned = [f"{way} {dtype} {text(value)}" for (way, dtype), value in tuned_thresholds(device).items()]
     default = text(DEFAULT if device.kind in BELIEVED else NEVER)
     return "; ".join(tuned) or f"{default}; not measured: anyattn tune"
@@ -106,26 +107,26 @@ def text(threshold: Work) -> str:
     """Return a threshold as text."""
     if threshold == NEVER:
         return "never"
-    return f"from {threshold.operations:.2g} operations, {threshold.per_byte:.2g} for each byte"
+    return f"from {threshold.operations:.2g} operations, {threshold.per_byte:.2g} per byte"
 
 
 def tuned_thresholds(device: Described) -> Thresholds:
-    """Return the tuned thresholds of this device with this driver and processor; empty if there are none."""
+    """Return the tuned thresholds of this device, driver and processor; empty if there are none."""
     return _load().get(_key(device), {})
 
 
 def save_thresholds(device: Described, thresholds: Thresholds) -> Path:
-    """Write the tuned thresholds of a device to the cache folder; they replace its former ones.
+    """Write the tuned thresholds of a device to the cache folder, replacing earlier ones.
 
     Raises:
-        OSError: there is no cache folder, or it cannot be written.
+        OSError: the cache folder does not exist or cannot be written.
     """
     every = {**_load(), _key(device): thresholds}
     return tuning_files.save(FILE, {name: as_json(entry) for name, entry in every.items()})
 
 
 def as_json(thresholds: Thresholds) -> dict[str, Any]:
-    """Return "forward float32" -> [operations, operations for each byte], or null: never."""
+    """Return "forward float32" -> [operations, operations per byte], or null for never."""
     return {" ".join(key): None if value == NEVER else list(value) for key, value in thresholds.items()}
 
 
@@ -145,7 +146,7 @@ def _from_json(entry: dict[str, Any]) -> Thresholds:
         direction, dtype = name.split()
         threshold = NEVER if value is None else Work(*map(float, value))
         if not all(number >= 0 for number in threshold):
-            raise ValueError(f"{name} is {value}")
+            raise ValueError(f"{name} must be a threshold, got {value}")
         found[direction, dtype] = threshold
     return found
 

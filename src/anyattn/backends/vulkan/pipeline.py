@@ -1,4 +1,4 @@
-"""Compute pipelines: a committed SPIR-V module, frozen with constants, that the driver compiles once."""
+"""Compute pipelines: committed SPIR-V modules, frozen with constants, which the driver compiles once."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ logger = logging.getLogger("anyattn")
 
 
 class Layout:
-    """What every shader of ours is given: storage buffers 0 to 11 and the push constants of shaders/include."""
+    """Layout of every shader: storage buffers 0 to 11 and the push constants of shaders/include."""
 
     def __init__(self, device: Device) -> None:
         bindings = (api.Binding * STORAGE_BUFFERS)(
@@ -41,7 +41,7 @@ class Layout:
 
 
 class Kept:
-    """What the driver has compiled, kept in a file for the next process; nothing where there is no folder for it."""
+    """Cache of the driver's compiled shaders, stored in a file for the next process if there is a folder for it."""
 
     def __init__(self, device: Device) -> None:
         self.device = device
@@ -57,20 +57,20 @@ class Kept:
         self._size = len(data)
 
     def _read(self) -> bytes:
-        """Return what was kept, checked by a digest, because some drivers trust what they receive."""
+        """Return the stored cache, verified by a digest, because some drivers trust their input."""
         try:
             whole = private_files.read(self._path) if self._path else b""
         except (FileNotFoundError, NotADirectoryError):
             return b""
         except OSError as error:
-            warnings.warn(f"compiled shaders are not used: {error}", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"ignoring stored compiled shaders: {error}", RuntimeWarning, stacklevel=2)
             self._path = ""
             return b""
         digest, data = whole[:DIGEST_BYTES], whole[DIGEST_BYTES:]
         return data if hashlib.sha256(data).digest() == digest else b""
 
     def save(self) -> None:
-        """Write the file if there is more than was read; a folder that cannot be written is left alone."""
+        """Write the file if the cache has grown. A folder that cannot be written is not an error."""
         if not self._path:
             return
         device, size = self.device, ctypes.c_size_t()
@@ -83,12 +83,12 @@ class Kept:
         try:
             private_files.write(self._path, hashlib.sha256(raw).digest() + raw)
         except OSError as error:
-            logger.debug("compiled shaders are not kept: %s", error)
+            logger.debug("compiled shaders are not stored: %s", error)
             self._path = ""
 
 
 class Pipelines:
-    """The pipelines of a device by name and constants; each is made at first use."""
+    """Pipelines of a device by name and constants, each created at first use."""
 
     def __init__(self, device: Device, layout: Layout) -> None:
         self.device, self.layout = device, layout
@@ -96,9 +96,9 @@ class Pipelines:
         self._made: dict[tuple[str, tuple[tuple[int, int], ...], bool], int] = {}
 
     def get(self, name: str, constants: Mapping[int, int], *, unroll: bool, subgroup: int = 0) -> int:
-        """The handle of the pipeline of binaries/<name>.spv with these specialization constants.
+        """Return the handle of the pipeline of binaries/<name>.spv with these specialization constants.
 
-        `subgroup`: the size of its subgroups, where they must all be full and of one size.
+        subgroup: the required size of its subgroups, which must all be full; 0: any.
         """
         key = (name, tuple(sorted(constants.items())), unroll)
         if key not in self._made:
@@ -129,5 +129,5 @@ class Pipelines:
 
 @cache
 def binary(name: str) -> bytes:
-    """A committed SPIR-V module."""
+    """Return a committed SPIR-V module."""
     return (BINARIES / f"{name}.spv").read_bytes()

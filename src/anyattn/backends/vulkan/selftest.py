@@ -1,6 +1,6 @@
-"""Does this driver compute right? Asked of each way to compute before its first use, against the definition.
+"""Self-test of a driver: each compute path is compared with the definition before its first use.
 
-Drivers have bugs that no test of ours can meet: a way that computes wrongly is left out, and the next one is asked.
+Drivers have bugs that our tests cannot reach. A path that computes wrongly is excluded, and the next one is tried.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from .forward import ForwardPlan
 
 logger = logging.getLogger("anyattn")
 
-# Several tiles of rows and of keys and a bit; head dims that are no whole number of vectors per lane.
+# Several tiles of queries and keys plus a remainder; head dims that are not a whole number of vectors per lane.
 SHAPES = {"q": (1, 70, 2, 72), "k": (1, 150, 1, 72), "v": (1, 150, 1, 40), "dout": (1, 70, 2, 40)}
 LSE_SHAPE = (1, 2, 70)
 SOFTCAP = 20.0
 OPTIONS = Options(left=100, right=0, softcap=SOFTCAP)
 
 Arrays = dict[str, npt.NDArray[Any]]
-# (driver, direction, dtype) -> path -> why it is left out; "": it has passed
+# (driver, direction, dtype) -> path -> why it is excluded; "": passed
 _results: dict[tuple[str, str, str], dict[str, str]] = {}
 
 
 def failures() -> list[str]:
-    """What was left out in this process."""
+    """Return the paths that are excluded in this process, with reasons."""
     return [
         f"{path}: {why} ({direction}, {dtype})"
         for (_, direction, dtype), results in _results.items()
@@ -50,10 +50,12 @@ def failures() -> list[str]:
 
 
 def usable(engine: Engine, pass_: Pass, dtype: str) -> DeviceInfo:
-    """The device without the paths that fail.
+    """Return the device without the paths that fail.
 
     Raises:
-        VulkanError: every path does. DeviceLost: the device did not survive the last. DeviceMemoryError: it is full.
+        VulkanError: every path fails.
+        DeviceLost: the device did not survive the last path.
+        DeviceMemoryError: the device has not enough memory.
     """
     info, problem = engine.device.info, _problem(pass_, dtype)
     results = _results.setdefault((info.cache_key, pass_.name, dtype), {})
@@ -62,7 +64,7 @@ def usable(engine: Engine, pass_: Pass, dtype: str) -> DeviceInfo:
         if plan.path not in results:
             results[plan.path] = wrong = _try(plan, problem)
             if wrong:
-                logger.warning("%s: %s left out: %s (%s, %s)", info.name, plan.path, wrong, pass_, dtype)
+                logger.warning("%s: excluding %s: %s (%s, %s)", info.name, plan.path, wrong, pass_, dtype)
         wrong = results[plan.path]
         if not wrong:
             return info
@@ -79,7 +81,7 @@ def _problem(pass_: Pass, dtype: str) -> Problem:
 
 
 class _HostArrays:
-    """NumPy arrays, bfloat16 as its bits already."""
+    """Adapter for NumPy arrays whose bfloat16 is already stored as bits."""
 
     name = "numpy"
 
@@ -88,7 +90,7 @@ class _HostArrays:
 
 
 def _try(plan: Any, problem: Problem) -> str:
-    """Why the plan is of no use; "" if all is well."""
+    """Return why the plan cannot be used; "" if it can."""
     try:
         return _mismatches(plan, problem)
     except VulkanError as error:
@@ -101,7 +103,7 @@ def _mismatches(plan: Any, problem: Problem) -> str:
     dtype, rng = problem.dtype, np.random.default_rng(0)
     arrays = {name: narrow(rng.standard_normal(shape), dtype) for name, shape in SHAPES.items()}
     inputs = Inputs(arrays["q"], arrays["k"], arrays["v"])
-    call = Call(_HostArrays(), inputs)  # type: ignore[arg-type]  # all that plans use
+    call = Call(_HostArrays(), inputs)  # type: ignore[arg-type]  # the only method that plans use
     forward = wanted = accuracy.expected_forward(problem, arrays, random=True)
     if problem.pass_ is BACKWARD:
         call.out, call.lse = narrow(forward["out"].value, dtype), forward["lse"].value.astype(np.float32)
@@ -122,9 +124,9 @@ def _mismatch(call: Call, name: str, want: accuracy.Expected, permitted: float) 
 
 
 def _permitted_error(largest_score: float) -> float:
-    """Return the relative error of P that Vulkan permits a driver, whose exp2(x) is exact to 3 + 2 |x| units.
+    """Return the relative error of P that Vulkan allows a driver, whose exp2(x) has an error of 3 + 2 |x| units.
 
-    One exponent is the difference of two scores; the other is that of tanh, whose error is multiplied by softcap / 2.
+    One exponent is the difference of two scores. The other is tanh's, whose error is multiplied by softcap / 2.
     """
     softmax, tanh = 2 * largest_score * math.log2(math.e), 2 * largest_score / SOFTCAP * math.log2(math.e)
     return DTYPES["float32"].eps * ((3 + 2 * softmax) + SOFTCAP / 2 * (3 + 2 * tanh))

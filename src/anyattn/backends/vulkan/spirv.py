@@ -1,7 +1,7 @@
-"""Freezes specialization constants: the module that a driver sees has plain numbers, folded, and a fixed workgroup.
+"""Freezing of specialization constants: the driver gets plain numbers, folded, and a fixed workgroup size.
 
-Some compilers below a driver refuse specialization constants in places (matrix shapes, shared arrays) or ignore that
-of the workgroup's size; plain constants work everywhere. Source: SPIR-V specification 1.6, sections 3.42 and 2.9.
+Some drivers' compilers reject specialization constants in some places (matrix shapes, shared arrays) or ignore the one
+for the workgroup size. Plain constants work everywhere. Source: SPIR-V specification 1.6, sections 3.42 and 2.9.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ _BINARY: dict[int, Callable[[int, int], int]] = {
 
 
 def freeze(module: bytes, constants: Mapping[int, int], *, unroll: bool = False) -> bytes:
-    """The module with `constants` (by specialization id) in place; others keep their defaults.
+    """Return the module with `constants` (by specialization id); other constants keep their defaults.
 
-    Loops over the vectors of a row say that they are not to be unrolled, over which compilers for CPUs take long;
-    `unroll` turns those hints around.
+    Loops over the vectors of a row have a hint not to be unrolled, because compilers for CPUs would take long. `unroll`
+    reverses these hints.
     """
     words = np.frombuffer(module, "<u4").tolist()
     return _Freezer(words, constants, unroll).run()
@@ -69,7 +69,7 @@ class _Freezer:
         self.spec_ids: dict[int, int] = {}  # result id -> specialization id
         self.values: dict[int, int] = {}  # result id -> value
         self.bools: set[int] = set()
-        self.workgroup = 0  # result id of the workgroup's size
+        self.workgroup = 0  # result id of the workgroup size
         self.size: Words = []
 
     def run(self) -> bytes:
@@ -93,7 +93,7 @@ class _Freezer:
         return found
 
     def _look(self, word: Words) -> None:
-        """Notes what decorations and types say; they come before what they are about."""
+        """Record decorations and types, which precede the instructions that they refer to."""
         op = word[0] & 0xFFFF
         if op == DECORATE and word[2] == DECORATION_SPEC_ID:
             self.spec_ids[word[1]] = word[3]
@@ -138,7 +138,7 @@ class _Freezer:
         return [4 << 16 | CONSTANT, kind, result, value]
 
     def _fold(self, op: int, operands: Words) -> int | None:
-        """The value of an operation on constants; None where an operand is not known."""
+        """Return the value of an operation on constants, or None if an operand is unknown."""
         if any(x not in self.values for x in operands):
             return None
         known = [self.values[x] for x in operands]

@@ -1,4 +1,4 @@
-"""What shaders/include/tables.glsl reads: one block of numbers per call, and one row of numbers per head."""
+"""Data for shaders/include/tables.glsl: a block of numbers per call, and a row of numbers per head."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ FEATURES = {
     **{"mask": 256, "bias_f32": 512, "bias_16": 1024, "split": 2048, "dlse": 4096},
 }
 SPLIT = FEATURES["split"]
-FARTHEST = 2**29  # offsets beyond would overflow the shaders' positions
-SOFTCAP_LIMITS = (1e-30, 1e30)  # leave tanh's argument and its product finite
+FARTHEST = 2**29  # larger offsets would overflow the shaders' positions
+SOFTCAP_LIMITS = (1e-30, 1e30)  # limits that keep tanh's argument and its product finite
 FLOAT_MAX = 3.4028234663852886e38
 
 Values = dict[str, float]
 
 
 def feature_bits(problem: Problem) -> int:
-    """The bits of tables.glsl that this problem asks for."""
+    """Return the feature bits of tables.glsl that this problem needs."""
     names = [name for name in problem.variant.features if name in FEATURES]
     if problem.bias is not None:
         names.append("bias_f32" if problem.bias.dtype == "float32" else "bias_16")
@@ -53,7 +53,7 @@ def feature_bits(problem: Problem) -> int:
 
 
 def problem_values(problem: Problem, regions: Mapping[str, Region]) -> Values:
-    """The header's fields that do not change between calls."""
+    """Return the header fields that do not change between calls."""
     interval = problem.interval
     low, high = SOFTCAP_LIMITS
     values: Values = {
@@ -86,7 +86,7 @@ def problem_values(problem: Problem, regions: Mapping[str, Region]) -> Values:
 
 
 def pack(values: Values, rng_state: npt.NDArray[np.int64] | None, rest: npt.NDArray[np.int32]) -> bytes:
-    """The whole block."""
+    """Return the complete block."""
     if rng_state is not None:
         seed, offset = (int(word) & 0xFFFFFFFFFFFFFFFF for word in rng_state)
         words = {"seed_low": seed & 0xFFFFFFFF, "seed_high": seed >> 32, "rng_offset": offset & 0xFFFFFFFF}
@@ -98,15 +98,15 @@ def pack(values: Values, rng_state: npt.NDArray[np.int64] | None, rest: npt.NDAr
 
 
 def sequence_rows(problem: Problem, found: list[Sequence]) -> npt.NDArray[np.int32]:
-    """(batch, 8): n_q, n_k, leftpad, offset, and where rows and keys begin: batch and row of each.
+    """Return (batch, 8): n_q, n_k, leftpad, offset, and the start of queries and keys: batch entry and row of each.
 
     Raises:
-        ValueError: an offset is too far out.
+        ValueError: an offset is too large.
     """
     rows = np.empty((problem.batch, SEQUENCE_INTS), np.int32)
     for s in found:
         if abs(s.offset) > FARTHEST:
-            raise ValueError(f"offset[{s.number}] is {s.offset}; backend vulkan accepts -2^29 to 2^29")
+            raise ValueError(f"offset[{s.number}] must be from -2^29 to 2^29 on the vulkan backend, got {s.offset}")
         batch_q = 0 if problem.packed_q else s.number
         batch_k = 0 if problem.packed_k or problem.paged else s.batch_k
         rows[s.number] = (s.n_q, s.n_k, s.leftpad, s.offset, batch_q, s.row_q, batch_k, s.row_k)
@@ -114,7 +114,7 @@ def sequence_rows(problem: Problem, found: list[Sequence]) -> npt.NDArray[np.int
 
 
 def head_rows(problem: Problem, slopes: Any, sink: Any) -> npt.NDArray[np.float32]:
-    """(batch, nheads, 2): ALiBi slope and sink logit."""
+    """Return (batch, nheads, 2): ALiBi slope and sink logit."""
     rows = np.zeros((problem.batch, problem.nheads, 2), np.float32)
     if slopes is not None:
         rows[..., 0] = slopes
@@ -124,5 +124,5 @@ def head_rows(problem: Problem, slopes: Any, sink: Any) -> npt.NDArray[np.float3
 
 
 def _clamp(bound: int | None) -> int:
-    """Bounds beyond every position: 2^30 says the same."""
+    """Return the bound, limited to 2^30, which is beyond every position."""
     return 0 if bound is None else min(max(bound, -(2**30)), 2**30)

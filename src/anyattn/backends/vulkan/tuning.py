@@ -14,7 +14,7 @@ from .tables import feature_bits
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """The specialization constants of tables.glsl, and which module they go into. DIM and DIM_V count vectors."""
+    """Specialization constants of tables.glsl, and the module that uses them. DIM and DIM_V count vectors."""
 
     workgroup: int
     dim: int
@@ -27,10 +27,10 @@ class Config:
     unroll: bool
     shuffle: bool
     matrix: Shape | None = None
-    subgroup: int = 0  # of matrices: they belong to subgroups of one size
+    subgroup: int = 0  # for matrices, which need subgroups of one size
 
     def constants(self) -> dict[int, int]:
-        """By specialization id."""
+        """Return the constants by specialization id."""
         numbers = (self.workgroup, self.dim, self.dim_v, self.lanes, self.rows, self.keys, self.features)
         constants = {**dict(enumerate(numbers)), 7: int(self.dtype == "bfloat16")}
         if self.matrix:
@@ -39,41 +39,41 @@ class Config:
 
     @property
     def path(self) -> str:
-        """See DeviceInfo.paths."""
+        """Return the compute path; see DeviceInfo.paths."""
         return MATRICES if self.matrix else SHUFFLES if self.shuffle else SCALAR
 
     def module(self, shader: str) -> str:
-        """The .spv that holds this shader for the problem's dtype and the device's abilities."""
+        """Return the .spv file of this shader for the problem's dtype and the device's features."""
         if self.matrix:
             return f"{shader}_matrix_{'bf16' if self.dtype == 'bfloat16' else 'f16'}"
         return f"{shader}_{'16' if self.half else 'f32'}{'_shuffle' if self.shuffle else ''}"
 
     @property
     def half(self) -> bool:
-        """Whether values lie in memory as 16 bits."""
+        """Return whether values are stored as 16 bits."""
         return self.dtype != "float32"
 
     @property
     def tile(self) -> int:
-        """Rows of a workgroup."""
+        """Return the number of queries of a workgroup."""
         return self.workgroup // self.lanes * self.rows
 
 
 ALL_FEATURES = 8191
-FEW_FLOPS = 5e7  # of one head: below, a software driver takes longer to compile a kernel than to run it
+FEW_FLOPS = 5e7  # of one head; below this, a software driver takes longer to compile a kernel than to run it
 GENERIC_DIM = 16
-# Mesa's software driver leaves a shader's loops, silently, when all of them together have done 65,535 iterations.
+# Mesa's software driver silently ends a shader's loops after 65,535 iterations in total.
 SOFTWARE_ITERATIONS = 60_000
-FEW_WORKGROUPS = 256  # below, keys are split until there are as many
+FEW_WORKGROUPS = 256  # with fewer workgroups, keys are split
 LEAST_SPLIT = 256
-FEW_ROWS = 4  # below, most of a matrix would multiply nothing
-MATRIX_KEYS = 32  # of a step
+FEW_ROWS = 4  # with fewer rows, most of a matrix would be empty
+MATRIX_KEYS = 32  # in one step
 UNBOUNDED = 2**30
-SHARED_TILES = 32  # side by side, where all rows or all keys share a bias: what is left to sum.comp
+SHARED_TILES = 32  # number of tiles next to each other if all rows or keys share a bias; sum.comp adds them
 
 
 def forward_config(info: DeviceInfo, problem: Problem) -> Config:
-    """Depends on nothing but one sequence's sizes, so a sequence's result does not depend on its batch."""
+    """Return the configuration, which depends only on one sequence's sizes, so results do not depend on the batch."""
     config = scalar_config(info, problem)
     shape = _shape(info, problem)
     if shape is None:
@@ -83,14 +83,17 @@ def forward_config(info: DeviceInfo, problem: Problem) -> Config:
 
 
 def _shape(info: DeviceInfo, problem: Problem) -> Shape | None:
-    """Of the matrices for this problem, if they have rows enough. One sequence's result must not depend on others'."""
+    """Return the matrix shape for this problem, or None if it has too few rows.
+
+    It must not depend on other sequences.
+    """
     if problem.seqlen_q * problem.group < FEW_ROWS and not problem.batch_invariant:
         return None
     return info.matrices.best(problem.dtype)
 
 
 def matrix_config(info: DeviceInfo, scalar: Config, shape: Shape, shader: str, owned: int) -> Config | None:
-    """The largest workgroup that fits, but not one without rows (or keys) for it to own; None if none fits."""
+    """Return the largest workgroup that fits and has rows (or keys) to own; None if there is none."""
     lanes = max(info.subgroup // shape.m, 1)
     rows = -(-shape.m * lanes // info.subgroup)
     config = replace(scalar, lanes=lanes, rows=rows, keys=MATRIX_KEYS, shuffle=False, matrix=shape)
@@ -104,7 +107,7 @@ def matrix_config(info: DeviceInfo, scalar: Config, shape: Shape, shader: str, o
 
 
 def shared_bytes(config: Config, shader: str) -> int:
-    """What the shader declares: staged tiles, scores, weights, and at most 40 bytes for each row of a step."""
+    """Return the shared memory of the shader: staged tiles, scores, weights, and at most 40 bytes per row of a step."""
     tiles, scores, weights = {"forward": (1, 1, 1), "dq": (1, 2, 1), "dkdv": (2, 2, 2)}[shader]
     tile = config.keys * (max(config.dim, config.dim_v) + 2) * 8
     owned = scores * (config.keys + 4) * 4 + weights * (config.keys // 4 + 2) * 8
@@ -112,7 +115,7 @@ def shared_bytes(config: Config, shader: str) -> int:
 
 
 def scalar_config(info: DeviceInfo, problem: Problem) -> Config:
-    """One invocation, or several lanes, for each row."""
+    """Return the configuration with one invocation, or several lanes, per row."""
     dim, dim_v = vectors(problem.head_dim), vectors(problem.head_dim_v)
     features = feature_bits(problem)
     if info.software:
@@ -133,9 +136,9 @@ def scalar_config(info: DeviceInfo, problem: Problem) -> Config:
 
 
 def split_keys(info: DeviceInfo, problem: Problem, config: Config) -> int:
-    """Keys of one split; at least seqlen_k: they are not split.
+    """Return the keys of one split; at least seqlen_k if keys are not split.
 
-    Splits begin at multiples of it: without the first rule a sequence's result would depend on its batch.
+    Splits start at multiples of this number. Otherwise a sequence's result would depend on its batch.
     """
     if info.software:
         return SOFTWARE_ITERATIONS // _step_iterations(config) * config.keys
@@ -146,12 +149,12 @@ def split_keys(info: DeviceInfo, problem: Problem, config: Config) -> int:
 
 
 def _step_iterations(config: Config) -> int:
-    """Iterations of one step of the forward pass over KEYS keys, with all the loops in it."""
+    """Return the iterations of all loops in one step of the forward pass over KEYS keys."""
     return _matrix_iterations(config) if config.matrix else (config.dim + config.dim_v) // config.lanes + 1
 
 
 def _matrix_iterations(config: Config) -> int:
-    """Of a step of any of the shaders: what is staged, multiplied and weighed."""
+    """Return the iterations of one step of any shader: loading, products and weights."""
     assert config.matrix is not None
     vectors = config.dim + config.dim_v
     staged = -(-config.keys * vectors // config.workgroup) + config.keys
@@ -160,16 +163,16 @@ def _matrix_iterations(config: Config) -> int:
 
 
 def backward_configs(info: DeviceInfo, problem: Problem) -> dict[str, Config]:
-    """By shader; all with the same vectors of a row, so that they read the same memory."""
+    """Return the configurations by shader, all with the same number of vectors per row because they share memory."""
     base, own = scalar_config(info, problem), 2
     if info.software:
         own = base.rows
     else:
         lanes = min(_power_of_two(max(base.dim, base.dim_v) // 2), 16)
-        base = replace(_wide(base, lanes), lanes=lanes, shuffle=info.shuffle and info.subgroup >= lanes)
+        base = replace(_with_row_step(base, lanes), lanes=lanes, shuffle=info.shuffle and info.subgroup >= lanes)
     shape = _shape(info, problem)
     if shape:
-        base = _wide(base, max(shape.n // VECTOR, shape.k // VECTOR, base.lanes))
+        base = _with_row_step(base, max(shape.n // VECTOR, shape.k // VECTOR, base.lanes))
     alone = replace(base, lanes=1, rows=1, keys=1, shuffle=False)
     found = {"dq": replace(base, rows=own, keys=4), "dkdv": replace(base, rows=4, keys=own)}
     if shape:
@@ -182,18 +185,18 @@ def backward_configs(info: DeviceInfo, problem: Problem) -> dict[str, Config]:
     }
 
 
-def _wide(config: Config, step: int) -> Config:
-    """With rows of a multiple of `step` vectors."""
+def _with_row_step(config: Config, step: int) -> Config:
+    """Return the configuration with rows of a multiple of `step` vectors."""
     return replace(config, dim=_round(config.dim, step), dim_v=_round(config.dim_v, step))
 
 
 def owned_keys(config: Config) -> int:
-    """Keys of a workgroup of dkdv."""
+    """Return the keys of a workgroup of dkdv."""
     return config.tile if config.matrix else config.workgroup // config.lanes * config.keys
 
 
 def part_sizes(info: DeviceInfo, configs: Mapping[str, Config]) -> dict[str, int]:
-    """Keys for dq, rows for dkdv, turns for dbias, terms for sum that one dispatch adds up."""
+    """Return the keys for dq, rows for dkdv, turns for dbias and terms for sum that one dispatch adds."""
     if not info.software:
         return dict.fromkeys(("dq", "dkdv", "dbias", "sum"), UNBOUNDED)
     dq, dkdv = configs["dq"], configs["dkdv"]
@@ -208,7 +211,10 @@ def part_sizes(info: DeviceInfo, configs: Mapping[str, Config]) -> dict[str, int
 
 
 def bias_tiles(problem: Problem, config: Config) -> tuple[int, int]:
-    """Tiles of rows and of keys side by side in dbias.comp: all, or some where all rows (keys) share a bias."""
+    """Return the tiles of queries and keys next to each other in dbias.comp:
+
+    all, or some if rows (keys) share a bias.
+    """
     assert problem.bias is not None
     rows, keys = problem.bias.shape[2:]
     row_tiles, key_tiles = -(-problem.seqlen_q // config.rows), -(-problem.seqlen_k // config.keys)
@@ -224,7 +230,7 @@ def vectors(columns: int) -> int:
 
 
 def _power_of_two(x: int) -> int:
-    """The largest up to x, at least 1."""
+    """Return the largest power of two up to x, at least 1."""
     return 1 << max(x, 1).bit_length() - 1
 
 

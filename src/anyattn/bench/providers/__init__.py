@@ -1,4 +1,4 @@
-"""Who is measured: ours first, then what people use today. What is not installed is named, not hidden."""
+"""Providers: anyattn first, then other libraries. Libraries that are not installed are listed as absent."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def by_name(name: str) -> Provider:
 
 
 def choose(words: Iterable[str]) -> tuple[Provider, ...]:
-    """Ours and every provider in whose name one of the words occurs; no words: all; "none": ours alone.
+    """Return anyattn and every provider whose name contains one of the words. No words: all; "none": only anyattn.
 
     Raises:
-        ValueError: no provider has that word in its name.
+        ValueError: no provider's name contains a word.
     """
     wanted = [word.strip().lower() for word in words if word.strip()]
     if not wanted:
@@ -48,6 +48,6 @@ def choose(words: Iterable[str]) -> tuple[Provider, ...]:
     for word in wanted:
         if not any(word in provider.name.lower() for provider in PROVIDERS):
             names = ", ".join(provider.name for provider in PROVIDERS)
-            raise ValueError(f"no provider has {word!r} in its name; there are: {names}")
+            raise ValueError(f"peers must be parts of {names}, got {word!r}.")
     named = [p for p in PROVIDERS if any(word in p.name.lower() for word in wanted)]
     return tuple(dict.fromkeys([PROVIDERS[0], *named]))

@@ -1,4 +1,4 @@
-"""Ours."""
+"""anyattn as a provider."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ if TYPE_CHECKING:
 
 
 class Anyattn:
-    """The public functions on torch tensors: `attention`, `attention_varlen`, `attention_with_kvcache`."""
+    """Provider of the public functions on torch tensors: `attention`, `attention_varlen`, `attention_with_kvcache`."""
 
     name = "anyattn"
     package = "anyattn"
-    backend: str | None = None  # by name; None: the automatic choice
+    backend: str | None = None  # name of a backend; None: automatic choice
 
     def absent(self) -> str | None:
         return None
 
     def prepare(self, inputs: Inputs, threads: int) -> Prepared | None:
-        """The engine follows the settings and torch, so `threads` is already in force."""
+        """Return the call. `threads` is already active, because the backend follows the settings and torch."""
         workload = inputs.workload
         if workload.cache:
             return Prepared(self._cached(inputs), lambda out: [out])
@@ -56,7 +56,7 @@ class Anyattn:
 
 
 def _options(inputs: Inputs, backend: str | None) -> dict[str, Any]:
-    """What the workload asks for; what it does not is left out, as a user's call leaves it out."""
+    """Return the options of the workload. Unused options are left out, as in a user's call."""
     workload = inputs.workload
     given = {
         "causal": workload.causal or None,

@@ -1,4 +1,4 @@
-"""What a provider is, and what several of them share."""
+"""Protocol of a provider, and helpers that several providers share."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from ..workloads import Workload
 if TYPE_CHECKING:
     from torch import Tensor
 
-LIMIT_BYTES = 3 * 2**30  # of one array of masks or scores
+LIMIT_BYTES = 3 * 2**30  # limit of one array of masks or scores
 
 
 class Refused(Exception):
-    """Why a provider cannot compute a workload."""
+    """Reason why a provider cannot compute a workload."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """`run` is timed; `results` makes out, or dq, dk and dv, of what it returned, in the layouts of the inputs."""
+    """Prepared call: `run` is timed; `results` converts its result to out, or dq, dk and dv, in the inputs' layouts."""
 
     run: Callable[[], Any]
     results: Callable[[Any], list[Tensor]]
@@ -29,24 +29,24 @@ class Prepared:
 
 
 class Provider(Protocol):
-    """One implementation of attention."""
+    """Implementation of attention."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def package(self) -> str:
-        """What has to be installed."""
+        """Return the package that has to be installed."""
 
     def absent(self) -> str | None:
-        """None, or why it cannot be used here."""
+        """Return why the provider cannot be used on this machine, or None."""
 
     def prepare(self, inputs: Inputs, threads: int) -> Prepared | None:
-        """None where this variant does not arise; what cannot be computed raises Refused."""
+        """Return the prepared call; None if the variant does not apply. Raises Refused if it cannot be computed."""
 
 
 def refuse(workload: Workload, **features: Any) -> None:
-    """Raises for the first of these features (name -> whether the workload has it, or True) that is there."""
+    """Raise for the first of these features that the workload has (name -> whether the workload has it, or True)."""
     for reason, present in features.items():
         if present:
             raise Refused(f"no {reason.replace('_', ' ')}")
@@ -60,7 +60,7 @@ def installed(*packages: str) -> str | None:
 
 
 def per_sequence(inputs: Inputs, prepare: Callable[[Inputs], Prepared]) -> Prepared:
-    """A packed workload as a loop over its sequences."""
+    """Prepare a packed workload as a loop over its sequences."""
     import torch
 
     prepared = [prepare(part) for part in inputs.parts]
@@ -73,7 +73,7 @@ def per_sequence(inputs: Inputs, prepare: Callable[[Inputs], Prepared]) -> Prepa
 
 
 def differentiate(arrays: list[Tensor], attend: Callable[..., Tensor], dout: Tensor) -> Callable[[], Any]:
-    """The backward of a saved forward: a function that returns the gradients of the arrays."""
+    """Return a function that computes the gradients of the arrays from a saved forward pass."""
     import torch
 
     leaves = [x.detach().requires_grad_() for x in arrays]
@@ -82,5 +82,5 @@ def differentiate(arrays: list[Tensor], attend: Callable[..., Tensor], dout: Ten
 
 
 def swapped(arrays: Any) -> list[Tensor]:
-    """(batch, nheads, seqlen, head_dim) <-> (batch, seqlen, nheads, head_dim)"""
+    """Swap axes 1 and 2: (batch, nheads, seqlen, head_dim) <-> (batch, seqlen, nheads, head_dim)."""
     return [x.transpose(1, 2) for x in arrays]

@@ -1,5 +1,5 @@
-"""torch's compiled flex_attention, forward. Compiling takes seconds for each shape, so it is timed where it is the
-natural peer (windows, softcap) and elsewhere only within what is left of a budget of compile time."""
+"""torch's compiled flex_attention, forward. Compilation takes seconds per shape. It is timed where it is the natural
+comparison (windows, softcap), and otherwise only within the rest of a compile time budget."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _compiled(inputs: Inputs) -> Prepared:
 
     workload = inputs.workload
     torch._inductor.config.compile_threads = 1
-    torch._dynamo.reset()  # after eight recompilations it would silently take an unfused path
+    torch._dynamo.reset()  # after eight recompilations it would silently use an unfused path
     attend: Any = torch.compile(flex_attention, dynamic=False)
     q, k, v = (inputs.heads_first(name) for name in ("q", "k", "v"))
     visible = _visible(workload)
@@ -83,7 +83,7 @@ def _visible(workload: Workload) -> Any:
     interval, shift = workload.interval, workload.seqlen_k - workload.seqlen_q
     left, right = interval.left, interval.right
     if workload.mask:
-        raise Refused("no boolean mask here")
+        raise Refused("no boolean mask")
     if left is None and right is None:
         return None
     if right is None:

@@ -1,4 +1,4 @@
-"""ONNX Runtime's fused attention: com.microsoft MultiHeadAttention, and GroupQueryAttention for fewer KV heads."""
+"""ONNX Runtime's fused attention: com.microsoft MultiHeadAttention, and GroupQueryAttention for grouped heads."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _multi_head(inputs: Inputs, threads: int) -> Prepared:
 
 
 def _grouped(inputs: Inputs, threads: int) -> Prepared:
-    """Prefill; the operator is causal, and it has no other bidirectional form."""
+    """Prepare a prefill. The operator is causal and has no bidirectional form."""
     workload = inputs.workload
     left, right = workload.window or (None, None)
     if not workload.causal and right != 0:
@@ -84,7 +84,7 @@ def _grouped(inputs: Inputs, threads: int) -> Prepared:
 
 
 def _decode(inputs: Inputs, threads: int) -> Prepared:
-    """One row against a cache that the operator appends to in place: the last key is the new one."""
+    """Prepare one query and a cache that the operator appends to in place. The last key is the new one."""
     import onnxruntime
 
     workload = inputs.workload
@@ -120,7 +120,7 @@ def _decode(inputs: Inputs, threads: int) -> Prepared:
 
 
 def _flat(inputs: Inputs, name: str) -> Any:
-    """(batch, seqlen, nheads * head_dim)"""
+    """Return (batch, seqlen, nheads * head_dim)."""
     return getattr(inputs, name).flatten(2).numpy()
 
 
@@ -133,7 +133,7 @@ def _unflat(workload: Workload, out: Any) -> list[Tensor]:
 def _session(
     operator: str, names: list[str], feeds: dict[str, Any], outputs: list[str], attributes: dict[str, Any], threads: int
 ) -> Any:
-    """A graph of one node."""
+    """Return a session with a graph of one node."""
     import onnxruntime
     from onnx import TensorProto, helper
 

@@ -1,4 +1,4 @@
-"""OpenVINO's ScaledDotProductAttention, float32, and bfloat16 by its precision hint."""
+"""OpenVINO's ScaledDotProductAttention, in float32, and in bfloat16 by its precision hint."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HINTS = {"float32": "f32", "bfloat16": "bf16"}
 
 
 class OpenVino:
-    """Inputs and results are float32 in memory under the hint too, as its users have them."""
+    """Provider of OpenVINO. Inputs and results are stored as float32 with the hint too, as its users have them."""
 
     name = "OpenVINO"
     package = "openvino"
@@ -42,7 +42,7 @@ class OpenVino:
         request, tensors = _request(inputs, threads)
 
         def run() -> Any:
-            assert tensors  # the request reads this memory and does not keep it
+            assert tensors  # the request reads this memory without a reference to it
             request.infer()
             return request
 
@@ -53,7 +53,7 @@ class OpenVino:
 
 
 def _request(inputs: Inputs, threads: int) -> tuple[Any, list[Any]]:
-    """An inference request, and the tensors whose memory it reads."""
+    """Return an inference request, and the tensors whose memory it reads."""
     import openvino
     from openvino import opset13
 
@@ -86,7 +86,7 @@ def _request(inputs: Inputs, threads: int) -> tuple[Any, list[Any]]:
 
 
 def _mask(inputs: Inputs) -> Any:
-    """float32 (1, nheads or 1, seqlen_q, seqlen_k), or None."""
+    """Return a float32 mask (1, nheads or 1, seqlen_q, seqlen_k), or None."""
     workload = inputs.workload
     additive, visible = inputs.additive, inputs.visible
     if additive is None and visible is None:

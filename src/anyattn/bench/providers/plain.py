@@ -1,4 +1,4 @@
-"""softmax(QK^T)V as the formula says, with the whole matrix of scores in memory: in torch and in NumPy."""
+"""softmax(QK^T)V as in the formula, with the full matrix of scores in memory, in torch and in NumPy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class TorchPlain:
-    """In torch, with autograd."""
+    """Plain formula in torch, with autograd."""
 
     name = "softmax(QK^T)V"
     package = "torch"
@@ -61,7 +61,7 @@ def _torch(inputs: Inputs, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | Non
 
 
 class NumpyPlain:
-    """In NumPy, float32, forward."""
+    """Plain formula in NumPy, float32, forward."""
 
     name = "NumPy"
     package = "numpy"
@@ -81,7 +81,7 @@ class NumpyPlain:
 
         workload = inputs.workload
         q, k, v = (inputs.heads_first(name).numpy() for name in ("q", "k", "v"))
-        # the query heads of a KV head as rows of one product
+        # The query heads of a KV head are the rows of one product.
         rows = (workload.batch, workload.nheads_kv, workload.group * workload.seqlen_q)
         q = q.reshape(*rows, workload.head_dim)
         additive = None if inputs.additive is None else inputs.additive.numpy()
@@ -112,7 +112,7 @@ class NumpyPlain:
 
 
 def _limit_threads(threads: int) -> None:
-    """NumPy's matrix products take all cores otherwise."""
+    """Limit the threads of NumPy's matrix products, which use all cores otherwise."""
     import os
 
     if not installed("threadpoolctl"):
@@ -120,7 +120,7 @@ def _limit_threads(threads: int) -> None:
 
         ThreadpoolController().select(internal_api="openblas").limit(limits=threads)
     elif threads != os.cpu_count():
-        raise Refused(f"no way to give it {threads} threads: pip install threadpoolctl")
+        raise Refused(f"cannot limit it to {threads} threads: pip install threadpoolctl")
 
 
 def _check(workload: Workload) -> None:

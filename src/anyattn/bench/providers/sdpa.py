@@ -1,4 +1,4 @@
-"""torch.nn.functional.scaled_dot_product_attention, by its best path for each workload."""
+"""torch.nn.functional.scaled_dot_product_attention, with the best implementation for each workload."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Sdpa:
-    """is_causal and enable_gqa where they say it all, else a mask; packed sequences one by one; pages gathered."""
+    """SDPA with is_causal and enable_gqa if they suffice, else with a mask. Sequences one by one; pages gathered."""
 
     name = "torch SDPA"
     package = "torch"
@@ -26,7 +26,7 @@ class Sdpa:
         workload = inputs.workload
         refuse(workload, softcap=workload.softcap, sink=workload.sink)
         if workload.dropout_p and workload.backward:
-            raise Refused("its gradients under its own dropout are not compared")
+            raise Refused("its gradients with its own dropout cannot be compared")
         if workload.packed:
             return per_sequence(inputs, self._dense)
         return self._dense(inputs)
@@ -44,8 +44,8 @@ class Sdpa:
 
 
 class SdpaPacked:
-    """Decoding with the query heads of a KV head as rows, which the caller arranges; enable_gqa reads K and V for each
-    query head."""
+    """Decoding with the query heads of a KV head as rows, arranged by the caller. enable_gqa would read K and V for
+    each query head."""
 
     name = "torch SDPA (packed)"
     package = "torch"
@@ -74,7 +74,7 @@ class SdpaPacked:
 
 
 class SdpaPadded:
-    """Packed sequences padded to the longest, with a mask of keys: what a batch of a tokenizer is."""
+    """Packed sequences, padded to the longest, with a mask of keys, like a tokenizer's batch."""
 
     name = "torch SDPA (padded)"
     package = "torch"
@@ -121,7 +121,7 @@ def _padded(x: Tensor, inputs: Inputs) -> Tensor:
 
 
 def _attend(inputs: Inputs) -> Callable[..., Any]:
-    """On (batch, nheads, seqlen, head_dim) tensors."""
+    """Return a function on (batch, nheads, seqlen, head_dim) tensors."""
     from torch.nn.functional import scaled_dot_product_attention
 
     workload = inputs.workload
@@ -144,7 +144,7 @@ def _attend(inputs: Inputs) -> Callable[..., Any]:
 
 
 def _mask(inputs: Inputs) -> Tensor | None:
-    """Everything that changes scores in the one array that SDPA takes."""
+    """Return everything that changes scores as the one array that SDPA accepts."""
     workload = inputs.workload
     _check(workload)
     if inputs.additive is None or inputs.visible is None:
@@ -160,7 +160,7 @@ def _check(workload: Workload) -> None:
 
 
 def _gathered(inputs: Inputs, attend: Callable[..., Any]) -> Callable[[], Any]:
-    """Pages are gathered at every call: SDPA has no block table."""
+    """Return a call that gathers the pages each time, because SDPA has no block table."""
     workload, (k_pages, v_pages) = inputs.workload, inputs.pages
     q, table = inputs.heads_first("q"), inputs.block_table.long()
 

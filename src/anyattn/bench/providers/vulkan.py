@@ -1,6 +1,7 @@
-"""Vulkan, ours and aule-attention's, on the device that ANYATTN_VULKAN_DEVICE names or else the best; suite `vulkan`.
+"""Vulkan backends of anyattn and of aule-attention, on the device of ANYATTN_VULKAN_DEVICE or the best (suite
+`vulkan`).
 
-A software driver is taken too: what it says about GPUs is little, but both compute on the same one.
+A software driver is used too. It says little about GPUs, but both libraries compute on the same driver.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ MAX_HEAD_DIM = 64
 
 
 class AnyattnVulkan(Anyattn):
-    """Our Vulkan backend, from tensors in host memory."""
+    """anyattn's Vulkan backend, with tensors in host memory."""
 
     name = "anyattn Vulkan"
     backend = "vulkan"
@@ -35,12 +36,15 @@ class AnyattnVulkan(Anyattn):
         return dispatch.get("vulkan").available(named=True)
 
     def prepare(self, inputs: Inputs, threads: int) -> Prepared | None:
-        """The device has its own threads."""
+        """Return the call. `threads` is not used, because the device has its own."""
         return super().prepare(inputs, threads) if inputs.workload.suite == SUITE else None
 
 
 class Aule:
-    """Its forward pass as its `flash_attention` calls it; its backward pass is in a module of its own."""
+    """aule-attention:
+
+    its forward pass as called by its `flash_attention`, and its backward pass from a separate module.
+    """
 
     name = "aule-attention Vulkan"
     package = "aule-attention"
@@ -103,7 +107,7 @@ def _prepare(inputs: Inputs) -> Prepared:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Without what the package prints and what its library writes to standard error, at every call."""
+    """Suppress what the package prints and what its library writes to standard error at every call."""
     saved = os.dup(2)
     with Path(os.devnull).open("w") as nothing, contextlib.redirect_stdout(nothing):
         os.dup2(nothing.fileno(), 2)

@@ -1,4 +1,7 @@
-"""Threads of two libraries in one process: attention right after a torch operation, and that operation beside it."""
+"""Threads of two libraries in one process:
+
+attention right after a torch operation, and the operation after attention.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ SIZE = 512
 
 
 def measure(seconds: float = 3.0) -> dict[str, Any]:
-    """Seconds of attention at (1, 8, 512, 64) and of torch.mm(512), each alone and alternating with the other."""
+    """Return the seconds of attention at (1, 8, 512, 64) and of torch.mm(512), each alone and alternating."""
     import torch
 
     from .. import attention
@@ -33,7 +36,7 @@ def measure(seconds: float = 3.0) -> dict[str, Any]:
 
 
 def _timed(first: Callable[[], Any], second: Callable[[], Any], calls: int = 8) -> tuple[list[float], list[float]]:
-    """Alternating; the first pair is not counted."""
+    """Time two functions alternately. The first pair is not counted."""
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(calls + 1):
         for function, samples in zip((first, second), times, strict=True):
