@@ -174,7 +174,7 @@ def test_packed_tensors_get_one_gradient() -> None:
 
 
 ERRORS: list[tuple[type[Exception], str, dict[str, Any]]] = [
-    (RuntimeError, "softcap does not support dropout", {"softcap": 1.0, "dropout_p": 0.1}),
+    (RuntimeError, "softcap must be 0 with dropout", {"softcap": 1.0, "dropout_p": 0.1}),
     (ValueError, "window_size", {"window_size": (1, 2, 3)}),
     (TypeError, "window_size", {"window_size": (1.5, 2)}),
     (ValueError, "dropout_p", {"dropout_p": 1.0}),
@@ -192,7 +192,7 @@ def test_bad_arguments(kind: type[Exception], message: str, options: dict[str, A
 
 def test_errors_below_autograd() -> None:
     q, k, v = dense()
-    with pytest.raises(RuntimeError, match="return_softmax is only supported when dropout_p > 0"):
+    with pytest.raises(RuntimeError, match="return_softmax must be False if dropout_p is 0"):
         interface._flash_attn_forward(q, k, v, 0.0, None, False, -1, -1, 0.0, None, True)
     pages = torch.tensor([[0], [1]], dtype=torch.int32)
     with pytest.raises(RuntimeError, match="num_splits > 1 is not supported"):

@@ -114,7 +114,7 @@ WRONG: dict[str, tuple[BlockSparseTensorsTorch, type[Exception], str]] = {
         ValueError,
         "mask_block_cnt and block_sparse_tensors.mask_block_idx must be",
     ),
-    "no indices": (GOOD._replace(full_block_cnt=GOOD[0]), ValueError, "full_block_idx must be given together"),
+    "no indices": (GOOD._replace(full_block_cnt=GOOD[0]), ValueError, "full_block_idx must be passed together"),
     "index": (GOOD._replace(mask_block_idx=GOOD[1] + 1), ValueError, "mask_block_idx must be 0 to 2"),
     "count": (GOOD._replace(mask_block_cnt=GOOD[0] + 3), ValueError, "mask_block_cnt must be 0 to 3"),
     "twice": (GOOD._replace(mask_block_idx=GOOD[1] * 0), ValueError, "mask_block_idx must list each block once"),

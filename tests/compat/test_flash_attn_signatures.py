@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from anyattn.compat import flash_attn, flash_attn_3, flash_attn_4
-from anyattn.compat.flash_attn import _ops, _private, flash_attn_interface
+from anyattn.compat.flash_attn import _kvcache, _ops, _private, _varlen, flash_attn_interface
+from anyattn.compat.flash_attn_3 import _with_kvcache
 from anyattn.compat.flash_attn_3 import flash_attn_interface as flash_attn_interface_3
 from anyattn.compat.flash_attn_4 import interface
 from compat.signatures import FLASH_ATTN_2, FLASH_ATTN_3, FLASH_ATTN_4
@@ -52,7 +53,9 @@ def test_packages_export_the_public_functions(package: ModuleType, table: dict[s
         assert getattr(package, name).__doc__
 
 
-@pytest.mark.parametrize("module", [flash_attn_interface, _private, flash_attn_interface_3, interface])
+@pytest.mark.parametrize(
+    "module", [flash_attn_interface, _private, _varlen, _kvcache, flash_attn_interface_3, _with_kvcache, interface]
+)
 def test_docstring_examples(module: ModuleType) -> None:
     failed, tried = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert tried > 0

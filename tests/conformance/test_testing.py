@@ -45,8 +45,8 @@ def test_one_wrong_number_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        (lambda out: out.astype(np.float64), "forward: out is float64 (2, 23, 2, 40), not float32 (2, 23, 2, 40)"),
-        (lambda out: out[:, 1:], "forward: out is float32 (2, 22, 2, 40), not float32 (2, 23, 2, 40)"),
+        (lambda out: out.astype(np.float64), "forward: out must be float32 (2, 23, 2, 40), got float64 (2, 23, 2, 40)"),
+        (lambda out: out[:, 1:], "forward: out must be float32 (2, 23, 2, 40), got float32 (2, 22, 2, 40)"),
         (np.asfortranarray, "forward: out is not contiguous"),
         (lambda out: None, "forward: out is missing"),
     ],
@@ -67,7 +67,7 @@ def test_a_gradient_of_an_absent_input_is_found() -> None:
     got = testing.compute(inputs, "backward", "numpy")
     assert testing.malformed(inputs, got) == []
     wrong = {**got, "dbias": got["dq"], "dk": None}
-    lines = ["dk is missing", "dbias belongs to an input that the call does not have"]
+    lines = ["dk is missing", "dbias must be None, because the call has no such input"]
     assert testing.malformed(inputs, wrong) == lines
 
 

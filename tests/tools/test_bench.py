@@ -421,8 +421,8 @@ def test_list_measures_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--filter abacus", "no case of models, bars, seeds, lengths matches 'abacus'"),
-        ("--suite abacus", "no suite or section 'abacus'"),
+        ("--filter abacus", "--filter must match a case of models, bars, seeds, lengths, got 'abacus'"),
+        ("--suite abacus", "got 'abacus'"),
         ("--peers abacus", "no provider has 'abacus'"),
         ("--threads -1", "--threads must be"),
         ("--seconds -1", "--seconds must be"),

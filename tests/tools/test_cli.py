@@ -30,7 +30,7 @@ def test_info_tells_backends_and_settings(capsys: pytest.CaptureFixture[str]) ->
     assert main(["info"]) == 0
     text = capsys.readouterr().out
     assert all(name in text for name in (*dispatch.names(), "ANYATTN_BACKEND"))
-    assert "\n\nnative engine\n  library " in text  # its own, not the last backend's
+    assert "\n\nCPU engine\n  library " in text  # its own, not the last backend's
 
 
 @pytest.mark.parametrize(

@@ -40,8 +40,7 @@ _EXTRAS = Extras._fields
 
 
 class Call:
-    """Arrays of one call, in the framework's types and under their names in `passes.py` (None: absent), and the
-    workspace.
+    """Arrays of one call, in the framework's types, under their names in `passes.py` (None: absent), and workspace.
 
     Calls of the same plan differ only in their Call.
     """
@@ -81,8 +80,9 @@ class Plan(Protocol):
         """Compile everything that the first call would compile."""
 
     def run(self, call: Call) -> None:
-        """Write the outputs of the problem's pass, without allocation, synchronisation or reading device values on the
-        host.
+        """Write the outputs of the problem's pass.
+
+        This does not allocate, synchronise or read device values on the host.
 
         A call of the backward pass may have no dbias or dsink, if the caller does not want them.
         """

@@ -1,5 +1,6 @@
-"""Goals of the CPU engine compared with the measurements of a run, from suite "bars" and from the sections. A share is
-relative to the measured limit of the machine; a ratio is another provider's time divided by anyattn's."""
+"""Goals of the CPU engine compared with the measurements of a run, from suite "bars" and from the sections.
+
+A share is relative to the measured limit of the machine; a ratio is another provider's time divided by anyattn's."""
 
 from __future__ import annotations
 

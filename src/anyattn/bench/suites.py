@@ -110,7 +110,9 @@ def _blocks() -> list[Workload]:
 
 
 def seeds() -> list[Workload]:
-    """Return the tables of the projects that anyattn grew from. Where two cores would need minutes, batch times heads
+    """Return the tables of the projects that anyattn grew from.
+
+    Where two cores would need minutes, batch times heads
     is reduced, as the name says. The speed of attention does not depend on it once every core has work."""
     found = []
     for dtype, backward, causal in product(("float32", "float16"), (False, True), (True, False)):

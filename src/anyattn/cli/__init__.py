@@ -1,4 +1,4 @@
-"""The command line: `anyattn info | explain | verify | bench | tune | demo | run`. The only place that prints."""
+"""Command line `anyattn info | explain | verify | bench | tune | demo | run`. Only this package prints."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ COMMANDS = (info, explain, verify, bench, tune, demo, run)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns the exit status."""
+    """Run one command and return the exit status."""
     parser, _ = parsers()
     arguments, rest = parser.parse_known_args(argv)
     if rest and arguments.run is not demo.run:
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    """The program's, and each command's by its name."""
+    """Return the parser of the program, and the parser of each command by name."""
     parser = argparse.ArgumentParser(prog="anyattn", description="Exact attention on any hardware in O(N) memory.")
     parser.add_argument("--version", action="version", version=f"anyattn {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -1,4 +1,4 @@
-"""`anyattn bench`: how fast, beside what people use today, after a correctness gate and under measured ceilings."""
+"""`anyattn bench`: speed compared with other libraries, after a correctness gate, and relative to measured limits."""
 
 from __future__ import annotations
 
@@ -20,34 +20,34 @@ QUICK_SECONDS = 0.3
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = subparsers.add_parser(
-        "bench", help="measure speed, memory and accuracy beside other libraries (needs torch)"
+        "bench", help="measure speed, memory and accuracy and compare with other libraries (needs torch)"
     )
     add = parser.add_argument
-    add("--quick", action="store_true", help="a few cases and everything else in short, below two minutes")
+    add("--quick", action="store_true", help="a few cases and shorter sections, below two minutes")
     add("--suite", default="", metavar="A,B", help="suites and sections (see --list); default: all but quick")
     add("--filter", default="", metavar="PATTERN", help="only cases with all of these words in suite, name or label")
     add(
         "--peers",
         default="",
         metavar="A,B",
-        help="beside ours only providers with one of these words in their name, or none",
+        help="compare only with providers whose name has one of these words; none: only anyattn",
     )
-    add("--threads", type=int, default=0, metavar="N", help="of every provider (default: as the engine finds them)")
-    add("--target", default="", metavar="NAME", help="instruction set of the native engine (`anyattn info` lists them)")
-    add("--seconds", type=float, default=0.0, help=f"about so long for each case (default: 1, quick: {QUICK_SECONDS})")
+    add("--threads", type=int, default=0, metavar="N", help="threads of every provider (default: as the CPU engine)")
+    add("--target", default="", metavar="NAME", help="instruction set of the CPU engine (`anyattn info` lists them)")
+    add("--seconds", type=float, default=0.0, help=f"seconds per case (default: 1, quick: {QUICK_SECONDS})")
     add(
         "--tune",
         action="store_true",
-        help="tune the backends for the GPU of this machine first: `anyattn tune`",
+        help="first tune the backends for the GPU of this machine (`anyattn tune`)",
     )
     add("--json", type=Path, metavar="FILE", help="write everything that was measured")
-    add("--plot", type=Path, metavar="FILE", help="draw a PNG, or into a folder one for each plot (needs matplotlib)")
+    add("--plot", type=Path, metavar="FILE", help="draw a PNG, or one PNG per plot in a folder (needs matplotlib)")
     add("--list", action="store_true", help="list suites, cases, sections and providers, and measure nothing")
     return parser
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Status 0; 1 where our own results were wrong or refused, 2 for arguments that fit nothing."""
+    """Run the benchmark; return 0, 1 if results of anyattn were wrong or refused, 2 for wrong arguments."""
     if find_spec("torch") is None:
         sys.stderr.write("anyattn bench needs torch: pip install torch\n")
         return 1
@@ -89,7 +89,7 @@ def _measure(plan: Any, arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> Any:
-    """ValueError where something that was named does not exist."""
+    """Return the plan; raise ValueError if a suite, section, case or provider does not exist."""
     from ..bench.providers import choose
     from ..bench.run import SECTIONS, Plan
     from ..bench.suites import DEFAULT, SUITES, select
@@ -98,12 +98,12 @@ def _plan(arguments: argparse.Namespace) -> Any:
     named = [name.strip() for name in arguments.suite.split(",") if name.strip()]
     for name in named:
         if name not in SUITES and name not in SECTIONS:
-            raise ValueError(f"no suite or section {name!r}; there are: {', '.join((*SUITES, *SECTIONS))}")
+            raise ValueError(f"--suite must be of {', '.join((*SUITES, *SECTIONS))}, got {name!r}")
     suites = [name for name in named if name in SUITES] if named else ["quick"] if arguments.quick else list(DEFAULT)
     sections = [name for name in named if name in SECTIONS] if named else [] if arguments.filter else list(SECTIONS)
     workloads = select(suites, arguments.filter)
     if suites and not workloads:
-        raise ValueError(f"no case of {', '.join(suites)} matches {arguments.filter!r}; --list shows them")
+        raise ValueError(f"--filter must match a case of {', '.join(suites)}, got {arguments.filter!r}; see --list")
     if arguments.seconds < 0:
         raise ValueError(f"--seconds must be >= 0, got {arguments.seconds}")
     seconds = arguments.seconds or (QUICK_SECONDS if arguments.quick else 1.0)
@@ -112,13 +112,13 @@ def _plan(arguments: argparse.Namespace) -> Any:
 
 
 def _apply(threads: int) -> int:
-    """The same number of threads for everyone; ValueError for a number or an instruction set that cannot be."""
+    """Set the same number of threads for all providers; raise ValueError for an invalid number or instruction set."""
     import torch
 
     from ..backends.cpu import library
 
     if threads < 0 or threads > 4096:
-        raise ValueError(f"--threads must be 1 to 4096 (0: as the engine finds them), got {threads}")
+        raise ValueError(f"--threads must be 1 to 4096 (0: those of the CPU engine), got {threads}")
     if threads:
         torch.set_num_threads(threads)
     try:
@@ -135,7 +135,7 @@ def _apply(threads: int) -> int:
 
 @contextlib.contextmanager
 def _environment(arguments: argparse.Namespace) -> Iterator[None]:
-    """--threads and --target as settings, here and in processes that are started; afterwards all is as before."""
+    """Set --threads and --target in this process and its child processes, and restore the old settings afterwards."""
     import torch
 
     torch_threads = torch.get_num_threads()
@@ -169,7 +169,7 @@ def _list(plan: Any) -> None:
 
 @contextlib.contextmanager
 def _progress(steps: int) -> Iterator[Callable[[str], None]]:
-    """A bar on a terminal, where rich is installed; else one line that is written over; in a log, lines."""
+    """Show progress: a bar on a terminal with rich, one overwritten line on a terminal without it, lines in a log."""
     if not sys.stderr.isatty():
         yield lambda text: (sys.stderr.write(f"{text}\n"), sys.stderr.flush(), None)[-1]
     elif find_spec("rich") is None:

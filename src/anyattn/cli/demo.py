@@ -1,4 +1,4 @@
-"""`anyattn demo`: runs examples/demo.py, which is installed with the package, in a process of its own."""
+"""`anyattn demo`: runs examples/demo.py, which is installed with the package, in its own process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NEEDS = ("torch", "rich", "matplotlib")
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    # without -h of its own: the script's help is shown
+    # No -h, so that the script's own help is shown.
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "demo", add_help=False, help="train a small GPT with anyattn and with PyTorch's attention, and compare them"
     )
@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def script() -> Path:
-    """Installed beside the package's modules; in a source tree two folders up."""
+    """Return the script, installed next to the package's modules; in a source tree, two folders up."""
     package = Path(__file__).resolve().parent.parent
     installed = package / "examples" / "demo.py"
     return installed if installed.exists() else package.parent.parent / "examples" / "demo.py"

@@ -1,4 +1,4 @@
-"""`anyattn explain`: which backend a described problem gets, and every refusal with its reasons. Computes nothing."""
+"""`anyattn explain`: the backend of a described problem, and why each other backend is refused. Computes nothing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..definition.options import ALIGNMENTS, Options
 from ..definition.passes import BACKWARD, FORWARD
 from ..runtime import dispatch
 
-# Flags of optional arrays whose flag has another name than the array
+# Flags of optional arrays that differ from the array's name
 FLAGS = {"alibi_slopes": "alibi", "seqused_q": "seqused", "seqused_k": "seqused", "leftpad_k": "leftpad"}
 # Optional arrays without a flag, because --varlen, --paged and --dropout add them
 ADDED = ("cu_seqlens_q", "cu_seqlens_k", "block_table", "rng_state")
@@ -22,11 +22,11 @@ ADDED = ("cu_seqlens_q", "cu_seqlens_k", "block_table", "rng_state")
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = subparsers.add_parser(
-        "explain", help="which backend a problem gets, and why not the others"
+        "explain", help="show the backend of a problem, and why not the others"
     )
     add_sizes(parser)
     add_features(parser)
-    parser.add_argument("--backend", help="ask as a call that names this backend")
+    parser.add_argument("--backend", help="as for a call that names this backend")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -40,7 +40,7 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--head-dim-v", type=_size, help="default: --head-dim")
     parser.add_argument("--seqlen-q", type=_size, default=1024)
     parser.add_argument("--seqlen-k", type=_size, help="default: --seqlen-q")
-    parser.add_argument("--device", default="cpu", help="as torch names it (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="torch's name of the device (default: %(default)s)")
 
 
 def add_features(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +58,7 @@ def add_features(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{flag}", action="store_true", help=f"pass {' and '.join(names)} of shape {shape}")
     parser.add_argument("--varlen", action="store_true", help="packed sequences")
     parser.add_argument("--paged", type=_size, default=0, metavar="PAGE_SIZE", help="k and v in pages")
-    parser.add_argument("--backward", action="store_true", help="the gradients, not the forward")
+    parser.add_argument("--backward", action="store_true", help="the backward pass instead of the forward pass")
     parser.add_argument("--dlse", action="store_true", help="with a gradient of lse (needs --backward)")
     parser.add_argument("--deterministic", action="store_true")
     parser.add_argument("--batch-invariant", action="store_true")
@@ -74,7 +74,7 @@ def extras_by_flag() -> dict[str, list[str]]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Status 0 if a backend computes the problem, 1 if none does, 2 if there is no such problem."""
+    """Print the explanation; return 0 if a backend supports the problem, 1 if none does, 2 if it is not valid."""
     try:
         problem = describe(parse(arguments))
         explanation = dispatch.explain(problem, dispatch.named(arguments.backend))
@@ -88,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
 def parse(a: argparse.Namespace) -> Description:
     """Return the description that the flags give."""
     if a.varlen and (a.bias or a.mask):
-        raise ValueError("--bias and --mask have no meaning for packed sequences (--varlen)")
+        raise ValueError("--bias and --mask cannot be combined with --varlen")
     given = [name for flag, names in extras_by_flag().items() if getattr(a, flag.replace("-", "_")) for name in names]
     return Description(
         dtype=a.dtype,
@@ -126,10 +126,10 @@ def _options(a: argparse.Namespace) -> Options:
 
 def _size(text: str) -> int:
     if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer >= 0")
+        raise argparse.ArgumentTypeError(f"must be an integer >= 0, got {text!r}")
     return int(text)
 
 
 def _bound(text: str) -> int | None:
-    """An integer >= 0, or none."""
+    """Return an integer >= 0, or None for "none"."""
     return None if text.lower() == "none" else _size(text)

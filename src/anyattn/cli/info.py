@@ -1,4 +1,7 @@
-"""`anyattn info`: what this installation can do here, and why not more. A broken part says so, the rest works."""
+"""`anyattn info`:
+
+features of this installation, and reasons for missing ones. A failing part does not stop the rest.
+"""
 
 from __future__ import annotations
 
@@ -23,19 +26,19 @@ PACKAGES = ("numpy", "torch", "ml_dtypes", "triton")
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = subparsers.add_parser(
-        "info", help="backends, instruction sets, threads, versions, settings"
+        "info", help="show backends, instruction sets, threads, versions and settings"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
         "--features",
         action="store_true",
-        help="table of the features that each backend computes",
+        help="show a table of the features that each backend supports",
     )
     return parser
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Status 1 if a backend that the settings require is not available even to those who name it."""
+    """Print the information; return 1 if a backend that the settings require is not available, even by name."""
     if arguments.features:
         print(features_text(capabilities.collect()))
         return 0
@@ -43,12 +46,12 @@ def run(arguments: argparse.Namespace) -> int:
     print(json.dumps(found, indent=2) if arguments.json else text(found))
     missing = [name for name in found["required"] if not found["backends"].get(name, {}).get("named")]
     if missing:
-        sys.stderr.write(f"{settings.VARIABLES['require'][0]} names what is not available: {', '.join(missing)}\n")
+        sys.stderr.write(f"{settings.VARIABLES['require'][0]} must name available backends, got {', '.join(missing)}\n")
     return 1 if missing else 0
 
 
 def collect() -> dict[str, Any]:
-    """JSON-ready. What fails is {"error": text}."""
+    """Return the information, JSON-ready. A part that fails is {"error": text}."""
     return {
         "version": __version__,
         "python": platform.python_version(),
@@ -66,7 +69,7 @@ def collect() -> dict[str, Any]:
 
 
 def features_text(found: list[capabilities.Feature]) -> str:
-    """Return the table of features with the reasons below it."""
+    """Return the table of features, followed by the reasons."""
     notes = [f"[{number}] {reason}" for reason, number in capabilities.footnotes(found).items()]
     return "\n".join([table(*capabilities.cells(found), left=True), "", *notes])
 
@@ -87,14 +90,14 @@ def text(found: dict[str, Any]) -> str:
         lines += [f"  kernels for Hopper  {backend['hopper']}"] if "hopper" in backend else []
     cpu = found["cpu"]
     if "error" in cpu:
-        lines += ["", f"native engine: {cpu['error']}"]
+        lines += ["", f"CPU engine: {cpu['error']}"]
     else:
         lines += [
             "",
-            "native engine",
+            "CPU engine",
             f"  library             {cpu['library']}",
             f"  instruction sets    {', '.join(cpu['targets'])}",
-            f"  in force            {cpu['target']}",
+            f"  active              {cpu['target']}",
             f"  threads             {cpu['num_threads']} ({cpu['thread_runtime']})",
         ]
     lines += ["", *_vulkan_text(found["vulkan"])]
@@ -106,7 +109,7 @@ def text(found: dict[str, Any]) -> str:
 
 
 def _version(name: str) -> str | None:
-    """From the package's metadata: nothing is imported."""
+    """Return the version from the package's metadata, without importing the package."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -141,7 +144,7 @@ def _backend(name: str) -> dict[str, Any]:
 def _required() -> tuple[str, ...]:
     try:
         return settings.current().require
-    except ValueError:  # shown under "settings"
+    except ValueError:  # reported under "settings"
         return ()
 
 
@@ -176,7 +179,7 @@ def _vulkan_text(found: dict[str, Any]) -> list[str]:
         return [f"Vulkan: {found['error']}"]
     lines = []
     for device in found["devices"]:
-        chosen = " (the one in use)" if device["chosen"] else ""
+        chosen = " (active)" if device["chosen"] else ""
         lines.append(f"Vulkan device {device['index']}: {device['name']}, {device['kind']}{chosen}")
         shown = ("driver", "memory", "paths", "off", "automatic")
         lines += [f"  {name:19} {device[name]}" for name in shown if device[name]]

@@ -1,4 +1,4 @@
-"""The matrix that `verify` runs: one case per feature and dtype, on every engine that this machine has."""
+"""Matrix of problems for `verify`: one case per feature and dtype, on every backend of this machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..runtime import dispatch
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """A backend; `target` is the instruction set that the native one is held to."""
+    """Backend under test; `target` is the instruction set that the CPU engine must use."""
 
     backend: str
     target: str = ""
@@ -42,7 +42,10 @@ class Engine:
 
 @dataclass(slots=True)
 class Outcome:
-    """One problem on one engine. `forward`, `backward`: largest error as a share of its budget; None: not compared."""
+    """Result of one problem on one backend.
+
+    forward, backward: largest error relative to its budget; None: not compared.
+    """
 
     engine: str
     dtype: str
@@ -54,13 +57,13 @@ class Outcome:
     seconds: float = 0.0
 
     def compare(self, expected: Mapping[str, Expected], got: testing.Results) -> float:
-        """Note what is wrong, and return the largest error as a share of its budget."""
+        """Record wrong results, and return the largest error relative to its budget."""
         self.mismatches += testing.compare(expected, got)
         return max(testing.share(want, got[name]) for name, want in expected.items())
 
 
 def engines(backend: str | None) -> tuple[list[Engine], dict[str, str]]:
-    """Those that can run here, and why the others cannot."""
+    """Return the backends that run on this machine, and why the others cannot."""
     found: list[Engine] = []
     absent: dict[str, str] = {}
     for name in (backend,) if backend else dispatch.names():
@@ -75,7 +78,7 @@ def engines(backend: str | None) -> tuple[list[Engine], dict[str, str]]:
 
 
 def cpu_targets() -> list[str]:
-    """Instruction sets that this machine and the library have."""
+    """Return the instruction sets that this machine and the library support."""
     from ..backends.cpu import library
 
     return library.load().targets()
@@ -84,11 +87,11 @@ def cpu_targets() -> list[str]:
 def missing_dtypes() -> dict[str, str]:
     if testing.has_dtype("bfloat16"):
         return {}
-    return {"bfloat16": "NumPy has it through ml_dtypes, which is not installed"}
+    return {"bfloat16": "it needs ml_dtypes, which is not installed"}
 
 
 def outcomes(found: list[Engine], seed: int) -> Iterator[Outcome]:
-    """Compute each case once in float64, then with every engine."""
+    """Compute each case once in float64, then with every backend."""
     dtypes = [name for name in testing.DTYPES if testing.has_dtype(name)]
     for case in testing.feature_cases(seed, dtypes):
         inputs = testing.make_inputs(case)
@@ -99,7 +102,7 @@ def outcomes(found: list[Engine], seed: int) -> Iterator[Outcome]:
 
 
 def ask(engine: Engine, inputs: testing.CaseInputs, expected: Mapping[str, Mapping[str, Expected]]) -> Outcome:
-    """Compute both passes; one that the engine refuses is not compared, one that breaks is a mismatch."""
+    """Compute both passes. A refused pass is not compared, and an exception is a mismatch."""
     outcome = Outcome(str(engine), inputs.case.dtype, inputs.case.name)
     start = time.perf_counter()
     name, before = "forward", inputs.bytes()
@@ -110,7 +113,7 @@ def ask(engine: Engine, inputs: testing.CaseInputs, expected: Mapping[str, Mappi
             setattr(outcome, name, outcome.compare(expected[name], got))
     except UnsupportedProblem as refusal:
         outcome.refused = f"{name}: {'; '.join(refusal.refusals[engine.backend])}"
-    except Exception as error:  # a finding, not the end of the run
+    except Exception as error:  # recorded as a finding, so that the run continues
         outcome.mismatches.append(f"{type(error).__name__}: {error}")
     if inputs.bytes() != before:
         outcome.mismatches.append("an input, or memory around it, was written")

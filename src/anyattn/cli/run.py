@@ -1,4 +1,4 @@
-"""`anyattn run script.py ...`: a program, unchanged, that finds anyattn where it imports flash_attn."""
+"""`anyattn run script.py ...`: runs an unchanged program whose `import flash_attn` returns anyattn's module."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ..compat import installation
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "run",
-        help="run a program whose `import flash_attn` finds anyattn",
+        help="run a program with anyattn as flash_attn",
         usage="anyattn run [--as NAME] [--force] (script.py | -m module) [argument ...]",
-        description="Runs a Python program as `python` would, after anyattn.compat.install. Processes that it starts "
-        "anew are not served; forked ones are.",
+        description="Runs a Python program as `python` would, after anyattn.compat.install. Child processes "
+        "are not affected, except forked ones.",
     )
     parser.add_argument(
         "--as",
@@ -25,17 +25,17 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         action="append",
         choices=list(installation.NAMES),
         metavar="NAME",
-        help=f"serve this import name alone (may be repeated): {', '.join(installation.NAMES)}. "
-        "Default: flash_attn, and each of the others that no other module has",
+        help=f"install only this import name (may be repeated): {', '.join(installation.NAMES)}. "
+        "Default: flash_attn, and the others that are not importable",
     )
-    parser.add_argument("--force", action="store_true", help="also where a package of that name can be imported")
+    parser.add_argument("--force", action="store_true", help="also if a package of that name can be imported")
     parser.add_argument("-m", dest="module", action="store_true", help="the program is a module, as with `python -m`")
     parser.add_argument("program", nargs=argparse.REMAINDER, help="script or module, and its arguments")
     return parser
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """The program's exit status is that of the process: SystemExit and other exceptions pass."""
+    """Run the program. Its exit status is the process's, because SystemExit and other exceptions are not caught."""
     if not arguments.program:
         sys.stderr.write("anyattn run needs a script, or -m and a module\n")
         return 2
@@ -56,6 +56,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _default(force: bool) -> list[str]:
-    """flash_attn whatever there is, which may be refused; the rest where the name is free."""
+    """Return flash_attn, which `install` may refuse, and the other names that are free."""
     others = [name for name in installation.NAMES if name != "flash_attn"]
     return ["flash_attn", *(name for name in others if force or not installation.importable(name))]

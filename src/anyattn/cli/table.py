@@ -1,4 +1,4 @@
-"""Plain text tables."""
+"""Text tables."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: bool = False) -> str:
-    """Columns as wide as their longest entry; all but the first to the right unless `left`."""
+    """Return the table. Columns are as wide as their longest entry, right-aligned except the first unless `left`."""
     lines = [header, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
 

@@ -23,9 +23,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "tune",
         help="tune the backends for the GPU of this machine",
         description="Measures values for the GPU of this machine and writes them to the cache folder. Triton: the "
-        "fastest tiles of its kernels, on a GPU that torch reaches. Vulkan: the size from which the device in use is "
-        "faster than the cpu backend, transfers included; automatic choice offloads to it from that size on. Takes "
-        "minutes, and runs best on a machine that does nothing else.",
+        "fastest tiles of its kernels, on a GPU that torch supports. Vulkan: the size from which the device is "
+        "faster than the cpu backend, transfers included; automatic choice then offloads larger problems. Takes "
+        "minutes, and should run on an otherwise idle machine.",
     )
     parser.add_argument("--backend", choices=tuple(NEEDS), help="tune one backend (default: all that are available)")
     parser.add_argument("--seconds", type=_seconds, default=SECONDS, help="for each measurement (default: %(default)s)")
@@ -34,7 +34,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Tune; status 1 if there is no device, or if a measurement fails, which writes nothing."""
+    """Tune the backends; return 1 if there is no device or a measurement fails. A failure writes nothing."""
     found: Found = {}
     missing, failed = [], []
     for name in (arguments.backend,) if arguments.backend else NEEDS:
@@ -61,7 +61,7 @@ def _missing(backend: str) -> str | None:
 
 
 def _tune_triton(seconds: float) -> Found:
-    """Return for each phase, dtype and head size the tiles and times before and now."""
+    """Return the tiles and times before and after, for each phase, dtype and head size."""
     from ..backends.triton.device import cards
     from ..backends.triton.tuning import save_tiles
     from ..bench import tune_triton
@@ -77,7 +77,7 @@ def _tune_triton(seconds: float) -> Found:
 
 
 def _print_triton(found: Found) -> None:
-    print(f"{found['device']}, {found['arch']}: tiles of rows, of keys, warps, stages, stages of edges")
+    print(f"{found['device']}, {found['arch']}: tiles of queries, of keys, warps, stages, stages of edges")
     rows = [
         (
             row["workload"],
@@ -104,7 +104,7 @@ def _tune_vulkan(seconds: float) -> Found:
             points = []
             for point in tune_vulkan.measure_points(direction, dtype, seconds):
                 points.append(point)
-                _progress(f"{direction} {dtype}, {point.seqlen} rows")
+                _progress(f"{direction} {dtype}, {point.seqlen} queries")
             thresholds[direction, dtype] = tune_vulkan.find_threshold(points)
             every += points
     _progress("")
@@ -121,7 +121,7 @@ def _print_vulkan(found: Found) -> None:
         (x.direction, x.dtype, str(x.seqlen), f"{1e3 * x.cpu:.2f}", f"{1e3 * x.vulkan:.2f}") for x in found["points"]
     ]
     print(table(("direction", "dtype", "seqlen", "cpu ms", "vulkan ms"), rows))
-    print(f"\n{found['device']} is chosen from")
+    print(f"\n{found['device']} is used from")
     for name, text in found["chosen"].items():
         print(f"  {name}: {text}")
     print(f"written to {found['path']}")
@@ -143,5 +143,5 @@ def _seconds(text: str) -> float:
     except ValueError:
         value = 0.0
     if not 0 < value <= 60:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0 and up to 60")
+        raise argparse.ArgumentTypeError(f"must be seconds above 0 and up to 60, got {text!r}")
     return value

@@ -1,4 +1,4 @@
-"""`anyattn verify`: a seeded matrix of problems on this machine, every engine against float64, forward and backward."""
+"""`anyattn verify`: a seeded matrix of problems on this machine, every backend compared with float64 in both passes."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from .table import table
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = subparsers.add_parser(
-        "verify", help="check every engine of this machine against float64"
+        "verify", help="compare every backend of this machine with float64"
     )
-    parser.add_argument("--backend", choices=dispatch.names(), help="only this one, which must then be available")
-    parser.add_argument("--seed", type=int, default=0, help="of sizes and values (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="print JSON: one entry per problem and engine")
+    parser.add_argument("--backend", choices=dispatch.names(), help="only this backend, which must be available")
+    parser.add_argument("--seed", type=int, default=0, help="seed of sizes and values (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print JSON: one entry per problem and backend")
     return parser
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Status 0 if every result of every engine is within its budget, else 1."""
+    """Print the comparison; return 0 if every result of every backend is within its budget, else 1."""
     from .matrix import engines, missing_dtypes, outcomes
 
     found, absent = engines(arguments.backend)
@@ -42,18 +42,18 @@ def run(arguments: argparse.Namespace) -> int:
     for name, reason in {**absent, **missing_dtypes()}.items():
         print(f"not checked: {name}: {reason}")
     for line in _left_out():
-        print(f"left out: {line}")
+        print(f"excluded: {line}")
     for line in dict.fromkeys(f"{x.engine}, {x.name}: {x.refused}" for x in results if x.refused):
         print(f"refused: {line}")
     for result in wrong:
         print(f"MISMATCH {result.engine}, {result.name}: {'; '.join(result.mismatches)}")
-    # what is refused is not wrong: the call raises
+    # A refused problem is not wrong, because the call raises.
     print(f"{len(results) - len(wrong)} of {len(results)} agree with float64" if results else "nothing was checked")
     return 0 if ok else 1
 
 
 def _left_out() -> list[str]:
-    """Ways to compute that failed their own test in this process."""
+    """Return the compute paths that failed their self-test in this process."""
     from ..backends.vulkan.selftest import failures
 
     return failures()
@@ -68,7 +68,7 @@ def _table(results: list[Any]) -> str:
         worst = (max((x.forward or 0.0) for x in mine), max((x.backward or 0.0) for x in mine))
         seconds = sum(x.seconds for x in mine)
         rows.append((*key, *map(str, counts), *(f"{share:.0%}" for share in worst), f"{seconds:.1f}"))
-    return table(header, rows) + "\nforward, backward: the largest error in per cent of the error that is accepted"
+    return table(header, rows) + "\nforward, backward: largest error in per cent of the accepted error"
 
 
 def _progress(text: str) -> None:

@@ -1,4 +1,4 @@
-"""Other packages' surfaces over anyattn: the same import names, signatures and results."""
+"""Drop-in replacements for other packages: the same import names, signatures and results, computed by anyattn."""
 
 from .installation import Installation, install, install_flash_attn, uninstall
 

@@ -1,11 +1,11 @@
 """anyattn for ComfyUI.
 
-A custom node's __init__.py registers it, so that it can be chosen by its name,
+The __init__.py of a custom node registers it, so that users can choose it by name:
 
     from anyattn.compat import comfyui
     comfyui.register()
 
-or gives it to one model: `model_options["transformer_options"]["optimized_attention_override"] = comfyui.override`.
+Or use it for one model: `model_options["transformer_options"]["optimized_attention_override"] = comfyui.override`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..frameworks.torch_tools import dense
 from ..scalars import integer
 from ..sdpa import sdpa
 
-# What ComfyUI hands to every attention function, none of it about the result.
+# Arguments that ComfyUI passes to every attention function, and that do not affect the result.
 _IGNORED = {"transformer_options", "low_precision_attention", "preferred_attention", "_inside_attn_wrapper"}
 
 
@@ -37,20 +37,28 @@ def attention(
     enable_gqa: bool = False,
     **kwargs: Any,
 ) -> Tensor:
-    """ComfyUI's signature of an attention function.
+    """Compute attention with ComfyUI's signature of an attention function.
 
     Args:
-        q, k, v: (batch, seqlen, heads * head_dim); with skip_reshape (batch, heads, seqlen, head_dim).
-        mask: boolean (True: takes part) or added to the scores: (seqlen_q, seqlen_k), (batch, seqlen_q, seqlen_k) or
+        q: (batch, seqlen_q, heads * head_dim); with skip_reshape (batch, heads, seqlen_q, head_dim).
+        k: (batch, seqlen_k, heads * head_dim); with skip_reshape (batch, heads, seqlen_k, head_dim).
+        v: (batch, seqlen_k, heads * head_dim_v); with skip_reshape (batch, heads, seqlen_k, head_dim_v).
+        heads: number of query heads.
+        mask: boolean (False masks a key) or added to the scores: (seqlen_q, seqlen_k), (batch, seqlen_q, seqlen_k) or
             (batch, heads, seqlen_q, seqlen_k).
-        attn_precision: without effect: scores and sums are float32 or better.
+        attn_precision: no effect, because scores and sums are float32 or better.
+        skip_reshape: q, k and v have separate heads.
+        skip_output_reshape: return separate heads.
+        scale: default head_dim ** -0.5.
+        enable_gqa: allow fewer KV heads than query heads.
+        **kwargs: other keywords; those that would change the result raise TypeError.
 
     Returns:
-        (batch, seqlen, heads * head_dim_v); with skip_output_reshape (batch, heads, seqlen, head_dim_v).
+        (batch, seqlen_q, heads * head_dim_v); with skip_output_reshape (batch, heads, seqlen_q, head_dim_v).
     """
     unknown = kwargs.keys() - _IGNORED
     if unknown:
-        raise TypeError(f"unknown arguments {sorted(unknown)}: what they ask for would not be done")
+        raise TypeError(f"unsupported arguments {sorted(unknown)}. anyattn would ignore them, so it refuses the call.")
     q, k, v = dense("q", q), dense("k", k), dense("v", v)
     if not skip_reshape:
         heads = integer("heads", heads)
@@ -62,12 +70,22 @@ def attention(
 
 
 def override(function: Callable[..., Tensor], *arguments: Any, **keywords: Any) -> Tensor:
-    """For "optimized_attention_override": in place of the function that ComfyUI would have called."""
+    """Compute attention instead of the function that ComfyUI would call; for "optimized_attention_override".
+
+    Args:
+        function: the function that ComfyUI would call; it is not used.
+        *arguments: positional arguments of `attention`.
+        **keywords: keyword arguments of `attention`.
+    """
     return attention(*arguments, **keywords)
 
 
 def register(name: str = "anyattn") -> None:
-    """Registers `attention` with a running ComfyUI."""
+    """Register `attention` with a running ComfyUI.
+
+    Args:
+        name: name under which users choose it.
+    """
     from comfy.ldm.modules.attention import register_attention_function
 
     register_attention_function(name, attention)

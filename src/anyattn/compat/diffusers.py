@@ -1,7 +1,7 @@
-"""anyattn for Hugging Face diffusers, by its "native" attention backend.
+"""anyattn for Hugging Face diffusers, through its "native" attention backend.
 
-diffusers has a closed list of backends, so there is no name to add. Its native one, and the attention processors of
-older models, call torch's scaled_dot_product_attention, and that can be computed by anyattn:
+diffusers has a closed list of backends, so no name can be added. Its native backend, and the attention processors of
+older models, call torch's scaled_dot_product_attention, which anyattn can replace:
 
     with anyattn.compat.diffusers.use_anyattn():
         image = pipeline(prompt).images[0]
@@ -17,10 +17,10 @@ from . import torch
 
 @contextmanager
 def use_anyattn() -> Iterator[None]:
-    """Models whose backend is not chosen otherwise use "native", and that is anyattn, inside the `with` block.
+    """Run diffusers' "native" attention backend on anyattn inside the `with` block.
 
-    A backend that was given to a model by `set_attention_backend` stays. What holds for compat.torch.use_anyattn holds
-    here: a CPU, no dropout, one head_dim.
+    Models without a chosen backend use "native". A backend chosen with `set_attention_backend` is not changed. The
+    conditions of compat.torch.use_anyattn apply: on a CPU, no dropout and one head_dim.
     """
     from diffusers import attention_backend
 

@@ -1,7 +1,7 @@
-"""The flash_attention module of block sizes and half precision, on every machine, with real gradients.
+"""flash_attention module with block sizes and half precision, on every machine, with exact gradients.
 
-Tensors are (batch, nheads, seqlen, head_dim). Bc and Br, its block sizes, are checked and change nothing: the engines
-choose their own.
+Tensors are (batch, nheads, seqlen, head_dim). The block sizes Bc and Br are checked but have no effect, because the
+backends choose their own.
 """
 
 from __future__ import annotations
@@ -12,22 +12,26 @@ from torch import Tensor
 from .. import api, explicit
 from ..scalars import integer
 
-ROWS = 256  # of scores that are held at a time for the row maxima
+ROWS = 256  # rows of scores that are stored at a time for the row maxima
 
 
 def flash_attention_forward(
     Q: Tensor, K: Tensor, V: Tensor, Bc: int = 32, Br: int = 32, use_half: bool = False, return_stats: bool = False
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """softmax(Q K^T / sqrt(head_dim)) V, differentiable.
+    """Compute softmax(Q K^T / sqrt(head_dim)) V, differentiable.
 
     Args:
-        Q, K, V: (batch, nheads, seqlen, head_dim).
-        use_half: computes in float16; the result has Q's dtype.
-        return_stats: also returns l and m.
+        Q: (batch, nheads, seqlen, head_dim).
+        K: (batch, nheads, seqlen, head_dim).
+        V: (batch, nheads, seqlen, head_dim).
+        Bc: block size of the keys; no effect.
+        Br: block size of the queries; no effect.
+        use_half: compute in float16; the result has Q's dtype.
+        return_stats: also return l and m.
 
     Returns:
         O, or (O, l, m): m_i = max_j s_ij of the scaled scores and l_i = sum_j exp(s_ij - m_i), both (batch, nheads,
-        seqlen) and float32 (float64 for float64), without gradients. They are what `flash_attention_backward` takes.
+        seqlen) and float32 (float64 for float64), without gradients. `flash_attention_backward` needs them.
 
     >>> import torch
     >>> x = torch.ones(1, 2, 16, 8)
@@ -58,7 +62,24 @@ def flash_attention_backward(
     Br: int = 32,
     use_half: bool = False,
 ) -> list[Tensor]:
-    """[dQ, dK, dV] of sum(O * dO), from what `flash_attention_forward(..., return_stats=True)` was given and returned.
+    """Compute [dQ, dK, dV], the gradients of sum(O * dO).
+
+    The arguments are those and the results of `flash_attention_forward(..., return_stats=True)`.
+
+    Args:
+        Q: (batch, nheads, seqlen, head_dim).
+        K: (batch, nheads, seqlen, head_dim).
+        V: (batch, nheads, seqlen, head_dim).
+        O: result of the forward pass.
+        dO: gradient of O.
+        l: of the forward pass.
+        m: of the forward pass.
+        Bc: block size of the keys; no effect.
+        Br: block size of the queries; no effect.
+        use_half: compute in float16; the result has Q's dtype.
+
+    Returns:
+        [dQ, dK, dV], in the shapes of Q, K and V.
 
     >>> import torch
     >>> x = torch.ones(1, 2, 16, 8)
@@ -79,7 +100,7 @@ def _check_blocks(Bc: int, Br: int) -> None:
 
 
 def _rows(use_half: bool, *tensors: Tensor) -> list[Tensor]:
-    """(batch, seqlen, nheads, head_dim)."""
+    """Return the tensors as (batch, seqlen, nheads, head_dim)."""
     for name, x in zip(("Q", "K", "V", "O", "dO"), tensors, strict=False):
         if x.ndim != 4:
             raise ValueError(f"{name} must be (batch, nheads, seqlen, head_dim), got {tuple(x.shape)}")
@@ -87,7 +108,7 @@ def _rows(use_half: bool, *tensors: Tensor) -> list[Tensor]:
 
 
 def _row_maxima(q: Tensor, k: Tensor) -> Tensor:
-    """max_j of the scaled scores, (batch, nheads, seqlen), in O(seqlen) memory."""
+    """Return max_j of the scaled scores, (batch, nheads, seqlen), in O(seqlen) memory."""
     wide = torch.float64 if q.dtype is torch.float64 else torch.float32
     if k.shape[2] == 0:
         return q.new_full(q.shape[:-1], -torch.inf, dtype=wide)

@@ -1,6 +1,6 @@
-"""The flash_attention_amd package: its function and its module, on every machine, with gradients.
+"""flash_attention_amd package: its function and its module, on every machine, with gradients.
 
-Both mean what flash_attn means: causal is aligned to the bottom right, windows are (left, right).
+Arguments mean the same as in flash_attn: causal is aligned to the bottom right, and windows are (left, right).
 """
 
 from __future__ import annotations
@@ -20,7 +20,19 @@ def flash_attn_func(
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
 ) -> Tensor:
-    """(batch, seqlen_q, nheads, head_dim), from the arguments of `anyattn.compat.flash_attn.flash_attn_func`.
+    """Compute attention, like `anyattn.compat.flash_attn.flash_attn_func`.
+
+    Args:
+        q: (batch, seqlen_q, nheads, head_dim).
+        k: (batch, seqlen_k, nheads_kv, head_dim).
+        v: (batch, seqlen_k, nheads_kv, head_dim_v).
+        dropout_p: dropout probability; torch's default generator gives the random state. Not combined with softcap.
+        softmax_scale: any finite number; default head_dim ** -0.5.
+        causal: aligned to the bottom right: query i attends to keys up to i + seqlen_k - seqlen_q.
+        window_size: (left, right), inclusive, relative to position i + seqlen_k - seqlen_q; -1: unbounded.
+
+    Returns:
+        (batch, seqlen_q, nheads, head_dim).
 
     >>> import torch
     >>> x = torch.ones(1, 16, 2, 8)
@@ -32,11 +44,11 @@ def flash_attn_func(
 
 
 class FlashAttention(torch.nn.Module):
-    """`flash_attn_func` as a module.
+    """Module that computes `flash_attn_func`.
 
     Args:
         softmax_scale: default head_dim ** -0.5.
-        attention_dropout: in training only.
+        attention_dropout: dropout probability, in training only.
     """
 
     def __init__(self, softmax_scale: float | None = None, attention_dropout: float = 0.0) -> None:

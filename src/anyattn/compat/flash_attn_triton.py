@@ -1,6 +1,7 @@
-"""The flash_attn_triton package: flash_attn 2's functions in its order of arguments, and its module.
+"""flash_attn_triton package: flash_attn 2's functions in its order of arguments, and its module.
 
-What it does not compute (dropout, windows, ALiBi, softcap, any length, packed sequences, a KV cache) is computed here.
+anyattn also computes what the package does not: dropout, windows, ALiBi, softcap, any length, packed sequences and a KV
+cache.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from .. import api
 from . import flash_attn
 from .flash_attn import flash_attn_varlen_func, flash_attn_varlen_qkvpacked_func, flash_attn_with_kvcache
 
-__version__ = "0.1.1"  # whose signatures these are
+__version__ = "0.1.1"  # version of these signatures
 
 __all__ = [
     "FlashAttention",
@@ -39,7 +40,23 @@ def flash_attn_func(
     softcap: float = 0.0,
     return_attn_probs: bool = False,
 ) -> Any:
-    """`anyattn.compat.flash_attn.flash_attn_func`, with softcap behind deterministic.
+    """Compute attention, like `anyattn.compat.flash_attn.flash_attn_func`, in the package's order of arguments.
+
+    Args:
+        q: (batch, seqlen_q, nheads, head_dim).
+        k: (batch, seqlen_k, nheads_kv, head_dim).
+        v: (batch, seqlen_k, nheads_kv, head_dim_v).
+        dropout_p: dropout probability; torch's default generator gives the random state. Not combined with softcap.
+        softmax_scale: any finite number; default head_dim ** -0.5.
+        causal: aligned to the bottom right: query i attends to keys up to i + seqlen_k - seqlen_q.
+        window_size: (left, right), inclusive, relative to position i + seqlen_k - seqlen_q; -1: unbounded.
+        alibi_slopes: (nheads,) or (batch, nheads); they have no gradient.
+        deterministic: guarantee identical results from run to run, or raise. The CPU backend is always deterministic.
+        softcap: scores become softcap * tanh(score / softcap); 0: off.
+        return_attn_probs: also return softmax_lse and S_dmask.
+
+    Returns:
+        out (batch, seqlen_q, nheads, head_dim_v), or (out, softmax_lse, S_dmask) with return_attn_probs.
 
     >>> import torch
     >>> x = torch.ones(1, 16, 2, 8)
@@ -72,16 +89,31 @@ def flash_attn_qkvpacked_func(
     softcap: float = 0.0,
     return_attn_probs: bool = False,
 ) -> Any:
-    """`flash_attn_func` of a packed qkv (batch, seqlen, 3, nheads, head_dim)."""
+    """Compute `flash_attn_func` for packed queries, keys and values.
+
+    Args:
+        qkv: (batch, seqlen, 3, nheads, head_dim), queries, keys and values.
+        dropout_p: dropout probability; torch's default generator gives the random state. Not combined with softcap.
+        softmax_scale: any finite number; default head_dim ** -0.5.
+        causal: aligned to the bottom right: query i attends to keys up to i + seqlen_k - seqlen_q.
+        window_size: (left, right), inclusive, relative to position i + seqlen_k - seqlen_q; -1: unbounded.
+        alibi_slopes: (nheads,) or (batch, nheads); they have no gradient.
+        deterministic: guarantee identical results from run to run, or raise. The CPU backend is always deterministic.
+        softcap: scores become softcap * tanh(score / softcap); 0: off.
+        return_attn_probs: also return softmax_lse and S_dmask.
+
+    Returns:
+        out (batch, seqlen, nheads, head_dim), or (out, softmax_lse, S_dmask) with return_attn_probs.
+    """
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
     return flash_attn.flash_attn_qkvpacked_func(qkv, *options)
 
 
 class FlashAttention(torch.nn.Module):
-    """Attention of (batch, seqlen, nheads, head_dim) tensors.
+    """Module that computes attention of (batch, seqlen, nheads, head_dim) tensors.
 
     Args:
-        attention_dropout: in training only.
+        attention_dropout: dropout probability, in training only.
         softmax_scale: default head_dim ** -0.5.
     """
 

@@ -1,7 +1,7 @@
-"""Gives anyattn's modules the import names of other packages, in this process and until it is undone.
+"""Installation of anyattn's modules under the import names of other packages, in this process and until it is undone.
 
-`import flash_attn` then finds anyattn's module itself, not a copy; nothing is imported before that, nothing on disk
-changes, and child processes start without it (a forked one keeps it).
+`import flash_attn` then returns anyattn's module. Nothing is imported before that, and nothing on disk changes. Child
+processes start without the installation, except forked ones.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-# What `install` takes -> the import names that it serves, and where; longer names win.
+# Name for `install` -> import names and the modules behind them. Longer names take precedence.
 NAMES = {
     "flash_attn": {
         "flash_attn": "flash_attn",
@@ -29,18 +29,18 @@ NAMES = {
     "flash_attention_amd": {"flash_attention_amd": "flash_attention_amd"},
     "flash_attn_triton": {"flash_attn_triton": "flash_attn_triton"},
 }
-FLASH_ATTN_VERSION = "2.8.3"  # flash_attn.__version__, which must not be imported to tell it
+FLASH_ATTN_VERSION = "2.8.3"  # flash_attn.__version__, without importing it
 PACKAGE = __name__.rpartition(".")[0]
 
 
 class Installation:
-    """What one call installed: undone by `uninstall`, or by leaving a `with` block."""
+    """Names installed by one call, undone by `uninstall` or at the end of a `with` block."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self.names = tuple(names)
 
     def uninstall(self) -> None:
-        """Takes back these names; what was hidden under them is there again. A second call does nothing."""
+        """Uninstall these names and restore the modules that were hidden. A second call does nothing."""
         if self.names:
             uninstall(*self.names)
         self.names = ()
@@ -53,21 +53,21 @@ class Installation:
 
 
 def install(*names: str, force: bool = False) -> Installation:
-    """Makes `import NAME` find anyattn's module for each name; one that is installed already is left as it is.
+    """Make `import NAME` return anyattn's module for each name. Names that are already installed are not changed.
 
     Args:
-        names: "flash_attn" (with flash_attn.bert_padding, .layers.rotary, .modules.mha, .ops.triton.rotary, .cute,
+        *names: "flash_attn" (with flash_attn.bert_padding, .layers.rotary, .modules.mha, .ops.triton.rotary, .cute,
             flash_attn_interface and flash_attn_3), "aule", "flash_attention", "flash_attention_amd" or
             "flash_attn_triton".
-        force: also where a package of that name can be imported. It is hidden, not changed; what already imported
-            something from it keeps that.
+        force: install even if another package of that name can be imported. That package is hidden, not changed, and
+            code that has already imported from it is not affected.
 
     Returns:
-        An Installation of the names that were not installed before: call its `uninstall`, or use it in a `with`.
+        An Installation of the newly installed names: call its `uninstall`, or use it in a `with` statement.
 
     Raises:
-        ValueError: an unknown name. ImportError: another package has that name, and force is False; nothing was
-            installed.
+        ValueError: a name is unknown.
+        ImportError: another package has that name, and force is False. Nothing was installed.
 
     >>> from anyattn import compat
     >>> with compat.install("flash_attn", force=True):
@@ -77,7 +77,7 @@ def install(*names: str, force: bool = False) -> Installation:
     """
     for name in names:
         if name not in NAMES:
-            raise ValueError(f"install knows {', '.join(NAMES)}, got {name!r}")
+            raise ValueError(f"name must be one of {', '.join(NAMES)}, got {name!r}.")
     added = [name for name in dict.fromkeys(names) if name not in _finder.installed]
     if not force:
         for root in _roots(added):
@@ -90,12 +90,20 @@ def install(*names: str, force: bool = False) -> Installation:
 
 
 def install_flash_attn(force: bool = False) -> Installation:
-    """`install("flash_attn", force=force)`."""
+    """Install flash_attn, like `install("flash_attn", force=force)`.
+
+    Args:
+        force: install even if another package named flash_attn can be imported.
+    """
     return install("flash_attn", force=force)
 
 
 def uninstall(*names: str) -> None:
-    """Takes back the names that are installed; without names, all of them."""
+    """Uninstall the given names; without names, all installed ones.
+
+    Args:
+        *names: names that were passed to `install`.
+    """
     for name in names or tuple(_finder.installed):
         hidden = _finder.installed.pop(name, None)
         if hidden is not None:
@@ -107,7 +115,7 @@ def uninstall(*names: str) -> None:
 
 
 def importable(name: str) -> bool:
-    """Whether another package than anyattn's has an import name that `install(name)` would serve."""
+    """Return whether a package other than anyattn's has an import name that `install(name)` would use."""
     try:
         for root in _roots([name]):
             _check_free(root)
@@ -117,7 +125,7 @@ def importable(name: str) -> bool:
 
 
 def _roots(names: Iterable[str]) -> list[str]:
-    """The top-level import names that these installations serve."""
+    """Return the top-level import names of these installations."""
     return list(dict.fromkeys(alias.partition(".")[0] for name in names for alias in NAMES[name]))
 
 
@@ -128,24 +136,27 @@ def _loaded(roots: Sequence[str]) -> list[str]:
 def _check_free(root: str) -> None:
     try:
         found = find_spec(root)
-    except ValueError:  # sys.modules holds a module without a spec
+    except ValueError:  # sys.modules contains a module without a spec
         found = ModuleSpec(root, None)
     if found is not None:
         raise ImportError(
-            f"{root} can be imported from {found.origin or 'this process'}: uninstall it, or hide it with force=True"
+            f"{root} is importable from {found.origin or 'this process'}. Uninstall it, or hide it with force=True."
         )
 
 
 class Finder(DistributionFinder):
-    """Finds the installed names, before every other finder, and the distribution that flash_attn's callers look up."""
+    """Finder of the installed names and of the distribution that flash_attn's callers look up.
+
+    It precedes all others.
+    """
 
     def __init__(self) -> None:
-        self.installed: dict[str, dict[str, ModuleType]] = {}  # name -> the modules that it hides
+        self.installed: dict[str, dict[str, ModuleType]] = {}  # name -> modules that it hides
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The spec of anyattn's module of that import name; None if there is no such module."""
+        """Return the spec of anyattn's module for that import name, or None."""
         aliases = {alias: place for name in self.installed for alias, place in NAMES[name].items()}
         parent = fullname
         while parent not in aliases:
@@ -161,42 +172,42 @@ class Finder(DistributionFinder):
         )
 
     def find_distributions(self, context: Any = None) -> Iterator[Distribution]:
-        """flash-attn, in the version of the interface that is served."""
+        """Yield the distribution flash-attn, in the version whose interface is provided."""
         context = context or DistributionFinder.Context()
         if "flash_attn" in self.installed and (context.name or "flash_attn").replace("-", "_") == "flash_attn":
             yield FlashAttnDistribution()
 
 
 class Alias(Loader):
-    """Loads a module by handing out the one of another name."""
+    """Loader that returns the module of another name."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        """The module itself; the import system will write `spec` into it."""
+        """Return the module. The import system will write `spec` into it."""
         module = import_module(self.name)
         self.spec = module.__spec__
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        """The module was executed under its own name; it gets its own spec back."""
+        """Restore the module's own spec; it was executed under its own name."""
         module.__spec__ = self.spec
 
 
 class FlashAttnDistribution(Distribution):
-    """The metadata of flash-attn, without files."""
+    """Metadata of flash-attn, without files."""
 
     def read_text(self, filename: str) -> str | None:
-        """Name, version and import name."""
+        """Return name, version and import name."""
         return {
             "METADATA": f"Metadata-Version: 2.1\nName: flash-attn\nVersion: {FLASH_ATTN_VERSION}\n",
             "top_level.txt": "flash_attn\n",
         }.get(filename)
 
     def locate_file(self, path: Any) -> Any:
-        """Nothing is installed."""
-        raise FileNotFoundError(f"anyattn serves flash_attn by itself: there is no {path}")
+        """Raise FileNotFoundError, because no file is installed."""
+        raise FileNotFoundError(f"anyattn provides flash_attn without files, so there is no {path}.")
 
 
 _finder = Finder()

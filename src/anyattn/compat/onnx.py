@@ -1,4 +1,4 @@
-"""The ONNX operator `Attention` (opsets 23 to 25) over anyattn, on NumPy arrays."""
+"""ONNX operator `Attention` (opsets 23 to 25) computed by anyattn on NumPy arrays."""
 
 from __future__ import annotations
 
@@ -41,18 +41,27 @@ def attention(
 
     Args:
         Q: (batch, q_num_heads, q_sequence_length, head_size), or (batch, q_sequence_length, q_num_heads * head_size)
-            with both numbers of heads as attributes. K and V likewise, with heads that divide Q's.
-        attn_mask: boolean (True: takes part) or added to the scores; broadcast from the right to (batch, q_num_heads,
-            q_sequence_length, total_sequence_length). Keys beyond its last dimension are hidden.
-        past_key, past_value: (batch, kv_num_heads, past_sequence_length, ...), before K and V.
-        nonpad_kv_seqlen: (batch,), keys in use of a cache that is larger; excludes the past.
-        is_causal: row i sees the keys up to i + offset, where offset is the past's length, or nonpad_kv_seqlen -
-            q_sequence_length, or 0; the windows are around that position too (-1: unbounded).
-        softmax_precision: DOUBLE computes in double; others are at least met by float32, which is what is used.
-        qk_matmul_output_mode: None: the node's fourth output is not computed, so no array of q_sequence_length by
-            total_sequence_length exists. For a node that has this output pass its mode, 0 where it names none:
-            0: scaled products of Q and K. 1: these after softcap. 2: after softcap, mask, causal and windows, which
-            hide with -inf. 3: weights after the softmax, 0 for a query without keys.
+            with both numbers of heads as attributes.
+        K: like Q, with kv_num_heads, which divides q_num_heads, and kv_sequence_length.
+        V: like K, with its own head_size.
+        attn_mask: boolean (False masks a key) or added to the scores; broadcast from the right to (batch, q_num_heads,
+            q_sequence_length, total_sequence_length). Keys beyond its last dimension are masked.
+        past_key: (batch, kv_num_heads, past_sequence_length, head_size), keys before K.
+        past_value: like past_key, values before V.
+        nonpad_kv_seqlen: (batch,), number of keys in use of a larger cache; not combined with past_key.
+        is_causal: query i attends to keys up to i + offset. offset is the length of the past, or nonpad_kv_seqlen -
+            q_sequence_length, or 0.
+        kv_num_heads: number of KV heads, for three-dimensional inputs.
+        left_window_size: keys before position i + offset that query i attends to; -1: unbounded.
+        q_num_heads: number of query heads, for three-dimensional inputs.
+        qk_matmul_output_mode: None: the fourth output is not computed, so no array of q_sequence_length by
+            total_sequence_length exists. For a node with this output pass its mode (0 if it names none). 0: scaled
+            products of Q and K. 1: these after softcap. 2: after softcap, mask, causal and windows, -inf for masked
+            keys. 3: weights after the softmax, 0 for a query without keys.
+        right_window_size: keys after position i + offset that query i attends to; -1: unbounded.
+        scale: default head_size ** -0.5.
+        softcap: 0: off.
+        softmax_precision: DOUBLE computes in double. Every other precision is met by float32, which is used.
 
     Returns:
         (Y, present_key, present_value), and with a mode also qk_matmul_output (batch, q_num_heads, q_sequence_length,
@@ -73,9 +82,9 @@ def attention(
     if qk_matmul_output_mode not in (None, 0, 1, 2, 3):
         raise ValueError(f"qk_matmul_output_mode must be None, 0, 1, 2 or 3, got {qk_matmul_output_mode!r}.")
     if (past_key is None) != (past_value is None):
-        raise ValueError("past_key and past_value must be given together")
+        raise ValueError("past_key and past_value must be passed together, got one of them.")
     if past_key is not None and nonpad_kv_seqlen is not None:
-        raise ValueError("nonpad_kv_seqlen and past_key exclude each other")
+        raise ValueError("nonpad_kv_seqlen cannot be combined with past_key.")
     q, k, v = _heads("Q", Q, q_num_heads), _heads("K", K, kv_num_heads), _heads("V", V, kv_num_heads)
     offset: Any = 0
     if past_key is not None and past_value is not None:
@@ -100,7 +109,7 @@ def attention(
 
 
 def _heads(name: str, x: Array, heads: int | None) -> Array:
-    """(batch, sequence, heads, head_size)."""
+    """Return (batch, sequence, heads, head_size)."""
     if x.ndim == 4:
         return np.swapaxes(x, 1, 2)
     if x.ndim != 3 or not heads or x.shape[2] % heads:
@@ -115,7 +124,7 @@ def _bound(name: str, size: int) -> int | None:
 
 
 def _scores(attn_mask: Array | None, keys: int, dtype: np.dtype[Any]) -> dict[str, Array]:
-    """mask or bias, of four dimensions and all keys."""
+    """Return mask or bias with four dimensions and all keys."""
     if attn_mask is None:
         return {}
     boolean = attn_mask.dtype == np.bool_

@@ -1,8 +1,8 @@
-"""`xformers.ops.memory_efficient_attention` over anyattn, with the biases that models use.
+"""`xformers.ops.memory_efficient_attention` computed by anyattn, with the biases that models use.
 
     from anyattn.compat.xformers import LowerTriangularMask, memory_efficient_attention
 
-xFormers' own bias objects are accepted as well, if their class has one of the names here.
+Bias objects of xFormers are accepted too, if their class has one of the names below.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from .. import api
 
 
 class LowerTriangularMask:
-    """Causal: row i sees the keys 0 to i (aligned to the top left)."""
+    """Causal mask aligned to the top left: query i attends to keys 0 to i."""
 
 
 class LowerTriangularFromBottomRightMask:
-    """Causal, the last row being at the last key."""
+    """Causal mask aligned to the bottom right: the last query is aligned with the last key."""
 
 
 @dataclass(frozen=True)
 class SequenceInfo:
-    """Where packed sequences begin; int32 (batch + 1,)."""
+    """Boundaries of packed sequences, int32 (batch + 1,)."""
 
     seqstart: Tensor
 
@@ -38,7 +38,7 @@ class SequenceInfo:
 
 @dataclass(frozen=True)
 class BlockDiagonalMask:
-    """Sequences packed one behind the other in a batch of one: query block i sees key block i.
+    """Mask of sequences packed in a batch of one: query block i attends to key block i.
 
     >>> import torch
     >>> from anyattn.compat.xformers import BlockDiagonalMask, memory_efficient_attention
@@ -52,7 +52,7 @@ class BlockDiagonalMask:
 
     @classmethod
     def from_seqlens(cls, q_seqlen: Sequence[int], kv_seqlen: Sequence[int] | None = None) -> Any:
-        """kv_seqlen: None: as q_seqlen."""
+        """Return the mask of sequences with these lengths. kv_seqlen: default q_seqlen."""
         info = SequenceInfo.from_seqlens(q_seqlen)
         other = info if kv_seqlen is None else SequenceInfo.from_seqlens(kv_seqlen)
         if other.seqstart.shape != info.seqstart.shape:
@@ -67,11 +67,11 @@ class BlockDiagonalMask:
 
 
 class BlockDiagonalCausalMask(BlockDiagonalMask):
-    """Causal inside each block, aligned to its top left."""
+    """Block-diagonal mask that is causal in each block, aligned to its top left."""
 
 
 class BlockDiagonalCausalFromBottomRightMask(BlockDiagonalMask):
-    """Causal inside each block, aligned to its bottom right."""
+    """Block-diagonal mask that is causal in each block, aligned to its bottom right."""
 
 
 _TOP_LEFT = {"causal": True, "alignment": "top-left"}
@@ -95,17 +95,19 @@ def memory_efficient_attention(
     op: Any = None,
     output_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Attention in xFormers' layout, differentiable in query, key, value and a tensor as attn_bias.
+    """Compute attention in xFormers' layout, differentiable in query, key, value and a tensor attn_bias.
 
     Args:
-        query: (batch, seqlen_q, nheads, head_dim); or (batch, seqlen_q, head_dim), one head; or
-            (batch, seqlen_q, groups, nheads, head_dim), whose heads of a group share key and value.
-        key, value: (batch, seqlen_k, ...) in the same layout; the heads of a group are expanded or 1.
-        attn_bias: None, a tensor that is added to the scaled scores, (batch, nheads, seqlen_q, seqlen_k) (one head:
-            (batch, seqlen_q, seqlen_k); groups: (batch, groups, nheads, seqlen_q, seqlen_k)), or a mask of this module.
-        p: dropout, applied whenever > 0.
+        query: (batch, seqlen_q, nheads, head_dim); or (batch, seqlen_q, head_dim), one head; or (batch, seqlen_q,
+            groups, nheads, head_dim), in which the heads of a group share key and value.
+        key: (batch, seqlen_k, ...) in the same layout. The heads of a group are expanded, or 1.
+        value: like key, with head_dim_v.
+        attn_bias: None; a tensor that is added to the scaled scores, (batch, nheads, seqlen_q, seqlen_k) (one head:
+            (batch, seqlen_q, seqlen_k); groups: (batch, groups, nheads, seqlen_q, seqlen_k)); or a mask of this module.
+        p: dropout probability, applied whenever > 0.
         scale: default head_dim ** -0.5.
-        op: xFormers' choice of a kernel: without effect.
+        op: xFormers' choice of a kernel; no effect.
+        output_dtype: dtype of the result; default query's dtype.
 
     Returns:
         query's shape with value's last dimension.
@@ -120,7 +122,7 @@ def memory_efficient_attention(
     if query.ndim == 3:
         query, key, value = query.unsqueeze(2), key.unsqueeze(2), value.unsqueeze(2)
     if query.ndim == 5:
-        shared = all(x.shape[3] == 1 or x.stride(3) == 0 for x in (key, value))  # one head for all of its group
+        shared = all(x.shape[3] == 1 or x.stride(3) == 0 for x in (key, value))  # one head for the whole group
         query = query.flatten(2, 3)
         key, value = (x[:, :, :, 0] if shared else x.flatten(2, 3) for x in (key, value))
     options: dict[str, Any] = {"dropout_p": p, "scale": scale}
@@ -143,10 +145,12 @@ def _masked(query: Tensor, key: Tensor, value: Tensor, attn_bias: Any, options: 
         dense: Tensor = api.attention(query, key, value, **options)
         return dense
     if query.shape[0] != 1 or key.shape[0] != 1:
-        raise ValueError(f"{name} needs a batch of 1, got query {tuple(query.shape)}, key {tuple(key.shape)}")
+        raise ValueError(f"attn_bias {name} needs a batch of 1, got query {tuple(query.shape)}, key {tuple(key.shape)}")
     begins = (attn_bias.q_seqinfo.seqstart.to(query.device), attn_bias.k_seqinfo.seqstart.to(query.device))
     for label, x, begin in (("query", query, begins[0]), ("key", key, begins[1])):
         if x.shape[1] != int(begin[-1]):
-            raise ValueError(f"{label} has {x.shape[1]} rows, but attn_bias holds sequences of {int(begin[-1])}")
+            raise ValueError(
+                f"{label} must have {int(begin[-1])} rows, the sum of attn_bias's sequences, got {x.shape[1]}."
+            )
     packed: Tensor = api.attention_varlen(query[0], key[0], value[0], *begins, **options)
     return packed

@@ -1,14 +1,14 @@
 """Checks of a backend or of a machine: cases, their arrays, and float64 results with derived error budgets.
 
-A `Case` names the choices of one call and holds no arrays. `make_inputs` makes its arrays, `compute` calls the public
-functions, and `compare` says which results are outside the budget that `expected` derives. `check` does it all:
+A `Case` holds the choices of one call and no arrays. `make_inputs` makes its arrays, `compute` calls the public
+functions, and `compare` reports the results outside the budget that `expected` derives. `check` does all of it:
 
 >>> from anyattn import testing
 >>> testing.check(testing.Case("causal", causal=True, seqlen_q=30, seqlen_k=50), backend="numpy")
 []
 
-`feature_cases` has a case for every feature, and `random_case` draws as many more as you like. NumPy arrays only;
-bfloat16 needs ml_dtypes.
+`feature_cases` yields a case for every feature, and `random_case` samples any number of further cases. Only NumPy
+arrays are supported; bfloat16 needs ml_dtypes.
 """
 
 from .arrays import make_inputs

@@ -1,4 +1,4 @@
-"""The arrays of a case: views inside larger buffers of NaN. Keys that no query attends to hold stale values or NaN."""
+"""Arrays of a case: views of larger buffers of NaN. Masked keys hold stale values or NaN."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .layouts import embedded, scattered
 
 
 def make_inputs(case: Case) -> CaseInputs:
-    """Make the arrays of a case; every call makes equal ones."""
+    """Make the arrays of a case. Every call makes equal arrays."""
     return _Builder(case).build()
 
 
 def visible(case: Case, span: Span, kv_indices: Array | None = None) -> npt.NDArray[np.bool_]:
-    """Return which keys the interval, and the lists, let each query attend to: (nheads_kv or 1, n_q, n_k)."""
+    """Return the keys that are visible by the interval and the lists: (nheads_kv or 1, n_q, n_k)."""
     left, right = bounds(case.causal, case.window)
     positions, keys = np.arange(span.n_q) + span.offset, np.arange(span.n_k)
     first, end = Mask(left, right, case.chunk).bounds(positions, span.n_k, span.leftpad)
@@ -39,7 +39,7 @@ def _rows_of_lists(span: Span) -> tuple[Any, ...]:
 
 
 class _Builder:
-    """The arrays of one case while they are made; the order of the draws from `rng` fixes their values."""
+    """Arrays of one case while they are made. Their values depend on the order of the samples from `rng`."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
@@ -49,7 +49,7 @@ class _Builder:
         self.buffers: list[Array] = []
         self.tables: dict[str, Any] = {}
         self.spans: list[Span] = []
-        self.other = "any" if case.layout == "any" else "bshd"  # of what is no q, k or v
+        self.other = "any" if case.layout == "any" else "bshd"  # layout of all arrays except q, k and v
         self.page_size = case.page_size or int(self.rng.choice([1, 3, 16, 50]))
 
     def build(self) -> CaseInputs:
@@ -83,7 +83,7 @@ class _Builder:
         return {name: getattr(case, name) for name in names}
 
     def _lengths(self, longest: int) -> Array:
-        """Draw one length per sequence; one of them is the longest."""
+        """Sample one length per sequence; one of them is the longest."""
         lengths = self.rng.integers(0, longest + 1, self.case.batch)
         if self.case.batch:
             lengths[self.rng.integers(self.case.batch)] = longest
@@ -92,7 +92,7 @@ class _Builder:
         return lengths
 
     def _draw_lengths(self) -> None:
-        """Draw the spans and the tables."""
+        """Sample the spans and the tables."""
         case, rng = self.case, self.rng
         n_q, n_k = np.full(case.batch, case.seqlen_q), np.full(case.batch, case.seqlen_k)
         if case.lengths not in ("full", "leftpad", "paged"):
@@ -108,7 +108,7 @@ class _Builder:
             self.tables["leftpad_k"] = leftpad
         if case.packed:
             self.tables["cu_seqlens_q"] = starts_q
-            self.total_q = int(starts_q[-1]) + 2  # rows outside every sequence, at both ends
+            self.total_q = int(starts_q[-1]) + 2  # with rows outside every sequence, at both ends
             if case.seed % 2:
                 self.tables["max_seqlen_q"] = case.seqlen_q
         if case.lengths in ("varlen", "varlen_seqused"):
@@ -137,7 +137,7 @@ class _Builder:
         return self._aside(table.astype(np.int64 if kind else np.int32))
 
     def _aside(self, array: Array) -> Array:
-        """Return an array that only the layout "any" moves."""
+        """Return an array in another layout, only for the layout "any"."""
         return self.embed(array, "any") if self.case.layout == "any" else array
 
     def _draw_offset(self, aligned: Array) -> Array:
@@ -156,7 +156,7 @@ class _Builder:
         return each
 
     def _draw_kv_indices(self) -> Array:
-        """Draw lists with keys that are listed twice, keys that are masked and no keys; other queries' are garbage."""
+        """Sample lists with repeated, masked and missing keys. Lists of unused queries are garbage."""
         case, rng = self.case, self.rng
         n = int(rng.choice((1, 7, 40, 130)))
         rows = (self.total_q,) if case.packed else (case.batch, case.seqlen_q)
@@ -172,7 +172,7 @@ class _Builder:
         return indices
 
     def _draw_pages(self, n_k: Array, starts_k: Array) -> None:
-        """Draw more pages than needed, in random order; entries past a sequence's pages are garbage."""
+        """Sample more pages than needed, in random order; entries past a sequence's pages are garbage."""
         size, batch = self.page_size, self.case.batch
         used = -(-n_k // size)
         columns = max(1, -(-self.case.seqlen_k // size))
@@ -204,7 +204,7 @@ class _Builder:
         return rows, slots
 
     def _draw_qkv(self, stale: float) -> tuple[Array, Array, Array]:
-        """Draw float64 values in the shapes of the call."""
+        """Sample float64 values in the shapes of the call."""
         case = self.case
         lead_q = (self.total_q,) if case.packed else (case.batch, case.seqlen_q)
         if case.paged:
@@ -262,7 +262,7 @@ class _Builder:
         return q, k, v
 
     def _any(self, x: Array) -> Array:
-        """Lay an array out at random; sometimes all heads share memory."""
+        """Lay an array out randomly. Sometimes all heads share memory."""
         if self.rng.random() < 0.2:
             return np.broadcast_to(self.embed(x[..., :1, :].astype(self.dtype), "any"), x.shape)
         return self.embed(x.astype(self.dtype), "any")
@@ -274,7 +274,7 @@ class _Builder:
         return view
 
     def _seen(self) -> Array:
-        """Return which scores exist: (batch, nheads, rows, slots)."""
+        """Return which scores are not masked: (batch, nheads, rows, slots)."""
         seen = np.zeros((self.case.batch, self.case.nheads, self.case.seqlen_q, self.slots), bool)
         for span in self.spans:
             of_heads = visible(self.case, span, self.kv_indices)
@@ -309,7 +309,7 @@ class _Builder:
         return np.broadcast_to(placed, sizes) if case.mask == "expanded" else placed
 
     def _gradients(self) -> tuple[Array, Array | None]:
-        """Draw dout and dlse, NaN in rows that belong to no sequence."""
+        """Sample dout and dlse, NaN in rows that belong to no sequence."""
         case = self.case
         lead = (self.total_q,) if case.packed else (case.batch, case.seqlen_q)
         dout = np.full((*lead, case.nheads, case.head_dim_v), np.nan)

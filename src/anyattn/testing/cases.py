@@ -1,4 +1,4 @@
-"""Cases: the choices of a call, without arrays. One for each feature, or as many random ones as you like."""
+"""Cases: choices of a call, without arrays. One case per feature, or any number of random cases."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-# Every choice that a field of a Case has. A choice that is listed twice is drawn twice as often.
+# Choices for each field of a Case. A choice that is listed twice is sampled twice as often.
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 LENGTHS = ("full", "full", "seqused", "leftpad", "both", "varlen", "varlen_seqused", "paged", "paged_varlen")
 LAYOUTS = ("bshd", "bhsd", "packed", "last", "reversed", "expanded", "slices", "any")
 # Cases may have further contents: see arrays.py.
 CONTENTS = ("normal", "normal", "normal", "huge", "equal_keys", "rising", "falling", "all_negative", "empty_sequences")
-# Shapes of a dense bias or mask from (batch, nheads, seqlen_q, seqlen_k). "expanded" has the full shape by strides
+# Shapes of a dense bias or mask from (batch, nheads, seqlen_q, seqlen_k). "expanded" has the full shape with strides
 # of 0, and (1, nheads, 1, seqlen_k) in memory.
 BROADCASTS: dict[str, Callable[[int, int, int, int], tuple[int, ...]]] = {
     "full": lambda b, h, q, k: (b, h, q, k),
@@ -33,9 +33,9 @@ BROADCASTS: dict[str, Callable[[int, int, int, int], tuple[int, ...]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """The choices of one call of attention. Everything that is not chosen is drawn from `seed`.
+    """Choices of one call of attention. Everything else is sampled from `seed`.
 
-    Sizes are those of the longest sequence; `lengths` says how the other sequences are shorter.
+    Sizes are those of the longest sequence. `lengths` determines how the others are shorter.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Case:
     seqlen_q: int = 63
     seqlen_k: int = 111
     nheads_kv: int = 2
-    group: int = 1  # query heads of each key head
+    group: int = 1  # query heads per KV head
     head_dim: int = 40
     head_dim_v: int = 40
     dtype: str = "float32"
@@ -52,20 +52,20 @@ class Case:
     chunk: int = 0
     alignment: str = "bottom-right"
     offset: str = ""  # "int": one for all sequences; "each": one per sequence
-    lengths: str = "full"  # one of LENGTHS: which tables the call has
+    lengths: str = "full"  # one of LENGTHS, the tables of the call
     kv_indices: str = ""  # "shared": one list per query; "heads": one per query and KV head
-    mask: str = ""  # one of BROADCASTS: the shape of the dense mask, and of the bias
+    mask: str = ""  # one of BROADCASTS, the shape of the dense mask and of the bias
     bias: str = ""
-    bias_dtype: str = ""  # of q, unless given
+    bias_dtype: str = ""  # "": q's dtype
     alibi: str = ""  # "h": (nheads,); "bh": (batch, nheads)
     softcap: float = 0.0
     sink: bool = False
     dropout_p: float = 0.0
     scale: float | None = None
-    layout: str = "bshd"  # one of LAYOUTS; "any": every array, tables and statistics too, is laid out at random
-    dlse: bool = False  # whether the backward gets a gradient of lse
-    content: str = "normal"  # the values: see CONTENTS
-    page_size: int = 0  # 0: drawn
+    layout: str = "bshd"  # one of LAYOUTS; "any": a random layout for every array, also tables and statistics
+    dlse: bool = False  # the backward pass has a gradient of lse
+    content: str = "normal"  # one of CONTENTS, the kind of values
+    page_size: int = 0  # 0: sampled
     seed: int = 0
 
     def __str__(self) -> str:
@@ -77,7 +77,7 @@ class Case:
 
     @property
     def packed(self) -> bool:
-        """Whether all sequences share one axis."""
+        """Return whether all sequences share one axis."""
         return "varlen" in self.lengths
 
     @property
@@ -85,7 +85,7 @@ class Case:
         return self.lengths.startswith("paged")
 
 
-# The features of attention, each as the fields of a Case.
+# Features of attention, each as fields of a Case.
 FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
     "causal": {"causal": True},
@@ -113,18 +113,18 @@ FEATURES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bounds of the sizes that `random_case` draws."""
+    """Limits of the sizes that `random_case` samples."""
 
     smallest: int = 1  # batch
     shortest: int = 64  # seqlen_q and seqlen_k: long enough for the windows and chunks of FEATURES
     longest: int = 160
     head_dim: int = 128
-    scores: int = 2**17  # of all heads together; the reference computes a million, both passes, in half a second
-    single_head_in: int = 0  # one case in so many is a single head, with any number of scores; 0: none
+    scores: int = 2**17  # of all heads; the reference computes a million scores, both passes, in half a second
+    single_head_in: int = 0  # one case in this many is a single head with any number of scores; 0: none
 
 
 def feature_cases(seed: int = 0, dtypes: Iterable[str] = DTYPES, limits: Limits = Limits()) -> Iterator[Case]:
-    """Yield one case for each dtype and feature; sizes and values follow from the seed."""
+    """Yield one case per dtype and feature. Sizes and values depend on the seed."""
     for dtype in dtypes:
         for name, feature in FEATURES.items():
             number = zlib.crc32(f"{seed} {dtype} {name}".encode())
@@ -135,7 +135,7 @@ def feature_cases(seed: int = 0, dtypes: Iterable[str] = DTYPES, limits: Limits 
 
 
 def random_case(rng: random.Random, limits: Limits = Limits(), name: str = "random") -> Case:
-    """Draw any call that is allowed: packed sequences have no dense bias or mask."""
+    """Sample any valid call. Packed sequences have no dense bias or mask."""
     lengths, dtype = rng.choice(LENGTHS), rng.choice(DTYPES)
     broadcasts = ("",) if "varlen" in lengths else ("", "", *BROADCASTS)
     batch, nheads_kv, group, seqlen_q, seqlen_k = _sizes(rng, limits)
@@ -173,18 +173,21 @@ def random_case(rng: random.Random, limits: Limits = Limits(), name: str = "rand
 
 
 def random_side(rng: random.Random, longest: int) -> int | None:
-    """Draw one side of a window."""
+    """Sample one side of a window."""
     return rng.choice((None, 0, rng.randint(0, 100), rng.randint(0, longest)))
 
 
 def _sizes(rng: random.Random, limits: Limits) -> tuple[int, int, int, int, int]:
-    """Draw batch, nheads_kv, group, seqlen_q, seqlen_k: long sequences have few heads, and two long ones one head."""
+    """Sample batch, nheads_kv, group, seqlen_q, seqlen_k.
+
+    Long sequences have few heads, two long ones have one head.
+    """
     batch, kv, group = rng.choice((0, 1, 1, 2, 3, 5)), rng.choice((1, 1, 2, 3)), rng.choice((1, 1, 2, 4, 8))
     batch = max(batch, limits.smallest)
     rows, keys = _seqlen(rng, limits), _seqlen(rng, limits)
     if limits.single_head_in and rng.randrange(limits.single_head_in) == 0:
         return min(batch, 1), 1, 1, rows, keys
-    while max(batch, 1) * kv * group * rows * keys > limits.scores:  # arrays of no sequence have surroundings too
+    while max(batch, 1) * kv * group * rows * keys > limits.scores:  # empty arrays have buffers too
         if max(batch, 1) * kv * group > 1:
             batch, kv, group = min(batch, max(1, batch // 2)), max(1, kv // 2), max(1, group // 2)
         elif rows > keys:
@@ -195,7 +198,7 @@ def _sizes(rng: random.Random, limits: Limits) -> tuple[int, int, int, int, int]
 
 
 def _seqlen(rng: random.Random, limits: Limits) -> int:
-    """Draw a short length, one about a multiple of a tile's sides, or any."""
+    """Sample a short length, one near a multiple of a tile's sides, or any."""
     kind = rng.randrange(4)
     if kind == 3:
         length = rng.randint(1, 16)

@@ -24,7 +24,7 @@ DERIVATIVES = (TANGENT.name, SECOND.name)
 
 
 def check(case: Case, backend: str | None = None, passes: Iterable[str] = PASSES) -> list[str]:
-    """Compute a case and return [] or one line for everything that is wrong.
+    """Compute a case; return one line for everything that is wrong, or [].
 
     Raises:
         UnsupportedProblem: the backend refuses the case.
@@ -42,7 +42,7 @@ def check(case: Case, backend: str | None = None, passes: Iterable[str] = PASSES
 
 
 def expected(inputs: CaseInputs, pass_name: str = FORWARD.name) -> dict[str, Expected]:
-    """Compute the results of a pass in float64, each with the largest error that is accepted."""
+    """Compute the results of a pass in float64, each with the largest accepted error."""
     problem, arrays = inputs.describe()
     if pass_name == FORWARD.name:
         return accuracy.expected_forward(problem, arrays)
@@ -77,12 +77,12 @@ def compute(inputs: CaseInputs, pass_name: str, backend: str | None = None) -> R
 
 
 def compare(expected: Mapping[str, Expected], got: Mapping[str, npt.NDArray[Any] | None]) -> list[str]:
-    """Return [] or one line for each result whose error is beyond its budget."""
+    """Return one line for each result whose error exceeds its budget, or []."""
     return accuracy.check(expected, {name: _as_expected(want, got[name]) for name, want in expected.items()})
 
 
 def malformed(inputs: CaseInputs, got: Mapping[str, npt.NDArray[Any] | None]) -> list[str]:
-    """Return [] or one line for each result that is missing, not contiguous, or of the wrong dtype or shape."""
+    """Return one line for each result that is missing, not contiguous, or of the wrong dtype or shape, or []."""
     given = inputs.arguments
     wanted = {f"d{x}": (given[x].dtype, given[x].shape) for x in ("q", "k", "v", *GRADIENTS) if x in given}
     wanted |= dict.fromkeys(("out", "tout", "ddout"), (given["q"].dtype, inputs.dout.shape))
@@ -92,21 +92,21 @@ def malformed(inputs: CaseInputs, got: Mapping[str, npt.NDArray[Any] | None]) ->
         want = wanted.get(name)
         if x is None or want is None:
             lines += [f"{name} is missing"] if want else []
-            lines += [f"{name} belongs to an input that the call does not have"] if x is not None else []
+            lines += [f"{name} must be None, because the call has no such input"] if x is not None else []
         elif (x.dtype, x.shape) != want:
-            lines.append(f"{name} is {x.dtype} {x.shape}, not {want[0]} {want[1]}")
+            lines.append(f"{name} must be {want[0]} {want[1]}, got {x.dtype} {x.shape}")
         elif not x.flags.c_contiguous:
             lines.append(f"{name} is not contiguous")
     return lines
 
 
 def share(want: Expected, got: npt.NDArray[Any] | None) -> float:
-    """Return the error of a result as a share of its budget."""
+    """Return the error of a result relative to its budget."""
     found = _as_expected(want, got)
     error = np.inf if found is None else want.error(found)
     return error / want.budget if want.budget else np.inf if error else 0.0
 
 
 def _as_expected(want: Expected, got: npt.NDArray[Any] | None) -> npt.NDArray[Any] | None:
-    """A view with the leading axes of size 1 that the gradient of a bias with fewer than four dimensions lacks."""
+    """Return a view with leading axes of size 1, which the gradient of a bias with fewer than four dimensions lacks."""
     return got if got is None else got[(None,) * (want.value.ndim - got.ndim)]

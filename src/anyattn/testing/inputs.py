@@ -1,4 +1,4 @@
-"""The inputs of a case: the arguments of its call, and where in the arrays each sequence is."""
+"""Inputs of a case: the arguments of its call, and the positions of each sequence in the arrays."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ Index = Any  # of some rows: a slice, or a tuple of indices
 
 @dataclass(frozen=True)
 class Span:
-    """One sequence: rows and keys in use, left padding, position of row 0, and the places of its rows and key slots."""
+    """Sequence of a case:
+
+    queries and keys in use, left padding, position of query 0, indices of its rows and key slots.
+    """
 
     index: int
     n_q: int
@@ -35,7 +38,7 @@ class Span:
 
 @dataclass
 class CaseInputs:
-    """The inputs of `attention_forward` and `attention_backward` for one case, and the memory around them."""
+    """Inputs of `attention_forward` and `attention_backward` for one case, and the memory around them."""
 
     case: Case
     arguments: dict[str, Any]  # of attention_forward, q, k and v included
@@ -44,7 +47,7 @@ class CaseInputs:
     slots: int  # seqlen_k of the problem
     dout: Array
     dlse: Array | None
-    buffers: list[Array] = field(default_factory=list)  # the memory that most arrays are views of
+    buffers: list[Array] = field(default_factory=list)  # the memory of most arrays, which are views
 
     @property
     def packed(self) -> bool:
@@ -73,11 +76,11 @@ class CaseInputs:
         return (h, span.rows) if self.packed else (span.rows[0], h, span.rows[1])
 
     def bytes(self) -> list[bytes]:
-        """Return what the memory in and around the inputs holds, to see that a call writes none of it."""
+        """Return the contents of the memory in and around the inputs, to check that a call writes none of it."""
         return [buffer.tobytes() for buffer in self.buffers]
 
     def saved(self, out: Array, lse: Array) -> tuple[Array, Array]:
-        """Return out and lse as the backward gets them: themselves, or copies that are laid out like the inputs."""
+        """Return out and lse for the backward pass: unchanged, or copies with the layout of the inputs."""
         if self.case.layout != "any":
             return out, lse
         rng = np.random.default_rng(self.case.seed)
@@ -129,7 +132,7 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
 
 
 def has_dtype(name: str) -> bool:
-    """Return whether NumPy arrays of this dtype can be made here: bfloat16 needs ml_dtypes."""
+    """Return whether NumPy arrays of this dtype are available; bfloat16 needs ml_dtypes."""
     try:
         numpy_dtype(name)
     except ImportError:

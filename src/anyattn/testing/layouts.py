@@ -1,4 +1,4 @@
-"""Arrays inside larger buffers, as callers bring them: slices, transposes, steps, any address."""
+"""Arrays inside larger buffers, as callers pass them: slices, transposes, steps, any address."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def embedded(values: Array, layout: str) -> tuple[Array, Array]:
 def scattered(
     values: Array, rng: np.random.Generator, *, rows: bool = False, torch: bool = False
 ) -> tuple[Array, Array]:
-    """Return a view with these values and the buffer around it, of NaN, of True or of integers that no table may hold.
+    """Return a view with these values and the buffer around it, of NaN, True or integers that are invalid in tables.
 
-    rows: the last dimension stays contiguous and elements aligned, else most often; torch: no negative strides, no
-    address that its dtype forbids. The view may reach both ends of the buffer, where a sanitizer watches.
+    rows: the last dimension stays contiguous and elements aligned, otherwise usually; torch: no negative strides, and
+    no address that its dtype forbids. The view may reach both ends of the buffer, which a sanitizer watches.
     """
     rank = values.ndim
     order = rng.permutation(rank)
@@ -63,7 +63,7 @@ def scattered(
 
 
 def _filled(sizes: Array, dtype: np.dtype[Any], rng: np.random.Generator, *, aligned: bool) -> tuple[Array, Array]:
-    """Return a buffer of bytes, and all but a few elements of it as an array of these sizes."""
+    """Return a buffer of bytes, and most of its elements as an array of these sizes."""
     count, lead = int(np.prod(sizes)), int(rng.integers(0, 5))
     shift = 0 if aligned or dtype.itemsize == 1 else 1
     buffer = np.empty((lead + count) * dtype.itemsize + shift, np.uint8)
@@ -77,7 +77,7 @@ def _filled(sizes: Array, dtype: np.dtype[Any], rng: np.random.Generator, *, ali
 
 
 def around(view: Array, buffer: Array) -> bytes:
-    """Return what the buffer holds outside the view."""
+    """Return the contents of the buffer outside the view."""
     values = view.copy()
     view[...] = 0
     outside = buffer.tobytes()

@@ -1,7 +1,7 @@
-"""Checks of problems that are too large to compute in float64: a part of them, exactly and with the same budgets.
+"""Checks of problems that are too large to compute in float64: a part is computed exactly, with the usual budgets.
 
-The parts are the same every time. Of the forward they are some rows of some heads. A key's gradients need every row, so
-of the backward they are whole heads.
+The parts are always the same. For the forward pass they are some queries of some heads. For the backward pass they are
+complete heads, because the gradients of a key need every query.
 """
 
 from __future__ import annotations
@@ -20,21 +20,22 @@ from ..definition.reference import Part
 from ..definition.sequences import Sequence, sequences
 from .problems import describe, to_numpy
 
-ALL_SCORES = 2**21  # of all heads together: a problem with more is compared in parts
-ALL_KEYS = 2**24  # values of k and v: the same
-ROWS = 24  # of a head
-SCORES = 2**20  # of one part of the backward, which bounds the memory
+ALL_SCORES = 2**21  # scores of all heads; a larger problem is compared in parts
+ALL_KEYS = 2**24  # values of k and v; a larger problem is compared in parts
+ROWS = 24  # queries of a head
+SCORES = 2**20  # scores of one part of the backward pass, which limits the memory
 
 
 def expected_results(
     arguments: Mapping[str, Any], dout: Any = None, dlse: Any = None, *, random: bool = False
 ) -> dict[str, Expected]:
-    """Compute what a call must return: everything, or of a large problem a sample.
+    """Compute the expected results of a call: all of them or, for a large problem, a sample.
 
     Args:
-        arguments: of `attention_forward`, on NumPy arrays or torch tensors.
-        dout, dlse: gradients of out and lse, for the results of the backward.
-        random: the arrays are independent random numbers, for which a tighter budget holds (definition/accuracy.py).
+        arguments: arguments of `attention_forward`, on NumPy arrays or torch tensors.
+        dout: gradient of out, for the results of the backward pass.
+        dlse: gradient of lse, for the results of the backward pass.
+        random: the arrays are independent random numbers, so a tighter budget holds (definition/accuracy.py).
     """
     problem, arrays = describe(arguments)
     parts = sample(problem, arrays, backward=dout is not None)
@@ -45,7 +46,7 @@ def expected_results(
 
 
 def sample(problem: Problem, arrays: Mapping[str, Any], *, backward: bool) -> list[Part] | None:
-    """Choose the parts of a large problem that are compared; None stands for all of a small one."""
+    """Return the compared parts of a large problem; None for a small problem, which is compared completely."""
     found = list(sequences(problem, {name: arrays.get(name) for name in TABLES}))
     scores = problem.nheads * sum(s.n_q * s.n_k for s in found)
     keys = problem.nheads_kv * sum(s.n_k for s in found) * (problem.head_dim + problem.head_dim_v)
@@ -55,7 +56,10 @@ def sample(problem: Problem, arrays: Mapping[str, Any], *, backward: bool) -> li
 
 
 def _rows(problem: Problem, found: list[Sequence]) -> Iterator[Part]:
-    """The first, a middle and the last head of as many sequences: their first row, their last, and some others."""
+    """Return parts of the first, a middle and the last head of as many sequences:
+
+    first and last query, and some others.
+    """
     rng = np.random.default_rng(0)
     for b in _some(len(found)):
         n_q = found[b].n_q
@@ -67,7 +71,7 @@ def _rows(problem: Problem, found: list[Sequence]) -> Iterator[Part]:
 
 
 def _heads(problem: Problem, found: list[Sequence]) -> Iterator[Part]:
-    """All query heads of the first key head of the first sequence, and of the last of the last."""
+    """Yield all query heads of the first KV head of the first sequence, and of the last one of the last sequence."""
     for b, h_kv in dict.fromkeys([(0, 0), (len(found) - 1, problem.nheads_kv - 1)]):
         step = max(1, SCORES // max(1, found[b].n_k))
         for h in range(h_kv * problem.group, (h_kv + 1) * problem.group):

@@ -1,4 +1,6 @@
-"""Decoding, with few queries and many keys. The heads of a group share a tile, programs split the keys (split-KV), and
+"""Decoding, with few queries and many keys.
+
+The heads of a group share a tile, programs split the keys (split-KV), and
 their partial results are combined.
 
 lse = log(sum_s exp(lse_s))      out = sum_s exp(lse_s - lse) out_s

@@ -97,8 +97,9 @@ def first_row(v, tables, sizes):
 
 @triton.jit
 def find(slot, tables, sizes, PACK: tl.constexpr, TILE: tl.constexpr):
-    """Return (tile, sequence, its first row, its rows) of a slot of packed rows; sequence `batch` for rows of no
-    sequence.
+    """Return (tile, sequence, its first row, its rows) of a slot of packed rows.
+
+    Rows outside every sequence belong to sequence `batch`.
 
     Virtual sequence v owns the slots from first_row(v) // TILE + v on. They suffice for its rows at any length, so
     neither the longest length nor a prefix sum of tiles is needed.

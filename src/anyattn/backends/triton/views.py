@@ -84,8 +84,9 @@ class Dropout(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """Order of programs: tiles of queries per head, heads whose keys share the L2 cache, splits of the keys, and the
-    distance between the splits' parts of out and lse."""
+    """Order of programs: tiles of queries per head, heads whose keys share the L2 cache, splits of the keys.
+
+    The strides are the distances between the splits' parts of out and lse."""
 
     tiles: Any
     section: Any

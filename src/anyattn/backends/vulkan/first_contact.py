@@ -1,5 +1,6 @@
-"""First contact with the Vulkan drivers of this machine, in a child process, so that a broken driver only ends the
-child.
+"""First contact with the Vulkan drivers of this machine, in a child process.
+
+A broken driver then ends only the child.
 
 Automatic choice calls this before this process loads a driver that nobody has named. The answer is stored in the cache
 folder, under a digest of everything that distinguishes sets of drivers. Answers of failure expire after a day.

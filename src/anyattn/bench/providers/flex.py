@@ -1,4 +1,6 @@
-"""torch's compiled flex_attention, forward. Compilation takes seconds per shape. It is timed where it is the natural
+"""torch's compiled flex_attention, forward.
+
+Compilation takes seconds per shape. It is timed where it is the natural
 comparison (windows, softcap), and otherwise only within the rest of a compile time budget."""
 
 from __future__ import annotations

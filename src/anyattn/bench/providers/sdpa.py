@@ -44,7 +44,9 @@ class Sdpa:
 
 
 class SdpaPacked:
-    """Decoding with the query heads of a KV head as rows, arranged by the caller. enable_gqa would read K and V for
+    """Decoding with the query heads of a KV head as rows, arranged by the caller.
+
+    enable_gqa would read K and V for
     each query head."""
 
     name = "torch SDPA (packed)"

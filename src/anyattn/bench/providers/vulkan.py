@@ -1,7 +1,7 @@
-"""Vulkan backends of anyattn and of aule-attention, on the device of ANYATTN_VULKAN_DEVICE or the best (suite
-`vulkan`).
+"""Vulkan backends of anyattn and of aule-attention, for the suite `vulkan`.
 
-A software driver is used too. It says little about GPUs, but both libraries compute on the same driver.
+They use the device of ANYATTN_VULKAN_DEVICE or the best one. A software driver is used too. It says little about GPUs,
+but both libraries compute on the same driver.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Shared parts of the flash_attn 2, 3 and 4 modules: their arguments in the terms of anyattn, and calls of it."""
+"""Shared helpers of the flash_attn 2, 3 and 4 modules: convert their arguments and call anyattn."""

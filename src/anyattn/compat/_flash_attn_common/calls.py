@@ -19,9 +19,9 @@ Bounds = tuple["int | None", "int | None"]
 def attend(
     q: Tensor, k: Tensor, v: Tensor, *, bounds: Bounds, return_lse: bool = False, **arguments: Any
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) from arguments of `attention_forward`, with autograd, through lse too if `return_lse`.
+    """Compute (out, lse) from arguments of `attention_forward`, with autograd; `return_lse`: lse has a gradient too.
 
-    `bounds` stand for causal and window; unlike those they may be negative, which means something in flash_attn 4.
+    `bounds` replace causal and window. Unlike these they may be negative, which is meaningful in flash_attn 4.
     """
     inputs, options, seed, backend = make_request(q, k, v, bounds, **arguments)
     return framework_of(q).attention(inputs, options, seed, return_lse, backend, want_lse=True)
@@ -39,7 +39,10 @@ def gradients(
     dlse: Tensor | None = None,
     **arguments: Any,
 ) -> tuple[Any, ...]:
-    """(dq, dk, dv, dbias, dsink) from what `attend` was given and returned; lse may hold +inf for rows without keys."""
+    """Compute (dq, dk, dv, dbias, dsink) from inputs and results of `attend`.
+
+    lse may be +inf for queries without keys.
+    """
     inputs, options, seed, backend = make_request(q, k, v, bounds, **arguments)
     lse = dense("lse", lse).masked_fill(lse == torch.inf, -torch.inf)
     return framework_of(q).backward(Saved(out, lse, dout, dlse), inputs, options, seed, backend)
@@ -52,8 +55,17 @@ def pair(name: str, value: Any) -> tuple[Any, Any]:
     return value[0], value[1]
 
 
+def unpack(name: str, packed: Tensor, ndim: int) -> tuple[Tensor, ...]:
+    """Return views of q, k, v or k, v, which are packed along the third dimension from the end."""
+    packed = dense(name, packed)
+    if packed.ndim != ndim or packed.shape[-3] != len(name):
+        batch = "batch, seqlen" if ndim == 5 else "total"
+        raise ValueError(f"{name} must be ({batch}, {len(name)}, nheads, head_dim), got {tuple(packed.shape)}")
+    return packed.unbind(-3)
+
+
 def window_bounds(window_size: Any, causal: Any, limits: tuple[int, int] | None = None) -> Bounds:
-    """Return (left, right) of flash_attn 2 and 3, where negative means unbounded, and so does a limit or more."""
+    """Return (left, right) of flash_attn 2 and 3. Negative sides, and sides of at least `limits`, are unbounded."""
     left, right = (integer("window_size", side) for side in pair("window_size", window_size))
     most_left, most_right = limits or (left + 1, right + 1)
     last = 0 if flag("causal", causal) else None if right < 0 or right >= most_right else right
@@ -61,19 +73,19 @@ def window_bounds(window_size: Any, causal: Any, limits: tuple[int, int] | None 
 
 
 def store(into: Tensor | None, value: Tensor) -> Tensor:
-    """The value, written to a buffer of the caller's if there is one."""
+    """Return the value, written to the caller's buffer if there is one."""
     with torch.no_grad():
         return value if into is None else into.copy_(value)
 
 
 def only_speed(num_splits: Any, most: int) -> None:
-    """Checks the one argument that only steers a GPU's speed, and that callers get wrong."""
+    """Check num_splits, which is only a hint for GPUs."""
     if not 0 <= integer("num_splits", num_splits) <= most:
         raise ValueError(f"num_splits must be 0 (automatic) to {most}, got {num_splits}")
 
 
 def rows_of(cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor, Tensor]:
-    """For each row of a packed array: its sequence, its index there, and whether it belongs to any."""
+    """Return for each row of a packed array: its sequence, its index in it, and whether it belongs to a sequence."""
     rows = torch.arange(total, device=cu_seqlens.device)
     sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), rows, right=True)
     inside = (rows >= cu_seqlens[0]) & (rows < cu_seqlens[-1])

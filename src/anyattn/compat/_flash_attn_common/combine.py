@@ -1,4 +1,4 @@
-"""Merging the partial results of attention over disjoint sets of keys, any number at once."""
+"""Merging of any number of partial results of attention over disjoint sets of keys."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ def combine(
     out_dtype: torch.dtype | None,
     used: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) from (num_splits, ..., nheads, head_dim) and (num_splits, ..., nheads); rows not `used`: 0 and -inf.
+    """Merge (num_splits, ..., nheads, head_dim) and (num_splits, ..., nheads). Rows that are not `used`: 0 and -inf.
 
     lse = log sum_s exp(lse_s)      out = sum_s exp(lse_s - lse) out_s      a split with lse_s = -inf is not read
     """
     if out_partial.ndim not in (4, 5) or lse_partial.shape != out_partial.shape[:-1]:
         raise ValueError(
             "out_partial must be (num_splits, batch, seqlen, nheads, head_dim) or (num_splits, total, nheads, head_dim)"
-            f", lse_partial that less head_dim, got {tuple(out_partial.shape)} and {tuple(lse_partial.shape)}"
+            ", and lse_partial must have that shape without head_dim, "
+            f"got {tuple(out_partial.shape)} and {tuple(lse_partial.shape)}."
         )
     with torch.no_grad():
         if used is not None:
@@ -34,11 +35,11 @@ def combine(
 
 
 def used_rows(out_partial: Tensor, cu_seqlens: Tensor | None, seqused: Tensor | None) -> Tensor | None:
-    """Which rows belong to a sequence and are in use, (batch, seqlen) or (total,); None: all."""
+    """Return which rows belong to a sequence and are in use, (batch, seqlen) or (total,); None: all."""
     packed = out_partial.ndim == 4
     if cu_seqlens is not None and not packed:
         raise ValueError(
-            f"cu_seqlens needs out_partial (num_splits, total, nheads, head_dim), got {out_partial.ndim}-D"
+            f"out_partial must be (num_splits, total, nheads, head_dim) with cu_seqlens, got {out_partial.ndim}-D"
         )
     if cu_seqlens is not None:
         sequence, row, inside = rows_of(cu_seqlens, out_partial.shape[1])
@@ -46,5 +47,5 @@ def used_rows(out_partial: Tensor, cu_seqlens: Tensor | None, seqused: Tensor | 
     if seqused is None:
         return None
     if packed:
-        raise ValueError("seqused with packed out_partial needs cu_seqlens")
+        raise ValueError("cu_seqlens must be passed with seqused for a packed out_partial, got None.")
     return torch.arange(out_partial.shape[2], device=seqused.device) < seqused[:, None]

@@ -1,4 +1,4 @@
-"""What flash_attn 3 and 4 add to q, k and v: an absorbed second product (MLA), and fp8 values with scales."""
+"""Inputs that flash_attn 3 and 4 add to q, k and v: an absorbed second product (MLA), and fp8 values with scales."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def attend_extended(
     cu_seqlens_q: Tensor | None = None,
     **arguments: Any,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) of `attend` with scores scale * (q k^T + qv v^T), or of the values x * descale.
+    """Compute (out, lse) of `attend` with scores scale * (q k^T + qv v^T), or with values x * descale.
 
-    The descales of q, k and v are (batch, nheads_kv). They are linear in q and out, so k and v are read as they are;
-    fp8 is computed in float32 and gives a bfloat16 out.
+    The descales of q, k and v are (batch, nheads_kv). Scores and out are linear in them, so they multiply q and out,
+    and k and v are not changed. fp8 is computed in float32 and gives a bfloat16 out.
     """
     arguments.update({"scale": scale, "cu_seqlens_q": cu_seqlens_q})
     if qv is not None:
@@ -51,14 +51,17 @@ def attend_extended(
 
 
 def absorbed(q: Tensor, k: Tensor, v: Tensor, qv: Tensor) -> tuple[Tensor, Tensor]:
-    """(q, k) whose products are q k^T + qv v^T: one head_dim behind the other, and the default scale is of both."""
+    """Return (q, k) whose products are q k^T + qv v^T, concatenated along head_dim.
+
+    The default scale uses both sizes.
+    """
     if qv.shape != (*q.shape[:-1], v.shape[-1]):
         raise ValueError(f"qv must have q's shape with v's head_dim, got {tuple(qv.shape)} for q {tuple(q.shape)}")
     return torch.cat((q, qv), -1), torch.cat((k, v), -1)
 
 
 def _per_row(name: str, descale: Tensor, x: Tensor, nheads_kv: int, cu_seqlens: Tensor | None) -> Tensor:
-    """The factors of x (batch, seqlen, nheads, head_dim) or, packed, (total, nheads, head_dim)."""
+    """Return the factors of x (batch, seqlen, nheads, head_dim) or, packed, (total, nheads, head_dim)."""
     if dense(name, descale).device != x.device:
         raise ValueError(f"{name} must be on {x.device} like the tensor that it scales, got {descale.device}.")
     batch = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1

@@ -1,4 +1,4 @@
-"""The surface of flash_attn 2.8 on anyattn, forward and backward; each submodule has its name there."""
+"""Drop-in replacement for flash_attn 2.8, forward and backward. Submodules have the names of flash_attn's."""
 
 from ..installation import FLASH_ATTN_VERSION
 from . import _ops as _ops
@@ -12,7 +12,7 @@ from .flash_attn_interface import (
     flash_attn_with_kvcache,
 )
 
-__version__ = FLASH_ATTN_VERSION  # whose signatures these are; programs compare it
+__version__ = FLASH_ATTN_VERSION  # version of these signatures, which programs compare
 
 __all__ = [
     "flash_attn_func",

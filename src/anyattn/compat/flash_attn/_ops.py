@@ -1,8 +1,8 @@
-"""torch.ops.flash_attn: the four functions below autograd as operators, under the real package's names.
+"""torch.ops.flash_attn: the four functions below autograd as operators, with the real package's names.
 
-They are composite: tracing goes through them to anyattn's own operators, whose fakes serve, and what is compiled never
-sees an operator that mutates. Registered only where the real package is not installed, since it would find its names
-taken, whichever of the two is imported first.
+They are composite: tracing passes through them to anyattn's own operators and their fakes, so compiled code never
+contains an operator that mutates. They are registered only if the real package is not installed, because otherwise the
+package would find its names taken.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ _MUTATED = {
 
 
 def real_package() -> bool:
-    """Whether `import flash_attn` would find a package that is not this one."""
+    """Return whether `import flash_attn` would find a package other than this one."""
     module = sys.modules.get("flash_attn")
     spec = getattr(module, "__spec__", None) if module else importlib.util.find_spec("flash_attn")
     return bool(spec and spec.origin and Path(spec.origin).parent != Path(__file__).parent)
 
 
 def register() -> torch.library.Library | None:
-    """Defines the operators; they live as long as what is returned. None where they are the real package's."""
+    """Define the operators, which exist as long as the returned library. None if the real package is installed."""
     if real_package() or hasattr(torch.ops.flash_attn, "_flash_attn_forward"):
         return None
     library = torch.library.Library("flash_attn", "FRAGMENT")
-    # torch 2.6 reads annotations among its own names: their signatures say Tensor and built-in types alone
+    # torch 2.6 evaluates annotations in its own namespace, so the signatures use only Tensor and built-in types.
     for name, mutated in _MUTATED.items():
         function = getattr(_private, name)
         library.define(name + torch.library.infer_schema(function, mutates_args=mutated))

@@ -1,4 +1,4 @@
-"""The functions below autograd that ring-flash-attention, long-context-attention and diffusers call."""
+"""Functions below autograd, which ring-flash-attention, long-context-attention and diffusers call."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Results = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class Scores(NamedTuple):
-    """The arguments that every function of flash_attn 2 has, in its order and with its meaning."""
+    """Arguments that every function of flash_attn 2 has, in its order."""
 
     dropout_p: float
     softmax_scale: float | None
@@ -30,7 +30,7 @@ class Scores(NamedTuple):
         """Return the arguments of `attend`."""
         softcap, dropout_p = real("softcap", self.softcap), real("dropout_p", self.dropout_p)
         if dropout_p > 0 and softcap > 0:
-            raise RuntimeError(f"softcap does not support dropout, got softcap {softcap} and dropout_p {dropout_p}")
+            raise RuntimeError(f"softcap must be 0 with dropout, got softcap {softcap} and dropout_p {dropout_p}.")
         return {
             "bounds": window_bounds(self.window_size, self.causal),
             "scale": self.softmax_scale,
@@ -42,7 +42,7 @@ class Scores(NamedTuple):
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, scores: Scores, return_softmax: bool, **tables: Any) -> Results:
-    """(out, lse with +inf for rows without keys, S_dmask, rng_state); out has gradients."""
+    """Return (out, lse with +inf for queries without visible keys, S_dmask, rng_state). out has gradients."""
     q, arguments = dense("q", q), {**scores.arguments(), **tables}
     drops = arguments["dropout_p"] > 0
     rng_state = random_state(q) if drops else q.new_zeros(2, dtype=torch.int64)
@@ -68,10 +68,27 @@ def _flash_attn_forward(
     alibi_slopes: Tensor | None,
     return_softmax: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(out, softmax_lse, S_dmask, rng_state) of `flash_attn_func`, without gradients.
+    """Compute (out, softmax_lse, S_dmask, rng_state) of `flash_attn_func` without gradients.
 
-    rng_state is int64 (seed, offset), for `_flash_attn_backward`; zeros without dropout. RuntimeError if
-    return_softmax is asked for without dropout.
+    Args:
+        q: (batch, seqlen_q, nheads, head_dim).
+        k: (batch, seqlen_k, nheads_kv, head_dim).
+        v: (batch, seqlen_k, nheads_kv, head_dim_v).
+        dropout_p: dropout probability; torch's default generator gives the random state. Not combined with softcap.
+        softmax_scale: any finite number; default head_dim ** -0.5.
+        causal: aligned to the bottom right: query i attends to keys up to i + seqlen_k - seqlen_q.
+        window_size_left: keys before the position of a query that it attends to; -1: unbounded.
+        window_size_right: keys after the position of a query that it attends to; -1: unbounded.
+        softcap: scores become softcap * tanh(score / softcap); 0: off.
+        alibi_slopes: (nheads,) or (batch, nheads); they have no gradient.
+        return_softmax: also compute S_dmask; needs dropout_p > 0.
+
+    Returns:
+        out, softmax_lse, S_dmask and rng_state. rng_state is int64 (seed, offset) for `_flash_attn_backward`, zeros
+        without dropout.
+
+    Raises:
+        RuntimeError: return_softmax without dropout.
 
     >>> import torch
     >>> from anyattn.compat.flash_attn.flash_attn_interface import _flash_attn_forward
@@ -109,15 +126,37 @@ def _flash_attn_varlen_forward(
     zero_tensors: bool = False,
     num_splits: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(out, softmax_lse, S_dmask, rng_state) of `flash_attn_varlen_func`, without gradients.
+    """Compute (out, softmax_lse, S_dmask, rng_state) of `flash_attn_varlen_func` without gradients.
 
-    leftpad_k: (batch,), first key in use; seqused_k: (batch,), keys in use, within cu_seqlens_k. zero_tensors and
-    num_splits change no result: rows of no sequence are always 0. RuntimeError for num_splits > 1 with block_table.
+    Args:
+        q: (total_q, nheads, head_dim).
+        k: (total_k, nheads_kv, head_dim); with block_table, pages (num_pages, page_size, nheads_kv, head_dim).
+        v: like k, with head_dim_v.
+        cu_seqlens_q: int32 (batch + 1,), cumulative lengths of the query sequences.
+        cu_seqlens_k: int32 (batch + 1,), cumulative lengths of the key sequences.
+        max_seqlen_q: at least the longest query length; a smaller value raises ValueError.
+        max_seqlen_k: at least the longest key length; a smaller value raises ValueError.
+        dropout_p: dropout probability; torch's default generator gives the random state. Not combined with softcap.
+        softmax_scale: any finite number; default head_dim ** -0.5.
+        causal: aligned to the bottom right: query i attends to keys up to i + seqlen_k - seqlen_q.
+        window_size_left: keys before the position of a query that it attends to; -1: unbounded.
+        window_size_right: keys after the position of a query that it attends to; -1: unbounded.
+        softcap: scores become softcap * tanh(score / softcap); 0: off.
+        alibi_slopes: (nheads,) or (batch, nheads); they have no gradient.
+        return_softmax: also compute S_dmask; needs dropout_p > 0.
+        block_table: int32 (batch, max_pages), pages of each sequence, of any size.
+        leftpad_k: (batch,), first key in use.
+        seqused_k: (batch,), number of keys in use, within cu_seqlens_k.
+        zero_tensors: no effect, because rows outside every sequence are always 0.
+        num_splits: 0 to 128, a hint for GPUs; at most 1 with block_table.
+
+    Raises:
+        RuntimeError: return_softmax without dropout, or num_splits > 1 with block_table.
     """
     _check_return_softmax(return_softmax, dropout_p)
     only_speed(num_splits, 128)
     if block_table is not None and integer("num_splits", num_splits) > 1:
-        raise RuntimeError(f"num_splits > 1 is not supported with block_table, got num_splits {num_splits}")
+        raise RuntimeError(f"num_splits must be 0 or 1 with block_table, got {num_splits}.")
     tables = varlen_tables(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table)
     tables.update({"leftpad_k": leftpad_k, "seqused_k": seqused_k})
     window = (window_size_left, window_size_right)
@@ -129,7 +168,7 @@ def _flash_attn_varlen_forward(
 def varlen_tables(
     cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: Any, max_seqlen_k: Any, block_table: Tensor | None = None
 ) -> dict[str, Any]:
-    """Arguments of `attention_varlen`; maximal lengths may be tensors."""
+    """Return arguments of `attention_varlen`. Maximum lengths may be tensors."""
     return {
         "cu_seqlens_q": cu_seqlens_q,
         "cu_seqlens_k": cu_seqlens_k,
@@ -141,11 +180,11 @@ def varlen_tables(
 
 def _check_return_softmax(return_softmax: bool, dropout_p: float) -> None:
     if return_softmax and not real("dropout_p", dropout_p) > 0:
-        raise RuntimeError("return_softmax is only supported when dropout_p > 0")
+        raise RuntimeError("return_softmax must be False if dropout_p is 0, got True.")
 
 
 def _backward(tensors: tuple[Tensor, ...], into: tuple[Tensor | None, ...], arguments: dict[str, Any]) -> Tensor:
-    """Writes dq, dk and dv where they are given; returns sum(dout * out) in lse's shape."""
+    """Write dq, dk and dv to the buffers that are not None; return sum(dout * out) in lse's shape."""
     dout, _, _, _, out, _ = tensors
     for buffer, gradient in zip(into, gradients(*tensors, **arguments)[:3], strict=True):
         store(buffer, gradient)
@@ -172,10 +211,35 @@ def _flash_attn_backward(
     deterministic: bool,
     rng_state: Tensor | None = None,
 ) -> Tensor:
-    """Writes the gradients into dq, dk and dv (each a buffer or None); returns softmax_d = sum(dout * out).
+    """Compute the gradients of `flash_attn_func` and write them to dq, dk and dv.
 
-    out and softmax_lse may be those of a larger set of keys, of which k and v are a part (ring attention). softmax_d
-    has softmax_lse's shape. With dropout_p > 0, ValueError without the rng_state of the forward.
+    out and softmax_lse may belong to a larger set of keys that contains k and v (ring attention).
+
+    Args:
+        dout: gradient of out.
+        q: (batch, seqlen_q, nheads, head_dim).
+        k: (batch, seqlen_k, nheads_kv, head_dim).
+        v: (batch, seqlen_k, nheads_kv, head_dim_v).
+        out: result of the forward pass.
+        softmax_lse: of the forward pass, +inf or -inf for queries without visible keys.
+        dq: buffer for the gradient of q, or None.
+        dk: buffer for the gradient of k, or None.
+        dv: buffer for the gradient of v, or None.
+        dropout_p: dropout probability; torch's default generator gives the random state. Not combined with softcap.
+        softmax_scale: any finite number; default head_dim ** -0.5.
+        causal: aligned to the bottom right: query i attends to keys up to i + seqlen_k - seqlen_q.
+        window_size_left: keys before the position of a query that it attends to; -1: unbounded.
+        window_size_right: keys after the position of a query that it attends to; -1: unbounded.
+        softcap: scores become softcap * tanh(score / softcap); 0: off.
+        alibi_slopes: (nheads,) or (batch, nheads); they have no gradient.
+        deterministic: guarantee identical results from run to run, or raise. The CPU backend is always deterministic.
+        rng_state: of the forward pass; needed for dropout_p > 0.
+
+    Returns:
+        softmax_d = sum(dout * out), in softmax_lse's shape.
+
+    Raises:
+        ValueError: dropout_p > 0 without rng_state.
     """
     window = (window_size_left, window_size_right)
     scores = Scores(dropout_p, softmax_scale, causal, window, softcap, alibi_slopes, deterministic)
@@ -208,7 +272,39 @@ def _flash_attn_varlen_backward(
     rng_state: Tensor | None = None,
     zero_tensors: bool = False,
 ) -> Tensor:
-    """`_flash_attn_backward` for packed sequences. zero_tensors has no effect: rows of no sequence get 0 always."""
+    """Compute the gradients of `flash_attn_varlen_func` and write them to dq, dk and dv.
+
+    Args:
+        dout: gradient of out.
+        q: (total_q, nheads, head_dim).
+        k: (total_k, nheads_kv, head_dim).
+        v: like k, with head_dim_v.
+        out: result of the forward pass.
+        softmax_lse: of the forward pass, +inf or -inf for queries without visible keys.
+        dq: buffer for the gradient of q, or None.
+        dk: buffer for the gradient of k, or None.
+        dv: buffer for the gradient of v, or None.
+        cu_seqlens_q: int32 (batch + 1,), cumulative lengths of the query sequences.
+        cu_seqlens_k: int32 (batch + 1,), cumulative lengths of the key sequences.
+        max_seqlen_q: at least the longest query length; a smaller value raises ValueError.
+        max_seqlen_k: at least the longest key length; a smaller value raises ValueError.
+        dropout_p: dropout probability; torch's default generator gives the random state. Not combined with softcap.
+        softmax_scale: any finite number; default head_dim ** -0.5.
+        causal: aligned to the bottom right: query i attends to keys up to i + seqlen_k - seqlen_q.
+        window_size_left: keys before the position of a query that it attends to; -1: unbounded.
+        window_size_right: keys after the position of a query that it attends to; -1: unbounded.
+        softcap: scores become softcap * tanh(score / softcap); 0: off.
+        alibi_slopes: (nheads,) or (batch, nheads); they have no gradient.
+        deterministic: guarantee identical results from run to run, or raise. The CPU backend is always deterministic.
+        rng_state: of the forward pass; needed for dropout_p > 0.
+        zero_tensors: no effect, because rows outside every sequence are always 0.
+
+    Returns:
+        softmax_d = sum(dout * out), in softmax_lse's shape.
+
+    Raises:
+        ValueError: dropout_p > 0 without rng_state.
+    """
     window = (window_size_left, window_size_right)
     scores = Scores(dropout_p, softmax_scale, causal, window, softcap, alibi_slopes, deterministic)
     tables = varlen_tables(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
@@ -216,7 +312,7 @@ def _flash_attn_varlen_backward(
     return _backward((dout, q, k, v, out, softmax_lse), (dq, dk, dv), arguments)
 
 
-# Under these names diffusers imports them. Upstream they are the operators of torch.ops.flash_attn.
+# diffusers imports these names. Upstream they are the operators of torch.ops.flash_attn.
 _wrapped_flash_attn_forward = _flash_attn_forward
 _wrapped_flash_attn_backward = _flash_attn_backward
 _wrapped_flash_attn_varlen_forward = _flash_attn_varlen_forward

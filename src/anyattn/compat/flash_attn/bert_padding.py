@@ -1,4 +1,4 @@
-"""`flash_attn.bert_padding`: from padded batches to packed rows and back, with gradients."""
+"""`flash_attn.bert_padding`: conversion between padded batches and packed rows, with gradients."""
 
 from __future__ import annotations
 
@@ -8,33 +8,33 @@ from torch import Tensor
 
 
 def index_first_axis(input: Tensor, indices: Tensor) -> Tensor:
-    """input[indices]: rows of the first dimension."""
+    """Return input[indices], rows of the first dimension."""
     return input.index_select(0, indices)
 
 
 def index_put_first_axis(values: Tensor, indices: Tensor, first_axis_dim: int) -> Tensor:
-    """Zeros (first_axis_dim, ...) with `values` at `indices`."""
+    """Return zeros (first_axis_dim, ...) with `values` at `indices`."""
     return values.new_zeros(first_axis_dim, *values.shape[1:]).index_copy(0, indices, values)
 
 
 def index_first_axis_residual(input: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """(input[indices], input): for a residual connection beside what is computed on some rows."""
+    """Return (input[indices], input), for a residual connection around a computation on some rows."""
     return index_first_axis(input, indices), input.view_as(input)
 
 
 def unpad_input(
     hidden_states: Tensor, attention_mask: Tensor, unused_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, int, Tensor]:
-    """The rows of a padded batch that the masks keep, one sequence behind the other.
+    """Return the rows of a padded batch that the masks keep, as packed sequences.
 
     Args:
         hidden_states: (batch, seqlen, ...).
-        attention_mask: (batch, seqlen), bool or 0 and 1: True: in use.
-        unused_mask: likewise: rows that are kept, but not in use.
+        attention_mask: (batch, seqlen), bool or 0 and 1; True: in use.
+        unused_mask: (batch, seqlen), bool or 0 and 1; True: kept, but not in use.
 
     Returns:
-        (rows (total, ...), indices (total,) of them in the flattened batch, cu_seqlens int32 (batch + 1,),
-        max_seqlen, seqused int32 (batch,): how many rows of each sequence are in use).
+        (rows (total, ...), their indices (total,) in the flattened batch, cu_seqlens int32 (batch + 1,), max_seqlen,
+        seqused int32 (batch,): number of rows in use per sequence).
 
     >>> import torch
     >>> mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
@@ -51,7 +51,7 @@ def unpad_input(
 def unpad_input_for_concatenated_sequences(
     hidden_states: Tensor, attention_mask_in_length: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, int]:
-    """`unpad_input` for batch entries that hold several sequences each, one behind the other.
+    """Return packed rows like `unpad_input`, for batch entries that hold several sequences each.
 
     Args:
         hidden_states: (batch, seqlen, ...).
@@ -73,8 +73,8 @@ def unpad_input_for_concatenated_sequences(
 def _pack(hidden_states: Tensor, kept: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
     if kept.shape != hidden_states.shape[:2]:
         raise ValueError(
-            f"the mask must be (batch, seqlen) {tuple(hidden_states.shape[:2])} like hidden_states; "
-            f"got {tuple(kept.shape)}"
+            f"attention_mask must be (batch, seqlen) {tuple(hidden_states.shape[:2])} like hidden_states, "
+            f"got {tuple(kept.shape)}."
         )
     indices = kept.flatten().nonzero().flatten()
     cu_seqlens = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
@@ -83,7 +83,13 @@ def _pack(hidden_states: Tensor, kept: Tensor, lengths: Tensor) -> tuple[Tensor,
 
 
 def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -> Tensor:
-    """The padded batch (batch, seqlen, ...) of packed rows (total, ...); zeros between them.
+    """Return the padded batch (batch, seqlen, ...) of packed rows (total, ...), with zeros between the sequences.
+
+    Args:
+        hidden_states: packed rows (total, ...).
+        indices: (total,), their indices in the flattened batch.
+        batch: number of sequences.
+        seqlen: padded length.
 
     >>> import torch
     >>> mask = torch.tensor([[True, False], [True, True]])

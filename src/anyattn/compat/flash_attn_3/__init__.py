@@ -1,4 +1,4 @@
-"""The surface of flash_attn 3 on anyattn: there `flash_attn_interface`, `flash_attn_3.flash_attn_interface`."""
+"""Drop-in replacement for flash_attn 3, upstream `flash_attn_interface` or `flash_attn_3.flash_attn_interface`."""
 
 from .flash_attn_interface import (
     flash_attn_combine,

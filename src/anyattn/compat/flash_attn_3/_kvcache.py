@@ -1,6 +1,6 @@
-"""What flash_attn 3's cache has beyond `attention_with_kvcache`: packed queries and keys, rotary positions, fp8.
+"""Features of flash_attn 3's cache in addition to `attention_with_kvcache`: packed queries and keys, rotary, fp8.
 
-New keys are appended token by token, each as a sequence of its own, so that one append serves packed and dense ones.
+New keys are appended token by token, each as a sequence of its own, so that one append supports packed and dense keys.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .._flash_attn_common.inputs import FP8
 
 
 class Rotary(NamedTuple):
-    """The tables (positions, rotary_dim / 2), and which values are pairs."""
+    """Rotary tables (positions, rotary_dim / 2), and the pairing of values."""
 
     cos: Tensor | None
     sin: Tensor | None
@@ -31,7 +31,7 @@ class Rotary(NamedTuple):
 
 @dataclass
 class NewKeys:
-    """Keys and values to append, dense (batch, seqlen_new, ...) or packed, and where they go."""
+    """Keys and values to append, dense (batch, seqlen_new, ...) or packed, and their positions."""
 
     k: Tensor | None
     v: Tensor | None
@@ -43,7 +43,7 @@ class NewKeys:
     def append(
         self, q: Tensor, k_cache: Tensor, v_cache: Tensor, bounds: Bounds, options: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
-        """Writes the keys, unless attention with `options` would raise; returns q, rotated, and the keys in use."""
+        """Write the keys, unless attention with `options` would raise; return the rotated q and the keys in use."""
         cu_seqlens_q = options["cu_seqlens_q"]
         batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
         first = self.cache_seqlens
@@ -54,7 +54,7 @@ class NewKeys:
             return q, first
         if first is None or first.shape != (batch,):
             shape = None if first is None else tuple(first.shape)
-            raise ValueError(f"cache_seqlens must be an int or ({batch},) where k and v are appended, got {shape}")
+            raise ValueError(f"cache_seqlens must be an int or ({batch},) if k and v are appended, got {shape}.")
         k = self.k
         sequences = k.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
         if sequences != batch:
@@ -65,7 +65,7 @@ class NewKeys:
             q = _rotate(q, self.rotary, start, cu_seqlens_q, by_row)
             k = _rotate(k, self.rotary, start, self.cu_seqlens, True)
         elif self.rotary_seqlens is not None:
-            raise ValueError("rotary_seqlens needs rotary_cos and rotary_sin")
+            raise ValueError("rotary_cos and rotary_sin must be passed with rotary_seqlens, got None.")
         sequence, row, inside = _tokens(k, self.cu_seqlens)
         lengths = k.shape[1] if self.cu_seqlens is None else self.cu_seqlens.diff()
         used = first + lengths
@@ -76,9 +76,9 @@ class NewKeys:
     def _check_absent(self) -> None:
         for name in ("k", "v", "rotary", "rotary_seqlens"):
             if getattr(self, name) is not None:
-                raise ValueError(f"{name if name != 'rotary' else 'rotary_cos'} needs k and v, the new keys")
+                raise ValueError(f"k and v must be passed with {name if name != 'rotary' else 'rotary_cos'}, got None.")
         if self.cu_seqlens is not None:
-            raise ValueError("cu_seqlens_k_new needs k and v, the new keys")
+            raise ValueError("k and v must be passed with cu_seqlens_k_new, got None.")
 
 
 def _append(arrays: tuple[Tensor, ...], sequence: Tensor, slots: Tensor, options: dict[str, Any]) -> None:
@@ -106,16 +106,16 @@ def _append(arrays: tuple[Tensor, ...], sequence: Tensor, slots: Tensor, options
 
 
 def _as_words(x: Tensor) -> Tensor:
-    """fp8 values two by two as 16-bit ones, which engines can copy."""
+    """Return fp8 values as 16-bit values, two in one, which backends can copy."""
     if x.dtype is not FP8:
         return x
     if x.shape[-1] % 2:
-        raise ValueError(f"an fp8 cache needs an even head_dim, got {x.shape[-1]}")
+        raise ValueError(f"head_dim must be even for an fp8 cache, got {x.shape[-1]}")
     return x.view(torch.float16)
 
 
 def _tokens(x: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(sequence, row, which rows of packed x those are) of every token of x that belongs to a sequence."""
+    """Return (sequence, row, kept rows of packed x) of every token of x that belongs to a sequence."""
     if cu_seqlens is not None:
         sequence, row, inside = rows_of(cu_seqlens, x.shape[0])
         return sequence[inside], row[inside], inside
@@ -125,7 +125,7 @@ def _tokens(x: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tenso
 
 
 def _rotate(x: Tensor, rotary: Rotary, first: Tensor, cu_seqlens: Tensor | None, by_row: bool) -> Tensor:
-    """x, dense or packed, by the angles of its rows' positions: first + row, or first."""
+    """Rotate x, dense or packed, by the angles of the positions first + row, or of first."""
     cos, sin, interleaved = rotary
     if x.dtype is FP8:
         raise ValueError("rotary_cos cannot be combined with fp8 inputs")
@@ -140,7 +140,7 @@ def _rotate(x: Tensor, rotary: Rotary, first: Tensor, cu_seqlens: Tensor | None,
     if positions.numel() and positions.device.type == "cpu" and not torch.compiler.is_compiling():
         low, high = (int(bound) for bound in positions.aminmax())
         if low < 0 or high >= cos.shape[0]:
-            raise ValueError(f"rotary_cos has {cos.shape[0]} positions; this call needs {low} to {high}")
+            raise ValueError(f"rotary_cos must have positions {low} to {high}, got {cos.shape[0]} positions.")
     if cu_seqlens is None:
         return rotations.rotate(x, cos, sin, positions, interleaved)
     return rotations.rotate(x[None], cos, sin, positions, interleaved)[0]

@@ -1,15 +1,14 @@
-"""flash_attn 3's functions, with its signatures and results, on every backend of anyattn.
+"""Functions of flash_attn 3, with its signatures and results, on every backend of anyattn.
 
-As in flash_attn 2 (see `anyattn.compat.flash_attn.flash_attn_interface`), with these differences:
+They differ from flash_attn 2 (see `anyattn.compat.flash_attn.flash_attn_interface`) as follows:
 
-* softmax_lse is -inf for a row that sees no key; no ALiBi, no dropout.
-* qv (..., nheads, head_dim_v): scores are scale * (q k^T + qv v^T), absorbed MLA; softmax_scale is then by default
-  (head_dim + head_dim_v) ** -0.5. It has a gradient. k is copied for it.
-* q_descale, k_descale, v_descale (batch, nheads_kv): q, k and v stand for x * descale. With float8_e4m3fn inputs the
-  computation is in float32 and out is bfloat16, without gradients. Upstream ignores them for other dtypes; here they
-  hold for all.
-* attention_chunk c > 0: a row sees keys of its own chunk of c positions only. It has gradients, unlike upstream's.
-* num_splits, pack_gqa, sm_margin and scheduler_metadata only steer a GPU's speed: accepted, without effect on results.
+* softmax_lse is -inf for a query without visible keys. There is no ALiBi and no dropout.
+* qv (..., nheads, head_dim_v): scores are scale * (q k^T + qv v^T), as in absorbed MLA. k is copied for it.
+* q_descale, k_descale, v_descale (batch, nheads_kv): the values of q, k and v are x * descale. float8_e4m3fn inputs are
+  computed in float32 and give a bfloat16 out without gradients. Upstream ignores descales for other dtypes; here they
+  apply to all dtypes.
+* attention_chunk has gradients, unlike upstream.
+* num_splits, pack_gqa, sm_margin and scheduler_metadata are accepted and do not affect results.
 """
 
 from __future__ import annotations
@@ -19,13 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...api import attention_with_kvcache
 from ...frameworks.torch_tools import dense
 from ...scalars import integer, real
 from .._flash_attn_common.calls import only_speed, window_bounds
 from .._flash_attn_common.combine import combine
-from .._flash_attn_common.inputs import FP8, attend_extended
-from ._kvcache import NewKeys, Rotary
+from .._flash_attn_common.inputs import attend_extended
+from ._with_kvcache import flash_attn_with_kvcache
 
 
 def flash_attn_func(
@@ -47,10 +45,34 @@ def flash_attn_func(
     sm_margin: int = 0,
     return_attn_probs: bool = False,
 ) -> Any:
-    """Attention of q (batch, seqlen_q, nheads, head_dim) to k, v (batch, seqlen_k, nheads_kv, ...).
+    """Compute attention of q to k and v.
 
-    The arguments are those of the module's docstring. Returns out, or with return_attn_probs (out, softmax_lse (batch,
-    nheads, seqlen_q)).
+    Args:
+        q: (batch, seqlen_q, nheads, head_dim).
+        k: (batch, seqlen_k, nheads_kv, head_dim).
+        v: (batch, seqlen_k, nheads_kv, head_dim_v).
+        softmax_scale: any finite number; default head_dim ** -0.5, or (head_dim + head_dim_v) ** -0.5 with qv.
+        causal: aligned to the bottom right: query i attends to keys up to i + seqlen_k - seqlen_q.
+        qv: (..., nheads, head_dim_v) in q's layout, for absorbed MLA: scores are scale * (q k^T + qv v^T). It has a
+            gradient.
+        q_descale: (batch, nheads_kv), factor of q.
+        k_descale: (batch, nheads_kv), factor of k.
+        v_descale: (batch, nheads_kv), factor of v.
+        window_size: (left, right), inclusive, relative to position i + seqlen_k - seqlen_q; -1: unbounded.
+        attention_chunk: number of positions in a chunk that queries attend within; 0: off.
+        softcap: scores become softcap * tanh(score / softcap); 0: off.
+        num_splits: a hint for GPUs; it does not affect results.
+        pack_gqa: a hint for GPUs; it does not affect results.
+        deterministic: guarantee identical results from run to run, or raise. The CPU backend is always deterministic.
+        sm_margin: a hint for GPUs; it does not affect results.
+        return_attn_probs: also return softmax_lse.
+
+    Returns:
+        out (batch, seqlen_q, nheads, head_dim_v). With return_attn_probs: (out, softmax_lse), softmax_lse float32
+        (batch, nheads, seqlen_q), -inf for queries without visible keys.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong; the message names it.
 
     >>> import torch
     >>> from anyattn.compat.flash_attn_3 import flash_attn_func
@@ -99,10 +121,39 @@ def flash_attn_varlen_func(
     sm_margin: int = 0,
     return_attn_probs: bool = False,
 ) -> Any:
-    """Attention over packed sequences: q (total_q, nheads, head_dim), k and v (total_k, nheads_kv, ...).
+    """Compute attention over sequences that are concatenated without padding.
 
-    seqused_q, seqused_k: int32 (batch,), rows and keys in use of what cu_seqlens gives each sequence; other rows are 0.
-    Returns out, or with return_attn_probs (out, softmax_lse (nheads, total_q)).
+    Args:
+        q: (total_q, nheads, head_dim).
+        k: (total_k, nheads_kv, head_dim).
+        v: (total_k, nheads_kv, head_dim_v).
+        cu_seqlens_q: int32 (batch + 1,), cumulative lengths of the query sequences.
+        cu_seqlens_k: int32 (batch + 1,), cumulative lengths of the key sequences.
+        max_seqlen_q: at least the longest query length; a smaller value raises ValueError.
+        max_seqlen_k: at least the longest key length; a smaller value raises ValueError.
+        seqused_q: int32 (batch,), number of queries in use per sequence; unused queries give 0.
+        seqused_k: int32 (batch,), number of keys in use per sequence.
+        softmax_scale: any finite number; default head_dim ** -0.5, or (head_dim + head_dim_v) ** -0.5 with qv.
+        causal: aligned to the bottom right: query i attends to keys up to i + seqlen_k - seqlen_q.
+        qv: (..., nheads, head_dim_v) in q's layout, for absorbed MLA: scores are scale * (q k^T + qv v^T). It has a
+            gradient.
+        q_descale: (batch, nheads_kv), factor of q.
+        k_descale: (batch, nheads_kv), factor of k.
+        v_descale: (batch, nheads_kv), factor of v.
+        window_size: (left, right), inclusive, relative to position i + seqlen_k - seqlen_q; -1: unbounded.
+        attention_chunk: number of positions in a chunk that queries attend within; 0: off.
+        softcap: scores become softcap * tanh(score / softcap); 0: off.
+        num_splits: a hint for GPUs; it does not affect results.
+        pack_gqa: a hint for GPUs; it does not affect results.
+        deterministic: guarantee identical results from run to run, or raise. The CPU backend is always deterministic.
+        sm_margin: a hint for GPUs; it does not affect results.
+        return_attn_probs: also return softmax_lse.
+
+    Returns:
+        out (total_q, nheads, head_dim_v). With return_attn_probs: (out, softmax_lse (nheads, total_q)).
+
+    Raises:
+        ValueError, TypeError: an argument is wrong; the message names it.
 
     >>> import torch
     >>> from anyattn.compat.flash_attn_3 import flash_attn_varlen_func
@@ -147,9 +198,30 @@ def flash_attn_qkvpacked_func(
     sm_margin: int = 0,
     return_attn_probs: bool = False,
 ) -> Any:
-    """`flash_attn_func` of qkv (batch, seqlen, 3, nheads, head_dim), as views.
+    """Compute `flash_attn_func` for packed queries, keys and values, used as views.
 
-    With num_heads_q, qkv is (batch, seqlen, num_heads_q + 2 nheads_kv, head_dim).
+    Args:
+        qkv: (batch, seqlen, 3, nheads, head_dim); with num_heads_q, (batch, seqlen, num_heads_q + 2 nheads_kv,
+            head_dim).
+        softmax_scale: any finite number; default head_dim ** -0.5.
+        causal: aligned to the bottom right: query i attends to keys up to i + seqlen_k - seqlen_q.
+        q_descale: (batch, nheads_kv), factor of q.
+        k_descale: (batch, nheads_kv), factor of k.
+        v_descale: (batch, nheads_kv), factor of v.
+        window_size: (left, right), inclusive, relative to position i + seqlen_k - seqlen_q; -1: unbounded.
+        attention_chunk: number of positions in a chunk that queries attend within; 0: off.
+        softcap: scores become softcap * tanh(score / softcap); 0: off.
+        deterministic: guarantee identical results from run to run, or raise. The CPU backend is always deterministic.
+        num_heads_q: number of query heads, if the heads are packed in one dimension.
+        sm_margin: a hint for GPUs; it does not affect results.
+        return_attn_probs: also return softmax_lse.
+
+    Returns:
+        out (batch, seqlen, nheads, head_dim). With return_attn_probs: (out, softmax_lse), softmax_lse float32 (batch,
+        nheads, seqlen), -inf for queries without visible keys.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong; the message names it.
 
     >>> import torch
     >>> from anyattn.compat.flash_attn_3 import flash_attn_qkvpacked_func
@@ -174,98 +246,21 @@ def flash_attn_qkvpacked_func(
     )
 
 
-def flash_attn_with_kvcache(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k: Tensor | None = None,
-    v: Tensor | None = None,
-    qv: Tensor | None = None,
-    rotary_cos: Tensor | None = None,
-    rotary_sin: Tensor | None = None,
-    cache_seqlens: int | Tensor | None = None,
-    cache_batch_idx: Tensor | None = None,
-    cache_leftpad: Tensor | None = None,
-    page_table: Tensor | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k_new: Tensor | None = None,
-    max_seqlen_q: int | None = None,
-    rotary_seqlens: Tensor | None = None,
-    q_descale: Tensor | None = None,
-    k_descale: Tensor | None = None,
-    v_descale: Tensor | None = None,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: Any = (-1, -1),
-    attention_chunk: int = 0,
-    softcap: float = 0.0,
-    rotary_interleaved: bool = True,
-    scheduler_metadata: Tensor | None = None,
-    num_splits: int = 0,
-    pack_gqa: bool | None = None,
-    sm_margin: int = 0,
-    return_softmax_lse: bool = False,
-) -> Any:
-    """Attention to a KV cache after appending k and v to it in place; arguments as flash_attn 2's, and besides:
-
-    Args:
-        page_table: int32 (batch, max_pages), flash_attn 2's block_table.
-        cu_seqlens_q: int32 (batch + 1,); q is then (total_q, nheads, head_dim), and max_seqlen_q its longest length.
-        cu_seqlens_k_new: int32 (batch + 1,); k and v are then (total_new, nheads_kv, ...).
-        rotary_seqlens: (batch,), positions from which q and k are rotated, instead of cache_seqlens.
-        scheduler_metadata: what `get_scheduler_metadata` gave.
-
-    Returns:
-        out, or with return_softmax_lse (out, softmax_lse, out_accum, softmax_lse_accum), whose last two are empty. No
-        gradients.
-
-    Raises:
-        RuntimeError: the keys do not fit in the cache. AssertionError: a cache's last dimension is not contiguous.
-
-    >>> import torch
-    >>> from anyattn.compat.flash_attn_3 import flash_attn_with_kvcache
-    >>> k_cache, v_cache, x = torch.zeros(1, 16, 2, 8), torch.zeros(1, 16, 2, 8), torch.ones(1, 1, 2, 8)
-    >>> flash_attn_with_kvcache(x, k_cache, v_cache, x, x, cache_seqlens=3, causal=True).shape, k_cache[0, 3, 0, 0]
-    (torch.Size([1, 1, 2, 8]), tensor(1.))
-    """
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        assert dense(name, cache).stride(-1) == 1, f"{name} must have contiguous last dimension"
-    only_speed(num_splits, 256)
-    if scheduler_metadata is not None and scheduler_metadata.dtype is not torch.int32:
-        raise TypeError(f"scheduler_metadata must be get_scheduler_metadata's, got {scheduler_metadata.dtype}")
-    packed = cu_seqlens_q is not None
-    rows = dense("q", q).shape[0 if packed else 1] if max_seqlen_q is None else integer("max_seqlen_q", max_seqlen_q)
-    slots = k_cache.shape[1] * (1 if page_table is None else page_table.shape[1])
-    bounds = window_bounds(window_size, causal, (slots - 1, rows - 1))
-    options: dict[str, Any] = {
-        "scale": softmax_scale, "softcap": max(real("softcap", softcap), 0.0), "leftpad_k": cache_leftpad,
-        "chunk": integer("attention_chunk", attention_chunk), "block_table": page_table,
-        "cache_batch_idx": cache_batch_idx,
-    }  # fmt: skip
-    rotary = None if rotary_cos is None and rotary_sin is None else Rotary(rotary_cos, rotary_sin, rotary_interleaved)
-    descales = (q_descale, k_descale, v_descale)
-    beyond = (cu_seqlens_q, cu_seqlens_k_new, rotary_seqlens, qv, *descales)
-    with torch.no_grad():
-        if all(x is None for x in beyond) and q.dtype is not FP8 and not (rotary and attention_chunk):
-            options.update({"window": bounds, "cache_seqlens": cache_seqlens, "k": k, "v": v, "return_lse": True})
-            options.update(rotary_cos=rotary_cos, rotary_sin=rotary_sin, rotary_interleaved=rotary_interleaved)
-            out, lse = attention_with_kvcache(q, k_cache, v_cache, **options)
-        else:
-            options.update({"cu_seqlens_q": cu_seqlens_q, "max_seqlen_q": rows if packed else None})
-            new = NewKeys(k, v, cu_seqlens_k_new, cache_seqlens, rotary, rotary_seqlens)
-            q, options["seqused_k"] = new.append(q, k_cache, v_cache, bounds, options)
-            out, lse = attend_extended(q, k_cache, v_cache, qv=qv, descales=descales, bounds=bounds, **options)
-    return (out, lse, lse.new_empty(0), lse.new_empty(0)) if return_softmax_lse else out
-
-
 def flash_attn_combine(
     out_partial: Tensor, lse_partial: Tensor, out: Tensor | None = None, out_dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) over all keys from those over parts: lse = log sum exp(lse_s), out = sum exp(lse_s - lse) out_s.
+    """Combine results over disjoint sets of keys into the result over all keys. There are no gradients.
 
-    out_partial: (num_splits, batch, seqlen, nheads, head_dim) or (num_splits, total, nheads, head_dim); lse_partial:
-    the same less head_dim (heads last). out: a buffer to write; out_dtype: default out_partial's. lse is float32,
-    (batch, seqlen, nheads) or (total, nheads), -inf where every part is. No gradients.
+        lse = log sum_s exp(lse_s)      out = sum_s exp(lse_s - lse) out_s
+
+    Args:
+        out_partial: (num_splits, batch, seqlen, nheads, head_dim) or (num_splits, total, nheads, head_dim).
+        lse_partial: out_partial's shape without head_dim, heads last.
+        out: buffer for the result, or None.
+        out_dtype: dtype of the result; default out_partial's dtype.
+
+    Returns:
+        out, and lse in float32, (batch, seqlen, nheads) or (total, nheads), -inf if every part is.
 
     >>> import torch
     >>> from anyattn.compat.flash_attn_3 import flash_attn_combine
@@ -299,7 +294,33 @@ def get_scheduler_metadata(
     pack_gqa: bool | None = None,
     sm_margin: int = 0,
 ) -> Tensor:
-    """A tensor for `flash_attn_with_kvcache(scheduler_metadata=...)`. Nothing is scheduled ahead here: it is all 0.
+    """Return a tensor for `flash_attn_with_kvcache(scheduler_metadata=...)`, all 0: anyattn needs no schedule.
+
+    Args:
+        batch_size: number of sequences.
+        max_seqlen_q: longest query length.
+        max_seqlen_k: longest key length.
+        num_heads_q: number of query heads.
+        num_heads_kv: number of KV heads.
+        headdim: head_dim of q and k.
+        cache_seqlens: int32 (batch,), number of keys in the cache.
+        qkv_dtype: dtype of q, k and v.
+        headdim_v: head_dim of v; default headdim.
+        cu_seqlens_q: int32 (batch + 1,), cumulative lengths of the query sequences.
+        cu_seqlens_k_new: int32 (batch + 1,), cumulative lengths of packed new keys.
+        cache_leftpad: (batch,), first slot in use.
+        page_size: size of a page; None: not paged.
+        max_seqlen_k_new: longest length of new keys.
+        causal: the call is causal.
+        window_size: (left, right) of the call.
+        attention_chunk: chunk of the call.
+        has_softcap: the call has a softcap.
+        num_splits: a hint for GPUs.
+        pack_gqa: a hint for GPUs.
+        sm_margin: a hint for GPUs.
+
+    Returns:
+        int32 (batch_size + 1,).
 
     >>> import torch
     >>> from anyattn.compat.flash_attn_3 import get_scheduler_metadata
@@ -307,3 +328,13 @@ def get_scheduler_metadata(
     tensor([0, 0, 0], dtype=torch.int32)
     """
     return torch.zeros(batch_size + 1, dtype=torch.int32, device=cache_seqlens.device)
+
+
+__all__ = [
+    "flash_attn_combine",
+    "flash_attn_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_with_kvcache",
+    "get_scheduler_metadata",
+]

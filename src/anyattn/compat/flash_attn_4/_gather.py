@@ -16,19 +16,24 @@ def key_lists(
     cu_seqlens_k: Tensor | None,
     block_table: Tensor | None,
 ) -> Tensor:
-    """Return kv_indices: entries outside a query's own sequence are no key, as upstream.
+    """Return kv_indices, in which entries outside a query's own sequence are no keys, as upstream.
 
     Args:
-        indices: (batch, seqlen_q, n), or packed (total_q, n), integers.
+        indices: integers (batch, seqlen_q, n), or packed (total_q, n).
+        q: queries of the call.
+        k: keys of the call.
+        cu_seqlens_q: (batch + 1,) of packed queries, or None.
+        cu_seqlens_k: (batch + 1,) of packed keys, or None.
+        block_table: pages of the call, or None.
 
     Raises:
-        NotImplementedError: with pages, for which upstream defines no meaning.
+        NotImplementedError: block_table is given, for which upstream defines no meaning.
         ValueError, TypeError: indices has another shape or dtype.
     """
     if block_table is not None:
         raise NotImplementedError(
-            "gather_kv_indices with page_table is not supported, as upstream; "
-            "pass `kv_indices` and `block_table` to anyattn.attention_varlen instead"
+            "page_table cannot be combined with gather_kv_indices, as upstream. "
+            "Pass kv_indices and block_table to anyattn.attention_varlen instead."
         )
     if not isinstance(indices, Tensor) or indices.dtype not in (torch.int32, torch.int64):
         found = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__

@@ -1,4 +1,7 @@
-"""What is below flash_attn 4's functions: refusals, and `_flash_attn_fwd`, `_flash_attn_bwd`, which torch imports."""
+"""Implementation of flash_attn 4's functions:
+
+refusals, and `_flash_attn_fwd`, `_flash_attn_bwd`, which torch imports.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from .block_sparsity import sparse_mask
 Result = tuple[Tensor, "Tensor | None"]
 
 _CUTE = (
-    "its functions are written in a GPU language; pass `bias`, `mask` or `alibi_slopes` to anyattn.attention instead"
+    "its functions are written in a GPU language. Pass `bias`, `mask` or `alibi_slopes` to anyattn.attention instead"
 )
 _REASONS = {
     "score_mod": _CUTE,
@@ -28,14 +31,14 @@ _REASONS = {
 
 
 def refuse(**given: Any) -> None:
-    """Raises for the first argument that was given."""
+    """Raise for the first argument that is not None."""
     for name, value in given.items():
         if value is not None:
             raise NotImplementedError(f"{name} is not supported: {_REASONS[name]}")
 
 
 def check_gather(indices: Any, recompute_p: Any, token_chunk: Any) -> None:
-    """Raise, as upstream does, where arguments for gathered keys come without any; they only steer a GPU's memory."""
+    """Raise, as upstream, if arguments for gathered keys are passed without keys. They are only hints for GPUs."""
     if indices is None and (flag("gather_bwd_recompute_p", recompute_p) or token_chunk is not None):
         raise ValueError("gather_bwd_recompute_p and gather_bwd_token_chunk only apply to gather_kv_indices, got none.")
 
@@ -63,10 +66,10 @@ def attend_4(
     gather_kv_indices: Tensor | None = None,
     **arguments: Any,
 ) -> Result:
-    """(out, lse or None), with autograd."""
-    if q is None or k is None:  # scores qv v^T alone
+    """Return (out, lse or None), with autograd."""
+    if q is None or k is None:  # scores are qv v^T
         if qv is None or not q is k is None:
-            raise TypeError("q and k may be None only together, where qv is given")
+            raise TypeError("q and k must both be tensors, or both None together with qv.")
         q, k, qv = qv, v, None
     if gather_kv_indices is not None:
         cu_seqlens_q, cu_seqlens_k = arguments.get("cu_seqlens_q"), arguments.get("cu_seqlens_k")
@@ -126,9 +129,10 @@ def _flash_attn_fwd(
     disable_scheduler_metadata: bool = False,
     gather_bwd_recompute_p: bool = False,
 ) -> Result:
-    """(out, lse) without gradients, the two that torch takes; out and lse may be buffers to write.
+    """Compute (out, lse) without gradients, the results that torch uses. out and lse may be buffers to write to.
 
-    From tile_mn to _arch, and scheduler_metadata and the three after it: a GPU's tuning, without effect on results.
+    The arguments from tile_mn to _arch, and scheduler_metadata and the three after it, are hints for GPUs and do not
+    affect results. `interface.flash_attn_varlen_func` describes the others.
     """
     refuse(
         score_mod=score_mod,
@@ -193,10 +197,10 @@ def _flash_attn_bwd(
     dlse: Tensor | None = None,
     learnable_sink: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """(dq, dk, dv), and dsink behind them with a learnable_sink; dq, dk, dv may be buffers to write.
+    """Compute (dq, dk, dv), and dsink with a learnable_sink. dq, dk and dv may be buffers to write to.
 
-    From m_block_size to V_in_regs: a GPU's tuning, without effect on results. dlse: the gradient of lse.
-    block_sparse_tensors: for each block of keys, the blocks of queries.
+    The arguments from m_block_size to V_in_regs are hints for GPUs and do not affect results. dlse is the gradient of
+    lse. block_sparse_tensors lists, for each block of keys, the blocks of queries.
     """
     refuse(
         score_mod=score_mod,

@@ -1,4 +1,4 @@
-"""Lists of blocks as flash_attn 4 takes them, and the boolean mask that they stand for."""
+"""Block lists of flash_attn 4, and the boolean mask that they describe."""
 
 from __future__ import annotations
 
@@ -17,12 +17,19 @@ Sizes = tuple[int, int, int, int]  # batch, nheads, seqlen_q, seqlen_k
 
 
 class BlockSparseTensorsTorch(NamedTuple):
-    """For each block of queries, the blocks of keys that it attends to; the same list by keys for a backward pass.
+    """Blocks of keys that each block of queries attends to, or blocks of queries per block of keys for a backward pass.
 
-    mask_block_cnt, mask_block_idx: (batch, nheads, q_blocks) and (batch, nheads, q_blocks, n), int32; batch and nheads
-    may be 1. The first mask_block_cnt of the n indices count, each at most once. full_block_cnt and full_block_idx list
-    more blocks; without a mask_mod both lists mean the same. block_size: (queries, keys) of a block.
-    The other fields steer a GPU, and cu_total_m_blocks packed sequences.
+    Attributes:
+        mask_block_cnt: int32 (batch, nheads, q_blocks), number of listed blocks; batch and nheads may be 1.
+        mask_block_idx: int32 (batch, nheads, q_blocks, n), the listed blocks, each at most once.
+        full_block_cnt: number of further blocks. Without a mask_mod, both lists have the same meaning.
+        full_block_idx: further blocks.
+        cu_total_m_blocks: for packed sequences, which are not supported.
+        cu_block_idx_offsets: a hint for GPUs.
+        block_size: (queries, keys) of a block.
+        dq_write_order: a hint for GPUs.
+        dq_write_order_full: a hint for GPUs.
+        spt: a hint for GPUs.
     """
 
     mask_block_cnt: Tensor
@@ -42,7 +49,7 @@ def sparse_mask(
 ) -> Tensor | None:
     """Return the mask of a call's block_sparse_tensors, or None without any.
 
-    excluded: qv and the boundaries of packed sequences, which cannot be combined with them.
+    excluded: qv and the cumulative lengths of packed sequences, which cannot be combined with block lists.
     """
     if tensors is None:
         return None
@@ -54,7 +61,7 @@ def sparse_mask(
 
 
 def check_same_blocks(mask: Tensor | None, tensors_bwd: Any, q: Any, k: Any) -> None:
-    """Raise ValueError unless block_sparse_tensors_bwd lists the blocks of the mask: gradients are of the result."""
+    """Raise ValueError unless block_sparse_tensors_bwd lists the blocks of the mask, as gradients require."""
     if tensors_bwd is None:
         return
     if mask is None:
@@ -69,15 +76,17 @@ def block_mask(name: str, tensors: Any, sizes: Sizes, *, by_keys: bool = False) 
     """Return the mask (batch or 1, nheads or 1, seqlen_q, seqlen_k) of the listed blocks.
 
     Args:
-        name: of the argument, for errors.
-        by_keys: the lists are of query blocks for each block of keys, as a backward pass takes them.
+        name: name of the argument, for errors.
+        tensors: the lists.
+        sizes: (batch, nheads, seqlen_q, seqlen_k).
+        by_keys: the lists hold query blocks for each block of keys, as in a backward pass.
 
     Raises:
-        NotImplementedError: lists of packed sequences, or without a block size, which a GPU would choose.
+        NotImplementedError: lists of packed sequences, or without a block size, which a GPU kernel would choose.
         ValueError: a shape, a count or an index does not fit.
     """
     if tensors.cu_total_m_blocks is not None or tensors.mask_block_cnt.ndim == 2:
-        raise NotImplementedError(f"{name} of packed sequences is not supported: a mask has no packed layout.")
+        raise NotImplementedError(f"{name} of packed sequences is not supported, because a mask has no packed layout.")
     if tensors.block_size is None:
         raise NotImplementedError(f"{name} must have a block_size, got None. Only a GPU's kernel chooses one.")
     queries, keys = (integer("block_size", size) for size in pair("block_size", tensors.block_size))
@@ -101,7 +110,7 @@ def block_mask(name: str, tensors: Any, sizes: Sizes, *, by_keys: bool = False) 
 def _listed(name: str, count: Any, index: Any, counts: Sizes) -> Tensor:
     """Return which blocks are listed, (batch or 1, nheads or 1, lists, blocks)."""
     if count is None or index is None:
-        raise ValueError(f"{name}_cnt and {name}_idx must be given together.")
+        raise ValueError(f"{name}_cnt and {name}_idx must be passed together.")
     *lead, blocks = counts
     fits = index.ndim == 4 and index.shape[-1] <= blocks and count.ndim == 3 and count.shape[2] == lead[2]
     if (
@@ -115,7 +124,8 @@ def _listed(name: str, count: Any, index: Any, counts: Sizes) -> Tensor:
         )
     index = index.long()
     listed = torch.arange(index.shape[-1], device=index.device) < count[..., None]
-    index = torch.where(listed, index, blocks)  # what is not listed is dropped behind the last block
+    # Entries that are not listed go to a block after the last, which is dropped.
+    index = torch.where(listed, index, blocks)
     if index.device.type == "cpu" and not torch.compiler.is_compiling():
         _check(name, count, index, listed, blocks)
     found = torch.zeros(*index.shape[:-1], blocks + 1, dtype=torch.bool, device=index.device)

@@ -1,25 +1,23 @@
-"""flash_attn 4's functions, with its signatures and results, on every backend of anyattn.
+"""Functions of flash_attn 4, with its signatures and results, on every backend of anyattn.
 
-As in flash_attn 2 and 3 (see their modules here), with these differences:
+They differ from flash_attn 2 and 3 (see their modules) as follows:
 
-* Every function returns (out, lse). lse is None unless return_lse asks for it or an input needs a gradient; float32,
-  natural logarithm, -inf for a row that sees no key (with a sink: the sink). With return_lse gradients flow through it.
-  With qv its heads are last, as upstream: (batch, seqlen_q, nheads) or (total_q, nheads).
-* window_size: None means unbounded, and so do two negative numbers; one negative number moves the edge past the row.
-* learnable_sink (nheads,): one more logit in each denominator; it has a gradient.
-* qv (..., nheads, head_dim_v): scores are scale * (q k^T + qv v^T), softmax_scale by default
-  (head_dim + head_dim_v) ** -0.5; it has a gradient. k is copied for it.
-* num_splits, pack_gqa, min_seqlen_k, scheduler_metadata, seqlen_k_per_split and disable_scheduler_metadata only steer a
-  GPU's speed: accepted, without effect on results.
-* gather_kv_indices (batch, seqlen_q, n) or (total_q, n): each query attends only to the key slots of its own sequence
-  that are in its list and that the other masks leave visible. An entry outside the sequence is no key; a slot that is
-  listed twice counts once. With or without qv, for any number of heads and entries, with gradients. With page_table it
-  raises NotImplementedError.
-* block_sparse_tensors: a query attends to the keys of the listed blocks, as far as causal and window_size allow. It
-  needs a block_size, and becomes a boolean mask of a byte per pair of a query and a key, of one head if the lists are
-  of one. Gradients follow from it; block_sparse_tensors_bwd may only list the same blocks.
-* score_mod, score_mod_bwd, mask_mod, their aux_tensors and aux_scalars, and block_sparse_tensors of packed
-  sequences or without a block_size raise NotImplementedError with the reason.
+* Every function returns (out, lse). lse is None unless return_lse is set or an input requires a gradient. It is
+  float32, the natural logarithm, -inf for a query without visible keys (the sink's value with a sink). With qv its
+  heads are last, as upstream: (batch, seqlen_q, nheads) or (total_q, nheads).
+* qv (..., nheads, head_dim_v): scores are scale * (q k^T + qv v^T). k is copied for it.
+* num_splits, pack_gqa, min_seqlen_k, scheduler_metadata, seqlen_k_per_split and disable_scheduler_metadata are accepted
+  and do not affect results.
+* gather_kv_indices: each query attends only to the key slots of its own sequence that are in its list and that the
+other
+  masks leave visible. An entry outside the sequence is no key, and a slot that is listed twice counts once. It works
+  with or without qv, for any number of heads and entries, with gradients. With page_table it raises
+  NotImplementedError.
+* block_sparse_tensors: a query attends to the keys of the listed blocks, as far as causal and window_size allow. The
+  lists need a block_size. They become a boolean mask with one byte per pair of query and key (for one head, if the
+  lists have one head), and gradients follow from it. block_sparse_tensors_bwd must list the same blocks.
+* score_mod, score_mod_bwd, mask_mod, their aux_tensors and aux_scalars, and block_sparse_tensors of packed sequences or
+  without a block_size raise NotImplementedError with the reason.
 """
 
 from __future__ import annotations
@@ -60,9 +58,42 @@ def flash_attn_func(
     gather_bwd_recompute_p: bool = False,
     gather_bwd_token_chunk: int | None = None,
 ) -> Result:
-    """(out, lse) of q (batch, seqlen_q, nheads, head_dim) and k, v (batch, seqlen_k, nheads_kv, ...).
+    """Compute attention of q to k and v.
 
-    The arguments are those of the module's docstring. lse is (batch, nheads, seqlen_q) or None.
+    Args:
+        q: (batch, seqlen_q, nheads, head_dim).
+        k: (batch, seqlen_k, nheads_kv, head_dim).
+        v: (batch, seqlen_k, nheads_kv, head_dim_v).
+        qv: (..., nheads, head_dim_v) in q's layout, for absorbed MLA: scores are scale * (q k^T + qv v^T). It has a
+            gradient.
+        gather_kv_indices: (batch, seqlen_q, n) or (total_q, n): key slots of the query's own sequence that it attends
+            to.
+        softmax_scale: any finite number; default head_dim ** -0.5, or (head_dim + head_dim_v) ** -0.5 with qv.
+        causal: aligned to the bottom right: query i attends to keys up to i + seqlen_k - seqlen_q.
+        window_size: (left, right), inclusive; None or two negative numbers: unbounded. One negative number moves that
+            edge beyond the position.
+        learnable_sink: (nheads,), one additional logit in each softmax denominator. It has a gradient.
+        softcap: scores become softcap * tanh(score / softcap); 0: off.
+        num_splits: a hint for GPUs; it does not affect results.
+        pack_gqa: a hint for GPUs; it does not affect results.
+        deterministic: guarantee identical results from run to run, or raise. The CPU backend is always deterministic.
+        score_mod: not supported.
+        score_mod_bwd: not supported.
+        mask_mod: not supported.
+        aux_tensors: not supported.
+        aux_scalars: not supported.
+        block_sparse_tensors: blocks of keys that each block of queries attends to; needs a block_size.
+        block_sparse_tensors_bwd: the same blocks, listed by blocks of keys.
+        return_lse: also return lse. Gradients then flow through it.
+        gather_bwd_recompute_p: a hint for GPUs; needs gather_kv_indices.
+        gather_bwd_token_chunk: a hint for GPUs; needs gather_kv_indices.
+
+    Returns:
+        (out, lse): out (batch, seqlen_q, nheads, head_dim_v), lse (batch, nheads, seqlen_q) or None.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong; the message names it.
+        NotImplementedError: an argument is not supported; the message gives the reason.
 
     >>> import torch
     >>> from anyattn.compat.flash_attn_4 import flash_attn_func
@@ -122,12 +153,53 @@ def flash_attn_varlen_func(
     gather_bwd_recompute_p: bool = False,
     gather_bwd_token_chunk: int | None = None,
 ) -> Result:
-    """(out, lse) over sequences of different lengths.
+    """Compute attention over sequences of different lengths, each of q, k and v packed or not.
 
-    q is packed (total_q, nheads, head_dim) with cu_seqlens_q, else (batch, seqlen_q, nheads, head_dim); k and v are
-    packed with cu_seqlens_k, pages (num_pages, page_size, nheads_kv, ...) with page_table (batch, max_pages), else
-    dense. seqused_q, seqused_k: int32 (batch,), rows and keys in use; other rows are 0. max_seqlen_q, max_seqlen_k: at
-    least the longest length (ValueError otherwise), or None. lse is (nheads, total_q) or (batch, nheads, seqlen_q).
+    Args:
+        q: (total_q, nheads, head_dim) with cu_seqlens_q, else (batch, seqlen_q, nheads, head_dim).
+        k: (total_k, nheads_kv, head_dim) with cu_seqlens_k, pages (num_pages, page_size, nheads_kv, head_dim) with
+            page_table, else (batch, seqlen_k, nheads_kv, head_dim).
+        v: like k, with head_dim_v.
+        qv: (..., nheads, head_dim_v) in q's layout, for absorbed MLA: scores are scale * (q k^T + qv v^T). It has a
+            gradient.
+        cu_seqlens_q: int32 (batch + 1,), cumulative lengths of the query sequences.
+        cu_seqlens_k: int32 (batch + 1,), cumulative lengths of the key sequences.
+        max_seqlen_q: at least the longest query length, or None; a smaller value raises ValueError.
+        max_seqlen_k: at least the longest key length, or None; a smaller value raises ValueError.
+        min_seqlen_k: a hint for GPUs; it does not affect results.
+        seqused_q: int32 (batch,), number of queries in use per sequence; unused queries give 0.
+        seqused_k: int32 (batch,), number of keys in use per sequence.
+        gather_kv_indices: (batch, seqlen_q, n) or (total_q, n): key slots of the query's own sequence that it attends
+            to.
+        page_table: int32 (batch, max_pages), pages of each sequence, of any size.
+        softmax_scale: any finite number; default head_dim ** -0.5, or (head_dim + head_dim_v) ** -0.5 with qv.
+        causal: aligned to the bottom right: query i attends to keys up to i + seqlen_k - seqlen_q.
+        window_size: (left, right), inclusive; None or two negative numbers: unbounded. One negative number moves that
+            edge beyond the position.
+        learnable_sink: (nheads,), one additional logit in each softmax denominator. It has a gradient.
+        softcap: scores become softcap * tanh(score / softcap); 0: off.
+        num_splits: a hint for GPUs; it does not affect results.
+        pack_gqa: a hint for GPUs; it does not affect results.
+        deterministic: guarantee identical results from run to run, or raise. The CPU backend is always deterministic.
+        score_mod: not supported.
+        score_mod_bwd: not supported.
+        mask_mod: not supported.
+        block_sparse_tensors: blocks of keys that each block of queries attends to; needs a block_size.
+        aux_tensors: not supported.
+        aux_scalars: not supported.
+        return_lse: also return lse. Gradients then flow through it.
+        scheduler_metadata: it does not affect results.
+        seqlen_k_per_split: a hint for GPUs; it does not affect results.
+        disable_scheduler_metadata: it does not affect results.
+        gather_bwd_recompute_p: a hint for GPUs; needs gather_kv_indices.
+        gather_bwd_token_chunk: a hint for GPUs; needs gather_kv_indices.
+
+    Returns:
+        (out, lse): out in q's shape with head_dim_v, lse (nheads, total_q) or (batch, nheads, seqlen_q), or None.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong; the message names it.
+        NotImplementedError: an argument is not supported; the message gives the reason.
 
     >>> import torch
     >>> from anyattn.compat.flash_attn_4 import flash_attn_varlen_func
@@ -166,10 +238,20 @@ def flash_attn_combine(
     virtual_batch_idx: Tensor | None = None,
     return_lse: bool = True,
 ) -> Result:
-    """(out, lse) over all keys from those over parts, as flash_attn 3's; lse is None with return_lse=False.
+    """Combine results over disjoint sets of keys into the result over all keys. There are no gradients.
 
-    cu_seqlens: int32 (batch + 1,), of a packed out_partial; seqused: (batch,), rows in use. Others are 0 and -inf.
-    virtual_batch_idx, an order of work, has no effect on results. No gradients.
+    Args:
+        out_partial: (num_splits, batch, seqlen, nheads, head_dim) or (num_splits, total, nheads, head_dim).
+        lse_partial: out_partial's shape without head_dim, heads last.
+        out: buffer for the result, or None.
+        out_dtype: dtype of the result; default out_partial's dtype.
+        cu_seqlens: int32 (batch + 1,), cumulative lengths of a packed out_partial.
+        seqused: (batch,), number of queries in use; unused queries give 0 and -inf.
+        virtual_batch_idx: an order of work; it does not affect results.
+        return_lse: return lse instead of None.
+
+    Returns:
+        (out, lse), as flash_attn 3 returns them.
 
     >>> import torch
     >>> from anyattn.compat.flash_attn_4 import flash_attn_combine
@@ -203,9 +285,34 @@ def get_scheduler_metadata(
     seqlen_k_per_split: int | None = None,
     _arch: int | None = None,
 ) -> Tensor:
-    """A tensor for scheduler_metadata. Nothing is scheduled ahead here: it is all 0.
+    """Return a tensor for scheduler_metadata, all 0: anyattn needs no schedule.
 
-    AssertionError, as upstream, without any of cu_seqlens_q, cu_seqlens_k, seqused_q and seqused_k.
+    Args:
+        max_seqlen_q: longest query length.
+        max_seqlen_k: longest key length.
+        nheads: number of query heads.
+        nheads_kv: number of KV heads.
+        headdim: head_dim of q and k.
+        num_splits: a hint for GPUs.
+        headdim_v: head_dim of v; default headdim.
+        pack_gqa: a hint for GPUs.
+        causal: the call is causal.
+        window_size_left: left side of the window.
+        window_size_right: right side of the window.
+        seqlen_k_new: longest length of new keys.
+        cu_seqlens_q: int32 (batch + 1,), cumulative lengths of the query sequences.
+        cu_seqlens_k: int32 (batch + 1,), cumulative lengths of the key sequences.
+        cu_seqlens_k_new: int32 (batch + 1,), cumulative lengths of packed new keys.
+        seqused_q: int32 (batch,), number of queries in use per sequence; unused queries give 0.
+        seqused_k: int32 (batch,), number of keys in use per sequence.
+        leftpad_k: (batch,), first key in use.
+        seqlen_k_per_split: a hint for GPUs.
+
+    Returns:
+        int32 (batch,).
+
+    Raises:
+        AssertionError: none of cu_seqlens_q, cu_seqlens_k, seqused_q and seqused_k is given.
 
     >>> import torch
     >>> from anyattn.compat.flash_attn_4 import get_scheduler_metadata

@@ -3,16 +3,16 @@
     import anyattn.compat.transformers
     model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="anyattn")
 
-Importing this module registers the name with transformers' two interfaces, for attention and for masks. Results are
-those of "eager", except for the tokens of padding. A mask function that is causal, bidirectional, a sliding window or
-packed sequences of these becomes a `LazyMask`: no score-sized mask exists unless the model itself reads it. Other
-functions, and every function under torch.compile, become eager's mask.
+Importing this module registers the name with transformers' two interfaces, for attention and for masks. Results equal
+those of "eager" attention, except for padding tokens. Causal, bidirectional and sliding-window mask functions, and
+packed sequences of these, become a `LazyMask`: no score-sized mask exists unless the model itself reads it. Other
+functions, and every function under torch.compile, become the mask of eager attention.
 
-Sequences are packed where transformers says so: `position_ids` that restart, without attention_mask and without a cache
+Sequences are packed if transformers says so: `position_ids` that restart, without attention_mask and without a cache
 (use_cache=False), or `cu_seq_lens_q` and `cu_seq_lens_k`.
 
-A model that computes attention itself (Bloom, GPT-J and others) raises ValueError when the name is chosen for it.
-`install_flash_attention_2` serves models that are hard-wired to "flash_attention_2".
+A model that computes attention itself (Bloom, GPT-J and others) raises ValueError when the name is chosen for it. For
+models that are hard-wired to "flash_attention_2", use `install_flash_attention_2`.
 """
 
 import inspect
@@ -38,12 +38,12 @@ def register() -> None:
     """Register "anyattn" with transformers; importing this module does it.
 
     Raises:
-        ImportError: transformers is older than 5.4, which asks for masks in another way.
+        ImportError: transformers is older than 5.4, which requests masks in another way.
     """
     from transformers import AttentionInterface, __version__, masking_utils
 
     if "q_offset" not in inspect.signature(masking_utils.sdpa_mask).parameters:
-        raise ImportError(f"anyattn.compat.transformers needs transformers 5.4 or later, got {__version__}")
+        raise ImportError(f"transformers must be version 5.4 or later, got {__version__}. Upgrade it.")
     AttentionInterface.register(NAME, attention)
     masking_utils.AttentionMaskInterface.register(NAME, mask)
     refuse_unsupported_models()

@@ -1,4 +1,4 @@
-"""The attention function for transformers' models."""
+"""Attention function for transformers' models."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from ...weights import attention_weights
 from .lazy_mask import LazyMask, Pattern
 from .selected_keys import key_mask, selected_keys
 
-USE_EAGER = "use attn_implementation='eager' or 'sdpa' for this model"
+USE_EAGER = "Use attn_implementation='eager' or 'sdpa' for this model"
 
 
 class Visible(NamedTuple):
-    """The keys that each query attends to, as arguments of anyattn.attention; cu_seqlens_q: packed sequences."""
+    """Keys that each query attends to, as arguments of anyattn.attention. cu_seqlens_q: of packed sequences."""
 
     window: tuple[int | None, int | None] = (None, None)
     offset: int | None = None
@@ -51,29 +51,38 @@ def attention(
     output_attentions: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return (out, weights) of eager attention; transformers' attention modules call this function.
+    """Compute (out, weights) of eager attention. transformers' attention modules call this function.
 
-    The mask alone decides which keys a query attends to, as in eager attention: None masks nothing, and `is_causal` and
+    The mask alone decides which keys a query attends to, as in eager attention. None masks nothing. `is_causal` and
     `sliding_window` are not read, because the mask contains both.
 
     Args:
-        query: (batch, nheads, seqlen_q, head_dim). key: (batch, nheads_kv, seqlen_k, head_dim). value: (batch,
-            nheads_kv, seqlen_k, head_dim_v).
-        attention_mask: a `LazyMask`; a boolean mask (True: visible) of four dimensions; a floating-point mask, which is
-            added to the scores and broadcast.
+        module: the attention module that calls this function.
+        query: (batch, nheads, seqlen_q, head_dim).
+        key: (batch, nheads_kv, seqlen_k, head_dim).
+        value: (batch, nheads_kv, seqlen_k, head_dim_v).
+        attention_mask: a `LazyMask`; a boolean mask (True: visible) with four dimensions; or a floating-point mask,
+            which is added to the scores and broadcast.
         dropout: probability, applied while the module is in training mode.
-        s_aux: one sink logit per head. sinks: one per query, broadcastable to (batch, nheads, seqlen_q, 1).
+        scaling: default head_dim ** -0.5.
+        is_causal: not read, because the mask contains it.
+        sliding_window: not read, because the mask contains it.
+        softcap: 0 or None: off.
+        s_aux: one sink logit per head.
         position_bias: added to the scores.
-        indices: (batch, seqlen_q, n), keys that an indexer chose for each query (DeepSeek-V3.2). The mask holds too.
+        sinks: one sink logit per query, broadcastable to (batch, nheads, seqlen_q, 1).
+        indices: (batch, seqlen_q, n), keys that an indexer chose for each query (DeepSeek-V3.2). The mask applies too.
         block_indices: (batch, heads, seqlen_q, n), chosen blocks of `module.indexer.block_size` keys; -1: no block.
-        cu_seq_lens_q: int32 (sequences + 1); with cu_seq_lens_k, the batch of one holds packed sequences.
-        output_attentions: return the weights too, (batch, nheads, seqlen_q, seqlen_k): memory is O(seqlen^2).
+        cu_seq_lens_q: int32 (sequences + 1,). With cu_seq_lens_k, the batch of one holds packed sequences.
+        cu_seq_lens_k: int32 (sequences + 1,).
+        output_attentions: also return the weights, (batch, nheads, seqlen_q, seqlen_k), in O(seqlen^2) memory.
+        **kwargs: other keywords; those that could change the result raise NotImplementedError.
 
     Returns:
         out (batch, seqlen_q, nheads, head_dim_v), and the weights or None.
 
     Raises:
-        NotImplementedError: an argument that is not None and not known: it could change the result.
+        NotImplementedError: an unknown argument is not None, because it could change the result.
         ValueError: a mask or a combination of arguments that eager attention does not define.
     """
     _refuse_unknown(module, kwargs)
@@ -92,7 +101,7 @@ def attention(
         return _packed(q, k, v, visible, {**options, "dropout_p": dropout_p}), None
     options |= {"window": visible.window, "offset": visible.offset, "mask": visible.mask}
     options["bias"] = _sum(visible.bias, position_bias, q.dtype)
-    if chosen is not None and q.device.type != "cpu":  # other backends do not select keys
+    if chosen is not None and q.device.type != "cpu":  # other backends do not support selected keys
         options["mask"] = key_mask(chosen, q.shape[2], k.shape[1], visible.mask)
     elif chosen is not None:
         options["kv_indices"] = chosen
@@ -104,9 +113,9 @@ def attention(
 def _with_lse(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, wants_weights: bool, dropout_p: float, options: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """Return (out, weights) where the logsumexp is needed: for weights, and for sinks that differ from query to query.
+    """Return (out, weights) in the cases that need the logsumexp: weights, and sinks that differ between queries.
 
-    A sink adds exp(sink) to the sum of a query, so its weights shrink by sigmoid(lse - sink).
+    A sink adds exp(sink) to the sum of a query, so its weights are multiplied by sigmoid(lse - sink).
     """
     out, lse = api.attention(q, k, v, dropout_p=dropout_p, return_lse=True, **options)
     weights = attention_weights(q, k, lse, **options) if wants_weights else None
@@ -117,7 +126,7 @@ def _with_lse(
 
 
 def _expanded(x: Tensor, batch: int) -> Tensor:
-    """Return x for a batch of this size: one sequence of learned queries serves every item, as in eager attention."""
+    """Return x expanded to this batch size, because one sequence of learned queries is used for every item."""
     return x.expand(batch, -1, -1, -1) if x.shape[0] == 1 else x
 
 
@@ -136,7 +145,7 @@ def _visible(
     begins_k: Tensor | None,
     as_mask_alone: bool,
 ) -> Visible:
-    """Return what the mask says; `as_mask_alone`: packed sequences must be a mask too."""
+    """Return the visible keys of the mask. as_mask_alone: packed sequences become a mask too."""
     if begins_q is not None and as_mask_alone:
         raise ValueError(
             "cu_seq_lens_q cannot be combined with output_attentions, position_bias, sinks or selected keys. Pass "
@@ -178,7 +187,7 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, visible: Visible, options: dict[str
     return out.reshape(*q.shape[:2], *out.shape[1:])
 
 
-# Arguments of whole models and of generate: they reach attention and change no result of eager attention.
+# Arguments of whole models and of generate that reach attention and do not change the result of eager attention.
 NEUTRAL = {"cache_position", "deterministic", "grid_thw", "input_ids", "logits_to_keep", "position_embeddings"}
 NEUTRAL |= {"return_dict", "token_type_ids", "use_cache", *GenerationConfig().to_dict()}
 NEUTRAL |= TransformersKwargs.__optional_keys__ | TransformersKwargs.__required_keys__
@@ -188,14 +197,14 @@ def _refuse_unknown(module: Any, arguments: dict[str, Any]) -> None:
     for name, x in arguments.items():
         if x is not None and name not in NEUTRAL:
             raise NotImplementedError(
-                f"{type(module).__name__} passes {name}= to attention, and its meaning is not known here: {USE_EAGER}"
+                f"{type(module).__name__} passes {name}= to attention, which is not supported. {USE_EAGER}"
             )
 
 
 def _warn_of_positions(module: Any, mask: Tensor | None, position_ids: Tensor | None, begins: Tensor | None) -> None:
-    """Warn where positions restart and transformers does not say that sequences are packed: FlashAttention would guess.
+    """Warn if positions restart and transformers does not report packed sequences, because FlashAttention would guess.
 
-    Only the first layer looks, because reading the positions costs a synchronisation on a GPU.
+    Only the first layer checks, because reading the positions costs a synchronisation on a GPU.
     """
     if torch.compiler.is_compiling() or not isinstance(mask, LazyMask):
         return

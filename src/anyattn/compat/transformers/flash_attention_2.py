@@ -1,4 +1,4 @@
-"""For models and programs that insist on attn_implementation="flash_attention_2" where that package cannot be."""
+"""Support for models and programs that insist on attn_implementation="flash_attention_2" without that package."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ _installed: ExitStack | None = None
 
 
 def install_flash_attention_2() -> None:
-    """Lets "flash_attention_2" mean the functions of anyattn.compat.flash_attn, on any device, until uninstalled.
+    """Make "flash_attention_2" use the functions of anyattn.compat.flash_attn, on any device, until uninstalled.
 
-    The rest stays transformers' own code for FlashAttention: it takes padding out and puts it back, finds packed
-    sequences, and asks each model whether it supports it. Call this before the model is made. Where the name can be
-    chosen, "anyattn" serves more: other masks, sinks, position biases. A second call has no effect.
+    Everything else is transformers' own code for FlashAttention: it removes and restores padding, finds packed
+    sequences, and checks whether each model supports it. Call this before the model is created. If you can choose the
+    name, "anyattn" supports more: other masks, sinks, position biases. A second call has no effect.
     """
     global _installed
     from transformers import modeling_flash_attention_utils as utils
@@ -39,17 +39,17 @@ def install_flash_attention_2() -> None:
         return bool(can_dispatch(self, flash_attn_version, is_init_check))
 
     matrix = utils.FLASH_ATTENTION_COMPATIBILITY_MATRIX
-    version_2 = {**matrix[2], "general_availability_check": lambda: True}  # or it asks the kernel hub
+    version_2 = {**matrix[2], "general_availability_check": lambda: True}  # otherwise it queries the kernel hub
     _installed = ExitStack()
     _installed.enter_context(mock.patch.object(utils, "_lazy_imports", imports))
     _installed.enter_context(mock.patch.object(modeling_utils.PreTrainedModel, "_flash_attn_can_dispatch", dispatches))
     _installed.enter_context(mock.patch.dict(matrix, {2: version_2}))
     _installed.callback(setattr, utils, "_loaded_implementation", None)
-    utils._loaded_implementation = None  # what it loaded before is not looked at again
+    utils._loaded_implementation = None  # discards what was loaded before
 
 
 def uninstall_flash_attention_2() -> None:
-    """Undoes install_flash_attention_2; without effect if that was not called."""
+    """Undo install_flash_attention_2; no effect if it was not called."""
     global _installed
     if _installed is not None:
         _installed.close()

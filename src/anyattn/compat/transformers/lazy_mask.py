@@ -1,4 +1,4 @@
-"""The mask that transformers' models receive: a real mask for their code, a pattern for `attention`."""
+"""Mask for transformers' models: a real mask for their code, a pattern for `attention`."""
 
 from __future__ import annotations
 
@@ -11,20 +11,23 @@ from torch.utils._pytree import tree_map
 
 
 class Pattern(NamedTuple):
-    """Query i attends to the keys j with offset + i - left <= j <= offset + i + right; None: unbounded."""
+    """Pattern of visible keys: query i attends to the keys j with offset + i - left <= j <= offset + i + right.
+
+    None: unbounded.
+    """
 
     left: int | None = None
     right: int | None = None
     offset: int = 0
     padding: Tensor | None = None  # bool (batch, seqlen_k): False masks the key for every query
-    cu_seqlens: Tensor | None = None  # packed: where sequences begin among the tokens of the whole batch
+    cu_seqlens: Tensor | None = None  # packed: cumulative lengths over the tokens of the whole batch
 
 
 class LazyMask(torch.Tensor):
-    """The additive mask of transformers' eager attention, (batch, 1, seqlen_q, seqlen_k), computed when it is read.
+    """Additive mask of transformers' eager attention, (batch, 1, seqlen_q, seqlen_k), computed when it is read.
 
-    Memory holds one number until an operation other than a question about shape, dtype or device reads the mask. From
-    then on the dense mask decides, because a view of it may have been changed. `attention` reads `pattern` instead.
+    It needs memory for one number until an operation reads the mask; queries of shape, dtype and device do not. After
+    that the dense mask decides, because a view of it may have been changed. `attention` reads `pattern` instead.
     """
 
     pattern: Pattern
@@ -46,7 +49,7 @@ class LazyMask(torch.Tensor):
 
     @property
     def is_dense(self) -> bool:
-        """True once something has read the numbers: `pattern` may no longer hold."""
+        """Return whether something has read the values, so that `pattern` may no longer be valid."""
         return self._dense is not None
 
     def dense(self) -> Tensor:
@@ -65,7 +68,7 @@ class LazyMask(torch.Tensor):
             if function in QUESTIONS:
                 return function(*args, **kwargs)
             if function is torch.Tensor.detach or (function == SET_REQUIRES_GRAD and not args[1]):
-                return args[0]  # of reentrant checkpointing
+                return args[0]  # for reentrant checkpointing
             if function is torch.Tensor.to and not args[0].is_dense:
                 return _moved(*args, **kwargs)
             return function(*tree_map(_read, args), **tree_map(_read, kwargs))
@@ -82,7 +85,7 @@ def _read(x: Any) -> Any:
 
 
 def _moved(mask: LazyMask, *args: Any, **kwargs: Any) -> Tensor:
-    """Return mask.to(...), still lazy where only the device changes: models that are spread over devices do this."""
+    """Return mask.to(...), still lazy if only the device changes, as in models that are spread over devices."""
     target = torch.empty(0, dtype=mask.dtype, device=mask.device).to(*args, **kwargs)
     if target.dtype != mask.dtype or kwargs.get("copy"):
         return mask.dense().to(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Masks for transformers' models: the pattern of a mask function that is known, without an entry per score."""
+"""Masks for transformers' models: the pattern of a known mask function, without an entry per score."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MaskFunction = Callable[..., Any]
 
 
 class Shape(NamedTuple):
-    """The keys that a mask function shows a query: at most so far before and after it, in its own segment."""
+    """Keys that a mask function makes visible: a distance before and after the query, in its own segment."""
 
     left: int | None = None
     right: int | None = None
@@ -39,15 +39,15 @@ def mask(
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> Tensor | None:
-    """Return the mask of eager attention, (batch_size, 1, q_length, kv_length) in `dtype`; None where eager's is None.
+    """Return the mask of eager attention, (batch_size, 1, q_length, kv_length) in `dtype`, or None like eager.
 
     transformers calls this function. The mask is a `LazyMask` if `mask_function` is causal, bidirectional, a sliding
-    window, or packed sequences of these. It is dense for other functions, while a graph is traced, and where the
-    caller wants an array (`allow_is_causal_skip=False` for a cache of fixed size, whose decoding is compiled).
+    window, or packed sequences of these. It is dense for other functions, while a graph is traced, and if the caller
+    needs an array (`allow_is_causal_skip=False` for a cache of fixed size, whose decoding is compiled).
     """
     function = masking_utils.causal_mask_function if mask_function is None else mask_function
     tracing = is_tracing(attention_mask)
-    if not tracing:  # a static cache changes its tensor in place, and a LazyMask may be read later
+    if not tracing:  # a static cache changes its tensor in place, but a LazyMask may be read later
         q_offset = int(q_offset)
 
     def compute() -> Any:
@@ -94,13 +94,16 @@ def _padding(
 
 
 def _cumulative(starts: Tensor) -> Tensor:
-    """Return cu_seqlens from (batch, seqlen - 1), True where the next token begins a sequence. Each row begins one."""
+    """Return cu_seqlens from (batch, seqlen - 1) booleans:
+
+    True if the next token starts a sequence. Each row starts one.
+    """
     begins = pad(starts, (1, 0), value=True).flatten().nonzero().flatten()
     return pad(begins, (0, 1), value=starts.shape[0] * (starts.shape[1] + 1)).int()
 
 
 def _recognize(function: MaskFunction) -> Shape | None:
-    """Return the shape of a mask function of transformers, from its name and its enclosed values; None: unknown."""
+    """Return the shape of a transformers mask function, from its name and the values it encloses; None if unknown."""
     if function is masking_utils.causal_mask_function:
         return Shape(right=0)
     if function is masking_utils.bidirectional_mask_function:
@@ -116,7 +119,7 @@ def _recognize(function: MaskFunction) -> Shape | None:
         return Shape(enclosed["sliding_window"], enclosed["sliding_window"])
     if maker == "packed_sequence_mask_function":
         return Shape(segments=enclosed["packed_sequence_mask"])
-    if maker == "remap_positions_for_packed_sequence":  # distances inside a sequence stay as they are
+    if maker == "remap_positions_for_packed_sequence":  # distances inside a sequence do not change
         return _recognize(enclosed["mask_function"])
     if maker == "and_masks":
         return _intersect([_recognize(part) for part in enclosed["mask_functions"]])

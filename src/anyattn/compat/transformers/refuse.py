@@ -1,4 +1,4 @@
-"""Refuse models that compute attention themselves: the choice of "anyattn" would change nothing, or break them."""
+"""Refusal of models that compute attention themselves, because "anyattn" would have no effect or break them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CLASS_TABLE = re.compile(r"_CLASSES\[\s*(self\.)?config\._attn_implementation\s*
 
 
 def refuse_unsupported_models() -> None:
-    """Make transformers raise ValueError when "anyattn" is chosen for a class that does not ask for the function."""
+    """Make transformers raise ValueError if "anyattn" is chosen for a class that never calls the attention function."""
     choose = PreTrainedModel.get_correct_attn_implementation
     if getattr(choose, "_by_anyattn", False):
         return
@@ -34,7 +34,7 @@ def refuse_unsupported_models() -> None:
 
 
 def computes_attention_itself(model: type) -> bool:
-    """Return whether no attention module of this class asks transformers' AttentionInterface, judged by the source."""
+    """Return whether no attention module of this class uses transformers' AttentionInterface, judged by its source."""
     sources = [_source(cls.__module__) for cls in _model_classes(model)]
     if any(CLASS_TABLE.search(source) for source in sources):
         return True
@@ -48,7 +48,7 @@ def _model_classes(model: type) -> list[type]:
 
 
 def _source(module: str) -> str:
-    """Return the source of a module; empty where there is none, as for a class that was written in a notebook."""
+    """Return the source of a module; empty if there is none, for example for a class defined in a notebook."""
     try:
         return inspect.getsource(sys.modules[module])
     except (KeyError, OSError, TypeError):

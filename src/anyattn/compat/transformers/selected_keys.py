@@ -1,4 +1,4 @@
-"""Keys that an indexer chose for each query: models with sparse attention (DeepSeek-V3.2, GLM-MoE-DSA, MiniMax-M3)."""
+"""Selected keys of each query, for models with sparse attention (DeepSeek-V3.2, GLM-MoE-DSA, MiniMax-M3)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def selected_keys(module: Any, indices: Tensor | None, block_indices: Tensor | N
     """Return kv_indices of anyattn.attention: (batch, seqlen_q, n), or (batch, nheads_kv, seqlen_q, n); -1: no key.
 
     Raises:
-        ValueError: the module does not say how large a block is, or heads of blocks do not divide the KV heads.
+        ValueError: the module does not define the block size, or the heads of blocks do not divide the KV heads.
     """
     if block_indices is None:
         return None if indices is None else indices.int()
@@ -31,10 +31,10 @@ def selected_keys(module: Any, indices: Tensor | None, block_indices: Tensor | N
 
 
 def key_mask(kv_indices: Tensor, nheads: int, seqlen_k: int, mask: Tensor | None) -> Tensor:
-    """Return the boolean mask (batch, 1 or nheads, seqlen_q, seqlen_k) of selected keys that `mask` shows too."""
+    """Return the boolean mask (batch, 1 or nheads, seqlen_q, seqlen_k) of selected keys that `mask` makes visible."""
     if kv_indices.ndim == 3:
         kv_indices = kv_indices.unsqueeze(1)
-    slots = kv_indices.long().masked_fill(kv_indices < 0, seqlen_k)  # a column of its own, which is dropped
+    slots = kv_indices.long().masked_fill(kv_indices < 0, seqlen_k)  # an additional column, which is dropped
     keys = torch.zeros(*slots.shape[:-1], seqlen_k + 1, dtype=torch.bool, device=slots.device)
     keys = keys.scatter(-1, slots, True)[..., :-1]
     if keys.shape[1] > 1:

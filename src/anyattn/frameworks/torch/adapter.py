@@ -66,10 +66,10 @@ adapter = TorchAdapter()
 
 
 def rows(name: str, array: Tensor) -> Tensor:
-    """Return the tensor, copied if its last dimension is not contiguous (size 1 and broadcast scores count as
-    contiguous).
+    """Return the tensor, copied if its last dimension is not contiguous.
 
-    `block_table` must be fully contiguous, because kernels use its width as the row stride.
+    Size 1 and broadcast scores count as contiguous.     `block_table` must be fully contiguous, because kernels use its
+    width as the row stride.
     """
     if name == "block_table":
         return array.contiguous()

@@ -24,8 +24,9 @@ def sdpa(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Return the nested tensor that torch returns: query's sequences, value's head_dim. Causal: query i uses keys 0 to
-    i.
+    """Return the nested tensor that torch returns: query's sequences, value's head_dim.
+
+    Causal: query i attends to keys 0 to i.
 
     Raises:
         NotImplementedError: an unsupported combination: another layout, another ragged dimension, or a mask.

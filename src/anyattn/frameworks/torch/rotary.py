@@ -61,10 +61,10 @@ def _turn(x: Tensor, positions: Tensor, interleaved: bool, parts: Sequence[Part]
 def rotate_in_place(
     x: Tensor, positions: Tensor, interleaved: bool, parts: Sequence[Part], tables: Sequence[Tensor]
 ) -> Tensor:
-    """Return x with x[:, :, part] rotated in place for each part, by tables = (cos, sin) of the first part, the next,
-    ...
+    """Return x with x[:, :, part] rotated in place for each part.
 
-    The result carries the gradient of the rotation. The tables get no gradient.
+    tables are (cos, sin) of the first part, of the next, ... The result carries the gradient of the rotation. The
+    tables get no gradient.
     """
     if torch.is_grad_enabled() and any(table.requires_grad for table in tables):
         raise ValueError(

@@ -1,4 +1,6 @@
-"""Forward pass on Hopper: a program owns 128 queries of a head. One warp loads tiles with the copy engine (TMA). Two
+"""Forward pass on Hopper: a program owns 128 queries of a head.
+
+One warp loads tiles with the copy engine (TMA). Two
 warpgroups of 64 queries each compute and alternate on the tensor cores: while one multiplies, the other exponentiates.
 
     producer      Q      K0 V0      K1 V1      K2 V2 ...             waits until both groups have released a buffer

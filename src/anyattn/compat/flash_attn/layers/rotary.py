@@ -1,6 +1,6 @@
-"""`flash_attn.layers.rotary`: rotary positions with gradients, in place and not, for tensors of any device.
+"""`flash_attn.layers.rotary`: rotary positions with gradients, in place or not, for tensors on any device.
 
-Written in place, a leaf that requires a gradient is accepted too, as there.
+In-place rotation accepts a leaf that requires a gradient, as upstream does.
 """
 
 from __future__ import annotations
@@ -24,7 +24,20 @@ def apply_rotary_emb(
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
 ) -> Tensor:
-    """`ops.triton.rotary.apply_rotary`, with gradients also in place.
+    """Rotate x like `ops.triton.rotary.apply_rotary`, with gradients also in place.
+
+    Args:
+        x: (batch, seqlen, nheads, head_dim), or (total, nheads, head_dim) with cu_seqlens.
+        cos: (length, rotary_dim / 2), rotary_dim <= head_dim.
+        sin: (length, rotary_dim / 2).
+        interleaved: rotate pairs (0, 1), (2, 3), ... instead of (0, d/2), (1, d/2 + 1), ...
+        inplace: write to x and return it.
+        seqlen_offsets: position of the first row, an int or (batch,).
+        cu_seqlens: (batch + 1,), cumulative lengths of packed sequences.
+        max_seqlen: longest length, needed with cu_seqlens.
+
+    Returns:
+        The rotated x.
 
     >>> import torch
     >>> x = torch.ones(1, 4, 2, 8, requires_grad=True)
@@ -42,7 +55,17 @@ apply_rotary_emb_func = apply_rotary_emb
 
 
 def apply_rotary_emb_torch(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
-    """Row i of x (batch, seqlen, nheads, head_dim) by row i of cos, sin (seqlen or batch, seqlen, rotary_dim / 2)."""
+    """Rotate row i of x by row i of cos and sin.
+
+    Args:
+        x: (batch, seqlen, nheads, head_dim).
+        cos: (seqlen, rotary_dim / 2) or (batch, seqlen, rotary_dim / 2).
+        sin: in cos's shape.
+        interleaved: rotate pairs (0, 1), (2, 3), ... instead of (0, d/2), (1, d/2 + 1), ...
+
+    Returns:
+        The rotated x.
+    """
     batch, seqlen = x.shape[:2]
     if cos.shape[:-1] not in ((seqlen,), (batch, seqlen)):
         raise ValueError(
@@ -63,14 +86,21 @@ def apply_rotary_emb_qkv_(
     seqlen_offsets: int | Tensor = 0,
     num_heads_q: int | None = None,
 ) -> Tensor:
-    """Rotates q and k of a packed qkv in place, and returns it.
+    """Rotate q and k of a packed qkv in place.
 
     Args:
-        qkv: (batch, seqlen, 3, nheads, head_dim), or with num_heads_q
-            (batch, seqlen, num_heads_q + 2 * num_heads_k, head_dim).
-        cos, sin: (length, rotary_dim / 2), for q, and for k too unless cos_k and sin_k are given.
+        qkv: (batch, seqlen, 3, nheads, head_dim), or with num_heads_q (batch, seqlen, num_heads_q + 2 * num_heads_k,
+            head_dim).
+        cos: (length, rotary_dim / 2), rotary_dim <= head_dim.
+        sin: (length, rotary_dim / 2).
+        cos_k: table for k; default cos.
+        sin_k: table for k; default sin.
+        interleaved: rotate pairs (0, 1), (2, 3), ... instead of (0, d/2), (1, d/2 + 1), ...
+        seqlen_offsets: position of the first row, an int or (batch,).
+        num_heads_q: number of query heads, for a qkv with 4 dimensions.
 
-    The other arguments are those of `apply_rotary_emb`.
+    Returns:
+        qkv.
     """
     if qkv.ndim == 5:
         if qkv.shape[2] != 3 or num_heads_q is not None:
@@ -93,7 +123,7 @@ def apply_rotary_emb_qkv_(
         heads = (qkv.shape[2] + num_heads_q) // 2
         parts = [slice(0, num_heads_q), slice(num_heads_q, heads)]
     if (cos_k is None) != (sin_k is None):
-        raise ValueError("cos_k and sin_k must be given together")
+        raise ValueError("cos_k and sin_k must be passed together, got one of them.")
     cos, sin, positions = prepare(qkv[:, :, parts[0]], cos, sin, seqlen_offsets)
     cos_k, sin_k = (
         (cos, sin) if cos_k is None or sin_k is None else prepare(qkv[:, :, parts[1]], cos_k, sin_k, seqlen_offsets)[:2]
@@ -104,7 +134,18 @@ def apply_rotary_emb_qkv_(
 def apply_rotary_emb_kv_(
     kv: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, seqlen_offsets: int | Tensor = 0
 ) -> Tensor:
-    """Rotates k of kv (batch, seqlen, 2, nheads, head_dim) in place, and returns kv."""
+    """Rotate k of a packed kv in place.
+
+    Args:
+        kv: (batch, seqlen, 2, nheads, head_dim).
+        cos: (length, rotary_dim / 2), rotary_dim <= head_dim.
+        sin: (length, rotary_dim / 2).
+        interleaved: rotate pairs (0, 1), (2, 3), ... instead of (0, d/2), (1, d/2 + 1), ...
+        seqlen_offsets: position of the first row, an int or (batch,).
+
+    Returns:
+        kv.
+    """
     if kv.ndim != 5 or kv.shape[2] != 2:
         raise ValueError(f"kv must be (batch, seqlen, 2, nheads, head_dim), got {tuple(kv.shape)}")
     cos, sin, positions = prepare(kv[:, :, 0], cos, sin, seqlen_offsets)
@@ -115,14 +156,14 @@ class RotaryEmbedding(nn.Module):
     """Rotary positions (Su et al., "RoFormer", 2021) with cached tables; with scale_base XPos (Sun et al., 2022).
 
     The angles of position p are p * base ** (-2 i / dim). XPos multiplies q by scale ** ((p - c) / scale_base) and
-    divides k by it, c being the middle of the tables: keep max_seqlen the same for all calls of a generation.
+    divides k by it, where c is the middle of the tables. Keep max_seqlen constant during a generation.
 
     Args:
-        dim: values of each head that are rotated.
-        base: of the frequencies.
-        interleaved: pairs (0, 1), (2, 3), ... instead of (0, d/2), (1, d/2 + 1), ...
-        scale_base: XPos if given; 512 is usual.
-        device: of the buffers.
+        dim: number of values of each head that are rotated.
+        base: base of the frequencies.
+        interleaved: rotate pairs (0, 1), (2, 3), ... instead of (0, d/2), (1, d/2 + 1), ...
+        scale_base: enables XPos; 512 is usual.
+        device: device of the buffers.
     """
 
     inv_freq: Tensor
@@ -155,7 +196,10 @@ class RotaryEmbedding(nn.Module):
     def _update_cos_sin_cache(
         self, seqlen: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
-        """Tables of at least this length; the angles are computed in float32, whatever the module was cast to."""
+        """Extend the tables to at least this length.
+
+        Angles are computed in float32, whatever the dtype of the module.
+        """
         cached = self._cos_cached
         if (
             cached is not None
@@ -184,18 +228,18 @@ class RotaryEmbedding(nn.Module):
         max_seqlen: int | None = None,
         num_heads_q: int | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Rotates in place, and returns qkv, or q and kv.
+        """Rotate in place; return qkv, or q and kv.
 
         Args:
-            qkv: as `apply_rotary_emb_qkv_` takes it; with kv only q (batch, seqlen, nheads, head_dim).
+            qkv: as for `apply_rotary_emb_qkv_`; with kv only q (batch, seqlen, nheads, head_dim).
             kv: (batch, seqlen, 2, nheads_kv, head_dim).
-            seqlen_offset: position of the first row, an int or (batch,); a tensor needs max_seqlen.
-            max_seqlen: how long the tables have to be; default seqlen + seqlen_offset.
-            num_heads_q: for a qkv of 4 dimensions.
+            seqlen_offset: position of the first row, an int or (batch,). A tensor needs max_seqlen.
+            max_seqlen: required length of the tables; default seqlen + seqlen_offset.
+            num_heads_q: number of query heads, for a qkv with 4 dimensions.
         """
         if max_seqlen is None:
             if not isinstance(seqlen_offset, int):
-                raise ValueError("seqlen_offset as a tensor needs max_seqlen, how long the tables have to be")
+                raise ValueError("max_seqlen must be passed if seqlen_offset is a tensor, got None.")
             max_seqlen = qkv.shape[1] + seqlen_offset
         self._update_cos_sin_cache(max_seqlen, qkv.device, qkv.dtype)
         cos, sin, cos_k, sin_k = self._cos_cached, self._sin_cached, self._cos_k_cached, self._sin_k_cached

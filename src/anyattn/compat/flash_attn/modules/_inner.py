@@ -1,4 +1,4 @@
-"""The attention of `MHA`, without projections: four modules, all of them in O(N) memory."""
+"""Attention of `MHA` without projections: four modules, all with O(N) memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Window = tuple[int, int]
 
 
 class Inner(nn.Module):
-    """What the four attention modules share."""
+    """Base class of the four attention modules."""
 
     def __init__(self, causal: bool, softmax_scale: float | None, attention_dropout: float) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Inner(nn.Module):
 
 
 class Flash(Inner):
-    """With the options that flash_attn's functions have."""
+    """Base class of the modules with the options of flash_attn's functions."""
 
     alibi_slopes: Tensor | None
 
@@ -52,10 +52,7 @@ class Flash(Inner):
 
 
 class FlashSelfAttention(Flash):
-    """Attention of packed q, k and v; the arguments are those of `flash_attn_qkvpacked_func`.
-
-    attention_dropout holds in training only.
-    """
+    """Attention of packed q, k and v, like `flash_attn_qkvpacked_func`. Dropout is active in training only."""
 
     def __init__(
         self,
@@ -76,26 +73,27 @@ class FlashSelfAttention(Flash):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
     ) -> Tensor:
-        """(batch, seqlen, nheads, head_dim), or with cu_seqlens (total, nheads, head_dim).
+        """Compute attention; returns (batch, seqlen, nheads, head_dim), or with cu_seqlens (total, nheads, head_dim).
 
         Args:
             qkv: (batch, seqlen, 3, nheads, head_dim), or (total, 3, nheads, head_dim) with cu_seqlens.
-            causal: instead of the module's.
-            cu_seqlens: (batch + 1,), int32. max_seqlen: needed with it.
+            causal: overrides the module's option.
+            cu_seqlens: int32 (batch + 1,), cumulative lengths of packed sequences.
+            max_seqlen: longest length, needed with cu_seqlens.
         """
         options = self._options(causal)
         out: Tensor
         if cu_seqlens is None:
             out = flash_attn_qkvpacked_func(qkv, **options)
         elif max_seqlen is None:
-            raise ValueError("cu_seqlens needs max_seqlen too")
+            raise ValueError("max_seqlen must be passed with cu_seqlens, got None.")
         else:
             out = flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, max_seqlen, **options)
         return out
 
 
 class FlashCrossAttention(Flash):
-    """Attention of q to packed k and v; the arguments are those of `flash_attn_kvpacked_func`."""
+    """Attention of q to packed k and v, like `flash_attn_kvpacked_func`."""
 
     def __init__(
         self,
@@ -119,29 +117,32 @@ class FlashCrossAttention(Flash):
         cu_seqlens_k: Tensor | None = None,
         max_seqlen_k: int | None = None,
     ) -> Tensor:
-        """(batch, seqlen_q, nheads, head_dim), or with cu_seqlens (total_q, nheads, head_dim).
+        """Compute attention; returns (batch, seqlen_q, nheads, head_dim), or (total_q, nheads, head_dim).
 
         Args:
             q: (batch, seqlen_q, nheads, head_dim), or (total_q, nheads, head_dim) with cu_seqlens.
             kv: (batch, seqlen_k, 2, nheads_kv, head_dim), or (total_k, 2, nheads_kv, head_dim).
-            causal: instead of the module's.
-            cu_seqlens, max_seqlen: of q; cu_seqlens_k, max_seqlen_k: of k and v.
+            causal: overrides the module's option.
+            cu_seqlens: int32 (batch + 1,), cumulative lengths of q.
+            max_seqlen: longest length of q.
+            cu_seqlens_k: int32 (batch + 1,), cumulative lengths of k and v.
+            max_seqlen_k: longest length of k and v.
         """
         options = self._options(causal)
         out: Tensor
         if cu_seqlens is None:
             out = flash_attn_kvpacked_func(q, kv, **options)
         elif max_seqlen is None or cu_seqlens_k is None or max_seqlen_k is None:
-            raise ValueError("cu_seqlens needs max_seqlen, cu_seqlens_k and max_seqlen_k too")
+            raise ValueError("max_seqlen, cu_seqlens_k and max_seqlen_k must be passed with cu_seqlens.")
         else:
             out = flash_attn_varlen_kvpacked_func(q, kv, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, **options)
         return out
 
 
 class SelfAttention(Inner):
-    """`FlashSelfAttention` with a padding mask instead of windows, ALiBi and packed sequences.
+    """Attention like `FlashSelfAttention`, with a padding mask instead of windows, ALiBi and packed sequences.
 
-    Here a row that sees no key gives 0 (upstream's additive mask of -10000 gives it the mean of v).
+    A query without visible keys gives 0. (Upstream's additive mask of -10000 gives the mean of v.)
     """
 
     def __init__(
@@ -150,15 +151,21 @@ class SelfAttention(Inner):
         super().__init__(causal, softmax_scale, attention_dropout)
 
     def forward(self, qkv: Tensor, causal: bool | None = None, key_padding_mask: Tensor | None = None) -> Tensor:
-        """(batch, seqlen, nheads, head_dim) from qkv (batch, seqlen, 3, nheads, head_dim).
+        """Compute attention; returns (batch, seqlen, nheads, head_dim).
 
-        key_padding_mask: (batch, seqlen), bool, True: keep.
+        Args:
+            qkv: (batch, seqlen, 3, nheads, head_dim).
+            causal: overrides the module's option.
+            key_padding_mask: boolean (batch, seqlen); True: keep.
         """
         return _masked(self, qkv.unbind(2), causal, key_padding_mask, None)
 
 
 class CrossAttention(Inner):
-    """`FlashCrossAttention` with a padding mask. Causal: the last row is at the last key that the mask keeps."""
+    """Attention like `FlashCrossAttention`, with a padding mask.
+
+    Causal: the last query is at the last key that is kept.
+    """
 
     def __init__(
         self, causal: bool = False, softmax_scale: float | None = None, attention_dropout: float = 0.0
@@ -168,9 +175,13 @@ class CrossAttention(Inner):
     def forward(
         self, q: Tensor, kv: Tensor, causal: bool | None = None, key_padding_mask: Tensor | None = None
     ) -> Tensor:
-        """(batch, seqlen_q, nheads, head_dim) from kv (batch, seqlen_k, 2, nheads_kv, head_dim).
+        """Compute attention; returns (batch, seqlen_q, nheads, head_dim).
 
-        key_padding_mask: (batch, seqlen_k), bool, True: keep.
+        Args:
+            q: (batch, seqlen_q, nheads, head_dim).
+            kv: (batch, seqlen_k, 2, nheads_kv, head_dim).
+            causal: overrides the module's option.
+            key_padding_mask: boolean (batch, seqlen_k); True: keep.
         """
         offset = None if key_padding_mask is None else key_padding_mask.sum(-1) - q.shape[1]
         return _masked(self, (q, *kv.unbind(2)), causal, key_padding_mask, offset)

@@ -26,7 +26,7 @@ __all__ = [
 
 
 class LinearResidual(nn.Linear):
-    """nn.Linear that returns its input as well."""
+    """Linear layer that also returns its input."""
 
     def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         return super().forward(input), input
@@ -35,27 +35,33 @@ class LinearResidual(nn.Linear):
 class MHA(nn.Module):
     """Multi-head self- or cross-attention with projections.
 
-    The parameters are named and shaped as upstream's: Wqkv (cross-attention: Wq and Wkv), out_proj, dwconv_*.
+    Parameters have upstream's names and shapes: Wqkv (cross-attention: Wq and Wkv), out_proj, dwconv_*.
 
     Args:
-        embed_dim: of input and output. num_heads divides it.
-        num_heads_kv: fewer key and value heads (GQA, MQA); default num_heads.
+        embed_dim: size of input and output, a multiple of num_heads.
+        num_heads: number of query heads.
+        num_heads_kv: number of key and value heads (GQA, MQA); default num_heads.
         cross_attn: queries from x, keys and values from x_kv.
-        qkv_proj_bias, out_proj_bias: whether the projections have a bias.
-        dropout: of the attention probabilities, in training only.
+        qkv_proj_bias: add a bias in the q, k and v projections.
+        out_proj_bias: add a bias in the output projection.
+        dropout: dropout of the attention probabilities, in training only.
         softmax_scale: default head_dim ** -0.5.
-        causal: rows see no key after their position.
-        layer_idx: this layer's key in InferenceParams; needed for generation.
-        dwconv: a causal depthwise convolution of size 3 behind the projections.
-        rotary_emb_dim: values of each head that are rotated; 0: none. rotary_emb_base, rotary_emb_scale_base,
-            rotary_emb_interleaved: see RotaryEmbedding.
-        use_alibi, window_size: with use_flash_attn only, as upstream.
-        fused_bias_fc: without effect on results: the projections are nn.Linear.
-        use_flash_attn: allows windows, ALiBi and packed sequences; without it key_padding_mask. The memory is O(N)
-            either way.
-        return_residual: returns (out, x).
-        checkpointing: recomputes the attention in the backward.
-        device, dtype: of the parameters.
+        causal: each query attends only to keys at or before its own position.
+        layer_idx: this layer's key in InferenceParams, needed for generation.
+        dwconv: a causal depthwise convolution of size 3 after the projections.
+        rotary_emb_dim: number of values of each head that are rotated; 0: none.
+        rotary_emb_base: see RotaryEmbedding.
+        rotary_emb_scale_base: see RotaryEmbedding.
+        rotary_emb_interleaved: see RotaryEmbedding.
+        use_alibi: add ALiBi to the scores; with use_flash_attn only, as upstream.
+        window_size: (left, right); with use_flash_attn only, as upstream.
+        fused_bias_fc: no effect on results, because the projections are nn.Linear.
+        use_flash_attn: allow windows, ALiBi and packed sequences; otherwise key_padding_mask. Memory is O(N) in both
+            cases.
+        return_residual: return (out, x).
+        checkpointing: recompute the attention in the backward pass.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
     """
 
     def __init__(
@@ -112,9 +118,9 @@ class MHA(nn.Module):
                 f"embed_dim {self.embed_dim}, num_heads {self.num_heads}, num_heads_kv {self.num_heads_kv}"
             )
         if (use_alibi or window_size != (-1, -1)) and not self.use_flash_attn:
-            raise ValueError("use_alibi and window_size need use_flash_attn=True")
+            raise ValueError("use_flash_attn must be True for use_alibi and window_size, got False.")
         if self.rotary_emb_dim > 0 and self.cross_attn:
-            raise ValueError("rotary_emb_dim and cross_attn exclude each other")
+            raise ValueError("rotary_emb_dim cannot be combined with cross_attn.")
 
     def _project(self, qkv_bias: bool, out_bias: bool, factory: dict[str, Any]) -> None:
         width, kv_dim = self.embed_dim, 2 * self.num_heads_kv * self.head_dim
@@ -131,7 +137,13 @@ class MHA(nn.Module):
         self.out_proj = nn.Linear(width, width, bias=out_bias, **factory)
 
     def allocate_inference_cache(self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None) -> Tensor:
-        """A KV cache for InferenceParams.key_value_memory_dict[layer_idx]."""
+        """Return a KV cache for InferenceParams.key_value_memory_dict[layer_idx].
+
+        Args:
+            batch_size: entries of the cache.
+            max_seqlen: slots of each entry.
+            dtype: default: the dtype of the parameters.
+        """
         weight = self.out_proj.weight
         return weight.new_empty(batch_size, max_seqlen, 2, self.num_heads_kv, self.head_dim, dtype=dtype)
 
@@ -146,20 +158,23 @@ class MHA(nn.Module):
         inference_params: InferenceParams | None = None,
         **kwargs: Any,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """(batch, seqlen, embed_dim), or with cu_seqlens (total, embed_dim); with return_residual also the input.
+        """Compute attention; returns (batch, seqlen, embed_dim), or (total, embed_dim) with cu_seqlens.
+
+        With return_residual, the input is returned too.
 
         Args:
-            x: of the same shape.
+            x: (batch, seqlen, embed_dim), or (total, embed_dim) with cu_seqlens.
             x_kv: (batch, seqlen_k, embed_dim), for cross-attention; default x.
-            key_padding_mask: (batch, seqlen), bool, True: keep; without use_flash_attn only.
-            cu_seqlens, max_seqlen: of packed sequences; with use_flash_attn, and neither dwconv nor rotary.
-            mixer_subset: for cross-attention: which rows of x ask.
-            inference_params: for generation; the new keys and values are written behind those in the cache.
-            kwargs: for the inner attention: causal, and for cross-attention cu_seqlens_k and max_seqlen_k.
+            key_padding_mask: boolean (batch, seqlen), True: keep; without use_flash_attn only.
+            cu_seqlens: int32 (batch + 1,), cumulative lengths; with use_flash_attn, and without dwconv and rotary.
+            max_seqlen: longest length, needed with cu_seqlens.
+            mixer_subset: rows of x that are queries, for cross-attention.
+            inference_params: for generation; new keys and values are written after those in the cache.
+            **kwargs: for the inner attention: causal, and for cross-attention cu_seqlens_k and max_seqlen_k.
         """
         self._check_call(x_kv, key_padding_mask, cu_seqlens, max_seqlen, mixer_subset, inference_params)
         if inference_params is not None and kwargs:
-            raise ValueError(f"inference_params takes the module's own options, got {', '.join(kwargs)}")
+            raise ValueError(f"inference_params cannot be combined with other options, got {', '.join(kwargs)}")
         if self.use_flash_attn:
             kwargs.update({"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen})
         else:
@@ -187,20 +202,22 @@ class MHA(nn.Module):
     ) -> None:
         packed = cu_seqlens is not None or max_seqlen is not None
         if packed and (cu_seqlens is None or max_seqlen is None):
-            raise ValueError("cu_seqlens and max_seqlen must be given together")
+            raise ValueError("cu_seqlens and max_seqlen must be passed together, got one of them.")
         if packed and (not self.use_flash_attn or self.dwconv or self.rotary_emb_dim):
-            raise ValueError("cu_seqlens needs use_flash_attn=True, no dwconv and rotary_emb_dim 0")
+            raise ValueError("cu_seqlens needs a module with use_flash_attn=True, without dwconv and rotary_emb_dim.")
         if key_padding_mask is not None and self.use_flash_attn:
-            raise ValueError("key_padding_mask needs use_flash_attn=False; or unpad the batch and give cu_seqlens")
+            raise ValueError(
+                "key_padding_mask needs a module with use_flash_attn=False. Or unpad the batch and pass cu_seqlens."
+            )
         if not self.cross_attn and (x_kv is not None or mixer_subset is not None):
-            raise ValueError("x_kv and mixer_subset need cross_attn=True")
+            raise ValueError("x_kv and mixer_subset need a module with cross_attn=True.")
         if inference_params is not None and (packed or key_padding_mask is not None or self.dwconv):
-            raise ValueError("inference_params excludes cu_seqlens, key_padding_mask and dwconv")
+            raise ValueError("inference_params cannot be combined with cu_seqlens, key_padding_mask or dwconv.")
         if inference_params is not None and self.layer_idx is None:
-            raise ValueError("inference_params needs layer_idx in the constructor")
+            raise ValueError("inference_params needs a module with layer_idx.")
 
     def _own(self, x: Tensor, inference_params: InferenceParams | None) -> tuple[tuple[Tensor, ...], Tensor]:
-        """((qkv,), x), or with fewer KV heads ((q, kv), x); rotated."""
+        """Return ((qkv,), x), or with fewer KV heads ((q, kv), x), rotated."""
         qkv, x = self.Wqkv(x) if self.return_residual else (self.Wqkv(x), x)
         offset: int | Tensor = 0
         longest = None
@@ -237,7 +254,7 @@ class MHA(nn.Module):
         return context
 
     def _generate(self, tensors: tuple[Tensor, ...], inference_params: InferenceParams) -> Tensor:
-        """Writes k, rotated already, and v behind those of the cache, and attends to all of it."""
+        """Write k (already rotated) and v after the keys in the cache, and attend to the cache."""
         assert self.layer_idx is not None
         q, kv = tensors if len(tensors) == 2 else (tensors[0][:, :, 0], tensors[0][:, :, 1:])
         caches = inference_params.key_value_memory_dict
@@ -263,7 +280,7 @@ class MHA(nn.Module):
 
 
 class Convolution(nn.Conv1d):
-    """Causal and depthwise, over the sequence of (batch, seqlen, width)."""
+    """Causal depthwise convolution over the sequence of (batch, seqlen, width)."""
 
     def __init__(self, width: int, factory: dict[str, Any]) -> None:
         super().__init__(width, width, kernel_size=3, padding=2, groups=width, **factory)

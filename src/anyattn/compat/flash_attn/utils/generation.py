@@ -1,4 +1,4 @@
-"""`flash_attn.utils.generation`: what `MHA` needs to know between the steps of a generation."""
+"""`flash_attn.utils.generation`: state that `MHA` needs between the steps of a generation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass
 class InferenceParams:
-    """The caches of all layers, and how far they are filled; the caller advances seqlen_offset after each step.
+    """Caches of all layers and their state. The caller increases seqlen_offset after each step.
 
     Attributes:
         max_seqlen: slots of each cache.
@@ -17,7 +17,7 @@ class InferenceParams:
         seqlen_offset: keys already in the cache.
         batch_size_offset: first cache entry of this batch.
         key_value_memory_dict: layer_idx -> cache (max_batch_size, max_seqlen, 2, nheads_kv, head_dim).
-        lengths_per_sample: (batch,), keys already in the cache where the sequences differ.
+        lengths_per_sample: (batch,), keys already in the cache if the sequences differ.
     """
 
     max_seqlen: int
@@ -28,7 +28,7 @@ class InferenceParams:
     lengths_per_sample: Tensor | None = None
 
     def reset(self, max_seqlen: int, max_batch_size: int) -> None:
-        """For another generation: the caches stay, and are filled anew."""
+        """Start another generation. The caches are reused and overwritten."""
         self.max_seqlen, self.max_batch_size, self.seqlen_offset = max_seqlen, max_batch_size, 0
         if self.lengths_per_sample is not None:
             self.lengths_per_sample.zero_()

@@ -19,23 +19,24 @@ def apply_rotary(
     inplace: bool = False,
     conjugate: bool = False,
 ) -> Tensor:
-    """Rotates the first rotary_dim values of each head by the angles of its position.
+    """Rotate the first rotary_dim values of each head by the angles of its position.
 
     Args:
         x: (batch, seqlen, nheads, head_dim), or (total, nheads, head_dim) with cu_seqlens.
-        cos, sin: (length, rotary_dim / 2), rotary_dim <= head_dim.
+        cos: (length, rotary_dim / 2), rotary_dim <= head_dim.
+        sin: (length, rotary_dim / 2).
         seqlen_offsets: position of the first row, an int or (batch,).
-        cu_seqlens: (batch + 1,), where each packed sequence begins; rows of no sequence stay as they are.
-        max_seqlen: the longest sequence's length, needed with cu_seqlens.
-        interleaved: pairs (0, 1), (2, 3), ... instead of (0, d/2), (1, d/2 + 1), ...
-        inplace: writes into x, and returns it.
-        conjugate: by the opposite angle.
+        cu_seqlens: (batch + 1,), cumulative lengths of packed sequences. Rows outside every sequence are not changed.
+        max_seqlen: longest length, needed with cu_seqlens.
+        interleaved: rotate pairs (0, 1), (2, 3), ... instead of (0, d/2), (1, d/2 + 1), ...
+        inplace: write to x and return it.
+        conjugate: rotate by the opposite angle.
 
     Returns:
         The rotated x, in its dtype. Differentiable unless in place (`layers.rotary` has gradients for that).
 
     Raises:
-        ValueError: a shape does not fit, or a position lies outside the tables.
+        ValueError: a shape does not fit, or a position is outside the tables.
 
     >>> import torch
     >>> x, cos, sin = torch.ones(1, 4, 2, 8), torch.zeros(4, 2), torch.ones(4, 2)
@@ -58,7 +59,7 @@ def prepare(
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(cos, sin, positions), checked."""
+    """Return (cos, sin, positions), checked."""
     x, cos, sin = dense("x", x), dense("cos", cos), dense("sin", sin)
     if cos.ndim != 2 or cos.shape != sin.shape or 2 * cos.shape[1] > x.shape[-1]:
         raise ValueError(
@@ -69,7 +70,7 @@ def prepare(
         if x.ndim != 4:
             raise ValueError(f"x must be (batch, seqlen, nheads, head_dim), got {tuple(x.shape)}")
         if max_seqlen is not None and max_seqlen < x.shape[1]:
-            raise ValueError(f"max_seqlen is {max_seqlen}; x has {x.shape[1]} rows")
+            raise ValueError(f"max_seqlen must be at least {x.shape[1]}, x's length, got {max_seqlen}.")
         positions = rotary.positions(x.shape[1], seqlen_offsets, len(cos), x.device)
         if len(positions) not in (1, len(x)):
             raise ValueError(f"seqlen_offsets must be ({len(x)},) like x's batch, got ({len(positions)},)")
@@ -80,6 +81,6 @@ def prepare(
             f"got x {tuple(x.shape)}, max_seqlen {max_seqlen}"
         )
     positions, inside = rotary.packed_positions(len(x), cu_seqlens, int(max_seqlen), seqlen_offsets, len(cos))
-    # rows of no sequence are turned by an angle of 0, behind the tables
+    # Rows outside every sequence are rotated by an angle of 0, stored after the tables.
     cos, sin = torch.cat((cos, torch.ones_like(cos[:1]))), torch.cat((sin, torch.zeros_like(sin[:1])))
     return cos, sin, torch.where(inside, positions, len(cos) - 1)
