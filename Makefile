@@ -203,6 +203,8 @@ lint: $(VENV)/lint
 	$(BIN)/mypy
 	PYTHONPATH=src $(BIN)/lint-imports --no-cache
 	$(BIN)/python scripts/check_sizes.py
+	$(BIN)/codespell
+	$(BIN)/python scripts/check_words.py
 	$(BIN)/python scripts/make_shaders.py --check
 	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
 

@@ -1,4 +1,4 @@
-"""Trains the GPT of gpt.py twice side by side, with anyattn and with PyTorch's own attention, and compares them.
+"""Train the GPT of gpt.py twice side by side, with anyattn and with PyTorch's own attention, and compare them.
 
 python examples/demo.py --text FILE       `anyattn demo` and `make demo` run this file.
 """
@@ -29,10 +29,10 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
-HEADS, HEAD_DIM = 2, 64  # of the long-context measurement, float32
+HEADS, HEAD_DIM = 2, 64  # for the long-context measurement, in float32
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
-WARM = 2  # first step whose memory is typical: the optimiser's state exists
-STANDARD_LIMIT = 4096  # longest sequence at which the matrix is really written out
+WARM = 2  # first step with typical memory, because the optimiser's state exists
+STANDARD_LIMIT = 4096  # longest sequence whose full matrix is computed
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Comparison:
 
     @property
     def difference(self) -> float:
-        """Largest difference of the two losses over all steps."""
+        """Return the largest difference of the two losses over all steps."""
         return max(abs(a - b) for a, b in zip(self.ours.losses, self.torchs.losses, strict=True))
 
 
@@ -55,7 +55,7 @@ class Use(NamedTuple):
 
 
 def train_both(args: argparse.Namespace, corpus: Corpus, console: Console) -> Comparison:
-    """Step for step in turn, from the same seed and on the same text, until --steps or --seconds are over."""
+    """Train both models alternately, from the same seed and on the same text, for --steps or --seconds."""
     config = Config(len(corpus.characters), args.context)
     ours, torchs = (Trainer(name, config, seed=args.seed) for name in ("anyattn", "torch"))
     batches = corpus.batches(args.batch, args.context, torch.Generator().manual_seed(args.seed))
@@ -93,7 +93,7 @@ def print_comparison(console: Console, result: Comparison, tokens: int) -> None:
 
 
 def standard_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T) v with the whole matrix in memory."""
+    """Compute softmax(q k^T) v with the full matrix in memory."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
@@ -101,12 +101,12 @@ def standard_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def standard_bytes(seqlen: int) -> int:
-    """Scores and probabilities of every head, and the mask."""
+    """Return the bytes of scores and probabilities of every head, and of the mask."""
     return seqlen * seqlen * (2 * HEADS * 4 + 1)
 
 
 def measure_memory(longest: int) -> dict[str, dict[int, Use]]:
-    """One causal forward beyond q, k and v, by function and length."""
+    """Measure one causal forward in addition to q, k and v, by function and length."""
     functions: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
         "anyattn": anyattn_attention,
         "PyTorch SDPA": torch_attention,
@@ -209,7 +209,7 @@ def main() -> None:
     )
     add_arguments(parser)
     parser.add_argument(
-        "--seconds", type=float, default=60, help="training stops after this many (default: %(default)s)"
+        "--seconds", type=float, default=60, help="stop training after this many seconds (default: %(default)s)"
     )
     parser.add_argument(
         "--generate", type=int, default=300, help="characters to write afterwards (default: %(default)s)"

@@ -1,4 +1,4 @@
-"""A small GPT: causal self-attention with grouped heads, rotary positions, RMSNorm, tied embeddings.
+"""Small GPT: causal self-attention with grouped heads, rotary positions, RMSNorm, tied embeddings.
 
 Attention is an argument of the model: any function of q (batch, seqlen, nheads, head_dim) and k, v with fewer heads.
 """
@@ -24,7 +24,7 @@ def anyattn_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def torch_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """PyTorch's own attention wants the heads before the sequence."""
+    """Compute PyTorch's own attention, which expects the heads before the sequence."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
@@ -55,7 +55,7 @@ class SelfAttention(nn.Module):
         q, k = rotate(q, angles), rotate(k, angles)
         if cache is None:
             out = self.attention(q, k, v)
-        else:  # writes k and v into the cache behind `position` and attends to all of it
+        else:  # write k and v to the cache after `position` and attend to all of it
             out = anyattn.attention_with_kvcache(q, *cache, k=k, v=v, cache_seqlens=position, causal=True)
         return self.out(out.flatten(2))
 
@@ -83,7 +83,7 @@ class GPT(nn.Module):
         self.norm = nn.RMSNorm(config.width)
         self.register_buffer("angles", rotary_angles(config.context, config.head_dim), persistent=False)
         for name, parameter in self.named_parameters():
-            if parameter.ndim > 1:  # what adds to the residual stream starts smaller
+            if parameter.ndim > 1:  # projections onto the residual stream start smaller
                 last = name.endswith(("out.weight", "down.weight"))
                 nn.init.normal_(parameter, std=0.02 / (2 * config.nlayers) ** 0.5 if last else 0.02)
 
@@ -101,12 +101,12 @@ class GPT(nn.Module):
         return self.norm(x) @ self.embedding.weight.T
 
     def loss(self, tokens: Tensor) -> Tensor:
-        """Mean cross-entropy of tokens[:, 1:], each predicted from those before it."""
+        """Return the mean cross-entropy of tokens[:, 1:], each predicted from the tokens before it."""
         return F.cross_entropy(self(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
 
     @torch.no_grad()
     def generate(self, prompt: Tensor, count: int, temperature: float, generator: torch.Generator) -> Tensor:
-        """Up to `count` tokens after prompt (1, seqlen); each step computes one row, the rest is in the KV cache."""
+        """Return up to `count` tokens after prompt (1, seqlen). Each step computes one query against the KV cache."""
         c = self.config
         shape = (1, c.context, c.nheads_kv, c.head_dim)
         cache = [(torch.zeros(shape), torch.zeros(shape)) for _ in range(c.nlayers)]
@@ -120,13 +120,13 @@ class GPT(nn.Module):
 
 
 def rotary_angles(context: int, head_dim: int, base: float = 10000.0) -> Tensor:
-    """(context, head_dim / 2)"""
+    """Return the angles (context, head_dim / 2)."""
     frequencies = base ** (-torch.arange(0, head_dim, 2) / head_dim)
     return torch.arange(context)[:, None] * frequencies
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Turns the pairs (first half, second half) of each head of x (batch, seqlen, heads, head_dim) by angles."""
+    """Rotate the pairs (first half, second half) of each head of x (batch, seqlen, heads, head_dim) by angles."""
     cos, sin = angles.cos()[:, None], angles.sin()[:, None]  # (seqlen, 1, head_dim / 2)
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)

@@ -1,4 +1,4 @@
-"""How much memory a piece of work needs at its peak, beyond what the process holds already (Linux)."""
+"""Peak memory of a piece of work, in addition to the memory that the process already uses (Linux)."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def peak_bytes(work: Callable[[], object]) -> int | None:
-    """Bytes, to about half a megabyte; None where the system does not tell."""
+    """Return the peak bytes, to about half a megabyte; None if the system does not report them."""
     gc.collect()
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # give freed memory back first, or it would be used again unseen
-        CLEAR_REFS.write_text("5")  # sets the high-water mark to what is resident now
+        ctypes.CDLL(None).malloc_trim(0)  # release freed memory first, or its reuse would not be counted
+        CLEAR_REFS.write_text("5")  # resets the high-water mark to the resident memory
         before = _resident("VmHWM")
     except (AttributeError, OSError, TypeError):
         work()
@@ -33,7 +33,7 @@ def _resident(field: str) -> int:
 
 
 def text(size: float | None) -> str:
-    """1536000000 -> "1.4 GiB" """
+    """Return a size as text, for example 1536000000 -> "1.4 GiB"."""
     if size is None:
         return "unknown"
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

@@ -1,4 +1,4 @@
-"""Trains the GPT of gpt.py on characters: Python's standard library, or your own file.
+"""Train the GPT of gpt.py on characters: Python's standard library, or your own file.
 
 python examples/train.py --text FILE --attention torch --steps 500
 """
@@ -24,13 +24,13 @@ MAX_CHARACTERS = 4_000_000
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """A text as numbers: characters[token] is the character."""
+    """Text as numbers: characters[token] is the character."""
 
     tokens: Tensor
     characters: str
 
     def encode(self, text: str) -> Tensor:
-        """(1, seqlen); what the text never had is left out."""
+        """Return tokens (1, seqlen). Characters that the text does not have are left out."""
         index = {character: token for token, character in enumerate(self.characters)}
         return torch.tensor([[index[character] for character in text if character in index]])
 
@@ -38,14 +38,14 @@ class Corpus:
         return "".join(self.characters[token] for token in tokens.flatten().tolist())
 
     def batches(self, batch: int, seqlen: int, generator: torch.Generator) -> Iterator[Tensor]:
-        """Random pieces (batch, seqlen + 1), for ever."""
+        """Yield random pieces (batch, seqlen + 1) without end."""
         while True:
             starts = torch.randint(len(self.tokens) - seqlen, (batch,), generator=generator)
             yield torch.stack([self.tokens[start : start + seqlen + 1] for start in starts.tolist()])
 
 
 def read_corpus(path: Path | None, context: int) -> Corpus:
-    """The characters of a file, or of Python's standard library."""
+    """Return the characters of a file, or of Python's standard library."""
     if path is not None:
         text = path.read_text(encoding="utf-8", errors="replace")[:MAX_CHARACTERS]
     else:
@@ -53,7 +53,7 @@ def read_corpus(path: Path | None, context: int) -> Corpus:
         text = "".join(file.read_bytes().decode("ascii", "ignore") for file in files)[:MAX_CHARACTERS]
     if len(text) < 2 * context:
         raise SystemExit(
-            f"{path or 'the standard library'} has {len(text)} characters; training wants {2 * context} or more"
+            f"{path or 'the standard library'} has {len(text)} characters; training needs at least {2 * context}"
         )
     characters = "".join(sorted(set(text)))
     index = {character: token for token, character in enumerate(characters)}
@@ -61,14 +61,14 @@ def read_corpus(path: Path | None, context: int) -> Corpus:
 
 
 class Stopwatch:
-    """An attention function that adds up the time spent in it, forward and backward."""
+    """Attention function that measures the time spent in it, forward and backward."""
 
     def __init__(self, attention: Attention) -> None:
         self.attention, self.seconds = attention, 0.0
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         start = time.perf_counter()
-        # Gradients reach the aliases last in attention's own backward, and `out` before it.
+        # In attention's backward pass, gradients reach `out` first and the aliases last.
         out = self.attention(*(self._alias(x) for x in (q, k, v)))
         self.seconds += time.perf_counter() - start
         if out.requires_grad:
@@ -91,14 +91,14 @@ class Stopwatch:
 
 @dataclass
 class Trainer:
-    """One model with its optimiser; `step` trains it on one batch and keeps count."""
+    """Model with its optimiser. `step` trains it on one batch and records the results."""
 
     name: str
     config: Config
     learning_rate: float = 3e-3
     seed: int = 0
     losses: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)  # of each step, and of attention in it
+    seconds: list[float] = field(default_factory=list)  # seconds of each step, and of attention in it
     attention_seconds: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -123,7 +123,7 @@ class Trainer:
 
     @property
     def step_seconds(self) -> float:
-        """Median, so that a busy moment of the machine does not count."""
+        """Return the median, which ignores busy moments of the machine."""
         return statistics.median(self.seconds)
 
     @property
@@ -132,7 +132,7 @@ class Trainer:
 
 
 def sample(trainer: Trainer, corpus: Corpus, prompt: str, count: int) -> str:
-    """What the model writes after `prompt`, from a KV cache."""
+    """Return the text that the model writes after `prompt`, using a KV cache."""
     generator = torch.Generator().manual_seed(trainer.seed)
     return prompt + corpus.decode(trainer.model.generate(corpus.encode(prompt), count, 0.7, generator))
 

@@ -1,12 +1,12 @@
-"""Compiles the Triton kernels for GPUs that are not here, and reads from the machine code what they would cost there.
+"""Compile the Triton kernels for GPUs that are not installed, and read their resource use from the machine code.
 
     python scripts/aot.py                        a subset, compared with the committed table
     python scripts/aot.py --all                  every feature and every head size, for every architecture
-    python scripts/aot.py --all --write          ... and entered into the table
+    python scripts/aot.py --all --write          ... and written to the table
 
-Fails where a kernel does not compile, wants more shared memory than there is, uses no matrix instructions on 16-bit
-inputs where there are some, or spills inside a loop and is not excused by name (MAY_SPILL); and, with the versions
-of Triton that the table has, where it spills more than the table says.
+Fails if a kernel does not compile, needs more shared memory than available, uses no matrix instructions on 16-bit
+inputs although there are some, or spills inside a loop without an entry in MAY_SPILL. With the versions of Triton in
+the table, it also fails if a kernel spills more than the table says.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)  # read when the kernels are imported
-os.environ["ANYATTN_CACHE"] = os.devnull  # the tiles that are shipped, not those that somebody measured here
+os.environ["ANYATTN_CACHE"] = os.devnull  # the tiles of the package, not tuned ones
 
 import torch
 import triton
@@ -42,7 +42,7 @@ from anyattn.definition.validate import make_problem
 TABLE = Path(__file__).resolve().parent.parent / "tests" / "backends" / "triton" / "aot.json"
 NVIDIA = ("sm_70", "sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 AMD = ("gfx908", "gfx90a", "gfx942", "gfx950", "gfx1030", "gfx1100", "gfx1201")
-NO_MATRIX = ("sm_70", "sm_75", "gfx1030")  # Triton uses none, or there are none
+NO_MATRIX = ("sm_70", "sm_75", "gfx1030")  # Triton uses none, or the architecture has none
 # Bytes of shared memory that one program may take.
 SHARED = {"sm_70": 98304, "sm_75": 65536, "sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx950": 163840}
 SHARED |= dict.fromkeys(("sm_86", "sm_89", "sm_120"), 101376)
@@ -76,26 +76,26 @@ FEATURES: dict[str, dict[str, Any]] = {
         "dropout_p": 0.1,
     },
 }
-PRECISIONS = {"tf32x3": "high", "tf32": "medium"}  # features of float32, and torch's names
+PRECISIONS = {"tf32x3": "high", "tf32": "medium"}  # features of float32 -> torch's names
 DIRECTIONS = ("forward", "backward", "append")
 SHAPES = (
     *(("bfloat16", size) for size in (32, 64, 80, 96, 128, 192, 256, 512)),
     *(("float16", size) for size in (64, 128)),
     *(("float32", size) for size in (64, 128, 256, 512)),
 )
-# Variants whose loops may spill, and why; those that begin with a version of Triton, with that version alone.
+# Variants whose loops may spill, with the reason. Names that begin with a version of Triton apply only to it.
 MAY_SPILL = {
-    "3.6.0/sm_90/": "a few addresses of the edge loops, and of dk and dv; 3.9 has registers for them",
-    "sm_7": "no matrix instructions: operands of products lie in registers",
-    "gfx1": "256 registers, of which a tile of 16 rows by 128 dimensions takes a good part",
+    "3.6.0/sm_90/": "a few addresses of the edge loops, and of dk and dv; 3.9 has enough registers",
+    "sm_7": "no matrix instructions: operands of products are in registers",
+    "gfx1": "256 registers, many of which hold a tile of 16 rows by 128 dimensions",
     "/float32/": "products without matrix instructions",
     "/unaligned/": "elements are loaded one by one, and each has an address",
     "/chunk/": "64-bit remainders and an address, in edge loops",
-    "sm_120/bfloat16/128/holes/forward": "which keys some row sees, in the edge loop",
-    "sm_90/bfloat16/128/softcap/backward": "the derivative of the cap beside the scores of dk and dv",
+    "sm_120/bfloat16/128/holes/forward": "visible keys, in the edge loop",
+    "sm_90/bfloat16/128/softcap/backward": "the derivative of the softcap next to the scores of dk and dv",
     "/bias/": "64-bit addresses of a tile of scores",
     "/mask/": "64-bit addresses of a tile of scores",
-    "/dropout/": "the words of Philox beside the scores",
+    "/dropout/": "the words of Philox next to the scores",
     "/everything/": "all of these together",
 }
 WITH_PRODUCTS = tuple(f"attention_{part}" for part in ("forward", "backward_dkv", "backward_dq", "backward_dbias"))
@@ -108,7 +108,7 @@ Kernels = dict[str, Numbers]  # by name
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true")
-    parser.add_argument("--write", action="store_true", help="enter what was found into the table")
+    parser.add_argument("--write", action="store_true", help="write the results to the table")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--arch", default="", help="only these: sm_90,gfx942")
     parser.add_argument("--only", default="", help="variants whose name contains this")
@@ -136,7 +136,7 @@ def main() -> int:
 
 
 def write(table: dict[str, dict[str, Kernels]]) -> None:
-    """version of Triton -> variant -> kernel -> numbers; one line per kernel."""
+    """Write version of Triton -> variant -> kernel -> numbers, with one line per kernel."""
     versions = []
     for version, variants in table.items():
         rows = []
@@ -148,8 +148,10 @@ def write(table: dict[str, dict[str, Kernels]]) -> None:
 
 
 def variants(*, every: bool) -> list[str]:
-    """Names: architecture/dtype/head_dim/feature/direction. Every feature at one head size; every head size causal,
-    with many rows and with few."""
+    """Return names architecture/dtype/head_dim/feature/direction.
+
+    Every feature is compiled at one head size, and every head size causal, with many and with few queries.
+    """
     found = [
         f"{arch}/{dtype}/{size}/{feature}/{direction}"
         for arch in (*NVIDIA, *AMD)
@@ -183,7 +185,7 @@ def _in_subset(name: str) -> bool:
 
 
 def measure(name: str) -> tuple[str, Kernels]:
-    """(name, kernel -> numbers)."""
+    """Return (name, kernel -> numbers)."""
     arch, _, _, feature, _ = name.split("/")
     torch.set_float32_matmul_precision(PRECISIONS.get(feature, "highest"))
     numbers = {}
@@ -211,7 +213,7 @@ def target_of(arch: str) -> GPUTarget:
 
 
 def describe_append(device: str, dtype: str, size: int) -> Problem:
-    """One row for each of two sequences into a paged cache, with rotary."""
+    """Return a problem that appends one row to each of two sequences in a paged cache, with rotary."""
     rows, half = (2, 1), size // 4
     given = {
         "q": ((*rows, 8, size), dtype), "k": ((9, 16, 2, size), dtype), "v": ((9, 16, 2, size), dtype),
@@ -228,7 +230,7 @@ def describe(
     paged: bool = False, tables: bool = False, bias: bool = False, mask: bool = False, alibi: bool = False,
     sink: bool = False, **options: Any,
 ) -> Problem:  # fmt: skip
-    """A problem on a card of that architecture: 8 query heads, 2 KV heads."""
+    """Return a problem on a card of that architecture: 8 query heads, 2 KV heads."""
     rows_q = (2 * seqlen_q,) if varlen else (2, seqlen_q)
     rows_k = (200, 16) if paged else (2048,) if varlen else (2, 1024)
     out = (*rows_q, 8, size)
@@ -263,12 +265,12 @@ def array(shape: tuple[int, ...], dtype: str, device: str) -> Array:
 
 
 def faults(found: dict[str, Kernels]) -> Iterator[str]:
-    """What no table excuses."""
+    """Yield faults that are wrong in every table."""
     for name, kernels in found.items():
         arch, dtype, *_ = name.split("/")
         for kernel, numbers in kernels.items():
             if numbers["shared"] > SHARED[arch]:
-                yield f"{name} {kernel}: {numbers['shared']} bytes of shared memory, {SHARED[arch]} are there"
+                yield f"{name} {kernel}: {numbers['shared']} bytes of shared memory, {SHARED[arch]} are available"
             if kernel in WITH_PRODUCTS and dtype != "float32" and arch not in NO_MATRIX and not numbers["matrix"]:
                 yield f"{name} {kernel}: no matrix instructions"
             if numbers.get("spills_in_loops", 0) and not any(
@@ -278,7 +280,7 @@ def faults(found: dict[str, Kernels]) -> Iterator[str]:
 
 
 def worse(found: dict[str, Kernels], table: dict[str, Kernels]) -> Iterator[str]:
-    """What has become worse than the table says."""
+    """Yield numbers that are worse than those in the table."""
     for name, kernels in found.items():
         for kernel, now in kernels.items():
             before = table.get(name, {}).get(kernel)

@@ -1,7 +1,7 @@
-"""Fail where a function or a file has grown past the size at which people stop reading it.
+"""Fail if a function or a file exceeds the size at which people stop reading it.
 
-Lengths are in lines. lizard counts those of C, C++ and shaders. It does not count Python as we do: a docstring is no
-part of a function's length, and a nested function is part of its parent's.
+Lengths are in lines. lizard counts C, C++ and shaders. For Python, docstrings are not counted in the length of a
+function, and a nested function is counted in its parent too, which lizard does not support.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import lizard
 
 
 class Caps(NamedTuple):
-    """The longest function and the longest file."""
+    """Largest length of a function and of a file."""
 
     function: int
     file: int
@@ -70,7 +70,7 @@ def caps_of(name: Path, text: str) -> Caps:
 
 
 def python_functions(text: str) -> Iterator[Function]:
-    """Yield every function; a nested one counts in its parent too."""
+    """Yield every function. A nested one counts in its parent too."""
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert node.end_lineno is not None
@@ -82,7 +82,7 @@ def python_functions(text: str) -> Iterator[Function]:
 
 
 def braced_functions(text: str) -> Iterator[Function]:
-    """Yield every function outside of others; lambdas count in the function around them. GLSL is read as C++."""
+    """Yield every function outside of others. Lambdas count in the function around them. GLSL is parsed as C++."""
     for function in lizard.analyze_file.analyze_source_code("file.cpp", text).function_list:
         yield function.name, function.start_line, function.length
 

@@ -1,4 +1,4 @@
-"""What must hold of a wheel on any platform: its contents, its size, and what its native library exports and needs."""
+"""Requirements of a wheel on any platform: its contents, its size, and exports and imports of its native library."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ INSTALLED = (
     "lib/cmake/anyattn/anyattnConfig.cmake",
     "lib/cmake/anyattn/anyattnConfigVersion.cmake",
 )
-# What every system of the kind has. An OpenMP runtime or a C++ library beside it would be the process's second.
+# Libraries of every system of the kind. An OpenMP runtime or a C++ library in the wheel would be the process's second.
 SYSTEM = {
     "manylinux": r"(libc|libm|libdl|libpthread|librt)\.so\.\d+|ld-linux-[\w-]+\.so\.\d+",
     "macosx": r"/usr/lib/libSystem\.B\.dylib",
@@ -28,11 +28,11 @@ MACHINES = {"x86_64": "x86_64", "amd64": "x86_64", "aarch64": "arm64", "arm64": 
 # zig's linker cannot hide these on macOS: its own two, and the operators that C++ lets any library replace.
 UNHIDDEN = r"_mh_dylib_header|__dso_handle|_Z(n[aw]m|d[al]Pv)\w*"
 
-lief.logging.disable()  # each format's reader is asked, and those that do not fit complain
+lief.logging.disable()  # every format is tried, and the wrong ones would log errors
 
 
 class Library(NamedTuple):
-    """A shared library of any format; floor is the oldest system that it loads on, where its format says it."""
+    """Shared library of any format. floor: the oldest system that it loads on, if its format says so."""
 
     machine: str
     exports: set[str]
@@ -42,7 +42,7 @@ class Library(NamedTuple):
 
 
 def check(wheel: Path, source: Path) -> Iterator[str]:
-    """What is wrong with the wheel of these sources."""
+    """Yield faults of the wheel of these sources."""
     tag = wheel.stem.split("-")[-1]
     system = re.match("[a-z]+", tag).group()
     if wheel.stat().st_size > MEGABYTES * 1e6:
@@ -69,7 +69,7 @@ def _check_contents(names: list[str], library: str, source: Path) -> Iterator[st
 
 
 def functions(source: Path) -> set[str]:
-    """The functions that anyattn.h declares."""
+    """Return the functions that anyattn.h declares."""
     header = (source / "native" / "include" / "anyattn.h").read_text()
     return set(re.findall(r"^ANYATTN_API [^;(]*?\b(anyattn_\w+)\(", header, re.MULTILINE))
 
@@ -102,7 +102,7 @@ def _check_library(library: Library, tag: str, declared: set[str]) -> Iterator[s
 
 
 def parse(data: bytes) -> Library:
-    """Reads ELF, Mach-O and PE files."""
+    """Parse an ELF, Mach-O or PE file."""
     binary = lief.parse(list(data))
     if isinstance(binary, lief.ELF.Binary):
         return _elf(binary)
@@ -128,7 +128,7 @@ def _macho(binary: lief.MachO.Binary) -> Library:
     exports = {symbol.name.removeprefix("_") for symbol in binary.exported_symbols}
     exports = {name for name in exports if not re.fullmatch(UNHIDDEN, name)}
     needs = [library.name for library in binary.libraries if library.command.name != "ID_DYLIB"]
-    # Apple's own processors load nothing without a signature, if only one that names nobody.
+    # Apple's processors load nothing without a signature, but an ad-hoc one is enough.
     unsigned = machine == "arm64" and not binary.has_code_signature
     return Library(machine, exports, needs, tuple(binary.build_version.minos[:2]), ("is not signed",) * unsigned)
 
@@ -157,7 +157,7 @@ def check_objects(objects: Iterable[Path], tag: str, source: Path) -> Iterator[s
 
 
 def _shared(path: Path) -> Iterator[str]:
-    """The symbols, weak ones too, that an object file defines for others."""
+    """Yield the symbols, also weak ones, that an object file exports."""
     data = list(path.read_bytes())
     if elf := lief.ELF.parse(data):
         local = lief.ELF.Symbol.BINDING.LOCAL

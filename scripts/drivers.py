@@ -1,13 +1,13 @@
-"""Software Vulkan drivers for the tests, beside those of the system, which stay as they are.
+"""Install software Vulkan drivers for the tests, without changing the system's own.
 
-python scripts/drivers.py [FOLDER]   unpacks them into FOLDER (build/drivers); needs apt-get, dpkg and a Debian mirror
+python scripts/drivers.py [FOLDER]   unpacks them to FOLDER (build/drivers); needs apt-get, dpkg and a Debian mirror
 
-FOLDER/mesa COMMAND...          runs a command with Mesa 26.1 or later: cooperative matrices; a newer validation layer
-FOLDER/swiftshader COMMAND...   with SwiftShader, the least that a device offers: subgroups of 4, no 16-bit types
+FOLDER/mesa COMMAND...          runs a command with Mesa 26.1 or later: cooperative matrices, newer validation layer
+FOLDER/swiftshader COMMAND...   with SwiftShader, a minimal device: subgroups of 4, no 16-bit types
 
-The packages come from Debian's suites after the one that tests run on. They need their own C library, so COMMAND runs
-under that one; a process that COMMAND starts does not, and finds no driver. COMMAND may be a tool of the packages
-(glslangValidator, spirv-val).
+The packages come from Debian suites newer than the tests' own. They need their own C library, and COMMAND runs with it.
+Child processes of COMMAND do not, and find no driver. COMMAND may be a tool of the packages (glslangValidator,
+spirv-val).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MIRROR = "http://deb.debian.org/debian"
 SUITES = ("trixie", "trixie-backports")
 KEYS = "/usr/share/keyrings/debian-archive-keyring.gpg"
 PACKAGES = ("libvulkan1", "mesa-vulkan-drivers", "vulkan-validationlayers", "glslang-tools", "spirv-tools")
-SWIFTSHADER = "chromium-common"  # holds it; needs nothing of what the package depends on
+SWIFTSHADER = "chromium-common"  # contains it, and does not need the package's dependencies
 SOURCES = ("/etc/apt/sources.list.d/debian.sources", "/etc/apt/sources.list")
 SCRIPT = """#!/bin/sh
 # made by scripts/drivers.py
@@ -78,7 +78,7 @@ def install(folder: Path) -> None:
 
 
 def prepare_apt(state: Path) -> None:
-    """A state of apt's own in which nothing is installed, so that it fetches everything that the packages need."""
+    """Create a separate apt state without installed packages, so that apt fetches everything that the packages need."""
     (state / "lists/partial").mkdir(parents=True)
     (state / "cache/archives/partial").mkdir(parents=True)
     (state / "status").touch()
@@ -87,7 +87,7 @@ def prepare_apt(state: Path) -> None:
 
 
 def mirror() -> str:
-    """The one that the system uses, if it is a Debian."""
+    """Return the mirror that the system uses, if it is a Debian."""
     for path in map(Path, SOURCES):
         found = re.search(r"^(?:URIs:|deb) +(https?://\S+/debian/?)\s", path.read_text() if path.exists() else "", re.M)
         if found:
@@ -109,7 +109,7 @@ def apt(state: Path, *arguments: str) -> None:
         "APT::Sandbox::User": "root",
         "Debug::NoLocking": "true",
         "Acquire::Retries": "3",
-        "APT::Update::Error-Mode": "any",  # a list that does not come is an error now, not a riddle later
+        "APT::Update::Error-Mode": "any",  # a missing package list is an error immediately
     }
     command("apt-get", "-qq", *(f"-o{name}={value}" for name, value in options.items()), *arguments, folder=state)
 
@@ -128,7 +128,7 @@ def only(folder: Path, pattern: str) -> Path:
 
 
 def point(description: Path, kind: str, library: Path, to: Path) -> None:
-    """Writes the driver's or layer's description with the place where its library lies now."""
+    """Write the description of the driver or layer with the new path of its library."""
     described = json.loads(description.read_text(encoding="utf-8"))
     described[kind]["library_path"] = str(library)
     to.write_text(json.dumps(described, indent=1), encoding="utf-8")

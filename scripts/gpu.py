@@ -1,10 +1,10 @@
-"""Everything that only a machine with a GPU can say: tests on the device, then times. Writes JSON after every part.
+"""Run all tests and timings that need a GPU, and write JSON after every part.
 
     python scripts/gpu.py --json build/gpu.json
         [--part cases|claims|hopper|speed|decode|latency|memory|training|peers|tune]
 
-Needs torch 2.11 or later with a GPU, Triton 3.6 or later and NumPy; each part takes less than ten minutes. The native
-engine (ANYATTN_LIBRARY names it) is what claims compare with. Status 1: something is wrong; 2: there is no GPU.
+Needs torch 2.11 or later with a GPU, Triton 3.6 or later and NumPy. Each part takes less than ten minutes. Claims are
+compared with the CPU engine (ANYATTN_LIBRARY names its library). Status 1: something is wrong; 2: there is no GPU.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ TESTS = Path(__file__).resolve().parent.parent / "tests"
 sys.path.insert(0, str(TESTS))
 
 Found = dict[str, Any]
-LONGEST = 540  # seconds of a part
-SECONDS = 0.1  # for each choice of tiles
+LONGEST = 540  # seconds limit of a part
+SECONDS = 0.1  # per choice of tiles
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, required=True, help="a file that is there already keeps its other parts")
+    parser.add_argument("--json", type=Path, required=True, help="output file; an existing file keeps its other parts")
     parser.add_argument("--part", choices=PARTS, action="append", help="default: all of them")
     arguments = parser.parse_args()
     reason = get("triton").available()
     if reason or not torch.cuda.is_available():
-        sys.stderr.write(f"no GPU: {reason or 'torch reaches none through CUDA or ROCm'}\n")
+        sys.stderr.write(f"no GPU: {reason or 'torch finds none through CUDA or ROCm'}\n")
         return 2
     found: Found = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
     found["machine"] = machine()
@@ -57,7 +57,7 @@ def main() -> int:
 
 
 def run(part: Callable[[str], Found], device: str = "cuda") -> Found:
-    """The part's findings and seconds; one that breaks is wrong, and the next ones run."""
+    """Return the findings and the seconds of a part. A part that raises counts as wrong, and the next parts run."""
     start = time.perf_counter()
     try:
         found = part(device)
@@ -67,7 +67,7 @@ def run(part: Callable[[str], Found], device: str = "cuda") -> Found:
 
 
 def machine() -> Found:
-    """What the numbers belong to, with the same run's ceilings."""
+    """Return the description of the machine that the numbers belong to, with its limits measured in the same run."""
     import triton
 
     return {
@@ -83,7 +83,7 @@ def machine() -> Found:
 
 
 def cases(device: str) -> Found:
-    """The common matrix, also the cases that are too large for the interpreter."""
+    """Run the common matrix, including the cases that are too large for the interpreter."""
     from device.arrays import compare
     from harness.cases import ALL
 
@@ -108,7 +108,7 @@ def claims(device: str) -> Found:
 
 
 def hopper(device: str) -> Found:
-    """The kernels for Hopper, which are off elsewhere: in a process that is ended if they do not end."""
+    """Run the kernels for Hopper in a separate process, which is ended if it hangs."""
     from anyattn.backends.triton.device import device as card
     from anyattn.backends.triton.sm90 import ARCH
 
@@ -119,14 +119,14 @@ def hopper(device: str) -> Found:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=LONGEST)
     except subprocess.TimeoutExpired:
-        return {"summary": f"do not end within {LONGEST} s", "wrong": {"launches": "hang, or are slow"}}
+        return {"summary": f"did not end within {LONGEST} s", "wrong": {"launches": "hang, or are slow"}}
     said = done.stdout.splitlines()[-1:] or ["broken"]
     wrong = {"output": done.stdout[-4000:], "errors": done.stderr[-4000:]}
     return {"summary": said[0], "wrong": wrong if done.returncode else {}}
 
 
 def tune(device: str) -> Found:
-    """Tune the tiles of 16-bit dtypes for the tables of tuning.py, for as long as there is time. Nothing is stored."""
+    """Tune the tiles of 16-bit dtypes for the tables of tuning.py, within the time limit. Nothing is stored."""
     from anyattn.bench import tune_triton
 
     halves = [workload for workload in tune_triton.workloads(device) if workload.dtype != "float32"]

@@ -1,6 +1,6 @@
-"""Times on a GPU beside torch's kernels, in one process and in turns, after a comparison with float64.
+"""Times on a GPU compared with torch's kernels, in one process and alternating, after a comparison with float64.
 
-Each part is a function of the device's name and gives findings with a summary. `Scale` makes them small for the tests.
+Each part is a function of the device's name that returns findings with a summary. `Scale` makes them small for tests.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Attention = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """Sizes of the workloads, and how often they run."""
+    """Sizes of the workloads, and numbers of repetitions."""
 
     tokens: int = 16384
     width: int = 2048
@@ -45,12 +45,12 @@ class Scale:
 
 
 FULL = Scale()
-ERROR = 2e-2  # of unit normal values in bfloat16, beside float64
+ERROR = 2e-2  # accepted error of unit normal values in bfloat16
 CHECKED_ROWS = 128
 
 
 def seconds(call: Call, device: str, rounds: int) -> float:
-    """Median of single calls, on the device's own clock."""
+    """Return the median time of single calls, by the clock of the device."""
     for _ in range(3):
         call()
     times = []
@@ -70,7 +70,7 @@ def seconds(call: Call, device: str, rounds: int) -> float:
 
 
 def ceilings(device: str, scale: Scale = FULL) -> Found:
-    """What the card reaches in a matrix product and in a copy."""
+    """Measure the speed of a matrix product and of a copy on the card."""
     n = scale.ceiling
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
     source = torch.empty(16 * n * n, device=device, dtype=torch.uint8)
@@ -96,7 +96,7 @@ def sdpa(backend: SDPBackend) -> Attention:
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """Compiled for each shape: what Inductor keeps is limited, and beyond that it computes every score in memory."""
+    """Compute flex_attention, compiled per shape, because beyond Inductor's cache limit all scores are stored."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     key = (q.shape, causal)
@@ -120,7 +120,7 @@ TORCHS: dict[str, Attention] = {
 
 
 def speed(device: str, scale: Scale = FULL, others: dict[str, Attention] = TORCHS) -> Found:
-    """Forward and backward, bfloat16, the same tokens and width at every length and head size."""
+    """Measure forward and backward in bfloat16, with constant tokens and width for every length and head size."""
     rows = []
     for head_dim in scale.head_dims:
         for seqlen in scale.seqlens:
@@ -166,7 +166,7 @@ def _passes(
 
 
 def _check(out: Tensor, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> None:
-    """The last rows of the last head, against float64."""
+    """Compare the last queries of the last head with float64."""
     rows = min(CHECKED_ROWS, q.shape[1])
     q64, k64, v64 = q[-1, -rows:, -1].double(), k[-1, :, -1].double(), v[-1, :, -1].double()
     scores = q64 @ k64.T * q.shape[-1] ** -0.5
@@ -178,7 +178,7 @@ def _check(out: Tensor, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> None:
 
 
 def decode(device: str, scale: Scale = FULL) -> Found:
-    """One row per sequence, 32 query heads and 8 KV heads of 128, bfloat16; replayed as a CUDA graph, and not."""
+    """Measure one query per sequence, 32 query heads and 8 KV heads of 128, bfloat16, with and without a CUDA graph."""
     rows = []
     for batch, seqlen in scale.caches:
         q = torch.randn(batch, 1, 32, 128, device=device, dtype=torch.bfloat16)
@@ -197,7 +197,7 @@ def decode(device: str, scale: Scale = FULL) -> Found:
 
 
 def captured(call: Call, device: str) -> Call:
-    """Its replay as a graph; on a CPU itself."""
+    """Return the replay of the call as a graph; on a CPU, the call itself."""
     if device == "cpu":
         return call
     call()
@@ -208,7 +208,7 @@ def captured(call: Call, device: str) -> Call:
 
 
 def latency(device: str, scale: Scale = FULL) -> Found:
-    """Of the first call of a variant, compiled if Triton's cache does not have it, and of the Python around a call."""
+    """Measure the first call of a variant (compiled unless Triton's cache has it) and the Python overhead of a call."""
     x = torch.randn(1, 64, 8, 72, device=device, dtype=torch.float16)
     heads = x.transpose(1, 2)
     start = time.perf_counter()
@@ -236,7 +236,7 @@ def _wait(device: str) -> None:
 
 
 def memory(device: str, scale: Scale = FULL) -> Found:
-    """The most that forward and backward allocate beside their inputs, which has to grow like them: in MiB."""
+    """Measure the peak MiB of forward and backward in addition to their inputs, which must grow linearly."""
     found = {}
     for seqlen in scale.seqlens:
         q = torch.randn(1, seqlen, 8, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
@@ -259,7 +259,7 @@ def _allocated(device: str, *, reset: bool = False) -> int:
 
 
 def training(device: str, scale: Scale = FULL) -> Found:
-    """Steps of the example's GPT under autocast, with anyattn and with torch's attention: times and losses."""
+    """Measure steps of the example's GPT under autocast, with anyattn and with torch's attention: times and losses."""
     from gpt import GPT, Config, anyattn_attention, torch_attention
 
     head_dim = scale.head_dims[0]
@@ -289,7 +289,7 @@ def training(device: str, scale: Scale = FULL) -> Found:
 
 
 def peers(device: str, scale: Scale = FULL) -> Found:
-    """Packages of others that are installed, beside the same rows of ours."""
+    """Measure other installed packages on the workloads of `speed`."""
     found: Found = {}
     others: dict[str, Attention] = {}
     for name, (module, function, heads_first) in PEERS.items():
@@ -311,7 +311,7 @@ def _peer(function: Callable[..., Any], heads_first: bool) -> Attention:
     return call
 
 
-PEERS = {  # module, function, whether heads come before rows
+PEERS = {  # module, function, heads come before queries
     "flash-attn-triton": ("flash_attn_triton", "flash_attn_func", False),
     "aule-attention": ("aule", "flash_attention", True),
     "flash-attn": ("flash_attn", "flash_attn_func", False),

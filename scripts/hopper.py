@@ -1,17 +1,17 @@
-"""Compiles the Hopper kernels, with no GPU here, and reads from the machine code what their speed depends on.
+"""Compile the Hopper kernels without a GPU, and check properties of the machine code that determine their speed.
 
     python scripts/hopper.py [--only bfloat16/128] [--json FILE] [--schedule]
 
-Fails where a variant spills, wants too much shared memory, does not share out registers, or where ptxas has put the
-instructions of the inner loop into an order in which the tensor cores wait for the exponentials:
+Fails if a variant spills, needs too much shared memory or does not redistribute registers, or if ptxas has ordered the
+instructions of the inner loop so that the tensor cores wait for the exponentials:
 
-    QK..., PV...      the products of this tile and of the one before are issued together
-    WAIT1             the scores are there, the other product goes on
-    max, EX2...       softmax, every exponential of it
-    mbwait            a spin loop, which keeps ptxas from moving the next wait up
+    QK..., PV...      the products of this tile and of the previous one are issued together
+    WAIT1             the scores are ready, the other product continues
+    max, EX2...       softmax, all its exponentials
+    mbwait            a spin loop, which prevents ptxas from moving the next wait up
     WAIT0             the other product
 
-and at the end "fence BAR store", or the copy engine might not see the results that it stores.
+and "fence BAR store" at the end, without which the copy engine might not see the results that it stores.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ NAMES = {
 
 
 class Run(NamedTuple):
-    """So many instructions of a kind, with none of another kind that is of interest between them."""
+    """Number of consecutive instructions of a kind, ignoring instructions of no interest."""
 
     name: str
     count: int
@@ -75,7 +75,7 @@ def main() -> int:
 
 
 def variants(only: str) -> Iterator[tuple[str, Any]]:
-    """(dtype/head_dim/mask, compiled kernel)."""
+    """Yield (dtype/head_dim/mask, compiled kernel)."""
     for dtype in plan.DTYPES:
         for size in plan.HEAD_DIMS:
             for mask, options in MASKS.items():
@@ -90,7 +90,7 @@ def variants(only: str) -> Iterator[tuple[str, Any]]:
 
 
 def schedule(code: list[str]) -> list[Run]:
-    """The instructions that matter, in the order of their addresses."""
+    """Return the instructions of interest, in the order of their addresses."""
     found: list[Run] = []
     for line in code:
         name = kind(line)
@@ -102,7 +102,10 @@ def schedule(code: list[str]) -> list[Run]:
 
 
 def kind(line: str) -> str | None:
-    """QK and PV: PV's second factor is stored by rows and read transposed."""
+    """Return the kind of an instruction.
+
+    QK and PV differ because PV's second factor is stored by rows and transposed.
+    """
     if line.startswith("HGMMA"):
         return "PV" if "tnspB" in line else "QK"
     wait = re.match(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d)", line)
@@ -116,7 +119,7 @@ def text(order: list[Run]) -> str:
 
 
 def loops(order: list[Run]) -> list[list[Run]]:
-    """The inner loop of each warpgroup, from behind a wait for everything to the next one: only there is a WAIT1."""
+    """Return the inner loop of each warpgroup, between two waits for everything. Only inner loops have a WAIT1."""
     found = []
     for at, run in enumerate(order):
         if run.name == "WAIT1":
@@ -127,7 +130,7 @@ def loops(order: list[Run]) -> list[list[Run]]:
 
 
 def loop_of(order: list[Run]) -> str:
-    """The first warpgroup's, from its first product on."""
+    """Return the loop of the first warpgroup, from its first product on."""
     for loop in loops(order):
         start = next((n for n, run in enumerate(loop) if run.name == "QK"), 0)
         return text(loop[start:])
@@ -135,18 +138,18 @@ def loop_of(order: list[Run]) -> str:
 
 
 def faults(name: str, numbers: dict[str, Any], code: list[str], order: list[Run]) -> Iterator[str]:
-    """What a variant must not do."""
+    """Yield properties that a variant must not have."""
     if numbers["spills"]:
         yield f"spills {numbers['spills']} bytes"
     if numbers["shared"] > SHARED[ARCH]:
-        yield f"wants {numbers['shared']} bytes of shared memory, {SHARED[ARCH]} are there"
+        yield f"needs {numbers['shared']} bytes of shared memory, {SHARED[ARCH]} are available"
     shares = {int(line.rsplit("0x", 1)[1], 16) for line in code if line.startswith("USETMAXREG")}
     for registers in (GROUP_REGISTERS.value, PRODUCER_REGISTERS.value):
         if registers not in shares:
             yield f"no partition gets {registers} registers; {sorted(shares)} are asked for"
     found = loops(order)
     if len(found) != GROUPS.value:
-        yield f"{len(found)} loops with products in flight, {GROUPS.value} wanted"
+        yield f"{len(found)} loops with products in flight, {GROUPS.value} expected"
     size = int(name.split("/")[1])
     if text(order).count("fence BAR store") != GROUPS.value:
         yield "results are stored without a fence"
@@ -156,14 +159,14 @@ def faults(name: str, numbers: dict[str, Any], code: list[str], order: list[Run]
 
 
 def misplaced(loop: list[Run], head_dim: int) -> Iterator[str]:
-    """What is not where it belongs in an inner loop."""
+    """Yield instructions of an inner loop that are out of order."""
     names = [run.name for run in loop]
     wait = names.index("WAIT1")
     before, between = loop[:wait], loop[wait + 1 : -1]
     products = [run for run in before if run.name in ("QK", "PV")]
     wanted = [Run("QK", head_dim // 16), Run("PV", plan.TILE_K // 16)]
     if products != wanted:
-        yield f"issues {text(products) or 'nothing'} before it waits for scores; {text(wanted)} wanted"
+        yield f"issues {text(products) or 'nothing'} before it waits for scores; {text(wanted)} expected"
     if names[-1] != "WAIT0":
         yield "never waits for the second product"
     exponentials = sum(run.count for run in between if run.name == "EX2")

@@ -1,4 +1,4 @@
-"""What the code that Triton compiled for a GPU says: registers, spills, shared memory, matrix instructions."""
+"""Resource use of code that Triton compiled for a GPU: registers, spills, shared memory, matrix instructions."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ MATRIX_PTX = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
 MATRIX_AMD = re.compile(r"\b(?:v_mfma|v_wmma)")
 SPILL_NVIDIA = re.compile(r"^(?:LDL|STL)\b")
 SPILL_AMD = re.compile(r"^(?:scratch|buffer)_(?:load|store)\w* .*(?:Spill|Reload)")
-UNREADABLE = 70  # sm_70: Triton's disassembler has forgotten it
+UNREADABLE = 70  # sm_70: no longer supported by Triton's disassembler
 SASS = re.compile(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][^;]*);")
 
 
 def resources(built: Any) -> dict[str, int]:
-    """registers per thread; bytes of spills and, where the code can be read, instructions for them in innermost loops;
-    bytes of shared memory; matrix instructions."""
+    """Return the resources of a kernel.
+
+    Registers per thread; bytes of spills and, if the code can be read, spill instructions in innermost loops; bytes of
+    shared memory; matrix instructions.
+    """
     nvidia = "cubin" in built.asm
     registers, spills = _nvidia(built.asm["cubin"]) if nvidia else _amd(built.asm["amdgcn"])
     matrix = MATRIX_PTX.findall(built.asm["ptx"]) if nvidia else MATRIX_AMD.findall(built.asm["amdgcn"])
@@ -44,7 +47,7 @@ def _amd(code: str) -> tuple[int, int]:
 
 
 def _found(pattern: str, text: str) -> str:
-    """The group of the first match, or "0"."""
+    """Return the group of the first match, or "0"."""
     match = re.search(pattern, text)
     return match[1] if match else "0"
 
@@ -54,7 +57,7 @@ def _lines(code: str) -> list[str]:
 
 
 def sass(cubin: bytes) -> list[str]:
-    """Instructions, each branch target as a line ".L_0x<address>:" before its instruction."""
+    """Return the instructions, each branch target as a line ".L_0x<address>:" before its instruction."""
     found = SASS.findall(cuobjdump(cubin, "--dump-sass"))
     lines = []
     for address, text in found:
@@ -63,7 +66,7 @@ def sass(cubin: bytes) -> list[str]:
 
 
 def innermost(lines: list[str]) -> list[list[str]]:
-    """The bodies of loops that hold no other loop: from the target of a backward branch to the branch."""
+    """Return the bodies of innermost loops, from the target of a backward branch to the branch."""
     labels = {line.partition(":")[0]: at for at, line in enumerate(lines) if re.match(r"\.L\w+:", line)}
     loops = []
     for at, line in enumerate(lines):

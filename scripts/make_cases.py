@@ -1,8 +1,8 @@
-"""Write tests/harness/pairwise.txt: a table in which every pair of values of two factors meets in some row.
+"""Write tests/harness/pairwise.txt: a table in which every pair of values of two factors occurs in some row.
 
     python scripts/make_cases.py
 
-The same table comes out every time. `tests/harness/cases.py` reads it and says what each value means.
+The table is always the same. `tests/harness/cases.py` reads it and defines what each value means.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from covertable import make
 from covertable.shortcuts import Constraint
 
-SEED = 11  # of the first 16, one of those whose rows hold most triples of values
+SEED = 11  # among the first 16 seeds, one of those whose rows hold most triples of values
 TABLE = Path(__file__).parent.parent / "tests" / "harness" / "pairwise.txt"
 FACTORS: dict[str, tuple[str, ...]] = {
     "seqlen_q": ("0", "1", "63", "111", "129", "517"),
@@ -43,18 +43,18 @@ Row = dict[str, str]
 
 
 def is_possible(row: Row) -> bool:
-    """Return whether a call can have the mask and the bias: a dense bias has no layout for packed sequences."""
+    """Return whether a call can have the mask and the bias. Packed sequences have no dense bias."""
     return not row["mask"].startswith("varlen") or row["bias"] == "no"
 
 
 def cover() -> list[Row]:
-    """Return rows in which every possible pair of values meets."""
+    """Return rows in which every possible pair of values occurs."""
     rows = make(FACTORS, constraints=[Constraint().fn(["mask", "bias"], is_possible)])
     return [{name: row[name] for name in FACTORS} for row in rows]
 
 
 def spread(rows: list[Row]) -> list[Row]:
-    """Return the rows with each value drawn anew that no pair needs.
+    """Return the rows with a new random value for each value that no pair needs.
 
     covertable writes a factor's first value there. Most rows would have no dropout, no softcap and no query.
     """

@@ -1,6 +1,6 @@
-"""Compiles shaders/*.comp into src/anyattn/backends/vulkan/binaries, beside a manifest of what each was made from.
+"""Compile shaders/*.comp to src/anyattn/backends/vulkan/binaries, with a manifest of the sources of each binary.
 
-python scripts/make_shaders.py            compiles what has changed (needs glslangValidator; for matrices 16 or later)
+python scripts/make_shaders.py            compiles changed shaders (needs glslangValidator; 16 or later for matrices)
 python scripts/make_shaders.py --check    fails if a binary is older than its source; needs no compiler
 """
 
@@ -21,14 +21,14 @@ MANIFEST = BINARIES / "manifest.json"
 COMPILER = os.environ.get("GLSLANG", "glslangValidator")
 OPTIONS = ("-V", "-g0", "--target-env", "vulkan1.1")
 INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
-# the names behind a shader's own, and what they define
+# Suffixes of a shader's name, and what they define
 SCALAR = {"f32": (), "16": ("STORAGE_16",)}
 SHUFFLE = {"f32_shuffle": ("SHUFFLE",), "16_shuffle": ("STORAGE_16", "SHUFFLE")}
 MATRIX = {"f16": ("STORAGE_16", "SHUFFLE"), "bf16": ("STORAGE_16", "SHUFFLE", "BFLOAT")}
 
 
 def variants() -> dict[str, tuple[Path, tuple[str, ...]]]:
-    """Binary -> its source and its definitions."""
+    """Return binary -> its source and its definitions."""
     found = {}
     for source in sorted(SHADERS.glob("*.comp")):
         shuffles = "SHUFFLE" in source.read_text(encoding="utf-8")
@@ -38,7 +38,7 @@ def variants() -> dict[str, tuple[Path, tuple[str, ...]]]:
 
 
 def everything(source: Path) -> str:
-    """The source with what it includes behind it."""
+    """Return the source, followed by the files that it includes."""
     text = source.read_text(encoding="utf-8")
     return text + "".join(everything(SHADERS / name) for name in INCLUDE.findall(text))
 
@@ -48,7 +48,7 @@ def digest(source: Path, definitions: tuple[str, ...]) -> str:
 
 
 def stale() -> dict[str, str]:
-    """Binaries that are missing, left over, changed by hand or older than their source: name -> why."""
+    """Return binaries that are missing, without source, changed by hand or older than their source: name -> reason."""
     manifest = json.loads(MANIFEST.read_text(encoding="utf-8")) if MANIFEST.exists() else {}
     wanted = variants()
     found = {name: "has no source" for name in manifest if name not in wanted}

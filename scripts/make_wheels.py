@@ -64,7 +64,7 @@ def tag_of_this_machine() -> str:
 
 
 def make_source() -> Path:
-    """The sdist, and the folder that it unpacks to: what it lacks, every wheel lacks, which is then seen."""
+    """Build and unpack the sdist; return its folder. Wheels are built from it, so that missing files are noticed."""
     shutil.rmtree(DIST, ignore_errors=True)
     build("--sdist", ROOT)
     (sdist,) = DIST.glob("*.tar.gz")
@@ -94,7 +94,7 @@ def make_wheel(source: Path, tag: str) -> Path:
 
 
 def build(what: str, source: Path, *settings: str, log: Path | None = None) -> None:
-    """`python -m build`, with the CMake and the compiler of this environment."""
+    """Run `python -m build` with the CMake and the compiler of this environment."""
     command = [sys.executable, "-m", "build", what, "--no-isolation", "--outdir", DIST, *settings, source]
     environment = {
         **os.environ,

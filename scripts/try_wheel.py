@@ -1,6 +1,6 @@
-"""Installs this machine's wheel of dist/ into a fresh environment beside NumPy alone, and verifies every number there.
+"""Install this machine's wheel from dist/ into a new environment with only NumPy, and verify every number there.
 
-Needs Python only: the wheels of other systems are tried with it on those systems.
+Needs only Python, so that the wheels of other systems can be tried on those systems.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def try_in(folder: Path) -> int:
     run(*install, "--no-index", "--find-links", DIST, "anyattn")
     end = time.perf_counter()
     print(f"installed in {end - start:.1f} s, {numpy - start:.1f} s of it NumPy", flush=True)
-    # `info` fails where the native engine is not there, `verify` where a number is wrong.
+    # `info` fails without the CPU engine, and `verify` fails if a number is wrong.
     for command in ("info", "verify"):
         run(python, "-m", "anyattn", command, cwd=folder, require="cpu")
     return 0

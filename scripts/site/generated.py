@@ -84,7 +84,7 @@ def features_table(_: Path) -> str:
 
 def command_line(_: Path) -> str:
     parts = []
-    with patch.dict(os.environ, COLUMNS="100", NO_COLOR="1"):  # what argparse asks for width and color
+    with patch.dict(os.environ, COLUMNS="100", NO_COLOR="1"):  # argparse reads width and color from them
         for name, parser in cli.parsers()[1].items():
             parts.append(f"## anyattn {name}\n\n```\n{parser.format_help()}```")
     return "\n\n".join(parts)

@@ -24,7 +24,7 @@ STYLE = """
 }
 """
 
-# Group -> caption -> arguments; rows and keys are sizes, cu_seqlens are those of rows and keys alike.
+# Group -> caption -> arguments; rows and keys are sizes, and cu_seqlens apply to both.
 GROUPS: dict[str, dict[str, dict[str, Any]]] = {
     "causal": {
         "causal=True": {"rows": 6, "keys": 6, "causal": True},

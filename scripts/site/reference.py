@@ -1,4 +1,4 @@
-"""The reference: a page for every public name, written by mkdocstrings from its docstring."""
+"""Reference with a page for every public name, which mkdocstrings writes from its docstring."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from .arguments import Array, Table, Window
 
 
 class SharedArguments(TypedDict, total=False):
-    """The keywords of every attention function; `attention` describes them."""
+    """Keywords of every attention function; `attention` describes them."""
 
     causal: bool
     window: Window
@@ -31,7 +31,7 @@ class SharedArguments(TypedDict, total=False):
 
 
 class DropoutArguments(TypedDict, total=False):
-    """The keywords of the functions that can drop entries."""
+    """Keywords of the functions that can drop entries."""
 
     dropout_p: float
     seed: int | None
@@ -40,7 +40,7 @@ class DropoutArguments(TypedDict, total=False):
 
 
 class DenseArguments(SharedArguments, DropoutArguments, total=False):
-    """The keywords of `attention`."""
+    """Keywords of `attention`."""
 
     bias: Array | None
     mask: Array | None
@@ -48,14 +48,14 @@ class DenseArguments(SharedArguments, DropoutArguments, total=False):
 
 
 class VarlenArguments(SharedArguments, DropoutArguments, total=False):
-    """The keywords of `attention_varlen`."""
+    """Keywords of `attention_varlen`."""
 
     block_table: Array | Sequence[Sequence[int]] | None
     seqused_k: Table | None
 
 
 class CacheArguments(SharedArguments, total=False):
-    """The keywords of `attention_with_kvcache`."""
+    """Keywords of `attention_with_kvcache`."""
 
     k: Array | None
     v: Array | None
@@ -71,7 +71,7 @@ class CacheArguments(SharedArguments, total=False):
 
 
 class ExplicitArguments(DenseArguments, total=False):
-    """The keywords of `attention_forward`, and of the functions that take the same: those of every kind of call."""
+    """Keywords of `attention_forward`, `attention_backward`, `explain` and `warmup`, for every kind of call."""
 
     cu_seqlens_q: Table | None
     cu_seqlens_k: Table | None

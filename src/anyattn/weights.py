@@ -39,7 +39,7 @@ def attention_weights(
 
         P_ij = exp(s_ij - lse_i) where query i attends to key j, else 0
 
-    with the scores s of `attention`. The weights are those before dropout. A query without keys gives zeros, and with a
+    with the scores s of `attention`. Dropout is not applied. A query without keys gives zeros, and with a
     sink the weights of a query sum to less than 1.
 
     In addition to the result, the call needs memory for one tile of scores (16 MiB and a few copies of it). Where torch

@@ -89,5 +89,5 @@ def test_a_text_that_is_too_short_is_refused(tmp_path: Path) -> None:
 
     text = tmp_path / "short.txt"
     text.write_text("too short", encoding="utf-8")
-    with pytest.raises(SystemExit, match="training wants 200 or more"):
+    with pytest.raises(SystemExit, match="training needs at least 200"):
         read_corpus(text, 100)

@@ -71,7 +71,7 @@ for _name in ARRAYS:
 
 
 class Plan(Protocol):
-    """Everything in the computation of a Problem that does not change between calls."""
+    """Computation of a Problem, with everything that does not change between calls."""
 
     workspace_bytes: int  # allocated by the framework together with the outputs
     lse_optional: bool  # a forward call may have no lse, if the caller does not want it

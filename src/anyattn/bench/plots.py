@@ -13,11 +13,13 @@ MOST_IN_A_LINE = 3
 
 
 def plot(results: Results, path: Path, names: Sequence[str] = (), *, source: str = "") -> list[Path]:
-    """Draw the results: one picture if `path` ends with a picture's suffix, else a folder with one for each panel.
+    """Write one picture with every panel if `path` has a picture suffix, else one picture per panel in a folder.
 
     Args:
-        names: the panels; all of those that have data if there are none.
-        source: text that the pictures carry in their metadata.
+        results: results of a run.
+        path: a picture or a folder.
+        names: the panels; default: all panels with data.
+        source: text for the metadata of the pictures.
     """
     import matplotlib
 

@@ -59,6 +59,14 @@ class FlashAttention(torch.nn.Module):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, causal: bool = False, window_size: tuple[int, int] = (-1, -1)
     ) -> Tensor:
-        """(batch, seqlen_q, nheads, head_dim)."""
+        """Compute attention; returns (batch, seqlen_q, nheads, head_dim).
+
+        Args:
+            q: (batch, seqlen_q, nheads, head_dim).
+            k: (batch, seqlen_k, nheads_kv, head_dim).
+            v: (batch, seqlen_k, nheads_kv, head_dim).
+            causal: aligned to the bottom right.
+            window_size: (left, right), inclusive; -1: unbounded.
+        """
         dropout_p = self.attention_dropout if self.training else 0.0
         return flash_attn_func(q, k, v, dropout_p, self.softmax_scale, causal, window_size)

@@ -123,7 +123,15 @@ class FlashAttention(torch.nn.Module):
         self.softmax_scale = softmax_scale
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool = False, attn_bias: Tensor | None = None) -> Tensor:
-        """attn_bias is added to the scaled scores (batch, nheads, seqlen_q, seqlen_k); it has a gradient."""
+        """Compute attention; returns (batch, seqlen_q, nheads, head_dim).
+
+        Args:
+            q: (batch, seqlen_q, nheads, head_dim).
+            k: (batch, seqlen_k, nheads, head_dim).
+            v: (batch, seqlen_k, nheads, head_dim).
+            causal: aligned to the bottom right.
+            attn_bias: added to the scaled scores, (batch, nheads, seqlen_q, seqlen_k). It has a gradient.
+        """
         dropout_p = self.dropout_p if self.training else 0.0
         out: Tensor = api.attention(
             q, k, v, causal=causal, scale=self.softmax_scale, bias=attn_bias, dropout_p=dropout_p

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-# Name for `install` -> import names and the modules behind them. Longer names take precedence.
+# Name for `install` -> import names and their modules. Longer names take precedence.
 NAMES = {
     "flash_attn": {
         "flash_attn": "flash_attn",

@@ -151,7 +151,7 @@ FIELDS: dict[str, Field] = {
     "rng_state": Field(STATE, (("2",),), ("int64",), note="seed and offset"),
 }
 TABLES = tuple(name for name, field in FIELDS.items() if field.kind == TABLE)
-GRADIENTS = tuple(name for name, field in FIELDS.items() if field.gradient)  # in addition to those of q, k and v
+GRADIENTS = tuple(name for name, field in FIELDS.items() if field.gradient)  # in addition to dq, dk and dv
 
 
 def accepted_shapes(field: Field, *, packed_q: bool) -> tuple[tuple[str, ...], ...]:

@@ -52,7 +52,7 @@ class Head:
 
     sequence: Sequence
     h: int
-    rows: Ints  # queries of the sequence: all, or those of a Part
+    rows: Ints  # queries of the sequence: all, or those in a Part
     rows_q: tuple[Any, ...]  # index of the head's queries in q, out, dout, dq
     rows_k: tuple[Any, ...]  # index of the head's keys in k, v, dk, dv
     q: Float  # (n_q, head_dim)

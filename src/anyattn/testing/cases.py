@@ -35,7 +35,7 @@ BROADCASTS: dict[str, Callable[[int, int, int, int], tuple[int, ...]]] = {
 class Case:
     """Choices of one call of attention. Everything else is sampled from `seed`.
 
-    Sizes are those of the longest sequence. `lengths` determines how the others are shorter.
+    Sizes belong to the longest sequence. `lengths` determines how the others are shorter.
     """
 
     name: str

@@ -1,1 +1,1 @@
-"""CPU engine: C++ kernels behind a C ABI, loaded with ctypes. The GIL is released during calls."""
+"""CPU engine: C++ kernels with a C ABI, loaded with ctypes. The GIL is released during calls."""

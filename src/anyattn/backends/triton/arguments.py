@@ -98,7 +98,7 @@ def dims(problem: Problem) -> dict[str, int]:
 def flags(problem: Problem) -> dict[str, Any]:
     """Return the constants of the mask, the scores and the products.
 
-    HOLES: masked keys may lie between visible ones.
+    HOLES: there may be masked keys between visible ones.
     """
     interval = problem.interval
     return {

@@ -18,9 +18,9 @@ from .tiles import LOG2E, bounds, narrow, sequence
 
 
 class BiasReduction(NamedTuple):
-    """Counts of batch entries, heads, tiles of queries and tiles of keys:
+    """Numbers of batch entries, heads, tiles of queries and tiles of keys.
 
-    those of all programs, and those that one adds.
+    The first three belong to all programs together. The `add_` numbers are summed by one program.
     """
 
     heads: Any

@@ -186,12 +186,16 @@ flash_attn_unpadded_qkvpacked_func = flash_attn_varlen_qkvpacked_func
 
 
 def maybe_contiguous(x: Tensor | None) -> Tensor | None:
-    """x, copied only if its last dimension is not contiguous."""
+    """Return x, copied only if its last dimension is not contiguous.
+
+    Args:
+        x: a tensor or None.
+    """
     return x.contiguous() if x is not None and x.stride(-1) != 1 else x
 
 
 def _get_block_size_n(device: Any, head_dim: int, is_dropout: bool, is_causal: bool) -> int:
-    """Keys per block of the row maxima in S_dmask: here one maximum serves the whole row, of any length."""
+    """Return the keys per row maximum in S_dmask: more than any row has, because each row has one maximum."""
     return 2**30
 
 
@@ -207,37 +211,37 @@ def _applying(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class FlashAttnFunc:
-    """`apply` takes `flash_attn_func`'s arguments by position, and is_grad_enabled. No autograd.Function of its own."""
+    """Class whose `apply` has the arguments of `flash_attn_func` by position, then is_grad_enabled."""
 
     apply = staticmethod(_applying(flash_attn_func))
 
 
 class FlashAttnKVPackedFunc:
-    """The same of `flash_attn_kvpacked_func`."""
+    """Class whose `apply` has the arguments of `flash_attn_kvpacked_func` by position, then is_grad_enabled."""
 
     apply = staticmethod(_applying(flash_attn_kvpacked_func))
 
 
 class FlashAttnQKVPackedFunc:
-    """The same of `flash_attn_qkvpacked_func`."""
+    """Class whose `apply` has the arguments of `flash_attn_qkvpacked_func` by position, then is_grad_enabled."""
 
     apply = staticmethod(_applying(flash_attn_qkvpacked_func))
 
 
 class FlashAttnVarlenFunc:
-    """The same of `flash_attn_varlen_func`."""
+    """Class whose `apply` has the arguments of `flash_attn_varlen_func` by position, then is_grad_enabled."""
 
     apply = staticmethod(_applying(flash_attn_varlen_func))
 
 
 class FlashAttnVarlenKVPackedFunc:
-    """The same of `flash_attn_varlen_kvpacked_func`."""
+    """Class whose `apply` has the arguments of `flash_attn_varlen_kvpacked_func` by position, then is_grad_enabled."""
 
     apply = staticmethod(_applying(flash_attn_varlen_kvpacked_func))
 
 
 class FlashAttnVarlenQKVPackedFunc:
-    """The same of `flash_attn_varlen_qkvpacked_func`."""
+    """Class whose `apply` has the arguments of `flash_attn_varlen_qkvpacked_func` by position, then is_grad_enabled."""
 
     apply = staticmethod(_applying(flash_attn_varlen_qkvpacked_func))
 

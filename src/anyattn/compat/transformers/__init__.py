@@ -4,7 +4,7 @@
     model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="anyattn")
 
 Importing this module registers the name with transformers' two interfaces, for attention and for masks. Results equal
-those of "eager" attention, except for padding tokens. Causal, bidirectional and sliding-window mask functions, and
+"eager" attention, except for padding tokens. Causal, bidirectional and sliding-window mask functions, and
 packed sequences of these, become a `LazyMask`: no score-sized mask exists unless the model itself reads it. Other
 functions, and every function under torch.compile, become the mask of eager attention.
 

@@ -39,7 +39,7 @@ class Attention(torch.autograd.Function):
         static, inputs = ctx.static, make_inputs(*arrays)
         dout = torch.zeros_like(out) if dout is None else dout
         saved = Saved(out, lse, dout, dlse if static.lse_gradient else None)
-        _, _, _, _, *needs = ctx.needs_input_grad  # those of the optional arrays, if they were passed
+        _, _, _, _, *needs = ctx.needs_input_grad  # for the optional arrays, if they were passed
         if not needs:
             grads = _gradients(saved, inputs, static, NONE_WANTED)
             return None, grads.dq, grads.dk, grads.dv

@@ -60,7 +60,7 @@ def sdpa(
 
 
 def _alignment(triangle: Any, query: Tensor, key: Tensor) -> str:
-    """Return the alignment of torch's CausalBias, whose sizes must be those of the scores."""
+    """Return the alignment of torch's CausalBias, whose sizes must match the scores."""
     sizes, given = (triangle.seq_len_q, triangle.seq_len_kv), (query.shape[-2], key.shape[-2])
     if sizes != given:
         raise ValueError(
