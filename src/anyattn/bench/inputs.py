@@ -106,8 +106,8 @@ class Inputs:
         """Return the boolean mask (1, 1, seqlen_q or 1, seqlen_k); True: visible."""
         import torch
 
-        hidden = self.workload.hidden(self.workload.seqlen_q, self.workload.seqlen_k)
-        return None if hidden is None else torch.from_numpy(~hidden)[None, None]
+        masked = self.workload.masked(self.workload.seqlen_q, self.workload.seqlen_k)
+        return None if masked is None else torch.from_numpy(~masked)[None, None]
 
     @cached_property
     def alibi_slopes(self) -> Tensor | None:

@@ -91,7 +91,7 @@ class Workload:
         lo, hi = self.interval.bounds(np.arange(n_q) + n_k - n_q, n_k)
         return lo, np.maximum(lo, hi)
 
-    def hidden(self, n_q: int, n_k: int) -> npt.NDArray[np.bool_] | None:
+    def masked(self, n_q: int, n_k: int) -> npt.NDArray[np.bool_] | None:
         """Return what the boolean mask masks, (n_q, n_k) or (1, n_k), or None without a mask."""
         keys = np.arange(n_k)
         if self.mask == "padding":
@@ -107,12 +107,12 @@ class Workload:
         total = 0.0
         for n_q, n_k in self.sequences():
             lo, hi = self.bounds(n_q, n_k)
-            hidden = self.hidden(n_q, n_k)
-            if hidden is None:
+            masked = self.masked(n_q, n_k)
+            if masked is None:
                 total += float((hi - lo).sum())
             else:
-                seen = np.concatenate([np.zeros((len(hidden), 1), np.int64), np.cumsum(~hidden, axis=1)], axis=1)
-                row = np.arange(n_q) if len(hidden) > 1 else np.zeros(n_q, np.int64)
+                seen = np.concatenate([np.zeros((len(masked), 1), np.int64), np.cumsum(~masked, axis=1)], axis=1)
+                row = np.arange(n_q) if len(masked) > 1 else np.zeros(n_q, np.int64)
                 total += float((seen[row, hi] - seen[row, lo]).sum())
         return total
 

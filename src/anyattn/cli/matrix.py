@@ -26,7 +26,7 @@ class Engine:
         return f"{self.backend} {self.target}".strip()
 
     @contextmanager
-    def in_force(self) -> Iterator[None]:
+    def activate(self) -> Iterator[None]:
         variable = settings.VARIABLES["cpu_target"][0]
         before = os.environ.get(variable)
         if self.target:
@@ -97,7 +97,7 @@ def outcomes(found: list[Engine], seed: int) -> Iterator[Outcome]:
         inputs = testing.make_inputs(case)
         expected = {name: testing.expected(inputs, name) for name in testing.PASSES}
         for engine in found:
-            with engine.in_force():
+            with engine.activate():
                 yield ask(engine, inputs, expected)
 
 

@@ -123,7 +123,7 @@ def _flag(name: str, raw: dict[str, str]) -> bool:
 
 def _number(name: str, text: str, least: int, most: int) -> int:
     if not (text.isascii() and text.isdigit() and least <= int(text) <= most):
-        raise _nonsense(name, text, f"an integer from {least} to {most} ({VARIABLES[name][2]})")
+        raise _invalid(name, text, f"an integer from {least} to {most} ({VARIABLES[name][2]})")
     return int(text)
 
 
@@ -145,7 +145,7 @@ def _levels(name: str, text: str) -> tuple[int, ...]:
     return ()
 
 
-def _nonsense(name: str, text: str, expected: str) -> ValueError:
+def _invalid(name: str, text: str, expected: str) -> ValueError:
     return ValueError(f"{VARIABLES[name][0]} must be {expected}, got {text!r}.")
 
 

@@ -38,7 +38,7 @@ def _check_shapes(given: Given) -> None:
     want = (q.shape[0], new_k.shape[1], cache.shape[2])
     if new_k.shape != (*want, cache.shape[3]) or new_v.shape != (*want, cache_v.shape[3]):
         raise ValueError(
-            f"k and v must be (batch, seqlen_new, nheads_kv, head_dim) like the cache {cache.shape}, {cache_v.shape}; "
+            f"k and v must be (batch, seqlen_new, nheads_kv, head_dim) like the cache {cache.shape}, {cache_v.shape}, "
             f"got k {new_k.shape}, v {new_v.shape} for q {q.shape}."
         )
 

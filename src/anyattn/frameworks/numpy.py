@@ -275,7 +275,7 @@ def _prepare_heads(name: str, x: Any, inputs: Inputs) -> NDArray:
     if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
         raise TypeError(f"{name} must be floating point, got {array.dtype.name}")
     dtype = DTYPES.get(_name(inputs.q.dtype))
-    return _whole(array).astype(dtype.compute if dtype and dtype.compute else "float32", copy=False)
+    return _contiguous(array).astype(dtype.compute if dtype and dtype.compute else "float32", copy=False)
 
 
 def _prepare_table(name: str, x: Any, inputs: Inputs) -> NDArray:
@@ -285,7 +285,7 @@ def _prepare_table(name: str, x: Any, inputs: Inputs) -> NDArray:
 
 
 def _prepare_state(name: str, x: Any, inputs: Inputs) -> NDArray:
-    return _whole(_array(name, x))
+    return _contiguous(_array(name, x))
 
 
 _PREPARE = {SCORES: _prepare_scores, HEADS: _prepare_heads, TABLE: _prepare_table, STATE: _prepare_state}
@@ -338,10 +338,10 @@ def _rows(name: str, given: Any) -> NDArray:
     ):
         return array
     logger.debug("%s is copied: its last dimension is not contiguous, or its elements are not aligned", name)
-    return _whole(array)
+    return _contiguous(array)
 
 
-def _whole(array: NDArray) -> NDArray:
+def _contiguous(array: NDArray) -> NDArray:
     """Return the array, or a contiguous and aligned copy."""
     found = np.ascontiguousarray(array)
     return found if found.flags.aligned else found.copy()
@@ -354,7 +354,7 @@ def table(name: str, given: Any) -> npt.NDArray[np.int32]:
         raise TypeError(f"{name} must hold integers, got {array.dtype.name}")
     if array.size and (array.min() < -(2**31) or array.max() >= 2**31):
         raise ValueError(f"{name} must fit in int32, got {array.min()} to {array.max()}")
-    return _whole(array.astype(np.int32, copy=False))
+    return _contiguous(array.astype(np.int32, copy=False))
 
 
 def _index(name: str, value: Any) -> int:

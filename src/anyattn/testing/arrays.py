@@ -273,7 +273,7 @@ class _Builder:
         self.buffers.append(buffer)
         return view
 
-    def _seen(self) -> Array:
+    def _visible(self) -> Array:
         """Return which scores are not masked: (batch, nheads, rows, slots)."""
         seen = np.zeros((self.case.batch, self.case.nheads, self.case.seqlen_q, self.slots), bool)
         for span in self.spans:
@@ -293,7 +293,7 @@ class _Builder:
             values[..., 10:40] = -np.inf
         full = (1,) * (4 - len(shape)) + shape
         axes = tuple(axis for axis in range(4) if full[axis] == 1)
-        needed = np.broadcast_to(self._seen().any(axis=axes, keepdims=True), full).reshape(shape)
+        needed = np.broadcast_to(self._visible().any(axis=axes, keepdims=True), full).reshape(shape)
         values = np.where(needed, values, stale)
         placed = self.embed(values.astype(numpy_dtype(case.bias_dtype or case.dtype)), self.other)
         return np.broadcast_to(placed, sizes) if case.bias == "expanded" else placed

@@ -9,7 +9,7 @@ from functools import cache
 
 from ...config import settings
 from .layout import SIZE
-from .threadpool import show_to_threadpoolctl
+from .threadpool import register_with_threadpoolctl
 
 VERSION = 0x000100
 NAME = {"win32": "anyattn.dll", "darwin": "libanyattn.dylib"}.get(sys.platform, "libanyattn.so")
@@ -120,7 +120,7 @@ def _load(named: str) -> Library:
     if library.call_size() != SIZE:
         raise LibraryError(f"{what} has a call struct of {library.call_size()} bytes; expected {SIZE}")
     library.set_num_threads(settings.current().num_threads)
-    show_to_threadpoolctl(Library)
+    register_with_threadpoolctl(Library)
     return library
 
 

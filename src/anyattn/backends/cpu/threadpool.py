@@ -15,7 +15,7 @@ class Native(Protocol):
     def thread_runtime(self) -> str: ...
 
 
-def show_to_threadpoolctl(open_library: Callable[[str], Native]) -> None:
+def register_with_threadpoolctl(open_library: Callable[[str], Native]) -> None:
     """Register a controller for the library, if threadpoolctl is installed; a second call replaces the first."""
     try:
         import threadpoolctl

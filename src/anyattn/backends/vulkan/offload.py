@@ -42,8 +42,8 @@ class Described(Protocol):
     def cache_key(self) -> str: ...
 
 
-DEFAULT = Work(1e11, 256.0)  # cautious default for devices whose kind is in BELIEVED
-BELIEVED = ("discrete", "software")  # other kinds may be slower than the CPU whose memory they share
+DEFAULT = Work(1e11, 256.0)  # cautious default for devices whose kind is in TRUSTED_KINDS
+TRUSTED_KINDS = ("discrete", "software")  # other kinds may be slower than the CPU whose memory they share
 NEVER = Work(math.inf, math.inf)
 # (direction, dtype) -> the least work to offload
 Thresholds = Mapping[tuple[str, str], Work]
@@ -82,7 +82,7 @@ def reasons_to_stay(problem: Problem, device: Described | None = None) -> list[s
         needed = Work(*(min(column) for column in zip(*known, strict=True)))
     else:
         tuned = tuned_thresholds(device)
-        if key not in tuned and device.kind not in BELIEVED:
+        if key not in tuned and device.kind not in TRUSTED_KINDS:
             return [f"{device.name} is an unmeasured {device.kind} GPU: run `anyattn tune`, or name the backend"]
         needed = tuned.get(key, DEFAULT)
     if size.operations < needed.operations:
@@ -99,7 +99,7 @@ def describe(device: Described) -> str:
     if device.kind == "software" and not settings.current().vulkan_software:
         return "never, because it is a software driver and the cpu backend is faster"
     tuned = [f"{way} {dtype} {text(value)}" for (way, dtype), value in tuned_thresholds(device).items()]
-    default = text(DEFAULT if device.kind in BELIEVED else NEVER)
+    default = text(DEFAULT if device.kind in TRUSTED_KINDS else NEVER)
     return "; ".join(tuned) or f"{default}; not measured: anyattn tune"
 
 

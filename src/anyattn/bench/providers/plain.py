@@ -29,17 +29,17 @@ class TorchPlain:
 
     def _dense(self, inputs: Inputs) -> Prepared:
         arrays = [inputs.heads_first(name) for name in ("q", "k", "v")]
-        hidden = None if inputs.visible is None else ~inputs.visible
+        masked = None if inputs.visible is None else ~inputs.visible
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return _torch(inputs, q, k, v, hidden)
+            return _torch(inputs, q, k, v, masked)
 
         if inputs.workload.backward:
             return Prepared(differentiate(arrays, attend, inputs.heads_first("dout")), swapped)
         return Prepared(lambda: attend(*arrays), lambda out: swapped([out]))
 
 
-def _torch(inputs: Inputs, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> Tensor:
+def _torch(inputs: Inputs, q: Tensor, k: Tensor, v: Tensor, masked: Tensor | None) -> Tensor:
     import torch
 
     workload = inputs.workload
@@ -50,8 +50,8 @@ def _torch(inputs: Inputs, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | Non
         s = workload.softcap * torch.tanh(s / workload.softcap)
     if inputs.additive is not None:
         s = s + inputs.additive
-    if hidden is not None:
-        s = s.masked_fill(hidden, -torch.inf)
+    if masked is not None:
+        s = s.masked_fill(masked, -torch.inf)
     if inputs.sink is not None:
         logit = inputs.sink.to(s.dtype)[None, :, None, None].expand(*s.shape[:3], 1)
         s = torch.cat([s, logit], dim=-1)
@@ -85,7 +85,7 @@ class NumpyPlain:
         rows = (workload.batch, workload.nheads_kv, workload.group * workload.seqlen_q)
         q = q.reshape(*rows, workload.head_dim)
         additive = None if inputs.additive is None else inputs.additive.numpy()
-        hidden = None if inputs.visible is None else ~inputs.visible.numpy()
+        masked = None if inputs.visible is None else ~inputs.visible.numpy()
         sink = None if inputs.sink is None else inputs.sink.numpy()[:, None, None]
         whole = (workload.batch, workload.nheads, workload.seqlen_q, workload.seqlen_k)
 
@@ -95,8 +95,8 @@ class NumpyPlain:
                 s = np.float32(workload.softcap) * np.tanh(s / np.float32(workload.softcap))
             if additive is not None:
                 s += additive
-            if hidden is not None:
-                np.copyto(s, -np.inf, where=hidden)
+            if masked is not None:
+                np.copyto(s, -np.inf, where=masked)
             top = s.max(axis=-1, keepdims=True)
             top = top if sink is None else np.maximum(top, sink)
             s -= top

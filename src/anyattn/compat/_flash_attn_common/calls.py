@@ -78,7 +78,7 @@ def store(into: Tensor | None, value: Tensor) -> Tensor:
         return value if into is None else into.copy_(value)
 
 
-def only_speed(num_splits: Any, most: int) -> None:
+def check_num_splits(num_splits: Any, most: int) -> None:
     """Check num_splits, which is only a hint for GPUs."""
     if not 0 <= integer("num_splits", num_splits) <= most:
         raise ValueError(f"num_splits must be 0 (automatic) to {most}, got {num_splits}")

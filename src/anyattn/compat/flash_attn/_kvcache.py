@@ -10,7 +10,7 @@ from torch import Tensor
 from ...api import attention_with_kvcache
 from ...frameworks.torch_tools import dense
 from ...scalars import real
-from .._flash_attn_common.calls import only_speed, window_bounds
+from .._flash_attn_common.calls import check_num_splits, window_bounds
 
 
 def flash_attn_with_kvcache(
@@ -74,7 +74,7 @@ def flash_attn_with_kvcache(
     """
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         assert dense(name, cache).stride(-1) == 1, f"{name} must have contiguous last dimension"
-    only_speed(num_splits, 128)
+    check_num_splits(num_splits, 128)
     slots = k_cache.shape[1] if block_table is None else block_table.shape[1] * k_cache.shape[1]
     # a window as wide as the cache is none, and q is then rotated at one position
     window = window_bounds(window_size, causal, (slots, max(slots, dense("q", q).shape[1])))

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...arguments import make_request
 from ...frameworks.torch_tools import dense, dropped_scores, random_state
 from ...scalars import integer, real
-from .._flash_attn_common.calls import attend, gradients, only_speed, store, window_bounds
+from .._flash_attn_common.calls import attend, check_num_splits, gradients, store, window_bounds
 
 Results = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -154,7 +154,7 @@ def _flash_attn_varlen_forward(
         RuntimeError: return_softmax without dropout, or num_splits > 1 with block_table.
     """
     _check_return_softmax(return_softmax, dropout_p)
-    only_speed(num_splits, 128)
+    check_num_splits(num_splits, 128)
     if block_table is not None and integer("num_splits", num_splits) > 1:
         raise RuntimeError(f"num_splits must be 0 or 1 with block_table, got {num_splits}.")
     tables = varlen_tables(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...api import attention_with_kvcache
 from ...frameworks.torch_tools import dense
 from ...scalars import integer, real
-from .._flash_attn_common.calls import only_speed, window_bounds
+from .._flash_attn_common.calls import check_num_splits, window_bounds
 from .._flash_attn_common.inputs import FP8, attend_extended
 from ._kvcache import NewKeys, Rotary
 
@@ -100,7 +100,7 @@ def flash_attn_with_kvcache(
     """
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         assert dense(name, cache).stride(-1) == 1, f"{name} must have contiguous last dimension"
-    only_speed(num_splits, 256)
+    check_num_splits(num_splits, 256)
     if scheduler_metadata is not None and scheduler_metadata.dtype is not torch.int32:
         raise TypeError(f"scheduler_metadata must be get_scheduler_metadata's, got {scheduler_metadata.dtype}")
     packed = cu_seqlens_q is not None

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...frameworks.torch_tools import dense
 from ...scalars import integer, real
-from .._flash_attn_common.calls import only_speed, window_bounds
+from .._flash_attn_common.calls import check_num_splits, window_bounds
 from .._flash_attn_common.combine import combine
 from .._flash_attn_common.inputs import attend_extended
 from ._with_kvcache import flash_attn_with_kvcache
@@ -80,7 +80,7 @@ def flash_attn_func(
     >>> flash_attn_func(q, k, k, causal=True).shape
     torch.Size([1, 4, 4, 8])
     """
-    only_speed(num_splits, 256)
+    check_num_splits(num_splits, 256)
     out, lse = attend_extended(
         q,
         k,
@@ -161,7 +161,7 @@ def flash_attn_varlen_func(
     >>> flash_attn_varlen_func(x, x, x, cu_seqlens, cu_seqlens, 4, 4, causal=True).shape
     torch.Size([7, 2, 8])
     """
-    only_speed(num_splits, 256)
+    check_num_splits(num_splits, 256)
     out, lse = attend_extended(
         q,
         k,

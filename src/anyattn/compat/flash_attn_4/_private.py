@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...scalars import flag, integer, real
-from .._flash_attn_common.calls import Bounds, gradients, only_speed, pair, store
+from .._flash_attn_common.calls import Bounds, check_num_splits, gradients, pair, store
 from .._flash_attn_common.inputs import Descales, attend_extended
 from ._gather import key_lists
 from .block_sparsity import sparse_mask
@@ -140,7 +140,7 @@ def _flash_attn_fwd(
         aux_tensors=aux_tensors,
         aux_scalars=aux_scalars,
     )
-    only_speed(num_splits, 256)
+    check_num_splits(num_splits, 256)
     arguments: dict[str, Any] = {"scale": softmax_scale, "softcap": softcap, "sink": learnable_sink}
     arguments.update({"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "block_table": page_table})
     arguments.update({"seqused_q": seqused_q, "seqused_k": seqused_k, "descales": (q_descale, k_descale, v_descale)})

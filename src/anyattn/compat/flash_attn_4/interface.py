@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._flash_attn_common.calls import only_speed
+from .._flash_attn_common.calls import check_num_splits
 from .._flash_attn_common.combine import combine, used_rows
 from ._private import Result, _flash_attn_bwd, _flash_attn_fwd, attend_4, check_gather, refuse
 from .block_sparsity import check_same_blocks, sparse_mask
@@ -110,7 +110,7 @@ def flash_attn_func(
         aux_scalars=aux_scalars,
     )
     check_gather(gather_kv_indices, gather_bwd_recompute_p, gather_bwd_token_chunk)
-    only_speed(num_splits, 256)
+    check_num_splits(num_splits, 256)
     options: dict[str, Any] = {"scale": softmax_scale, "softcap": softcap, "sink": learnable_sink}
     options.update({"deterministic": deterministic, "gather_kv_indices": gather_kv_indices})
     options["mask"] = sparse_mask(block_sparse_tensors, q, k, (qv,))
@@ -218,7 +218,7 @@ def flash_attn_varlen_func(
         aux_scalars=aux_scalars,
     )
     check_gather(gather_kv_indices, gather_bwd_recompute_p, gather_bwd_token_chunk)
-    only_speed(num_splits, 256)
+    check_num_splits(num_splits, 256)
     options: dict[str, Any] = {"scale": softmax_scale, "softcap": softcap, "sink": learnable_sink}
     options.update({"deterministic": deterministic, "gather_kv_indices": gather_kv_indices})
     options.update({"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "block_table": page_table})

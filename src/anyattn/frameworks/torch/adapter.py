@@ -65,10 +65,10 @@ class TorchAdapter:
 adapter = TorchAdapter()
 
 
-def rows(name: str, array: Tensor) -> Tensor:
+def to_unit_stride(name: str, array: Tensor) -> Tensor:
     """Return the tensor, copied if its last dimension is not contiguous.
 
-    Size 1 and broadcast scores count as contiguous.     `block_table` must be fully contiguous, because kernels use its
+    Size 1 and broadcast scores count as contiguous. `block_table` must be fully contiguous, because kernels use its
     width as the row stride.
     """
     if name == "block_table":

@@ -19,7 +19,7 @@ from ...definition.options import Rotation
 from ...definition.problem import described
 from ...runtime import execute
 from . import fastpath, ops, tracing
-from .adapter import adapter, rows
+from .adapter import adapter, to_unit_stride
 from .rotary import rotate
 
 TABLES = ("cache_seqlens", "cache_batch_idx", "block_table")
@@ -32,7 +32,7 @@ def append(arrays: Appended, rotation: Rotation, backend: str | None, *, check: 
             raise ValueError(f"{name}_cache must be contiguous in its last dimension, got strides {cache.stride()}.")
     if not fastpath.can_skip_operator(arrays):
         return _traced(arrays, rotation)
-    prepared = [x if x is None or name in TABLES else rows(name, x) for name, x in arrays._asdict().items()]
+    prepared = [x if x is None or name in TABLES else to_unit_stride(name, x) for name, x in arrays._asdict().items()]
     q: Tensor = execute.append(adapter, Appended(*prepared), rotation, backend, check=check)
     for cache in (arrays.k, arrays.v):
         if not cache.is_inference():

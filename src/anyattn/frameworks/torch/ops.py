@@ -33,12 +33,17 @@ from ...definition.passes import BACKWARD, FORWARD, SECOND, TANGENT, Pass
 from ...definition.problem import described
 from ...definition.validate import make_problem
 from ...runtime import execute
-from .adapter import adapter, rows
+from .adapter import adapter, to_unit_stride
 
-DEVICES = ("CPU", "CUDA", "XPU", "MPS")  # dispatch keys of the kernels; which backend computes is decided below them
-_TYPES = {"float": "Scalar", "int": "SymInt", "str": "str", "bool": "bool"}  # of Python -> of schemas; may be symbols
+DEVICES = ("CPU", "CUDA", "XPU", "MPS")  # dispatch keys of the kernels; the backend is chosen inside the kernel
+_TYPES = {
+    "float": "Scalar",
+    "int": "SymInt",
+    "str": "str",
+    "bool": "bool",
+}  # type in Python -> in a schema; may be symbols
 _OPTIONAL = ("dlse", *Tangents._fields, *Extras._fields)
-_WANTS = tuple(f"want_d{name}" for name in GRADIENTS)  # which gradients of optional arrays are computed
+_WANTS = tuple(f"want_d{name}" for name in GRADIENTS)  # flags for the gradients of optional arrays
 
 
 def schema(pass_: Pass, flags: Sequence[str] = ()) -> str:
@@ -172,13 +177,13 @@ def contiguous_inputs(inputs: Inputs) -> Inputs:
     """Return the inputs with contiguous last dimensions. Only inputs that need it are copied."""
     q, k, v, extras = inputs
     if extras is not NO_EXTRAS:
-        extras = Extras(*[None if x is None else rows(name, x) for name, x in extras._asdict().items()])
-    return Inputs(rows("q", q), rows("k", k), rows("v", v), extras)
+        extras = Extras(*[None if x is None else to_unit_stride(name, x) for name, x in extras._asdict().items()])
+    return Inputs(to_unit_stride("q", q), to_unit_stride("k", k), to_unit_stride("v", v), extras)
 
 
 def contiguous_saved(saved: Saved) -> Saved:
     """Return the saved arrays with contiguous last dimensions."""
-    return Saved(*[None if x is None else rows(name, x) for name, x in saved._asdict().items()])
+    return Saved(*[None if x is None else to_unit_stride(name, x) for name, x in saved._asdict().items()])
 
 
 def absent(wants: Sequence[bool]) -> list[str]:
@@ -201,7 +206,7 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _tangent(*arguments: Any) -> tuple[Tensor, Tensor]:
     saved, tangents, inputs, options, backend = tangent_arguments(arguments)
-    out, lse = (rows("out", x) for x in saved)
+    out, lse = (to_unit_stride("out", x) for x in saved)
     return execute.tangent(adapter, out, lse, _contiguous(tangents), contiguous_inputs(inputs), options, backend)
 
 
@@ -215,7 +220,7 @@ def _second(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _contiguous(tangents: Tangents) -> Tangents:
     """Return the tangents with contiguous last dimensions."""
-    return Tangents(*[None if x is None else rows(name, x) for name, x in tangents._asdict().items()])
+    return Tangents(*[None if x is None else to_unit_stride(name, x) for name, x in tangents._asdict().items()])
 
 
 @torch.library.register_fake("anyattn::tangent", lib=library)

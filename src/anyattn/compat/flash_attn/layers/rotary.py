@@ -105,7 +105,7 @@ def apply_rotary_emb_qkv_(
     if qkv.ndim == 5:
         if qkv.shape[2] != 3 or num_heads_q is not None:
             raise ValueError(
-                "qkv must be (batch, seqlen, 3, nheads, head_dim), without num_heads_q, or have 4 dimensions; "
+                "qkv must be (batch, seqlen, 3, nheads, head_dim), without num_heads_q, or have 4 dimensions, "
                 f"got {tuple(qkv.shape)}, num_heads_q {num_heads_q}"
             )
         parts: list[rotary.Part] = [0, 1]
@@ -117,7 +117,7 @@ def apply_rotary_emb_qkv_(
             or (qkv.shape[2] - num_heads_q) % 2
         ):
             raise ValueError(
-                "qkv with 4 dimensions must be (batch, seqlen, num_heads_q + 2 * num_heads_k, head_dim); "
+                "qkv with 4 dimensions must be (batch, seqlen, num_heads_q + 2 * num_heads_k, head_dim), "
                 f"got {tuple(qkv.shape)}, num_heads_q {num_heads_q}"
             )
         heads = (qkv.shape[2] + num_heads_q) // 2

@@ -182,7 +182,7 @@ class MHA(nn.Module):
         if self.cross_attn:
             tensors, x = self._cross(x, x_kv, mixer_subset)
         else:
-            tensors, x = self._own(x, inference_params)
+            tensors, x = self._self(x, inference_params)
         if inference_params is not None:
             context = self._generate(tensors, inference_params)
         else:
@@ -216,7 +216,7 @@ class MHA(nn.Module):
         if inference_params is not None and self.layer_idx is None:
             raise ValueError("inference_params needs a module with layer_idx.")
 
-    def _own(self, x: Tensor, inference_params: InferenceParams | None) -> tuple[tuple[Tensor, ...], Tensor]:
+    def _self(self, x: Tensor, inference_params: InferenceParams | None) -> tuple[tuple[Tensor, ...], Tensor]:
         """Return ((qkv,), x), or with fewer KV heads ((q, kv), x), rotated."""
         qkv, x = self.Wqkv(x) if self.return_residual else (self.Wqkv(x), x)
         offset: int | Tensor = 0

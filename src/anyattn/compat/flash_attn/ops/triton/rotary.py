@@ -63,7 +63,7 @@ def prepare(
     x, cos, sin = dense("x", x), dense("cos", cos), dense("sin", sin)
     if cos.ndim != 2 or cos.shape != sin.shape or 2 * cos.shape[1] > x.shape[-1]:
         raise ValueError(
-            f"cos and sin must be (length, rotary_dim / 2), rotary_dim <= head_dim {x.shape[-1]}; "
+            f"cos and sin must be (length, rotary_dim / 2), rotary_dim <= head_dim {x.shape[-1]}, "
             f"got {tuple(cos.shape)} and {tuple(sin.shape)}"
         )
     if cu_seqlens is None:
@@ -77,7 +77,7 @@ def prepare(
         return cos, sin, positions
     if x.ndim != 3 or max_seqlen is None:
         raise ValueError(
-            "cu_seqlens needs x (total, nheads, head_dim) and max_seqlen; "
+            "cu_seqlens needs x (total, nheads, head_dim) and max_seqlen, "
             f"got x {tuple(x.shape)}, max_seqlen {max_seqlen}"
         )
     positions, inside = rotary.packed_positions(len(x), cu_seqlens, int(max_seqlen), seqlen_offsets, len(cos))
