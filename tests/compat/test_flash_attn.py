@@ -195,7 +195,7 @@ def test_errors_below_autograd() -> None:
     with pytest.raises(RuntimeError, match="return_softmax must be False if dropout_p is 0"):
         interface._flash_attn_forward(q, k, v, 0.0, None, False, -1, -1, 0.0, None, True)
     pages = torch.tensor([[0], [1]], dtype=torch.int32)
-    with pytest.raises(RuntimeError, match="num_splits > 1 is not supported"):
+    with pytest.raises(RuntimeError, match="num_splits must be 0 or 1 with block_table"):
         options = {"block_table": pages, "num_splits": 2}
         interface._flash_attn_varlen_forward(q.flatten(0, 1), k, v, CU_Q, CU_K, 7, 8, 0.0, None, False, **options)
     with pytest.raises(ValueError, match="rng_state"):

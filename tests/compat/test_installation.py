@@ -193,7 +193,7 @@ def test_run_refuses(program: Path, real: Path) -> None:
     taken = run(program, "program.py")
     assert taken.returncode == 2 and "flash_attn is importable" in taken.stderr and not taken.stdout
     (program / "aule.py").write_text("")
-    assert "aule can be imported" in run(program, "--as", "aule", "program.py").stderr
+    assert "aule is importable" in run(program, "--as", "aule", "program.py").stderr
     forced = run(program, "--force", "program.py")
     assert forced.returncode == 7 and "anyattn.compat" in forced.stdout, forced.stderr
     nothing = run(program)

@@ -132,7 +132,7 @@ def test_wrong_arguments() -> None:
         adapter.attention(x, x, x, qk_matmul_output_mode=4)
     with pytest.raises(ValueError, match="past_key and past_value"):
         adapter.attention(x, x, x, None, x)
-    with pytest.raises(ValueError, match="nonpad_kv_seqlen and past_key"):
+    with pytest.raises(ValueError, match="nonpad_kv_seqlen cannot be combined with past_key"):
         adapter.attention(x, x, x, None, x, x, np.array([3]))
     with pytest.raises(ValueError, match="K must have 4 dimensions"):
         adapter.attention(flat, flat, flat, q_num_heads=2)

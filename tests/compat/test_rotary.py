@@ -226,7 +226,10 @@ ROWS, TABLES = torch.zeros(1, 4, 2, 8), (torch.zeros(6, 4), torch.zeros(6, 4))
 REFUSED: dict[str, tuple[Any, str]] = {
     "rotary_dim": (lambda: apply_rotary_emb(ROWS[..., :6], *TABLES), "rotary_dim"),
     "unlike": (lambda: apply_rotary_emb(ROWS, TABLES[0], TABLES[1][:5]), "cos and sin"),
-    "too long": (lambda: apply_rotary_emb(ROWS, *TABLES, seqlen_offsets=3), "seqlen_offsets 3"),
+    "too long": (
+        lambda: apply_rotary_emb(ROWS, *TABLES, seqlen_offsets=3),
+        "must be from 0 to 6, the length of cos, got offset 3",
+    ),
     "negative": (lambda: apply_rotary_emb(ROWS, *TABLES, seqlen_offsets=torch.tensor([-1])), "seqlen_offsets"),
     "batch": (lambda: apply_rotary_emb(ROWS, *TABLES, seqlen_offsets=torch.tensor([0, 1])), "seqlen_offsets"),
     "floats": (lambda: apply_rotary_emb(ROWS, *TABLES, seqlen_offsets=torch.tensor([0.0])), "seqlen_offsets"),

@@ -150,7 +150,7 @@ def test_what_is_refused() -> None:
         ([strided] * 3, {}, NotImplementedError, "query must be a nested tensor of layout torch.jagged"),
         ([x, dense, dense], {}, NotImplementedError, "key must be a nested tensor of layout torch.jagged"),
         ([dense, x, x], {}, NotImplementedError, "query must be a nested tensor"),
-        ([by_heads] * 3, {}, NotImplementedError, "query must be .* ragged in seqlen alone"),
+        ([by_heads] * 3, {}, NotImplementedError, "query must be .* ragged only in seqlen"),
         ([x, x, x, torch.ones(5, 5, dtype=torch.bool)], {}, NotImplementedError, "attn_mask must be None"),
         ([x, x, x, torch.ones(5, 5)], {"is_causal": True}, ValueError, "attn_mask cannot be combined"),
         ([x, x, other], {}, ValueError, "key and value must hold the same sequences"),

@@ -152,7 +152,7 @@ def test_empty_sequences() -> None:
 
 def test_wrong_arguments() -> None:
     q, k, v = (x.detach() for x in leaves(SHAPES["cross"]))
-    with pytest.raises(ValueError, match=r"attn_mask and is_causal"):
+    with pytest.raises(ValueError, match=r"attn_mask cannot be combined with is_causal"):
         anyattn.sdpa(q, k, v, torch.ones(5, 9, dtype=torch.bool), is_causal=True)
     with pytest.raises(ValueError, match=r"enable_gqa"):
         anyattn.sdpa(q, k[:, :2], v[:, :2])

@@ -84,5 +84,5 @@ def test_packed_with_dropout() -> None:
 
 def test_no_scores() -> None:
     q, k, v = leaves((5, 5, 5))
-    with pytest.raises(NotImplementedError, match="return_debug_mask=True"):
+    with pytest.raises(NotImplementedError, match="return_debug_mask must be False, got True"):
         aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, True)

@@ -199,7 +199,7 @@ def test_triangles_elsewhere_are_refused() -> None:
     query, triangle = normal(1, 2, 4, 8), causal_lower_right(4, 4)
     with pytest.raises(ValueError, match="must be a CausalBias of 4 queries and 4 keys, got one of 4 queries and 6"):
         anyattn.sdpa(query, query, query, causal_upper_left(4, 6))
-    with pytest.raises(ValueError, match="attn_mask and is_causal"):
+    with pytest.raises(ValueError, match="attn_mask cannot be combined with is_causal"):
         anyattn.sdpa(query, query, query, triangle, is_causal=True)
     rows = query.transpose(1, 2)
     for name in ("bias", "mask"):

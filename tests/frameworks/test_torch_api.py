@@ -212,7 +212,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "integers": ({"q": torch.zeros(2, 5, 4, 8, dtype=torch.int32)}, TypeError, "int32"),
     "rank": ({"q": torch.zeros(5, 4, 8)}, ValueError, "q must have 4 dimensions"),
     "no dimension": ({"q": torch.zeros(())}, ValueError, "q must have 4 dimensions"),
-    "device": ({"k": torch.zeros(2, 7, 2, 8, device="meta")}, ValueError, "k is on meta"),
+    "device": ({"k": torch.zeros(2, 7, 2, 8, device="meta")}, ValueError, "k must be on q.s device cpu, got meta"),
     "mask dtype": ({"mask": torch.zeros(5, 7)}, TypeError, "mask"),
     "mask shape": ({"mask": torch.zeros(3, 7, dtype=torch.bool)}, ValueError, "mask must broadcast"),
     "integer sink": ({"sink": torch.zeros(4, dtype=torch.int64)}, TypeError, "sink must be floating point"),

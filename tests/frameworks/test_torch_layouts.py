@@ -186,5 +186,5 @@ def test_vmap_shares_a_block_table(batch: int) -> None:
 def test_result_is_not_laid_out_like_a_query_of_another_size() -> None:
     """torch's operators want one head_dim; a value of head_dim 1 was repeated to query's."""
     query, value = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 1)
-    with pytest.raises(ValueError, match="one head_dim"):
+    with pytest.raises(ValueError, match="the same head_dim"):
         aten.forward(query, query, value)

@@ -423,7 +423,7 @@ def test_list_measures_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     [
         ("--filter abacus", "--filter must match a case of models, bars, seeds, lengths, got 'abacus'"),
         ("--suite abacus", "got 'abacus'"),
-        ("--peers abacus", "no provider has 'abacus'"),
+        ("--peers abacus", "got 'abacus'"),
         ("--threads -1", "--threads must be"),
         ("--seconds -1", "--seconds must be"),
         ("--target abacus", "'abacus'"),

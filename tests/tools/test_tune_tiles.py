@@ -189,7 +189,7 @@ def test_the_command_writes_what_it_finds(_cache: Path, capsys: pytest.CaptureFi
     written = json.loads((_cache / tuning.FILE).read_text())
     assert len(written[ARCH]) == len(rows) == 20
     assert main(["tune", "--backend", "triton"]) == 0
-    assert "Abacus 9000, sm_90: tiles of rows" in capsys.readouterr().out
+    assert "Abacus 9000, sm_90: tiles of queries" in capsys.readouterr().out
     assert main(["tune", "--backend", "vulkan"]) == 1
     assert "vulkan is not available: no driver" in capsys.readouterr().err
 

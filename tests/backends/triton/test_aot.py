@@ -61,7 +61,7 @@ def test_what_is_worse_than_the_table_is_named(aot: Any, change: dict[str, int],
 def test_kernels_must_fit_and_use_matrix_instructions(aot: Any) -> None:
     name, kernel = "sm_86/bfloat16/128/causal/forward", "attention_forward"
     assert not list(aot.faults({name: {kernel: GOOD}}))
-    assert "101376 are there" in next(aot.faults({name: {kernel: GOOD | {"shared": 101377}}}))
+    assert "101376 are available" in next(aot.faults({name: {kernel: GOOD | {"shared": 101377}}}))
     assert "no matrix instructions" in next(aot.faults({name: {kernel: GOOD | {"matrix": 0}}}))
     assert not list(aot.faults({name: {"combine_splits": GOOD | {"matrix": 0}}}))
 

@@ -135,7 +135,7 @@ GOOD = "QK*8 mbwait PV*8 BAR arrive WAIT1 max*64 EX2*66 mbwait WAIT0"
         (GOOD.replace("EX2*66 mbwait WAIT0", "mbwait WAIT0"), "0 of 66 exponentials between the two waits"),
         (GOOD.replace("EX2*66", "EX2*65"), "65 of 66"),
         (GOOD.replace(" mbwait WAIT0", " WAIT0"), "no barrier is awaited between the exponentials and the second wait"),
-        (GOOD.replace("PV*8 BAR", "BAR"), "issues QK*8 before it waits for scores; QK*8 PV*8 wanted"),
+        (GOOD.replace("PV*8 BAR", "BAR"), "issues QK*8 before it waits for scores; QK*8 PV*8 expected"),
         (GOOD.replace(" WAIT0", ""), "never waits for the second product"),
     ],
 )
@@ -239,7 +239,7 @@ def test_a_triton_without_gluon(monkeypatch: pytest.MonkeyPatch) -> None:
     missing = sm90.reason_off()
     monkeypatch.undo()
     settings.reload()
-    assert missing is not None and missing.startswith("off, as this Triton has no Gluon that they know")
+    assert missing is not None and missing.startswith("off, because this version of Triton has no supported Gluon")
     assert sm90.reason_off() == "off, because no GPU has run them yet (ANYATTN_HOPPER=1 enables them)"
 
 

@@ -101,8 +101,8 @@ def test_a_device_that_computes_comes_before_one_that_does_not() -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"maxPerStageDescriptorStorageBuffers": 8}, "has only 8 storage buffers for one shader (12 are needed)"),
-        ({"maxComputeSharedMemorySize": 1024}, "has only 1024 bytes of shared memory (4096 are needed)"),
+        ({"maxPerStageDescriptorStorageBuffers": 8}, "has only 8 storage buffers for one shader"),
+        ({"maxComputeSharedMemorySize": 1024}, "has only 1024 bytes of shared memory"),
         ({"maxComputeWorkGroupInvocations": 128, "maxComputeSharedMemorySize": 16384}, ""),
     ],
 )

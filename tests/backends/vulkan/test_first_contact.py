@@ -107,7 +107,7 @@ def test_small_problems_start_no_child(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "has_loaded", lambda: False)
     monkeypatch.setattr(first_contact, "report", Mock(side_effect=AssertionError("asked")))
     reasons = anyattn.explain(SMALL, SMALL, SMALL).reasons["vulkan"]
-    assert "fewer than pay for the transfers" in reasons[0]
+    assert "do not pay for the transfers" in reasons[0]
 
 
 @pytest.fixture
@@ -229,7 +229,7 @@ def test_what_says_nothing_about_a_driver_is_not_kept(monkeypatch: pytest.Monkey
     with monkeypatch.context() as patch:
         patch.setattr(sys, "executable", "/opt/game/game.exe")
         found, lasting = first_contact._ask()
-        assert "no Python is known" in found.refusal and "name the backend" in found.refusal and not lasting
+        assert "no Python is available" in found.refusal and "Name the backend" in found.refusal and not lasting
     with monkeypatch.context() as patch:
         patch.setattr(sys, "executable", "/nowhere/python")
         found, lasting = first_contact._ask()

@@ -229,7 +229,7 @@ def test_validation_layer() -> None:
         "for case in FORWARD_CASES: check_forward(case)\n"
         "def fill(job):\n"
         "    job.commands.fill(job.buffer(64), 62, 0)\n"
-        "    with pytest.raises(VulkanError, match='the validation layer says'): job.finish()\n"
+        "    with pytest.raises(VulkanError, match='the validation layer reports'): job.finish()\n"
         "engine().run_job(fill)\n"
         "check_forward(FORWARD_CASES[0])  # what the job has left behind is cleared in accordance with the layer\n"
         "print('clean')\n"

@@ -160,7 +160,7 @@ def test_no_device_and_one_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(instance, "devices", (replace(devices.device().info, api=(1, 0, 3), name="Old"),))
     assert backend.available() == "Old supports Vulkan 1.0.3, but 1.1 is needed"
     monkeypatch.setattr(instance, "devices", ())
-    assert backend.available() == "Vulkan is installed, but no driver offers a device"
+    assert backend.available() == "Vulkan is installed, but no driver has a device"
 
 
 @pytest.mark.parametrize("full", [False, True])
