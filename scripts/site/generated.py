@@ -53,7 +53,7 @@ def draw_plots() -> None:
 
 
 def source() -> str:
-    """Return what a plot says of the results that it was drawn from: their digest."""
+    """Return the digest of the results, which the plots contain."""
     return hashlib.sha256(RESULTS.read_bytes()).hexdigest()
 
 

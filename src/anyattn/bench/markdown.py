@@ -23,7 +23,7 @@ HIGHLIGHTS = {
 
 
 def hardware() -> str:
-    """Return the hardware of each backend by how well it is known to work there."""
+    """Return the hardware of each backend, by level of evidence."""
     lines = [f"| Backend | {' | '.join(name.capitalize() for name in EVIDENCE)} |", "|---" * (len(EVIDENCE) + 1) + "|"]
     for name in dispatch.names():
         found = evidence(name)

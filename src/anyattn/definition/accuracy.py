@@ -69,13 +69,16 @@ class Expected:
 def expected_forward(
     problem: Problem, arrays: Arrays, parts: Iterable[Part] | None = None, *, random: bool = False
 ) -> dict[str, Expected]:
-    """Compute out and lse: all rows, or the rows of `parts`. random: the inputs are independent random numbers."""
+    """Compute out and lse for all queries, or for those in `parts`.
+
+    random: the inputs are independent random numbers.
+    """
     sums = Sums(problem, {"out": problem.out_shape, "lse": problem.lse_shape}, random)
     sums.value["lse"][...] = -np.inf
     for head in reference.heads(problem, arrays, parts):
         plain, p = Plain(problem, arrays, head), head.p * head.d
         s = score_sizes(problem, head).max(axis=1, initial=0.0)
-        size = np.where(np.isfinite(head.lse), np.maximum(s, 1.0), 0.0)  # a sum near 1 has errors too
+        size = np.where(np.isfinite(head.lse), np.maximum(s, 1.0), 0.0)  # sums near 1 have errors too
         sums.put("out", head.rows_q, head.out, plain.out, p @ np.abs(head.v), p**2 @ head.v**2)
         sums.put("lse", rows_lse(problem, head), head.lse, plain.lse, size, np.zeros_like(size))
     largest = sums.absolutes["lse"].max(initial=0.0)
@@ -117,7 +120,7 @@ def expected_backward(
 
 
 class Rule(NamedTuple):
-    """The numbers of a budget: multiples of the plain implementation's error and of eps * A, and the largest score."""
+    """Numbers of a budget: factors of the plain implementation's error and of eps * A, and the largest score."""
 
     times: float
     c: float
@@ -125,7 +128,7 @@ class Rule(NamedTuple):
 
 
 class Sums:
-    """Every result while heads are added up: exact, from the plain implementation, and what budgets are made of."""
+    """Sums of every result over heads: exact values, plain values, and the terms of the budgets."""
 
     def __init__(self, problem: Problem, shapes: Mapping[str, tuple[int, ...]], random: bool) -> None:
         def zeros(dtype: str) -> dict[str, npt.NDArray[Any]]:
@@ -143,7 +146,7 @@ class Sums:
         self.known[name][rows] = True
 
     def expected(self, name: str, rule: Rule, *, whole: bool) -> Expected:
-        """Derive the budget of one result by the formulas above."""
+        """Derive the error budget of one result by the formulas above."""
         value, compute = self.value[name], DTYPES[self.problem.compute_dtype]
         dtype = self.problem.compute_dtype if name in STATISTICS else self.problem.dtype
         known = DTYPES[dtype]
@@ -175,7 +178,7 @@ def check(expected: Mapping[str, Expected], got: Mapping[str, npt.NDArray[Any] |
 
 
 def score_sizes(problem: Problem, head: Head) -> Float:
-    """|s| where seen, and the products on absolute values where s does not show what cancels in them.
+    """Return |s| of visible keys, or the products on absolute values if s does not show cancellation.
 
     Cancellation does not show after a softcap, and in float64, which has no plain implementation to compare with.
     """

@@ -1,8 +1,8 @@
 """Error budgets of tangents and second derivatives, derived as in `accuracy.py`.
 
-The plain implementation is that of `derivatives.py` in the compute dtype. It rounds P D u, P D, dt and dt' to the
-inputs' dtype before the second product. A second derivative contains products of two sums over keys, so c is twice that
-of a gradient.
+The plain implementation computes the formulas of `derivatives.py` in the compute dtype. It rounds P D u, P D, dt and
+dt' to the inputs' dtype before the second product. A second derivative contains products of two sums over keys, so c is
+twice the c of a gradient.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ from .reference import (
 
 
 class Direction(NamedTuple):
-    """The tangents of one head, in float64: zeros where one is absent or a key is not used."""
+    """Tangents of one head, in float64: zeros if a tangent is absent or a key is not used."""
 
     q: Float  # (n_q, head_dim)
     k: Float  # (n_k, head_dim)
@@ -48,7 +48,7 @@ class Direction(NamedTuple):
 
 
 class Tangent(NamedTuple):
-    """What a direction gives in one head."""
+    """Tangent of one head along a direction."""
 
     x: Float  # (n_q, n_k): derivative of the scores before the softcap
     u: Float  # derivative of the scores; 0 where masked
@@ -57,7 +57,7 @@ class Tangent(NamedTuple):
 
 
 def tangent(problem: Problem, arrays: Arrays, tangents: Arrays) -> tuple[Float, Float]:
-    """Return (tout, tlse) in float64; 0 in rows outside every sequence. tangents: float64 arrays by name."""
+    """Return (tout, tlse) in float64; 0 for queries outside every sequence. tangents: float64 arrays by name."""
     out, lse = np.zeros(problem.out_shape), np.zeros(problem.lse_shape)
     for head in heads(problem, arrays):
         found = head_tangent(problem, head, direction(head, tangents))
@@ -121,7 +121,10 @@ def head_tangent(problem: Problem, head: Head, along: Direction) -> Tangent:
 def head_second(
     problem: Problem, head: Head, along: Direction, found: Tangent, do: Float, dl: Float
 ) -> Mapping[str, Any]:
-    """Compute the terms that one head adds to every gradient of the tangent; do, dl: its rows of dout and dlse."""
+    """Compute the terms that one head adds to every gradient of the tangent.
+
+    do, dl: the head's queries in dout, dlse.
+    """
     first, curvature = slopes(problem, head.t)
     delta = (do * head.out).sum(-1) - dl
     w, e, g = head.d * (do @ head.v.T), head.d * (do @ along.v.T), (do * found.out).sum(-1)

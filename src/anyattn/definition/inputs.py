@@ -54,7 +54,7 @@ class Saved(NamedTuple):
 
 
 class Tangents(NamedTuple):
-    """A direction in the space of the inputs that have gradients, each in the shape of its input; None: zeros."""
+    """Direction in the space of the inputs with gradients, each in the shape of its input; None: zeros."""
 
     tq: Any = None
     tk: Any = None
@@ -175,9 +175,9 @@ def replace_extras(extras: Extras, **changes: Any) -> Extras:
 
 
 def flatten(arrays: Inputs | Appended, saved: tuple[Any, ...] = ()) -> tuple[Any, ...]:
-    """Return the arrays as one flat tuple, in the order of a pass's inputs; a plain call has no extras in it.
+    """Return the arrays as one flat tuple, in the order of a pass's inputs; without extras if the call has none.
 
-    saved: what the pass reads between q, k, v and the optional arrays.
+    saved: the arrays that the pass reads between q, k, v and the optional arrays.
     """
     if isinstance(arrays, Appended):
         return arrays
@@ -186,7 +186,7 @@ def flatten(arrays: Inputs | Appended, saved: tuple[Any, ...] = ()) -> tuple[Any
 
 
 def reshape_gradients(grads: AnyGradients, extras: Extras) -> AnyGradients:
-    """Return the gradients of optional arrays in the shapes in which those came, and None for absent ones."""
+    """Return the gradients of optional arrays in the shapes of the caller's arrays, and None for absent arrays."""
     found = {}
     for name in GRADIENTS:
         array, gradient = getattr(extras, name), getattr(grads, f"d{name}")

@@ -26,7 +26,7 @@ BACKWARD = Pass("backward", ("q", "k", "v", *Saved._fields, *Extras._fields), Gr
 # The derivative of out and lse along the tangents, and the gradients of that derivative.
 TANGENT = Pass("tangent", ("q", "k", "v", "out", "lse", *Tangents._fields, *Extras._fields), ("tout", "tlse"))
 SECOND = Pass("second", ("q", "k", "v", *Saved._fields, *Tangents._fields, *Extras._fields), SecondGradients._fields)
-# Writes new keys and values into the cache, in place; `out` is q, rotated.
+# Writes new keys and values into the cache, in place. `out` is the rotated q.
 APPEND = Pass("append", Appended._fields, ("out",))
 
 PASSES = (FORWARD, BACKWARD, TANGENT, SECOND, APPEND)

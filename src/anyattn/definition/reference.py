@@ -205,7 +205,7 @@ def _plane(array: npt.NDArray[Any], sequence: Sequence, h: int) -> npt.NDArray[A
 
 
 def score_tile(array: npt.NDArray[Any], sequence: Sequence, h: int, rows: Ints) -> npt.NDArray[Any]:
-    """Return the rows of a head's view, or the one row that serves all."""
+    """Return the queries' rows of a head's view, or the single row that is broadcast."""
     plane = _plane(array, sequence, h)
     return plane[rows] if plane.shape[0] > 1 else plane
 

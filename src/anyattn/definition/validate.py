@@ -164,7 +164,7 @@ def _check_dtypes(given: Given) -> None:
     if q.dtype not in ATTENTION_DTYPES:
         raise TypeError(f"q must be one of {', '.join(ATTENTION_DTYPES)}, got {q.dtype}.")
     if k.dtype != v.dtype or k.dtype not in key_dtypes(q.dtype):
-        raise TypeError(f"q, k and v must have one dtype; got {q.dtype}, {k.dtype}, {v.dtype}: convert them first")
+        raise TypeError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}. Convert them first.")
     names = {**{name: given[name].dtype for name in given}, "compute": DTYPES[q.dtype].compute}
     accepted = {**{name: field.dtypes for name, field in FIELDS.items()}, **_SAVED, **_TANGENTS}
     for name, array in given.items():

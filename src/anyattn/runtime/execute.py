@@ -123,7 +123,7 @@ def second(
     backend: str | None,
     metadata: Hashable = None,
 ) -> SecondGradients:
-    """Return the gradients of <dout, tout> + <dlse, tlse>, new and contiguous; those of absent arrays are None."""
+    """Return the gradients of <dout, tout> + <dlse, tlse>, new and contiguous; None for absent arrays."""
     ready = find(adapter, SECOND, inputs, options, backend, metadata, (*saved, *tangents))
     call = Call(adapter, inputs, **saved._asdict(), **tangents._asdict())
     allocate(adapter, ready, call)

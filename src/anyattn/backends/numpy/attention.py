@@ -130,7 +130,7 @@ def _backward_rows(arrays: Arrays, rows: Rows, sums: dict[str, Sum]) -> None:
 
 
 def normalizers(arrays: Arrays, rows: Rows, q: Floats) -> tuple[Floats, Floats]:
-    """Return (base, rest) of each row, P = exp(s - base - rest): (lse, 0), or (m, log l) where |lse| is large.
+    """Return (base, rest) of each query, P = exp(s - base - rest): (lse, 0), or (m, log l) if |lse| is large.
 
     An lse that exceeds the query's own lse by more than rounding belongs to a larger set of keys, so it is used
     unchanged.
@@ -194,13 +194,13 @@ def dropout(arrays: Arrays, rows: Rows, keys: Keys) -> Floats:
 
 
 def stack(tile: Floats) -> Floats:
-    """(heads_kv, group, rows, n) -> (heads_kv, group * rows, n)"""
+    """Reshape (heads_kv, group, rows, n) to (heads_kv, group * rows, n)."""
     heads_kv, group, rows, n = tile.shape
     return tile.reshape(heads_kv, group * rows, n)
 
 
 def unstack(tile: Floats, rows: Rows) -> Floats:
-    """(heads_kv, group * rows, n) -> (heads_kv, group, rows, n)"""
+    """Reshape (heads_kv, group * rows, n) to (heads_kv, group, rows, n)."""
     return tile.reshape(*rows.shape, tile.shape[-1])
 
 

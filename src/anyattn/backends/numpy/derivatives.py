@@ -1,9 +1,8 @@
 """Derivatives of attention along tangents, tile by tile: the tangent of (out, lse), and the gradients of that tangent.
 
-The formulas are those of `definition/derivatives.py`. P comes from the saved lse, so that one sweep over the key tiles
-gives a tangent: a tile of queries keeps the sums over keys of P u and of P D (u v + tv). The second pass needs the
-tangent of a query before it can use any of the query's keys, so it sweeps twice. dK and dV are sums over the tiles of
-queries.
+`definition/derivatives.py` has the formulas. P comes from the saved lse, so that one sweep over the key tiles gives a
+tangent: a tile of queries stores the sums over keys of P u and of P D (u v + tv). The second pass needs the tangent of
+a query before it can use any of the query's keys, so it sweeps twice. dK and dV are sums over the tiles of queries.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from .tiles import Arrays, Floats, Keys, Rows, Sum, key_tiles, row_tiles, score_
 
 
 class Queries(NamedTuple):
-    """A tile of queries, (heads_kv, group * rows, head_dim), its tangent, and what P = exp(s - base - rest) needs."""
+    """Tile of queries, (heads_kv, group * rows, head_dim), its tangent, and base and rest of P."""
 
     q: Floats
     tq: Floats | None
@@ -27,7 +26,7 @@ class Queries(NamedTuple):
 
 
 class Derivatives(NamedTuple):
-    """A tile of keys: P, dropout factors D (None without), x, f' (None: 1), u, and the tiles of k, v, tk and tv."""
+    """Tile of keys: P, dropout factors D (None without), x, f' (None: 1), u, and the tiles of k, v, tk and tv."""
 
     p: Floats
     d: Floats | None
@@ -43,7 +42,7 @@ class Derivatives(NamedTuple):
 
 def tangent(arrays: Arrays) -> None:
     """Write tout and tlse."""
-    arrays.view("tout")[...] = 0  # rows outside every sequence
+    arrays.view("tout")[...] = 0  # queries outside every sequence
     arrays.view("tlse")[...] = 0
     for sequence in arrays.sequences():
         for rows in row_tiles(arrays.problem, sequence):
@@ -164,7 +163,7 @@ def _product(do: Floats, v: Floats, rows: Rows, d: Floats | None) -> Floats:
 
 
 def _sink_weight(arrays: Arrays, rows: Rows, queries: Queries) -> Floats:
-    """Return the sink's probability in each row."""
+    """Return the sink's probability for each query."""
     sink = arrays.of_heads("sink", rows)
     weight: Floats = np.where(sink > -np.inf, np.exp(sink - queries.base - queries.rest), arrays.number(0))
     return weight

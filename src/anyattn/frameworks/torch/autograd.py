@@ -82,7 +82,7 @@ def _save(ctx: Any, static: Static, arrays: Sequence[Any], out: Tensor, lse: Ten
 
 
 class AttentionWithTangents(Attention):
-    """Attention where tangents may come. A class apart, because Dynamo refuses any that has a jvp."""
+    """Attention under forward-mode AD. Separate because Dynamo rejects Functions that define jvp."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

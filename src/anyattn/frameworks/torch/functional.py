@@ -106,7 +106,7 @@ def tangent(
 def second(
     saved: Saved, tangents: Tangents, inputs: Inputs, options: Options, seed: int | None, backend: str | None
 ) -> SecondGradients:
-    """Return the second derivatives; that of a bias has the shape in which the bias came."""
+    """Return the second derivatives. The derivative of a bias has the shape in which the bias was passed."""
     prepared = detach(prepare(inputs, seed))
     found = {name: None if x is None else dense(name, x).detach() for name, x in saved._asdict().items()}
     grads = ops.call_second(Saved(**found), _tangents(tangents), prepared, options, backend or "")
