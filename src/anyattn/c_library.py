@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-import sys
+
+from .config import package
 
 HEADERS = ("anyattn.h", "anyattn.hpp")
 
@@ -27,14 +28,12 @@ def get_include() -> str:
     """
     from .backends.cpu.library import LibraryError
 
-    for folder in sys.modules[__name__.partition(".")[0]].__path__:
-        path = os.path.join(folder, "include")
-        if all(os.path.exists(os.path.join(path, name)) for name in HEADERS):
-            return path
-    raise LibraryError(
-        "the headers of anyattn are not installed: no C++ compiler was found when the package was built "
-        "(install g++ or clang++ and reinstall)"
-    )
+    path = package.find("include")
+    if path and all(os.path.exists(os.path.join(path, name)) for name in HEADERS):
+        return path
+    if package.archive():
+        raise LibraryError(f"compilers cannot read the headers inside the archive {package.archive()}. Unpack it")
+    raise LibraryError(package.why_missing("the folder of the headers"))
 
 
 def get_library() -> str:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from anyattn.backends.vulkan import spirv, tuning
 from anyattn.backends.vulkan.matrices import Shape
-from anyattn.backends.vulkan.pipeline import BINARIES, binary
+from anyattn.backends.vulkan.pipeline import binary
+from anyattn.config import package
 from harness.paths import SCRIPTS
 
 SCRIPT = SCRIPTS / "make_shaders.py"
-NAMES = sorted(path.stem for path in BINARIES.glob("*.spv"))
+NAMES = sorted(path.stem for path in Path(package.find("backends", "vulkan", "binaries")).glob("*.spv"))
 CONSTANTS = {0: 64, 1: 16, 2: 8, 3: 2, 4: 2, 5: 32, 6: 31, 7: 1, 8: 8, 9: 16, 10: 16, 11: 32}
 WORKGROUP = 4  # storage class of shared memory
 OPEN = (spirv.SPEC_TRUE, spirv.SPEC_FALSE, spirv.SPEC_CONSTANT, spirv.SPEC_COMPOSITE, spirv.SPEC_OP)

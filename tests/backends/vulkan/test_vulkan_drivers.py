@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from anyattn.backends.vulkan.pipeline import BINARIES
+from anyattn.config import package
 from backends.vulkan.common import started
 
+BINARIES = Path(package.find("backends", "vulkan", "binaries"))
 # of a module's preamble, SPIR-V specification 1.6, section 3.31
 CAPABILITY = 17
 SIXTEEN_OR_EIGHT_BITS = {9, 22, 39, 4433, 4434, 4435, 4436, 4448, 4449, 4450}

@@ -7,7 +7,7 @@ import os
 import sys
 from functools import cache
 
-from ...config import settings
+from ...config import package, private_files, settings
 from .layout import SIZE
 from .threadpool import register_with_threadpoolctl
 
@@ -134,11 +134,36 @@ def _choose_threads_again() -> None:
 
 
 def _find() -> str:
-    for folder in sys.modules[__name__.partition(".")[0]].__path__:
-        path = os.path.join(folder, "lib", NAME)
-        if os.path.exists(path):
+    path = package.find("lib", NAME)
+    if path:
+        return path
+    what = f"the native library {NAME}"
+    try:
+        content = package.read("lib", NAME)
+    except OSError as error:
+        raise LibraryError(package.why_missing(what)) from error
+    try:
+        return _unpack(content)
+    except OSError as error:
+        raise LibraryError(
+            f"{what} is inside the archive {package.archive()} and cannot be written to the cache folder: {error}. "
+            "Unpack the archive, or set ANYATTN_CACHE to a folder of your own"
+        ) from error
+
+
+def _unpack(content: bytes) -> str:
+    """Return the path of a file with this content in the cache folder: no system loads a library from an archive."""
+    import hashlib
+
+    stem, extension = os.path.splitext(NAME)
+    folder = settings.current().cache
+    if not folder:
+        raise FileNotFoundError("this user has no cache folder")
+    path = os.path.join(folder, f"{stem}-{hashlib.sha256(content).hexdigest()[:16]}{extension}")
+    try:
+        if private_files.read(path) == content:
             return path
-    raise LibraryError(
-        f"the native library {NAME} is not installed: no C++ compiler was found when the package was built "
-        "(install g++ or clang++ and reinstall)"
-    )
+    except FileNotFoundError:
+        pass
+    private_files.write(path, content)
+    return path

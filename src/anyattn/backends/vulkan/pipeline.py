@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
-from ...config import private_files, settings
+from ...config import package, private_files, settings
 from . import api
 from .api import COMPUTE_STAGE, address, make, u64
 from .device import Device
@@ -21,7 +21,6 @@ STORAGE_BUFFER = 7
 PUSH_BYTES = 32
 FULL_SUBGROUPS = 2
 DIGEST_BYTES = 32
-BINARIES = Path(__file__).parent / "binaries"
 
 logger = logging.getLogger("anyattn")
 
@@ -130,4 +129,4 @@ class Pipelines:
 @cache
 def binary(name: str) -> bytes:
     """Return a committed SPIR-V module."""
-    return (BINARIES / f"{name}.spv").read_bytes()
+    return package.read("backends", "vulkan", "binaries", f"{name}.spv")

@@ -126,7 +126,7 @@ def _given(names: Sequence[str], arrays: Sequence[Any], dims: Dims) -> Mapped:
     return {name: (x, dim) for name, x, dim in zip(names, arrays, padded, strict=False) if x is not None}
 
 
-@torch.library.register_vmap("anyattn::forward", lib=ops.library)
+@torch.library.register_vmap(f"{ops.NAMESPACE}::forward", lib=ops.library)
 def _forward(info: Any, in_dims: Dims, *arguments: Any) -> tuple[Results, tuple[int, int]]:
     inputs, options, backend = ops.forward_arguments(arguments)
     q, k, v, extras = inputs
@@ -134,7 +134,7 @@ def _forward(info: Any, in_dims: Dims, *arguments: Any) -> tuple[Results, tuple[
     return forward(info.batch_size, dims, (q, k, v, *extras), lambda *xs: ops.forward(*xs, *options, backend))
 
 
-@torch.library.register_vmap("anyattn::backward", lib=ops.library)
+@torch.library.register_vmap(f"{ops.NAMESPACE}::backward", lib=ops.library)
 def _backward(info: Any, in_dims: Dims, *arguments: Any) -> tuple[Results, tuple[int, ...]]:
     saved, inputs, options, backend, wants = ops.backward_arguments(arguments)
     q, k, v, extras = inputs

@@ -30,7 +30,7 @@ def dropped_scores(inputs: Inputs, options: Options, seed: int | None, backend: 
     head from the definition in float64, which is slow for large matrices.
     """
     q, k, v, extras = functional.detach(functional.prepare(inputs, seed))
-    scores: Tensor = torch.ops.anyattn.dropped_scores(q, k, v, *extras, *options, backend or "")
+    scores: Tensor = _operator(q, k, v, *extras, *options, backend or "")
     return scores
 
 
@@ -66,4 +66,5 @@ def _fake(*arguments: Any) -> Tensor:
 _arguments = ops.schema(FORWARD).removeprefix("forward").rpartition(" -> ")[0]
 ops.library.define(f"dropped_scores{_arguments} -> Tensor")
 ops.library.impl("dropped_scores", _dropped_scores, "CompositeExplicitAutograd")
-torch.library.register_fake("anyattn::dropped_scores", _fake, lib=ops.library)
+torch.library.register_fake(f"{ops.NAMESPACE}::dropped_scores", _fake, lib=ops.library)
+_operator = ops.operators.dropped_scores.default

@@ -50,7 +50,7 @@ def _traced(arrays: Appended, rotation: Rotation) -> Tensor:
     new_k: Tensor = arrays.new_k
     tables = (arrays.cache_seqlens, arrays.cache_batch_idx, arrays.block_table)
     limits = kvcache.append_limits(given, by_row=rotation.by_row)
-    lengths, entry, row = torch.ops.anyattn.cache_slots(*tables, *limits)
+    lengths, entry, row = _slots_operator(*tables, *limits)
     if arrays.rotary_cos is not None:
         angles = (arrays.rotary_cos, arrays.rotary_sin)
         first = lengths[:, None]
@@ -99,7 +99,7 @@ def _slots(
     return lengths, entry.clamp(0, max(sizes.entries - 1, 0))[:, None].expand_as(logical).contiguous(), logical
 
 
-@torch.library.register_fake("anyattn::cache_slots", lib=ops.library)
+@torch.library.register_fake(f"{ops.NAMESPACE}::cache_slots", lib=ops.library)
 def _fake_slots(cache_seqlens: Tensor, *arguments: Any) -> Sequence[Tensor]:
     _, _, seqlen_new, *_ = arguments
     batch = cache_seqlens.shape[0]
@@ -109,3 +109,5 @@ def _fake_slots(cache_seqlens: Tensor, *arguments: Any) -> Sequence[Tensor]:
 
 for _key in ops.DEVICES:
     ops.library.impl("cache_slots", _cache_slots, _key)
+
+_slots_operator = ops.operators.cache_slots.default

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from ...config import package
 from ...definition.inputs import (
     GRADIENTS,
     NO_EXTRAS,
@@ -73,11 +74,13 @@ def _arguments(fields: Sequence[str], defaults: Sequence[Any]) -> Any:
     return namedtuple("Arguments", fields, defaults=defaults)
 
 
-library = torch.library.Library("anyattn", "DEF")
+NAMESPACE = package.NAME.replace(".", "_")  # "anyattn"; a vendored copy in the process has its own
+library = torch.library.Library(NAMESPACE, "DEF")
 library.define(schema(FORWARD))
 library.define(schema(BACKWARD, _WANTS))
 library.define(schema(TANGENT))
 library.define(schema(SECOND))
+operators = getattr(torch.ops, NAMESPACE)
 
 _SCALARS = (*Options._fields, "backend")
 _Forward = _arguments((*FORWARD.inputs, *_SCALARS), (*NO_EXTRAS, *Options(), ""))
@@ -223,13 +226,13 @@ def _contiguous(tangents: Tangents) -> Tangents:
     return Tangents(*[None if x is None else to_unit_stride(name, x) for name, x in tangents._asdict().items()])
 
 
-@torch.library.register_fake("anyattn::tangent", lib=library)
+@torch.library.register_fake(f"{NAMESPACE}::tangent", lib=library)
 def _fake_tangent(*arguments: Any) -> tuple[Tensor, Tensor]:
     (out, lse), *_ = tangent_arguments(arguments)
     return out.new_empty(out.shape), lse.new_empty(lse.shape)
 
 
-@torch.library.register_fake("anyattn::second", lib=library)
+@torch.library.register_fake(f"{NAMESPACE}::second", lib=library)
 def _fake_second(*arguments: Any) -> tuple[Tensor, ...]:
     saved, _, inputs, _, _ = tangent_arguments(arguments, SECOND)
     q, k, v, extras = inputs
@@ -237,7 +240,7 @@ def _fake_second(*arguments: Any) -> tuple[Tensor, ...]:
     return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in like)
 
 
-@torch.library.register_fake("anyattn::forward", lib=library)
+@torch.library.register_fake(f"{NAMESPACE}::forward", lib=library)
 def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     inputs, options, _ = forward_arguments(arguments)
     q, _, v, extras = inputs
@@ -262,7 +265,7 @@ def compute_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype is torch.float64 else torch.float32
 
 
-@torch.library.register_fake("anyattn::backward", lib=library)
+@torch.library.register_fake(f"{NAMESPACE}::backward", lib=library)
 def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
     saved, inputs, _, _, wants = backward_arguments(arguments)
     q, k, v, extras = inputs
@@ -284,19 +287,19 @@ def _score_elements(inputs: Inputs) -> Any:
     return queries * q[-2] * keys
 
 
-@register_flop_formula(torch.ops.anyattn.forward)
+@register_flop_formula(operators.forward)
 def _forward_flops(*arguments: Any, out_shape: Any = None, **rest: Any) -> Any:
     shapes = forward_arguments(arguments).inputs
     return 2 * _score_elements(shapes) * (shapes.q[-1] + shapes.v[-1])
 
 
-@register_flop_formula(torch.ops.anyattn.backward)
+@register_flop_formula(operators.backward)
 def _backward_flops(*arguments: Any, out_shape: Any = None, **rest: Any) -> Any:
     shapes = backward_arguments(arguments).inputs
     return 2 * _score_elements(shapes) * (3 * shapes.q[-1] + 2 * shapes.v[-1])
 
 
-@register_flop_formula(torch.ops.anyattn.tangent)
+@register_flop_formula(operators.tangent)
 def _tangent_flops(*arguments: Any, out_shape: Any = None, **rest: Any) -> Any:
     _, tangents, shapes, _, _ = tangent_arguments(arguments)
     products_q = 1 + sum(x is not None for x in (tangents.tq, tangents.tk))
@@ -304,7 +307,7 @@ def _tangent_flops(*arguments: Any, out_shape: Any = None, **rest: Any) -> Any:
     return 2 * _score_elements(shapes) * (products_q * shapes.q[-1] + products_v * shapes.v[-1])
 
 
-@register_flop_formula(torch.ops.anyattn.second)
+@register_flop_formula(operators.second)
 def _second_flops(*arguments: Any, out_shape: Any = None, **rest: Any) -> Any:
     _, _, shapes, _, _ = tangent_arguments(arguments, SECOND)
     return 2 * _score_elements(shapes) * (10 * shapes.q[-1] + 5 * shapes.v[-1])
@@ -316,7 +319,7 @@ for _key in DEVICES:
     library.impl("tangent", _tangent, _key)
     library.impl("second", _second, _key)
 
-forward = torch.ops.anyattn.forward.default
-backward = torch.ops.anyattn.backward.default
-tangent = torch.ops.anyattn.tangent.default
-second = torch.ops.anyattn.second.default
+forward = operators.forward.default
+backward = operators.backward.default
+tangent = operators.tangent.default
+second = operators.second.default
