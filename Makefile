@@ -21,7 +21,7 @@ AOT_ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find native examples -name '*.cc' -o -name '*.cpp' -o -name '*.c' -o -name '*.h' -o -name '*.hpp' | sort)
-PACKAGED := $(shell find src examples native -not -path '*/__pycache__*') pyproject.toml
+PACKAGED := $(shell find src examples native -not -path '*/__pycache__*') pyproject.toml scripts/build_backend.py
 
 .PHONY: venv require-native demo check test full models weights soak stress test-oldest gpu aot bench pages docs notebooks shaders vulkan-drivers wheels release-check test-arm64 lint format sanitize sanitize-python clean
 .DEFAULT_GOAL := test

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,12 +14,12 @@ import pytest
 
 from harness.paths import ROOT
 
-SOURCES = ("src", "native", "examples", "pyproject.toml", "README.md", "LICENSE")
+SOURCES = ("src", "native", "examples", "scripts", "pyproject.toml", "README.md", "LICENSE")
 pytest.importorskip("scikit_build_core")
 
 
-def wheel(folder: Path, **environment: str) -> Path:
-    """The wheel that pip builds from a copy of the sources, without the network."""
+def sources(folder: Path) -> Path:
+    """Return a copy of what the build reads."""
     source = folder / "source"
     source.mkdir()
     for name in SOURCES:
@@ -27,16 +28,28 @@ def wheel(folder: Path, **environment: str) -> Path:
             shutil.copytree(path, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.so", "build"))
         else:
             shutil.copy(path, source / name)
-    command = [sys.executable, "-m", "pip", "wheel", str(source), "--no-deps", "--no-build-isolation", "--no-index"]
+    return source
+
+
+def pip(*arguments: str | Path, **environment: str) -> str:
+    """Return what a command of pip prints that succeeds."""
     tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # cmake and ninja of this environment
-    subprocess.run(
-        [*command, "--wheel-dir", str(folder)],
+    result = subprocess.run(
+        [sys.executable, "-m", "pip", *arguments],
         env={**os.environ, "PATH": tools, **environment},
         capture_output=True,
         text=True,
-        check=True,
+        check=False,
         timeout=1800,
     )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def wheel(folder: Path, **environment: str) -> Path:
+    """Return the wheel that pip builds from a copy of the sources, without the network."""
+    options = ("--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", folder)
+    pip("wheel", sources(folder), *options, **environment)
     (built,) = folder.glob("*.whl")
     return built
 
@@ -81,9 +94,20 @@ def test_without_a_compiler(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     first, *warnings = result.stdout.splitlines()
     assert first.startswith("['numpy']") and str(tmp_path) in first
-    assert len(warnings) == 1 and "not installed" in warnings[0] and "compiler" in warnings[0]
+    assert len(warnings) == 1 and "not installed" in warnings[0] and "--no-cache-dir" in warnings[0]
     info = run_installed(built, tmp_path, "from anyattn.cli import main; main(['info'])")
     assert info.returncode == 0 and "compiler" in info.stdout
+
+
+def test_metadata_needs_no_compiler(tmp_path: Path) -> None:
+    """A resolver that asks for metadata alone, for example pip's --dry-run, starts no compiler."""
+    calls, compiler = tmp_path / "calls", tmp_path / "c++"
+    compiler.write_text(f'#!/bin/sh\necho "$@" >> {shlex.quote(str(calls))}\nexit 1\n')
+    compiler.chmod(0o755)
+    options = ("--dry-run", "--ignore-installed", "--no-deps", "--no-build-isolation", "--no-index")
+    result = pip("install", *options, sources(tmp_path), CC=str(compiler), CXX=str(compiler))
+    assert "Would install anyattn" in result
+    assert not calls.exists()
 
 
 @pytest.mark.full
