@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..compat import installation
+from ..compat import children, installation
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -16,8 +16,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "run",
         help="run a program with anyattn as flash_attn",
         usage="anyattn run [--as NAME] [--force] (script.py | -m module) [argument ...]",
-        description="Runs a Python program as `python` would, after anyattn.compat.install. Child processes "
-        "are not affected, except forked ones.",
+        description="Runs a Python program as `python` would, after anyattn.compat.install. Python processes that it "
+        "starts (multiprocessing, torchrun, sys.executable) find the names too, unless they ignore PYTHONPATH.",
     )
     parser.add_argument(
         "--as",
@@ -43,15 +43,17 @@ def run(arguments: argparse.Namespace) -> int:
     if not getattr(sys.flags, "safe_path", False):
         sys.path[0] = str(Path.cwd() if arguments.module else Path(program).resolve().parent)
     try:
-        installation.install(*(arguments.names or _default(arguments.force)), force=arguments.force)
+        names = arguments.names or _default(arguments.force)
+        installation.install(*names, force=arguments.force)
     except ImportError as error:
         sys.stderr.write(f"anyattn run: {error}\n")
         return 2
     sys.argv = list(arguments.program)
-    if arguments.module:
-        runpy.run_module(program, run_name="__main__", alter_sys=True)
-    else:
-        runpy.run_path(program, run_name="__main__")
+    with children.served(names, arguments.force):
+        if arguments.module:
+            runpy.run_module(program, run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(program, run_name="__main__")
     return 0
 
 

@@ -1,7 +1,7 @@
 """Installation of anyattn's modules under the import names of other packages, in this process and until it is undone.
 
-`import flash_attn` then returns anyattn's module. Nothing is imported before that, and nothing on disk changes. Child
-processes start without the installation, except forked ones.
+`import flash_attn` then returns anyattn's module. Nothing is imported before that, and nothing on disk changes. A forked
+process keeps the installation. A process that is started anew has it if it calls `install` itself, or below `anyattn run`.
 """
 
 from __future__ import annotations
@@ -80,10 +80,10 @@ def install(*names: str, force: bool = False) -> Installation:
             raise ValueError(f"name must be one of {', '.join(NAMES)}, got {name!r}.")
     added = [name for name in dict.fromkeys(names) if name not in _finder.installed]
     if not force:
-        for root in _roots(added):
+        for root in roots(added):
             _check_free(root)
     for name in added:
-        _finder.installed[name] = {alias: sys.modules.pop(alias) for alias in _loaded(_roots([name]))}
+        _finder.installed[name] = {alias: sys.modules.pop(alias) for alias in _loaded(roots([name]))}
     if added and _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)
     return Installation(added)
@@ -107,7 +107,7 @@ def uninstall(*names: str) -> None:
     for name in names or tuple(_finder.installed):
         hidden = _finder.installed.pop(name, None)
         if hidden is not None:
-            for alias in _loaded(_roots([name])):
+            for alias in _loaded(roots([name])):
                 del sys.modules[alias]
             sys.modules.update(hidden)
     if not _finder.installed and _finder in sys.meta_path:
@@ -117,14 +117,14 @@ def uninstall(*names: str) -> None:
 def importable(name: str) -> bool:
     """Return whether a package other than anyattn's has an import name that `install(name)` would use."""
     try:
-        for root in _roots([name]):
+        for root in roots([name]):
             _check_free(root)
     except ImportError:
         return True
     return False
 
 
-def _roots(names: Iterable[str]) -> list[str]:
+def roots(names: Iterable[str]) -> list[str]:
     """Return the top-level import names of these installations."""
     return list(dict.fromkeys(alias.partition(".")[0] for name in names for alias in NAMES[name]))
 
@@ -142,6 +142,22 @@ def _check_free(root: str) -> None:
         raise ImportError(
             f"{root} is importable from {found.origin or 'this process'}. Uninstall it, or hide it with force=True."
         )
+
+
+def _spec_below(place: str) -> ModuleSpec | None:
+    """Return the spec of a module of this package; nothing is imported.
+
+    Python holds its import lock while it asks a finder. An import could wait for a thread that waits for this lock.
+    """
+    name, path, found = PACKAGE, sys.modules[PACKAGE].__path__, None
+    for part in place.split("."):
+        name = f"{name}.{part}"
+        specs = (finder.find_spec(name, path, None) for finder in sys.meta_path if hasattr(finder, "find_spec"))
+        found = next((spec for spec in specs if spec is not None), None)
+        if found is None:
+            return None
+        path = found.submodule_search_locations or []
+    return found
 
 
 class Finder(DistributionFinder):
@@ -163,12 +179,15 @@ class Finder(DistributionFinder):
             parent = parent.rpartition(".")[0]
             if not parent:
                 return None
-        name = f"{PACKAGE}.{aliases[parent]}{fullname.removeprefix(parent)}"
-        found = find_spec(name)
+        place = f"{aliases[parent]}{fullname.removeprefix(parent)}"
+        found = _spec_below(place)
         if found is None:
             return None
         return ModuleSpec(
-            fullname, Alias(name), origin=found.origin, is_package=found.submodule_search_locations is not None
+            fullname,
+            Alias(f"{PACKAGE}.{place}"),
+            origin=found.origin,
+            is_package=found.submodule_search_locations is not None,
         )
 
     def find_distributions(self, context: Any = None) -> Iterator[Distribution]:
