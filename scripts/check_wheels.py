@@ -11,7 +11,12 @@ from typing import NamedTuple
 import lief
 
 MEGABYTES = 2
-LIBRARIES = {"manylinux": "libanyattn.so", "macosx": "libanyattn.dylib", "win": "anyattn.dll"}
+LIBRARIES = {
+    "manylinux": "libanyattn.so",
+    "musllinux": "libanyattn.so",
+    "macosx": "libanyattn.dylib",
+    "win": "anyattn.dll",
+}
 INSTALLED = (
     "include/anyattn.h",
     "include/anyattn.hpp",
@@ -21,9 +26,15 @@ INSTALLED = (
 # Libraries of every system of the kind. An OpenMP runtime or a C++ library in the wheel would be the process's second.
 SYSTEM = {
     "manylinux": r"(libc|libm|libdl|libpthread|librt)\.so\.\d+|ld-linux-[\w-]+\.so\.\d+",
+    "musllinux": r"libc\.so",  # musl's loader takes this name for itself
     "macosx": r"/usr/lib/libSystem\.B\.dylib",
     "win": r"(?i)(kernel32|ntdll|api-ms-win-crt-[\w-]+)\.dll",
 }
+# Functions that musl 1.2.0 lacks: those of later versions, and glibc's own.
+NOT_IN_MUSL = (
+    r"_Fork|preadv2|pwritev2|qsort_r|reallocarray|statx|tcgetwinsize|tcsetwinsize|renameat2|strptime_l"
+    r"|__\w+_chk|__isoc(99|23)_\w+|__cxa_thread_atexit_impl|secure_getenv|qsort_s|gnu_\w+|\w+64"
+)
 MACHINES = {"x86_64": "x86_64", "amd64": "x86_64", "aarch64": "arm64", "arm64": "arm64"}
 # zig's linker cannot hide these on macOS: its own two, and the operators that C++ lets any library replace.
 UNHIDDEN = r"_mh_dylib_header|__dso_handle|_Z(n[aw]m|d[al]Pv)\w*"
@@ -39,6 +50,7 @@ class Library(NamedTuple):
     needs: list[str]
     floor: tuple[int, ...] = ()
     complaints: tuple[str, ...] = ()
+    imports: frozenset[str] = frozenset()
 
 
 def check(wheel: Path, source: Path) -> Iterator[str]:
@@ -96,9 +108,19 @@ def _check_library(library: Library, tag: str, declared: set[str]) -> Iterator[s
             sorted(declared - library.exports)
         )
     yield from (f"needs {name}" for name in library.needs if not re.fullmatch(SYSTEM[system], name))
-    if system != "win" and not () < library.floor <= tuple(int(part) for part in version):
+    if system == "musllinux":
+        yield from _check_musl(library)
+    elif system != "win" and not () < library.floor <= tuple(int(part) for part in version):
         yield f"its library needs version {library.floor} of the system"
     yield from library.complaints
+
+
+def _check_musl(library: Library) -> Iterator[str]:
+    """musl gives its functions no versions: the names say what an older one lacks."""
+    if library.floor:
+        yield f"its library needs glibc {library.floor}"
+    newer = sorted(name for name in library.imports if re.fullmatch(NOT_IN_MUSL, name))
+    yield from (f"its library needs {name}, which musl 1.2.0 lacks" for name in newer)
 
 
 def parse(data: bytes) -> Library:
@@ -120,7 +142,8 @@ def _elf(binary: lief.ELF.Binary) -> Library:
     floor = max(((int(found[1]), int(found[2])) for found in versions if found), default=())
     others = () if all(versions) else ("it needs versions of another library than glibc",)
     exports = {symbol.name for symbol in binary.dynamic_symbols if symbol.exported}
-    return Library(machine, exports, list(binary.libraries), floor, others)
+    imports = frozenset(symbol.name for symbol in binary.dynamic_symbols if symbol.imported)
+    return Library(machine, exports, list(binary.libraries), floor, others, imports)
 
 
 def _macho(binary: lief.MachO.Binary) -> Library:

@@ -13,6 +13,9 @@ else()
 endif()
 set(CMAKE_C_COMPILER "${ANYATTN_ZIG}" cc -target ${ANYATTN_ZIG_TARGET})
 set(CMAKE_CXX_COMPILER "${ANYATTN_ZIG}" c++ -target ${ANYATTN_ZIG_TARGET})
+if(ANYATTN_ZIG_TARGET MATCHES "-musl")
+  set(CMAKE_EXE_LINKER_FLAGS_INIT -dynamic)  # else programs are static, and load no library
+endif()
 set(CMAKE_FIND_ROOT_PATH_MODE_PROGRAM NEVER)
 # zig compiles every instruction set. A check of each would link, and so compile the C++ library again.
 set(ANYATTN_COMPILES_ALL TRUE)

@@ -75,6 +75,21 @@ def test_one_version_everywhere() -> None:
     assert f"#define ANYATTN_VERSION {packed:#08x} " in (ROOT / "native/include/anyattn.h").read_text()
 
 
+def test_a_library_for_glibc_is_not_one_for_musl(tmp_path: Path, native: Path) -> None:
+    if sys.platform != "linux" or not check_wheels.parse(native.read_bytes()).floor:
+        pytest.skip("the library of this machine is not linked against glibc")
+    machine = {"x86_64": "x86_64", "arm64": "aarch64"}[check_wheels.parse(native.read_bytes()).machine]
+    wrong = {"anyattn/lib/libanyattn.so": native.read_bytes()}
+    text = "\n".join(check_wheels.check(packed(tmp_path, f"musllinux_1_2_{machine}", wrong), ROOT))
+    assert "needs libc.so.6" in text and "its library needs glibc" in text
+
+
+@pytest.mark.parametrize(("imported", "complains"), [("malloc", False), ("statx", True), ("__memcpy_chk", True)])
+def test_a_function_that_musl_lacks_is_seen(imported: str, complains: bool) -> None:
+    library = check_wheels.Library("x86_64", set(), ["libc.so"], imports=frozenset({imported}))
+    assert bool(list(check_wheels._check_musl(library))) == complains
+
+
 def test_the_checks_see_what_is_wrong(tmp_path: Path, native: Path) -> None:
     installed = {f"anyattn/{name}": b"" for name in check_wheels.INSTALLED}
     wrong = {"anyattn/lib/libanyattn.so": native.read_bytes(), "anyattn/lib/libgomp-24e2ab19.so.1.0.0": b""}
