@@ -23,7 +23,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find native examples -name '*.cc' -o -name '*.cpp' -o -name '*.c' -o -name '*.h' -o -name '*.hpp' | sort)
 PACKAGED := $(shell find src examples native -not -path '*/__pycache__*') pyproject.toml scripts/build_backend.py
 
-.PHONY: venv require-native demo check test full models weights soak stress test-oldest gpu aot bench pages docs notebooks shaders vulkan-drivers wheels release-check test-arm64 lint format sanitize sanitize-python clean
+.PHONY: venv require-native demo check test full models weights soak stress test-oldest test-numpy gpu aot bench pages docs notebooks shaders vulkan-drivers wheels release-check test-arm64 test-windows lint format sanitize sanitize-python clean
 .DEFAULT_GOAL := test
 
 venv: $(VENV)/installed
@@ -79,7 +79,7 @@ test: require-native
 
 full: require-native weights $(VENV)/models
 	ANYATTN_REQUIRE=$(REQUIRE) $(BIN)/python -m pytest tests -n $(JOBS) -m "full or not full" --hypothesis-profile=full $(PYTEST_ARGS)
-	$(MAKE) soak test-oldest wheels test-arm64
+	$(MAKE) soak test-oldest wheels test-arm64 test-windows
 	$(MAKE) stress SECONDS=600
 
 # Every architecture of transformers and diffusers, tiny and with random weights, against eager attention: about half an hour on
@@ -120,6 +120,22 @@ test-oldest: $(OLDEST)/requirements
 $(OLDEST)/requirements: requirements/oldest.txt
 	$(OLDEST_PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r $<
+	touch $@
+
+# What needs no torch, for a Python that has no torch yet (NUMPY_PYTHON=...): a new version, or a free-threaded build.
+NUMPY ?= build/numpy
+NUMPY_PYTHON ?= $(PYTHON)
+NUMPY_TESTS := $(addprefix tests/,$(addsuffix .py, \
+	$(addprefix conformance/test_,matrix determinism dtypes features intervals kv_indices large_scores merge nonfinite) \
+	$(addprefix conformance/test_,philox properties short_sequences) \
+	backends/test_numpy_backend backends/cpu/test_boundary backends/cpu/test_layout tools/test_private_files))
+test-numpy: $(NUMPY)/requirements
+	$(NUMPY)/bin/python -m pip install --quiet --no-deps --no-build-isolation --config-settings=build-dir=$(NUMPY)/native .
+	ANYATTN_REQUIRE=cpu $(NUMPY)/bin/python -m pytest $(NUMPY_TESTS) --check -n $(JOBS) $(PYTEST_ARGS)
+
+$(NUMPY)/requirements: requirements/numpy.txt
+	$(NUMPY_PYTHON) -m venv $(NUMPY)
+	$(NUMPY)/bin/python -m pip install --quiet -r $<
 	touch $@
 
 # An install without a working compiler succeeds on purpose; here a missing native library is a failure.
@@ -172,7 +188,7 @@ shaders:
 vulkan-drivers:
 	$(PYTHON) scripts/drivers.py
 
-# The sdist and a wheel for each of six platforms, into dist/, from one machine; this machine's is installed and tried.
+# The sdist and a wheel for each of eight platforms, into dist/, from one machine; this machine's is installed and tried.
 wheels: $(VENV)/wheels
 	$(BIN)/python scripts/make_wheels.py
 	$(PYTHON) scripts/try_wheel.py
@@ -184,6 +200,20 @@ release-check: $(VENV)/wheels docs
 	$(BIN)/python scripts/make_wheels.py --this-machine
 	$(BIN)/python -m twine check --strict dist/*
 	$(PYTHON) scripts/try_wheel.py
+
+# The native tests as the wheel for Windows is compiled, on this machine's instruction sets. Debian's wine64 runs them.
+WINE ?= $(firstword $(wildcard /usr/lib/wine/wine64) $(shell command -v wine64 || command -v wine))
+test-windows: export ZIG_GLOBAL_CACHE_DIR := $(abspath build/zig)
+test-windows: export WINEPREFIX := $(abspath build/wine)
+test-windows: export WINEDEBUG := -all
+test-windows: $(VENV)/wheels
+	@test -n "$(WINE)" || { echo "This target needs wine: apt-get install --no-install-recommends wine64"; exit 1; }
+	$(BIN)/cmake -S native -B build/windows -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DBUILD_TESTS=ON \
+		-DCMAKE_TOOLCHAIN_FILE=$(abspath native/cmake/zig.cmake) -DANYATTN_ZIG=$(abspath $(BIN))/python-zig \
+		-DANYATTN_ZIG_TARGET=x86_64-windows-gnu "-DCMAKE_CROSSCOMPILING_EMULATOR=$(WINE)"
+	$(BIN)/cmake --build build/windows
+	$(WINE) wineboot --init # before two tests would both do it
+	$(BIN)/ctest --test-dir build/windows --parallel 2 --output-on-failure --no-tests=error
 
 # The native tests as the wheel for 64-bit Arm is compiled. Debian's qemu-user and libc6-arm64-cross run them elsewhere.
 ARM64_EMULATOR ?= $(if $(filter aarch64,$(shell uname -m)),,qemu-aarch64;-L;/usr/aarch64-linux-gnu)
