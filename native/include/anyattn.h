@@ -48,7 +48,8 @@ typedef enum anyattn_status {
     ANYATTN_INVALID_VALUE = 4, /* a scalar: scale, softcap, dropout, window, flags */
     ANYATTN_OUT_OF_RANGE = 5,  /* an entry of a table: cu_seqlens, seqused, leftpad, block_table, kv_indices, ... */
     ANYATTN_UNSUPPORTED = 6,   /* fields or flags that this version does not know, a target that is not there */
-    ANYATTN_OUT_OF_MEMORY = 7  /* `message` names the bytes */
+    ANYATTN_OUT_OF_MEMORY = 7, /* `message` names the bytes */
+    ANYATTN_INTERRUPTED = 8    /* `poll` ended the call: results are half written, inputs are intact */
 } anyattn_status;
 
 /* float64 arrays go with float64 alone. 16-bit ones may have float32 results, gradients and bias; their statistics
@@ -86,6 +87,9 @@ typedef struct anyattn_array {
  * fails, its results half written. */
 typedef void (*anyattn_body)(void *context, int64_t task, int32_t worker);
 typedef void (*anyattn_parallel_for)(void *user, int64_t tasks, int32_t num_threads, anyattn_body body, void *context);
+
+/* Returns nonzero to end the call. Long calls ask about every 20 ms, in the thread that made the call. */
+typedef int32_t (*anyattn_poll)(void *user);
 
 typedef struct anyattn_call {
     uint32_t size; /* sizeof(anyattn_call) of the caller */
@@ -143,6 +147,9 @@ typedef struct anyattn_call {
      * twice counts once. Lists of rows that no sequence uses are not read. */
     anyattn_array kv_indices;
     int64_t num_indices;
+
+    anyattn_poll poll; /* null: the call is never interrupted; see anyattn_poll_python */
+    void *poll_user;
 } anyattn_call;
 
 typedef enum anyattn_pass { ANYATTN_FORWARD = 0, ANYATTN_BACKWARD = 1, ANYATTN_APPEND = 2 } anyattn_pass;
@@ -185,6 +192,20 @@ ANYATTN_API int32_t anyattn_forward(const anyattn_call *call);
 ANYATTN_API int32_t anyattn_backward(const anyattn_call *call);
 /* Writes new_k (rotated) and new_v into k and v at cache_seqlens; and q, rotated, into out if q is present. */
 ANYATTN_API int32_t anyattn_append(const anyattn_call *call);
+
+/* A `poll` for calls from CPython that have released the GIL; `python` points to an anyattn_python. In Python's main
+ * thread, and in no other, it takes the GIL and runs the handlers of signals that have come (Ctrl+C). If a handler
+ * raises, the call ends with ANYATTN_INTERRUPTED, and the exception is in type, value and traceback, for PyErr_Restore. */
+typedef struct anyattn_python {
+    int32_t (*gil_ensure)(void); /* PyGILState_Ensure */
+    void (*gil_release)(int32_t state); /* PyGILState_Release */
+    int32_t (*check_signals)(void); /* PyErr_CheckSignals */
+    void (*fetch)(void **, void **, void **); /* PyErr_Fetch */
+    unsigned long (*thread_ident)(void); /* PyThread_get_thread_ident */
+    unsigned long main_thread; /* its value in the main thread */
+    void *type, *value, *traceback;
+} anyattn_python;
+ANYATTN_API int32_t anyattn_poll_python(void *python);
 
 /* Threads a call with num_threads = 0 would use now; the name of the runtime that would run them. */
 ANYATTN_API int32_t anyattn_num_threads(void);

@@ -7,6 +7,7 @@
 #include "append.h"
 #include "check.h"
 #include "geometry.h"
+#include "interrupt.h"
 #include "key_lists.h"
 #include "memory.h"
 #include "schedule.h"
@@ -20,6 +21,8 @@ namespace {
 constexpr uint32_t kMaxCallBytes = 16384;
 // Below this, waking another thread takes longer than the work.
 constexpr double kSmallFlops = 1e6;
+// Below this, of floating-point operations or of values that are moved, a call ends too soon to be interrupted.
+constexpr double kLongFlops = 5e8, kLongMoves = 1e7;
 
 // The caller may know fewer fields (the rest is zero) or more (they must be zero).
 int32_t copy_call(const anyattn_call *from, anyattn_call *to) {
@@ -77,11 +80,21 @@ int32_t check_workspace(const anyattn_call &call, int64_t needed) {
     return refuse(call, ANYATTN_INVALID_VALUE, "workspace is at %p; accepted: a multiple of 64", call.workspace);
 }
 
-int32_t threads_of(const anyattn_call &call, int32_t pass) {
+// Of the forward pass.
+double flops_of(const anyattn_call &call) {
     const double rows = double(call.cu_seqlens_q ? call.total_q : call.batch * call.seqlen_q);
-    const double flops =
-        2.0 * rows * double(call.nheads) * double(most_keys(call)) * double(call.head_dim + call.head_dim_v);
-    if (pass != ANYATTN_APPEND && flops < kSmallFlops) return 1;
+    return 2.0 * rows * double(call.nheads) * double(most_keys(call)) * double(call.head_dim + call.head_dim_v);
+}
+
+bool is_long(const anyattn_call &call, int32_t pass) {
+    if (pass != ANYATTN_APPEND) return flops_of(call) >= kLongFlops;
+    const double keys = double(call.seqlen_new) * double(call.nheads_kv) * double(call.head_dim + call.head_dim_v);
+    const double queries = double(call.seqlen_q) * double(call.nheads) * double(call.head_dim);
+    return double(call.batch) * (keys + queries) >= kLongMoves;
+}
+
+int32_t threads_of(const anyattn_call &call, int32_t pass) {
+    if (pass != ANYATTN_APPEND && flops_of(call) < kSmallFlops) return 1;
     return call.num_threads > 0 ? call.num_threads : default_threads();
 }
 
@@ -132,8 +145,9 @@ int32_t run_pass(const anyattn_call *from, int32_t pass) {
         return status;
     }
     clear_absent(&call);
-    if (pass == ANYATTN_APPEND) return finish(call, run_append(call, threads_of(call, pass)));
-    return run_kernels(call, pass);
+    const Interrupt interrupt(&call, is_long(call, pass));
+    status = pass == ANYATTN_APPEND ? finish(call, run_append(call, threads_of(call, pass))) : run_kernels(call, pass);
+    return interrupt.stopped() ? refuse(call, ANYATTN_INTERRUPTED, "poll ended the call") : status;
 }
 
 // A pass keeps tables in std::vector and starts std::thread. Their exceptions end here.
@@ -193,6 +207,8 @@ const char *anyattn_error_string(int32_t status) {
             return "unsupported";
         case ANYATTN_OUT_OF_MEMORY:
             return "out of memory";
+        case ANYATTN_INTERRUPTED:
+            return "interrupted";
         default:
             return "unknown status";
     }

@@ -48,6 +48,9 @@ inline int32_t *key_list(const anyattn_call &call, const Sequence &s, int64_t h_
 
 inline bool has_key_lists(const anyattn_call &call) { return call.flags & ANYATTN_HAS_KV_INDICES; }
 
+// True once the caller has ended the call: what is left to do may be left out, and no result will be looked at.
+inline bool stopped(const anyattn_call &call) { return call.poll && call.poll(call.poll_user); }
+
 inline int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b != 0 && (a < 0)); }
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }

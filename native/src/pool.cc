@@ -15,6 +15,8 @@ namespace {
 constexpr uint32_t kOpen = uint32_t(1) << 31;
 // Long enough to bridge two passes of one call, short enough not to steal from the threads of others.
 constexpr std::chrono::microseconds kSpin{20};
+// How often a caller that waits for the last tasks of others asks whether to stop.
+constexpr std::chrono::milliseconds kAsk{20};
 
 inline void pause() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -57,6 +59,22 @@ class BlockedSignals {
 
 }  // namespace
 
+void Region::end_task() {
+    if (ended_.fetch_add(1, std::memory_order_acq_rel) + 1 < tasks) return;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    all_ended_.notify_one();
+}
+
+void Region::wait_for_others() {
+    if (!call_.poll || spin([this] { return ended(); })) return;
+    std::unique_lock<std::mutex> lock(mutex_);
+    while (!all_ended_.wait_for(lock, kAsk, [this] { return ended(); })) {
+        lock.unlock();
+        call_.poll(call_.poll_user);
+        lock.lock();
+    }
+}
+
 bool Pool::run(Region &region) {
     if (busy_.exchange(true, std::memory_order_acquire)) return false;
     grow(region.workers - 1);
@@ -70,6 +88,7 @@ bool Pool::run(Region &region) {
         wake_.notify_all();
     }
     region.work(0);
+    region.wait_for_others();
     state_.fetch_and(~kOpen, std::memory_order_acq_rel);
     const auto empty = [this] { return state_.load(std::memory_order_acquire) == 0; };
     if (!spin(empty)) {

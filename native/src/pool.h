@@ -19,8 +19,8 @@ struct Region {
     FpState fp = fp_state();  // of the thread that calls
     std::atomic<int64_t> next{0};
 
-    Region(anyattn_body body_, void *context_, int64_t tasks_, int32_t workers_)
-        : body(body_), context(context_), tasks(tasks_), workers(workers_) {}
+    Region(const anyattn_call &call, anyattn_body body_, void *context_, int64_t tasks_, int32_t workers_)
+        : body(body_), context(context_), tasks(tasks_), workers(workers_), call_(call) {}
 
     void work(int32_t worker) {
         const WithFpState state(fp);
@@ -28,8 +28,22 @@ struct Region {
             const int64_t task = next.fetch_add(1, std::memory_order_relaxed);
             if (task >= tasks) return;
             body(context, task, worker);
+            if (call_.poll) end_task();
         }
     }
+
+    // For the caller, behind its own tasks and before it joins the others: of a long call that may be interrupted, it
+    // goes on asking whether to stop until their last tasks have ended.
+    void wait_for_others();
+
+  private:
+    void end_task();
+    bool ended() const { return ended_.load(std::memory_order_acquire) >= tasks; }
+
+    const anyattn_call &call_;
+    std::atomic<int64_t> ended_{0};
+    std::mutex mutex_;
+    std::condition_variable all_ended_;
 };
 
 // Never destroyed: its threads sleep in it until the process ends.
@@ -47,7 +61,7 @@ class Pool {
 
     std::atomic<bool> busy_{false};
     std::atomic<uint64_t> generation_{0};  // regions so far
-    std::atomic<uint32_t> state_{0};       // kOpen while tasks may be taken, plus the threads inside
+    std::atomic<uint32_t> state_{0};  // kOpen while tasks may be taken, plus the threads inside
     std::atomic<int32_t> sleepers_{0};
     Region *region_ = nullptr;
     int32_t size_ = 0;

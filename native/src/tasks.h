@@ -9,13 +9,19 @@
 
 namespace anyattn {
 
-// body(task, worker) for every task; false as in parallel_for.
+// body(task, worker) for every task, until the caller ends the call; false as in parallel_for.
 template <class Body>
 bool run_tasks(const anyattn_call &call, int32_t threads, int64_t tasks, const Body &body) {
-    const auto call_body = [](void *context, int64_t task, int32_t worker) {
-        (*static_cast<const Body *>(context))(task, worker);
+    struct Context {
+        const anyattn_call &call;
+        const Body &body;
     };
-    return parallel_for(call, tasks, threads, call_body, const_cast<Body *>(&body));
+    const auto call_body = [](void *pointer, int64_t task, int32_t worker) {
+        const Context &context = *static_cast<const Context *>(pointer);
+        if (!stopped(context.call)) context.body(task, worker);
+    };
+    Context context{call, body};
+    return parallel_for(call, tasks, threads, call_body, &context);
 }
 
 constexpr int64_t blocks_of(int64_t rows) { return (rows + kBlockQ - 1) / kBlockQ; }

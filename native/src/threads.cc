@@ -57,7 +57,9 @@ struct OpenMpRegion {
 
 void openmp_body(void *context) {
     OpenMpRegion &team = *static_cast<OpenMpRegion *>(context);
-    team.region.work(team.runtime.thread_num());
+    const int32_t worker = team.runtime.thread_num();
+    team.region.work(worker);
+    if (worker == 0) team.region.wait_for_others();
 }
 
 // What the caller's parallel_for is given instead of the tasks themselves: it counts, and keeps workers in range.
@@ -79,7 +81,7 @@ void guarded_body(void *context, int64_t task, int32_t worker) {
 }
 
 bool run_caller(const anyattn_call &call, int64_t tasks, int32_t threads, anyattn_body body, void *context) {
-    Guarded guarded{{body, context, tasks, threads}};
+    Guarded guarded{{call, body, context, tasks, threads}};
     call.parallel_for(call.parallel_for_user, tasks, threads, guarded_body, &guarded);
     return guarded.ran.load() == tasks && !guarded.wrong_worker.load();
 }
@@ -108,19 +110,19 @@ bool parallel_for(const anyattn_call &call, int64_t tasks, int32_t threads, anya
         if (call.parallel_for) return run_caller(call, tasks, threads, body, context);
         const OpenMp *runtime = usable_openmp();
         if (!runtime) {
-            Region region(body, context, tasks, tasks < threads ? static_cast<int32_t>(tasks) : threads);
+            Region region(call, body, context, tasks, tasks < threads ? static_cast<int32_t>(tasks) : threads);
             Pool *own = pool();
             if (own && own->run(region)) return true;
         } else if (!runtime->in_parallel()) {
             // The whole team: a team that changes its size from region to region ends and starts threads. But no more
             // than there are tasks, where the caller wants more than the runtime has: without them it ends the process.
             const bool usual = threads <= runtime->max_threads() || tasks >= threads;
-            OpenMpRegion team{{body, context, tasks, usual ? threads : static_cast<int32_t>(tasks)}, *runtime};
+            OpenMpRegion team{{call, body, context, tasks, usual ? threads : static_cast<int32_t>(tasks)}, *runtime};
             run_openmp(*runtime, openmp_body, &team, team.region.workers);
             return true;
         }
     }
-    Region(body, context, tasks, 1).work(0);
+    Region(call, body, context, tasks, 1).work(0);
     return true;
 }
 

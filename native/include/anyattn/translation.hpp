@@ -21,6 +21,8 @@ struct Settings {
     int32_t target = 0;  // 0: the best of this machine; else 1 + an index of anyattn_target_name
     anyattn_parallel_for parallel_for = nullptr;
     void *parallel_for_user = nullptr;
+    anyattn_poll poll = nullptr;  // asked now and then in the calling thread; nonzero ends the call: INTERRUPTED
+    void *poll_user = nullptr;
 };
 
 namespace detail {
@@ -35,6 +37,8 @@ class Translation {
         call.target = settings.target;
         call.parallel_for = settings.parallel_for;
         call.parallel_for_user = settings.parallel_for_user;
+        call.poll = settings.poll;
+        call.poll_user = settings.poll_user;
         call.message = message();
         call.message_bytes = kMessageBytes;
     }

@@ -158,7 +158,7 @@ void backward_block(const ScoreBlock<typename M::C> &block, const BackwardScratc
     const KeyRows k = block.keys(call.k), v = block.keys(call.v);
     __builtin_memset(w.dq, 0, (size_t)(block.panels * w.dq_size * (int64_t)sizeof(C)));
     const auto gradients = M::gradients(tiles.S, tiles.T, w.gradients);
-    for (int64_t j0 = block.begin; j0 < block.end; j0 += kKeys) {
+    for (int64_t j0 = block.begin; j0 < block.end && !stopped(call); j0 += kKeys) {
         const int64_t j1 = min64(j0 + kKeys, block.end), n = j1 - j0;
         const auto keys = M::load_keys(k, j0, n, call.head_dim, kSumDim | kSumKeys, tiles.k);
         const auto values = M::load_keys(v, j0, n, call.head_dim_v, kSumDim, tiles.v);
@@ -203,10 +203,10 @@ void backward_group(const anyattn_call &call, int64_t b, int64_t h_kv, int64_t s
     const int64_t group = call.nheads / call.nheads_kv, blocks = (s.n_q + kBlockQ - 1) / kBlockQ;
     Arena arena{static_cast<char *>(memory), 0};
     const BackwardScratch<M> w(call, arena);
-    for (int64_t at = split; has_key_lists(call) && at < blocks; at += splits) {
+    for (int64_t at = split; has_key_lists(call) && at < blocks && !stopped(call); at += splits) {
         backward_rows<M>(call, s, h_kv, at, partial, sink_sums, statistics, w);
     }
-    for (int64_t at = split; !has_key_lists(call) && at < group * blocks; at += splits) {
+    for (int64_t at = split; !has_key_lists(call) && at < group * blocks && !stopped(call); at += splits) {
         const ScoreBlock<typename M::C> block(call, query_block(s, h_kv * group + at / blocks, at % blocks),
                                               M::score_factor(call.scale));
         backward_block<M>(block, w, partial, sink_sums ? sink_sums + at : nullptr, blocks, statistics);

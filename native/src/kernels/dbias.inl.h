@@ -47,12 +47,12 @@ void add_block(const ScoreBlock<typename M::C> &block, const DbiasTile &tile, co
     const anyattn_call &call = block.call;
     const int64_t begin = tile.summed(3) ? block.begin : block.key_at(tile.j0);
     const int64_t end = tile.summed(3) ? block.end : block.key_at(tile.j0 + tile.keys);
-    if (begin >= end) return;
+    if (begin >= end || stopped(call)) return;
     pack_rows(block, w.tiles);
     load_statistics(block, statistics, RowStatistics<C>(w.tiles.rows));
     const KeyRows k = block.keys(call.k), v = block.keys(call.v);
     TileAhead none{};
-    for (int64_t j0 = begin; j0 < end; j0 += kKeys) {
+    for (int64_t j0 = begin; j0 < end && !stopped(call); j0 += kKeys) {
         const int64_t n = min64(kKeys, end - j0);
         const auto keys = M::load_keys(k, j0, n, call.head_dim, kSumDim, w.tiles.k);
         const auto values = M::load_keys(v, j0, n, call.head_dim_v, kSumDim, w.tiles.v);

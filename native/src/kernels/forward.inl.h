@@ -195,7 +195,7 @@ void forward_blocks(const anyattn_call &call, const BlockSet &set, int64_t begin
         w.v_rows[g] = block.keys(call.v);
     }
     M::clean(w.S);
-    for (int64_t j0 = begin; j0 < end; j0 += M::tile_keys) {
+    for (int64_t j0 = begin; j0 < end && !stopped(call); j0 += M::tile_keys) {
         const int64_t j1 = min64(j0 + M::tile_keys, end);
         TileAhead next = next_tile(call, w.k_rows, w.v_rows, set.groups, j1, min64(j1 + M::tile_keys, end));
         for (int64_t i = 0; i < set.count();) {

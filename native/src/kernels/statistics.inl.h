@@ -104,7 +104,7 @@ ANYATTN_NOINLINE void sum_rows(const ScoreBlock<typename M::C> &block, const Til
     const SoftmaxRows<M> softmax{w.S, w.added, nullptr, w.m, w.l, w.alpha};
     TileAhead none{};
     clear_sums(w.m, w.l);
-    for (int64_t j0 = block.begin; j0 < block.end; j0 += kKeys) {
+    for (int64_t j0 = block.begin; j0 < block.end && !stopped(call); j0 += kKeys) {
         const int64_t j1 = min64(j0 + kKeys, block.end);
         const auto keys = M::load_keys(k, j0, j1 - j0, call.head_dim, kSumDim, w.k);
         for (int p = 0; p < block.panels; ++p) {

@@ -23,6 +23,7 @@ CTYPES = {
     "int64_t": ctypes.c_int64,
     "double": ctypes.c_double,
     "anyattn_parallel_for": ctypes.c_void_p,
+    "anyattn_poll": ctypes.c_void_p,
 }
 KINDS = {
     ctypes.c_uint32: "I",

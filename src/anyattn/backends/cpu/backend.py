@@ -12,10 +12,10 @@ from ...definition.inputs import Extras
 from ...definition.passes import APPEND, BACKWARD, FORWARD
 from ...definition.problem import Array, Problem
 from ..base import Call, without_cache_gradients
-from . import layout, library
+from . import layout, library, signals
 
 HAS_LEFT, HAS_RIGHT, TOP_LEFT, ROTARY_INTERLEAVED, BATCH_INVARIANT, HAS_KV_INDICES = 1, 2, 4, 8, 32, 64
-OUT_OF_MEMORY = 7
+OUT_OF_MEMORY, INTERRUPTED = 7, 8
 MESSAGE_BYTES = 512
 # Evidence for each processor, shown in the README, the documentation and `anyattn info`.
 EVIDENCE = {
@@ -136,6 +136,8 @@ class _Template:
             self._fail(status)
 
     def _fail(self, status: int) -> None:
+        if status == INTERRUPTED:
+            signals.raise_exception_of_handler()
         text = _message.buffer.value.decode(errors="replace") or self._native.error_string(status)
         raise MemoryError(text) if status == OUT_OF_MEMORY else ValueError(text)
 
@@ -148,6 +150,7 @@ def _common(native: library.Library) -> Values:
     return {
         "size": layout.SIZE,
         "target": native.target_index(),
+        **signals.poll(native.poll_python),
     }
 
 

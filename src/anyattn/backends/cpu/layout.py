@@ -34,7 +34,7 @@ FIELDS: tuple[tuple[str, str], ...] = (
     *(("workspace", POINTER), ("workspace_bytes", "q"), ("parallel_for", POINTER), ("parallel_for_user", POINTER)),
     *(("message", POINTER), ("message_bytes", "q")),
     *((f"kv_indices.{name}", kind) for name, kind in _ARRAY),
-    ("num_indices", "q"),
+    *(("num_indices", "q"), ("poll", POINTER), ("poll_user", POINTER)),
 )
 # Native byte order and alignment. The order above aligns every field, in C and here.
 STRUCT = struct.Struct("@" + "".join(kind for _, kind in FIELDS))

@@ -9,6 +9,7 @@ from functools import cache
 
 from ...config import package, private_files, settings
 from .layout import SIZE
+from .signals import address_of
 from .threadpool import register_with_threadpoolctl
 
 VERSION = 0x000100
@@ -32,6 +33,7 @@ class Library:
             function.argtypes, function.restype = call, ctypes.c_int32
         self.workspace = dll.anyattn_workspace
         self.workspace.argtypes, self.workspace.restype = [*call, ctypes.c_int32], ctypes.c_int64
+        self.poll_python = address_of(dll.anyattn_poll_python)
         dll.anyattn_version.restype = dll.anyattn_call_size.restype = ctypes.c_uint32
         dll.anyattn_target_name.restype = ctypes.c_char_p
         dll.anyattn_error_string.restype = ctypes.c_char_p
