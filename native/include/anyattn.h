@@ -207,11 +207,17 @@ typedef struct anyattn_python {
 } anyattn_python;
 ANYATTN_API int32_t anyattn_poll_python(void *python);
 
-/* Threads a call with num_threads = 0 would use now; the name of the runtime that would run them. */
+/* Threads a call with num_threads = 0 would use now. */
 ANYATTN_API int32_t anyattn_num_threads(void);
 /* Threads of later calls with num_threads = 0, in every thread of the process; 0: as many as the runtime gives, and no
  * more than the affinity mask and the control group's quota grant. */
 ANYATTN_API int32_t anyattn_set_num_threads(int32_t num_threads);
+/* Whose threads run the tasks of later calls. OpenMP's: those of a runtime that the process has loaded, as PyTorch does,
+ * so that the two never compete. Automatic: OpenMP's, but the own pool while other processes keep OpenMP's threads
+ * waiting. Results do not depend on it. */
+typedef enum anyattn_pool { ANYATTN_POOL_AUTOMATIC = 0, ANYATTN_POOL_OPENMP = 1, ANYATTN_POOL_OWN = 2 } anyattn_pool;
+ANYATTN_API int32_t anyattn_set_pool(int32_t pool);
+/* The name of the runtime that runs calls, "anyattn" for the own pool; with the automatic choice, on a quiet machine. */
 ANYATTN_API const char *anyattn_thread_runtime(void);
 
 /* Floating-point operations per second that `num_threads` (0: as above) reach with nothing but registers, measured now

@@ -19,9 +19,9 @@ namespace {
 
 // A struct that is larger than this was written by no version of anyattn.
 constexpr uint32_t kMaxCallBytes = 16384;
-// Below this, waking another thread takes longer than the work.
-constexpr double kSmallFlops = 1e6;
-// Below this, of floating-point operations or of values that are moved, a call ends too soon to be interrupted.
+// Below this, of floating-point operations or of values that are moved, waking another thread takes longer than the work.
+constexpr double kSmallFlops = 1e6, kSmallMoves = 1e5;
+// And below this a call ends too soon to be interrupted.
 constexpr double kLongFlops = 5e8, kLongMoves = 1e7;
 
 // The caller may know fewer fields (the rest is zero) or more (they must be zero).
@@ -86,15 +86,23 @@ double flops_of(const anyattn_call &call) {
     return 2.0 * rows * double(call.nheads) * double(most_keys(call)) * double(call.head_dim + call.head_dim_v);
 }
 
-bool is_long(const anyattn_call &call, int32_t pass) {
-    if (pass != ANYATTN_APPEND) return flops_of(call) >= kLongFlops;
+// Values that an append moves.
+double moves_of(const anyattn_call &call) {
     const double keys = double(call.seqlen_new) * double(call.nheads_kv) * double(call.head_dim + call.head_dim_v);
     const double queries = double(call.seqlen_q) * double(call.nheads) * double(call.head_dim);
-    return double(call.batch) * (keys + queries) >= kLongMoves;
+    return double(call.batch) * (keys + queries);
+}
+
+bool is_long(const anyattn_call &call, int32_t pass) {
+    return pass == ANYATTN_APPEND ? moves_of(call) >= kLongMoves : flops_of(call) >= kLongFlops;
+}
+
+bool is_small(const anyattn_call &call, int32_t pass) {
+    return pass == ANYATTN_APPEND ? moves_of(call) < kSmallMoves : flops_of(call) < kSmallFlops;
 }
 
 int32_t threads_of(const anyattn_call &call, int32_t pass) {
-    if (pass != ANYATTN_APPEND && flops_of(call) < kSmallFlops) return 1;
+    if (is_small(call, pass)) return 1;
     return call.num_threads > 0 ? call.num_threads : default_threads();
 }
 
@@ -233,6 +241,12 @@ int32_t anyattn_num_threads(void) { return anyattn::default_threads(); }
 int32_t anyattn_set_num_threads(int32_t num_threads) {
     if (num_threads < 0 || num_threads > anyattn::kMaxThreads) return ANYATTN_INVALID_VALUE;
     anyattn::choose_threads(num_threads);
+    return ANYATTN_SUCCESS;
+}
+
+int32_t anyattn_set_pool(int32_t pool) {
+    if (pool < ANYATTN_POOL_AUTOMATIC || pool > ANYATTN_POOL_OWN) return ANYATTN_INVALID_VALUE;
+    anyattn::choose_pool(pool);
     return ANYATTN_SUCCESS;
 }
 

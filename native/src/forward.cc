@@ -1,7 +1,9 @@
 // Tasks of the forward pass. A long sequence is cut into blocks of query rows of one head. A short one, as in decoding,
 // puts the heads that share keys into one block and cuts the keys instead: partial results, added up in order
 // (Dao et al., "Flash-Decoding", 2023). Where the cuts lie follows from the sequence alone.
+#include <atomic>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include "key_lists.h"
@@ -100,26 +102,36 @@ int64_t most_chunks(const anyattn_call &call) {
     return max64(1, ceil_div(keys, kChunkKeys));
 }
 
-// All tasks: those of sequence b begin at first[b], its partial rows at rows[b].
+// All tasks: those of sequence b begin at first[b], its partial rows at rows[b]. Of blocks whose chunks are tasks of
+// their own, ended[] counts the chunks that are done; those of sequence b begin at first_block[b].
 struct Tasks {
     const anyattn_call &call;
-    std::vector<int64_t> first, rows;
+    std::vector<int64_t> first, rows, first_block;
+    std::unique_ptr<std::atomic<int64_t>[]> ended;
 
     explicit Tasks(const Run &run) : call(run.call) {
-        first.reserve(static_cast<size_t>(call.batch) + 1);
-        rows.reserve(static_cast<size_t>(call.batch) + 1);
-        first.push_back(0);
-        rows.push_back(0);
+        for (std::vector<int64_t> *starts : {&first, &rows, &first_block}) {
+            starts->reserve(static_cast<size_t>(call.batch) + 1);
+            starts->push_back(0);
+        }
         for (int64_t b = 0; b < call.batch; ++b) {
             const Cuts cuts(run, b);
             const bool split = chunks_are_tasks(call) && cuts.chunks > 1;
             first.push_back(first.back() + cuts.tasks * (chunks_are_tasks(call) ? cuts.chunks : 1));
             rows.push_back(rows.back() + (split ? cuts.chunks * call.nheads * cuts.s.n_q : 0));
+            first_block.push_back(first_block.back() + (split ? cuts.tasks : 0));
         }
+        const size_t blocks = static_cast<size_t>(first_block.back());
+        if (blocks > 0) ended.reset(new std::atomic<int64_t>[blocks]());
     }
 
     int64_t count() const { return first.back(); }
-    bool partial() const { return rows.back() > 0; }
+
+    // Counts a chunk of a block; true for the last one, which finds what the others have written.
+    bool end_chunk(const Cuts &cuts, int64_t block) const {
+        const size_t at = static_cast<size_t>(first_block[static_cast<size_t>(cuts.s.index)] + block);
+        return ended[at].fetch_add(1, std::memory_order_acq_rel) + 1 == cuts.chunks;
+    }
 
     int64_t sequence_of(int64_t task) const {
         int64_t low = 0, high = call.batch;
@@ -151,6 +163,19 @@ void run_chunks(const Cuts &cuts, const BlockSet &set, int32_t worker) {
     run.kernels.finish(run.call, set.first, into);
 }
 
+// Adds up the partials of a block's heads, the chunks in order.
+void merge_chunks(const Run &run, const Tasks &tasks, const Cuts &cuts, const BlockSet &set) {
+    const anyattn_call &call = run.call;
+    const int64_t bytes = run.kernels.partial_row_bytes(call);
+    for (int64_t i = 0; i < set.groups * set.first.heads; ++i) {
+        const int64_t h = set.first.h + i / set.first.heads * cuts.group + i % set.first.heads;
+        const QueryBlock head = query_block(cuts.s, h, 0);
+        const auto partial = [&](int64_t chunk) { return run.workspace + tasks.row_of(head, chunk) * bytes; };
+        for (int64_t c = 1; c < cuts.chunks; ++c) run.kernels.merge(call, head, partial(0), partial(c));
+        run.kernels.finish(call, head, partial(0));
+    }
+}
+
 void run_task(const Run &run, const Tasks &tasks, int64_t task, int32_t worker) {
     const int64_t b = tasks.sequence_of(task);
     const Cuts cuts(run, b);
@@ -169,21 +194,7 @@ void run_task(const Run &run, const Tasks &tasks, int64_t task, int32_t worker) 
         partial = run.workspace + tasks.row_of(set.first, chunk) * run.kernels.partial_row_bytes(run.call);
     }
     run.kernels.forward(run.call, set, begin, end, partial, run.scratch_of(worker));
-}
-
-// One task for every head of every sequence with partials: its rows are a block here.
-bool merge_chunks(const Run &run, const Tasks &tasks) {
-    const anyattn_call &call = run.call;
-    if (!tasks.partial()) return true;
-    const int64_t bytes = run.kernels.partial_row_bytes(call);
-    return run_tasks(call, run.threads, call.batch * call.nheads, [&](int64_t task, int32_t) {
-        const Cuts cuts(run, task / call.nheads);
-        if (cuts.chunks == 1) return;
-        const QueryBlock block = query_block(cuts.s, task % call.nheads, 0);
-        const auto partial = [&](int64_t chunk) { return run.workspace + tasks.row_of(block, chunk) * bytes; };
-        for (int64_t c = 1; c < cuts.chunks; ++c) run.kernels.merge(call, block, partial(0), partial(c));
-        run.kernels.finish(call, block, partial(0));
-    });
+    if (partial && tasks.end_chunk(cuts, index % cuts.tasks)) merge_chunks(run, tasks, cuts, set);
 }
 
 // A task for every query and heads that share its keys: no other query has the same keys.
@@ -240,7 +251,7 @@ bool run_forward(const Run &run) {
     const Tasks tasks(run);
     return run_tasks(call, run.threads, tasks.count(),
                      [&](int64_t task, int32_t worker) { run_task(run, tasks, task, worker); }) &&
-           merge_chunks(run, tasks) && for_unused_rows(call, run.threads, clear);
+           for_unused_rows(call, run.threads, clear);
 }
 
 }  // namespace anyattn

@@ -22,11 +22,12 @@ struct Region {
     Region(const anyattn_call &call, anyattn_body body_, void *context_, int64_t tasks_, int32_t workers_)
         : body(body_), context(context_), tasks(tasks_), workers(workers_), call_(call) {}
 
-    void work(int32_t worker) {
+    // False if no task was left.
+    bool work(int32_t worker) {
         const WithFpState state(fp);
-        for (;;) {
+        for (bool worked = false;; worked = true) {
             const int64_t task = next.fetch_add(1, std::memory_order_relaxed);
-            if (task >= tasks) return;
+            if (task >= tasks) return worked;
             body(context, task, worker);
             if (call_.poll) end_task();
         }

@@ -74,10 +74,22 @@ inline void clear_row(const anyattn_array &array, int64_t entry, int64_t row, in
     for (int64_t h = head0; h < head0 + heads; ++h) std::memset(element(array, entry, row, h), 0, bytes);
 }
 
-// body(entry, row, h) for every allocated row of q that belongs to no sequence.
+// Allocated rows of q that belong to no sequence.
+inline int64_t unused_rows(const anyattn_call &call) {
+    if (!call.seqused_q && !call.cu_seqlens_q) return 0;
+    const AllocatedRows rows = rows_q(call);
+    int64_t unused = rows.outside();
+    for (int64_t b = 0; b < call.batch; ++b) unused += rows.allocated(b) - sequence(call, b).n_q;
+    return unused;
+}
+
+// body(entry, row, h) for each of them.
 template <class Body>
 bool for_unused_rows(const anyattn_call &call, int32_t threads, const Body &body) {
-    if (!call.seqused_q && !call.cu_seqlens_q) return true;
+    constexpr int64_t few = 1 << 16;  // values that one thread clears sooner than it wakes another
+    const int64_t unused = unused_rows(call);
+    if (unused == 0) return true;
+    if (unused * call.nheads * max64(call.head_dim, call.head_dim_v) < few) threads = 1;
     const AllocatedRows rows = rows_q(call);
     const int64_t inside = rows.blocks() * call.nheads;
     return run_tasks(call, threads, inside + blocks_of(rows.outside()), [&](int64_t task, int32_t) {

@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <new>
 
+#include "crowd.h"
 #include "openmp.h"
 #include "pool.h"
 #include "processors.h"
@@ -50,16 +51,46 @@ std::atomic<int32_t> chosen_threads{0};  // 0: nobody has chosen
 
 int32_t own_threads() { return wanted_threads > 0 ? wanted_threads : processors(); }
 
+std::atomic<int32_t> chosen_pool{ANYATTN_POOL_AUTOMATIC};
+Crowd crowd;
+
+// Whether an OpenMP runtime, where there is one, runs the next region.
+bool prefers_openmp() {
+    const int32_t choice = chosen_pool.load(std::memory_order_relaxed);
+    return choice == ANYATTN_POOL_OPENMP || (choice == ANYATTN_POOL_AUTOMATIC && !crowd.crowded());
+}
+
 struct OpenMpRegion {
     Region region;
     const OpenMp &runtime;
+    std::atomic<int64_t> last_task{0};  // when it ended
 };
 
 void openmp_body(void *context) {
     OpenMpRegion &team = *static_cast<OpenMpRegion *>(context);
     const int32_t worker = team.runtime.thread_num();
-    team.region.work(worker);
+    const bool worked = team.region.work(worker);
     if (worker == 0) team.region.wait_for_others();
+    if (!worked) return;
+    const int64_t now = Crowd::now();
+    int64_t last = team.last_task.load(std::memory_order_relaxed);
+    while (last < now && !team.last_task.compare_exchange_weak(last, now, std::memory_order_relaxed)) {
+    }
+}
+
+bool run_on_pool(Region &region) {
+    Pool *own = pool();
+    return own && own->run(region);
+}
+
+// The whole team: a team that changes its size from region to region ends and starts threads. But no more than there
+// are tasks, where the caller wants more than the runtime has: without them it ends the process.
+void run_on_openmp(const OpenMp &runtime, const anyattn_call &call, int64_t tasks, int32_t threads, anyattn_body body,
+                   void *context) {
+    const bool usual = threads <= runtime.max_threads() || tasks >= threads;
+    OpenMpRegion team{{call, body, context, tasks, usual ? threads : static_cast<int32_t>(tasks)}, runtime};
+    run_openmp(runtime, openmp_body, &team, team.region.workers);
+    crowd.region_ended(team.last_task.load(std::memory_order_relaxed));
 }
 
 // What the caller's parallel_for is given instead of the tasks themselves: it counts, and keeps workers in range.
@@ -99,8 +130,10 @@ int32_t default_threads() {
 
 void choose_threads(int32_t count) { chosen_threads.store(count, std::memory_order_relaxed); }
 
+void choose_pool(int32_t pool) { chosen_pool.store(pool, std::memory_order_relaxed); }
+
 const char *runtime_name() {
-    const OpenMp *runtime = usable_openmp();
+    const OpenMp *runtime = chosen_pool.load(std::memory_order_relaxed) == ANYATTN_POOL_OWN ? nullptr : usable_openmp();
     return runtime ? runtime->name : "anyattn";
 }
 
@@ -109,18 +142,13 @@ bool parallel_for(const anyattn_call &call, int64_t tasks, int32_t threads, anya
     if (threads > 1 && tasks > 1) {
         if (call.parallel_for) return run_caller(call, tasks, threads, body, context);
         const OpenMp *runtime = usable_openmp();
-        if (!runtime) {
-            Region region(call, body, context, tasks, tasks < threads ? static_cast<int32_t>(tasks) : threads);
-            Pool *own = pool();
-            if (own && own->run(region)) return true;
-        } else if (!runtime->in_parallel()) {
-            // The whole team: a team that changes its size from region to region ends and starts threads. But no more
-            // than there are tasks, where the caller wants more than the runtime has: without them it ends the process.
-            const bool usual = threads <= runtime->max_threads() || tasks >= threads;
-            OpenMpRegion team{{call, body, context, tasks, usual ? threads : static_cast<int32_t>(tasks)}, *runtime};
-            run_openmp(*runtime, openmp_body, &team, team.region.workers);
+        const bool inside = runtime && runtime->in_parallel();  // the processors are busy already
+        if (runtime && !inside && prefers_openmp()) {
+            run_on_openmp(*runtime, call, tasks, threads, body, context);
             return true;
         }
+        Region region(call, body, context, tasks, tasks < threads ? static_cast<int32_t>(tasks) : threads);
+        if (!inside && run_on_pool(region)) return true;
     }
     Region(call, body, context, tasks, 1).work(0);
     return true;

@@ -10,6 +10,9 @@ constexpr int32_t kMaxThreads = 4096;
 int32_t default_threads();
 // From now on; 0: what the runtime, the affinity mask and the quota give.
 void choose_threads(int32_t count);
+// anyattn_pool.
+void choose_pool(int32_t pool);
+// What runs regions: with the automatic choice, while nobody else keeps the processors busy.
 const char *runtime_name();
 
 // body(context, task, worker) for each task in [0, tasks), worker < threads, each once, in any order. False if the

@@ -3,6 +3,7 @@
 #include <thread>
 
 #include "check.h"
+#include "crowd.h"
 #include "fixture.h"
 #include "reference.h"
 
@@ -84,6 +85,28 @@ TEST(any_number_of_threads_gives_the_same_bits) {
             for (int32_t threads : {2, 3, 7, 0}) CHECK(run(config, threads) == one);
         }
     }
+}
+
+// OpenMP's threads where a runtime is loaded, and the own ones.
+TEST(any_pool_gives_the_same_bits) {
+    const std::string one = run(large(), 1);
+    for (int32_t pool : {ANYATTN_POOL_OWN, ANYATTN_POOL_OPENMP, ANYATTN_POOL_AUTOMATIC}) {
+        CHECK(anyattn_set_pool(pool) == ANYATTN_SUCCESS);
+        CHECK(run(large(), 3) == one);
+        CHECK(pool != ANYATTN_POOL_OWN || anyattn_thread_runtime() == std::string("anyattn"));
+    }
+    CHECK(anyattn_set_pool(-1) == ANYATTN_INVALID_VALUE && anyattn_set_pool(3) == ANYATTN_INVALID_VALUE);
+}
+
+TEST(threads_that_are_kept_waiting_are_left_alone_for_a_while) {
+    anyattn::Crowd crowd;
+    CHECK(!crowd.crowded());
+    crowd.region_ended(anyattn::Crowd::now());
+    CHECK(!crowd.crowded());
+    crowd.region_ended(anyattn::Crowd::now() - 5000000);
+    CHECK(crowd.crowded());
+    std::this_thread::sleep_for(std::chrono::milliseconds(150));
+    CHECK(!crowd.crowded());
 }
 
 TEST(callers_side_by_side) {

@@ -16,6 +16,11 @@ VARIABLES = {
     "require": ("ANYATTN_REQUIRE", "", "backends that must be available: a missing backend raises at the first call"),
     "cpu_target": ("ANYATTN_CPU_TARGET", "", "instruction set of the CPU engine; empty: the best of this machine"),
     "num_threads": ("ANYATTN_NUM_THREADS", "0", "threads of the CPU engine; 0: those of OpenMP, or all cores"),
+    "thread_pool": (
+        "ANYATTN_THREAD_POOL",
+        "",
+        "openmp, own: threads that the CPU engine uses; empty: OpenMP's, or its own while OpenMP's are kept waiting",
+    ),
     "omp_num_threads": ("OMP_NUM_THREADS", "", "OpenMP's threads at each nesting level; anyattn uses the first"),
     "library": ("ANYATTN_LIBRARY", "", "path of the native library; empty: the one installed with the package"),
     "vulkan_device": ("ANYATTN_VULKAN_DEVICE", "", "number or part of the name of a Vulkan device; empty: the best"),
@@ -32,6 +37,7 @@ VARIABLES = {
 }
 MOST_THREADS = 4096  # of the CPU engine
 LONGEST_WAIT = 10**6  # seconds
+THREAD_POOLS = ("", "openmp", "own")  # by their numbers in anyattn.h
 
 
 class Settings(NamedTuple):
@@ -41,6 +47,7 @@ class Settings(NamedTuple):
     require: tuple[str, ...]
     cpu_target: str
     num_threads: int
+    thread_pool: str
     omp_num_threads: tuple[int, ...]
     library: str
     vulkan_device: str
@@ -90,6 +97,7 @@ def _read() -> Settings:
         require=_names(raw["require"]),
         cpu_target=raw["cpu_target"],
         num_threads=num_threads,
+        thread_pool=_choice("thread_pool", raw["thread_pool"], THREAD_POOLS),
         # A user who sets the number of threads does not need OpenMP for it.
         omp_num_threads=() if num_threads else _levels("omp_num_threads", raw["omp_num_threads"]),
         library=raw["library"],
@@ -115,6 +123,12 @@ def _cache_folder() -> str:
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _choice(name: str, text: str, accepted: tuple[str, ...]) -> str:
+    if text not in accepted:
+        raise _nonsense(name, text, f"one of {', '.join(filter(None, accepted))}, or nothing ({VARIABLES[name][2]})")
+    return text
 
 
 def _flag(name: str, raw: dict[str, str]) -> bool:

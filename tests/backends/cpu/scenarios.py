@@ -91,8 +91,15 @@ def serial() -> str:
 # Beside torch.
 
 
+def choose_pool(name: str) -> None:
+    """Choose whose threads compute: without a choice, a busy machine decides, and the number of threads with it."""
+    os.environ["ANYATTN_THREAD_POOL"] = name
+    settings.reload()
+
+
 def beside_torch() -> str:
     """One OpenMP runtime for both, so threads are counted once."""
+    choose_pool("openmp")
     busy_torch()
     found = [compute(framework="torch"), compute()]
     assert runtime() in ("libgomp", "libomp", "libiomp5")
@@ -102,6 +109,18 @@ def beside_torch() -> str:
         found += [compute(framework="torch"), compute()]
     assert threads() == before
     return one(*found)
+
+
+def own_pool_beside_torch() -> str:
+    choose_pool("own")
+    busy_torch()
+    found = [compute(framework="torch"), compute()]
+    assert runtime() == "anyattn"
+    if library.load().num_threads() > 1:
+        assert "anyattn" in names_of_threads()
+    choose_pool("openmp")
+    assert runtime() != "anyattn"
+    return one(*found, compute(framework="torch"))
 
 
 def torch_comes_later() -> str:
@@ -349,8 +368,8 @@ def python_threads_and_reloads() -> str:
 
 def inside_openmp() -> str:
     """Called by every thread of somebody's parallel region."""
+    choose_pool("openmp")
     busy_torch()
-
     torch_gomp = [line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line]
     gomp = ctypes.CDLL(torch_gomp[0])
     found: list[str] = []

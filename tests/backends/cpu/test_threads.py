@@ -44,6 +44,7 @@ def serial() -> str:
     "name",
     [
         "beside_torch",
+        "own_pool_beside_torch",
         "torch_comes_later",
         "one_thread_of_torch",
         "one_thread_of_torch_in_python_threads",

@@ -89,6 +89,10 @@ class Library:
         if count != self.num_threads():
             self.set_num_threads(count)
 
+    def set_pool(self, name: str) -> None:
+        """Choose whose threads run later calls: "openmp", "own", or "" for the automatic choice."""
+        self._dll.anyattn_set_pool(settings.THREAD_POOLS.index(name))
+
     def thread_runtime(self) -> str:
         return str(self._dll.anyattn_thread_runtime().decode())
 
@@ -121,16 +125,21 @@ def _load(named: str) -> Library:
         raise LibraryError(f"{what} has version {library.version():#x}; expected {VERSION:#x}")
     if library.call_size() != SIZE:
         raise LibraryError(f"{what} has a call struct of {library.call_size()} bytes; expected {SIZE}")
-    library.set_num_threads(settings.current().num_threads)
+    _choose_threads(library)
     register_with_threadpoolctl(Library)
     return library
+
+
+def _choose_threads(library: Library) -> None:
+    library.set_num_threads(settings.current().num_threads)
+    library.set_pool(settings.current().thread_pool)
 
 
 @settings.on_reload
 def _choose_threads_again() -> None:
     if _load.cache_info().currsize:
         try:
-            load().set_num_threads(settings.current().num_threads)
+            _choose_threads(load())
         except LibraryError:
             return
 
