@@ -133,15 +133,22 @@ int32_t run_kernels(const anyattn_call &call, int32_t pass) {
     const int32_t threads = threads_of(call, pass);
     const int64_t scratch_bytes =
         pass == ANYATTN_FORWARD ? forward_scratch(call, *kernels) : (kernels->scratch(call, pass) + 63) / 64 * 64;
-    const Scratch scratch(scratch_bytes * threads);
-    if (scratch_bytes > 0 && !scratch.data()) return out_of_memory(call, "scratch", scratch_bytes * threads);
+    const int64_t shared = pass == ANYATTN_BACKWARD ? backward_shared(call, *kernels, threads) : 0;
+    const int64_t all_scratch = scratch_bytes * threads + shared;
+    const Scratch scratch(all_scratch);
+    if (all_scratch > 0 && !scratch.data()) return out_of_memory(call, "scratch", all_scratch);
 
     char *memory = call.workspace ? static_cast<char *>(call.workspace) : workspace.data();
     anyattn_call sorted;
     const bool lists = has_key_lists(call);
     if (lists && !sort_key_lists(call, threads, memory, &sorted)) return finish(call, false);
-    const Run run{lists ? sorted : call,          *kernels,       threads,
-                  memory + key_lists_bytes(call), scratch.data(), scratch_bytes};
+    const Run run{lists ? sorted : call,
+                  *kernels,
+                  threads,
+                  memory + key_lists_bytes(call),
+                  scratch.data(),
+                  scratch_bytes,
+                  scratch.data() + scratch_bytes * threads};
     return finish(call, pass == ANYATTN_FORWARD ? run_forward(run) : run_backward(run));
 }
 

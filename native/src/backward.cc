@@ -1,19 +1,21 @@
-#include "schedule.h"
+#include <atomic>
+#include <memory>
 
+#include "schedule.h"
 #include "tasks.h"
 
 namespace anyattn {
 namespace {
 
-// Tasks that the backward aims at where sequences and heads are few, and the least work that a split is worth.
-constexpr int64_t kBackwardTasks = 16;
+// So many heads of all sequences are tasks enough. Fewer are split, into about kBackwardTasks, where a split is worth it.
+constexpr int64_t kEnoughHeads = 8, kBackwardTasks = 16;
 constexpr double kSplitFlops = 1e8;
 
 int64_t backward_splits(const anyattn_call &call) {
     const int64_t heads = call.batch * call.nheads_kv;
     // The order of sums follows from the splits: it depends on the batch unless there is one split always.
     if (call.flags & ANYATTN_BATCH_INVARIANT) return 1;
-    if (heads == 0 || heads >= kBackwardTasks) return 1;
+    if (heads == 0 || heads >= kEnoughHeads) return 1;
     const int64_t rows = call.seqlen_q * (call.nheads / call.nheads_kv);
     const double flops = 5.0 * double(rows) * double(most_keys(call)) * double(call.head_dim + call.head_dim_v);
     if (flops < 2 * kSplitFlops) return 1;
@@ -24,10 +26,13 @@ int64_t backward_splits(const anyattn_call &call) {
 
 // Parts of the backward's workspace, in bytes from its start. A function of sizes only.
 struct Layout {
-    int64_t splits, rows_k;          // rows_k: of all sequences
-    int64_t dk_stride, dv_stride;    // compute values
+    int64_t splits, rows_k;  // rows_k: of all sequences
+    int64_t dk_stride, dv_stride;  // compute values
     int64_t dk, dv, sink, statistics, bytes;  // bytes < 0: more than 63 bits
-    bool in_place;
+    bool in_place;  // the first split adds up in dk and dv themselves
+
+    // Splits with sums in the workspace. A head that is not split adds up in sums of its task: see HeadSums.
+    int64_t copies() const { return splits == 1 ? 0 : splits - in_place; }
 };
 
 int64_t compute_bytes(const anyattn_call &call) { return call.q.dtype == ANYATTN_FLOAT64 ? 8 : 4; }
@@ -35,12 +40,12 @@ int64_t compute_bytes(const anyattn_call &call) { return call.q.dtype == ANYATTN
 Layout layout(const anyattn_call &call, const Kernels &kernels) {
     Layout l{};
     l.splits = backward_splits(call);
-    l.in_place = l.splits == 1 && kernels.partial_in_place(call);
+    l.in_place = kernels.partial_in_place(call);
     l.rows_k = call.cu_seqlens_k ? call.total_k : call.batch * call.seqlen_k;
     l.dk_stride = kernels.partial_stride(call, call.head_dim);
     l.dv_stride = kernels.partial_stride(call, call.head_dim_v);
-    const int64_t rows = l.in_place ? 0 : l.rows_k;
-    const double partials = double(call.nheads_kv) * double(l.splits) * double(rows) * double(compute_bytes(call));
+    const double partials =
+        double(call.nheads_kv) * double(l.copies()) * double(l.rows_k) * double(compute_bytes(call));
     const double all = partials * double(l.dk_stride + l.dv_stride);
     const int64_t of_row = call.dbias.data ? kernels.statistics_bytes(call) : 0;
     const double statistics = double(call.batch) * double(call.nheads) * double(call.seqlen_q) * double(of_row);
@@ -49,7 +54,7 @@ Layout layout(const anyattn_call &call, const Kernels &kernels) {
         return l;
     }
     const auto aligned = [](int64_t bytes) { return (bytes + 63) / 64 * 64; };
-    const int64_t copies = call.nheads_kv * l.splits * rows * compute_bytes(call);
+    const int64_t copies = call.nheads_kv * l.copies() * l.rows_k * compute_bytes(call);
     l.dv = aligned(l.dk + copies * l.dk_stride);
     l.sink = aligned(l.dv + copies * l.dv_stride);
     const int64_t sinks = call.dsink.data ? call.nheads * rows_q(call).most_blocks() : 0;
@@ -60,13 +65,13 @@ Layout layout(const anyattn_call &call, const Kernels &kernels) {
 
 Partial partial_of(const Run &run, const Layout &l, const Sequence &s, int64_t h_kv, int64_t split) {
     const anyattn_call &call = run.call;
-    if (l.in_place) {
+    if (split < l.in_place) {
         const int64_t entry = call.cu_seqlens_k ? 0 : s.batch_k;
         return {element(call.dk, entry, s.row_k, h_kv), element(call.dv, entry, s.row_k, h_kv), call.dk.stride[1],
                 call.dv.stride[1]};
     }
     const int64_t row = call.cu_seqlens_k ? s.row_k : s.index * call.seqlen_k;
-    const int64_t rows = ((h_kv * l.splits + split) * l.rows_k + row) * compute_bytes(call);
+    const int64_t rows = ((h_kv * l.copies() + split - l.in_place) * l.rows_k + row) * compute_bytes(call);
     return {run.workspace + l.dk + rows * l.dk_stride, run.workspace + l.dv + rows * l.dv_stride, l.dk_stride,
             l.dv_stride};
 }
@@ -86,6 +91,43 @@ void clear_partial(const anyattn_call &call, const Partial &partial, int64_t row
     clear(partial.dv, partial.dv_stride, call.head_dim_v);
 }
 
+// Sums of dk and dv for the heads that are computed at one time, where dk and dv cannot take them.
+class HeadSums {
+  public:
+    HeadSums(const Run &run, const Layout &l) : run_(run), l_(l), count_(min64(run.threads, heads(run.call))) {
+        if (needed(run.call, l)) busy_.reset(new std::atomic<bool>[static_cast<size_t>(count_)]());
+    }
+    static bool needed(const anyattn_call &call, const Layout &l) {
+        return l.splits == 1 && !l.in_place && heads(call) > 0;
+    }
+    static int64_t heads(const anyattn_call &call) { return call.batch * call.nheads_kv; }
+    // No sequence has more keys.
+    static int64_t rows(const anyattn_call &call) {
+        return call.cu_seqlens_k ? min64(call.seqlen_k, call.total_k) : call.seqlen_k;
+    }
+    // Of one head.
+    static int64_t bytes(const anyattn_call &call, const Layout &l) {
+        return (rows(call) * (l.dk_stride + l.dv_stride) * compute_bytes(call) + 63) / 64 * 64;
+    }
+
+    // body(partial); no other task gets these sums meanwhile.
+    template <class Body>
+    void with_sums(const Body &body) {
+        int64_t free = 0;
+        while (busy_[static_cast<size_t>(free)].exchange(true, std::memory_order_acquire)) free = (free + 1) % count_;
+        char *dk = run_.shared + free * bytes(run_.call, l_);
+        char *dv = dk + rows(run_.call) * l_.dk_stride * compute_bytes(run_.call);
+        body(Partial{dk, dv, l_.dk_stride, l_.dv_stride});
+        busy_[static_cast<size_t>(free)].store(false, std::memory_order_release);
+    }
+
+  private:
+    const Run &run_;
+    const Layout &l_;
+    int64_t count_;
+    std::unique_ptr<std::atomic<bool>[]> busy_;
+};
+
 double *sink_partial(const Run &run, const Layout &l, int64_t b) {
     if (!run.call.dsink.data) return nullptr;
     return reinterpret_cast<double *>(run.workspace + l.sink) + rows_q(run.call).first_block(b) * run.call.nheads;
@@ -101,19 +143,24 @@ bool accumulate_splits(const Run &run, const Layout &l) {
     const int64_t group = call.nheads / call.nheads_kv;
     if (l.statistics > l.sink) std::memset(run.workspace + l.sink, 0, static_cast<size_t>(l.statistics - l.sink));
     const int64_t tasks = call.batch * call.nheads_kv * l.splits;
+    HeadSums sums(run, l);
     return run_tasks(call, run.threads, tasks, [&](int64_t task, int32_t worker) {
         const int64_t split = task % l.splits, h_kv = task / l.splits % call.nheads_kv;
         const Sequence s = sequence(call, task / l.splits / call.nheads_kv);
-        Partial partial{};
-        if (s.n_k > 0) {
-            partial = partial_of(run, l, s, h_kv, split);
-            clear_partial(call, partial, s.n_k, !l.in_place);
-        }
-        if (s.n_q == 0) return;
-        double *sink = sink_partial(run, l, s.index);
-        if (sink) sink += h_kv * group * blocks_of(s.n_q);
-        run.kernels.backward(call, s.index, h_kv, split, l.splits, partial, sink, statistics(run, l),
-                             run.scratch_of(worker));
+        const auto accumulate = [&](const Partial &partial, bool whole) {
+            if (s.n_k > 0) clear_partial(call, partial, s.n_k, whole);
+            if (s.n_q == 0) return;
+            double *sink = sink_partial(run, l, s.index);
+            if (sink) sink += h_kv * group * blocks_of(s.n_q);
+            run.kernels.backward(call, s.index, h_kv, split, l.splits, partial, sink, statistics(run, l),
+                                 run.scratch_of(worker));
+        };
+        if (s.n_k == 0) return accumulate({}, true);
+        if (!HeadSums::needed(call, l)) return accumulate(partial_of(run, l, s, h_kv, split), split >= l.in_place);
+        sums.with_sums([&](const Partial &partial) {
+            accumulate(partial, true);
+            run.kernels.reduce(call, s.index, h_kv, 0, s.n_k, &partial, 1);
+        });
     });
 }
 
@@ -142,7 +189,7 @@ void reduce_block(const Run &run, const Layout &l, int64_t block, int64_t h_kv) 
     const int64_t begin = (block - rows.first_block(s.index)) * kBlockQ;
     const int64_t end = min64(begin + kBlockQ, rows.allocated(s.index));
     const int64_t used = min64(end, s.n_k);
-    if (begin < used && !l.in_place) {
+    if (begin < used && l.splits > 1) {
         Partial partials[kBackwardTasks];
         for (int64_t split = 0; split < l.splits; ++split) partials[split] = partial_of(run, l, s, h_kv, split);
         run.kernels.reduce(call, s.index, h_kv, begin, used, partials, l.splits);
@@ -154,7 +201,7 @@ bool reduce_splits(const Run &run, const Layout &l) {
     const anyattn_call &call = run.call;
     const AllocatedRows rows = rows_k(call);
     const int64_t inside = rows.blocks() * call.nheads_kv;
-    const bool all_used = l.in_place && !call.cu_seqlens_k && !call.seqused_k;
+    const bool all_used = l.splits == 1 && !call.cu_seqlens_k && !call.seqused_k;
     if (all_used) return true;
     return run_tasks(call, run.threads, inside + blocks_of(rows.outside()), [&](int64_t task, int32_t) {
         if (task < inside) return reduce_block(run, l, task / call.nheads_kv, task % call.nheads_kv);
@@ -217,6 +264,11 @@ bool write_dsink(const Run &run, const Layout &l) {
 }  // namespace
 
 int64_t backward_workspace(const anyattn_call &call, const Kernels &kernels) { return layout(call, kernels).bytes; }
+
+int64_t backward_shared(const anyattn_call &call, const Kernels &kernels, int32_t threads) {
+    const Layout l = layout(call, kernels);
+    return HeadSums::needed(call, l) ? min64(threads, HeadSums::heads(call)) * HeadSums::bytes(call, l) : 0;
+}
 
 bool run_backward(const Run &run) {
     const Layout l = layout(run.call, run.kernels);

@@ -13,6 +13,7 @@ struct Run {
     char *workspace;
     char *scratch;  // scratch_bytes for each thread
     int64_t scratch_bytes;
+    char *shared;  // by the workers
 
     char *scratch_of(int32_t worker) const { return scratch + worker * scratch_bytes; }
 };
@@ -20,6 +21,9 @@ struct Run {
 // -1: more than 63 bits.
 int64_t forward_workspace(const anyattn_call &call, const Kernels &kernels);
 int64_t backward_workspace(const anyattn_call &call, const Kernels &kernels);
+
+// Memory that the workers of a backward pass share: more with more threads, up to the number of heads.
+int64_t backward_shared(const anyattn_call &call, const Kernels &kernels, int32_t threads);
 
 // What one worker needs.
 int64_t forward_scratch(const anyattn_call &call, const Kernels &kernels);

@@ -86,6 +86,25 @@ TEST(bias_gradient_of_many_tiles) {
     }
 }
 
+// Beyond results: nothing where dk and dv can take the sums of a head, and one split less where there are several.
+TEST(workspace_of_few_and_many_heads) {
+    const auto workspace = [](const Config &config) {
+        Fixture fixture(config);
+        return anyattn_workspace(&fixture.call, ANYATTN_BACKWARD);
+    };
+    for (int32_t dtype : {ANYATTN_FLOAT32, ANYATTN_BFLOAT16}) {
+        Config config;
+        config.seqlen_q = config.seqlen_k = 2048;
+        config.head_dim = config.head_dim_v = 64;
+        config.dtype = dtype;
+        config.nheads = config.nheads_kv = 8;
+        CHECK(workspace(config) == 0);
+        config.nheads = config.nheads_kv = 1;
+        const int64_t sums = 2048 * (64 + 64) * 4, bytes = workspace(config);
+        CHECK(bytes > 0 && bytes % sums == 0 && bytes / sums <= (dtype == ANYATTN_FLOAT32 ? 15 : 16));
+    }
+}
+
 TEST(workspace_of_the_caller) {
     Config config;
     config.seqlen_q = config.seqlen_k = 70;
