@@ -1,4 +1,5 @@
 #include <atomic>
+#include <limits>
 #include <memory>
 
 #include "schedule.h"
@@ -10,14 +11,22 @@ namespace {
 // So many heads of all sequences are tasks enough. Fewer are split, into about kBackwardTasks, where a split is worth it.
 constexpr int64_t kEnoughHeads = 8, kBackwardTasks = 16;
 constexpr double kSplitFlops = 1e8;
+// The least work of a task of accumulate_parts, and the keys that cost as much as to begin with a block of rows.
+constexpr double kPartFlops = 2e7, kBeginKeys = 32;
+constexpr int64_t kMostParts = 16, kEveryKey = std::numeric_limits<int64_t>::max();
+
+// Of a KV head, at most.
+double flops_of_head(const anyattn_call &call) {
+    const double rows = double(call.seqlen_q) * double(call.nheads / call.nheads_kv);
+    return 5.0 * rows * double(most_keys(call)) * double(call.head_dim + call.head_dim_v);
+}
 
 int64_t backward_splits(const anyattn_call &call) {
     const int64_t heads = call.batch * call.nheads_kv;
     // The order of sums follows from the splits: it depends on the batch unless there is one split always.
     if (call.flags & ANYATTN_BATCH_INVARIANT) return 1;
     if (heads == 0 || heads >= kEnoughHeads) return 1;
-    const int64_t rows = call.seqlen_q * (call.nheads / call.nheads_kv);
-    const double flops = 5.0 * double(rows) * double(most_keys(call)) * double(call.head_dim + call.head_dim_v);
+    const double flops = flops_of_head(call);
     if (flops < 2 * kSplitFlops) return 1;
     const int64_t worth =
         flops < kBackwardTasks * kSplitFlops ? static_cast<int64_t>(flops / kSplitFlops) : kBackwardTasks;
@@ -91,16 +100,17 @@ void clear_partial(const anyattn_call &call, const Partial &partial, int64_t row
     clear(partial.dv, partial.dv_stride, call.head_dim_v);
 }
 
+int64_t heads_of(const anyattn_call &call) { return call.batch * call.nheads_kv; }
+
 // Sums of dk and dv for the heads that are computed at one time, where dk and dv cannot take them.
 class HeadSums {
   public:
-    HeadSums(const Run &run, const Layout &l) : run_(run), l_(l), count_(min64(run.threads, heads(run.call))) {
+    HeadSums(const Run &run, const Layout &l) : run_(run), l_(l), count_(min64(run.threads, heads_of(run.call))) {
         if (needed(run.call, l)) busy_.reset(new std::atomic<bool>[static_cast<size_t>(count_)]());
     }
     static bool needed(const anyattn_call &call, const Layout &l) {
-        return l.splits == 1 && !l.in_place && heads(call) > 0;
+        return l.splits == 1 && !l.in_place && heads_of(call) > 0;
     }
-    static int64_t heads(const anyattn_call &call) { return call.batch * call.nheads_kv; }
     // No sequence has more keys.
     static int64_t rows(const anyattn_call &call) {
         return call.cu_seqlens_k ? min64(call.seqlen_k, call.total_k) : call.seqlen_k;
@@ -110,14 +120,18 @@ class HeadSums {
         return (rows(call) * (l.dk_stride + l.dv_stride) * compute_bytes(call) + 63) / 64 * 64;
     }
 
+    static Partial sums(const Run &run, const Layout &l, int64_t index) {
+        char *dk = run.shared + index * bytes(run.call, l);
+        char *dv = dk + rows(run.call) * l.dk_stride * compute_bytes(run.call);
+        return {dk, dv, l.dk_stride, l.dv_stride};
+    }
+
     // body(partial); no other task gets these sums meanwhile.
     template <class Body>
     void with_sums(const Body &body) {
         int64_t free = 0;
         while (busy_[static_cast<size_t>(free)].exchange(true, std::memory_order_acquire)) free = (free + 1) % count_;
-        char *dk = run_.shared + free * bytes(run_.call, l_);
-        char *dv = dk + rows(run_.call) * l_.dk_stride * compute_bytes(run_.call);
-        body(Partial{dk, dv, l_.dk_stride, l_.dv_stride});
+        body(sums(run_, l_, free));
         busy_[static_cast<size_t>(free)].store(false, std::memory_order_release);
     }
 
@@ -152,8 +166,9 @@ bool accumulate_splits(const Run &run, const Layout &l) {
             if (s.n_q == 0) return;
             double *sink = sink_partial(run, l, s.index);
             if (sink) sink += h_kv * group * blocks_of(s.n_q);
-            run.kernels.backward(call, s.index, h_kv, split, l.splits, partial, sink, statistics(run, l),
-                                 run.scratch_of(worker));
+            const int64_t rows = (has_key_lists(call) ? 1 : group) * blocks_of(s.n_q);
+            const BackwardPart part{s.index, h_kv, split, rows, l.splits, 0, kEveryKey, nullptr};
+            run.kernels.backward(call, part, partial, sink, statistics(run, l), run.scratch_of(worker));
         };
         if (s.n_k == 0) return accumulate({}, true);
         if (!HeadSums::needed(call, l)) return accumulate(partial_of(run, l, s, h_kv, split), split >= l.in_place);
@@ -161,6 +176,91 @@ bool accumulate_splits(const Run &run, const Layout &l) {
             accumulate(partial, true);
             run.kernels.reduce(call, s.index, h_kv, 0, s.n_k, &partial, 1);
         });
+    });
+}
+
+// Into how many parts, along rows and along keys, accumulate_parts cuts every head: 1 where whole heads keep the threads
+// as busy. Which it is changes no sum.
+int64_t parts_of_heads(const anyattn_call &call, const Layout &l, int32_t threads) {
+    const int64_t heads = heads_of(call);
+    // Blocks that begin at other keys have other tiles.
+    if (l.splits > 1 || (call.flags & ANYATTN_HAS_LEFT) || call.chunk > 0 || has_key_lists(call)) return 1;
+    const auto rounds = [&](int64_t tasks) { return double((tasks + threads - 1) / threads); };
+    int64_t best = 1;
+    double least = rounds(heads);
+    for (int64_t parts = 2; parts <= kMostParts; parts *= 2) {
+        const double cells = double(parts * parts);
+        if (flops_of_head(call) < cells * kPartFlops) break;
+        double time = rounds(heads * parts);
+        for (int64_t n = 1; n < parts; ++n) time += 2 * rounds(heads * n);
+        time *= (1 + kBeginKeys * double(parts) / double(call.seqlen_k)) / cells;
+        if (time > 0.95 * least) continue;
+        best = parts;
+        least = time;
+    }
+    return best;
+}
+
+// Of dq between the parts of a head.
+int64_t dq_bytes(const anyattn_call &call, const Kernels &kernels) {
+    const int64_t rows = call.nheads / call.nheads_kv * blocks_of(call.seqlen_q) * kBlockQ;
+    return rows * kernels.partial_stride(call, call.head_dim) * compute_bytes(call);
+}
+
+// Row part r and key part c of a head: the sums of dq, dk and dv go on where (r, c - 1) and (r - 1, c) left them.
+void accumulate_part(const Run &run, const Layout &l, int64_t parts, int64_t head, int64_t r, int64_t c,
+                     int32_t worker) {
+    const anyattn_call &call = run.call;
+    const int64_t group = call.nheads / call.nheads_kv, h_kv = head % call.nheads_kv;
+    const Sequence s = sequence(call, head / call.nheads_kv);
+    const int64_t block_k = run.kernels.dbias_block_k(call);  // keys of a tile
+    const int64_t blocks = group * blocks_of(s.n_q), tiles = (s.n_k - s.leftpad + block_k - 1) / block_k;
+    const int64_t mine = max64(1, min64(parts, tiles));  // none without keys
+    if (r >= mine || c >= mine) return;
+    const auto key = [&](int64_t at) { return at == 0 ? 0 : s.leftpad + tiles * at / mine * block_k; };
+    const int64_t begin = key(c), end = c + 1 < mine ? key(c + 1) : kEveryKey;
+    Partial partial{};
+    if (s.n_k > 0) partial = l.in_place ? partial_of(run, l, s, h_kv, 0) : HeadSums::sums(run, l, head);
+    if (r == 0 && s.n_k > 0) {
+        Partial rows = partial;
+        rows.dk = static_cast<char *>(partial.dk) + begin * partial.dk_stride * compute_bytes(call);
+        rows.dv = static_cast<char *>(partial.dv) + begin * partial.dv_stride * compute_bytes(call);
+        clear_partial(call, rows, min64(end, s.n_k) - begin, !l.in_place);
+    }
+    if (s.n_q == 0) return;
+    double *sink = sink_partial(run, l, s.index);
+    if (sink) sink += h_kv * blocks;
+    char *dq = run.shared + (l.in_place ? 0 : heads_of(call) * HeadSums::bytes(call, l));
+    const BackwardPart part{s.index,
+                            h_kv,
+                            blocks * r / mine,
+                            blocks * (r + 1) / mine,
+                            1,
+                            begin,
+                            end,
+                            dq + head * dq_bytes(call, run.kernels)};
+    run.kernels.backward(call, part, partial, sink, statistics(run, l), run.scratch_of(worker));
+}
+
+// Tasks for more threads than there are heads. Parts of a head that are computed at one time share neither rows nor keys:
+// one diagonal of parts follows the other. Every sum has the order that one task for the whole head gives it.
+bool accumulate_parts(const Run &run, const Layout &l, int64_t parts) {
+    const anyattn_call &call = run.call;
+    const int64_t heads = heads_of(call);
+    if (l.statistics > l.sink) std::memset(run.workspace + l.sink, 0, static_cast<size_t>(l.statistics - l.sink));
+    for (int64_t diagonal = 0; diagonal < 2 * parts - 1; ++diagonal) {
+        const int64_t first = max64(0, diagonal - parts + 1), count = min64(diagonal, parts - 1) - first + 1;
+        const auto body = [&](int64_t task, int32_t worker) {
+            const int64_t r = first + task / heads;
+            accumulate_part(run, l, parts, task % heads, r, diagonal - r, worker);
+        };
+        if (!run_tasks(call, run.threads, heads * count, body)) return false;
+    }
+    if (l.in_place) return true;
+    return run_tasks(call, run.threads, heads, [&](int64_t head, int32_t) {
+        const Partial partial = HeadSums::sums(run, l, head);
+        const Sequence s = sequence(call, head / call.nheads_kv);
+        if (s.n_k > 0) run.kernels.reduce(call, s.index, head % call.nheads_kv, 0, s.n_k, &partial, 1);
     });
 }
 
@@ -267,13 +367,16 @@ int64_t backward_workspace(const anyattn_call &call, const Kernels &kernels) { r
 
 int64_t backward_shared(const anyattn_call &call, const Kernels &kernels, int32_t threads) {
     const Layout l = layout(call, kernels);
-    return HeadSums::needed(call, l) ? min64(threads, HeadSums::heads(call)) * HeadSums::bytes(call, l) : 0;
+    const int64_t parts = parts_of_heads(call, l, threads), heads = heads_of(call);
+    const int64_t sums = HeadSums::needed(call, l) ? HeadSums::bytes(call, l) : 0;
+    return parts > 1 ? heads * (sums + dq_bytes(call, kernels)) : min64(threads, heads) * sums;
 }
 
 bool run_backward(const Run &run) {
     const Layout l = layout(run.call, run.kernels);
-    return accumulate_splits(run, l) && clear_dq(run) && reduce_splits(run, l) && clear_unused_entries(run) &&
-           write_dbias(run, l) && write_dsink(run, l);
+    const int64_t parts = parts_of_heads(run.call, l, run.threads);
+    return (parts > 1 ? accumulate_parts(run, l, parts) : accumulate_splits(run, l)) && clear_dq(run) &&
+           reduce_splits(run, l) && clear_unused_entries(run) && write_dbias(run, l) && write_dsink(run, l);
 }
 
 }  // namespace anyattn

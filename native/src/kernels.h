@@ -28,6 +28,17 @@ struct Partial {
     int64_t dk_stride, dv_stride;
 };
 
+// What one task of the backward pass computes: query blocks {first, first + step, ...} below `end` of the heads of a KV
+// head, counted h-major, and the keys of each in [key_begin, key_end). Of a call with key lists: these blocks of queries,
+// with all heads and keys.
+struct BackwardPart {
+    int64_t b, h_kv;
+    int64_t first, end, step;
+    int64_t key_begin, key_end;
+    void *
+        dq;  // sums that the parts with other keys go on with, kBlockQ partial_stride(head_dim) a block; null: all keys
+};
+
 // A call reaches a kernel validated. forward.cc and backward.cc choose its sequences, heads and blocks.
 struct Kernels {
     const char *name;
@@ -47,12 +58,10 @@ struct Kernels {
     void (*merge)(const anyattn_call &, const QueryBlock &, void *into, const void *from);
     void (*finish)(const anyattn_call &, const QueryBlock &, const void *partial);
     int64_t (*partial_row_bytes)(const anyattn_call &);  // of a partial
-    // Query blocks {split, split + splits, ...} of the group's heads, counted h-major: dq written, dk and dv
-    // accumulated into the zeroed partial, sink_partial[h * blocks + block] += its part of dsink (may be null).
-    // Of a call with key lists: these blocks of queries, with all heads of the group.
-    // statistics: null, or takes what dbias needs of every row.
-    void (*backward)(const anyattn_call &, int64_t b, int64_t h_kv, int64_t split, int64_t splits, const Partial &,
-                     double *sink_partial, void *statistics, void *scratch);
+    // dq written, dk and dv accumulated into the zeroed partial, sink_partial[h * blocks + block] += its part of dsink
+    // (may be null). statistics: null, or takes what dbias needs of every row.
+    void (*backward)(const anyattn_call &, const BackwardPart &, const Partial &, double *sink_partial,
+                     void *statistics, void *scratch);
     // Adds the partials of all splits in order and writes rows [row0, row1) of dk and dv of sequence b.
     void (*reduce)(const anyattn_call &, int64_t b, int64_t h_kv, int64_t row0, int64_t row1, const Partial *,
                    int64_t splits);

@@ -1,5 +1,5 @@
-// Cuts a pass into tasks. Which tasks there are, and in which order partial results are added, follows from sizes
-// alone: every result is the same to the last bit for any number of threads.
+// Cuts a pass into tasks. In which order partial results are added follows from sizes alone: every result is the same to
+// the last bit for any number of threads.
 #pragma once
 #include "kernels.h"
 

@@ -8,10 +8,11 @@
 
 namespace {
 
-// Long enough to be asked on every machine, and to end soon.
+// Long enough to be asked on every machine: with the slowest instruction set.
 Config large() {
     Config config;
-    config.seqlen_q = config.seqlen_k = 3000;
+    config.target = targets().back();
+    config.seqlen_q = config.seqlen_k = 1500;
     config.nheads = 4;
     config.nheads_kv = 2;
     config.head_dim = config.head_dim_v = 64;
@@ -63,7 +64,7 @@ TEST(poll_ends_a_call_and_the_next_one_is_right) {
     anyattn_call &call = fixture.call;
     CHECK(fixture.forward() == ANYATTN_SUCCESS && fixture.backward() == ANYATTN_SUCCESS);
     const std::string given = inputs(call), want = results(call);
-    for (int32_t threads : {1, 2, 3}) {
+    for (int32_t threads : {1, 3}) {
         call.num_threads = threads;
         for (const auto pass : {anyattn_forward, anyattn_backward}) {
             Asked asked(0);

@@ -87,6 +87,34 @@ TEST(any_number_of_threads_gives_the_same_bits) {
     }
 }
 
+// Backward, more threads than heads cut every head along its rows and its keys.
+TEST(more_threads_than_heads_give_the_same_bits) {
+    std::vector<Config> configs(6);
+    for (Config &config : configs) {
+        config.batch = 2;
+        config.nheads = 8;
+        config.nheads_kv = 4;
+        config.seqlen_q = 500;
+        config.seqlen_k = 620;
+        config.head_dim = 64;
+        config.head_dim_v = 48;
+        config.scale = 0.125;
+        config.flags = ANYATTN_HAS_RIGHT;
+        config.sink = true;
+    }
+    configs[0].flags = ANYATTN_HAS_RIGHT | ANYATTN_ACCUMULATE;
+    configs[1].dtype = ANYATTN_BFLOAT16;
+    configs[2].leftpad = configs[2].seqused_k = configs[2].seqused_q = true;
+    configs[3].packed_q = configs[3].packed_k = true;
+    configs[4].bias = 0;
+    configs[5].nheads = configs[5].nheads_kv = 1;
+    configs[5].flags = ANYATTN_BATCH_INVARIANT;
+    for (const Config &config : configs) {
+        const std::string one = run(config, 1);
+        for (int32_t threads : {13, 32}) CHECK(run(config, threads) == one);
+    }
+}
+
 // OpenMP's threads where a runtime is loaded, and the own ones.
 TEST(any_pool_gives_the_same_bits) {
     const std::string one = run(large(), 1);

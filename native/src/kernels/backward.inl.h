@@ -141,28 +141,48 @@ void add_sink_gradients(const ScoreBlock<C> &block, const RowStatistics<C> &rows
     }
 }
 
+// Keys of a block that one call of backward_block visits. `sums` is where dq is kept between the visits.
+struct Visit {
+    int64_t begin, end;
+    bool first, last;
+    void *sums;
+};
+
+// Block `at` of a part. Keys before the first of the block count as visited by the part that has the first keys.
+template <class C>
+Visit visit_of(const ScoreBlock<C> &block, const BackwardPart &part, int64_t at) {
+    const int64_t size = kBlockQ * round_up(block.call.head_dim, lanes<C>);
+    return {max64(block.begin, part.key_begin), min64(block.end, part.key_end), part.key_begin <= block.begin,
+            block.end <= part.key_end, part.dq ? static_cast<C *>(part.dq) + at * size : nullptr};
+}
+
 template <class M>
 void backward_block(const ScoreBlock<typename M::C> &block, const BackwardScratch<M> &w, const Partial &partial,
-                    double *sink_sums, int64_t sink_step, void *statistics) {
+                    double *sink_sums, int64_t sink_step, void *statistics, const Visit &visit) {
     using C = typename M::C;
     const anyattn_call &call = block.call;
     const TileScratch<M> &tiles = w.tiles;
     const RowStatistics<C> rows(tiles.rows);
     pack_rows(block, tiles);
     fill_statistics(block, tiles);
-    if (statistics) store_statistics(block, rows, statistics);
-    if (sink_sums) add_sink_gradients(block, rows, sink_sums, sink_step);
+    if (statistics && visit.first) store_statistics(block, rows, statistics);
+    if (sink_sums && visit.first) add_sink_gradients(block, rows, sink_sums, sink_step);
     const RowTable dq = block.table(call.dq);
     const auto q_rows = M::load_rows(block.strided(call.q), block.rows, call.head_dim, w.q_rows);
     const auto dout_rows = M::load_rows(block.strided(call.dout), block.rows, call.head_dim_v, w.dout_rows);
     const KeyRows k = block.keys(call.k), v = block.keys(call.v);
-    __builtin_memset(w.dq, 0, (size_t)(block.panels * w.dq_size * (int64_t)sizeof(C)));
+    const size_t dq_bytes = (size_t)(block.panels * w.dq_size * (int64_t)sizeof(C));
+    if (visit.first) {
+        __builtin_memset(w.dq, 0, dq_bytes);
+    } else {
+        __builtin_memcpy(w.dq, visit.sums, dq_bytes);
+    }
     const auto gradients = M::gradients(tiles.S, tiles.T, w.gradients);
-    for (int64_t j0 = block.begin; j0 < block.end && !stopped(call); j0 += kKeys) {
-        const int64_t j1 = min64(j0 + kKeys, block.end), n = j1 - j0;
+    for (int64_t j0 = visit.begin; j0 < visit.end && !stopped(call); j0 += kKeys) {
+        const int64_t j1 = min64(j0 + kKeys, visit.end), n = j1 - j0;
         const auto keys = M::load_keys(k, j0, n, call.head_dim, kSumDim | kSumKeys, tiles.k);
         const auto values = M::load_keys(v, j0, n, call.head_dim_v, kSumDim, tiles.v);
-        TileAhead next = next_tile(call, &k, &v, 1, j1, min64(j1 + kKeys, block.end));
+        TileAhead next = next_tile(call, &k, &v, 1, j1, min64(j1 + kKeys, visit.end));
         for (int p = 0; p < block.panels; ++p) {
             const auto part = M::panel_of(gradients, p);
             const Range r =
@@ -175,6 +195,10 @@ void backward_block(const ScoreBlock<typename M::C> &block, const BackwardScratc
         if (!block.slots) continue;
         add_to_slots<C>(partial.dk, partial.dk_stride, to.dk, to.dk_stride, block.slots + j0, n);
         add_to_slots<C>(partial.dv, partial.dv_stride, to.dv, to.dv_stride, block.slots + j0, n);
+    }
+    if (!visit.last) {
+        __builtin_memcpy(visit.sums, w.dq, dq_bytes);
+        return;
     }
     for (int p = 0; p < block.panels; ++p) {
         unpack_panel(dq.row + p * panel<C>, dq.dtype, w.dq + p * w.dq_size, block.panel_rows(p), call.head_dim,
@@ -190,26 +214,30 @@ void backward_rows(const anyattn_call &call, const Sequence &s, int64_t h_kv, in
     for (int64_t i = block * kBlockQ; i < min64((block + 1) * kBlockQ, s.n_q); ++i) {
         for (int64_t first = 0; first < group; first += kBlockQ) {
             const QueryBlock row{s.index, h_kv * group + first, min64(kBlockQ, group - first), i, 1};
-            backward_block<M>(ScoreBlock<typename M::C>(call, row, M::score_factor(call.scale)), w, partial,
-                              sink_sums ? sink_sums + first * blocks + block : nullptr, blocks, statistics);
+            const ScoreBlock<typename M::C> score(call, row, M::score_factor(call.scale));
+            backward_block<M>(score, w, partial, sink_sums ? sink_sums + first * blocks + block : nullptr, blocks,
+                              statistics, {score.begin, score.end, true, true, nullptr});
         }
     }
 }
 
 template <class M>
-void backward_group(const anyattn_call &call, int64_t b, int64_t h_kv, int64_t split, int64_t splits,
-                    const Partial &partial, double *sink_sums, void *statistics, void *memory) {
-    const Sequence s = sequence(call, b);
+void backward_group(const anyattn_call &call, const BackwardPart &part, const Partial &partial, double *sink_sums,
+                    void *statistics, void *memory) {
+    const Sequence s = sequence(call, part.b);
     const int64_t group = call.nheads / call.nheads_kv, blocks = (s.n_q + kBlockQ - 1) / kBlockQ;
     Arena arena{static_cast<char *>(memory), 0};
     const BackwardScratch<M> w(call, arena);
-    for (int64_t at = split; has_key_lists(call) && at < blocks && !stopped(call); at += splits) {
-        backward_rows<M>(call, s, h_kv, at, partial, sink_sums, statistics, w);
-    }
-    for (int64_t at = split; !has_key_lists(call) && at < group * blocks && !stopped(call); at += splits) {
-        const ScoreBlock<typename M::C> block(call, query_block(s, h_kv * group + at / blocks, at % blocks),
+    for (int64_t at = part.first; at < part.end && !stopped(call); at += part.step) {
+        if (has_key_lists(call)) {
+            backward_rows<M>(call, s, part.h_kv, at, partial, sink_sums, statistics, w);
+            continue;
+        }
+        const ScoreBlock<typename M::C> block(call, query_block(s, part.h_kv * group + at / blocks, at % blocks),
                                               M::score_factor(call.scale));
-        backward_block<M>(block, w, partial, sink_sums ? sink_sums + at : nullptr, blocks, statistics);
+        const Visit visit = visit_of(block, part, at);
+        if (!visit.first && block.end <= part.key_begin) continue;
+        backward_block<M>(block, w, partial, sink_sums ? sink_sums + at : nullptr, blocks, statistics, visit);
     }
 }
 

@@ -107,11 +107,10 @@ int64_t partial_row_bytes(const anyattn_call &call) {
     return with_compute(call, [&](auto c) { return ForwardPartial<decltype(c)>::row_size(call) * (int64_t)sizeof(c); });
 }
 
-void backward(const anyattn_call &call, int64_t b, int64_t h_kv, int64_t split, int64_t splits, const Partial &partial,
-              double *sink_partial, void *statistics, void *memory) {
-    with_mma(call, ANYATTN_BACKWARD, [&](auto m) {
-        backward_group<decltype(m)>(call, b, h_kv, split, splits, partial, sink_partial, statistics, memory);
-    });
+void backward(const anyattn_call &call, const BackwardPart &part, const Partial &partial, double *sink_partial,
+              void *statistics, void *memory) {
+    with_mma(call, ANYATTN_BACKWARD,
+             [&](auto m) { backward_group<decltype(m)>(call, part, partial, sink_partial, statistics, memory); });
 }
 
 void reduce(const anyattn_call &call, int64_t b, int64_t h_kv, int64_t row0, int64_t row1, const Partial *partials,
