@@ -1,6 +1,6 @@
 #include "openmp.h"
 
-#if defined(ANYATTN_NO_OPENMP) || defined(_WIN32)
+#if defined(ANYATTN_NO_OPENMP)
 
 namespace anyattn {
 
@@ -12,6 +12,8 @@ void run_openmp(const OpenMp &, void (*)(void *), void *, int32_t) {}
 }  // namespace anyattn
 
 #else
+
+#if !defined(_WIN32)  // there: openmp_windows.cc
 
 #include <dlfcn.h>
 
@@ -166,6 +168,11 @@ void release_openmp(bool child) {
     search_mutex.unlock();
 }
 
+}  // namespace anyattn
+
+#endif
+
+namespace anyattn {
 namespace {
 
 struct Task {
@@ -190,6 +197,11 @@ Location location = {0, 2, 0, 0, ";unknown;unknown;0;0;;"};
 void run_openmp(const OpenMp &runtime, void (*body)(void *), void *context, int32_t threads) {
     if (runtime.gomp_parallel) {
         runtime.gomp_parallel(body, context, static_cast<unsigned>(threads), 0);
+        return;
+    }
+    if (runtime.vcomp_fork) {
+        runtime.vcomp_set_num_threads(threads);
+        runtime.vcomp_fork(1, 1, body, context);
         return;
     }
     Task task{body, context};

@@ -6,15 +6,18 @@
 namespace anyattn {
 
 struct OpenMp {
-    char name[16];   // "libgomp", "libomp", "libiomp5"
+    char name[16];   // "libgomp", "libomp", "libiomp5", "libiomp5md", "vcomp140"
     bool inherited;  // it was there before this process was forked: its settings hold, its threads are gone
     int (*thread_num)();
     int (*max_threads)();
     int (*in_parallel)();
     void (*gomp_parallel)(void (*body)(void *), void *context, unsigned threads, unsigned flags);
-    void (*kmpc_fork_call)(void *location, int32_t argc, void (*body)(int32_t *, int32_t *, void *), void *context);
+    // Variadic: on Apple's arm64, the arguments behind `body` are passed otherwise.
+    void (*kmpc_fork_call)(void *location, int32_t argc, void (*body)(int32_t *, int32_t *, void *), ...);
     void (*kmpc_push_num_threads)(void *location, int32_t thread, int32_t threads);
     int32_t (*kmpc_global_thread_num)(void *location);
+    void (*vcomp_fork)(int parallel, int32_t argc, void (*body)(void *), ...);  // Microsoft's
+    void (*vcomp_set_num_threads)(int32_t threads);
 };
 
 // The runtime in this process now, or null. Cheap: the search runs again only after a library was loaded.

@@ -7,7 +7,9 @@
 #include "fixture.h"
 #include "reference.h"
 
-#if !defined(_WIN32)
+#if defined(_WIN32)
+#include <windows.h>
+#else
 #include <sys/wait.h>
 #include <unistd.h>
 #endif
@@ -125,6 +127,23 @@ TEST(any_pool_gives_the_same_bits) {
     }
     CHECK(anyattn_set_pool(-1) == ANYATTN_INVALID_VALUE && anyattn_set_pool(3) == ANYATTN_INVALID_VALUE);
 }
+
+#if defined(_WIN32)
+// Microsoft's runtime, which wine has too. A search may be a tick old.
+TEST(an_openmp_runtime_that_is_loaded_later) {
+    const std::string one = run(large(), 1);
+    CHECK(anyattn_thread_runtime() == std::string("anyattn"));
+    if (!LoadLibraryA("vcomp140.dll")) {
+        std::printf("this system has no vcomp140.dll\n");
+        return;
+    }
+    std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    CHECK(anyattn_thread_runtime() == std::string("vcomp140"));
+    CHECK(anyattn_set_pool(ANYATTN_POOL_OPENMP) == ANYATTN_SUCCESS);
+    for (int32_t threads : {2, 3, 0}) CHECK(run(large(), threads) == one);
+    CHECK(anyattn_set_pool(ANYATTN_POOL_AUTOMATIC) == ANYATTN_SUCCESS);
+}
+#endif
 
 TEST(threads_that_are_kept_waiting_are_left_alone_for_a_while) {
     anyattn::Crowd crowd;
