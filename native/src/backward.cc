@@ -58,7 +58,11 @@ Layout layout(const anyattn_call &call, const Kernels &kernels) {
     const double all = partials * double(l.dk_stride + l.dv_stride);
     const int64_t of_row = call.dbias.data ? kernels.statistics_bytes(call) : 0;
     const double statistics = double(call.batch) * double(call.nheads) * double(call.seqlen_q) * double(of_row);
-    if (all + statistics > 4e18) {
+    // What HeadSums and accumulate_parts may need: not of the workspace, but as large as it could be.
+    const double of_q = double(call.nheads) * (double(call.seqlen_q) + kBlockQ) * double(l.dk_stride);
+    const double of_k = double(call.nheads_kv) * double(call.seqlen_k) * double(l.dk_stride + l.dv_stride);
+    const double shared = double(call.batch) * (of_q + of_k) * double(compute_bytes(call));
+    if (all + statistics > 4e18 || shared > 4e18) {
         l.bytes = -1;
         return l;
     }
