@@ -95,7 +95,7 @@ typedef struct anyattn_call {
     uint32_t size; /* sizeof(anyattn_call) of the caller */
     uint32_t flags;
     int32_t num_threads; /* 0: as many as the runtime gives */
-    int32_t target;      /* 0: the best of this machine; else 1 + an index of anyattn_target_name */
+    int32_t target;      /* 0: the fastest for q's dtype; else 1 + an index of anyattn_target_name */
 
     int64_t batch;
     int64_t seqlen_q, seqlen_k; /* dense: rows of the arrays; packed: an upper bound of any sequence's length;
@@ -176,10 +176,15 @@ ANYATTN_API uint32_t anyattn_call_size(void);
 /* "success", "invalid dimension", ...: never null. What exactly was wrong is in anyattn_call.message. */
 ANYATTN_API const char *anyattn_error_string(int32_t status);
 
-/* Instruction sets compiled in, best first; null past the end. */
+/* Instruction sets compiled in; null past the end. */
 ANYATTN_API const char *anyattn_target_name(int32_t index);
 /* 1 where this machine and its operating system run that target. */
 ANYATTN_API int32_t anyattn_target_available(int32_t index);
+/* The index of the target that computes calls in a dtype (anyattn_dtype) whose `target` is 0: the fastest measured on
+ * processors of this vendor. */
+ANYATTN_API int32_t anyattn_target_for(int32_t dtype);
+/* Why that is not target `index`: what this machine lacks, or what is faster. Null if it is, and past the end. */
+ANYATTN_API const char *anyattn_target_reason(int32_t index, int32_t dtype);
 
 /* Bytes of workspace for one pass (anyattn_pass) of this call, or a negative status. A function of sizes only: no array
  * is read. Pointers to tables are looked at for being there; so are dk and dv's dtypes and strides. */
@@ -221,7 +226,7 @@ ANYATTN_API int32_t anyattn_set_pool(int32_t pool);
 ANYATTN_API const char *anyattn_thread_runtime(void);
 
 /* Floating-point operations per second that `num_threads` (0: as above) reach with nothing but registers, measured now
- * in some tens of milliseconds: the ceiling of a dtype on a target (0: the best). 0 where the target does not run. */
+ * in some tens of milliseconds: the ceiling of a dtype on a target (0: the fastest). 0 where the target does not run. */
 ANYATTN_API double anyattn_peak_flops(int32_t target, int32_t dtype, int32_t num_threads);
 
 #ifdef __cplusplus

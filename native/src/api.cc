@@ -57,7 +57,7 @@ void clear_absent(anyattn_call *call) {
 }
 
 int32_t choose_target(const anyattn_call &call, const Kernels **kernels) {
-    *kernels = call.target == 0 ? best_target() : call.target < 0 ? nullptr : target(call.target - 1);
+    *kernels = target(call.target == 0 ? target_for(call.q.dtype) : call.target - 1);
     if (!*kernels) {
         return refuse(call, ANYATTN_UNSUPPORTED, "target is %d; accepted: 0, or 1 + an index of anyattn_target_name",
                       call.target);
@@ -235,6 +235,10 @@ const char *anyattn_target_name(int32_t index) {
 }
 
 int32_t anyattn_target_available(int32_t index) { return anyattn::target_available(index) ? 1 : 0; }
+
+int32_t anyattn_target_for(int32_t dtype) { return anyattn::target_for(dtype); }
+
+const char *anyattn_target_reason(int32_t index, int32_t dtype) { return anyattn::target_reason(index, dtype); }
 
 int64_t anyattn_workspace(const anyattn_call *call, int32_t pass) { return anyattn::workspace_of(call, pass); }
 

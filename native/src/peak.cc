@@ -26,7 +26,7 @@ void run_loop(void *context, int64_t, int32_t) {
 
 extern "C" double anyattn_peak_flops(int32_t index, int32_t dtype, int32_t num_threads) {
     using namespace anyattn;
-    const Kernels *kernels = index == 0 ? best_target() : target(index - 1);
+    const Kernels *kernels = target(index == 0 ? target_for(dtype) : index - 1);
     if (!kernels || index < 0 || num_threads < 0 || num_threads > kMaxThreads) return 0;
     if (index > 0 && !target_available(index - 1)) return 0;
     const anyattn_call call{};

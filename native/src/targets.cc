@@ -1,5 +1,7 @@
 #include "targets.h"
 
+#include "target_order.h"
+
 #if defined(__x86_64__) || defined(_M_X64)
 #include <cpuid.h>
 #endif
@@ -30,51 +32,79 @@ bool system_saves(unsigned state) {
     return all(low, state);
 }
 
-[[maybe_unused]] bool has_avx2() {
+Vendor vendor() {
+    constexpr unsigned genu = 0x756e6547, auth = 0x68747541;  // GenuineIntel, AuthenticAMD
+    const unsigned name = cpuid(0, 0).ebx;
+    return name == genu ? Vendor::kIntel : name == auth ? Vendor::kAmd : Vendor::kOther;
+}
+
+// The functions below return what a row's instructions lack on this machine, or null.
+[[maybe_unused]] const char *missing_avx2() {
     constexpr unsigned fma = 1u << 12, f16c = 1u << 29, avx = 1u << 28, avx2 = 1u << 5;
     constexpr unsigned sse_avx = 0x6;
-    return all(cpuid(1, 0).ecx, fma | f16c | avx) && all(cpuid(7, 0).ebx, avx2) && system_saves(sse_avx);
+    if (!all(cpuid(1, 0).ecx, fma | f16c | avx) || !all(cpuid(7, 0).ebx, avx2)) {
+        return "the processor has no AVX2, FMA or F16C";
+    }
+    return system_saves(sse_avx) ? nullptr : "the operating system does not save AVX registers";
 }
 
-[[maybe_unused]] bool has_avx512() {
+[[maybe_unused]] const char *missing_avx512() {
     constexpr unsigned f = 1u << 16, dq = 1u << 17, bw = 1u << 30, vl = 1u << 31;
     constexpr unsigned sse_avx_masks_zmm = 0xe6;
-    return has_avx2() && all(cpuid(7, 0).ebx, f | dq | bw | vl) && system_saves(sse_avx_masks_zmm);
+    if (const char *missing = missing_avx2()) return missing;
+    if (!all(cpuid(7, 0).ebx, f | dq | bw | vl)) return "the processor has no AVX-512 F, DQ, BW or VL";
+    return system_saves(sse_avx_masks_zmm) ? nullptr : "the operating system does not save AVX-512 registers";
 }
 
-[[maybe_unused]] bool has_avx512bf16() {
+[[maybe_unused]] const char *missing_avx512bf16() {
     constexpr unsigned bf16 = 1u << 5;
-    return has_avx512() && all(cpuid(7, 1).eax, bf16);
+    if (const char *missing = missing_avx512()) return missing;
+    return all(cpuid(7, 1).eax, bf16) ? nullptr : "the processor has no AVX-512 BF16";
 }
+
+#else
+
+Vendor vendor() { return Vendor::kOther; }
 
 #endif
 
-constexpr bool is_always_available() { return true; }
+constexpr const char *missing_nothing() { return nullptr; }
 
-struct Target {
-    const Kernels *kernels;
-    bool available;
-};
+// A row's function is called once, when somebody first asks: the answer does not change.
+template <const char *(*missing)()>
+const char *once() {
+    static const char *const answer = missing();
+    return answer;
+}
 
-// Initialized once, when the library is loaded: the processor does not change.
-const Target targets[] = {
-#define ANYATTN_TARGET(name, architecture, flags, is_available, ...) {&kernels_##name, is_available()},
+const Kernels *const kernels[] = {
+#define ANYATTN_TARGET(name, ...) &kernels_##name,
 #include "compiled_targets.def"
 #undef ANYATTN_TARGET
 };
 
-constexpr int32_t kTargets = sizeof targets / sizeof targets[0];
+const TargetRow rows[] = {
+#define ANYATTN_TARGET(name, architecture, flags, missing, is_slow, ...) {#name, once<missing>, is_slow},
+#include "compiled_targets.def"
+#undef ANYATTN_TARGET
+};
+
+constexpr int32_t kTargets = sizeof rows / sizeof rows[0];
 
 }  // namespace
 
-const Kernels *target(int32_t index) { return index >= 0 && index < kTargets ? targets[index].kernels : nullptr; }
+const Kernels *target(int32_t index) { return index >= 0 && index < kTargets ? kernels[index] : nullptr; }
 
-bool target_available(int32_t index) { return index >= 0 && index < kTargets && targets[index].available; }
+bool target_available(int32_t index) { return index >= 0 && index < kTargets && !rows[index].missing(); }
 
-const Kernels *best_target() {
-    int32_t index = 0;
-    while (!targets[index].available) ++index;
-    return targets[index].kernels;
+int32_t target_for(int32_t dtype) { return first_choice(rows, kTargets, vendor(), dtype); }
+
+const char *target_reason(int32_t index, int32_t dtype) {
+    if (index < 0 || index >= kTargets) return nullptr;
+    const int32_t chosen = target_for(dtype);
+    if (index == chosen) return nullptr;
+    const char *reason = reason_against(rows[index], vendor(), dtype);
+    return reason ? reason : "a target before it computes this dtype";
 }
 
 }  // namespace anyattn

@@ -1,4 +1,4 @@
-// The instruction sets compiled into this library, best first, and which of them this machine supports.
+// The instruction sets compiled into this library, and which of them this machine runs.
 #pragma once
 #include "kernels.h"
 
@@ -7,7 +7,9 @@ namespace anyattn {
 // Null past the end.
 const Kernels *target(int32_t index);
 bool target_available(int32_t index);
-// The first that is available: the baseline always is.
-const Kernels *best_target();
+// The index of the target that computes a dtype on this machine.
+int32_t target_for(int32_t dtype);
+// Why this target is not target_for(dtype); null if it is, and past the end.
+const char *target_reason(int32_t index, int32_t dtype);
 
 }  // namespace anyattn

@@ -13,7 +13,9 @@ import pytest
 import anyattn
 from anyattn import explicit
 from anyattn.cli import demo, main
+from anyattn.cli.info import AFTER
 from anyattn.config import machine, settings
+from anyattn.definition.dtypes import ATTENTION_DTYPES
 from anyattn.runtime import dispatch
 from anyattn.testing import cases
 from harness.processes import run_python
@@ -51,13 +53,29 @@ def test_processor(cpuinfo: str, name: str, tmp_path: Path, monkeypatch: pytest.
     assert machine.processor()
 
 
-def test_info_names_the_instruction_set_in_force(capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_names_the_instruction_set_of_each_dtype(capsys: pytest.CaptureFixture[str]) -> None:
     if "cpu" not in dispatch.available():
         pytest.skip("the native library is not there")
     main(["info", "--json"])
     cpu = json.loads(capsys.readouterr().out)["cpu"]
-    assert cpu["target"] in cpu["targets"]
+    assert tuple(cpu["dtypes"]) == ATTENTION_DTYPES
+    for found in cpu["dtypes"].values():
+        assert found["target"] in cpu["targets"] and found["target"] not in found["reasons"]
+        assert {*cpu["targets"]} <= {found["target"], *found["reasons"]} and all(found["reasons"].values())
     assert cpu["num_threads"] >= 1
+    main(["info"])
+    text = capsys.readouterr().out
+    assert f"\n  bfloat16            {cpu['dtypes']['bfloat16']['target']}" in text and AFTER not in text
+
+
+def test_info_names_the_instruction_set_that_the_settings_force() -> None:
+    if "cpu" not in dispatch.available():
+        pytest.skip("the native library is not there")
+    finished = run_python("-m", "anyattn", "info", "--json", ANYATTN_CPU_TARGET="baseline")
+    cpu = json.loads(finished.stdout)["cpu"]
+    for found in cpu["dtypes"].values():
+        assert found["target"] == "baseline"
+        assert set(found["reasons"].values()) <= {"ANYATTN_CPU_TARGET names another"}
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,7 +34,7 @@ def header(threads: int, providers: Iterable[Provider] = ()) -> Results:
 
     packages = dict.fromkeys(["anyattn", "numpy", "torch", *(provider.package for provider in providers)])
     try:
-        target: str | None = library.load().target()
+        target: str | None = library.load().target_summary()
     except library.LibraryError:
         target = None
     return {

@@ -18,9 +18,12 @@ from typing import Any
 from .. import __version__, capabilities
 from ..config import settings
 from ..config.machine import processor
+from ..definition.dtypes import ATTENTION_DTYPES
 from ..runtime import dispatch
 from .table import table
 
+# The library's reason for targets behind the one that computes a dtype.
+AFTER = "a target before it computes this dtype"
 PACKAGES = ("numpy", "torch", "ml_dtypes", "triton")
 
 
@@ -97,8 +100,8 @@ def text(found: dict[str, Any]) -> str:
             "CPU engine",
             f"  library             {cpu['library']}",
             f"  instruction sets    {', '.join(cpu['targets'])}",
-            f"  active              {cpu['target']}",
             f"  threads             {cpu['num_threads']} ({cpu['thread_runtime']})",
+            *_targets_text(cpu["dtypes"]),
         ]
     lines += ["", *_vulkan_text(found["vulkan"])]
     options = found["settings"]
@@ -155,10 +158,22 @@ def _cpu() -> dict[str, Any]:
     return {
         "library": str(native.path),
         "targets": native.targets(),
-        "target": native.target(),
+        "dtypes": {
+            dtype: {"target": native.target(dtype), "reasons": native.target_reasons(dtype)}
+            for dtype in ATTENTION_DTYPES
+        },
         "num_threads": native.num_threads(),
         "thread_runtime": native.thread_runtime(),
     }
+
+
+def _targets_text(dtypes: dict[str, Any]) -> list[str]:
+    """Name the instruction set of each dtype, and why no earlier one of the list computes it."""
+    lines = []
+    for dtype, found in dtypes.items():
+        passed_over = [f"{name}: {reason}" for name, reason in found["reasons"].items() if reason != AFTER]
+        lines.append(f"  {dtype:19} {found['target']}{''.join(f'; {text}' for text in passed_over)}")
+    return lines
 
 
 def _vulkan() -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 VARIABLES = {
     "backend": ("ANYATTN_BACKEND", "", "backends to use, in order, separated by commas; empty: automatic choice"),
     "require": ("ANYATTN_REQUIRE", "", "backends that must be available: a missing backend raises at the first call"),
-    "cpu_target": ("ANYATTN_CPU_TARGET", "", "instruction set of the CPU engine; empty: the best of this machine"),
+    "cpu_target": ("ANYATTN_CPU_TARGET", "", "instruction set of the CPU engine; empty: the fastest for each dtype"),
     "num_threads": ("ANYATTN_NUM_THREADS", "0", "threads of the CPU engine; 0: those of OpenMP, or all cores"),
     "thread_pool": (
         "ANYATTN_THREAD_POOL",

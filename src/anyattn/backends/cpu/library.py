@@ -8,6 +8,7 @@ import sys
 from functools import cache
 
 from ...config import package, private_files, settings
+from ...definition.dtypes import ATTENTION_DTYPES, DTYPES
 from .layout import SIZE
 from .signals import address_of
 from .threadpool import register_with_threadpoolctl
@@ -35,7 +36,7 @@ class Library:
         self.workspace.argtypes, self.workspace.restype = [*call, ctypes.c_int32], ctypes.c_int64
         self.poll_python = address_of(dll.anyattn_poll_python)
         dll.anyattn_version.restype = dll.anyattn_call_size.restype = ctypes.c_uint32
-        dll.anyattn_target_name.restype = ctypes.c_char_p
+        dll.anyattn_target_name.restype = dll.anyattn_target_reason.restype = ctypes.c_char_p
         dll.anyattn_error_string.restype = ctypes.c_char_p
         dll.anyattn_thread_runtime.restype = ctypes.c_char_p
         dll.anyattn_peak_flops.argtypes, dll.anyattn_peak_flops.restype = [ctypes.c_int32] * 3, ctypes.c_double
@@ -47,14 +48,19 @@ class Library:
         return int(self._dll.anyattn_call_size())
 
     def targets(self) -> list[str]:
-        """Return the instruction sets that are compiled in and run on this machine, best first."""
+        """Return the instruction sets that are compiled in and that this machine runs, in the order of targets.def."""
+        names = enumerate(self.compiled_targets())
+        return [name for index, name in names if self._dll.anyattn_target_available(index)]
+
+    def compiled_targets(self) -> list[str]:
+        """Return the instruction sets that are compiled in, in the order of targets.def."""
         compiled: list[str] = []
         while name := self._dll.anyattn_target_name(len(compiled)):
             compiled.append(name.decode())
-        return [name for index, name in enumerate(compiled) if self._dll.anyattn_target_available(index)]
+        return compiled
 
     def target_index(self) -> int:
-        """Return the `target` field of calls: 0 for the best, else 1 + the index of the one that the settings name.
+        """Return the `target` field of calls: 0 for the fastest, else 1 + the index of the one that the settings name.
 
         Raises:
             ValueError: that instruction set is not available.
@@ -70,10 +76,25 @@ class Library:
             index += 1
         return 1 + index
 
-    def target(self) -> str:
-        """Return the active instruction set."""
-        self.target_index()  # raises if it is not available
-        return settings.current().cpu_target or self.targets()[0]
+    def target(self, dtype: str) -> str:
+        """Return the instruction set that computes calls whose q has this dtype."""
+        self.target_index()  # it exists
+        chosen = self._dll.anyattn_target_for(DTYPES[dtype].code)
+        return settings.current().cpu_target or self.compiled_targets()[chosen]
+
+    def target_summary(self) -> str:
+        """Return the instruction set of float32 and, in brackets, those of dtypes that have another."""
+        chosen = {dtype: self.target(dtype) for dtype in ATTENTION_DTYPES}
+        others = [f"{dtype}: {name}" for dtype, name in chosen.items() if name != chosen["float32"]]
+        return chosen["float32"] + (f" ({', '.join(others)})" if others else "")
+
+    def target_reasons(self, dtype: str) -> dict[str, str]:
+        """Return why each other compiled instruction set does not compute calls whose q has this dtype."""
+        names, chosen = self.compiled_targets(), self.target(dtype)
+        if settings.current().cpu_target:
+            return {name: "ANYATTN_CPU_TARGET names another" for name in names if name != chosen}
+        reasons = [self._dll.anyattn_target_reason(index, DTYPES[dtype].code) for index in range(len(names))]
+        return {name: reason.decode() for name, reason in zip(names, reasons, strict=True) if reason}
 
     def num_threads(self) -> int:
         """Return the number of threads that the next call may use."""
