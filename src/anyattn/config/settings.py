@@ -127,7 +127,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 def _choice(name: str, text: str, accepted: tuple[str, ...]) -> str:
     if text not in accepted:
-        raise _nonsense(name, text, f"one of {', '.join(filter(None, accepted))}, or nothing ({VARIABLES[name][2]})")
+        raise _invalid(name, text, f"one of {', '.join(filter(None, accepted))}, or nothing ({VARIABLES[name][2]})")
     return text
 
 
