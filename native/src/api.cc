@@ -57,12 +57,13 @@ void clear_absent(anyattn_call *call) {
 }
 
 int32_t choose_target(const anyattn_call &call, const Kernels **kernels) {
-    *kernels = target(call.target == 0 ? target_for(call.q.dtype) : call.target - 1);
+    const int32_t named = call.target > 0 ? call.target - 1 : -1;
+    *kernels = target(call.target == 0 ? target_for(call.q.dtype) : named);
     if (!*kernels) {
         return refuse(call, ANYATTN_UNSUPPORTED, "target is %d; accepted: 0, or 1 + an index of anyattn_target_name",
                       call.target);
     }
-    if (call.target == 0 || target_available(call.target - 1)) return ANYATTN_SUCCESS;
+    if (call.target == 0 || target_available(named)) return ANYATTN_SUCCESS;
     return refuse(call, ANYATTN_UNSUPPORTED, "target %d (%s) does not run on this machine", call.target,
                   (*kernels)->name);
 }
