@@ -3,6 +3,7 @@
 #include <chrono>
 #include <exception>
 #include <thread>
+#include <vector>
 
 #if !defined(_WIN32)
 #include <pthread.h>
@@ -58,6 +59,26 @@ class BlockedSignals {
 };
 
 }  // namespace
+
+bool threads_can_start(int32_t count) {
+    const BlockedSignals blocked;
+    std::mutex all_started;
+    std::vector<std::thread> threads;
+    bool started = true;
+    {
+        const std::lock_guard<std::mutex> lock(all_started);
+        try {
+            threads.reserve(static_cast<size_t>(count));
+            while (static_cast<int32_t>(threads.size()) < count) {
+                threads.emplace_back([&all_started] { const std::lock_guard<std::mutex> wait(all_started); });
+            }
+        } catch (const std::exception &) {
+            started = false;
+        }
+    }
+    for (std::thread &thread : threads) thread.join();
+    return started;
+}
 
 void Region::end_task() {
     if (ended_.fetch_add(1, std::memory_order_acq_rel) + 1 < tasks) return;

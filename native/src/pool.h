@@ -47,6 +47,10 @@ struct Region {
     std::condition_variable all_ended_;
 };
 
+// Whether so many threads can be started beside those that there are: they are started, and end. Their stacks are kept by
+// the C library for the next that start.
+bool threads_can_start(int32_t count);
+
 // Never destroyed: its threads sleep in it until the process ends.
 class Pool {
   public:

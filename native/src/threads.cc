@@ -78,6 +78,15 @@ void openmp_body(void *context) {
     }
 }
 
+// A runtime that cannot start a thread ends the process. So a thread's first region, and every larger one, tries it before.
+bool team_can_start(int32_t threads) {
+    static thread_local int32_t largest = 1;
+    if (threads <= largest) return true;
+    if (!threads_can_start(threads - 1)) return false;
+    largest = threads;
+    return true;
+}
+
 bool run_on_pool(Region &region) {
     Pool *own = pool();
     return own && own->run(region);
@@ -143,7 +152,7 @@ bool parallel_for(const anyattn_call &call, int64_t tasks, int32_t threads, anya
         if (call.parallel_for) return run_caller(call, tasks, threads, body, context);
         const OpenMp *runtime = usable_openmp();
         const bool inside = runtime && runtime->in_parallel();  // the processors are busy already
-        if (runtime && !inside && prefers_openmp()) {
+        if (runtime && !inside && prefers_openmp() && team_can_start(threads)) {
             run_on_openmp(*runtime, call, tasks, threads, body, context);
             return true;
         }

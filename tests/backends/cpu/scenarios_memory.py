@@ -45,6 +45,28 @@ def _no_memory(framework: str) -> str:
     return one(digest, compute(framework=framework))
 
 
+def no_memory_for_threads() -> str:
+    """A new thread of the program, whose team of PyTorch's OpenMP does not exist: its own threads have no stacks."""
+    import threading
+
+    one_thread = compute()
+    busy_torch()
+    started, limited, found = threading.Event(), threading.Event(), list[str]()
+
+    def call() -> None:
+        started.set()
+        limited.wait()
+        found.append(compute())
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    started.wait()
+    with limited_memory(6):  # a stack takes 8
+        limited.set()
+        thread.join()
+    return one(one_thread, *found, compute())
+
+
 def no_memory_for_scratch() -> str:
     """Scratch for 4,096 threads, asked for by the engine itself: what the results held before stays."""
     import anyattn.frameworks.numpy as adapter

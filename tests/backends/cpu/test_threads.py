@@ -86,6 +86,8 @@ def test_omp_num_threads(value: str, serial: str) -> None:
     assert digest("by_omp_num_threads", OMP_NUM_THREADS=value) == serial
 
 
-@pytest.mark.parametrize("name", ["no_memory_numpy", "no_memory_torch", "no_memory_for_scratch"])
+@pytest.mark.parametrize(
+    "name", ["no_memory_numpy", "no_memory_torch", "no_memory_for_threads", "no_memory_for_scratch"]
+)
 def test_no_memory(name: str, serial: str) -> None:
     assert digest(name, "scenarios_memory.py") == serial
