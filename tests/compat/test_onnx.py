@@ -126,6 +126,15 @@ def test_double_precision_takes_a_mask_of_the_inputs_dtype() -> None:
     assert np.array_equal(adapter.attention(q, q, q, mask, softmax_precision=adapter.DOUBLE)[0], q)
 
 
+def test_a_mask_of_integers_is_added_to_the_scores() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((1, 2, 5, 8)).astype(np.float32)
+    mask = rng.integers(-4, 4, (5, 5))
+    added = adapter.attention(x, x, x, mask.astype(np.float32))[0]
+    assert np.array_equal(adapter.attention(x, x, x, mask)[0], added)
+    assert not np.array_equal(adapter.attention(x, x, x)[0], added)
+
+
 def test_wrong_arguments() -> None:
     x, flat = np.ones((1, 2, 5, 8), np.float32), np.ones((1, 5, 16), np.float32)
     with pytest.raises(ValueError, match="qk_matmul_output_mode"):

@@ -44,7 +44,8 @@ def attention(
             with both numbers of heads as attributes.
         K: like Q, with kv_num_heads, which divides q_num_heads, and kv_sequence_length.
         V: like K, with its own head_size.
-        attn_mask: boolean (False masks a key) or added to the scores; broadcast from the right to (batch, q_num_heads,
+        attn_mask: boolean (False masks a key), or numbers that are added to the scores: integers too, as the operator
+            defines it, so a mask of integers 0 and 1 masks nothing. Broadcast from the right to (batch, q_num_heads,
             q_sequence_length, total_sequence_length). Keys beyond its last dimension are masked.
         past_key: (batch, kv_num_heads, past_sequence_length, head_size), keys before K.
         past_value: like past_key, values before V.
@@ -113,13 +114,13 @@ def _heads(name: str, x: Array, heads: int | None) -> Array:
     if x.ndim == 4:
         return np.swapaxes(x, 1, 2)
     if x.ndim != 3 or not heads or x.shape[2] % heads:
-        raise ValueError(f"{name} must have 4 dimensions, or 3 with q_num_heads and kv_num_heads, got {x.shape}")
+        raise ValueError(f"{name} must have 4 dimensions, or 3 with q_num_heads and kv_num_heads, got {x.shape}.")
     return x.reshape(*x.shape[:2], heads, -1)
 
 
 def _bound(name: str, size: int) -> int | None:
     if size < -1:
-        raise ValueError(f"{name} must be >= 0, or -1 for none, got {size}")
+        raise ValueError(f"{name} must be >= 0, or -1 for none, got {size}.")
     return None if size == -1 else size
 
 
@@ -132,7 +133,7 @@ def _scores(attn_mask: Array | None, keys: int, dtype: np.dtype[Any]) -> dict[st
         attn_mask = attn_mask.astype(np.float64 if dtype == np.float64 else np.float32)
     missing = keys - attn_mask.shape[-1]
     if missing < 0:
-        raise ValueError(f"attn_mask must have no more than {keys} keys in its last dimension, got {attn_mask.shape}")
+        raise ValueError(f"attn_mask must have no more than {keys} keys in its last dimension, got {attn_mask.shape}.")
     hidden: Any = False if boolean else -np.inf
     attn_mask = np.pad(attn_mask, [(0, 0)] * (attn_mask.ndim - 1) + [(0, missing)], constant_values=hidden)
     return {"mask" if boolean else "bias": attn_mask.reshape((1,) * (4 - attn_mask.ndim) + attn_mask.shape)}
