@@ -23,7 +23,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find native examples -name '*.cc' -o -name '*.cpp' -o -name '*.c' -o -name '*.h' -o -name '*.hpp' | sort)
 PACKAGED := $(shell find src examples native -not -path '*/__pycache__*') pyproject.toml scripts/build_backend.py
 
-.PHONY: venv require-native demo check test full models weights soak stress test-oldest test-numpy gpu aot bench pages docs notebooks shaders vulkan-drivers wheels release-check test-arm64 test-windows lint format sanitize sanitize-python clean
+.PHONY: venv require-native demo check test full models weights soak stress test-oldest test-numpy gpu aot bench pages docs notebooks shaders vulkan-drivers wheels release-check test-arm64 test-arm64-native test-arm64-python test-windows lint format sanitize sanitize-python clean
 .DEFAULT_GOAL := test
 
 venv: $(VENV)/installed
@@ -215,10 +215,12 @@ test-windows: $(VENV)/wheels
 	$(WINE) wineboot --init # before two tests would both do it
 	$(BIN)/ctest --test-dir build/windows --parallel 2 --output-on-failure --no-tests=error
 
-# The native tests as the wheel for 64-bit Arm is compiled. Debian's qemu-user and libc6-arm64-cross run them elsewhere.
+# The native tests as the wheel for 64-bit Arm is compiled. Debian's qemu-user and libc6-arm64-cross run them elsewhere. Then a sample of
+# the tests in Python, by an emulated Python: cases of every feature and dtype, below 20 minutes.
 ARM64_EMULATOR ?= $(if $(filter aarch64,$(shell uname -m)),,qemu-aarch64;-L;/usr/aarch64-linux-gnu)
-test-arm64: export ZIG_GLOBAL_CACHE_DIR := $(abspath build/zig)
-test-arm64: $(VENV)/wheels
+test-arm64: test-arm64-native test-arm64-python
+test-arm64-native: export ZIG_GLOBAL_CACHE_DIR := $(abspath build/zig)
+test-arm64-native: $(VENV)/wheels
 	@command -v $(firstword $(subst ;, ,$(ARM64_EMULATOR)) env) >/dev/null || \
 		{ echo "This target needs qemu-aarch64 and arm64's C library: apt-get install qemu-user libc6-arm64-cross"; exit 1; }
 	$(BIN)/cmake -S native -B build/arm64 -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DBUILD_TESTS=ON \
@@ -226,6 +228,12 @@ test-arm64: $(VENV)/wheels
 		-DANYATTN_ZIG_TARGET=aarch64-linux-gnu.2.17 "-DCMAKE_CROSSCOMPILING_EMULATOR=$(ARM64_EMULATOR)"
 	$(BIN)/cmake --build build/arm64
 	$(BIN)/ctest --test-dir build/arm64 --parallel 2 --output-on-failure --no-tests=error
+
+ARM64_TESTS := $(addprefix tests/conformance/test_,$(addsuffix .py,matrix determinism dtypes kv_indices large_scores merge nonfinite philox))
+test-arm64-python: test-arm64-native
+	$(BIN)/python scripts/arm64_python.py
+	ANYATTN_LIBRARY=$(abspath build/arm64/libanyattn.so) PYTHONPATH=src ANYATTN_REQUIRE=cpu \
+		build/arm64-python/python -m pytest $(ARM64_TESTS) --check -k "not numpy" -p no:xdist $(PYTEST_ARGS)
 
 lint: $(VENV)/lint
 	$(BIN)/ruff check --output-format=concise .
