@@ -222,7 +222,7 @@ test-arm64: test-arm64-native test-arm64-python
 test-arm64-native: export ZIG_GLOBAL_CACHE_DIR := $(abspath build/zig)
 test-arm64-native: $(VENV)/wheels
 	@command -v $(firstword $(subst ;, ,$(ARM64_EMULATOR)) env) >/dev/null || \
-		{ echo "This target needs qemu-aarch64 and arm64's C library: apt-get install qemu-user libc6-arm64-cross"; exit 1; }
+		{ echo "This target needs qemu-aarch64 and arm64's C library: apt-get install qemu-user libc6-arm64-cross debian-archive-keyring"; exit 1; }
 	$(BIN)/cmake -S native -B build/arm64 -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DBUILD_TESTS=ON \
 		-DCMAKE_TOOLCHAIN_FILE=$(abspath native/cmake/zig.cmake) -DANYATTN_ZIG=$(abspath $(BIN))/python-zig \
 		-DANYATTN_ZIG_TARGET=aarch64-linux-gnu.2.17 "-DCMAKE_CROSSCOMPILING_EMULATOR=$(ARM64_EMULATOR)"

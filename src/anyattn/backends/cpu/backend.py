@@ -22,7 +22,8 @@ EVIDENCE = {
     "tested": (
         "x86-64 with AVX-512 and bfloat16 instructions",
         "forced there: AVX-512, AVX2 with FMA, any x86-64",
-        "emulated: arm64 (qemu) and Windows on x86-64 (wine), the native tests",
+        "emulated: arm64 (qemu), the native tests and a sample of the Python tests",
+        "emulated: Windows on x86-64 (wine), the native tests",
         "musl on x86-64, the native tests",
     ),
     "compiled": ("Windows on arm64", "macOS on x86-64 and arm64"),
