@@ -78,28 +78,36 @@ void openmp_body(void *context) {
     }
 }
 
-// A runtime that cannot start a thread ends the process. So a thread's first region, and every larger one, tries it before.
-bool team_can_start(int32_t threads) {
-    static thread_local int32_t largest = 1;
-    if (threads <= largest) return true;
-    if (!threads_can_start(threads - 1)) return false;
-    largest = threads;
-    return true;
-}
-
 bool run_on_pool(Region &region) {
     Pool *own = pool();
     return own && own->run(region);
 }
 
 // The whole team: a team that changes its size from region to region ends and starts threads. But no more than there
-// are tasks, where the caller wants more than the runtime has: without them it ends the process.
-void run_on_openmp(const OpenMp &runtime, const anyattn_call &call, int64_t tasks, int32_t threads, anyattn_body body,
-                   void *context) {
+// are tasks, where the caller wants more than the runtime has.
+int32_t team_size(const OpenMp &runtime, int64_t tasks, int32_t threads) {
     const bool usual = threads <= runtime.max_threads() || tasks >= threads;
-    OpenMpRegion team{{call, body, context, tasks, usual ? threads : static_cast<int32_t>(tasks)}, runtime};
-    run_openmp(runtime, openmp_body, &team, team.region.workers);
+    return usual ? threads : static_cast<int32_t>(tasks);
+}
+
+// A runtime that cannot start a thread ends the process. So wherever a team may have to grow, it is tried before: for a
+// thread's first region, after a smaller one, and where regions of others are smaller.
+bool team_can_start(const OpenMp &runtime, int32_t size) {
+    static thread_local int32_t last = 1;
+    const bool is_there = size <= last && size <= runtime.max_threads();
+    if (!is_there && !threads_can_start(size - 1)) return false;
+    last = size;
+    return true;
+}
+
+bool run_on_openmp(const OpenMp &runtime, const anyattn_call &call, int64_t tasks, int32_t threads, anyattn_body body,
+                   void *context) {
+    const int32_t size = team_size(runtime, tasks, threads);
+    if (!team_can_start(runtime, size)) return false;
+    OpenMpRegion team{{call, body, context, tasks, size}, runtime};
+    run_openmp(runtime, openmp_body, &team, size);
     crowd.region_ended(team.last_task.load(std::memory_order_relaxed));
+    return true;
 }
 
 // What the caller's parallel_for is given instead of the tasks themselves: it counts, and keeps workers in range.
@@ -152,8 +160,7 @@ bool parallel_for(const anyattn_call &call, int64_t tasks, int32_t threads, anya
         if (call.parallel_for) return run_caller(call, tasks, threads, body, context);
         const OpenMp *runtime = usable_openmp();
         const bool inside = runtime && runtime->in_parallel();  // the processors are busy already
-        if (runtime && !inside && prefers_openmp() && team_can_start(threads)) {
-            run_on_openmp(*runtime, call, tasks, threads, body, context);
+        if (runtime && !inside && prefers_openmp() && run_on_openmp(*runtime, call, tasks, threads, body, context)) {
             return true;
         }
         Region region(call, body, context, tasks, tasks < threads ? static_cast<int32_t>(tasks) : threads);
