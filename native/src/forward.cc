@@ -15,8 +15,8 @@ namespace {
 
 // Keys of a cut.
 constexpr int64_t kChunkKeys = 512;
-// Tasks that a thread should have before blocks are put together, and blocks that gain from it.
-constexpr int64_t kTasksOfThread = 4, kMostBlocks = 4;
+// Tasks that a thread should have before blocks are put together.
+constexpr int64_t kTasksOfThread = 4;
 // Limits of sums of sizes, far from overflow.
 constexpr double kMostBytes = 4e18;
 
@@ -54,7 +54,7 @@ struct Cuts {
     void cut_rows() {
         const anyattn_call &call = run.call;
         const int64_t blocks = blocks_of(s.n_q);
-        const int64_t limit = min64(kMostBlocks, run.kernels.most_blocks(call, kBlockQ));
+        const int64_t limit = run.kernels.most_blocks(call, kBlockQ);
         const int64_t share = min64(limit, spare(call.nheads * blocks));
         together = even_part(group, share);
         // Blocks of rows that do not begin at the same key would see other tiles of keys.

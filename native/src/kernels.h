@@ -51,7 +51,7 @@ struct Kernels {
     // out and lse of a set of blocks from keys [begin, end), which are all that they may see. Given a partial: what those
     // keys contribute, row by row; the rows of a head follow those of the head before it.
     void (*forward)(const anyattn_call &, const BlockSet &, int64_t begin, int64_t end, void *partial, void *scratch);
-    // Blocks that a task keeps well in reach, for blocks of so many rows; and KV heads that it gains from.
+    // Blocks that a task keeps in reach and gains from, for blocks of so many rows; and KV heads that it gains from.
     int64_t (*most_blocks)(const anyattn_call &, int64_t rows);
     int64_t (*most_groups)(const anyattn_call &, int64_t rows);
     // Adds a partial of the same block, in place; writes out and lse from the sum of all.

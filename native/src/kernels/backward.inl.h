@@ -1,21 +1,26 @@
 // Gradients: P again from the saved lse, five matrix products per tile, no atomics.
 // Dao, "FlashAttention-2" (2023), algorithm 2; queries outside, keys inside.
 #pragma once
+#include <new>
+
 #include "statistics.inl.h"
 
 namespace anyattn {
 namespace {
 
+// What a task keeps of the blocks whose gradients it sums together, to be in L2.
+constexpr int64_t kBackwardBytes = 1024 * 1024;
+
 // S and T hold the products of a panel and n keys; P (with dropout) and dS times scale go where Out keeps them.
-// Works on pairs of keys and of vectors.
-template <class Out>
-ANYATTN_NOINLINE void gradient_pass(typename Out::C *S, typename Out::C *T, int64_t n, int vectors,
-                                    typename Out::C factor, typename Out::C scale, typename Out::C *steep,
-                                    typename Out::C *keep, const RowStatistics<typename Out::C> &rows, int64_t row,
+// Works on pairs of keys and, where a panel has several, of vectors.
+template <class M, class Out>
+ANYATTN_NOINLINE void gradient_pass(typename M::C *S, typename M::C *T, int64_t n, int vectors, typename M::C factor,
+                                    typename M::C scale, typename M::C *steep, typename M::C *keep,
+                                    const RowStatistics<typename M::C> &rows, int64_t row,
                                     const typename Out::Gradients &gradients) {
-    using C = typename Out::C;
-    using V = typename Out::V;
-    constexpr int width = lanes<C>, stride = panel<C>;
+    using C = typename M::C;
+    using V = typename M::V;
+    constexpr int width = lanes<C>, stride = M::panel, X = stride > width ? 2 : 1;
     for (int c = 0; n % 2 && c < vectors; ++c) {
         const int64_t at = n * stride + c * width;
         store(S + at, splat(-infinity(C())));
@@ -23,21 +28,21 @@ ANYATTN_NOINLINE void gradient_pass(typename Out::C *S, typename Out::C *T, int6
         if (steep) store(steep + at, V{});
         if (keep) store(keep + at, V{});
     }
-    for (int c = 0; c < vectors; c += 2) {
-        V base[2], rest[2], middle[2];
-        for (int x = 0; x < 2; ++x) {
+    for (int c = 0; c < vectors; c += X) {
+        V base[X], rest[X], middle[X];
+        for (int x = 0; x < X; ++x) {
             base[x] = load<V>(rows.base + row + (c + x) * width);
             rest[x] = load<V>(rows.rest + row + (c + x) * width);
             middle[x] = load<V>(rows.delta + row + (c + x) * width);
         }
         for (int64_t j = 0; j < n; j += 2) {
-            V p[2][2], ds[2][2];
+            V p[2][X], ds[2][X];
             ANYATTN_UNROLL
             for (int r = 0; r < 2; ++r) {
                 ANYATTN_UNROLL
-                for (int x = 0; x < 2; ++x) {
+                for (int x = 0; x < X; ++x) {
                     const int64_t at = (j + r) * stride + (c + x) * width;
-                    p[r][x] = exp2((load<V>(S + at) - base[x]) * splat(factor) - rest[x]);
+                    p[r][x] = M::weight((load<V>(S + at) - base[x]) * splat(factor) - rest[x], splat(C(1)));
                     const V kept = keep ? load<V>(keep + at) : splat(C(1));
                     ds[r][x] = p[r][x] * (load<V>(T + at) * kept - middle[x]) * splat(scale);
                     if (steep) ds[r][x] *= load<V>(steep + at);
@@ -57,60 +62,121 @@ struct Range {
 // P and dS (times scale) of panel p and keys [j0, j1), stored by Out; the rest of the tile is zero. With `capped`, dS is
 // the gradient before the softcap. Returns the keys that the panel may see.
 template <class M, class Out>
-Range fill_gradients(const ScoreBlock<typename M::C> &block, const TileScratch<M> &w, const typename M::Keys &keys,
-                     const typename M::Keys &values, int p, int64_t j0, int64_t j1, typename M::C scale, bool capped,
-                     const typename Out::Gradients &gradients, TileAhead &ahead) {
+Range fill_gradients(const Block<M> &block, const BackwardRows<M> &of_block, const TileScratch<M> &w,
+                     const typename M::Keys &keys, const typename M::Keys &values, int p, int64_t j0, int64_t j1,
+                     typename M::C scale, bool capped, const typename Out::Gradients &gradients, TileAhead &ahead) {
     using C = typename M::C;
     using V = typename M::V;
     const anyattn_call &call = block.call;
-    const int64_t first = block.panel_begin(p, j0), keys_in_sight = max64(0, block.panel_end(p, j1) - first);
+    const int64_t first = block.panel_begin(p, j0, M::key_step);
+    const int64_t keys_in_sight = max64(0, block.panel_end(p, j1) - first);
     const MaskUse use = mask_use(block, p, first, keys_in_sight);
     const int64_t n = use == kSeesNone ? 0 : keys_in_sight;
     const Range range{n > 0 ? first - j0 : 0, n};
     Out::clear(gradients, 0, range.first);
     Out::clear(gradients, range.first + round_up(n, 2), j1 - j0);
     if (n == 0) return range;
-    C *S = w.S + p * w.tile + range.first * panel<C>, *T = w.T + p * w.tile + range.first * panel<C>;
+    C *S = w.S + w.offset(p) + range.first * M::panel, *T = w.T + w.offset(p) + range.first * M::panel;
     C *steep = capped ? w.steep : nullptr;
     V top[kPanelVectors] = {};
     const int rows = block.panel_rows(p);
     TileAhead none{};
-    M::scores(values, range.first, n, call.head_dim_v, w.dout + p * w.dout_size, rows, T, top, none);
-    M::scores(keys, range.first, n, call.head_dim, w.q + p * w.q_size, rows, S, top, ahead);
+    M::scores(values, range.first, n, call.head_dim_v, of_block.dout + p * of_block.dout_size, rows, T, top, none);
+    M::scores(keys, range.first, n, call.head_dim, of_block.q + p * of_block.q_size, rows, S, top, ahead);
     score_tile(block, p, first, n, use, w.added, steep, S, top);
     if (w.keep) keep_tile(w.keep, block, p, first, n);
-    gradient_pass<Out>(S, T, n, block.panel_vectors(p), block.units.factor, scale, steep, w.keep,
-                       RowStatistics<C>(w.rows), p * panel<C>, Out::from(gradients, range.first));
+    gradient_pass<M, Out>(S, T, n, block.panel_vectors(p), block.units.factor, scale, steep, w.keep,
+                          RowStatistics<C>(of_block.rows), p * M::panel, Out::from(gradients, range.first));
     return range;
+}
+
+// Keys of a block that one call of backward_blocks visits. `sums` is where dq is kept between the visits.
+struct Visit {
+    int64_t begin, end;
+    bool first, last;
+    void *sums;
+};
+
+// Block `at` of a part. Keys before the first of the block count as visited by the part that has the first keys.
+template <class M>
+Visit visit_of(const Block<M> &block, const BackwardPart &part, int64_t at) {
+    using C = typename M::C;
+    const int64_t size = kBlockQ * round_up(block.call.head_dim, lanes<C>);
+    return {max64(block.begin, part.key_begin), min64(block.end, part.key_end), part.key_begin <= block.begin,
+            block.end <= part.key_end, part.dq ? static_cast<C *>(part.dq) + at * size : nullptr};
+}
+
+// What a block of rows needs beside the tiles: its packed rows, its dQ, and its weights of a tile of keys.
+template <class M>
+struct BackwardState {
+    using C = typename M::C;
+    BackwardRows<M> packed;
+    int64_t dq_size;  // of one panel
+    C *dq;
+    char *gradients, *q_rows, *dout_rows;
+
+    BackwardState(const anyattn_call &call, Arena &arena) : packed(call, arena) {
+        dq_size = round_up(call.head_dim, lanes<C>) * M::panel;
+        dq = arena.take<C>(dq_size * (kBlockQ / M::panel));
+        gradients = arena.take<char>(M::gradients_size());
+        q_rows = arena.take<char>(M::row_buffer(call.head_dim));
+        dout_rows = arena.take<char>(M::row_buffer(call.head_dim_v));
+    }
+};
+
+// P and dS of a block for a tile of keys, and the rows that they weight in dV and dK.
+template <class M>
+struct WeightedRows {
+    typename M::Gradients gradients;
+    typename M::Rows q, dout;
+    int64_t rows;
+    unsigned panels;  // bit p: panel p has weights that are not zero
+};
+
+// Blocks whose dK and dV are summed together, for a tile of keys.
+template <class M>
+int64_t backward_blocks_at_once(const anyattn_call &call) {
+    if (has_key_lists(call)) return 1;
+    Arena arena{nullptr, 0};
+    BackwardState<M>(call, arena);
+    const int64_t blocks = call.nheads / call.nheads_kv * ((call.seqlen_q + kBlockQ - 1) / kBlockQ);
+    return max64(1, min64(blocks, min64(M::most_backward_blocks, kBackwardBytes / arena.used)));
 }
 
 template <class M>
 struct BackwardScratch {
     using C = typename M::C;
     TileScratch<M> tiles;
-    int64_t dq_size;  // of one panel
-    C *dq;
-    char *gradients, *q_rows, *dout_rows;
+    int64_t most;  // blocks
+    Block<M> *blocks;
+    Visit *visits;
+    BackwardState<M> *states;
+    WeightedRows<M> *weighted, *seen;  // of all blocks; of those that see a key of the tile
     Partial tile{};  // dk and dv of a tile of selected keys, before they are added to rows anywhere
 
     BackwardScratch(const anyattn_call &call, Arena &arena) : tiles(call, arena) {
-        dq_size = round_up(call.head_dim, lanes<C>) * panel<C>;
-        dq = arena.take<C>(dq_size * (kBlockQ / panel<C>));
-        gradients = arena.take<char>(M::gradients_size());
-        q_rows = arena.take<char>(M::row_buffer(call.head_dim));
-        dout_rows = arena.take<char>(M::row_buffer(call.head_dim_v));
+        most = backward_blocks_at_once<M>(call);
+        blocks = arena.take<Block<M>>(most);
+        visits = arena.take<Visit>(most);
+        states = arena.take<BackwardState<M>>(most);
+        weighted = arena.take<WeightedRows<M>>(most);
+        seen = arena.take<WeightedRows<M>>(most);
+        for (int64_t i = 0; i < most; ++i) {
+            const BackwardState<M> state(call, arena);
+            if (arena.base) new (states + i) BackwardState<M>(state);
+        }
         if (!has_key_lists(call)) return;
         tile.dk_stride = round_up(call.head_dim, lanes<C>);
         tile.dv_stride = round_up(call.head_dim_v, lanes<C>);
-        tile.dk = arena.take<C>(kKeys * tile.dk_stride);
-        tile.dv = arena.take<C>(kKeys * tile.dv_stride);
+        tile.dk = arena.take<C>(M::score_keys * tile.dk_stride);
+        tile.dv = arena.take<C>(M::score_keys * tile.dv_stride);
     }
 };
 
 // Where a tile of keys adds its gradients: rows of the partial, or for selected keys a tile of zeros.
 template <class M>
-Partial sums_of_tile(const ScoreBlock<typename M::C> &block, const BackwardScratch<M> &w, const Partial &partial,
-                     int64_t j0, int64_t n) {
+Partial sums_of_tile(const Block<M> &block, const BackwardScratch<M> &w, const Partial &partial, int64_t j0,
+                     int64_t n) {
     using C = typename M::C;
     if (!block.slots) {
         return {static_cast<C *>(partial.dk) + j0 * partial.dk_stride,
@@ -134,76 +200,120 @@ ANYATTN_NOINLINE void add_to_slots(void *to, int64_t to_stride, const void *tile
 }
 
 // Adds the parts of dsink of a block's heads, `step` apart.
-template <class C>
-void add_sink_gradients(const ScoreBlock<C> &block, const RowStatistics<C> &rows, double *sums, int64_t step) {
+template <class C, int P>
+void add_sink_gradients(const ScoreBlock<C, P> &block, const RowStatistics<C> &rows, double *sums, int64_t step) {
     for (int i = 0; i < block.rows; ++i) {
         sums[(block.head(i) - block.h) * step] -= double(rows.sink[i]) * double(rows.delta[i]);
     }
 }
 
-// Keys of a block that one call of backward_block visits. `sums` is where dq is kept between the visits.
-struct Visit {
-    int64_t begin, end;
-    bool first, last;
-    void *sums;
+// What a block is told of its rows' statistics: where its part of dsink and what dbias needs of them go, or null.
+struct RowOutputs {
+    double *sink_sums;
+    int64_t sink_step;
+    void *statistics;
 };
 
-// Block `at` of a part. Keys before the first of the block count as visited by the part that has the first keys.
-template <class C>
-Visit visit_of(const ScoreBlock<C> &block, const BackwardPart &part, int64_t at) {
-    const int64_t size = kBlockQ * round_up(block.call.head_dim, lanes<C>);
-    return {max64(block.begin, part.key_begin), min64(block.end, part.key_end), part.key_begin <= block.begin,
-            block.end <= part.key_end, part.dq ? static_cast<C *>(part.dq) + at * size : nullptr};
+template <class M>
+int64_t dq_bytes(const Block<M> &block, const BackwardState<M> &state) {
+    return block.panels * state.dq_size * (int64_t)sizeof(typename M::C);
+}
+
+// Packs the rows of a block that w has at `index`, and their dQ as the visit before this one left it.
+template <class M>
+void start_block(const BackwardScratch<M> &w, int64_t index, const Visit &visit, const RowOutputs &outputs) {
+    const Block<M> &block = w.blocks[index];
+    const BackwardState<M> &state = w.states[index];
+    const anyattn_call &call = block.call;
+    const RowStatistics<typename M::C> rows(state.packed.rows);
+    pack_rows<M>(block, state.packed);
+    fill_statistics<M>(block, state.packed, w.tiles);
+    if (outputs.statistics && visit.first) store_statistics(block, rows, outputs.statistics);
+    if (outputs.sink_sums && visit.first) add_sink_gradients(block, rows, outputs.sink_sums, outputs.sink_step);
+    const auto q = M::load_rows(block.strided(call.q), block.rows, call.head_dim, state.q_rows);
+    const auto dout = M::load_rows(block.strided(call.dout), block.rows, call.head_dim_v, state.dout_rows);
+    const auto gradients = M::gradients(w.tiles.S, w.tiles.T, state.gradients);
+    new (w.weighted + index) WeightedRows<M>{gradients, q, dout, block.rows, 0};
+    w.visits[index] = visit;
+    if (visit.first) {
+        __builtin_memset(state.dq, 0, (size_t)dq_bytes<M>(block, state));
+    } else {
+        __builtin_memcpy(state.dq, visit.sums, (size_t)dq_bytes<M>(block, state));
+    }
+}
+
+// Adds keys [j0, j1) to dQ of a block and leaves their P and dS in `weighted`.
+template <class M>
+void attend_backward(const Block<M> &block, const BackwardState<M> &state, const TileScratch<M> &tiles,
+                     const typename M::Keys &keys, const typename M::Keys &values, int64_t j0, int64_t j1,
+                     WeightedRows<M> *weighted, TileAhead &next) {
+    using C = typename M::C;
+    const anyattn_call &call = block.call;
+    weighted->panels = 0;
+    for (int p = 0; p < block.panels; ++p) {
+        const auto part = M::panel_of(weighted->gradients, p);
+        const Range r =
+            fill_gradients<M, M>(block, state.packed, tiles, keys, values, p, j0, j1, C(call.scale), true, part, next);
+        if (r.n == 0) continue;
+        weighted->panels |= 1u << p;
+        M::accumulate_dq(part, keys, r.first, r.n, call.head_dim, block.panel_rows(p), state.dq + p * state.dq_size);
+    }
+}
+
+// Writes dQ of a block whose last keys were visited, and keeps it for the next visit otherwise.
+template <class M>
+void finish_block(const Block<M> &block, const BackwardState<M> &state, const Visit &visit) {
+    const anyattn_call &call = block.call;
+    if (!visit.last) {
+        __builtin_memcpy(visit.sums, state.dq, (size_t)dq_bytes<M>(block, state));
+        return;
+    }
+    const RowTable dq = block.table(call.dq);
+    for (int p = 0; p < block.panels; ++p) {
+        unpack_panel<typename M::C, M::panel>(dq.row + p * M::panel, dq.dtype, state.dq + p * state.dq_size,
+                                              block.panel_rows(p), call.head_dim, nullptr,
+                                              call.flags & ANYATTN_ACCUMULATE);
+    }
+}
+
+// The first `count` blocks of w, of one KV head, which have been started.
+template <class M>
+void backward_blocks(const BackwardScratch<M> &w, int64_t count, const Partial &partial) {
+    using C = typename M::C;
+    const Block<M> &first = w.blocks[0];
+    const anyattn_call &call = first.call;
+    int64_t begin = w.visits[0].begin, end = w.visits[0].end;
+    for (int64_t i = 1; i < count; ++i) {
+        begin = min64(begin, w.visits[i].begin);
+        end = max64(end, w.visits[i].end);
+    }
+    const KeyRows k = first.keys(call.k), v = first.keys(call.v);
+    for (int64_t j0 = begin; j0 < end && !stopped(call); j0 += M::score_keys) {
+        const int64_t j1 = min64(j0 + M::score_keys, end), n = j1 - j0;
+        const auto keys = M::load_keys(k, j0, n, call.head_dim, kSumDim | kSumKeys, w.tiles.k);
+        const auto values = M::load_keys(v, j0, n, call.head_dim_v, kSumDim, w.tiles.v);
+        TileAhead next = next_tile(call, &k, &v, 1, j1, min64(j1 + M::score_keys, end));
+        int64_t seen = 0;
+        for (int64_t i = 0; i < count; ++i) {
+            if (w.visits[i].begin >= j1 || w.visits[i].end <= j0) continue;
+            attend_backward<M>(w.blocks[i], w.states[i], w.tiles, keys, values, j0, j1, w.weighted + i, next);
+            if (w.weighted[i].panels) w.seen[seen++] = w.weighted[i];
+        }
+        if (seen == 0) continue;
+        const Partial to = sums_of_tile<M>(first, w, partial, j0, n);
+        M::accumulate_dv(w.seen, seen, n, call.head_dim_v, static_cast<C *>(to.dv), to.dv_stride);
+        M::accumulate_dk(w.seen, seen, n, call.head_dim, static_cast<C *>(to.dk), to.dk_stride);
+        if (!first.slots) continue;
+        add_to_slots<C>(partial.dk, partial.dk_stride, to.dk, to.dk_stride, first.slots + j0, n);
+        add_to_slots<C>(partial.dv, partial.dv_stride, to.dv, to.dv_stride, first.slots + j0, n);
+    }
+    for (int64_t i = 0; i < count; ++i) finish_block<M>(w.blocks[i], w.states[i], w.visits[i]);
 }
 
 template <class M>
-void backward_block(const ScoreBlock<typename M::C> &block, const BackwardScratch<M> &w, const Partial &partial,
-                    double *sink_sums, int64_t sink_step, void *statistics, const Visit &visit) {
-    using C = typename M::C;
-    const anyattn_call &call = block.call;
-    const TileScratch<M> &tiles = w.tiles;
-    const RowStatistics<C> rows(tiles.rows);
-    pack_rows(block, tiles);
-    fill_statistics(block, tiles);
-    if (statistics && visit.first) store_statistics(block, rows, statistics);
-    if (sink_sums && visit.first) add_sink_gradients(block, rows, sink_sums, sink_step);
-    const RowTable dq = block.table(call.dq);
-    const auto q_rows = M::load_rows(block.strided(call.q), block.rows, call.head_dim, w.q_rows);
-    const auto dout_rows = M::load_rows(block.strided(call.dout), block.rows, call.head_dim_v, w.dout_rows);
-    const KeyRows k = block.keys(call.k), v = block.keys(call.v);
-    const size_t dq_bytes = (size_t)(block.panels * w.dq_size * (int64_t)sizeof(C));
-    if (visit.first) {
-        __builtin_memset(w.dq, 0, dq_bytes);
-    } else {
-        __builtin_memcpy(w.dq, visit.sums, dq_bytes);
-    }
-    const auto gradients = M::gradients(tiles.S, tiles.T, w.gradients);
-    for (int64_t j0 = visit.begin; j0 < visit.end && !stopped(call); j0 += kKeys) {
-        const int64_t j1 = min64(j0 + kKeys, visit.end), n = j1 - j0;
-        const auto keys = M::load_keys(k, j0, n, call.head_dim, kSumDim | kSumKeys, tiles.k);
-        const auto values = M::load_keys(v, j0, n, call.head_dim_v, kSumDim, tiles.v);
-        TileAhead next = next_tile(call, &k, &v, 1, j1, min64(j1 + kKeys, visit.end));
-        for (int p = 0; p < block.panels; ++p) {
-            const auto part = M::panel_of(gradients, p);
-            const Range r =
-                fill_gradients<M, M>(block, tiles, keys, values, p, j0, j1, C(call.scale), true, part, next);
-            M::accumulate_dq(part, keys, r.first, r.n, call.head_dim, block.panel_rows(p), w.dq + p * w.dq_size);
-        }
-        const Partial to = sums_of_tile(block, w, partial, j0, n);
-        M::accumulate_dv(gradients, n, dout_rows, block.rows, call.head_dim_v, static_cast<C *>(to.dv), to.dv_stride);
-        M::accumulate_dk(gradients, n, q_rows, block.rows, call.head_dim, static_cast<C *>(to.dk), to.dk_stride);
-        if (!block.slots) continue;
-        add_to_slots<C>(partial.dk, partial.dk_stride, to.dk, to.dk_stride, block.slots + j0, n);
-        add_to_slots<C>(partial.dv, partial.dv_stride, to.dv, to.dv_stride, block.slots + j0, n);
-    }
-    if (!visit.last) {
-        __builtin_memcpy(visit.sums, w.dq, dq_bytes);
-        return;
-    }
-    for (int p = 0; p < block.panels; ++p) {
-        unpack_panel(dq.row + p * panel<C>, dq.dtype, w.dq + p * w.dq_size, block.panel_rows(p), call.head_dim,
-                     (const C *)nullptr, call.flags & ANYATTN_ACCUMULATE);
-    }
+const Block<M> &place_block(const anyattn_call &call, const QueryBlock &rows, const BackwardScratch<M> &w,
+                            int64_t index) {
+    return *new (w.blocks + index) Block<M>(call, rows, M::score_factor(call.scale));
 }
 
 // The rows of a block of queries, one query and the heads that share its keys at a time.
@@ -214,9 +324,10 @@ void backward_rows(const anyattn_call &call, const Sequence &s, int64_t h_kv, in
     for (int64_t i = block * kBlockQ; i < min64((block + 1) * kBlockQ, s.n_q); ++i) {
         for (int64_t first = 0; first < group; first += kBlockQ) {
             const QueryBlock row{s.index, h_kv * group + first, min64(kBlockQ, group - first), i, 1};
-            const ScoreBlock<typename M::C> score(call, row, M::score_factor(call.scale));
-            backward_block<M>(score, w, partial, sink_sums ? sink_sums + first * blocks + block : nullptr, blocks,
-                              statistics, {score.begin, score.end, true, true, nullptr});
+            const Block<M> &placed = place_block<M>(call, row, w, 0);
+            start_block<M>(w, 0, {placed.begin, placed.end, true, true, nullptr},
+                           {sink_sums ? sink_sums + first * blocks + block : nullptr, blocks, statistics});
+            backward_blocks<M>(w, 1, partial);
         }
     }
 }
@@ -228,16 +339,21 @@ void backward_group(const anyattn_call &call, const BackwardPart &part, const Pa
     const int64_t group = call.nheads / call.nheads_kv, blocks = (s.n_q + kBlockQ - 1) / kBlockQ;
     Arena arena{static_cast<char *>(memory), 0};
     const BackwardScratch<M> w(call, arena);
-    for (int64_t at = part.first; at < part.end && !stopped(call); at += part.step) {
+    for (int64_t at = part.first; at < part.end && !stopped(call);) {
         if (has_key_lists(call)) {
             backward_rows<M>(call, s, part.h_kv, at, partial, sink_sums, statistics, w);
+            at += part.step;
             continue;
         }
-        const ScoreBlock<typename M::C> block(call, query_block(s, part.h_kv * group + at / blocks, at % blocks),
-                                              M::score_factor(call.scale));
-        const Visit visit = visit_of(block, part, at);
-        if (!visit.first && block.end <= part.key_begin) continue;
-        backward_block<M>(block, w, partial, sink_sums ? sink_sums + at : nullptr, blocks, statistics, visit);
+        int64_t count = 0;
+        for (; count < w.most && at < part.end; at += part.step) {
+            const QueryBlock rows = query_block(s, part.h_kv * group + at / blocks, at % blocks);
+            const Block<M> &block = place_block<M>(call, rows, w, count);
+            const Visit visit = visit_of<M>(block, part, at);
+            if (!visit.first && block.end <= part.key_begin) continue;
+            start_block<M>(w, count++, visit, {sink_sums ? sink_sums + at : nullptr, blocks, statistics});
+        }
+        if (count > 0) backward_blocks<M>(w, count, partial);
     }
 }
 

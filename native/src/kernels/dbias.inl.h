@@ -10,10 +10,11 @@ template <class M>
 struct DbiasScratch {
     using C = typename M::C;
     TileScratch<M> tiles;
+    BackwardRows<M> packed;
     double *sum;  // [key][row], one of each where broadcast
 
-    DbiasScratch(const anyattn_call &call, Arena &arena) : tiles(call, arena) {
-        sum = arena.take<double>(kKeys * kBlockQ);
+    DbiasScratch(const anyattn_call &call, Arena &arena) : tiles(call, arena), packed(call, arena) {
+        sum = arena.take<double>(M::score_keys * kBlockQ);
     }
 };
 
@@ -28,9 +29,9 @@ struct DbiasTile {
     int64_t key_step() const { return summed(3) ? 0 : kBlockQ; }
 };
 
-template <class C>
+template <class C, int P>
 ANYATTN_NOINLINE void sum_tile(double *sum, const C *ds, int64_t n, int64_t rows, int64_t key_step, int64_t row_step) {
-    for (int64_t j = 0; j < n; ++j, ds += panel<C>, sum += key_step) {
+    for (int64_t j = 0; j < n; ++j, ds += P, sum += key_step) {
         if (row_step) {
             for (int64_t x = 0; x < rows; ++x) sum[x] += double(ds[x]);
         } else {
@@ -40,30 +41,30 @@ ANYATTN_NOINLINE void sum_tile(double *sum, const C *ds, int64_t n, int64_t rows
 }
 
 template <class M>
-void add_block(const ScoreBlock<typename M::C> &block, const DbiasTile &tile, const DbiasScratch<M> &w,
-               const void *statistics) {
+void add_dbias(const Block<M> &block, const DbiasTile &tile, const DbiasScratch<M> &w, const void *statistics) {
     using C = typename M::C;
-    using Out = Plain<C>;
+    using Out = InPlace<C, M::panel>;
     const anyattn_call &call = block.call;
     const int64_t begin = tile.summed(3) ? block.begin : block.key_at(tile.j0);
     const int64_t end = tile.summed(3) ? block.end : block.key_at(tile.j0 + tile.keys);
     if (begin >= end || stopped(call)) return;
-    pack_rows(block, w.tiles);
-    load_statistics(block, statistics, RowStatistics<C>(w.tiles.rows));
+    pack_rows<M>(block, w.packed);
+    load_statistics(block, statistics, RowStatistics<C>(w.packed.rows));
     const KeyRows k = block.keys(call.k), v = block.keys(call.v);
     TileAhead none{};
-    for (int64_t j0 = begin; j0 < end && !stopped(call); j0 += kKeys) {
-        const int64_t n = min64(kKeys, end - j0);
+    for (int64_t j0 = begin; j0 < end && !stopped(call); j0 += M::score_keys) {
+        const int64_t n = min64(M::score_keys, end - j0);
         const auto keys = M::load_keys(k, j0, n, call.head_dim, kSumDim, w.tiles.k);
         const auto values = M::load_keys(v, j0, n, call.head_dim_v, kSumDim, w.tiles.v);
         for (int p = 0; p < block.panels; ++p) {
-            const auto ds = Out::panel_of({w.tiles.S, w.tiles.T}, p);
-            const Range r = fill_gradients<M, Out>(block, w.tiles, keys, values, p, j0, j0 + n, C(1), false, ds, none);
-            const int64_t row = block.i0 - tile.i0 + p * panel<C>;
+            const typename Out::Gradients ds{w.tiles.S + w.tiles.offset(p), w.tiles.T + w.tiles.offset(p)};
+            const Range r =
+                fill_gradients<M, Out>(block, w.packed, w.tiles, keys, values, p, j0, j0 + n, C(1), false, ds, none);
+            const int64_t row = block.i0 - tile.i0 + p * M::panel;
             block.for_runs(j0 + r.first, r.n, [&](int64_t i, int64_t slot, int64_t count) {
                 double *sum = w.sum + (slot - tile.j0) * tile.key_step() + row * tile.row_step();
-                sum_tile(sum, Out::from(ds, r.first + i).ds, count, block.panel_rows(p), tile.key_step(),
-                         tile.row_step());
+                sum_tile<C, M::panel>(sum, Out::from(ds, r.first + i).ds, count, block.panel_rows(p), tile.key_step(),
+                                      tile.row_step());
             });
         }
     }
@@ -89,12 +90,12 @@ template <class M>
 void dbias_tile(const anyattn_call &call, int64_t bias_b, int64_t bias_h, int64_t block_q, int64_t block_k,
                 void *statistics, void *memory) {
     using C = typename M::C;
-    DbiasTile tile{call, bias_b, bias_h, block_q * kBlockQ, block_k * kKeys, 1, 1};
+    DbiasTile tile{call, bias_b, bias_h, block_q * kBlockQ, block_k * M::score_keys, 1, 1};
     if (!tile.summed(2)) tile.rows = min64(kBlockQ, call.seqlen_q - tile.i0);
-    if (!tile.summed(3)) tile.keys = min64(kKeys, call.seqlen_k - tile.j0);
+    if (!tile.summed(3)) tile.keys = min64(M::score_keys, call.seqlen_k - tile.j0);
     Arena arena{static_cast<char *>(memory), 0};
     const DbiasScratch<M> w(call, arena);
-    __builtin_memset(w.sum, 0, sizeof(double) * kKeys * kBlockQ);
+    __builtin_memset(w.sum, 0, sizeof(double) * M::score_keys * kBlockQ);
     const int64_t b_end = tile.summed(0) ? call.batch : bias_b + 1, h_end = tile.summed(1) ? call.nheads : bias_h + 1;
     for (int64_t b = bias_b; b < b_end; ++b) {
         const Sequence s = sequence(call, b);
@@ -102,8 +103,8 @@ void dbias_tile(const anyattn_call &call, int64_t bias_b, int64_t bias_h, int64_
         for (int64_t h = bias_h; h < h_end; ++h) {
             const int64_t rows = has_key_lists(call) ? 1 : kBlockQ;
             for (int64_t i = tile.i0; i < i_end; i += rows) {
-                const ScoreBlock<C> block(call, {b, h, 1, i, min64(rows, s.n_q - i)}, M::score_factor(call.scale));
-                add_block(block, tile, w, statistics);
+                const Block<M> block(call, {b, h, 1, i, min64(rows, s.n_q - i)}, M::score_factor(call.scale));
+                add_dbias<M>(block, tile, w, statistics);
             }
         }
     }

@@ -103,7 +103,13 @@ struct Few {
     using C = Compute;
     using V = typename Lanes<C>::V;
     using Packed = C;
-    static constexpr int tile_keys = kFewKeys;
+    using Task = NoTask;
+    // See Plain.
+    static constexpr int panel = anyattn::panel<C>, score_keys = kFewKeys, key_step = 2;
+    static constexpr int most_blocks = 4;
+    static constexpr bool weights_in_scores = true, finds_top = true;
+    static int64_t tile_keys(const anyattn_call &) { return kFewKeys; }
+    static ANYATTN_INLINE V weight(V x, V factor) { return exp2(x, factor); }
 
     // A table of rows: the last is repeated past the end.
     struct Keys {
@@ -136,9 +142,9 @@ struct Few {
     static double score_factor(double scale) { return Plain<C>::score_factor(scale); }
 
     // Lanes without a row hold no products: nothing there may be NaN.
-    static void clean(C *S) { __builtin_memset(S, 0, sizeof(C) * panel<C> * (kFewKeys + lanes<C>)); }
+    static void clean(C *S) { __builtin_memset(S, 0, sizeof(C) * panel * (kFewKeys + lanes<C>)); }
 
-    static int64_t key_buffer(int64_t, int) { return (kFewKeys + lanes<C>)*(int64_t)sizeof(char *); }
+    static int64_t key_buffer(int64_t, int, int64_t) { return (kFewKeys + lanes<C>)*(int64_t)sizeof(char *); }
 
     static Keys load_keys(const KeyRows &keys, int64_t j, int64_t n, int64_t, int, char *buffer) {
         const char **rows = reinterpret_cast<const char **>(buffer);
@@ -154,7 +160,7 @@ struct Few {
             with_dtype<C>(keys.dtype, [&](auto t) {
                 constexpr int R = decltype(r)::value;
                 for (int64_t j = 0; j < n; j += lanes<C> / R) {
-                    few_scores<C, decltype(t)::value, R>(rows + j, q, round_up(dim, lanes<C>), dim, S + j * panel<C>,
+                    few_scores<C, decltype(t)::value, R>(rows + j, q, round_up(dim, lanes<C>), dim, S + j * panel,
                                                          ahead.k);
                 }
             });
@@ -164,7 +170,7 @@ struct Few {
 
     static V highest(const C *S, int64_t n) {
         V top = splat(-infinity(C()));
-        for (int64_t j = 0; j < n; ++j) top = larger(top, load<V>(S + j * panel<C>));
+        for (int64_t j = 0; j < n; ++j) top = larger(top, load<V>(S + j * panel));
         return top;
     }
 

@@ -96,7 +96,7 @@ struct FewDot : Few<float> {
         for_rows(count, [&](auto r) {
             constexpr int R = decltype(r)::value;
             for (int64_t j = 0; j < n; j += 16 / R) {
-                few_score_pairs<R>(keys.rows + first + j, q, round_up(dim, 32) / 2, dim, S + j * panel<float>, ahead.k);
+                few_score_pairs<R>(keys.rows + first + j, q, round_up(dim, 32) / 2, dim, S + j * panel, ahead.k);
             }
         });
         top[0] = highest(S, n);

@@ -19,7 +19,7 @@ struct ForwardState {
     typename M::Packed *q;
     C *out, *m, *l;  // sums of values; per row: maximum, sum of weights
 
-    static int64_t panels() { return kBlockQ / panel<C>; }
+    static int64_t panels() { return kBlockQ / M::panel; }
     static int64_t q_size(const anyattn_call &call) { return M::packed_size(call.head_dim); }
     static int64_t out_size(const anyattn_call &call) { return M::out_size(call.head_dim_v); }
 
@@ -51,23 +51,25 @@ int64_t most_groups(const anyattn_call &call) {
 template <class M>
 struct ForwardScratch {
     using C = typename M::C;
-    C *S, *added, *keep, *alpha;  // see SoftmaxRows
+    C *S, *P, *added, *keep, *alpha;  // see SoftmaxRows
     char *k, *v;
     KeyRows *k_rows, *v_rows;
-    ScoreBlock<C> *blocks;
+    Block<M> *blocks;
     ForwardState<M> *states;
 
     ForwardScratch(const anyattn_call &call, int64_t count, Arena &arena) {
-        const int64_t tile = kTileKeys * panel<C>;
+        const int64_t tile = kTileKeys * M::panel;
         S = arena.take<C>(tile);
+        P = M::weights_in_scores ? S : arena.take<C>(tile / 2);
         added = call.bias.data || call.mask.data ? arena.take<C>(tile) : nullptr;
         keep = call.dropout_threshold ? arena.take<C>(tile) : nullptr;
         alpha = arena.take<C>(kBlockQ);
-        k = arena.take<char>(M::key_buffer(call.head_dim, kSumDim));
-        v = arena.take<char>(M::key_buffer(call.head_dim_v, kSumKeys));
+        const int64_t keys = M::tile_keys(call);
+        k = arena.take<char>(M::key_buffer(call.head_dim, kSumDim, keys));
+        v = arena.take<char>(M::key_buffer(call.head_dim_v, kSumKeys, keys));
         k_rows = arena.take<KeyRows>(count);
         v_rows = arena.take<KeyRows>(count);
-        blocks = arena.take<ScoreBlock<C>>(count);
+        blocks = arena.take<Block<M>>(count);
         states = arena.take<ForwardState<M>>(count);
         for (int64_t i = 0; i < count; ++i) {
             const ForwardState<M> state(call, arena);
@@ -91,8 +93,8 @@ struct ForwardPartial {
 };
 
 // The sink joins the sum; alpha becomes what the sums of values are divided by, inverted; lse where asked for.
-template <class C>
-ANYATTN_NOINLINE void finish_rows(const ScoreBlock<C> &block, const C *m, C *l, C *alpha) {
+template <class C, int P>
+ANYATTN_NOINLINE void finish_rows(const ScoreBlock<C, P> &block, const C *m, C *l, C *alpha) {
     using V = typename Lanes<C>::V;
     const bool has_sink = block.call.sink.data;
     const V none{};
@@ -119,38 +121,40 @@ ANYATTN_NOINLINE void finish_rows(const ScoreBlock<C> &block, const C *m, C *l, 
 }
 
 template <class M>
-void start(const ScoreBlock<typename M::C> &block, const ForwardState<M> &state) {
+void start(const Block<M> &block, const ForwardState<M> &state) {
     using C = typename M::C;
     const anyattn_call &call = block.call;
     const RowTable q = block.table(call.q);
     for (int p = 0; p < block.panels; ++p) {
-        M::pack(state.q + p * state.q_size(call), q.row + p * panel<C>, q.dtype, block.panel_rows(p), call.head_dim,
+        M::pack(state.q + p * state.q_size(call), q.row + p * M::panel, q.dtype, block.panel_rows(p), call.head_dim,
                 M::query_factor(call.scale));
     }
     __builtin_memset(state.out, 0, (size_t)(block.panels * state.out_size(call) * (int64_t)sizeof(C)));
     clear_sums(state.m, state.l);
 }
 
-// Adds the keys [j0, j1): one tile.
+// Adds the keys [j0, j1): one tile, by panels, and within a panel by as many keys as a score tile has.
 template <class M>
-void attend(const ScoreBlock<typename M::C> &block, const ForwardState<M> &state, const ForwardScratch<M> &w,
+void attend(const Block<M> &block, const ForwardState<M> &state, const ForwardScratch<M> &w,
             const typename M::Keys &keys, const typename M::Keys &values, int64_t j0, int64_t j1, TileAhead &next) {
-    using C = typename M::C;
     const anyattn_call &call = block.call;
-    const SoftmaxRows<M> softmax{w.S, w.added, w.keep, state.m, state.l, w.alpha};
+    const SoftmaxRows<M> softmax{w.S, w.P, w.added, w.keep, state.m, state.l, w.alpha};
     for (int p = 0; p < block.panels; ++p) {
-        const int64_t first = block.panel_begin(p, j0), n = block.panel_end(p, j1) - first;
-        const MaskUse use = n > 0 ? mask_use(block, p, first, n) : kSeesNone;
-        if (use == kSeesNone) continue;
-        softmax.add_keys(block, p, keys, j0, first, n, use, state.q + p * state.q_size(call), next);
-        M::accumulate(values, first - j0, n, call.head_dim_v, w.S, block.panel_rows(p),
-                      state.out + p * state.out_size(call), w.alpha + p * panel<C>, next);
+        for (int64_t j = j0; j < j1; j += M::score_keys) {
+            const int64_t first = block.panel_begin(p, j, M::key_step);
+            const int64_t n = block.panel_end(p, min64(j + M::score_keys, j1)) - first;
+            const MaskUse use = n > 0 ? mask_use(block, p, first, n) : kSeesNone;
+            if (use == kSeesNone) continue;
+            softmax.add_keys(block, p, keys, j0, first, n, use, state.q + p * state.q_size(call), next);
+            M::accumulate(values, first - j0, n, call.head_dim_v, w.P, block.panel_rows(p),
+                          state.out + p * state.out_size(call), w.alpha + p * M::panel, next);
+        }
     }
 }
 
 // Writes the rows of a block: out and lse, or the partial.
 template <class M>
-void write_block(const ScoreBlock<typename M::C> &block, const ForwardState<M> &state, typename M::C *alpha,
+void write_block(const Block<M> &block, const ForwardState<M> &state, typename M::C *alpha,
                  const ForwardPartial<typename M::C> *partial) {
     using C = typename M::C;
     const anyattn_call &call = block.call;
@@ -167,8 +171,8 @@ void write_block(const ScoreBlock<typename M::C> &block, const ForwardState<M> &
         out = block.table(call.out);
     }
     for (int p = 0; p < block.panels; ++p) {
-        M::unpack(out.row + p * panel<C>, out.dtype, state.out + p * state.out_size(call), block.panel_rows(p),
-                  call.head_dim_v, partial ? nullptr : alpha + p * panel<C>);
+        M::unpack(out.row + p * M::panel, out.dtype, state.out + p * state.out_size(call), block.panel_rows(p),
+                  call.head_dim_v, partial ? nullptr : alpha + p * M::panel);
     }
 }
 
@@ -187,29 +191,29 @@ void forward_blocks(const anyattn_call &call, const BlockSet &set, int64_t begin
     Arena arena{static_cast<char *>(memory), 0};
     const ForwardScratch<M> w(call, set.count(), arena);
     for (int64_t i = 0; i < set.count(); ++i)
-        start(*new (w.blocks + i) ScoreBlock<C>(call, block_of(call, set, i), M::score_factor(call.scale)),
-              w.states[i]);
+        start<M>(*new (w.blocks + i) Block<M>(call, block_of(call, set, i), M::score_factor(call.scale)), w.states[i]);
     for (int64_t g = 0; g < set.groups; ++g) {
-        const ScoreBlock<C> &block = w.blocks[g * set.shared()];
+        const Block<M> &block = w.blocks[g * set.shared()];
         w.k_rows[g] = block.keys(call.k);
         w.v_rows[g] = block.keys(call.v);
     }
     M::clean(w.S);
-    for (int64_t j0 = begin; j0 < end && !stopped(call); j0 += M::tile_keys) {
-        const int64_t j1 = min64(j0 + M::tile_keys, end);
-        TileAhead next = next_tile(call, w.k_rows, w.v_rows, set.groups, j1, min64(j1 + M::tile_keys, end));
+    const int64_t tile_keys = M::tile_keys(call);
+    for (int64_t j0 = begin; j0 < end && !stopped(call); j0 += tile_keys) {
+        const int64_t j1 = min64(j0 + tile_keys, end);
+        TileAhead next = next_tile(call, w.k_rows, w.v_rows, set.groups, j1, min64(j1 + tile_keys, end));
         for (int64_t i = 0; i < set.count();) {
             const int64_t g = i / set.shared();
             const auto keys = M::load_keys(w.k_rows[g], j0, j1 - j0, call.head_dim, kSumDim, w.k);
             const auto values = M::load_keys(w.v_rows[g], j0, j1 - j0, call.head_dim_v, kSumKeys, w.v);
-            for (; i < (g + 1) * set.shared(); ++i) attend(w.blocks[i], w.states[i], w, keys, values, j0, j1, next);
+            for (; i < (g + 1) * set.shared(); ++i) attend<M>(w.blocks[i], w.states[i], w, keys, values, j0, j1, next);
         }
     }
     for (int64_t i = 0; i < set.count(); ++i) {
         const int64_t row = (w.blocks[i].h - set.first.h) * set.first.rows;
         const ForwardPartial<C> target(
             call, static_cast<C *>(partial) + (partial ? row * ForwardPartial<C>::row_size(call) : 0));
-        write_block(w.blocks[i], w.states[i], w.alpha, partial ? &target : nullptr);
+        write_block<M>(w.blocks[i], w.states[i], w.alpha, partial ? &target : nullptr);
     }
 }
 
@@ -235,7 +239,7 @@ template <class M>
 void finish_partial(const anyattn_call &call, const QueryBlock &rows, const void *memory) {
     using C = typename M::C;
     using V = typename M::V;
-    const ScoreBlock<C> block(call, rows, M::score_factor(call.scale));
+    const Block<M> block(call, rows, M::score_factor(call.scale));
     const ForwardPartial<C> partial(call, memory);
     alignas(64) C m[kBlockQ] = {}, l[kBlockQ] = {}, alpha[kBlockQ];
     for (int r = 0; r < block.rows; ++r) {

@@ -32,10 +32,10 @@ ANYATTN_INLINE void narrow_bfloat16(char *p, F32 x) {
 #if defined(__AVX512F__)
 ANYATTN_INLINE F32 widen_float16(const char *p) { return (F32)_mm512_cvtph_ps(load<__m256i>(p)); }
 ANYATTN_INLINE void narrow_float16(char *p, F32 x) { store(p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT)); }
-#elif defined(__F16C__)
+#elif defined(__F16C__) && ANYATTN_VECTOR_BYTES == 32
 ANYATTN_INLINE F32 widen_float16(const char *p) { return (F32)_mm256_cvtph_ps(load<__m128i>(p)); }
 ANYATTN_INLINE void narrow_float16(char *p, F32 x) { store(p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT)); }
-#elif defined(__aarch64__)
+#elif defined(__aarch64__) && ANYATTN_VECTOR_BYTES == 16
 ANYATTN_INLINE F32 widen_float16(const char *p) { return (F32)vcvt_f32_f16(load<float16x4_t>(p)); }
 ANYATTN_INLINE void narrow_float16(char *p, F32 x) { store(p, vcvt_f16_f32((float32x4_t)x)); }
 #else
@@ -322,8 +322,8 @@ ANYATTN_NOINLINE void pack_panel(C *packed, const char *const *rows, int32_t dty
     }
 }
 
-// The way back: columns times one factor per lane (null: 1) into n rows, added to what is there if `add`.
-template <class C>
+// The way back: columns of P lanes times one factor per lane (null: 1) into n rows, added to what is there if `add`.
+template <class C, int P>
 ANYATTN_NOINLINE void unpack_panel(char *const *rows, int32_t dtype, const C *packed, int64_t n, int64_t dim,
                                    const C *factors, bool add) {
     using V = typename Lanes<C>::V;
@@ -335,7 +335,7 @@ ANYATTN_NOINLINE void unpack_panel(char *const *rows, int32_t dtype, const C *pa
         for (int64_t d = 0; d < dim; d += width) {
             V r[width];
             ANYATTN_UNROLL
-            for (int x = 0; x < width; ++x) r[x] = load<V>(packed + (d + x) * panel<C> + c) * factor;
+            for (int x = 0; x < width; ++x) r[x] = load<V>(packed + (d + x) * P + c) * factor;
             transpose<C>(r);
             if (plain && c + width <= n && d + width <= dim) {
                 ANYATTN_UNROLL

@@ -191,25 +191,68 @@ enum KeyUse { kSumDim = 1, kSumKeys = 2 };
 template <class Compute>
 struct Few;
 
+// Gradients of a tile at the places where S and dP were: P lanes for each key.
+template <class C, int P>
+struct InPlace {
+    struct Gradients {
+        C *p, *ds;
+    };
+
+    static Gradients from(const Gradients &g, int64_t key) { return {g.p + key * P, g.ds + key * P}; }
+
+    static void clear(const Gradients &g, int64_t first, int64_t end) {
+        if (end <= first) return;
+        const size_t bytes = sizeof(C) * P * (size_t)(end - first);
+        __builtin_memset(g.p + first * P, 0, bytes);
+        __builtin_memset(g.ds + first * P, 0, bytes);
+    }
+
+    // Rows j, j + 1 and X vectors from c on of P (with dropout) and dS.
+    template <class V, int X>
+    static ANYATTN_INLINE void store_gradients(const Gradients &g, int64_t j, int c, const V (&p)[2][X],
+                                               const V (&ds)[2][X]) {
+        ANYATTN_UNROLL
+        for (int r = 0; r < 2; ++r) {
+            ANYATTN_UNROLL
+            for (int x = 0; x < X; ++x) {
+                const int64_t at = (j + r) * P + (c + x) * lanes<C>;
+                store(g.p + at, p[r][x]);
+                store(g.ds + at, ds[r][x]);
+            }
+        }
+    }
+};
+
+// A task of products that need nothing of their thread.
+struct NoTask {};
+
 template <class Compute>
-struct Plain {
+struct Plain : InPlace<Compute, panel<Compute>> {
     using C = Compute;
     using Few = anyattn::Few<C>;  // the same for a few rows
     using V = typename Lanes<C>::V;
     using Packed = C;  // element of packed queries and of what weights dK and dV
+    using Task = NoTask;  // what a thread holds while it computes
 
     struct Keys {
         const C *data;
         int64_t stride;
     };
-    // P and dS of a tile, all panels: the places where S and dP were.
-    struct Gradients {
-        C *p, *ds;
-    };
+    using Rows = Keys;  // of q or dout
+    using Gradients = typename InPlace<C, anyattn::panel<C>>::Gradients;
 
-    static constexpr int tile_keys = kKeys;
+    static constexpr int panel = anyattn::panel<C>;  // queries of a panel
+    static constexpr int score_keys = kKeys;         // of a score tile
+    static constexpr int key_step = 2;               // where a panel may begin in a tile of keys: multiples of this
+    static constexpr int most_blocks = 4, most_backward_blocks = 1;  // that share a tile of keys
+    // Whether P is stored in place of S, and P and dS in place of S and dP; and whether scores() finds the maximum.
+    static constexpr bool weights_in_scores = true, gradients_in_scores = true, finds_top = true;
 
-    static int64_t packed_size(int64_t dim) { return round_up(dim, lanes<C>) * panel<C>; }
+    static int64_t tile_keys(const anyattn_call &) { return kKeys; }  // loaded at once in the forward pass
+    // exp2(x factor), as a weight.
+    static ANYATTN_INLINE V weight(V x, V factor) { return exp2(x, factor); }
+
+    static int64_t packed_size(int64_t dim) { return round_up(dim, lanes<C>) * panel; }
 
     static void pack(Packed *packed, const char *const *rows, int32_t dtype, int64_t n, int64_t dim, C factor) {
         pack_panel(packed, rows, dtype, n, dim, factor);
@@ -219,7 +262,9 @@ struct Plain {
     static C query_factor(double scale) { return power_of_two<C>(scale); }
     static double score_factor(double scale) { return scale == 0 ? 1.0 : scale / double(query_factor(scale)); }
 
-    static int64_t key_buffer(int64_t dim, int) { return kKeys * round_up(dim, lanes<C>) * (int64_t)sizeof(C); }
+    static int64_t key_buffer(int64_t dim, int, int64_t) {
+        return kKeys * round_up(dim, lanes<C>) * (int64_t)sizeof(C);
+    }
 
     // The rows themselves where they can be read in place, else copies: rows far apart would evict each other from L1.
     static Keys load_keys(const KeyRows &keys, int64_t j, int64_t n, int64_t dim, int, char *buffer) {
@@ -239,7 +284,7 @@ struct Plain {
                 ahead.k.fetch(decltype(m)::value);
                 ahead.v.fetch(decltype(m)::value);
                 multiply_keys<C, decltype(m)::value, decltype(width)::value>(k + j * keys.stride, keys.stride, dim, q,
-                                                                             S + j * panel<C>, top);
+                                                                             S + j * panel, top);
             });
         });
     }
@@ -247,13 +292,13 @@ struct Plain {
     static void clean(C *) {}
     static int64_t out_size(int64_t dim) { return packed_size(dim); }
     static void unpack(char *const *rows, int32_t dtype, const C *out, int64_t n, int64_t dim, const C *factors) {
-        unpack_panel(rows, dtype, out, n, dim, factors, false);
+        unpack_panel<C, panel>(rows, dtype, out, n, dim, factors, false);
     }
 
     // Rows j and j + 1 of P, vector c, into the tile that add_values reads (the score tile).
     static ANYATTN_INLINE void store_p(C *S, int64_t j, int c, V p0, V p1) {
-        store(S + j * panel<C> + c * lanes<C>, p0);
-        store(S + (j + 1) * panel<C> + c * lanes<C>, p1);
+        store(S + j * panel + c * lanes<C>, p0);
+        store(S + (j + 1) * panel + c * lanes<C>, p1);
     }
 
     static void accumulate(const Keys &keys, int64_t first, int64_t n, int64_t dim, const C *P, int rows, C *O,
@@ -261,7 +306,7 @@ struct Plain {
         const C *v = keys.data + first * keys.stride;
         for_width(vectors_of<C>(rows), [&](auto width) {
             for_tiles(dim, [&](auto m, int64_t d) {
-                add_values<C, decltype(m)::value, decltype(width)::value>(v + d, keys.stride, P, n, O + d * panel<C>,
+                add_values<C, decltype(m)::value, decltype(width)::value>(v + d, keys.stride, P, n, O + d * panel,
                                                                           alpha);
             });
         });
@@ -269,34 +314,12 @@ struct Plain {
 
     static int64_t gradients_size() { return 0; }
     static Gradients gradients(C *S, C *T, char *) { return {S, T}; }
-    static Gradients from(const Gradients &g, int64_t key) { return {g.p + key * panel<C>, g.ds + key * panel<C>}; }
-    static Gradients panel_of(const Gradients &g, int p) { return from(g, p * kTileKeys); }
-
-    static void clear(const Gradients &g, int64_t first, int64_t end) {
-        if (end <= first) return;
-        const size_t bytes = sizeof(C) * panel<C> * (size_t)(end - first);
-        __builtin_memset(g.p + first * panel<C>, 0, bytes);
-        __builtin_memset(g.ds + first * panel<C>, 0, bytes);
-    }
-
-    // Rows j, j + 1 and vectors c, c + 1 of P (with dropout) and dS.
-    static ANYATTN_INLINE void store_gradients(const Gradients &g, int64_t j, int c, const V (&p)[2][2],
-                                               const V (&ds)[2][2]) {
-        ANYATTN_UNROLL
-        for (int r = 0; r < 2; ++r) {
-            ANYATTN_UNROLL
-            for (int x = 0; x < 2; ++x) {
-                const int64_t at = (j + r) * panel<C> + (c + x) * lanes<C>;
-                store(g.p + at, p[r][x]);
-                store(g.ds + at, ds[r][x]);
-            }
-        }
-    }
+    static Gradients panel_of(const Gradients &g, int p) { return Plain::from(g, p * kTileKeys); }
 
     // Rows of q or dout as the second operand of dK and dV: whole vectors.
     static int64_t row_buffer(int64_t dim) { return kBlockQ * round_up(dim, lanes<C>) * (int64_t)sizeof(C); }
 
-    static Keys load_rows(const StridedRows &rows, int64_t n, int64_t dim, char *buffer) {
+    static Rows load_rows(const StridedRows &rows, int64_t n, int64_t dim, char *buffer) {
         // Rows far apart would evict each other from L1, where every tile of keys reads them again.
         const bool dense = rows.stride == dim * (int64_t)sizeof(C);
         if (rows.dtype == dtype_of<C> && dim % lanes<C> == 0 && dense) {
@@ -313,25 +336,30 @@ struct Plain {
                                 int64_t out_stride) {
         for_vectors<C>(dim, [&](auto width, int64_t d) {
             for_tiles(n, [&](auto m, int64_t j) {
-                add_queries<C, decltype(m)::value, decltype(width)::value>(weights + j * panel<C>, kTileKeys * panel<C>,
+                add_queries<C, decltype(m)::value, decltype(width)::value>(weights + j * panel, kTileKeys * panel,
                                                                            rows.data + d, rows.stride, count,
                                                                            out + j * out_stride + d, out_stride);
             });
         });
     }
 
-    static void accumulate_dk(const Gradients &g, int64_t n, const Keys &q, int64_t count, int64_t dim, C *out,
-                              int64_t stride) {
-        accumulate_rows(g.ds, n, q, count, dim, out, stride);
+    // Of all `count` blocks, see WeightedRows.
+    template <class Weighted>
+    static void accumulate_dk(const Weighted *blocks, int64_t count, int64_t n, int64_t dim, C *out, int64_t stride) {
+        for (const Weighted *w = blocks; w < blocks + count; ++w) {
+            accumulate_rows(w->gradients.ds, n, w->q, w->rows, dim, out, stride);
+        }
     }
-    static void accumulate_dv(const Gradients &g, int64_t n, const Keys &dout, int64_t count, int64_t dim, C *out,
-                              int64_t stride) {
-        accumulate_rows(g.p, n, dout, count, dim, out, stride);
+    template <class Weighted>
+    static void accumulate_dv(const Weighted *blocks, int64_t count, int64_t n, int64_t dim, C *out, int64_t stride) {
+        for (const Weighted *w = blocks; w < blocks + count; ++w) {
+            accumulate_rows(w->gradients.p, n, w->dout, w->rows, dim, out, stride);
+        }
     }
     static void accumulate_dq(const Gradients &g, const Keys &k, int64_t first, int64_t n, int64_t dim, int rows,
                               C *dq) {
         TileAhead none{};
-        accumulate(k, first, n, dim, g.ds + first * panel<C>, rows, dq, nullptr, none);
+        accumulate(k, first, n, dim, g.ds + first * panel, rows, dq, nullptr, none);
     }
 
     static double peak(int64_t n, volatile double *sink) { return peak_rounds<C>(n, sink); }

@@ -155,6 +155,7 @@ struct Dot {
     using C = float;
     using V = F32;
     using Packed = Pair;
+    using Task = NoTask;
 
     struct Keys {
         const char *rows;
@@ -166,14 +167,20 @@ struct Dot {
     struct Gradients {
         Pair *p, *ds, *ds_keys;
     };
-    struct QueryPairs {
+    // Rows of q or dout, in pairs.
+    struct Rows {
         const Pair *data;
         int64_t stride;
     };
 
-    static constexpr int tile_keys = kKeys;
+    // See Plain.
+    static constexpr int panel = Plain<float>::panel, score_keys = kKeys, key_step = 2;
+    static constexpr int most_blocks = 4, most_backward_blocks = 1;
+    static constexpr bool weights_in_scores = true, gradients_in_scores = false, finds_top = true;
+    static int64_t tile_keys(const anyattn_call &) { return kKeys; }
+    static ANYATTN_INLINE V weight(V x, V factor) { return exp2(x, factor); }
 
-    static int64_t packed_size(int64_t dim) { return round_up(dim, 32) / 2 * panel<float>; }
+    static int64_t packed_size(int64_t dim) { return round_up(dim, 32) / 2 * panel; }
     static void pack(Packed *packed, const char *const *rows, int32_t, int64_t n, int64_t dim, float factor) {
         pack_pairs(packed, rows, n, dim, factor);
     }
@@ -188,7 +195,7 @@ struct Dot {
     static double score_factor(double scale) { return scale < 0 ? -scale : scale > 0 ? scale : 1.0; }
 
     static int64_t rows_bytes(int64_t dim) { return kKeys * round_up(dim, 32) * 2; }
-    static int64_t key_buffer(int64_t dim, int use) {
+    static int64_t key_buffer(int64_t dim, int use, int64_t) {
         const int64_t pairs = use & kSumKeys ? (kKeys / 2 + 1) * round_up(dim, 16) * (int64_t)sizeof(Pair) : 0;
         return rows_bytes(dim) + pairs;
     }
@@ -222,8 +229,8 @@ struct Dot {
             for_tiles(n, [&](auto m, int64_t j) {
                 ahead.k.fetch(decltype(m)::value);
                 ahead.v.fetch(decltype(m)::value);
-                multiply_key_pairs<decltype(m)::value, decltype(width)::value>(
-                    k + j * keys.stride, keys.stride, (dim + 1) / 2, q, S + j * panel<float>, top);
+                multiply_key_pairs<decltype(m)::value, decltype(width)::value>(k + j * keys.stride, keys.stride,
+                                                                               (dim + 1) / 2, q, S + j * panel, top);
             });
         });
     }
@@ -232,7 +239,7 @@ struct Dot {
     static ANYATTN_INLINE void store_p(float *S, int64_t j, int c, V p0, V p1) {
         const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
                                                6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-        store(S + j / 2 * panel<float> + 16 * c, _mm512_permutexvar_epi16(order, narrow_pair(p1, p0)));
+        store(S + j / 2 * panel + 16 * c, _mm512_permutexvar_epi16(order, narrow_pair(p1, p0)));
     }
 
     // Keys in pairs from `first`, which is even. A last key alone must not bring its neighbour, which these queries may
@@ -250,20 +257,20 @@ struct Dot {
         for_width(vectors_of<float>(rows), [&](auto width) {
             for_tiles(dim, [&](auto m, int64_t d) {
                 add_value_pairs<decltype(m)::value, decltype(width)::value>(
-                    v + d, keys.pair_stride, static_cast<const Pair *>(P), (n + 1) / 2, O + d * panel<float>, alpha);
+                    v + d, keys.pair_stride, static_cast<const Pair *>(P), (n + 1) / 2, O + d * panel, alpha);
             });
         });
         if (n % 2) __builtin_memcpy(last, saved, (size_t)keys.pair_stride * sizeof(Pair));
     }
 
-    static constexpr int64_t tile_pairs = kTileKeys * panel<float> / 2;
+    static constexpr int64_t tile_pairs = kTileKeys * panel / 2;
     static int64_t gradients_size() { return 3 * tile_pairs * (int64_t)sizeof(Pair); }
     static Gradients gradients(float *, float *, char *buffer) {
         Pair *p = reinterpret_cast<Pair *>(buffer);
         return {p, p + tile_pairs, p + 2 * tile_pairs};
     }
     static Gradients from(const Gradients &g, int64_t key) {
-        const int64_t offset = key * panel<float> / 2;
+        const int64_t offset = key * panel / 2;
         return {g.p + offset, g.ds + offset, g.ds_keys + offset};
     }
     static Gradients panel_of(const Gradients &g, int) { return g; }
@@ -271,7 +278,7 @@ struct Dot {
     static void clear(const Gradients &g, int64_t first, int64_t end) {
         if (end <= first) return;
         const Gradients part = from(g, first);
-        const size_t bytes = (size_t)((end - first) * panel<float> / 2) * sizeof(Pair);
+        const size_t bytes = (size_t)((end - first) * panel / 2) * sizeof(Pair);
         __builtin_memset(part.p, 0, bytes);
         __builtin_memset(part.ds, 0, bytes);
     }
@@ -280,7 +287,7 @@ struct Dot {
                                                const V (&ds)[2][2]) {
         ANYATTN_UNROLL
         for (int r = 0; r < 2; ++r) {
-            const int64_t at = ((j + r) * panel<float> + c * 16) / 2;
+            const int64_t at = ((j + r) * panel + c * 16) / 2;
             store(g.p + at, narrow_pair(p[r][1], p[r][0]));
             store(g.ds + at, narrow_pair(ds[r][1], ds[r][0]));
             store_p(reinterpret_cast<float *>(g.ds_keys), j, c + r, ds[0][r], ds[1][r]);
@@ -288,29 +295,35 @@ struct Dot {
     }
 
     static int64_t row_buffer(int64_t dim) { return kBlockQ / 2 * round_up(dim, 16) * (int64_t)sizeof(Pair); }
-    static QueryPairs load_rows(const StridedRows &rows, int64_t n, int64_t dim, char *buffer) {
+    static Rows load_rows(const StridedRows &rows, int64_t n, int64_t dim, char *buffer) {
         Pair *pairs = reinterpret_cast<Pair *>(buffer);
         pair_queries(pairs, round_up(dim, 16), rows, n, dim);
         return {pairs, round_up(dim, 16)};
     }
 
-    static void accumulate_rows(const Pair *weights, int64_t n, const QueryPairs &rows, int64_t count, int64_t dim,
+    static void accumulate_rows(const Pair *weights, int64_t n, const Rows &rows, int64_t count, int64_t dim,
                                 float *out, int64_t out_stride) {
         for_vectors<float>(dim, [&](auto width, int64_t d) {
             for_tiles(n, [&](auto m, int64_t j) {
-                add_query_pairs<decltype(m)::value, decltype(width)::value>(weights + j * panel<float> / 2,
-                                                                            rows.data + d, rows.stride, (count + 1) / 2,
+                add_query_pairs<decltype(m)::value, decltype(width)::value>(weights + j * panel / 2, rows.data + d,
+                                                                            rows.stride, (count + 1) / 2,
                                                                             out + j * out_stride + d, out_stride);
             });
         });
     }
-    static void accumulate_dk(const Gradients &g, int64_t n, const QueryPairs &q, int64_t count, int64_t dim,
-                              float *out, int64_t stride) {
-        accumulate_rows(g.ds, n, q, count, dim, out, stride);
+    template <class Weighted>
+    static void accumulate_dk(const Weighted *blocks, int64_t count, int64_t n, int64_t dim, float *out,
+                              int64_t stride) {
+        for (const Weighted *w = blocks; w < blocks + count; ++w) {
+            accumulate_rows(w->gradients.ds, n, w->q, w->rows, dim, out, stride);
+        }
     }
-    static void accumulate_dv(const Gradients &g, int64_t n, const QueryPairs &dout, int64_t count, int64_t dim,
-                              float *out, int64_t stride) {
-        accumulate_rows(g.p, n, dout, count, dim, out, stride);
+    template <class Weighted>
+    static void accumulate_dv(const Weighted *blocks, int64_t count, int64_t n, int64_t dim, float *out,
+                              int64_t stride) {
+        for (const Weighted *w = blocks; w < blocks + count; ++w) {
+            accumulate_rows(w->gradients.p, n, w->dout, w->rows, dim, out, stride);
+        }
     }
     static void accumulate_dq(const Gradients &g, const Keys &k, int64_t first, int64_t n, int64_t dim, int rows,
                               float *dq) {

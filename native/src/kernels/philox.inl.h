@@ -44,8 +44,8 @@ struct DropoutCounter {
     alignas(64) uint32_t query[kBlockQ], head[kBlockQ];
 };
 
-// keep[key][lane] = value where the entry survives, else 0, for n keys and `width` lanes.
-template <class C>
+// keep[key][lane] = value where the entry survives, else 0, for n keys and `width` of P lanes.
+template <class C, int P>
 ANYATTN_NOINLINE void fill_keep(C *keep, const DropoutCounter &d, int64_t n, C value) {
     const Lanes<float>::I threshold = (Lanes<float>::I)splat(d.threshold);
     for (int64_t group = d.key / 8; group * 8 < d.key + n; ++group) {
@@ -58,7 +58,7 @@ ANYATTN_NOINLINE void fill_keep(C *keep, const DropoutCounter &d, int64_t n, C v
                 const U32 word = bits.word[x / 2];
                 const U32 half = x % 2 ? word >> 16 : word & splat(UINT32_C(0xffff));
                 if (j < 0 || j >= n) continue;
-                store_kept(keep + j * panel<C> + c, (U32)((Lanes<float>::I)half >= threshold), value);
+                store_kept(keep + j * P + c, (U32)((Lanes<float>::I)half >= threshold), value);
             }
         }
     }

@@ -30,7 +30,8 @@ struct ScoreUnits {
 
 // Query rows of one sequence that are computed together, and what turns products into scores there. Row r of the block
 // is row i0 + r % per_head of head h + r / per_head; several heads share their keys.
-template <class Compute>
+// Panels of P rows are computed at once: a score tile has P lanes for each key.
+template <class Compute, int P>
 struct ScoreBlock {
     using C = Compute;
     const anyattn_call &call;
@@ -48,7 +49,7 @@ struct ScoreBlock {
         : call(a), s(sequence(a, q.b)), h(q.h), h_kv(q.h / (a.nheads / a.nheads_kv)), i0(q.i0), units(a, factor_left) {
         per_head = (int)q.rows;
         rows = (int)(q.heads * q.rows);
-        panels = (rows + panel<C> - 1) / panel<C>;
+        panels = (rows + P - 1) / P;
         begin = key_begin(call, s, i0);
         end = key_end(call, s, i0 + per_head - 1);
         if (has_key_lists(call)) {
@@ -143,16 +144,16 @@ struct ScoreBlock {
         return result;
     }
 
-    int panel_rows(int p) const { return (int)min64(panel<C>, rows - p * panel<C>); }
+    int panel_rows(int p) const { return (int)min64(P, rows - p * P); }
     int panel_vectors(int p) const { return vectors_of<C>(panel_rows(p)); }
     // The first and last row of their sequence among those of a panel.
-    int64_t first_row(int p) const { return rows == per_head ? i0 + p * panel<C> : i0; }
+    int64_t first_row(int p) const { return rows == per_head ? i0 + p * P : i0; }
     int64_t last_row(int p) const { return rows == per_head ? first_row(p) + panel_rows(p) - 1 : i0 + per_head - 1; }
-    // Keys of a panel's rows inside [j0, j1), from an even distance to j0 on.
-    int64_t panel_begin(int p, int64_t j0) const {
+    // Keys of a panel's rows inside [j0, j1), from a distance to j0 on that is a multiple of `step`.
+    int64_t panel_begin(int p, int64_t j0, int64_t step) const {
         if (slots) return j0;
         const int64_t first = key_begin(call, s, first_row(p));
-        return first <= j0 ? j0 : j0 + (first - j0) / 2 * 2;
+        return first <= j0 ? j0 : j0 + (first - j0) / step * step;
     }
     int64_t panel_end(int p, int64_t j1) const { return min64(j1, slots ? end : key_end(call, s, last_row(p))); }
     // Whether some row of the panel may not see some key of [j0, j1).
@@ -162,6 +163,10 @@ struct ScoreBlock {
     }
 };
 
+// The blocks of the products M.
+template <class M>
+using Block = ScoreBlock<typename M::C, M::panel>;
+
 // The tile of keys [j, end) of `heads` heads.
 inline TileAhead next_tile(const anyattn_call &call, const KeyRows *k, const KeyRows *v, int64_t heads, int64_t j,
                            int64_t end) {
@@ -170,16 +175,16 @@ inline TileAhead next_tile(const anyattn_call &call, const KeyRows *k, const Key
 }
 
 // added[key][lane] from an array of (row, slot) for slots [j, j + n) of panel p; Merge(new, old) is stored.
-template <class C, class Merge>
-ANYATTN_INLINE void spread(C *added, const ScoreBlock<C> &block, int p, const anyattn_array &array, int64_t j,
+template <class C, int P, class Merge>
+ANYATTN_INLINE void spread(C *added, const ScoreBlock<C, P> &block, int p, const anyattn_array &array, int64_t j,
                            int64_t n, const Merge &merge) {
     using V = typename Lanes<C>::V;
     constexpr int width = lanes<C>;
     const int64_t size = dtype_size(array.dtype);
     const int count = block.panel_rows(p);
-    const char *rows[panel<C>];
+    const char *rows[P];
     for (int x = 0; x < count; ++x) {
-        rows[x] = block.element(array, p * panel<C> + x, j);
+        rows[x] = block.element(array, p * P + x, j);
     }
     for (int c = 0; c < count; c += width) {
         for (int64_t k = 0; k < n; k += width) {
@@ -193,7 +198,7 @@ ANYATTN_INLINE void spread(C *added, const ScoreBlock<C> &block, int p, const an
             }
             transpose<C>(r);
             for (int64_t x = 0; x < min64(width, n - k); ++x) {
-                C *to = added + c + (k + x) * panel<C>;
+                C *to = added + c + (k + x) * P;
                 store(to, merge(r[x], load<V>(to)));
             }
         }
@@ -203,14 +208,14 @@ ANYATTN_INLINE void spread(C *added, const ScoreBlock<C> &block, int p, const an
 // What a boolean mask does to a tile.
 enum MaskUse { kSeesNone, kSeesSome, kSeesAll };
 
-template <class C>
-ANYATTN_NOINLINE MaskUse mask_use(const ScoreBlock<C> &block, int p, int64_t j, int64_t n) {
+template <class C, int P>
+ANYATTN_NOINLINE MaskUse mask_use(const ScoreBlock<C, P> &block, int p, int64_t j, int64_t n) {
     const anyattn_array &mask = block.call.mask;
     if (!mask.data) return kSeesAll;
     bool some = false, all = true;
     for (int x = 0; x < block.panel_rows(p); ++x) {
         block.for_runs(j, n, [&](int64_t, int64_t slot, int64_t count) {
-            const char *row = block.element(mask, p * panel<C> + x, slot);
+            const char *row = block.element(mask, p * P + x, slot);
             for (int64_t i = 0; i < (mask.stride[3] ? count : 1); ++i) {
                 some |= row[i] != 0;
                 all &= row[i] != 0;
@@ -223,30 +228,30 @@ ANYATTN_NOINLINE MaskUse mask_use(const ScoreBlock<C> &block, int p, int64_t j, 
 }
 
 // Bias in natural units, -inf where the boolean mask hides a key. `added` has n rows.
-template <class C>
-ANYATTN_NOINLINE void fill_added(C *added, const ScoreBlock<C> &block, int p, int64_t j, int64_t n, MaskUse use) {
+template <class C, int P>
+ANYATTN_NOINLINE void fill_added(C *added, const ScoreBlock<C, P> &block, int p, int64_t j, int64_t n, MaskUse use) {
     using V = typename Lanes<C>::V;
     const anyattn_call &call = block.call;
     const auto spread_runs = [&](const anyattn_array &array, const auto &merge) {
         block.for_runs(j, n, [&](int64_t i, int64_t slot, int64_t count) {
-            spread(added + i * panel<C>, block, p, array, slot, count, merge);
+            spread(added + i * P, block, p, array, slot, count, merge);
         });
     };
     if (call.bias.data) {
         spread_runs(call.bias, [](V bias, V) { return bias; });
     } else {
-        __builtin_memset(added, 0, (size_t)(n * panel<C> * (int64_t)sizeof(C)));
+        __builtin_memset(added, 0, (size_t)(n * P * (int64_t)sizeof(C)));
     }
     if (use == kSeesAll) return;
     spread_runs(call.mask, [](V seen, V bias) { return seen == V{} ? splat(-infinity(C())) : bias; });
 }
 
 // Per lane, the rows of the tile [j, j + n) that its query may see; none in lanes without a query.
-template <class C>
-ANYATTN_NOINLINE void lane_bounds(const ScoreBlock<C> &block, int p, int64_t j, int64_t n, C *low, C *high) {
+template <class C, int P>
+ANYATTN_NOINLINE void lane_bounds(const ScoreBlock<C, P> &block, int p, int64_t j, int64_t n, C *low, C *high) {
     const int rows = block.panel_rows(p);
-    for (int x = 0; x < panel<C>; ++x) {
-        const int64_t i = block.row(p * panel<C> + (x < rows ? x : 0));
+    for (int x = 0; x < P; ++x) {
+        const int64_t i = block.row(p * P + (x < rows ? x : 0));
         low[x] = C(min64(n, max64(0, key_begin(block.call, block.s, i) - j)));
         high[x] = x < rows ? C(min64(n, max64(0, key_end(block.call, block.s, i) - j))) : C(0);
     }
@@ -265,16 +270,16 @@ ANYATTN_INLINE typename Lanes<C>::V far_distance(typename Lanes<C>::V place, int
     return place;
 }
 
-template <class C>
+template <class C, int P>
 struct Bounds {
-    alignas(64) C low[panel<C>], high[panel<C>];
+    alignas(64) C low[P], high[P];
 };
 
 // Scores of the tile S of panel p and keys [j, j + n), in place of products; raises `top` anew. added: null or from
 // fill_added; steep: null, or takes the derivative of the softcap; bounds: null or the edge.
-template <class C>
-ANYATTN_NOINLINE void score_pass(const ScoreBlock<C> &block, int p, int64_t j, int64_t n, const C *added, C *steep,
-                                 const Bounds<C> *bounds, C *S, typename Lanes<C>::V *top) {
+template <class C, int P>
+ANYATTN_NOINLINE void score_pass(const ScoreBlock<C, P> &block, int p, int64_t j, int64_t n, const C *added, C *steep,
+                                 const Bounds<C, P> *bounds, C *S, typename Lanes<C>::V *top) {
     using V = typename Lanes<C>::V;
     const V hidden = splat(-infinity(C()));
     const V cap = splat(block.cap), per_cap = splat(block.cap != 0 ? 1 / block.cap : 0);
@@ -286,13 +291,13 @@ ANYATTN_NOINLINE void score_pass(const ScoreBlock<C> &block, int p, int64_t j, i
     const int64_t apart = n > 0 ? apart_from(j) : 0;
     const bool near = !block.slots && near_diagonal(apart);
     for (int c = 0; c < block.panel_vectors(p); ++c) {
-        const int64_t lane = p * panel<C> + c * lanes<C>;
+        const int64_t lane = p * P + c * lanes<C>;
         const V slope = sloped ? load<V>(block.slope + lane) : V{}, place = sloped ? load<V>(block.place + lane) : V{};
         const V low = bounds ? load<V>(bounds->low + c * lanes<C>) : V{};
         const V high = bounds ? load<V>(bounds->high + c * lanes<C>) : V{};
         const V from = place + splat(C(apart));
         V highest = hidden, row{};
-        for (int64_t r = 0, at = c * lanes<C>; r < n; ++r, at += panel<C>, row += splat(C(1))) {
+        for (int64_t r = 0, at = c * lanes<C>; r < n; ++r, at += P, row += splat(C(1))) {
             V s = load<V>(S + at) * splat(block.units.product);
             if (capped) {
                 const V t = tanh(s * per_cap);
@@ -316,12 +321,12 @@ ANYATTN_NOINLINE void score_pass(const ScoreBlock<C> &block, int p, int64_t j, i
 }
 
 // Runs what this tile needs of the above.
-template <class C>
-ANYATTN_INLINE void score_tile(const ScoreBlock<C> &block, int p, int64_t j, int64_t n, MaskUse use, C *added, C *steep,
-                               C *S, typename Lanes<C>::V *top) {
+template <class C, int P>
+ANYATTN_INLINE void score_tile(const ScoreBlock<C, P> &block, int p, int64_t j, int64_t n, MaskUse use, C *added,
+                               C *steep, C *S, typename Lanes<C>::V *top) {
     const bool edge = block.edge(p, j, j + n), masked = use == kSeesSome;
     if (!edge && !block.units.scored && !masked) return;
-    Bounds<C> bounds;
+    Bounds<C, P> bounds;
     if (edge) lane_bounds(block, p, j, n, bounds.low, bounds.high);
     if (!block.call.bias.data && !masked) added = nullptr;
     if (added) fill_added(added, block, p, j, n, use);
@@ -329,8 +334,8 @@ ANYATTN_INLINE void score_tile(const ScoreBlock<C> &block, int p, int64_t j, int
 }
 
 // Dropout factors of a tile, 0 or 1 / (1 - p).
-template <class C>
-ANYATTN_INLINE void keep_tile(C *keep, const ScoreBlock<C> &block, int p, int64_t j, int64_t n) {
+template <class C, int P>
+ANYATTN_INLINE void keep_tile(C *keep, const ScoreBlock<C, P> &block, int p, int64_t j, int64_t n) {
     const anyattn_call &call = block.call;
     DropoutCounter counter{call.rng_state[0],
                            (uint32_t)call.rng_state[1],
@@ -340,13 +345,13 @@ ANYATTN_INLINE void keep_tile(C *keep, const ScoreBlock<C> &block, int p, int64_
                            {},
                            {}};
     for (int x = 0; x < counter.width; ++x) {
-        const int r = p * panel<C> + x;
+        const int r = p * P + x;
         counter.query[x] = (uint32_t)(block.row(r) + call.query_start);
         counter.head[x] = (uint32_t)(block.s.index * call.nheads + block.head(r));
     }
     block.for_runs(j, n, [&](int64_t i, int64_t slot, int64_t count) {
         counter.key = slot + call.key_start;
-        fill_keep(keep + i * panel<C>, counter, count, C(1 / (1 - call.dropout_threshold / 65536.0)));
+        fill_keep<C, P>(keep + i * P, counter, count, C(1 / (1 - call.dropout_threshold / 65536.0)));
     });
 }
 

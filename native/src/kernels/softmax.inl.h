@@ -6,41 +6,76 @@
 namespace anyattn {
 namespace {
 
-// S to P in place; m, l and alpha of the panel for its new maximum. Rows where nothing was seen yet stay at l = 0.
-// Exponents are factor (S - m): exactly 0 for the maximum, whatever its size. Works on pairs of keys: S has a row to
-// spare.
+// Weights of n keys in vector c of a panel, relative to `base`, into P. Returns their sum, before dropout.
 template <class M>
-ANYATTN_NOINLINE void softmax_pass(typename M::C *S, int64_t n, int vectors, typename M::C factor,
+ANYATTN_INLINE typename M::V weigh(const typename M::C *S, typename M::C *P, int64_t n, int c, typename M::V scale,
+                                   typename M::V base, const typename M::C *keep) {
+    using C = typename M::C;
+    using V = typename M::V;
+    V sum0{}, sum1{};
+    for (int64_t j = 0; j < n; j += 2) {
+        const int64_t at = j * M::panel + c * lanes<C>;
+        V p0 = M::weight(load<V>(S + at) - base, scale);
+        V p1 = M::weight(load<V>(S + at + M::panel) - base, scale);
+        sum0 += p0;
+        sum1 += p1;
+        if (keep) {
+            p0 *= load<V>(keep + at);
+            p1 *= load<V>(keep + at + M::panel);
+        }
+        M::store_p(P, j, c, p0, p1);
+    }
+    return sum0 + sum1;
+}
+
+// A sum of weights beyond which the base rises: all smaller sums and weights are far from overflow.
+constexpr float kLargestSum = 256;
+
+// A new base, larger than the one before in the lanes where the sum of weights is large, infinite or NaN.
+template <class M>
+ANYATTN_NOINLINE typename M::V risen_base(const typename M::C *S, int64_t n, int c, typename M::V before,
+                                          typename M::V sum) {
+    using C = typename M::C;
+    using V = typename M::V;
+    V top = before;
+    for (int64_t j = 0; j < n; ++j) top = larger(top, load<V>(S + j * M::panel + c * lanes<C>));
+    return sum <= splat(C(kLargestSum)) ? before : top;
+}
+
+// S to P; m, l and alpha of the panel for its new base. Rows where nothing was seen yet stay at l = 0. Exponents are
+// factor (S - m): exactly 0 for the base, whatever its size. Works on pairs of keys: S has a row to spare.
+// The base m is the largest score so far, or, where the products do not find it (M::finds_top), one that no weight
+// exceeds by much: weights are computed with the base there is, and again where their sum says that it must rise.
+template <class M>
+ANYATTN_NOINLINE void softmax_pass(typename M::C *S, typename M::C *P, int64_t n, int vectors, typename M::C factor,
                                    const typename M::V *top, typename M::C *keep, typename M::C *m, typename M::C *l,
                                    typename M::C *alpha) {
     using C = typename M::C;
     using V = typename M::V;
     constexpr int width = lanes<C>;
     const V scale = splat(factor);
+    // A maximum that overflows in log2 units hides the row's keys: their exponents are -inf.
+    const auto usable = [&](V m) { return m * scale == splat(-infinity(C())) ? V{} : m; };
     for (int c = 0; c < vectors; ++c) {
-        const V before = load<V>(m + c * width), now = larger(before, top[c]);
-        // A maximum that overflows in log2 units hides the row's keys: their exponents are -inf.
-        const V base = now * scale == splat(-infinity(C())) ? V{} : now;
-        const V rescale = exp2(before - base, scale);
-        V sum0{}, sum1{};
         if (n % 2) {
-            store(S + n * panel<C> + c * width, splat(-infinity(C())));
-            if (keep) store(keep + n * panel<C> + c * width, V{});
+            store(S + n * M::panel + c * width, splat(-infinity(C())));
+            if (keep) store(keep + n * M::panel + c * width, V{});
         }
-        for (int64_t j = 0; j < n; j += 2) {
-            const int64_t at = j * panel<C> + c * width;
-            V p0 = exp2(load<V>(S + at) - base, scale);
-            V p1 = exp2(load<V>(S + at + panel<C>) - base, scale);
-            sum0 += p0;
-            sum1 += p1;
-            if (keep) {
-                p0 *= load<V>(keep + at);
-                p1 *= load<V>(keep + at + panel<C>);
+        const V before = load<V>(m + c * width);
+        V now = before, sum{};
+        if constexpr (M::finds_top) {
+            now = larger(before, top[c]);
+            sum = weigh<M>(S, P, n, c, scale, usable(now), keep);
+        } else {
+            sum = weigh<M>(S, P, n, c, scale, now, keep);  // -inf, before any key was seen: an infinite sum
+            if (any_exceeds(sum, splat(C(kLargestSum)))) {
+                now = risen_base<M>(S, n, c, before, sum);
+                sum = weigh<M>(S, P, n, c, scale, usable(now), keep);
             }
-            M::store_p(S, j, c, p0, p1);
         }
+        const V rescale = exp2(before - usable(now), scale);
         store(m + c * width, now);
-        store(l + c * width, load<V>(l + c * width) * rescale + (sum0 + sum1));
+        store(l + c * width, load<V>(l + c * width) * rescale + sum);
         store(alpha + c * width, rescale);
     }
 }
@@ -59,19 +94,19 @@ void clear_sums(C *m, C *l) {
 template <class M>
 struct SoftmaxRows {
     using C = typename M::C;
-    C *S, *added, *keep;  // keep: null, or the dropout factors
+    C *S, *P, *added, *keep;  // P: S itself, if M stores weights there; keep: null, or the dropout factors
     C *m, *l, *alpha;
 
-    // Adds keys [j, j + n) of the tile that begins at j0 to the rows of panel p; leaves P in S. q: the packed panel.
-    void add_keys(const ScoreBlock<C> &block, int p, const typename M::Keys &keys, int64_t j0, int64_t j, int64_t n,
+    // Adds keys [j, j + n) of the tile that begins at j0 to the rows of panel p; leaves their weights in P. q: the packed panel.
+    void add_keys(const Block<M> &block, int p, const typename M::Keys &keys, int64_t j0, int64_t j, int64_t n,
                   MaskUse use, const typename M::Packed *q, TileAhead &next) const {
         typename M::V top[kPanelVectors];
         for (auto &x : top) x = splat(-infinity(C()));
         M::scores(keys, j - j0, n, block.call.head_dim, q, block.panel_rows(p), S, top, next);
         score_tile(block, p, j, n, use, added, (C *)nullptr, S, top);
         if (keep) keep_tile(keep, block, p, j, n);
-        const int64_t row = p * panel<C>;
-        softmax_pass<M>(S, n, block.panel_vectors(p), block.units.factor, top, keep, m + row, l + row, alpha + row);
+        const int64_t row = p * M::panel;
+        softmax_pass<M>(S, P, n, block.panel_vectors(p), block.units.factor, top, keep, m + row, l + row, alpha + row);
     }
 };
 

@@ -22,42 +22,54 @@ struct RowStatistics {
         : base(data), rest(data + kBlockQ), delta(data + 2 * kBlockQ), sink(data + 3 * kBlockQ) {}
 };
 
-// What both dq, dk, dv and dbias need: packed q and dout of a block, and its tiles of P and dS.
+// Packed q and dout of a block, and what is known of its rows (RowStatistics).
 template <class M>
-struct TileScratch {
+struct BackwardRows {
     using C = typename M::C;
-    static constexpr int64_t tile = kTileKeys * panel<C>;
     int64_t q_size, dout_size;  // of one panel
     typename M::Packed *q, *dout;
-    C *S, *T;  // per panel and key
-    C *added, *steep, *keep;  // of one panel
-    C *m, *l, *alpha;  // per row, see SoftmaxRows
-    C *rows;  // see RowStatistics
-    char *k, *v;
+    C *rows;
 
-    TileScratch(const anyattn_call &call, Arena &arena) {
-        constexpr int panels = kBlockQ / panel<C>;
+    BackwardRows(const anyattn_call &call, Arena &arena) {
+        constexpr int panels = kBlockQ / M::panel;
         q_size = M::packed_size(call.head_dim);
         dout_size = M::packed_size(call.head_dim_v);
         q = arena.take<typename M::Packed>(q_size * panels);
         dout = arena.take<typename M::Packed>(dout_size * panels);
+        rows = arena.take<C>(RowStatistics<C>::size);
+    }
+};
+
+// Tiles of P and dS, and what they are computed from, for any block.
+template <class M>
+struct TileScratch {
+    using C = typename M::C;
+    static constexpr int64_t tile = kTileKeys * M::panel;
+    C *S, *T;  // per key; and per panel, if the gradients are there
+    C *P, *added, *steep, *keep;  // of one panel
+    C *m, *l, *alpha;  // per row, see SoftmaxRows
+    char *k, *v;
+
+    TileScratch(const anyattn_call &call, Arena &arena) {
+        constexpr int panels = M::gradients_in_scores ? kBlockQ / M::panel : 1;
         S = arena.take<C>(tile * panels);
         T = arena.take<C>(tile * panels);
+        P = M::weights_in_scores ? S : arena.take<C>(tile / 2);
         added = call.bias.data || call.mask.data ? arena.take<C>(tile) : nullptr;
         steep = call.softcap > 0 ? arena.take<C>(tile) : nullptr;
         keep = call.dropout_threshold ? arena.take<C>(tile) : nullptr;
         m = arena.take<C>(kBlockQ);
         l = arena.take<C>(kBlockQ);
         alpha = arena.take<C>(kBlockQ);
-        rows = arena.take<C>(RowStatistics<C>::size);
-        k = arena.take<char>(M::key_buffer(call.head_dim, kSumDim | kSumKeys));
-        v = arena.take<char>(M::key_buffer(call.head_dim_v, kSumDim));
+        k = arena.take<char>(M::key_buffer(call.head_dim, kSumDim | kSumKeys, M::score_keys));
+        v = arena.take<char>(M::key_buffer(call.head_dim_v, kSumDim, M::score_keys));
     }
+    int64_t offset(int p) const { return M::gradients_in_scores ? p * tile : 0; }
 };
 
 // delta_i = <dout_i, out_i> - dlse_i of a block's rows.
-template <class C>
-ANYATTN_NOINLINE void fill_delta(const ScoreBlock<C> &block, C *delta) {
+template <class C, int P>
+ANYATTN_NOINLINE void fill_delta(const ScoreBlock<C, P> &block, C *delta) {
     using V = typename Lanes<C>::V;
     const anyattn_call &call = block.call;
     const StridedRows out = block.strided(call.out), dout = block.strided(call.dout);
@@ -76,8 +88,8 @@ ANYATTN_NOINLINE void fill_delta(const ScoreBlock<C> &block, C *delta) {
 }
 
 // The rows' statistics from the saved lse. Returns the largest |lse|.
-template <class C>
-ANYATTN_NOINLINE double read_lse(const ScoreBlock<C> &block, const RowStatistics<C> &rows) {
+template <class C, int P>
+ANYATTN_NOINLINE double read_lse(const ScoreBlock<C, P> &block, const RowStatistics<C> &rows) {
     const StridedRows lse = block.strided_values(block.call.lse);
     const double unit = block.units.unit, limit = sizeof(C) == 4 ? double(__FLT_MAX__) : __DBL_MAX__;
     double largest = 0;
@@ -98,19 +110,20 @@ ANYATTN_NOINLINE double read_lse(const ScoreBlock<C> &block, const RowStatistics
 
 // The maximum and the sum of weights of every row of a block, as in the forward pass.
 template <class M>
-ANYATTN_NOINLINE void sum_rows(const ScoreBlock<typename M::C> &block, const TileScratch<M> &w) {
+ANYATTN_NOINLINE void sum_rows(const Block<M> &block, const BackwardRows<M> &of_block, const TileScratch<M> &w) {
     const anyattn_call &call = block.call;
     const KeyRows k = block.keys(call.k);
-    const SoftmaxRows<M> softmax{w.S, w.added, nullptr, w.m, w.l, w.alpha};
+    const SoftmaxRows<M> softmax{w.S, w.P, w.added, nullptr, w.m, w.l, w.alpha};
     TileAhead none{};
     clear_sums(w.m, w.l);
-    for (int64_t j0 = block.begin; j0 < block.end && !stopped(call); j0 += kKeys) {
-        const int64_t j1 = min64(j0 + kKeys, block.end);
+    for (int64_t j0 = block.begin; j0 < block.end && !stopped(call); j0 += M::score_keys) {
+        const int64_t j1 = min64(j0 + M::score_keys, block.end);
         const auto keys = M::load_keys(k, j0, j1 - j0, call.head_dim, kSumDim, w.k);
         for (int p = 0; p < block.panels; ++p) {
-            const int64_t first = block.panel_begin(p, j0), n = block.panel_end(p, j1) - first;
+            const int64_t first = block.panel_begin(p, j0, M::key_step), n = block.panel_end(p, j1) - first;
             const MaskUse use = n > 0 ? mask_use(block, p, first, n) : kSeesNone;
-            if (use != kSeesNone) softmax.add_keys(block, p, keys, j0, first, n, use, w.q + p * w.q_size, none);
+            if (use == kSeesNone) continue;
+            softmax.add_keys(block, p, keys, j0, first, n, use, of_block.q + p * of_block.q_size, none);
         }
     }
 }
@@ -119,15 +132,16 @@ ANYATTN_NOINLINE void sum_rows(const ScoreBlock<typename M::C> &block, const Til
 // more than rounding explains is that of more keys, as in a part of a distributed sequence: P is a part of 1 there, and
 // lse stays.
 template <class M>
-ANYATTN_NOINLINE void refine_statistics(const ScoreBlock<typename M::C> &block, const TileScratch<M> &w) {
+ANYATTN_NOINLINE void refine_statistics(const Block<M> &block, const BackwardRows<M> &of_block,
+                                        const TileScratch<M> &w) {
     using C = typename M::C;
-    const RowStatistics<C> rows(w.rows);
+    const RowStatistics<C> rows(of_block.rows);
     const StridedRows saved = block.strided_values(block.call.lse);
     const double eps = sizeof(C) == 4 ? double(__FLT_EPSILON__) : __DBL_EPSILON__;
     // The forward pass sums the products of few rows in another order, see few.inl.h.
     const bool few = (block.slots ? block.rows : block.s.n_q) <= kFewRows<C>;
     const double rounding = few ? 32 * eps : 2 * eps;
-    sum_rows(block, w);
+    sum_rows(block, of_block, w);
     for (int i = 0; i < block.rows; ++i) {
         const double lse = double(load<C>(saved.row(i))), size = lse < 0 ? -lse : lse;
         const double m = double(w.m[i]) * block.units.unit, sink = double(block.sink(i)), top = sink > m ? sink : m;
@@ -141,9 +155,9 @@ ANYATTN_NOINLINE void refine_statistics(const ScoreBlock<typename M::C> &block, 
 }
 
 template <class M>
-void pack_rows(const ScoreBlock<typename M::C> &block, const TileScratch<M> &w) {
+void pack_rows(const Block<M> &block, const BackwardRows<M> &w) {
     const anyattn_call &call = block.call;
-    constexpr int width = panel<typename M::C>;
+    constexpr int width = M::panel;
     const RowTable q = block.table(call.q), dout = block.table(call.dout);
     for (int p = 0; p < block.panels; ++p) {
         const int64_t n = block.panel_rows(p);
@@ -153,11 +167,11 @@ void pack_rows(const ScoreBlock<typename M::C> &block, const TileScratch<M> &w) 
 }
 
 template <class M>
-void fill_statistics(const ScoreBlock<typename M::C> &block, const TileScratch<M> &w) {
+void fill_statistics(const Block<M> &block, const BackwardRows<M> &of_block, const TileScratch<M> &w) {
     using C = typename M::C;
-    const RowStatistics<C> rows(w.rows);
+    const RowStatistics<C> rows(of_block.rows);
     fill_delta(block, rows.delta);
-    if (read_lse(block, rows) > largest_trusted_lse(block.call)) refine_statistics(block, w);
+    if (read_lse(block, rows) > largest_trusted_lse(block.call)) refine_statistics(block, of_block, w);
 }
 
 // What dbias needs of a row. The backward pass leaves it in the workspace for every row of every head, because a task
@@ -168,20 +182,20 @@ struct StoredRow {
 };
 
 // The place of row r of a block: heads have seqlen_q rows each.
-template <class C>
-int64_t stored_index(const ScoreBlock<C> &block, int r) {
+template <class C, int P>
+int64_t stored_index(const ScoreBlock<C, P> &block, int r) {
     return (block.s.index * block.call.nheads + block.head(r)) * block.call.seqlen_q + block.row(r);
 }
 
-template <class C>
-void store_statistics(const ScoreBlock<C> &block, const RowStatistics<C> &rows, void *stored) {
+template <class C, int P>
+void store_statistics(const ScoreBlock<C, P> &block, const RowStatistics<C> &rows, void *stored) {
     for (int r = 0; r < block.rows; ++r) {
         static_cast<StoredRow<C> *>(stored)[stored_index(block, r)] = {rows.base[r], rows.rest[r], rows.delta[r]};
     }
 }
 
-template <class C>
-void load_statistics(const ScoreBlock<C> &block, const void *stored, const RowStatistics<C> &rows) {
+template <class C, int P>
+void load_statistics(const ScoreBlock<C, P> &block, const void *stored, const RowStatistics<C> &rows) {
     for (int r = 0; r < kBlockQ; ++r) {
         StoredRow<C> row{infinity(C()), 0, 0};
         if (r < block.rows) row = static_cast<const StoredRow<C> *>(stored)[stored_index(block, r)];

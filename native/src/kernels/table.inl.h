@@ -77,12 +77,18 @@ auto with_rows(const anyattn_call &call, int64_t rows, const Body &body) {
 void forward(const anyattn_call &call, const BlockSet &set, int64_t begin, int64_t end, void *partial, void *memory) {
     // The last rows of a long sequence are computed like its others, whichever blocks they share a task with.
     const bool is_long = !has_key_lists(call) && sequence(call, set.first.b).n_q > kBlockQ;
-    with_rows(call, is_long ? kBlockQ : set.first.heads * set.first.rows,
-              [&](auto m) { forward_blocks<decltype(m)>(call, set, begin, end, partial, memory); });
+    with_rows(call, is_long ? kBlockQ : set.first.heads * set.first.rows, [&](auto m) {
+        using M = decltype(m);
+        [[maybe_unused]] const typename M::Task task;
+        forward_blocks<M>(call, set, begin, end, partial, memory);
+    });
 }
 
 int64_t blocks_at_once(const anyattn_call &call, int64_t rows) {
-    return with_rows(call, rows, [&](auto m) { return most_blocks<decltype(m)>(call); });
+    return with_rows(call, rows, [&](auto m) {
+        using M = decltype(m);
+        return min64(M::most_blocks, most_blocks<M>(call));
+    });
 }
 
 int64_t groups_at_once(const anyattn_call &call, int64_t rows) {
@@ -109,8 +115,11 @@ int64_t partial_row_bytes(const anyattn_call &call) {
 
 void backward(const anyattn_call &call, const BackwardPart &part, const Partial &partial, double *sink_partial,
               void *statistics, void *memory) {
-    with_mma(call, ANYATTN_BACKWARD,
-             [&](auto m) { backward_group<decltype(m)>(call, part, partial, sink_partial, statistics, memory); });
+    with_mma(call, ANYATTN_BACKWARD, [&](auto m) {
+        using M = decltype(m);
+        [[maybe_unused]] const typename M::Task task;
+        backward_group<M>(call, part, partial, sink_partial, statistics, memory);
+    });
 }
 
 void reduce(const anyattn_call &call, int64_t b, int64_t h_kv, int64_t row0, int64_t row1, const Partial *partials,
@@ -121,11 +130,16 @@ void reduce(const anyattn_call &call, int64_t b, int64_t h_kv, int64_t row0, int
 
 void dbias(const anyattn_call &call, int64_t bias_b, int64_t bias_h, int64_t block_q, int64_t block_k, void *statistics,
            void *memory) {
-    with_mma(call, ANYATTN_BACKWARD,
-             [&](auto m) { dbias_tile<decltype(m)>(call, bias_b, bias_h, block_q, block_k, statistics, memory); });
+    with_mma(call, ANYATTN_BACKWARD, [&](auto m) {
+        using M = decltype(m);
+        [[maybe_unused]] const typename M::Task task;
+        dbias_tile<M>(call, bias_b, bias_h, block_q, block_k, statistics, memory);
+    });
 }
 
-int64_t dbias_block_k(const anyattn_call &) { return kKeys; }
+int64_t dbias_block_k(const anyattn_call &call) {
+    return with_mma(call, ANYATTN_BACKWARD, [](auto m) { return int64_t(decltype(m)::score_keys); });
+}
 
 int64_t statistics_bytes(const anyattn_call &call) {
     return with_compute(call, [&](auto c) { return (int64_t)sizeof(StoredRow<decltype(c)>); });

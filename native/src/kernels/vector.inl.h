@@ -245,6 +245,17 @@ ANYATTN_INLINE C sum_lanes(typename Lanes<C>::V x) {
     return sum;
 }
 
+// Whether some lane of a is larger than b's, or NaN.
+template <class V>
+ANYATTN_INLINE bool any_exceeds(V a, V b) {
+    bool all = true;
+    for (size_t i = 0; i < sizeof(V) / sizeof(a[0]); ++i) all &= a[i] <= b[i];
+    return !all;
+}
+#if defined(__AVX512F__)
+ANYATTN_INLINE bool any_exceeds(F32 a, F32 b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_NLE_UQ); }
+#endif
+
 // The low (high) halves of a and b, element by element in turn.
 template <class V>
 ANYATTN_INLINE V interleave_low(V a, V b) {
@@ -295,11 +306,11 @@ ANYATTN_INLINE void transpose(typename Lanes<C>::V *r) {
 ANYATTN_INLINE U64 multiply_wide(U64 a, uint32_t factor) {
 #if defined(__AVX512F__)
     return (U64)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(factor));
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) && ANYATTN_VECTOR_BYTES == 32
     return (U64)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(factor));
-#elif defined(__SSE2__)
+#elif defined(__SSE2__) && ANYATTN_VECTOR_BYTES == 16
     return (U64)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x(factor));
-#elif defined(__aarch64__)
+#elif defined(__aarch64__) && ANYATTN_VECTOR_BYTES == 16
     return (U64)vmull_u32(vmovn_u64((uint64x2_t)a), vdup_n_u32(factor));
 #else
     return (a & splat(UINT64_C(0xffffffff))) * splat(uint64_t(factor));
