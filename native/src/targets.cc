@@ -4,6 +4,10 @@
 
 #if defined(__x86_64__) || defined(_M_X64)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 namespace anyattn {
@@ -23,14 +27,16 @@ Registers cpuid(unsigned leaf, unsigned subleaf) {
 
 constexpr bool all(unsigned value, unsigned bits) { return (value & bits) == bits; }
 
-// Whether the operating system saves these register files when it switches threads (XCR0).
-bool system_saves(unsigned state) {
+// The register files that the operating system saves when it switches threads (XCR0).
+unsigned saved_state() {
     constexpr unsigned osxsave = 1u << 27;
-    if (!all(cpuid(1, 0).ecx, osxsave)) return false;
+    if (!all(cpuid(1, 0).ecx, osxsave)) return 0;
     unsigned low, high;
     __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-    return all(low, state);
+    return low;
 }
+
+bool system_saves(unsigned state) { return all(saved_state(), state); }
 
 Vendor vendor() {
     constexpr unsigned genu = 0x756e6547, auth = 0x68747541;  // GenuineIntel, AuthenticAMD
@@ -62,13 +68,35 @@ Vendor vendor() {
     return all(cpuid(7, 1).eax, bf16) ? nullptr : "the processor has no AVX-512 BF16";
 }
 
+[[maybe_unused]] const char *missing_avx512vbmi() {
+    constexpr unsigned vbmi = 1u << 1;
+    if (const char *missing = missing_avx512bf16()) return missing;
+    return all(cpuid(7, 0).ecx, vbmi) ? nullptr : "the processor has no AVX-512 VBMI";
+}
+
+// Linux lets a process use tiles that asked. From then on it refuses alternate signal stacks that are too small for
+// them, so nobody asks before a call wants tiles; and it refuses the permission while such a stack is there.
+[[maybe_unused]] const char *missing_tile_permission() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+    constexpr long request_permission = 0x1023, tile_data = 18;
+    return syscall(SYS_arch_prctl, request_permission, tile_data) == 0 ? nullptr : "Linux refused the use of AMX tiles";
+#else
+    return "AMX tiles are used on Linux alone";
+#endif
+}
+
+[[maybe_unused]] const char *missing_avx512amx() {
+    if (const char *missing = missing_avx512vbmi()) return missing;
+    return missing_tiles(cpuid(7, 0).edx, saved_state(), missing_tile_permission);
+}
+
 #else
 
 Vendor vendor() { return Vendor::kOther; }
 
 #endif
 
-constexpr const char *missing_nothing() { return nullptr; }
+[[maybe_unused]] constexpr const char *missing_nothing() { return nullptr; }
 
 // A row's function is called once, when somebody first asks: the answer does not change.
 template <const char *(*missing)()>

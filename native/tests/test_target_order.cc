@@ -18,7 +18,7 @@ const char *count_questions() {
     return nullptr;
 }
 
-// The rows of x86-64 on a processor that has all of them.
+// Rows of x86-64 on a processor that has all of them, and on one that has none.
 const TargetRow kAll[] = {
     {"avx512bf16", nothing, slow_pairs}, {"avx512", nothing, never_slow}, {"baseline", nothing, never_slow}};
 const TargetRow kNone[] = {
@@ -58,6 +58,39 @@ TEST(a_slow_row_is_not_asked_what_it_lacks) {
     const TargetRow row{"avx512bf16", count_questions, slow_pairs};
     CHECK(reason_against(row, Vendor::kIntel, ANYATTN_BFLOAT16) && asked == 0);
     CHECK(!reason_against(row, Vendor::kAmd, ANYATTN_BFLOAT16) && asked == 1);
+}
+
+TEST(tiles_compute_bfloat16_alone) {
+    const TargetRow rows[] = {
+        {"avx512amx", nothing, bfloat16_only}, {"avx512bf16", nothing, slow_pairs}, {"baseline", nothing, never_slow}};
+    CHECK(chooses(rows, Vendor::kIntel, ANYATTN_BFLOAT16, "avx512amx"));
+    for (int32_t dtype : {ANYATTN_FLOAT32, ANYATTN_FLOAT16, ANYATTN_FLOAT64}) {
+        CHECK(chooses(rows, Vendor::kIntel, dtype, "avx512bf16"));
+    }
+    const TargetRow refused[] = {
+        {"avx512amx", everything, bfloat16_only}, {"avx512bf16", nothing, slow_pairs}, {"avx512", nothing, never_slow}};
+    CHECK(chooses(refused, Vendor::kIntel, ANYATTN_BFLOAT16, "avx512"));
+}
+
+TEST(emulated_rows_are_never_chosen) {
+    const TargetRow rows[] = {{"amx_emulated", nothing, only_named},
+                              {"amx_portable", nothing, only_named},
+                              {"baseline", nothing, never_slow}};
+    for (int32_t dtype : kDtypes) {
+        for (Vendor vendor : {Vendor::kIntel, Vendor::kAmd, Vendor::kOther}) {
+            CHECK(chooses(rows, vendor, dtype, "baseline"));
+        }
+    }
+}
+
+TEST(permission_is_asked_only_where_processor_and_system_have_tiles) {
+    constexpr uint32_t features = 1u << 22 | 1u << 24, saved = 3u << 17;
+    asked = 0;
+    CHECK(missing_tiles(0, saved, count_questions) && missing_tiles(1u << 24, saved, count_questions));
+    CHECK(missing_tiles(features, 0, count_questions) && missing_tiles(features, 1u << 17, count_questions));
+    CHECK(asked == 0);
+    CHECK(!missing_tiles(features, saved, count_questions) && asked == 1);
+    CHECK(!std::strcmp(missing_tiles(features, saved, everything), everything()));
 }
 
 TEST(the_library_gives_a_reason_for_every_other_target) {

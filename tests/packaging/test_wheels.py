@@ -99,5 +99,9 @@ def test_the_checks_see_what_is_wrong(tmp_path: Path, native: Path) -> None:
     assert "its library is for" in text or check_wheels.parse(native.read_bytes()).machine == "arm64"
     if sys.platform == "linux":
         assert "of the system" in text  # no compiler of today links against a glibc that old
+    assert "emulates" not in text
+    wrong["anyattn/lib/libanyattn.so"] += b"\0amx_emulated\0"
+    text = "\n".join(check_wheels.check(packed(tmp_path, "manylinux_2_5_aarch64", installed | wrong), ROOT))
+    assert "its library emulates amx_emulated" in text
     empty = "\n".join(check_wheels.check(packed(tmp_path, "win_amd64", {}), ROOT))
     assert "anyattn/lib/anyattn.dll is missing" in empty and "anyattn/include/anyattn.h is missing" in empty

@@ -24,6 +24,7 @@ EVIDENCE = {
         "forced there: AVX-512, AVX2 with FMA, any x86-64",
         "emulated: arm64 (qemu), the native tests and a sample of the Python tests",
         "emulated: Windows on x86-64 (wine), the native tests",
+        "emulated: AMX, the conformance tests",
         "musl on x86-64, the native tests",
     ),
     "compiled": ("Windows on arm64", "macOS on x86-64 and arm64"),
