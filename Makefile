@@ -83,8 +83,8 @@ test: require-native
 EMULATED := build/emulated/libanyattn.so
 EMULATED_ARGS ?= -m "full or not full"
 test-emulated: require-native $(EMULATED)
-	ANYATTN_LIBRARY=$(abspath $(EMULATED)) ANYATTN_REQUIRE=cpu $(BIN)/python -m pytest tests/conformance -k cpu-amx \
-		-n $(JOBS) $(EMULATED_ARGS) $(PYTEST_ARGS)
+	ANYATTN_LIBRARY=$(abspath $(EMULATED)) ANYATTN_REQUIRE=cpu $(BIN)/python -m pytest tests/conformance \
+		tests/backends/cpu/test_amx.py -k "cpu-amx or test_amx" -n $(JOBS) $(EMULATED_ARGS) $(PYTEST_ARGS)
 
 $(EMULATED): $(VENV)/requirements $(wildcard native/src/* native/src/kernels/* native/include/* native/cmake/*)
 	$(BIN)/cmake -S native -B build/emulated -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \

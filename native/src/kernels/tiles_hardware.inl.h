@@ -12,6 +12,7 @@ struct alignas(64) Configuration {
     uint16_t row_bytes[16];
     uint8_t rows[16];
 };
+static_assert(sizeof(Configuration) == 64, "ldtilecfg reads 64 bytes");
 
 ANYATTN_INLINE void configure() {
     static constexpr Configuration all = {1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
