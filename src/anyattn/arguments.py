@@ -73,6 +73,9 @@ def make_options(
     max_seqlen_k: Any = None,
     deterministic: Any = False,
     batch_invariant: Any = False,
+    query_start: Any = 0,
+    key_start: Any = 0,
+    partial: Any = False,
 ) -> Options:
     """Return the options of a call as plain Python values. The usual types are tested first because this is faster."""
     if scale is not None and type(scale) is not float:
@@ -87,12 +90,16 @@ def make_options(
         deterministic = flag("deterministic", deterministic)
     if batch_invariant is not False:
         batch_invariant = flag("batch_invariant", batch_invariant)
+    if partial is not False:
+        partial = flag("partial", partial)
     left, right = interval
     return Options(
         scale=scale, softcap=softcap, left=left, right=right, chunk=chunk, alignment=alignment, dropout_p=dropout_p,
         max_seqlen_q=0 if max_seqlen_q is None else integer("max_seqlen_q", max_seqlen_q),
         max_seqlen_k=0 if max_seqlen_k is None else integer("max_seqlen_k", max_seqlen_k),
         deterministic=deterministic, batch_invariant=batch_invariant,
+        query_start=query_start if type(query_start) is int else integer("query_start", query_start),
+        key_start=key_start if type(key_start) is int else integer("key_start", key_start), partial=partial,
     )  # fmt: skip
 
 

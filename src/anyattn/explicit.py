@@ -23,7 +23,9 @@ def attention_forward(q: A, k: A, v: A, **arguments: Unpack[ExplicitArguments]) 
         q: (batch, seqlen_q, nheads, head_dim), or (total_q, nheads, head_dim) with cu_seqlens_q.
         k: as for `attention` or, with cu_seqlens_k, as for `attention_varlen`.
         v: as for `attention` or, with cu_seqlens_k, as for `attention_varlen`.
-        **arguments: keywords of `attention` and `attention_varlen`, except return_lse.
+        **arguments: keywords of `attention` and `attention_varlen`, except return_lse. For parts of a longer
+            sequence, query_start and key_start are added to the indices that dropout counts by, and partial=True gives
+            out, and the gradients of the backward pass, in the dtype of lse.
 
     Returns:
         out and lse, as `attention(..., return_lse=True)` or `attention_varlen(..., return_lse=True)` returns them.

@@ -73,6 +73,9 @@ class CacheArguments(SharedArguments, total=False):
 class ExplicitArguments(DenseArguments, total=False):
     """Keywords of `attention_forward`, `attention_backward`, `explain` and `warmup`, for every kind of call."""
 
+    query_start: int
+    key_start: int
+    partial: bool
     cu_seqlens_q: Table | None
     cu_seqlens_k: Table | None
     max_seqlen_q: int | None

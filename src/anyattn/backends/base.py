@@ -112,6 +112,13 @@ class Backend(Protocol):
         """Return a plan. This is fast, because compiled parts are cached by problem.variant."""
 
 
+def without_starts(problem: Problem) -> list[str]:
+    """Return why a part of a longer sequence with dropout is not supported, or [], for backends that count from 0."""
+    if problem.dropout_threshold and (problem.query_start or problem.key_start):
+        return ["counts dropout's indices from 0 (query_start, key_start)"]
+    return []
+
+
 def without_cache_gradients(problem: Problem) -> list[str]:
     """Return why the backward pass of a KV cache is not supported, or []. Only the NumPy backend supports it."""
     if problem.dout is not None and (problem.paged or problem.cache_batch_idx is not None):

@@ -10,7 +10,8 @@ ALIGNMENTS = ("bottom-right", "top-left")
 class Options(NamedTuple):
     """Scalars of attention, in the order of the operators' schemas.
 
-    `left` and `right` are inclusive, and None if unbounded. A max_seqlen of 0 means unknown.
+    `left` and `right` are inclusive, and None if unbounded. A max_seqlen of 0 means unknown. query_start and key_start
+    are added to the indices that dropout counts by. partial: out and gradients are in the compute dtype.
     """
 
     scale: float | None = None
@@ -24,6 +25,9 @@ class Options(NamedTuple):
     max_seqlen_k: int = 0
     deterministic: bool = False
     batch_invariant: bool = False
+    query_start: int = 0
+    key_start: int = 0
+    partial: bool = False
 
 
 class Rotation(NamedTuple):

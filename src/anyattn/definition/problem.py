@@ -69,6 +69,9 @@ class Problem(NamedTuple):
     dropout_p: float = 0.0
     deterministic: bool = False
     batch_invariant: bool = False
+    query_start: int = 0  # added to the indices that dropout counts by
+    key_start: int = 0
+    partial: bool = False  # out and gradients in the compute dtype
     rotation: Rotation = Rotation()  # used by the APPEND pass
 
     def __getattr__(self, name: str) -> Array | None:
@@ -112,6 +115,11 @@ class Problem(NamedTuple):
     def compute_dtype(self) -> str:
         """Return the dtype of scores, softmax, accumulators and lse."""
         return DTYPES[self.q.dtype].compute
+
+    @property
+    def result_dtype(self) -> str:
+        """Return the dtype of out, and of dq, dk and dv."""
+        return self.compute_dtype if self.partial else self.dtype
 
     @property
     def device(self) -> str:
@@ -180,11 +188,13 @@ class Problem(NamedTuple):
         if self.pass_ is APPEND:  # rotated q
             return contiguous(self.q.shape, self.dtype, self.device) if self.rotary_dim else None
         if name in ("out", "tout", "ddout"):
-            return contiguous(self.out_shape, self.dtype, self.device)
+            return contiguous(self.out_shape, self.result_dtype, self.device)
         if name in ("lse", "tlse", "ddlse"):
             return contiguous(self.lse_shape, self.compute_dtype, self.device)
         array = self.arrays.get(name.removeprefix("d"))  # the output is a gradient
-        return None if array is None else contiguous(array.shape, array.dtype, self.device)
+        if array is None:
+            return None
+        return contiguous(array.shape, self.compute_dtype if self.partial else array.dtype, self.device)
 
     @property
     def variant(self) -> Variant:
@@ -204,6 +214,7 @@ class Problem(NamedTuple):
             "sink": self._has("sink"),
             "dropout": self.dropout_threshold > 0,
             "rotary": self.rotary_dim > 0,
+            "partial": self.result_dtype != self.dtype,
         }
         names = tuple(name for name, on in features.items() if on)
         return Variant(self.pass_.name, self.dtype, self.k.dtype, self.head_dim, self.head_dim_v, self.group > 1, names)

@@ -164,7 +164,8 @@ def _head(problem: Problem, arrays: Arrays, sequence: Sequence, h: int, rows: In
     d = np.ones_like(p)
     if problem.dropout_threshold:
         state = np.asarray(arrays["rng_state"])
-        kept = philox.keep(state, problem.dropout_p, sequence.number * problem.nheads + h, rows, keys)
+        indices = rows + problem.query_start, keys + problem.key_start
+        kept = philox.keep(state, problem.dropout_p, sequence.number * problem.nheads + h, *indices)
         d = kept * philox.keep_scale(problem.dropout_p)
     return Head(sequence, h, rows, rows_q, rows_k, q, k, v, used, t, s, p, p_sink, d, lse, (p * d) @ v)
 

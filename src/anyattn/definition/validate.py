@@ -14,7 +14,7 @@ from .dtypes import ATTENTION_DTYPES, DTYPES, key_dtypes
 from .inputs import FIELDS, SCORES, Field, Saved, Tangents, accepted_shapes
 from .mask import Mask
 from .options import ALIGNMENTS, Options, Rotation
-from .passes import APPEND, FORWARD, Pass
+from .passes import APPEND, BACKWARD, FORWARD, Pass
 from .problem import Array, Problem
 
 POSITION_LIMIT = 2**31 - 1
@@ -68,7 +68,12 @@ def _attention_problem(given: Given, options: Options, pass_: Pass) -> Problem:
         dropout_p=float(options.dropout_p),
         deterministic=options.deterministic,
         batch_invariant=options.batch_invariant,
+        query_start=options.query_start,
+        key_start=options.key_start,
+        partial=options.partial,
     )
+    if options.partial and pass_ not in (FORWARD, BACKWARD):
+        raise ValueError(f"partial must be False in the {pass_} pass, got True.")
     _check_saved(problem)
     return problem
 
@@ -258,6 +263,9 @@ def _check_scalars(options: Options, given: Given, compute: str) -> None:
     for name, size in (("max_seqlen_q", options.max_seqlen_q), ("max_seqlen_k", options.max_seqlen_k)):
         if size < 0:
             raise ValueError(f"{name} must be >= 0 (0 or None: unknown), got {size}")
+    for name, start in (("query_start", options.query_start), ("key_start", options.key_start)):
+        if not 0 <= start <= POSITION_LIMIT:
+            raise ValueError(f"{name} must be from 0 to {POSITION_LIMIT}, got {start}.")
 
 
 def make_interval(options: Options, given_offset: bool, seqlen_q: int, seqlen_k: int) -> Mask:

@@ -183,6 +183,8 @@ def _attention_values(problem: Problem) -> Values:
         "left": interval.left or 0,
         "right": interval.right or 0,
         "chunk": interval.chunk,
+        "query_start": problem.query_start,
+        "key_start": problem.key_start,
         "dropout_threshold": problem.dropout_threshold,
         "num_indices": 0 if indices is None else indices.shape[-1],
     }

@@ -185,7 +185,8 @@ def dropout(arrays: Arrays, rows: Rows, keys: Keys) -> Floats:
     """Return D of a tile: 0 or 1 / (1 - p)."""
     problem = arrays.problem
     state, b = arrays.view("rng_state"), rows.sequence.number
-    queries, slots = np.arange(rows.start, rows.stop), np.arange(keys.start, keys.stop)
+    queries = np.arange(rows.start, rows.stop) + problem.query_start
+    slots = np.arange(keys.start, keys.stop) + problem.key_start
     factors = np.empty((*rows.shape, len(slots)), arrays.kind)
     for tile, h in zip(factors.reshape(-1, *factors.shape[2:]), range(rows.heads.start, rows.heads.stop), strict=True):
         tile[...] = philox.keep(state, problem.dropout_p, b * problem.nheads + h, queries, slots)

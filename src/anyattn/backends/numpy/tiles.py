@@ -138,7 +138,7 @@ class Arrays:
         """Write (heads_kv, group * rows, dim) of out or dq."""
         heads_kv, group, count = rows.shape
         tile = values.reshape(heads_kv * group, count, -1).swapaxes(0, 1)
-        self.view(name)[self._rows(rows)] = narrow(tile, self.problem.dtype)
+        self.view(name)[self._rows(rows)] = narrow(tile, self.problem.result_dtype)
 
     def read_numbers(self, name: str, rows: Rows) -> Floats:
         """Read (heads_kv, group, rows) of lse or dlse."""
@@ -206,7 +206,7 @@ class Sum:
         described: Array | None = getattr(problem, name[1:])
         assert described is not None
         self._arrays = arrays
-        self._dtype = described.dtype
+        self._dtype = problem.compute_dtype if problem.partial else described.dtype
         self._result = raw(arrays.view(name), self._dtype)
         scores = (problem.batch, problem.nheads, problem.seqlen_q, problem.seqlen_k)
         # No sum is needed then, so that an array of O(N^2) is not stored twice.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ...definition.passes import APPEND, BACKWARD, FORWARD
 from ...definition.problem import Problem
-from ..base import without_cache_gradients
+from ..base import without_cache_gradients, without_starts
 from .device import DEVICES, LARGEST_HEAD_DIM, cards, installed, interpreted, largest_head_dim, refusal
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class TritonBackend:
         reasons = _misplaced(problem.device) + _without(problem.dtype)
         if problem.pass_ is APPEND:
             return reasons
-        return (reasons or _too_wide(problem)) + without_cache_gradients(problem)
+        return (reasons or _too_wide(problem)) + without_cache_gradients(problem) + without_starts(problem)
 
     def avoids(self, problem: Problem) -> list[str]:
         return []

@@ -77,7 +77,7 @@ def delta_kernel(problem: Problem) -> Kernel:
 
 def dkv_kernel(problem: Problem, config: Config) -> Kernel:
     order, programs = key_schedule(problem, config.tile_k)
-    results = [view(f"d{name}", contiguous(getattr(problem, name).shape, problem.dtype)) for name in ("k", "v")]
+    results = [view(f"d{name}", contiguous(getattr(problem, name).shape, problem.result_dtype)) for name in ("k", "v")]
     arguments = (*inputs(problem), *results, *common(problem), order)
     constants = {**dims(problem), "TILE_Q": config.tile_q, "TILE_K": config.tile_k}
     constants |= {name: flags(problem)[name] for name in ("TOP_LEFT", "LOWER", "PRECISION")}
@@ -86,7 +86,7 @@ def dkv_kernel(problem: Problem, config: Config) -> Kernel:
 
 def dq_kernel(problem: Problem, config: Config) -> Kernel:
     order, programs = row_schedule(problem, config.tile_q)
-    dq = view("dq", contiguous(problem.q.shape, problem.dtype))
+    dq = view("dq", contiguous(problem.q.shape, problem.result_dtype))
     arguments = (*inputs(problem), dq, *common(problem), order)
     constants = {**dims(problem), "TILE_Q": config.tile_q, "TILE_K": config.tile_k}
     constants |= {name: flags(problem)[name] for name in ("TOP_LEFT", "LOWER", "HOLES", "PRECISION")}
@@ -124,9 +124,10 @@ def plan_bias(problem: Problem, bias: Array, config: Config, gpu: Device) -> Bia
 
 def bias_kernels(problem: Problem, bias: Array, reduction: BiasPlan, used: int) -> list[Kernel]:
     """Return the kernels of dbias. used: bytes of workspace before the parts."""
-    result, config = Address("dbias", bias.dtype), reduction.config
+    dtype = problem.compute_dtype if problem.partial else bias.dtype
+    result, config = Address("dbias", dtype), reduction.config
     parts = Address("workspace", "float32", used)
-    steps = dense("dbias", contiguous(bias.shape, bias.dtype))
+    steps = dense("dbias", contiguous(bias.shape, dtype))
     assert steps is not None
     target = Dense(parts if reduction.parts > 1 else result, *steps[1:])
     counts = BiasReduction._make(

@@ -77,7 +77,7 @@ def forward_kernel(problem: Problem, shape: Shape, parts: tuple[Address, Address
     """Return the kernel. parts: addresses at which splits write out and lse."""
     config = shape.config
     tiles, pairs = tiles_and_pairs(problem, config, shape.pack)
-    out = view("out", contiguous(problem.out_shape, problem.dtype))
+    out = view("out", contiguous(problem.out_shape, problem.result_dtype))
     lse = statistics("lse", contiguous(problem.lse_shape, "float32"))
     steps = (0, 0)
     if parts:
@@ -103,7 +103,7 @@ def combine_kernel(problem: Problem, shape: Shape, parts: tuple[Address, Address
     seqlen_q = problem.lse_shape[-1]
     arguments = (
         *parts,
-        Address("out", problem.dtype),
+        Address("out", problem.result_dtype),
         Address("lse", "float32"),
         *(i32(x) for x in (count, problem.nheads, max(seqlen_q, 1), shape.splits)),
     )

@@ -11,7 +11,7 @@ from ...config import settings
 from ...definition.errors import DeviceError
 from ...definition.passes import APPEND, BACKWARD, FORWARD
 from ...definition.problem import Problem
-from ..base import Plan, without_cache_gradients
+from ..base import Plan, without_cache_gradients, without_starts
 from ..host_append import HostAppendPlan
 from . import offload
 
@@ -63,6 +63,9 @@ class VulkanBackend:
             return reasons
         if problem.device.startswith("vulkan") and problem.pass_ is BACKWARD:
             reasons.append("has no backward on device arrays")
+        reasons += without_starts(problem)
+        if problem.result_dtype != problem.dtype:
+            reasons.append(f"has no results in {problem.result_dtype} (partial) for {problem.dtype}")
         if problem.dtype not in DTYPES:
             reasons.append(f"supports {', '.join(DTYPES)}, got q of {problem.dtype}")
         for name in ("head_dim", "head_dim_v"):

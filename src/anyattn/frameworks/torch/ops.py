@@ -244,6 +244,7 @@ def _fake_second(*arguments: Any) -> tuple[Tensor, ...]:
 def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     inputs, options, _ = forward_arguments(arguments)
     q, _, v, extras = inputs
+    dtype = compute_dtype(q) if options.partial else q.dtype
     arrays = flatten(inputs)
     _check_devices(FORWARD, arrays, q)
     if q.is_meta and not any(isinstance(n, torch.SymInt) for x in arrays if x is not None for n in x.shape):
@@ -251,7 +252,7 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
         make_problem(described(FORWARD.inputs, arrays, adapter.describe), options)
     packed = extras.cu_seqlens_q is not None
     lse_shape = (q.shape[1], q.shape[0]) if packed else (q.shape[0], q.shape[2], q.shape[1])
-    return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(lse_shape, dtype=compute_dtype(q))
+    return q.new_empty((*q.shape[:-1], v.shape[-1]), dtype=dtype), q.new_empty(lse_shape, dtype=compute_dtype(q))
 
 
 def _check_devices(pass_: Pass, arrays: Sequence[Any], q: Tensor) -> None:
@@ -267,11 +268,14 @@ def compute_dtype(q: Tensor) -> torch.dtype:
 
 @torch.library.register_fake(f"{NAMESPACE}::backward", lib=library)
 def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    saved, inputs, _, _, wants = backward_arguments(arguments)
+    saved, inputs, options, _, wants = backward_arguments(arguments)
     q, k, v, extras = inputs
     _check_devices(BACKWARD, flatten(inputs, saved), q)
     optional = [getattr(extras, name) if want else None for name, want in zip(GRADIENTS, wants, strict=True)]
-    return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (q, k, v, *optional))
+    wide = compute_dtype(q) if options.partial else None
+    return tuple(
+        q.new_empty(0) if x is None else x.new_empty(x.shape, dtype=wide or x.dtype) for x in (q, k, v, *optional)
+    )
 
 
 def _score_elements(inputs: Inputs) -> Any:
