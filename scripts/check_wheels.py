@@ -20,6 +20,7 @@ LIBRARIES = {
 INSTALLED = (
     "include/anyattn.h",
     "include/anyattn.hpp",
+    "include/anyattn_xla.h",
     "lib/cmake/anyattn/anyattnConfig.cmake",
     "lib/cmake/anyattn/anyattnConfigVersion.cmake",
 )
@@ -84,9 +85,9 @@ def _check_contents(names: list[str], library: str, source: Path) -> Iterator[st
 
 
 def functions(source: Path) -> set[str]:
-    """Return the functions that anyattn.h declares."""
-    header = (source / "native" / "include" / "anyattn.h").read_text()
-    return set(re.findall(r"^ANYATTN_API [^;(]*?\b(anyattn_\w+)\(", header, re.MULTILINE))
+    """Return the functions that the C headers declare."""
+    headers = "\n".join(path.read_text() for path in (source / "native" / "include").glob("*.h"))
+    return set(re.findall(r"^ANYATTN_API [^;(]*?\b(anyattn_\w+)\(", headers, re.MULTILINE))
 
 
 def machine_of(tag: str) -> str:

@@ -73,7 +73,7 @@ def test_generation_example(compiler: str, tmp_path: Path) -> None:
     assert PRINTED["generate.cpp"] in run(compiled(EXAMPLES / "generate.cpp", compiler, "c++17", tmp_path / "generate"))
 
 
-@pytest.mark.parametrize("header", ["anyattn.h", "anyattn.hpp"])
+@pytest.mark.parametrize("header", ["anyattn.h", "anyattn.hpp", "anyattn_xla.h"])
 def test_a_header_needs_no_other(header: str, tmp_path: Path) -> None:
     """Included first and from two files of one program, in C++ either way."""
     for name in ("one", "two"):

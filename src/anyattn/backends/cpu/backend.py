@@ -97,6 +97,13 @@ class CpuPlan:
     def run(self, call: Call) -> None:
         self._template.run(call)
 
+    def packed(self) -> tuple[bytes, dict[str, int]]:
+        """Return the call's struct without addresses, and the 64-bit word of each array's address in it.
+
+        Another framework's program keeps it and fills in addresses in any thread, so no signal interrupts the call.
+        """
+        return self._template.packed()
+
 
 class _Template:
     """Packed call without addresses, as 64-bit words, and the positions of the addresses among the words."""
@@ -107,6 +114,7 @@ class _Template:
         self._native, self._which = native, which
         self._words = words("Q", layout.pack(values))
         self._slots = [_slot(f"{name}.data") for name in arrays] + [_slot(name) for name in tables]
+        self._names = (*arrays, *tables)
         self._arrays = operator.attrgetter(*arrays, *tables)
         self._workspace, self._workspace_bytes = _slot("workspace"), _slot("workspace_bytes")
         self._message, message_bytes = _slot("message"), _slot("message_bytes")
@@ -136,6 +144,12 @@ class _Template:
         status = self._native.passes[self._which](filled.buffer_info()[0])
         if status:
             self._fail(status)
+
+    def packed(self) -> tuple[bytes, dict[str, int]]:
+        words = self._words[:]
+        for field in ("poll", "poll_user", "message_bytes"):
+            words[_slot(field)] = 0
+        return words.tobytes(), dict(zip(self._names, self._slots, strict=True))
 
     def _fail(self, status: int) -> None:
         if status == INTERRUPTED:

@@ -6,6 +6,7 @@ import ctypes
 import os
 import sys
 from functools import cache
+from typing import Any
 
 from ...config import package, private_files, settings
 from ...definition.dtypes import ATTENTION_DTYPES, DTYPES
@@ -40,6 +41,10 @@ class Library:
         dll.anyattn_error_string.restype = ctypes.c_char_p
         dll.anyattn_thread_runtime.restype = ctypes.c_char_p
         dll.anyattn_peak_flops.argtypes, dll.anyattn_peak_flops.restype = [ctypes.c_int32] * 3, ctypes.c_double
+
+    def xla_handler(self) -> Any:
+        """Return the C function that XLA calls (anyattn_xla.h)."""
+        return self._dll.anyattn_xla
 
     def version(self) -> int:
         return int(self._dll.anyattn_version())
