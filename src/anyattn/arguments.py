@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -17,7 +17,16 @@ if TYPE_CHECKING:
 
     from .backends.vulkan.device_array import DeviceArray
 
-    Array = npt.NDArray[Any] | Tensor | DeviceArray
+    class JaxArray(Protocol):
+        """Array or tracer of JAX, recognised by its methods, because JAX may not be installed."""
+
+        @property
+        def shape(self) -> tuple[int, ...]: ...
+        def block_until_ready(self) -> Any: ...
+        def copy_to_host_async(self) -> None: ...
+        def swapaxes(self, axis1: int, axis2: int) -> Any: ...
+
+    Array = npt.NDArray[Any] | Tensor | JaxArray | DeviceArray
     Table = Array | Sequence[int]  # lengths and positions
 else:
     Array = Table = Any

@@ -38,7 +38,8 @@ def test_vulkan_arrays_refuse_gradients_by_name() -> None:
 
 
 def test_an_array_of_no_framework_is_refused_by_name() -> None:
-    with pytest.raises(TypeError, match=r"query must be a numpy\.ndarray, a torch\.Tensor or a DeviceArray, got list"):
+    kinds = r"numpy\.ndarray, a torch\.Tensor, a jax\.Array or a DeviceArray"
+    with pytest.raises(TypeError, match=f"query must be a {kinds}, got list"):
         framework_of([], "query")
     with pytest.raises(TypeError, match="q must be a"):
         anyattn.attention([], [], [])

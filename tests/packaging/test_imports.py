@@ -20,8 +20,9 @@ CONTRACTS = ROOT / "pyproject.toml"
 HOOK = "anyattn._pyinstaller.hook-anyattn"  # PyInstaller alone runs it
 # Parts that may use any package, inside functions.
 TOP = (HOOK, "anyattn.bench", "anyattn.cli", "anyattn.compat", "anyattn.testing")
-# Modules that import torch or Triton when they are imported.
+# Modules that import torch, JAX or Triton when they are imported.
 ON_TORCH = ("anyattn.compat", "anyattn.frameworks.torch", "anyattn.frameworks.torch_tools", "anyattn.nn")
+ON_JAX = ("anyattn.frameworks.jax",)
 ON_TRITON = ("anyattn.backends.triton",)
 REGISTERS = "anyattn.compat.transformers"  # with the package it stands for, when it is imported
 
@@ -64,6 +65,7 @@ def test_contracts_are_kept(copy: Path) -> None:
         ),
         ("frameworks/__init__.py", "import importlib", "Frameworks are imported by statements"),
         ("runtime/execute.py", "def f(): import torch", "PyTorch stays where it is the subject"),
+        ("frameworks/numpy.py", "def f(): import jax", "JAX stays where it is the subject"),
         ("frameworks/torch/ops.py", "import triton", "Triton stays in its backend"),
     ],
 )
@@ -86,27 +88,28 @@ def third_parties() -> dict[str, set[str]]:
 
 
 def test_third_parties() -> None:
-    """NumPy everywhere; torch and Triton where their contracts allow them; every other package in TOP.
+    """NumPy everywhere; torch, JAX and Triton where their contracts allow them; every other package in TOP.
 
     The CPU backend uses threadpoolctl if it is installed, because programs that limit threads do not know of anyattn.
     """
     for name, modules in third_parties().items():
         top = (*TOP, "anyattn.backends.cpu.threadpool") if name == "threadpoolctl" else TOP
         wrong = [module for module in modules if not module.startswith(top)]
-        assert name in ("numpy", "torch", "triton") or not wrong, f"{wrong} import {name}"
+        assert name in ("numpy", "torch", "jax", "triton") or not wrong, f"{wrong} import {name}"
 
 
-@pytest.mark.parametrize("package", ["numpy", "torch", "triton"])
+@pytest.mark.parametrize("package", ["numpy", "torch", "jax", "triton"])
 def test_other_packages_wait_for_a_call(package: str) -> None:
     """Each module can be imported with NumPy alone, or with the one package it is about in addition."""
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed")
-    parts = {"numpy": ("anyattn",), "torch": ON_TORCH, "triton": ON_TRITON}[package]
+    parts = {"numpy": ("anyattn",), "torch": ON_TORCH, "jax": ON_JAX, "triton": ON_TRITON}[package]
     modules = sorted(grimp.build_graph("anyattn", cache_dir=None).modules)
     wanted = [name for name in modules if name.startswith(parts) and not name.startswith((REGISTERS, HOOK))]
     if package == "numpy":
-        wanted = [name for name in wanted if not name.startswith((*ON_TORCH, *ON_TRITON))]
-    missing = sorted(third_parties().keys() - {"numpy", package})
+        wanted = [name for name in wanted if not name.startswith((*ON_TORCH, *ON_JAX, *ON_TRITON))]
+    needed = {"jax": {"ml_dtypes"}}.get(package, set())  # by the package itself
+    missing = sorted(third_parties().keys() - {"numpy", package} - needed)
     result = fresh(
         "import sys; from importlib import import_module\n"
         f"sys.modules |= dict.fromkeys({missing})\n"
@@ -146,7 +149,7 @@ def test_asking_vulkan_about_a_small_problem_imports_no_driver() -> None:
 
 def test_a_numpy_call_never_imports_torch() -> None:
     result = fresh(
-        "import sys; sys.modules['torch'] = None; sys.modules['ml_dtypes'] = None\n"
+        "import sys; sys.modules |= dict.fromkeys(('torch', 'jax', 'ml_dtypes'))\n"
         "import numpy as np, anyattn\n"
         "x = np.ones((1, 4, 2, 8), np.float32)\n"
         "assert anyattn.attention(x, x, x, causal=True, backend='numpy').shape == x.shape\n"

@@ -5,6 +5,7 @@ A framework is imported when its first array is passed (`loaded.py`).
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +15,8 @@ from . import loaded
 if TYPE_CHECKING:
     from .base import Framework
 
-ARRAYS = {"numpy": "numpy.ndarray", "torch": "torch.Tensor", "vulkan": "DeviceArray"}  # framework -> kind of array
+# Framework -> kind of array.
+ARRAYS = {"numpy": "numpy.ndarray", "torch": "torch.Tensor", "jax": "jax.Array", "vulkan": "DeviceArray"}
 
 
 def framework_of(array: Any, name: str = "q") -> Framework:
@@ -28,5 +30,8 @@ def framework_of(array: Any, name: str = "q") -> Framework:
         return loaded.torch
     if hasattr(array, "__anyattn_vulkan__"):
         return loaded.vulkan
+    jax = sys.modules.get("jax")
+    if jax is not None and isinstance(array, jax.Array):
+        return loaded.jax
     *most, last = ARRAYS.values()
     raise TypeError(f"{name} must be a {', a '.join(most)} or a {last}, got {type(array).__name__}")

@@ -22,6 +22,10 @@ def __getattr__(name: str) -> Framework:
         from .torch import functional
 
         framework = functional
+    elif name == "jax":
+        from .jax import functional as jax_arrays
+
+        framework = jax_arrays
     elif name == "vulkan":
         from . import vulkan_array
 

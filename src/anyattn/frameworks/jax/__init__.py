@@ -1,0 +1,1 @@
+"""Framework for JAX arrays on the CPU, imported when the first JAX array is passed."""

@@ -1,0 +1,169 @@
+"""Functions of the public API for JAX arrays and tracers, in eager code and inside every transformation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ...definition.inputs import (
+    NO_EXTRAS,
+    TABLES,
+    Appended,
+    Gradients,
+    Inputs,
+    Saved,
+    SecondGradients,
+    Tangents,
+    flatten,
+    reshape_gradients,
+)
+from ...definition.options import Options, Rotation
+from ...definition.passes import BACKWARD, FORWARD, SECOND, TANGENT, Pass
+from ...definition.problem import described
+from ...runtime import dispatch
+from ..scores import Stage
+from . import arrays as conversion
+from . import batching, derivatives  # noqa: F401 (the rules of the primitives)
+from .calls import Static, check_values, find, named
+from .primitives import bind
+
+
+def attention(
+    inputs: Inputs,
+    options: Options,
+    seed: int | None,
+    return_lse: bool,
+    backend: str | None,
+    *,
+    want_lse: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Return (out, lse), both differentiable."""
+    return forward(inputs, options, seed, backend)
+
+
+def forward(inputs: Inputs, options: Options, seed: int | None, backend: str | None) -> tuple[jax.Array, jax.Array]:
+    found = _bind(FORWARD, _prepare(inputs, options, seed), options, backend)
+    return found["out"], found["lse"]
+
+
+def backward(saved: Saved, inputs: Inputs, options: Options, seed: int | None, backend: str | None) -> Gradients:
+    prepared = _prepare(inputs, options, seed)
+    found = _bind(BACKWARD, prepared, options, backend, _checked(saved._asdict()))
+    return reshape_gradients(Gradients(**found), inputs.extras)
+
+
+def tangent(
+    out: Any,
+    lse: Any,
+    tangents: Tangents,
+    inputs: Inputs,
+    options: Options,
+    seed: int | None,
+    backend: str | None,
+) -> tuple[jax.Array, jax.Array]:
+    prepared = _prepare(inputs, options, seed)
+    given = _checked({"out": out, "lse": lse}) | _along(tangents)
+    found = _bind(TANGENT, prepared, options, backend, given)
+    return found["tout"], found["tlse"]
+
+
+def second(
+    saved: Saved, tangents: Tangents, inputs: Inputs, options: Options, seed: int | None, backend: str | None
+) -> SecondGradients:
+    prepared = _prepare(inputs, options, seed)
+    found = _bind(SECOND, prepared, options, backend, _checked(saved._asdict()) | _along(tangents))
+    absent = dict.fromkeys(SecondGradients._fields)
+    return reshape_gradients(SecondGradients(**{**absent, **found}), inputs.extras)
+
+
+def append(
+    arrays: Appended, rotation: Rotation, backend: str | None, *, check: Callable[[Any], None]
+) -> tuple[jax.Array, Any]:
+    """Return q and the keys in use; new keys are refused, because JAX arrays cannot be changed in place."""
+    q, lengths = conversion.check("q", arrays.q), arrays.cache_seqlens
+    if arrays.new_k is not None or arrays.new_v is not None or arrays.rotary_cos is not None:
+        raise TypeError(
+            "k, v and rotary_cos must be None for JAX arrays, which cannot be changed in place. "
+            "Call anyattn.compat.jax.attention_with_kvcache, which returns the new caches too."
+        )
+    batch = q.shape[0] if q.ndim else 0
+    return q, None if lengths is None else conversion.per_sequence("cache_seqlens", lengths, batch)
+
+
+def check(inputs: Inputs, options: Options, backend: str | None) -> None:
+    _find(_prepare(inputs, options, None), options, backend)
+
+
+def explain(inputs: Inputs, options: Options, seed: int | None, backend: str | None) -> dispatch.Explanation:
+    from ...definition.validate import make_problem
+
+    prepared = _prepare(inputs, options, seed)
+    given = described(FORWARD.inputs, flatten(prepared), lambda x: x)
+    metadata = {name: conversion.describe(name, x.shape, x.dtype) for name, x in given.items()}
+    return dispatch.explain(make_problem(metadata, options), dispatch.named(backend) or ("cpu",))
+
+
+def warmup(inputs: Inputs, options: Options, seed: int | None, backend: str | None, *, backward: bool) -> None:
+    _find(_prepare(inputs, options, seed), options, backend).plan.warmup()
+
+
+def scores(inputs: Inputs, options: Options, queries: Any, stage: Stage, lse: Any = None) -> jax.Array:
+    raise NotImplementedError("q must be a NumPy array or a torch tensor for scores, got a JAX array.")
+
+
+def merge(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any) -> tuple[jax.Array, jax.Array]:
+    """Merge two results, differentiable in all four arrays; see explicit.merge."""
+    for name, x in (("lse_a", lse_a), ("out_b", out_b), ("lse_b", lse_b)):
+        if not isinstance(x, jax.Array):
+            raise TypeError(f"{name} must be a JAX array like out_a, got {type(x).__name__}.")
+    top = jax.lax.stop_gradient(jnp.maximum(lse_a, lse_b))
+    safe = jnp.where(jnp.isfinite(top), top, 0.0)
+    total = jnp.exp(lse_a - safe) + jnp.exp(lse_b - safe)
+    some = jnp.where(total > 0, total, 1.0)  # without keys in either set: no NaN in results and gradients
+    lse = jnp.where(total > 0, safe + jnp.log(some), -jnp.inf)
+    weight = jnp.swapaxes(jnp.exp(lse_b - safe) / some, -1, -2)[..., None]
+    a, b = out_a.astype(lse.dtype), out_b.astype(lse.dtype)
+    return (a + weight * (b - a)).astype(out_a.dtype), lse
+
+
+def _prepare(inputs: Inputs, options: Options, seed: int | None) -> Inputs:
+    return conversion.prepare(inputs, seed, dropout=options.dropout_p > 0)
+
+
+def _bind(
+    pass_: Pass,
+    inputs: Inputs,
+    options: Options,
+    backend: str | None,
+    others: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return the results of a pass by name. The values of tables that are known now are checked now."""
+    _find(inputs, options, backend)
+    given = {**dict(zip(FORWARD.inputs, flatten(inputs), strict=False)), **(others or {})}
+    return bind(pass_, [given.get(name) for name in pass_.inputs], options, backend)
+
+
+def _find(inputs: Inputs, options: Options, backend: str | None) -> dispatch.Ready:
+    given = described(FORWARD.inputs, flatten(inputs), lambda x: x)
+    static = Static(FORWARD.name, tuple(given), options, named(backend))
+    ready = find(static, list(given.values()))
+    tables = {name: given[name] for name in TABLES if name in given}
+    if inputs.extras is not NO_EXTRAS and tables and all(conversion.is_concrete(x) for x in tables.values()):
+        check_values(ready.problem, {name: np.asarray(x) for name, x in tables.items()})
+    return ready
+
+
+def _checked(given: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: conversion.check(name, x) for name, x in given.items() if x is not None}
+
+
+def _along(tangents: Tangents) -> dict[str, Any]:
+    found = _checked(tangents._asdict())
+    bias = found.get("tbias")
+    if bias is not None and bias.ndim < 4:
+        found["tbias"] = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
+    return found

@@ -1,0 +1,60 @@
+"""The cases of the matrix with JAX arrays, eager and compiled, against float64 within the budget of every backend."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import anyattn
+from anyattn import testing
+from anyattn.testing import Case
+from harness import jax_arrays
+from harness.cases import ALL, SMALL
+from harness.checks import bits
+
+
+def has_backward(case: Case) -> bool:
+    return not case.paged
+
+
+def flushed(x: np.ndarray) -> np.ndarray:
+    """Return the bits of the values with 0 instead of numbers that float32 (float64) holds as denormals."""
+    smallest = np.finfo(np.float64 if x.dtype == np.float64 else np.float32).tiny
+    return bits(np.where(np.abs(x) < smallest, 0, x).astype(x.dtype))
+
+
+@pytest.mark.parametrize("direction", testing.PASSES)
+@pytest.mark.parametrize("case", ALL, ids=str)
+def test_compiled_call_equals_reference(case: Case, direction: str) -> None:
+    inputs = testing.make_inputs(case)
+    before = inputs.bytes()
+    if direction == "backward" and not has_backward(case):
+        with pytest.raises(anyattn.UnsupportedProblem, match="has no backward through a KV cache"):
+            jax_arrays.compute(inputs, direction, "cpu", jit=True)
+        return
+    got = jax_arrays.compute(inputs, direction, None, jit=True)
+    assert inputs.bytes() == before
+    assert not testing.malformed(inputs, got)
+    assert not testing.compare(testing.expected(inputs, direction), got)
+
+
+@pytest.mark.parametrize("direction", testing.PASSES)
+@pytest.mark.parametrize("case", SMALL[::2], ids=str)
+def test_eager_call_has_the_bits_of_numpy_arrays(case: Case, direction: str) -> None:
+    """XLA passes contiguous copies: another layout, and the same sums. Its threads flush denormal numbers to 0."""
+    if direction == "backward" and not has_backward(case):
+        return
+    inputs = testing.make_inputs(case)
+    got, want = jax_arrays.compute(inputs, direction, "cpu", jit=False), testing.compute(inputs, direction, "cpu")
+    for name, x in want.items():
+        assert (x is None) == (got[name] is None)
+        assert x is None or np.array_equal(flushed(x), flushed(got[name])), name
+
+
+@pytest.mark.parametrize("direction", [*testing.PASSES, *testing.DERIVATIVES])
+@pytest.mark.parametrize("case", SMALL[::4], ids=str)
+def test_host_callback_equals_reference(case: Case, direction: str) -> None:
+    """A backend that is not the CPU engine is called on the host, from a compiled program too."""
+    inputs = testing.make_inputs(case)
+    got = jax_arrays.compute(inputs, direction, "numpy", jit=True)
+    assert not testing.compare(testing.expected(inputs, direction), got)
