@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from .frameworks import is_jax
+
 _ACCEPTED = "Pass a number of Python or NumPy, or an array or a tensor of one element."
 
 
@@ -62,6 +64,8 @@ def _element(name: str, value: Any) -> Any:
         from .frameworks.torch.scalars import element
 
         return element(name, value)
+    if is_jax(value, with_values=True):
+        value = np.asarray(value)
     if isinstance(value, (np.ndarray, np.generic)) and value.size == 1:
         if value.dtype.kind in "biuf":
             return value.item()

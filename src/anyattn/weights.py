@@ -43,10 +43,11 @@ def attention_weights(
     sink the weights of a query sum to less than 1.
 
     In addition to the result, the call needs memory for one tile of scores (16 MiB and a few copies of it). Where torch
-    records gradients, traces or transforms the call, all scores of the selected queries are stored, in float32.
+    records gradients, traces or transforms the call, all scores of the selected queries are stored, in float32. The
+    same holds for JAX arrays.
 
     Args:
-        q: (batch, seqlen_q, nheads, head_dim), a NumPy array or a torch tensor on any device.
+        q: (batch, seqlen_q, nheads, head_dim), a NumPy array, a JAX array or a torch tensor on any device.
         k: (batch, seqlen_k, nheads_kv, head_dim).
         lse: (batch, nheads, seqlen_q), as `attention(..., return_lse=True)` returned it for these arguments. With the
             lse of `merge` the weights are those among the keys of all parts.
@@ -69,9 +70,9 @@ def attention_weights(
         leftpad_k: (batch,), first key slot in use.
 
     Returns:
-        (batch, nheads, queries, seqlen_k) in q's dtype, rounded from float32 (float64 for float64), contiguous. torch:
-        differentiable in q, k, bias and lse. Gradients of a softmax flow through lse too, so an lse without a gradient
-        is refused where q, k, bias or sink require one.
+        (batch, nheads, queries, seqlen_k) in q's dtype, rounded from float32 (float64 for float64), contiguous. torch
+        and JAX: differentiable in q, k, bias and lse. Gradients of a softmax flow through lse too, so torch
+        refuses an lse without a gradient where q, k, bias or sink require one.
 
     Raises:
         ValueError, TypeError: an argument is wrong. Packed sequences and pages are refused: q and k have 4 dimensions.

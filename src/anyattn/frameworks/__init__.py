@@ -30,8 +30,13 @@ def framework_of(array: Any, name: str = "q") -> Framework:
         return loaded.torch
     if hasattr(array, "__anyattn_vulkan__"):
         return loaded.vulkan
-    jax = sys.modules.get("jax")
-    if jax is not None and isinstance(array, jax.Array):
+    if is_jax(array):
         return loaded.jax
     *most, last = ARRAYS.values()
     raise TypeError(f"{name} must be a {', a '.join(most)} or a {last}, got {type(array).__name__}")
+
+
+def is_jax(array: Any, *, with_values: bool = False) -> bool:
+    """Return whether this is an array of JAX, a tracer included unless its values are needed. JAX is not imported."""
+    jax = sys.modules.get("jax")
+    return jax is not None and isinstance(array, jax.Array) and not (with_values and isinstance(array, jax.core.Tracer))

@@ -100,19 +100,18 @@ def compute(static: Static, *arrays: Any) -> list[jax.Array]:
 
 def _custom_call(static: Static, plan: CpuPlan, wanted: Sequence[Result], arrays: Sequence[Any]) -> list[jax.Array]:
     words, places = plan.packed()
-    names = (*static.names, *(one.name for one in wanted))
-    types = [jax.ShapeDtypeStruct(one.shape, one.dtype) for one in wanted]
-    sizes = [math.prod(x.shape) * x.dtype.itemsize for x in (*arrays, *types)]
-    aliases = {}
-    if static.pass_ == APPEND.name:
-        aliases = {static.names.index(name): names[len(arrays) :].index(name) for name in IN_PLACE}
-    call = jax.ffi.ffi_call(register(static.pass_), types, input_output_aliases=aliases)
+    # An append does not read q if it has no rotary tables.
+    operands = {name: x for name, x in zip(static.names, arrays, strict=True) if name in places}
+    types = {one.name: jax.ShapeDtypeStruct(one.shape, one.dtype) for one in wanted}
+    buffers = [*operands.items(), *types.items()]
+    aliases = {list(operands).index(name): list(types).index(name) for name in operands if name in types}
+    call = jax.ffi.ffi_call(register(static.pass_), list(types.values()), input_output_aliases=aliases)
     found: list[jax.Array] = call(
-        *arrays,
+        *operands.values(),
         **{"pass": np.int32(library.PASSES[static.pass_])},
         call=np.frombuffer(words, np.int64),
-        words=np.array([places[name] for name in names], np.int64),
-        bytes=np.array(sizes, np.int64),
+        words=np.array([places[name] for name, _ in buffers], np.int64),
+        bytes=np.array([math.prod(x.shape) * x.dtype.itemsize for _, x in buffers], np.int64),
     )
     return found
 

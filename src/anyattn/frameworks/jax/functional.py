@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from ...definition.inputs import (
-    NO_EXTRAS,
     TABLES,
     Appended,
     Gradients,
@@ -23,12 +22,13 @@ from ...definition.inputs import (
 )
 from ...definition.options import Options, Rotation
 from ...definition.passes import BACKWARD, FORWARD, SECOND, TANGENT, Pass
-from ...definition.problem import described
+from ...definition.problem import Problem, described
 from ...runtime import dispatch
 from ..scores import Stage
 from . import arrays as conversion
-from . import batching, derivatives  # noqa: F401 (the rules of the primitives)
-from .calls import Static, check_values, find, named
+from . import batching, derivatives, kvcache  # noqa: F401 (the rules of the primitives, and for compat.jax)
+from . import scores as formulas
+from .calls import Static, check_values, find, named, problem
 from .primitives import bind
 
 
@@ -112,7 +112,10 @@ def warmup(inputs: Inputs, options: Options, seed: int | None, backend: str | No
 
 
 def scores(inputs: Inputs, options: Options, queries: Any, stage: Stage, lse: Any = None) -> jax.Array:
-    raise NotImplementedError("q must be a NumPy array or a torch tensor for scores, got a JAX array.")
+    prepared = _prepare(inputs, options, None)
+    static, given = _static(prepared, options, None)
+    _check_known(problem(static, given), dict(zip(static.names, given, strict=True)))
+    return formulas.scores(prepared, options, queries, stage, lse)
 
 
 def merge(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any) -> tuple[jax.Array, jax.Array]:
@@ -148,13 +151,22 @@ def _bind(
 
 
 def _find(inputs: Inputs, options: Options, backend: str | None) -> dispatch.Ready:
-    given = described(FORWARD.inputs, flatten(inputs), lambda x: x)
-    static = Static(FORWARD.name, tuple(given), options, named(backend))
-    ready = find(static, list(given.values()))
-    tables = {name: given[name] for name in TABLES if name in given}
-    if inputs.extras is not NO_EXTRAS and tables and all(conversion.is_concrete(x) for x in tables.values()):
-        check_values(ready.problem, {name: np.asarray(x) for name, x in tables.items()})
+    static, given = _static(inputs, options, backend)
+    ready = find(static, given)
+    _check_known(ready.problem, dict(zip(static.names, given, strict=True)))
     return ready
+
+
+def _static(inputs: Inputs, options: Options, backend: str | None) -> tuple[Static, list[Any]]:
+    given = described(FORWARD.inputs, flatten(inputs), lambda x: x)
+    return Static(FORWARD.name, tuple(given), options, named(backend)), list(given.values())
+
+
+def _check_known(call: Problem, given: Mapping[str, Any]) -> None:
+    """Check the values of tables if all of them are known now. Otherwise the program checks them."""
+    tables = {name: given[name] for name in TABLES if name in given}
+    if tables and all(conversion.is_concrete(x) for x in tables.values()):
+        check_values(call, {name: np.asarray(x) for name, x in tables.items()})
 
 
 def _checked(given: Mapping[str, Any]) -> dict[str, Any]:

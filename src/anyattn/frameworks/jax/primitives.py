@@ -37,10 +37,14 @@ def bind(
 
 
 def bind_static(static: Static, arrays: Sequence[Any]) -> dict[str, Any]:
-    """Return the results of a pass by name."""
-    wanted = results(static, arrays)
-    found = PRIMITIVES[static.pass_].bind(*varying.alike(arrays), static=static)
-    return {one.name: x for one, x in zip(wanted, found, strict=True)}
+    """Return the results of a pass by name. Axes of a mesh that are explicit become automatic for the call."""
+
+    def call(*xs: Any) -> list[Any]:
+        return list(PRIMITIVES[static.pass_].bind(*varying.alike(xs), static=static))
+
+    shardings = sharding.explicit(static, arrays)
+    found = call(*arrays) if shardings is None else jax.sharding.auto_axes(call, out_sharding=shardings)(*arrays)
+    return {one.name: x for one, x in zip(results(static, arrays), found, strict=True)}
 
 
 def _types(*arrays: Any, static: Static) -> list[Any]:

@@ -103,6 +103,17 @@ def enable(primitive: Primitive) -> bool:
     return True
 
 
+def explicit(static: Static, arrays: Sequence[Any]) -> list[NamedSharding] | None:
+    """Return the shardings of the results if the types of the arrays name a mesh with explicit axes; None otherwise."""
+    types = [jax.typeof(x) for x in arrays] if hasattr(jax, "typeof") else []
+    meshes = [x.sharding.mesh for x in types if not x.sharding.mesh.empty and x.sharding.mesh.explicit_axes]
+    if not meshes:
+        return None
+    call = problem(static, arrays)
+    division = _divide(meshes[0], call, list(zip(static.names, types, strict=True)))
+    return [_sharding(meshes[0], call, division, one.name, one.shape) for one in results(static, arrays)]
+
+
 def partitioned(static: Static, *arrays: Any) -> Any:
     """Compute the results of a pass, divided over the devices of a mesh if the program has several."""
     return _partitioned(Whole(static, tuple(Type(x.shape, x.dtype) for x in arrays)), *arrays)
