@@ -193,12 +193,9 @@ class Program:
     def interrupted(self) -> None:
         """A handler raises at a random moment of a call."""
         for _ in range(5):
-            with ticking(_raise, self.rng.uniform(1e-4, 0.03)):
-                try:
-                    while True:
-                        self.call(self.rng.choice((2, len(CASES) - 1)))
-                except Disturbed:
-                    pass
+            with suppress(Disturbed), ticking(_raise, self.rng.uniform(1e-4, 0.03)):
+                while True:
+                    self.call(self.rng.choice((2, len(CASES) - 1)))
             self.call()
 
     def called_in_a_handler(self) -> None:
@@ -267,7 +264,7 @@ class Program:
     def on_a_device(self) -> None:
         """Calls on a Vulkan device: right in a moment, interrupted in the next, refused after a fork."""
         self.device_call()
-        with ticking(_raise, self.rng.uniform(1e-4, 0.02)), suppress(Disturbed):
+        with suppress(Disturbed), ticking(_raise, self.rng.uniform(1e-4, 0.02)):
             while True:
                 self.device_call()
         in_child(self.refused_device_call)
@@ -374,8 +371,8 @@ def _raise(*_: object) -> None:
 def ticking(handler: Callable[..., None], seconds: float, again: bool = False) -> Iterator[None]:
     """Have SIGALRM come after so many seconds, once or again and again."""
     before = signal.signal(signal.SIGALRM, handler)
-    signal.setitimer(signal.ITIMER_REAL, seconds, seconds if again else 0)
     try:
+        signal.setitimer(signal.ITIMER_REAL, seconds, seconds if again else 0)
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
