@@ -1,0 +1,158 @@
+"""Jobs of the processes in `harness.ranks`. Every rank makes the whole sequence from a seed and takes its own part."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import anyattn
+from anyattn import distributed
+from anyattn.distributed import Sharding
+
+
+class Case(NamedTuple):
+    """Call of attention on a whole sequence, and its division."""
+
+    arguments: dict[str, Any] | None = None  # keywords of attention
+    arrays: tuple[str, ...] = ()  # names of further arrays: see `arrays`
+    queries: int = 37
+    keys: int = 37
+    batch: int = 2
+    nheads: int = 4
+    nheads_kv: int = 4
+    dtype: str = "float64"
+    sharding: str = "contiguous"
+    schedule: str = "ring"
+    cu_seqlens: tuple[int, ...] = ()
+    lengths: tuple[int, ...] = ()  # of the ranks, for a contiguous sharding
+    mesh: tuple[int, ...] = ()
+    dlse: bool = True
+
+
+GRADIENTS = ("q", "k", "v", "bias", "sink")
+SHARED = ("sink", "bias_row")
+
+
+def arrays(case: Case) -> dict[str, Tensor]:
+    """Return every array of the whole call."""
+    rng = np.random.default_rng(7)
+
+    def random(*shape: int) -> Tensor:
+        return torch.from_numpy(rng.standard_normal(shape)).to(getattr(torch, case.dtype))
+
+    b, n, m, h = case.batch, case.queries, case.keys, case.nheads
+    lead = () if case.cu_seqlens else (b,)
+    wide = torch.float64 if case.dtype == "float64" else torch.float32
+    found = {"q": random(*lead, n, h, 8), "k": random(*lead, m, case.nheads_kv, 8)}
+    found |= {"v": random(*lead, m, case.nheads_kv, 6), "dout": random(*lead, n, h, 6)}
+    found["dlse"] = random(*((h, n) if case.cu_seqlens else (b, h, n))).to(wide)
+    extra = {
+        "bias": lambda: random(1, h, n, m),
+        "bias_heads": lambda: random(b, 1, n, m),
+        "bias_row": lambda: random(1, h, 1, m),
+        "mask": lambda: torch.from_numpy(rng.random((b, 1, n, m)) < 0.7),
+        "alibi_slopes": lambda: random(h).abs().to(wide),
+        "sink": lambda: random(h).to(wide),
+        "kv_indices": lambda: torch.from_numpy(rng.integers(-1, m, (*lead, n, 9))).to(torch.int32),
+        "seqused": lambda: torch.tensor([m - 5, m], dtype=torch.int32)[:b],
+    }
+    return found | {name: extra[name]() for name in case.arrays}
+
+
+def keywords(case: Case, given: dict[str, Tensor]) -> dict[str, Any]:
+    """Return the keywords of a call on the whole or on a part."""
+    found = dict(case.arguments or {})
+    for name in case.arrays:
+        if name == "seqused":
+            found |= {"seqused_q": given[name], "seqused_k": given[name], "leftpad_k": torch.ones_like(given[name])}
+        else:
+            found["bias" if name.startswith("bias") else name] = given[name]
+    return found
+
+
+def differentiate(case: Case, given: dict[str, Tensor], call: Any) -> dict[str, np.ndarray]:
+    """Run a call on these arrays, forward and backward."""
+    leaves = {name: x.detach().clone().requires_grad_() for name, x in given.items() if name.split("_")[0] in GRADIENTS}
+    given = {**given, **leaves}
+    out, lse = call(given["q"], given["k"], given["v"], return_lse=True, **keywords(case, given))
+    loss = (out * given["dout"]).sum()
+    if case.dlse:
+        loss = loss + (torch.where(lse == -torch.inf, 0.0, lse) * given["dlse"]).sum()
+    loss.backward()
+    found = {"out": out, "lse": lse, **{f"d{name}": x.grad for name, x in leaves.items()}}
+    return {name: x.detach().to(torch.float64).numpy() for name, x in found.items()}
+
+
+def whole(case: Case) -> dict[str, np.ndarray]:
+    """Compute a case in one process."""
+
+    def call(q: Tensor, k: Tensor, v: Tensor, **flags: Any) -> Any:
+        if not case.cu_seqlens:
+            return anyattn.attention(q, k, v, **flags)
+        table = torch.tensor(case.cu_seqlens, dtype=torch.int32)
+        return anyattn.attention_varlen(q, k, v, table, table, **flags)
+
+    return differentiate(case, arrays(case), call)
+
+
+def sharding_of(case: Case, length: int, size: int) -> Sharding:
+    if case.lengths:
+        return Sharding.of_lengths(case.lengths)
+    if case.sharding == "zigzag":
+        return Sharding.zigzag(length, size, case.cu_seqlens or None)
+    return getattr(Sharding, case.sharding)(length, size)
+
+
+def divide(case: Case, given: dict[str, Tensor], rank: int, size: int) -> dict[str, Tensor]:
+    """Return a rank's part of every array."""
+    queries, keys = (sharding_of(case, n, size) for n in (case.queries, case.keys))
+    first = 0 if case.cu_seqlens else 1
+    axes = {"q": first, "dout": first, "dlse": first + 1, "bias": 2, "bias_heads": 2, "mask": 2, "kv_indices": first}
+    found = dict(given)
+    for name, x in given.items():
+        if name in axes:
+            found[name] = queries.shard(x, rank, axes[name])
+        elif name in ("k", "v"):
+            found[name] = keys.shard(x, rank, first)
+    return found
+
+
+def part(case: Case) -> dict[str, np.ndarray]:
+    """Compute the rank's part of a case."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    group = None
+    if case.mesh:
+        from torch.distributed.device_mesh import init_device_mesh
+
+        group = init_device_mesh("cpu", case.mesh)
+    flags = {"group": group, "schedule": case.schedule, "sharding": sharding_of(case, case.queries, size)}
+    flags["sharding_k"] = sharding_of(case, case.keys, size)
+
+    def call(q: Tensor, k: Tensor, v: Tensor, **rest: Any) -> Any:
+        if not case.cu_seqlens:
+            return distributed.attention(q, k, v, **flags, **rest)
+        table = torch.tensor(case.cu_seqlens, dtype=torch.int32)
+        return distributed.attention_varlen(q, k, v, table, table, **flags, **rest)
+
+    return differentiate(case, divide(case, arrays(case), rank, size), call)
+
+
+def joined(case: Case, parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Return the whole results from those of every rank."""
+    size = len(parts)
+    queries, keys = (sharding_of(case, n, size) for n in (case.queries, case.keys))
+    first = 0 if case.cu_seqlens else 1
+    axes = {"out": first, "lse": first + 1, "dq": first, "dbias": 2, "dbias_heads": 2, "dk": first, "dv": first}
+    found = {}
+    for name in parts[0]:
+        tensors = [torch.from_numpy(one[name]) for one in parts]
+        if name in axes:
+            sharding = keys if name in ("dk", "dv") else queries
+            found[name] = sharding.unshard(tensors, axes[name]).numpy()
+        else:
+            found[name] = torch.stack(tensors).sum(0).numpy()
+    return found
