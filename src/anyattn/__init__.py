@@ -66,7 +66,7 @@ _NAMES = {
     **dict.fromkeys(("Explanation", "backend"), "runtime.dispatch"),
     **dict.fromkeys(("get_num_threads", "num_threads", "set_num_threads"), "threads"),
 }
-_MODULES = ("compat", "errors", "keywords", "nn", "settings", "testing", "vulkan")
+_MODULES = ("compat", "distributed", "errors", "keywords", "nn", "settings", "testing", "vulkan")
 
 
 def __getattr__(name: str) -> Any:

@@ -52,7 +52,9 @@ VARLEN = {
 STRIPED = ("alibi", "chunk", "chunk both ways", "lengths", "dropout", "dropout, mask", "everything", "causal")
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(
+    scope="module", params=[pytest.param(2, marks=pytest.mark.full), 3, pytest.param(4, marks=pytest.mark.full)]
+)
 def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
     found = Ranks(request.param)
     yield found
@@ -76,14 +78,14 @@ def heads_of(case: Case, ranks: Ranks) -> Case:
     return case._replace(nheads=case.nheads * factor, nheads_kv=case.nheads_kv * factor)
 
 
-@pytest.mark.parametrize("schedule", ["ring", "gather"])
+@pytest.mark.parametrize("schedule", ["ring", pytest.param("gather", marks=pytest.mark.full)])
 @pytest.mark.parametrize("sharding", ["contiguous", "zigzag"])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_option(name: str, sharding: str, schedule: str, ranks: Ranks) -> None:
     assert_equal(OPTIONS[name]._replace(sharding=sharding, schedule=schedule), ranks)
 
 
-@pytest.mark.parametrize("sharding", ["zigzag", "striped"])
+@pytest.mark.parametrize("sharding", ["zigzag", pytest.param("striped", marks=pytest.mark.full)])
 @pytest.mark.parametrize("name", [name for name in OPTIONS if name not in ("dropout, mask", "everything")])
 def test_every_option_with_exchanged_heads(name: str, sharding: str, ranks: Ranks) -> None:
     assert_equal(heads_of(OPTIONS[name]._replace(sharding=sharding, schedule="ulysses"), ranks), ranks)
@@ -104,7 +106,7 @@ def test_packed_documents(name: str, sharding: str, schedule: str, ranks: Ranks)
 
 @pytest.mark.parametrize("schedule", ["ring", "gather", "auto"])
 def test_empty_shard_and_uneven_lengths(schedule: str, ranks: Ranks) -> None:
-    lengths = {2: (37, 0), 3: (30, 0, 7)}[ranks.size]
+    lengths = {2: (37, 0), 3: (30, 0, 7), 4: (1, 0, 36, 0)}[ranks.size]
     assert_equal(Case(CAUSAL, ("sink",), lengths=lengths, schedule=schedule), ranks)
 
 

@@ -156,3 +156,109 @@ def joined(case: Case, parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarr
         else:
             found[name] = torch.stack(tensors).sum(0).numpy()
     return found
+
+
+def count_bytes(case: Case) -> tuple[int, int]:
+    """Return the bytes that the rank sends to other ranks, forward and backward, without the check of arguments."""
+    import pytest
+
+    sent = [0, 0]
+    phase = 0
+    batch, exchange = dist.batch_isend_irecv, dist.all_to_all_single
+
+    def counted_batch(operations: list[Any]) -> Any:
+        sent[phase] += sum(one.tensor.nbytes for one in operations if one.op is dist.isend)
+        return batch(operations)
+
+    def counted_exchange(received: Tensor, x: Tensor, sizes: Any, own: list[int], group: Any = None) -> Any:
+        sent[phase] += (sum(own) - own[dist.get_rank(group)]) * x.element_size()
+        return exchange(received, x, sizes, own, group=group)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "batch_isend_irecv", counted_batch)
+        patch.setattr(dist, "all_to_all_single", counted_exchange)
+        rank, size = dist.get_rank(), dist.get_world_size()
+        given = divide(case, arrays(case), rank, size)
+        q, k, v = (given[name].requires_grad_() for name in ("q", "k", "v"))
+        sharding = sharding_of(case, case.queries, size)
+        flags = {"sharding": sharding, "schedule": case.schedule}
+        out = distributed.attention(q, k, v, **flags, **keywords(case, given))
+        phase = 1
+        out.sum().backward()
+    return sent[0], sent[1]
+
+
+def call_with(changes: dict[int, dict[str, Any]], shapes: dict[int, tuple[int, ...]] | None = None) -> None:
+    """Call attention with arguments that differ between ranks."""
+    rank = dist.get_rank()
+    x = torch.ones((shapes or {}).get(rank, (1, 4, 2, 8)))
+    distributed.attention(x, x, x, **changes.get(rank, {}))
+
+
+def train_model() -> tuple[float, float]:
+    """Return the largest differences of out and gradients between a model over the ranks and in one process."""
+    torch.manual_seed(0)
+    size = dist.get_world_size()
+    layer = torch.nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True).double()
+    x, goal = torch.randn(2, 33, 16).double(), torch.randn(2, 33, 16).double()
+    qkv = torch.nn.Linear(16, 48).double()
+
+    def attend(rows: Tensor) -> Tensor:
+        heads = [part.unflatten(-1, (4, 4)).transpose(1, 2) for part in qkv(rows).chunk(3, -1)]
+        mixed = torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True)
+        return layer.linear2(torch.relu(layer.linear1(rows + mixed.transpose(1, 2).flatten(2))))
+
+    want = attend(x)
+    wanted = torch.autograd.grad((want * goal).sum(), list(qkv.parameters()))
+    sharding = Sharding.zigzag(33, size)
+    with distributed.context_parallel(sharding=sharding):
+        out = attend(distributed.shard(x, sharding))
+    (out * distributed.shard(goal, sharding)).sum().backward()
+    grads = [p.grad for p in qkv.parameters()]
+    for grad in grads:
+        dist.all_reduce(grad)
+    found = distributed.unshard(out.detach(), sharding)
+    differences = [float((a - b).abs().max()) for a, b in zip(grads, wanted, strict=True)]
+    return float((found - want).abs().max()), max(differences)
+
+
+def seedless_dropout() -> bool:
+    """Return whether ranks with different generators drop the entries of rank 0's state."""
+    rank = dist.get_rank()
+    torch.manual_seed(rank)
+    x = torch.ones(1, 6, 2, 8)
+    out = distributed.attention(x, x, x, dropout_p=0.5)
+    torch.manual_seed(0)
+    size = dist.get_world_size()
+    whole = torch.ones(1, 6 * size, 2, 8)
+    want = anyattn.attention(whole, whole, whole, dropout_p=0.5)
+    return bool(torch.allclose(out, want[:, 6 * rank : 6 * rank + 6]))
+
+
+def wait_for_lost_peer() -> None:
+    """End the last rank; the others must not wait forever."""
+    import os
+
+    if dist.get_rank() == dist.get_world_size() - 1:
+        os._exit(1)
+    x = torch.ones(1, 4, 2, 8)
+    distributed.attention(x, x, x, schedule="ring")
+
+
+def peak_bytes(length: int) -> int:
+    """Return how much the memory of the process grows in a forward and backward pass over the whole length."""
+    import resource
+    from pathlib import Path
+
+    sharding = Sharding.zigzag(length, dist.get_world_size())
+    own = sharding.lengths()[dist.get_rank()]
+    warm = torch.ones(1, 8, 1, 64, requires_grad=True)
+    anyattn.attention(warm, warm, warm).sum().backward()
+    Path("/proc/self/clear_refs").write_text("5")
+    status = Path("/proc/self/statm").read_text().split()
+    before = int(status[1]) * resource.getpagesize()
+    q, k, v = (torch.randn(1, own, 16, 64, requires_grad=True) for _ in range(3))
+    out = distributed.attention(q, k, v, causal=True, sharding=sharding, schedule="ring")
+    out.backward(torch.ones_like(out))
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024 - before

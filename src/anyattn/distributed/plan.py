@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
-from itertools import pairwise
 from typing import NamedTuple
 
 from .pairs import Band, Document, Pair, Piece, needed, pairs, pieces
@@ -136,8 +135,3 @@ def _arranged(available: list[tuple[int, Piece]]) -> tuple[tuple[Part, ...], lis
 def make_plan(layout: Layout, rank: int, *, gather: bool = False) -> Plan:
     """Return the plan of a rank; the same object for the same arguments."""
     return Plan(layout, rank, gather=gather)
-
-
-def is_whole(bounds: Sequence[int]) -> bool:
-    """Return whether cumulative lengths never decrease."""
-    return all(a <= b for a, b in pairwise(bounds))

@@ -159,12 +159,13 @@ def _sharding(name: str, kind: str | Sharding, lengths: list[int], cu_seqlens: S
 def sequences(inputs: Inputs, options: Options, queries: int, keys: int) -> Sequences:
     """Return the lengths and offsets of every sequence. queries, keys: rows of the whole dense sequence."""
     extras = inputs.extras
-    tables: dict[str, Any] = {
-        name: None if x is None else x.tolist() for name, x in extras._asdict().items() if name in _LENGTHS
-    }
+    given = {name: getattr(extras, name) for name in _LENGTHS}
+    tables: dict[str, Any] = {name: None if x is None else x.tolist() for name, x in given.items()}
     if extras.cu_seqlens_q is None:
         whole_q, whole_k = [queries] * inputs.q.shape[0], [keys] * inputs.q.shape[0]
     else:
+        for name, total in (("cu_seqlens_q", queries), ("cu_seqlens_k", keys)):
+            _check_boundaries(name, tables[name], total)
         whole_q, whole_k = ([b - a for a, b in pairwise(cu)] for cu in (tables["cu_seqlens_q"], tables["cu_seqlens_k"]))
     n_q, n_k = tables["seqused_q"] or whole_q, tables["seqused_k"] or whole_k
     pads = tables["leftpad_k"] or [0] * len(n_q)
@@ -173,6 +174,13 @@ def sequences(inputs: Inputs, options: Options, queries: int, keys: int) -> Sequ
             raise ValueError(f"{name} must be from 0 to {most}, got {used}.")
     aligned = [c - p - r if options.alignment == "bottom-right" else 0 for r, c, p in zip(n_q, n_k, pads, strict=True)]
     return Sequences(*map(tuple, (n_q, n_k, pads, tables["offset"] or aligned)))
+
+
+def _check_boundaries(name: str, cu_seqlens: list[int], total: int) -> None:
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] > total or any(a > b for a, b in pairwise(cu_seqlens)):
+        raise ValueError(
+            f"{name} must start at 0, never decrease and end at or before the {total} rows, got {cu_seqlens}."
+        )
 
 
 _LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "leftpad_k", "offset")
