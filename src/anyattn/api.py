@@ -1,4 +1,4 @@
-"""Public attention functions for NumPy arrays and torch tensors; results have the kind of the inputs.
+"""Public attention functions for NumPy arrays, torch tensors and JAX arrays; results have the kind of the inputs.
 
 This module turns mask arguments into interval bounds and collects the arguments. The framework's module does the rest.
 """

@@ -68,7 +68,7 @@ def sdpa(
 
 
 def flash_attention(query: A, key: A, value: A, causal: bool = True, scale: float | None = None) -> A:
-    """Compute attention in the layout (batch, nheads, seqlen, head_dim), for NumPy arrays and torch tensors.
+    """Compute attention in the layout (batch, nheads, seqlen, head_dim), for arrays and tensors of every framework.
 
     Args:
         query: (batch, nheads, seqlen_q, head_dim); nheads is a multiple of nheads_kv.

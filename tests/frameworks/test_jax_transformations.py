@@ -113,10 +113,40 @@ def test_second_derivatives_equal_a_plain_implementation(which: str) -> None:
     close(products(ours), products(plain))
 
 
+@pytest.mark.parametrize("which", KINDS)
+def test_gradients_of_tangents_equal_a_plain_implementation(which: str) -> None:
+    arrays = arguments(which)
+    along = tuple(normal(*x.shape, seed=9 + i) for i, x in enumerate(arrays))
+
+    def gradients(function: Function) -> Any:
+        def tangents(arrays: Any, along: Any) -> Any:
+            out, lse = jax.jvp(function, arrays, along)[1]
+            return jnp.sin(out).sum() + jnp.cos(lse).sum()
+
+        return jax.jit(jax.grad(tangents, (0, 1)))(arrays, along)
+
+    close(gradients(ours), gradients(plain))
+
+
+def test_vmap_of_gradients_of_tangents_equals_a_loop() -> None:
+    q, k, v = (jnp.stack([x, 2 * x]) for x in qkv())
+
+    def gradient(q: Any, k: Any, v: Any) -> Any:
+        return jax.grad(lambda q: jnp.sin(jax.jvp(ours, (q, k, v), (q, k, v))[1][0]).sum())(q)
+
+    want = jnp.stack([gradient(*arrays) for arrays in zip(q, k, v, strict=True)])
+    close(jax.vmap(gradient)(q, k, v), want)
+    total = jax.grad(lambda q: jax.vmap(lambda *xs: jnp.sin(jax.jvp(ours, xs, xs)[1][0]).sum())(q, k, v).sum())
+    each = jax.grad(lambda q: sum(jnp.sin(jax.jvp(ours, x, x)[1][0]).sum() for x in zip(q, k, v, strict=True)))
+    close(total(q), each(q))
+
+
 def test_derivatives_of_third_order_are_refused() -> None:
     q, k, v = qkv()
     with pytest.raises(NotImplementedError, match=r"Compute Hessians as jax\.jacfwd\(jax\.jacrev\(f\)\)"):
         jax.jacfwd(jax.jacfwd(lambda q: loss(ours)(q, k, v)))(q)
+    with pytest.raises(NotImplementedError, match="attention has no third derivative"):
+        jax.jit(jax.jacfwd(jax.jacfwd(lambda q: loss(ours)(q, k, v))))(q)
     second = jax.grad(lambda q: jax.grad(loss(ours))(q, k, v).sum())
     with pytest.raises(NotImplementedError, match="attention has no third derivative"):
         jax.grad(lambda q: second(q).sum())(q)

@@ -20,7 +20,7 @@ import anyattn
 from anyattn import cli
 from anyattn.bench import gate, goals, markdown, memory, overhead, plots, precision, providers, report, run, suites
 from anyattn.bench.inputs import Inputs
-from anyattn.bench.providers import Prepared, Refused
+from anyattn.bench.providers import Prepared, Refused, jax_arrays
 from anyattn.bench.timing import measure
 from anyattn.bench.workloads import Workload, from_json
 from anyattn.config import settings
@@ -156,9 +156,22 @@ def test_compiled_flex_attention_passes_the_gate(workload: Workload) -> None:
     assert not answer(providers.by_name("flex_attention"), gate.Gate(Inputs(workload))).startswith("wrong")
 
 
-def answer(provider: Any, expected: gate.Gate) -> str:
+@each_workload
+def test_jax_providers_pass_the_gate_or_refuse(workload: Workload) -> None:
+    """They compute on all processors, so they refuse any other number of threads."""
+    expected = gate.Gate(Inputs(workload))
+    for name in ("jax.nn", "anyattn JAX"):
+        found = answer(providers.by_name(name), expected, jax_arrays.processors())
+        assert not found.startswith("wrong"), found
+        plain = not (workload.packed or workload.cache or workload.page_size or workload.dropout_p)
+        assert found == "right" or name == "jax.nn" or not plain, found
+        refused = answer(providers.by_name(name), expected, jax_arrays.processors() + 1)
+        assert refused.startswith("refused"), refused
+
+
+def answer(provider: Any, expected: gate.Gate, threads: int = 1) -> str:
     try:
-        prepared = provider.prepare(expected.inputs, 1)
+        prepared = provider.prepare(expected.inputs, threads)
     except Refused as reason:
         return f"refused: {reason}"
     if prepared is None:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from ..arguments import JaxArray
     from ..keywords import CacheArguments
 
+__all__ = ["attention_with_kvcache", "dot_product_attention", "tokamax_implementation"]
+
 APPENDED = ("k", "v", "rotary_cos", "rotary_sin", "rotary_interleaved", "cache_seqlens")
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from .anyattn import Anyattn
 from .base import Prepared, Provider, Refused
 from .flex import Flex
+from .jax_arrays import AnyattnJax, JaxNn
 from .onnx_runtime import OnnxRuntime
 from .open_vino import OpenVino
 from .plain import NumpyPlain, TorchPlain
@@ -25,6 +26,8 @@ PROVIDERS: tuple[Provider, ...] = (
     OpenVino(),
     NumpyPlain(),
     TorchPlain(),
+    JaxNn(),
+    AnyattnJax(),
     AnyattnVulkan(),
     Aule(),
 )

@@ -1,6 +1,7 @@
 """Rules of differentiation: forward mode for every pass, and the transposes that reverse mode is made of.
 
-    forward:   its tangent is the tangent pass             tangent:  its transpose is the backward pass
+    forward:   its tangent is the tangent pass
+    tangent:   its transpose is the backward pass; along q, k and v it changes by `curvature`, whose transpose is second
     backward:  its tangent along q, k and v is the second pass, and along dout the backward pass itself
     second:    symmetric, so it is its own transpose
 
@@ -19,12 +20,9 @@ from jax.interpreters import ad
 from ...definition.inputs import GRADIENTS, Extras
 from ...definition.passes import BACKWARD, SECOND, TANGENT, Pass
 from .calls import Static, results
+from .curvature import ORDER, change
 from .primitives import PRIMITIVES, bind, bind_static
 
-ORDER = (
-    "attention has no third derivative, and no forward mode inside forward mode. "
-    "Compute Hessians as jax.jacfwd(jax.jacrev(f))."
-)
 DIFFERENTIABLE = ("q", "k", "v", *GRADIENTS)
 Named = dict[str, Any]
 
@@ -72,21 +70,28 @@ def _forward_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, static: Sta
     return list(found.values()), [tangent["tout"], tangent["tlse"]]
 
 
-def _linear_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, static: Static) -> Any:
-    """Differentiate a call along its tangents, in which it is linear."""
-    given = _linear_part(static, primals, tangents)
-    found = bind_static(static, list(primals))
-    change = bind_static(static, [given[name] for name in static.names])
-    return list(found.values()), list(change.values())
-
-
-def _linear_part(static: Static, primals: Sequence[Any], tangents: Sequence[Any]) -> Named:
-    """Return the operands with the tangents replaced by their own tangents."""
+def _tangent_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, static: Static) -> Any:
+    """Differentiate a tangent along its tangents, in which it is linear, and along the inputs."""
     given, along = dict(zip(static.names, primals, strict=True)), _split(static, tangents)
-    if any(name in DIFFERENTIABLE or name in ("dout", "dlse") for name in along):
+    found = bind_static(static, list(primals))
+    inputs = _tangents({name: x for name, x in along.items() if not _is_tangent(name) and name not in ("out", "lse")})
+    parts = [change(static, given, inputs)] if inputs else []
+    if any(_is_tangent(name) for name in along):
+        parts.append(list(bind_static(static, _linear_part(static, given, along)).values()))
+    return list(found.values()), [sum(terms[1:], terms[0]) for terms in zip(*parts, strict=True)]
+
+
+def _second_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, static: Static) -> Any:
+    given, along = dict(zip(static.names, primals, strict=True)), _split(static, tangents)
+    if not all(_is_tangent(name) for name in along):
         raise NotImplementedError(ORDER)
-    linear = [name for name in static.names if name in TANGENT.inputs and _is_tangent(name)]
-    return given | {name: along.get(name, jnp.zeros_like(given[name])) for name in linear}
+    found = bind_static(static, list(primals))
+    return list(found.values()), list(bind_static(static, _linear_part(static, given, along)).values())
+
+
+def _linear_part(static: Static, given: Named, along: Named) -> list[Any]:
+    """Return the operands with the tangents replaced by their own tangents."""
+    return [along.get(name, jnp.zeros_like(x)) if _is_tangent(name) else x for name, x in given.items()]
 
 
 def _is_tangent(name: str) -> bool:
@@ -173,9 +178,9 @@ def _refuse_append(primals: Sequence[Any], tangents: Sequence[Any], *, static: S
 
 
 ad.primitive_jvps[PRIMITIVES["forward"]] = _forward_jvp
-ad.primitive_jvps[PRIMITIVES["tangent"]] = _linear_jvp
+ad.primitive_jvps[PRIMITIVES["tangent"]] = _tangent_jvp
 ad.primitive_jvps[PRIMITIVES["backward"]] = _backward_jvp
-ad.primitive_jvps[PRIMITIVES["second"]] = _linear_jvp
+ad.primitive_jvps[PRIMITIVES["second"]] = _second_jvp
 ad.primitive_jvps[PRIMITIVES["append"]] = _refuse_append
 ad.primitive_transposes[PRIMITIVES["tangent"]] = _tangent_transpose
 ad.primitive_transposes[PRIMITIVES["backward"]] = _backward_transpose
