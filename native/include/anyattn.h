@@ -150,9 +150,18 @@ typedef struct anyattn_call {
 
     anyattn_poll poll; /* null: the call is never interrupted; see anyattn_poll_python */
     void *poll_user;
+
+    /* A direction: tangents of q, k, v, bias and sink, in their shapes and dtypes (absent: 0). And the derivatives of out
+     * and lse in that direction, in their shapes. */
+    anyattn_array tq, tk, tv, tbias, tsink, tout, tlse;
 } anyattn_call;
 
-typedef enum anyattn_pass { ANYATTN_FORWARD = 0, ANYATTN_BACKWARD = 1, ANYATTN_APPEND = 2 } anyattn_pass;
+typedef enum anyattn_pass {
+    ANYATTN_FORWARD = 0,
+    ANYATTN_BACKWARD = 1,
+    ANYATTN_APPEND = 2,
+    ANYATTN_TANGENT = 3
+} anyattn_pass;
 
 /* Strides of (n0, n1, n2, n3) elements without gaps, n0 being whatever there is. lse: n1 heads, n2 rows, n3 1. */
 static inline anyattn_array anyattn_contiguous(const void *data, int32_t dtype, int64_t n1, int64_t n2, int64_t n3) {
@@ -195,6 +204,13 @@ ANYATTN_API int32_t anyattn_forward(const anyattn_call *call);
 /* Reads out, lse and dout (and dlse, if present) beside the inputs, all as forward had them.
  * Writes dq, dk, dv and, where present, dbias and dsink. */
 ANYATTN_API int32_t anyattn_backward(const anyattn_call *call);
+/* Reads out and lse as forward wrote them, and the tangents. Writes tout and tlse, the derivatives of out and lse:
+ *
+ *     u_ij = softcap'(t_ij) scale (<tq_i, k_j> + <q_i, tk_j>) + tbias_ij
+ *     tlse_i = sum_j P_ij u_ij + P_sink tsink     tout_i = sum_j P_ij D_ij (u_ij v_j + tv_j) - tlse_i o_i
+ *
+ * P are the probabilities exp(s_ij - lse_i), D the dropout factors. Rows without keys: 0. */
+ANYATTN_API int32_t anyattn_tangent(const anyattn_call *call);
 /* Writes new_k (rotated) and new_v into k and v at cache_seqlens; and q, rotated, into out if q is present. */
 ANYATTN_API int32_t anyattn_append(const anyattn_call *call);
 

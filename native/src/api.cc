@@ -46,12 +46,13 @@ int32_t copy_call(const anyattn_call *from, anyattn_call *to) {
 
 // An absent array has no strides: adding them to a null pointer would make it look present.
 void clear_absent(anyattn_call *call) {
-    for (anyattn_array *array : {&call->q,         &call->k,     &call->v,          &call->out,
-                                 &call->lse,       &call->bias,  &call->mask,       &call->alibi_slopes,
-                                 &call->sink,      &call->dout,  &call->dlse,       &call->dq,
-                                 &call->dk,        &call->dv,    &call->dbias,      &call->dsink,
-                                 &call->new_k,     &call->new_v, &call->rotary_cos, &call->rotary_sin,
-                                 &call->kv_indices}) {
+    for (anyattn_array *array : {&call->q,          &call->k,     &call->v,          &call->out,
+                                 &call->lse,        &call->bias,  &call->mask,       &call->alibi_slopes,
+                                 &call->sink,       &call->dout,  &call->dlse,       &call->dq,
+                                 &call->dk,         &call->dv,    &call->dbias,      &call->dsink,
+                                 &call->new_k,      &call->new_v, &call->rotary_cos, &call->rotary_sin,
+                                 &call->kv_indices, &call->tq,    &call->tk,         &call->tv,
+                                 &call->tbias,      &call->tsink, &call->tout,       &call->tlse}) {
         if (!array->data) std::memset(array->stride, 0, sizeof array->stride);
     }
 }
@@ -115,8 +116,9 @@ int32_t finish(const anyattn_call &call, bool all_tasks) {
 
 int64_t workspace_bytes(const anyattn_call &call, const Kernels &kernels, int32_t pass) {
     if (pass == ANYATTN_APPEND) return 0;
-    const int64_t bytes =
-        pass == ANYATTN_FORWARD ? forward_workspace(call, kernels) : backward_workspace(call, kernels);
+    int64_t bytes = 0;
+    if (pass == ANYATTN_FORWARD) bytes = forward_workspace(call, kernels);
+    if (pass == ANYATTN_BACKWARD) bytes = backward_workspace(call, kernels);
     return bytes < 0 ? bytes : bytes + key_lists_bytes(call);
 }
 
@@ -150,7 +152,10 @@ int32_t run_kernels(const anyattn_call &call, int32_t pass) {
                   scratch.data(),
                   scratch_bytes,
                   scratch.data() + scratch_bytes * threads};
-    return finish(call, pass == ANYATTN_FORWARD ? run_forward(run) : run_backward(run));
+    const auto run_tasks_of = pass == ANYATTN_FORWARD    ? run_forward
+                              : pass == ANYATTN_BACKWARD ? run_backward
+                                                         : run_tangent;
+    return finish(call, run_tasks_of(run));
 }
 
 int32_t run_pass(const anyattn_call *from, int32_t pass) {
@@ -246,6 +251,8 @@ int64_t anyattn_workspace(const anyattn_call *call, int32_t pass) { return anyat
 int32_t anyattn_forward(const anyattn_call *call) { return anyattn::run_guarded(call, ANYATTN_FORWARD); }
 
 int32_t anyattn_backward(const anyattn_call *call) { return anyattn::run_guarded(call, ANYATTN_BACKWARD); }
+
+int32_t anyattn_tangent(const anyattn_call *call) { return anyattn::run_guarded(call, ANYATTN_TANGENT); }
 
 int32_t anyattn_append(const anyattn_call *call) { return anyattn::run_guarded(call, ANYATTN_APPEND); }
 

@@ -180,12 +180,12 @@ int32_t refuse(const Call &call, int32_t status, const char *format, ...) {
 
 int32_t check_sizes(const Call &call, int32_t pass) {
     int32_t status;
-    if ((status = check_scalar(call, "pass", pass, ANYATTN_FORWARD, ANYATTN_APPEND)) || (status = check_heads(call)) ||
+    if ((status = check_scalar(call, "pass", pass, ANYATTN_FORWARD, ANYATTN_TANGENT)) || (status = check_heads(call)) ||
         (status = check_lengths(call)) || (status = check_scalars(call)) || (status = check_storage(call, pass))) {
         return status;
     }
     if (pass == ANYATTN_APPEND) return check_rotary(call);
-    if (pass == ANYATTN_FORWARD) return ANYATTN_SUCCESS;
+    if (pass != ANYATTN_BACKWARD) return ANYATTN_SUCCESS;
     // The rows of dk and dv decide whether the backward may sum in them.
     constexpr int64_t span = int64_t(1) << 52;
     status = check_range(call, "stride 1 of dk", call.dk.stride[1], -span, span);

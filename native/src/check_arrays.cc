@@ -172,6 +172,22 @@ int32_t check_gradients(const anyattn_call &call, const Dtypes &dtypes) {
                {"dsink", call.dsink, kOptionalOutput, dtypes.stats, {heads, 1, 1, 1}, -1}});
 }
 
+int32_t check_tangents(const anyattn_call &call, const Dtypes &dtypes) {
+    const Shape q = shape_q(call), k = shape_k(call);
+    const int64_t heads = call.nheads, heads_kv = call.nheads_kv, d = call.head_dim, d_v = call.head_dim_v;
+    if (call.tbias.data && !call.bias.data) return refuse(call, ANYATTN_NULL_POINTER, "bias is null and tbias is not");
+    if (call.tsink.data && !call.sink.data) return refuse(call, ANYATTN_NULL_POINTER, "sink is null and tsink is not");
+    const unsigned bias = dtypes.same | bit(ANYATTN_FLOAT32);
+    return check_fields(
+        call, {{"tq", call.tq, kOptional, dtypes.same, {q.batch, q.rows, heads, d}},
+               {"tk", call.tk, kOptional, dtypes.same, {k.batch, k.rows, heads_kv, d}},
+               {"tv", call.tv, kOptional, dtypes.same, {k.batch, k.rows, heads_kv, d_v}},
+               {"tbias", call.tbias, kOptional, bias, {call.batch, heads, call.seqlen_q, call.seqlen_k}, 3, true},
+               {"tsink", call.tsink, kOptional, dtypes.stats, {heads, 1, 1, 1}, -1},
+               {"tout", call.tout, kOutput, dtypes.wide, {q.batch, q.rows, heads, d_v}},
+               {"tlse", call.tlse, kOutput, dtypes.stats, {q.batch, heads, q.rows, 1}, 2}});
+}
+
 int32_t check_append(const anyattn_call &call, const Dtypes &dtypes) {
     const Shape q = shape_q(call), k = shape_k(call);
     const int64_t heads = call.nheads, heads_kv = call.nheads_kv, d = call.head_dim, d_v = call.head_dim_v;
@@ -205,7 +221,8 @@ int32_t check_arrays(const anyattn_call &call, int32_t pass) {
     const Dtypes dtypes(base.array.dtype);
     if (append) return check_append(call, dtypes);
     const int32_t status = check_inputs(call, dtypes, pass == ANYATTN_FORWARD ? kOutput : kInput);
-    return status || pass == ANYATTN_FORWARD ? status : check_gradients(call, dtypes);
+    if (status || pass == ANYATTN_FORWARD) return status;
+    return pass == ANYATTN_BACKWARD ? check_gradients(call, dtypes) : check_tangents(call, dtypes);
 }
 
 }  // namespace anyattn

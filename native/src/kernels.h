@@ -7,6 +7,9 @@ namespace anyattn {
 // Query rows of one forward or backward block, on every target: tasks must not depend on the instruction set.
 constexpr int64_t kBlockQ = 64;
 
+// Blocks that a task of the tangent pass computes side by side, at most.
+constexpr int64_t kTangentBlocks = 4;
+
 // Query rows [i0, i0 + rows) of heads [h, h + heads) of sequence b: heads of one KV head, at most kBlockQ rows in all.
 struct QueryBlock {
     int64_t b, h, heads, i0, rows;
@@ -70,6 +73,8 @@ struct Kernels {
                   void *statistics, void *scratch);
     int64_t (*dbias_block_k)(const anyattn_call &);
     int64_t (*statistics_bytes)(const anyattn_call &);  // of a row; a head has seqlen_q rows
+    // tout and tlse of a set of at most kTangentBlocks blocks, which begin at the same key and share a KV head.
+    void (*tangent)(const anyattn_call &, const BlockSet &, void *scratch);
     // Runs n rounds of the register-only loop for this dtype; returns their floating-point operations.
     double (*peak)(int32_t dtype, int64_t n, volatile double *sink);
 };

@@ -31,5 +31,6 @@ int64_t forward_scratch(const anyattn_call &call, const Kernels &kernels);
 // False if the caller's parallel_for did not run every task.
 bool run_forward(const Run &run);
 bool run_backward(const Run &run);
+bool run_tangent(const Run &run);
 
 }  // namespace anyattn

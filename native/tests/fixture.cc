@@ -21,6 +21,8 @@ Index broadcast(Index dims, int bits) {
     return {bits & 1 ? 1 : dims.a, bits & 2 ? 1 : dims.b, bits & 4 ? 1 : dims.c, bits & 8 ? 1 : dims.d};
 }
 
+int32_t stats_of(int32_t dtype) { return dtype == ANYATTN_FLOAT64 ? ANYATTN_FLOAT64 : ANYATTN_FLOAT32; }
+
 void drop_strides(anyattn_array *array, int bits) {
     for (int axis = 0; axis < 4; ++axis) {
         if (bits >> axis & 1) array->stride[axis] = 0;
@@ -93,6 +95,7 @@ Fixture::Fixture(const Config &config) : memory(config.seed) {
     make_inputs(config);
     if (config.kv_indices >= 0) make_lists(config);
     make_gradients(config);
+    make_tangents(config);
     hide_unused();
 }
 
@@ -140,7 +143,7 @@ void Fixture::make_tables(const Config &config) {
 
 void Fixture::make_inputs(const Config &config) {
     const int64_t d = call.head_dim, d_v = call.head_dim_v, gap = config.strided ? 3 : 0;
-    const int32_t stats = config.dtype == ANYATTN_FLOAT64 ? ANYATTN_FLOAT64 : ANYATTN_FLOAT32;
+    const int32_t stats = stats_of(config.dtype);
     const int32_t result = config.result ? config.result : config.dtype;
     call.q = memory.normal(config.dtype, dims_q(call, d), gap);
     call.k = memory.normal(config.dtype, dims_k(call, d), gap);
@@ -214,6 +217,25 @@ void Fixture::make_gradients(const Config &config) {
     Memory::fill(call.dv, dims_k(call, d_v), [] { return 1.0; });
 }
 
+void Fixture::make_tangents(const Config &config) {
+    const int64_t d = call.head_dim, d_v = call.head_dim_v, gap = config.strided ? 2 : 0;
+    const Index rows = dims_q(call, 1);
+    call.tq = memory.normal(config.dtype, dims_q(call, d), gap);
+    call.tk = memory.normal(config.dtype, dims_k(call, d), gap);
+    call.tv = memory.normal(config.dtype, dims_k(call, d_v), gap);
+    call.tout = memory.array(call.out.dtype, dims_q(call, d_v), gap);
+    call.tlse = memory.array(stats_of(config.dtype), {rows.a, rows.c, rows.b, 1});
+    if (config.bias >= 0) {
+        const Index scores = {call.batch, call.nheads, call.seqlen_q, call.seqlen_k};
+        call.tbias = memory.normal(config.dtype, broadcast(scores, config.bias));
+        drop_strides(&call.tbias, config.bias);
+    }
+    if (config.sink) {
+        call.tsink = memory.normal(call.sink.dtype, {1, 1, 1, call.nheads});
+        call.tsink.stride[0] = 1;
+    }
+}
+
 // NaN in every key and value that no row may see, and in every row of no sequence.
 void Fixture::hide_unused() {
     const Index keys = dims_k(call, 1), rows = dims_q(call, 1);
@@ -242,6 +264,9 @@ void Fixture::hide_unused() {
     hide(call.v, dims_k(call, call.head_dim_v), used_keys);
     hide(call.q, dims_q(call, call.head_dim), used_rows);
     hide(call.dout, dims_q(call, call.head_dim_v), used_rows);
+    hide(call.tk, dims_k(call, call.head_dim), used_keys);
+    hide(call.tv, dims_k(call, call.head_dim_v), used_keys);
+    hide(call.tq, dims_q(call, call.head_dim), used_rows);
 }
 
 int32_t Fixture::expect(int32_t status) const {

@@ -40,6 +40,7 @@ class Fixture {
     // Status of a pass; its message is printed where it is not the one that was expected.
     int32_t forward() { return expect(anyattn_forward(&call)); }
     int32_t backward() { return expect(anyattn_backward(&call)); }
+    int32_t tangent() { return expect(anyattn_tangent(&call)); }
     const char *message() const { return message_; }
 
     std::vector<int32_t> cu_q, cu_k, used_q, used_k, leftpad, offsets, pages, entries;
@@ -50,6 +51,7 @@ class Fixture {
     void make_inputs(const Config &config);
     void make_lists(const Config &config);
     void make_gradients(const Config &config);
+    void make_tangents(const Config &config);
     void hide_unused();
     int32_t expect(int32_t status) const;
 

@@ -98,6 +98,8 @@ struct Sums {
         result.dv.assign(count(v), start);
         result.dbias.resize(c.bias.data ? count(bias) : 0);
         result.dsink.resize(size_t(c.nheads));
+        result.tout.resize(count(out));
+        result.tlse.resize(count(lse));
     }
 
     void add_forward(const Place &place, int64_t h, int64_t i, const Row &row) {
@@ -135,6 +137,42 @@ struct Sums {
             if (call.bias.data) result.dbias[flat(owned(call, {place.b, h, i, j}), bias)] += ds;
             const double dt = call.softcap > 0 ? ds * (1 - (t / call.softcap) * (t / call.softcap)) : ds;
             add_products(at, key, dt * call.scale, p * keep);
+        }
+    }
+
+    double tangent_of_score(const Place &place, int64_t h, int64_t i, int64_t j, double t) const {
+        const Index at = place.row(i, h), key = place.key(j, h / (call.nheads / call.nheads_kv));
+        double u = 0;
+        if (call.tq.data) u += call.scale * dot(call.tq, at, call.k, key, call.head_dim);
+        if (call.tk.data) u += call.scale * dot(call.q, at, call.tk, key, call.head_dim);
+        if (call.softcap > 0) u *= 1 - (t / call.softcap) * (t / call.softcap);
+        return call.tbias.data ? u + get(call.tbias, {place.b, h, i, j}) : u;
+    }
+
+    void add_tangent(const Place &place, int64_t h, int64_t i, const Row &row) {
+        const double kept = 1 / (1 - call.dropout_threshold / 65536.0);
+        const Index at = place.row(i, h);
+        double sum = 0;
+        if (call.tsink.data) {
+            sum = std::exp(get(call.sink, {h, 0, 0, 0}) - row.lse) * get(call.tsink, {h, 0, 0, 0});
+        }
+        for (int64_t j = 0; j < place.n_k; ++j) {
+            const double p = row.p[size_t(j)];
+            if (p == 0) continue;
+            const double u = tangent_of_score(place, h, i, j, row.t[size_t(j)]);
+            sum += p * u;
+            if (!keeps(call, place.b, h, i, j)) continue;
+            Index to = at, key = place.key(j, h / (call.nheads / call.nheads_kv));
+            for (int64_t d = 0; d < call.head_dim_v; ++d) {
+                to.d = key.d = d;
+                const double v = u * get(call.v, key) + (call.tv.data ? get(call.tv, key) : 0);
+                result.tout[flat(to, out)] += p * kept * v;
+            }
+        }
+        result.tlse[flat({at.a, h, at.b, 0}, lse)] = sum;
+        for (int64_t d = 0; d < call.head_dim_v; ++d) {
+            const size_t n = flat({at.a, at.b, at.c, d}, out);
+            result.tout[n] -= sum * result.out[n];
         }
     }
 
@@ -235,7 +273,7 @@ bool Place::selects(int64_t j) const {
     return !(call.flags & ANYATTN_HAS_KV_INDICES);
 }
 
-Expected reference(const anyattn_call &call, bool backward) {
+Expected reference(const anyattn_call &call, int32_t pass) {
     Sums sums(call);
     for (int64_t b = 0; b < call.batch; ++b) {
         const Place place(call, b);
@@ -243,7 +281,8 @@ Expected reference(const anyattn_call &call, bool backward) {
             for (int64_t i = 0; i < place.n_q; ++i) {
                 const Row row = row_of(place, h, i);
                 sums.add_forward(place, h, i, row);
-                if (backward) sums.add_backward(place, h, i, row);
+                if (pass == ANYATTN_BACKWARD) sums.add_backward(place, h, i, row);
+                if (pass == ANYATTN_TANGENT) sums.add_tangent(place, h, i, row);
             }
         }
     }
@@ -251,7 +290,7 @@ Expected reference(const anyattn_call &call, bool backward) {
 }
 
 bool forward_matches(const anyattn_call &call) {
-    const Expected want = reference(call, false);
+    const Expected want = reference(call, ANYATTN_FORWARD);
     const Index out = dims_q(call, call.head_dim_v);
     const double tol = tolerance(call.q.dtype, false);
     // Statistics are float32 even where the arrays are not.
@@ -261,7 +300,7 @@ bool forward_matches(const anyattn_call &call) {
 }
 
 bool backward_matches(const anyattn_call &call) {
-    const Expected want = reference(call, true);
+    const Expected want = reference(call, ANYATTN_BACKWARD);
     const double tol = tolerance(call.q.dtype, true);
     Index bias = {call.batch, call.nheads, call.seqlen_q, call.seqlen_k};
     std::vector<double> dbias = want.dbias;
@@ -276,4 +315,12 @@ bool backward_matches(const anyattn_call &call) {
            compare("dv", call.dv, dims_k(call, call.head_dim_v), want.dv, tol) &&
            (!call.dbias.data || compare("dbias", call.dbias, bias, dbias, tol)) &&
            (!call.dsink.data || compare("dsink", call.dsink, {call.nheads, 1, 1, 1}, want.dsink, tol));
+}
+
+bool tangent_matches(const anyattn_call &call) {
+    const Expected want = reference(call, ANYATTN_TANGENT);
+    const Index out = dims_q(call, call.head_dim_v);
+    const double tol = tolerance(call.q.dtype, true), tol_lse = call.q.dtype == ANYATTN_FLOAT64 ? tol : 4e-5;
+    return compare("tout", call.tout, out, want.tout, tol) &&
+           compare("tlse", call.tlse, {out.a, out.c, out.b, 1}, want.tlse, tol_lse);
 }

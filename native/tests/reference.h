@@ -21,11 +21,13 @@ struct Place {
 
 // Expected contents of the result arrays, one entry per element, in the order of their dims; unused ones are 0.
 struct Expected {
-    std::vector<double> out, lse, dq, dk, dv, dbias, dsink;
+    std::vector<double> out, lse, dq, dk, dv, dbias, dsink, tout, tlse;
 };
 
-Expected reference(const anyattn_call &call, bool backward);
+// Results of a pass (anyattn_pass), and out and lse.
+Expected reference(const anyattn_call &call, int32_t pass);
 
 // Compares what a pass wrote with the reference; prints the first difference. True if everything is near enough.
 bool forward_matches(const anyattn_call &call);
 bool backward_matches(const anyattn_call &call);
+bool tangent_matches(const anyattn_call &call);

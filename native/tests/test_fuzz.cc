@@ -17,15 +17,16 @@ class Fuzz {
     int round() {
         Fixture fixture(draw_config());
         call_ = &fixture.call;
-        const int64_t pass = memory_.below(3);
-        if (pass == 2) make_append(fixture);
+        const int64_t pass = memory_.below(4);
+        if (pass == ANYATTN_APPEND) make_append(fixture);
         const int64_t changes = memory_.below(4);
         for (int64_t i = 0; i < changes; ++i) change(fixture);
         const int64_t workspace = anyattn_workspace(call_, int32_t(pass));
         CHECK(workspace >= 0 || -workspace <= ANYATTN_OUT_OF_MEMORY);
         const int32_t status = pass == 0   ? anyattn_forward(call_)
                                : pass == 1 ? anyattn_backward(call_)
-                                           : anyattn_append(call_);
+                               : pass == 2 ? anyattn_append(call_)
+                                           : anyattn_tangent(call_);
         CHECK(status >= 0 && status <= ANYATTN_OUT_OF_MEMORY);
         const bool heard = call_->size == sizeof *call_ && call_->message && call_->message_bytes > 1;
         CHECK(status == 0 || !heard || fixture.message()[0]);
@@ -127,9 +128,10 @@ class Fuzz {
     anyattn_array &any_array() {
         anyattn_call &c = *call_;
         anyattn_array *arrays[] = {
-            &c.q,     &c.k,     &c.v,          &c.out,        &c.lse,       &c.bias, &c.mask,  &c.alibi_slopes,
-            &c.sink,  &c.dout,  &c.dlse,       &c.dq,         &c.dk,        &c.dv,   &c.dbias, &c.dsink,
-            &c.new_k, &c.new_v, &c.rotary_cos, &c.rotary_sin, &c.kv_indices};
+            &c.q,     &c.k,     &c.v,          &c.out,        &c.lse,        &c.bias, &c.mask,  &c.alibi_slopes,
+            &c.sink,  &c.dout,  &c.dlse,       &c.dq,         &c.dk,         &c.dv,   &c.dbias, &c.dsink,
+            &c.new_k, &c.new_v, &c.rotary_cos, &c.rotary_sin, &c.kv_indices, &c.tq,   &c.tk,    &c.tv,
+            &c.tbias, &c.tsink, &c.tout,       &c.tlse};
         return *arrays[memory_.below(sizeof arrays / sizeof *arrays)];
     }
 

@@ -12,7 +12,7 @@ from anyattn import testing
 from anyattn.definition import derivatives
 from anyattn.testing import Case, make_inputs
 from harness import oracle
-from harness.backends import Engine
+from harness.backends import COMPUTES, Engine
 from harness.cases import ALL, SMALL, named
 from harness.checks import refused, run
 from harness.selection import every_backend
@@ -33,19 +33,25 @@ def test_definition_equals_double_autograd(case: Case) -> None:
         np.testing.assert_allclose(got[name].reshape(want.shape), want, rtol=0, atol=1e-10 * largest, err_msg=name)
 
 
-BACKENDS = ("numpy",)  # the others have no such pass
-
-
 @every_backend(refusals=True)
 @pytest.mark.parametrize("direction", testing.DERIVATIVES)
 def test_backends_without_the_pass_refuse_it(direction: str, engine: Engine) -> None:
-    assert refused(make_inputs(named("plain")), direction, engine) == (engine.backend not in BACKENDS)
+    assert refused(make_inputs(named("plain")), direction, engine) == (engine.backend not in COMPUTES[direction])
 
 
-@every_backend(only=BACKENDS)
-@pytest.mark.parametrize("direction", testing.DERIVATIVES)
+@every_backend(only=COMPUTES["tangent"])
 @pytest.mark.parametrize("case", ALL, ids=str)
-def test_backend_equals_definition(case: Case, direction: str, engine: Engine) -> None:
+def test_tangent_equals_definition(case: Case, engine: Engine) -> None:
+    check_against_definition(case, "tangent", engine)
+
+
+@every_backend(only=COMPUTES["second"])
+@pytest.mark.parametrize("case", ALL, ids=str)
+def test_second_derivatives_equal_definition(case: Case, engine: Engine) -> None:
+    check_against_definition(case, "second", engine)
+
+
+def check_against_definition(case: Case, direction: str, engine: Engine) -> None:
     inputs = make_inputs(case)
     before = inputs.bytes()
     got = run(inputs, direction, engine)
@@ -53,7 +59,7 @@ def test_backend_equals_definition(case: Case, direction: str, engine: Engine) -
     assert not testing.compare(testing.expected(inputs, direction), got)
 
 
-@every_backend(only=BACKENDS)
+@every_backend(only=COMPUTES["tangent"])
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_absent_tangents_are_zeros(case: Case, engine: Engine) -> None:
     inputs = make_inputs(case)
@@ -62,7 +68,9 @@ def test_absent_tangents_are_zeros(case: Case, engine: Engine) -> None:
     zeros = {f"t{name}": np.zeros_like(given[name]) for name in ("q", "k", "v", "bias", "sink") if name in given}
     some = {**zeros, **inputs.tangents}
     for absent, want in (({}, zeros), (inputs.tangents, some)):
-        for name in ("tangent", "second"):
+        for name in testing.DERIVATIVES:
+            if engine.backend not in COMPUTES[name]:
+                continue
             function = getattr(anyattn, f"attention_{name}")
             saved = {"out": out, "lse": lse} | ({"dout": inputs.dout, "dlse": inputs.dlse} if name == "second" else {})
             results = [function(**saved, **tangents, **given) for tangents in (absent, want)]

@@ -22,21 +22,30 @@ struct RowStatistics {
         : base(data), rest(data + kBlockQ), delta(data + 2 * kBlockQ), sink(data + 3 * kBlockQ) {}
 };
 
-// Packed q and dout of a block, and what is known of its rows (RowStatistics).
+// Packed q of a block, and what is known of its rows (RowStatistics).
 template <class M>
-struct BackwardRows {
+struct QueryRows {
     using C = typename M::C;
-    int64_t q_size, dout_size;  // of one panel
-    typename M::Packed *q, *dout;
+    int64_t q_size;  // of one panel
+    typename M::Packed *q;
     C *rows;
 
-    BackwardRows(const anyattn_call &call, Arena &arena) {
-        constexpr int panels = kBlockQ / M::panel;
+    QueryRows(const anyattn_call &call, Arena &arena) {
         q_size = M::packed_size(call.head_dim);
-        dout_size = M::packed_size(call.head_dim_v);
-        q = arena.take<typename M::Packed>(q_size * panels);
-        dout = arena.take<typename M::Packed>(dout_size * panels);
+        q = arena.take<typename M::Packed>(q_size * (kBlockQ / M::panel));
         rows = arena.take<C>(RowStatistics<C>::size);
+    }
+};
+
+// And packed dout.
+template <class M>
+struct BackwardRows : QueryRows<M> {
+    int64_t dout_size;  // of one panel
+    typename M::Packed *dout;
+
+    BackwardRows(const anyattn_call &call, Arena &arena) : QueryRows<M>(call, arena) {
+        dout_size = M::packed_size(call.head_dim_v);
+        dout = arena.take<typename M::Packed>(dout_size * (kBlockQ / M::panel));
     }
 };
 
@@ -110,7 +119,7 @@ ANYATTN_NOINLINE double read_lse(const ScoreBlock<C, P> &block, const RowStatist
 
 // The maximum and the sum of weights of every row of a block, as in the forward pass.
 template <class M>
-ANYATTN_NOINLINE void sum_rows(const Block<M> &block, const BackwardRows<M> &of_block, const TileScratch<M> &w) {
+ANYATTN_NOINLINE void sum_rows(const Block<M> &block, const QueryRows<M> &of_block, const TileScratch<M> &w) {
     const anyattn_call &call = block.call;
     const KeyRows k = block.keys(call.k);
     const SoftmaxRows<M> softmax{w.S, w.P, w.added, nullptr, w.m, w.l, w.alpha};
@@ -132,8 +141,7 @@ ANYATTN_NOINLINE void sum_rows(const Block<M> &block, const BackwardRows<M> &of_
 // more than rounding explains is that of more keys, as in a part of a distributed sequence: P is a part of 1 there, and
 // lse stays.
 template <class M>
-ANYATTN_NOINLINE void refine_statistics(const Block<M> &block, const BackwardRows<M> &of_block,
-                                        const TileScratch<M> &w) {
+ANYATTN_NOINLINE void refine_statistics(const Block<M> &block, const QueryRows<M> &of_block, const TileScratch<M> &w) {
     using C = typename M::C;
     const RowStatistics<C> rows(of_block.rows);
     const StridedRows saved = block.strided_values(block.call.lse);
@@ -155,14 +163,22 @@ ANYATTN_NOINLINE void refine_statistics(const Block<M> &block, const BackwardRow
 }
 
 template <class M>
+void pack_queries(const Block<M> &block, const anyattn_array &array, typename M::Packed *to, int64_t size) {
+    const anyattn_call &call = block.call;
+    const RowTable q = block.table(array);
+    for (int p = 0; p < block.panels; ++p) {
+        M::pack(to + p * size, q.row + p * M::panel, q.dtype, block.panel_rows(p), call.head_dim,
+                M::query_factor(call.scale));
+    }
+}
+
+template <class M>
 void pack_rows(const Block<M> &block, const BackwardRows<M> &w) {
     const anyattn_call &call = block.call;
-    constexpr int width = M::panel;
-    const RowTable q = block.table(call.q), dout = block.table(call.dout);
+    const RowTable dout = block.table(call.dout);
+    pack_queries<M>(block, call.q, w.q, w.q_size);
     for (int p = 0; p < block.panels; ++p) {
-        const int64_t n = block.panel_rows(p);
-        M::pack(w.q + p * w.q_size, q.row + p * width, q.dtype, n, call.head_dim, M::query_factor(call.scale));
-        M::pack(w.dout + p * w.dout_size, dout.row + p * width, dout.dtype, n, call.head_dim_v, 1);
+        M::pack(w.dout + p * w.dout_size, dout.row + p * M::panel, dout.dtype, block.panel_rows(p), call.head_dim_v, 1);
     }
 }
 

@@ -5,6 +5,7 @@
 #include "dbias.inl.h"
 #include "few.inl.h"
 #include "forward.inl.h"
+#include "tangent.inl.h"
 #include ANYATTN_PRODUCTS  // the products header of this instruction set, see targets.def
 
 namespace anyattn {
@@ -25,11 +26,16 @@ auto with_mma(const anyattn_call &call, [[maybe_unused]] int32_t pass, const Bod
     if (call.q.dtype == ANYATTN_FLOAT64) return body(Float64());
     if constexpr (!std::is_same<Bfloat16, Float32>::value) {
         // A float32 dout keeps its precision: the backward pass then multiplies float32 numbers.
-        const bool all_bfloat16 = pass == ANYATTN_FORWARD || call.dout.dtype == ANYATTN_BFLOAT16;
+        const bool reads_dout = pass == ANYATTN_BACKWARD;
+        const bool all_bfloat16 = !reads_dout || call.dout.dtype == ANYATTN_BFLOAT16;
         if (call.q.dtype == ANYATTN_BFLOAT16 && all_bfloat16) return body(Bfloat16());
     }
     return body(Float32());
 }
+
+// The products of the tangent pass for a call that computes others with M: its kernel stores weights in place of scores.
+template <class M>
+using TangentProducts = std::conditional_t<M::weights_in_scores, M, Plain<typename M::C>>;
 
 int64_t lanes_of(const anyattn_call &call) { return call.q.dtype == ANYATTN_FLOAT64 ? lanes<double> : lanes<float>; }
 
@@ -43,6 +49,10 @@ int64_t scratch(const anyattn_call &call, int32_t pass) {
             ForwardScratch<M>(call, most_blocks<M>(call), arena);
             ForwardScratch<F>(call, most_groups<F>(call), few);
             return max64(arena.used, few.used);
+        }
+        if (pass == ANYATTN_TANGENT) {
+            TangentScratch<TangentProducts<M>>(call, kTangentBlocks, arena);
+            return arena.used;
         }
         BackwardScratch<M>(call, arena);
         Arena second{nullptr, 0};
@@ -145,10 +155,14 @@ int64_t statistics_bytes(const anyattn_call &call) {
     return with_compute(call, [&](auto c) { return (int64_t)sizeof(StoredRow<decltype(c)>); });
 }
 
+void tangent(const anyattn_call &call, const BlockSet &set, void *memory) {
+    with_mma(call, ANYATTN_TANGENT, [&](auto m) { tangent_blocks<TangentProducts<decltype(m)>>(call, set, memory); });
+}
+
 constexpr Kernels table(const char *name) {
-    return {
-        name,   scratch,           partial_stride, partial_in_place, forward, blocks_at_once, groups_at_once,   merge,
-        finish, partial_row_bytes, backward,       reduce,           dbias,   dbias_block_k,  statistics_bytes, peak};
+    return {name,           scratch,       partial_stride,   partial_in_place,  forward,  blocks_at_once,
+            groups_at_once, merge,         finish,           partial_row_bytes, backward, reduce,
+            dbias,          dbias_block_k, statistics_bytes, tangent,           peak};
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-"""CPU backend: host memory, every feature, every pass except the backward pass of a KV cache."""
+"""CPU backend: host memory, every feature, every pass except second derivatives and the backward pass of a KV cache."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from array import array as words
 
 from ...definition.dtypes import DTYPES
 from ...definition.inputs import Extras
-from ...definition.passes import APPEND, BACKWARD, FORWARD
+from ...definition.passes import APPEND, BACKWARD, FORWARD, TANGENT
 from ...definition.problem import Array, Problem
 from ..base import Call, without_cache_gradients
 from . import layout, library, signals
@@ -49,7 +49,7 @@ class CpuBackend:
     """Backend of the CPU engine."""
 
     name = "cpu"
-    passes = frozenset((FORWARD, BACKWARD, APPEND))
+    passes = frozenset((FORWARD, BACKWARD, TANGENT, APPEND))
     extras = frozenset(Extras._fields) & {*layout.ARRAYS, *layout.TABLES}
     may_fail = False
 
@@ -232,9 +232,9 @@ def _array(name: str, array: Array, *, packed_q: bool) -> Values:
     Lists of selected keys are (batch, nheads_kv, row, entry), with stride 0 if KV heads share them.
     """
     strides: tuple[int, ...] = array.strides
-    if name in ("bias", "mask", "dbias"):
+    if name in ("bias", "mask", "dbias", "tbias"):
         strides = tuple(0 if size == 1 else stride for size, stride in zip(array.shape, strides, strict=True))
-    elif name in ("lse", "dlse", "alibi_slopes"):
+    elif name in ("lse", "dlse", "tlse", "alibi_slopes"):
         strides = (0,) * (3 - len(strides)) + strides if name != "alibi_slopes" else (0,) * (2 - len(strides)) + strides
     elif name == "kv_indices":
         *entry, row, last = strides if packed_q else strides[1:]

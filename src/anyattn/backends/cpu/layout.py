@@ -10,7 +10,8 @@ _FIRST_ARRAYS = (
     "dsink",
     "new_k", "new_v", "rotary_cos", "rotary_sin",
 )  # fmt: skip
-ARRAYS = (*_FIRST_ARRAYS, "kv_indices")
+_TANGENTS = ("tq", "tk", "tv", "tbias", "tsink", "tout", "tlse")
+ARRAYS = (*_FIRST_ARRAYS, "kv_indices", *_TANGENTS)
 TABLES = (
     "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "leftpad_k", "offset", "block_table", "cache_batch_idx",
     "cache_seqlens", "rng_state",
@@ -35,6 +36,7 @@ FIELDS: tuple[tuple[str, str], ...] = (
     *(("message", POINTER), ("message_bytes", "q")),
     *((f"kv_indices.{name}", kind) for name, kind in _ARRAY),
     *(("num_indices", "q"), ("poll", POINTER), ("poll_user", POINTER)),
+    *((f"{array}.{name}", kind) for array in _TANGENTS for name, kind in _ARRAY),
 )
 # Native byte order and alignment. The order above aligns every field, in C and here.
 STRUCT = struct.Struct("@" + "".join(kind for _, kind in FIELDS))

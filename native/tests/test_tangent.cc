@@ -1,0 +1,125 @@
+#include <string>
+
+#include "check.h"
+#include "fixture.h"
+#include "reference.h"
+
+static void check_tangent(Config config, unsigned absent = 0) {
+    for (int32_t target : targets()) {
+        config.target = target;
+        Fixture fixture(config);
+        anyattn_array *const tangents[] = {&fixture.call.tq, &fixture.call.tk, &fixture.call.tv, &fixture.call.tbias,
+                                           &fixture.call.tsink};
+        for (int i = 0; i < 5; ++i) {
+            if (absent >> i & 1) tangents[i]->data = nullptr;
+        }
+        CHECK(fixture.forward() == ANYATTN_SUCCESS);
+        CHECK(fixture.tangent() == ANYATTN_SUCCESS);
+        CHECK(tangent_matches(fixture.call));
+    }
+}
+
+static Config with_everything() {
+    Config config;
+    config.batch = 2;
+    config.nheads = 6;
+    config.nheads_kv = 2;
+    config.seqlen_q = 150;
+    config.seqlen_k = 190;
+    config.head_dim = 24;
+    config.head_dim_v = 40;
+    config.bias = 2;
+    config.mask = 1;
+    config.sink = config.alibi = config.strided = true;
+    config.softcap = 2;
+    config.dropout = 20000;
+    return config;
+}
+
+TEST(sizes) {
+    for (const Config &config : edge_sizes()) check_tangent(config);
+}
+
+TEST(any_tangent_may_be_absent) {
+    for (unsigned absent = 0; absent < 32; ++absent) check_tangent(with_everything(), absent);
+}
+
+TEST(dtypes_and_sequences) {
+    for (int32_t dtype : kDtypes) {
+        for (int kind = 0; kind < 6; ++kind) {
+            Config config = with_everything();
+            config.dtype = dtype;
+            config.result = kind & 1 && dtype != ANYATTN_FLOAT64 ? ANYATTN_FLOAT32 : 0;
+            config.batch = 4;
+            config.seed = uint32_t(kind) + 1;
+            config.flags = kind == 1 ? ANYATTN_HAS_LEFT | ANYATTN_HAS_RIGHT : kind == 3 ? 0 : ANYATTN_HAS_RIGHT;
+            config.left = 30;
+            config.chunk = kind == 3 ? 50 : 0;
+            config.packed_q = kind % 2;
+            config.packed_k = kind == 1;
+            config.paged = kind == 2;
+            config.cache_batch_idx = kind == 3;
+            config.seqused_q = config.seqused_k = kind > 1;
+            config.leftpad = kind == 4;
+            check_tangent(config);
+        }
+    }
+}
+
+TEST(lists_of_keys_and_single_queries) {
+    for (int64_t entries : {-1, 0, 1, 40, 130}) {
+        for (int64_t seqlen_q : {1, 3, 66}) {
+            Config config = with_everything();
+            config.seqlen_q = seqlen_q;
+            if (seqlen_q == 1) config.nheads = 140;  // more that share a key than a block has rows
+            config.kv_indices = entries;
+            config.lists_of_heads = seqlen_q == 3;
+            check_tangent(config);
+        }
+    }
+}
+
+TEST(any_number_of_threads_gives_the_same_bits_without_workspace) {
+    Config config = with_everything();
+    config.seqlen_q = 700;
+    config.flags = ANYATTN_HAS_RIGHT;
+    std::string first;
+    Fixture sizes(config);
+    CHECK(anyattn_workspace(&sizes.call, ANYATTN_TANGENT) == 0);
+    for (int32_t threads : {1, 2, 5, 16}) {
+        config.threads = threads;
+        Fixture fixture(config);
+        CHECK(fixture.forward() == ANYATTN_SUCCESS && fixture.tangent() == ANYATTN_SUCCESS);
+        std::string bits;
+        for (int64_t b = 0; b < 2; ++b)
+            for (int64_t i = 0; i < 700; ++i)
+                for (int64_t h = 0; h < 6; ++h)
+                    for (int64_t d = 0; d < 40; ++d) {
+                        const double x = get(fixture.call.tout, {b, i, h, d});
+                        bits.append(reinterpret_cast<const char *>(&x), sizeof x);
+                    }
+        if (first.empty()) first = bits;
+        CHECK(bits == first);
+    }
+}
+
+TEST(tangents_of_what_is_absent_are_refused) {
+    Config config;
+    config.bias = 0;
+    config.sink = true;
+    Fixture fixture(config);
+    CHECK(fixture.forward() == ANYATTN_SUCCESS);
+    anyattn_call call = fixture.call;
+    call.bias.data = nullptr;
+    CHECK(anyattn_tangent(&call) == ANYATTN_NULL_POINTER);
+    CHECK(std::string(fixture.message()) == "bias is null and tbias is not");
+    call = fixture.call;
+    call.sink.data = nullptr;
+    CHECK(anyattn_tangent(&call) == ANYATTN_NULL_POINTER);
+    call = fixture.call;
+    call.tq.dtype = ANYATTN_FLOAT16;
+    CHECK(anyattn_tangent(&call) == ANYATTN_INVALID_DTYPE);
+    call = fixture.call;
+    call.tlse.data = nullptr;
+    CHECK(anyattn_tangent(&call) == ANYATTN_NULL_POINTER);
+}
