@@ -15,6 +15,7 @@ NAMES = tuple(f"anyattn.{name}" for name in anyattn.__all__)
 # Modules that users import in addition to `anyattn` itself. A module without a list of names shows every public name.
 MODULES = (
     "anyattn.nn",
+    "anyattn.distributed",
     "anyattn.settings",
     "anyattn.keywords",
     "anyattn.testing",

@@ -21,7 +21,10 @@ HOOK = "anyattn._pyinstaller.hook-anyattn"  # PyInstaller alone runs it
 # Parts that may use any package, inside functions.
 TOP = (HOOK, "anyattn.bench", "anyattn.cli", "anyattn.compat", "anyattn.testing")
 # Modules that import torch, JAX or Triton when they are imported.
-ON_TORCH = ("anyattn.compat", "anyattn.frameworks.torch", "anyattn.frameworks.torch_tools", "anyattn.nn")
+ON_TORCH = (
+    *("anyattn.compat", "anyattn.distributed", "anyattn.frameworks.torch", "anyattn.frameworks.torch_tools"),
+    "anyattn.nn",
+)
 ON_JAX = ("anyattn.frameworks.jax",)
 ON_TRITON = ("anyattn.backends.triton",)
 REGISTERS = "anyattn.compat.transformers"  # with the package it stands for, when it is imported
