@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from .api import (
     attention,
     attention_varlen,
-    attention_with_kvcache,
 )
 from .c_library import get_include, get_library
+from .decoding import attention_with_kvcache
 from .definition.errors import UnsupportedProblem
 from .definition.inputs import Gradients, SecondGradients
 from .definition.mask import Mask
@@ -24,6 +24,7 @@ from .sdpa import flash_attention, sdpa
 from .weights import attention_weights
 
 if TYPE_CHECKING:
+    from .definition.score.trace import captured
     from .introspection import explain, get_available_backends, print_backend_info, warmup
     from .runtime.dispatch import Explanation, backend
     from .threads import get_num_threads, num_threads, set_num_threads
@@ -45,6 +46,7 @@ __all__ = [
     "attention_weights",
     "attention_with_kvcache",
     "backend",
+    "captured",
     "explain",
     "flash_attention",
     "get_available_backends",
@@ -62,6 +64,7 @@ __all__ = [
 
 # Names and modules that are imported on first use.
 _NAMES = {
+    "captured": "definition.score.trace",
     **dict.fromkeys(("explain", "get_available_backends", "print_backend_info", "warmup"), "introspection"),
     **dict.fromkeys(("Explanation", "backend"), "runtime.dispatch"),
     **dict.fromkeys(("get_num_threads", "num_threads", "set_num_threads"), "threads"),

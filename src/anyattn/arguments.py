@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from .definition.inputs import NO_EXTRAS, Extras, Inputs
+from .definition.inputs import NO_EXTRAS, Extras, Inputs, replace_extras
 from .definition.options import Options
+from .frameworks import framework_of
+from .frameworks.score_functions import Packed
 from .scalars import flag, integer, real
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ else:
 
 A = TypeVar("A", bound="Array")  # results have the kind of the inputs
 Window = Sequence["int | None"] | None
+ScoreFunction = Callable[..., Any]
 Interval = tuple["int | None", "int | None"]
 
 
@@ -85,6 +88,7 @@ def make_options(
     query_start: Any = 0,
     key_start: Any = 0,
     partial: Any = False,
+    score: str = "",
 ) -> Options:
     """Return the options of a call as plain Python values. The usual types are tested first because this is faster."""
     if scale is not None and type(scale) is not float:
@@ -109,7 +113,18 @@ def make_options(
         deterministic=deterministic, batch_invariant=batch_invariant,
         query_start=query_start if type(query_start) is int else integer("query_start", query_start),
         key_start=key_start if type(key_start) is int else integer("key_start", key_start), partial=partial,
+        score=score,
     )  # fmt: skip
+
+
+def with_functions(q: Any, score_mod: Any, mask_mod: Any, options: Options, extras: Extras) -> tuple[Options, Extras]:
+    """Return the options and extras of a call with score_mod and mask_mod."""
+    packed = framework_of(q).trace(score_mod, mask_mod, q)
+    arrays = {"captured": packed.captured, "captured_indices": packed.captured_indices}
+    if any(x is not None for x in arrays.values()):
+        extras = replace_extras(extras, **arrays)
+    given: dict[str, Any] = dict(zip(Options._fields, options, strict=True))
+    return Options(**{**given, "score": packed.score}), extras
 
 
 def check_parts(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> None:
@@ -137,7 +152,8 @@ def paged_lengths(block_table: Any, cu_seqlens_k: Any, seqused_k: Any) -> tuple[
     return None, seqused_k
 
 
-_KEYWORDS = {*Extras._fields, *Options._fields, "causal", "window", "seed", "backend"} - {"left", "right"}
+_KEYWORDS = {*Extras._fields, *Options._fields, "causal", "window", "seed", "backend", "score_mod", "mask_mod"}
+_KEYWORDS -= {"left", "right", *Packed._fields}
 
 
 def explicit(q: Array, k: Array, v: Array, arguments: Mapping[str, Any], caller: str) -> Request:
@@ -162,9 +178,13 @@ def make_request(
     *,
     seed: int | None = None,
     backend: str | None = None,
+    score_mod: Any = None,
+    mask_mod: Any = None,
     **arguments: Any,
 ) -> Request:
     """Return the request for the interval (left, right). Other keywords are fields of Extras and Options."""
+    if score_mod is not None or mask_mod is not None:
+        arguments |= framework_of(q).trace(score_mod, mask_mod, q)._asdict()
     cu_seqlens_k, seqused_k = arguments.get("cu_seqlens_k"), arguments.get("seqused_k")
     cu_seqlens_k, seqused_k = paged_lengths(arguments.get("block_table"), cu_seqlens_k, seqused_k)
     given = {**arguments, "cu_seqlens_k": cu_seqlens_k, "seqused_k": seqused_k}

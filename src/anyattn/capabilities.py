@@ -6,13 +6,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from .backends.base import Backend
 from .definition.describe import Description, describe
 from .definition.options import Options
 from .definition.passes import BACKWARD, FORWARD
+from .definition.score.trace import captured, trace
 from .runtime import dispatch
 
 SMALL = Description(nheads=2, seqlen_q=5, seqlen_k=7, head_dim=16)
@@ -21,6 +24,23 @@ SMALL = Description(nheads=2, seqlen_q=5, seqlen_k=7, head_dim=16)
 def _small(*extras: str, **options: Any) -> Description:
     """Return the small problem with these optional arrays and fields of Options."""
     return SMALL._replace(extras=frozenset(extras), options=Options(**options))
+
+
+_SLOPES, _DOCUMENTS = captured(np.ones(2, np.float32)), captured(np.zeros(8, np.int32))
+# Score functions of the table, as keywords of `attention`.
+FUNCTIONS: dict[str, dict[str, Callable[..., Any]]] = {
+    "score_mod": {"score_mod": lambda score, b, h, q_idx, kv_idx: np.tanh(score)},
+    "mask_mod": {"mask_mod": lambda b, h, q_idx, kv_idx: (q_idx >= kv_idx) | (kv_idx < 2)},
+    "captured arrays": {
+        "score_mod": lambda score, b, h, q_idx, kv_idx: score - _SLOPES[h] * (q_idx - kv_idx),
+        "mask_mod": lambda b, h, q_idx, kv_idx: _DOCUMENTS[q_idx] == _DOCUMENTS[kv_idx],
+    },
+}
+
+
+def _functions(name: str) -> Description:
+    functions = FUNCTIONS[name]
+    return _small(score=trace(functions.get("score_mod"), functions.get("mask_mod")).graph.text)
 
 
 FEATURES: dict[str, Description] = {
@@ -43,6 +63,9 @@ FEATURES: dict[str, Description] = {
     "mask": _small("mask"),
     "bias": _small("bias"),
     "alibi_slopes": _small("alibi_slopes"),
+    "score_mod": _functions("score_mod"),
+    "mask_mod": _functions("mask_mod"),
+    "captured arrays": _functions("captured arrays"),
     "softcap": _small(softcap=5.0),
     "sink": _small("sink"),
     "dropout": _small(dropout_p=0.1),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypedDict
 
-from .arguments import Array, Table, Window
+from .arguments import Array, ScoreFunction, Table, Window
 
 
 class SharedArguments(TypedDict, total=False):
@@ -26,6 +26,8 @@ class SharedArguments(TypedDict, total=False):
     seqused_q: Table | None
     leftpad_k: Table | None
     kv_indices: Array | None
+    score_mod: ScoreFunction | None
+    mask_mod: ScoreFunction | None
     batch_invariant: bool
     backend: str | None
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import api
+from . import api, decoding
 from .arguments import Window
 from .frameworks.torch_tools import rotary
 
@@ -68,7 +68,9 @@ class KVCache:
             ValueError: the cache is full, and nothing was written; or a gradient is required. Decode under
                 `torch.no_grad()`.
         """
-        out: Tensor = api.attention_with_kvcache(q, self.k, self.v, k=k, v=v, cache_seqlens=self.seqlens, **options)
+        out: Tensor = decoding.attention_with_kvcache(
+            q, self.k, self.v, k=k, v=v, cache_seqlens=self.seqlens, **options
+        )
         self.seqlens = self.seqlens + k.shape[1]
         return out
 

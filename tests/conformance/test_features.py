@@ -44,7 +44,7 @@ def test_an_engine_does_what_the_table_says(engine: Engine, found: list[capabili
 
 def compute(problem: Problem, backend: str) -> Iterator[np.ndarray]:
     """The results of a call that is this problem; values are of no interest."""
-    arrays = {name: make(name, described, problem) for name, described in given(problem)}
+    arrays = {name: make(name, described, problem) for name, described in given(problem) if "captured" not in name}
     options: dict[str, Any] = {
         "window": (problem.interval.left, problem.interval.right),
         "chunk": problem.interval.chunk,
@@ -55,10 +55,19 @@ def compute(problem: Problem, backend: str) -> Iterator[np.ndarray]:
         "deterministic": problem.deterministic,
         "batch_invariant": problem.batch_invariant,
         "backend": backend,
+        **functions(problem),
     }
     if problem.pass_ is FORWARD:
         return iter(anyattn.attention_forward(**arrays, **options))
     return (x for x in anyattn.attention_backward(**arrays, **options) if x is not None)
+
+
+def functions(problem: Problem) -> dict[str, Any]:
+    """The functions of the table that this problem was traced from."""
+    if not problem.score:
+        return {}
+    traced = {capabilities.FEATURES[name].options.score: each for name, each in capabilities.FUNCTIONS.items()}
+    return traced[problem.score]
 
 
 def given(problem: Problem) -> Iterator[tuple[str, Array]]:

@@ -56,6 +56,8 @@ class Engine:
             return True
         if problem.pass_ is BACKWARD and (problem.paged or problem.cache_batch_idx is not None):
             return self.backend != "numpy"
+        if problem.score and self.backend != "numpy":
+            return True
         limits = MAY_REFUSE.get(self.backend)
         if limits is None:
             return False

@@ -33,6 +33,7 @@ import anyattn.compat.installation
 import anyattn.compat.onnx
 import anyattn.compat.torch
 import anyattn.compat.xformers
+import anyattn.decoding
 import anyattn.explicit
 import anyattn.nn
 import anyattn.runtime.dispatch
@@ -182,6 +183,8 @@ def test_every_module_that_a_page_imports_has_a_page_of_its_own() -> None:
     [
         anyattn,
         anyattn.api,
+        anyattn.decoding,
+        sys.modules["anyattn.definition.score.trace"],
         anyattn.explicit,
         anyattn.compat.aule,
         anyattn.compat.flash_attention,

@@ -93,6 +93,7 @@ class Backend(Protocol):
 
     name: str
     passes: frozenset[Pass]
+    score_functions: frozenset[Pass]  # passes that compute score_mod and mask_mod; others refuse them
     extras: frozenset[str]  # names of the supported optional arrays; a problem with another array is refused
     may_fail: bool  # the device may be lost or full; plans then raise DeviceError and have written nothing
 

@@ -16,8 +16,8 @@ from ..runtime import dispatch
 
 # Flags of optional arrays that differ from the array's name
 FLAGS = {"alibi_slopes": "alibi", "seqused_q": "seqused", "seqused_k": "seqused", "leftpad_k": "leftpad"}
-# Optional arrays without a flag, because --varlen, --paged and --dropout add them
-ADDED = ("cu_seqlens_q", "cu_seqlens_k", "block_table", "rng_state")
+# Optional arrays without a flag, because --varlen, --paged, --dropout and score functions add them
+ADDED = ("cu_seqlens_q", "cu_seqlens_k", "block_table", "rng_state", "captured", "captured_indices")
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:

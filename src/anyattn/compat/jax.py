@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .. import api
+from .. import api, decoding
 from ..arguments import bounds
 from ..definition.inputs import Appended
 from ..definition.options import Rotation
@@ -244,7 +244,7 @@ def attention_with_kvcache(
     new = framework.kvcache.append(
         Appended(q, k_cache, v_cache, k, v, cos, sin, lengths, *places), rotation, given.get("backend")
     )
-    result = api.attention_with_kvcache(
+    result = decoding.attention_with_kvcache(
         new.q, new.k_cache, new.v_cache, cache_seqlens=new.cache_seqlens, return_lse=return_lse, **given
     )
     return (*result, new.k_cache, new.v_cache) if return_lse else (result, new.k_cache, new.v_cache)

@@ -32,10 +32,11 @@ from . import reference
 from .dtypes import DTYPES, narrow, widen
 from .problem import Problem
 from .reference import Arrays, Float, Head, Part, add_gradients, head_gradients, rows_lse
+from .score.evaluate import Functions
 
 ORDINARY_SCORE = 8.0
 HALF = ("float16", "bfloat16")
-STATISTICS = ("lse", "tlse", "ddlse")  # in the compute dtype
+STATISTICS = ("lse", "tlse", "ddlse", "dcaptured")  # in the compute dtype
 
 
 @dataclass(frozen=True)
@@ -186,6 +187,10 @@ def score_sizes(problem: Problem, head: Head) -> Float:
     sizes = np.abs(np.where(seen, head.s, 0.0))
     if problem.dtype == "float64" or problem.softcap > 0:
         sizes = np.maximum(sizes, abs(problem.scale) * (np.abs(head.q) @ np.abs(head.k).T))
+    if head.functions.graph.score is not None:
+        slopes = head.functions.backward(head.t, head.place, np.ones_like(head.t), None, absolute=True)
+        products = abs(problem.scale) * (np.abs(head.q) @ np.abs(head.k).T)
+        sizes = np.maximum(sizes, np.where(seen & np.isfinite(slopes), slopes * products, 0.0))
     return np.where(seen, sizes, 0.0)
 
 
@@ -200,8 +205,12 @@ class Plain:
         if problem.softcap > 0:
             self.t = kind(problem.softcap) * np.tanh(self.t / kind(problem.softcap))
         seen = np.isfinite(head.s)
-        terms = np.where(seen, head.s, 0.0) - np.where(seen, head.t, 0.0)  # bias and ALiBi
-        s = np.where(seen, self.t + terms.astype(kind), kind(-np.inf))
+        functions, place = head.functions, head.place
+        scored = np.where(seen, functions.score(head.t, place), 0.0)
+        terms = np.where(seen, head.s, 0.0) - scored  # bias and ALiBi
+        values, indices = arrays.get("captured"), arrays.get("captured_indices")
+        self.functions = Functions(functions.graph, values, indices, problem.compute_dtype)
+        s = np.where(seen, self.functions.score(self.t, place) + terms.astype(kind), kind(-np.inf))
         sink = kind(-np.inf) if problem.sink is None else kind(np.asarray(arrays["sink"])[head.h])
         self.lse, self.p, self.p_sink = reference.softmax(s, sink)
         self.out = round_to(round_to(self.p * self.d, problem.dtype) @ self.v, problem.dtype)
@@ -212,7 +221,9 @@ class Plain:
         do = dout.astype(kind)
         delta = (do * self.out).sum(-1) - dlse.astype(kind)
         ds = self.p * (self.d * (do @ self.v.T) - delta[:, None])
-        dt = ds * (1 - (self.t / kind(problem.softcap)) ** 2) if problem.softcap > 0 else ds
+        captured = None if problem.captured is None else np.zeros(problem.captured.shape, kind)
+        dt = self.functions.backward(self.t, self.head.place, ds, captured)
+        dt = dt * (1 - (self.t / kind(problem.softcap)) ** 2) if problem.softcap > 0 else dt
         dt = round_to(dt, problem.dtype)
         return {
             "dq": kind(problem.scale) * (dt @ self.k),
@@ -220,6 +231,7 @@ class Plain:
             "dv": round_to(self.p * self.d, problem.dtype).T @ do,
             "dbias": ds,
             "dsink": -(self.p_sink * delta).sum(),
+            "dcaptured": captured,
         }
 
 
@@ -228,18 +240,22 @@ def _absolutes(problem: Problem, head: Head, do: Float, dl: Float) -> dict[str, 
     q, k, v, do = (np.abs(x) for x in (head.q, head.k, head.v, do))
     delta = (do * ((head.p * head.d) @ v)).sum(-1) + np.abs(dl)
     ds = head.p * (head.d * (do @ v.T) + delta[:, None])
+    captured = None if problem.captured is None else np.zeros(problem.captured.shape)
+    dt = head.functions.backward(head.t, head.place, ds, captured, absolute=True)
     return {
-        "dq": abs(problem.scale) * (ds @ k),
-        "dk": abs(problem.scale) * (ds.T @ q),
+        "dq": abs(problem.scale) * (dt @ k),
+        "dk": abs(problem.scale) * (dt.T @ q),
         "dv": (head.p * head.d).T @ do,
         "dbias": ds,
         "dsink": (head.p_sink * delta).sum(),
+        "dcaptured": captured,
     }
 
 
 def _squares(problem: Problem, head: Head, do: Float, ds: Float) -> dict[str, Any]:
     """Compute the squared terms of every gradient: from P and dt, and from out through delta (one value per query)."""
     slope = 1.0 - (head.t / problem.softcap) ** 2 if problem.softcap > 0 else 1.0
+    slope = slope * head.functions.backward(head.t, head.place, np.ones_like(ds), None)
     p, dt, delta = (head.p * slope), (ds * slope) ** 2, ((do * head.out) ** 2).sum(-1)
     return {
         "dq": problem.scale**2 * (dt @ head.k**2 + delta[:, None] * (p @ head.k) ** 2),
@@ -247,6 +263,7 @@ def _squares(problem: Problem, head: Head, do: Float, ds: Float) -> dict[str, An
         "dv": ((head.p * head.d) ** 2).T @ do**2,
         "dbias": head.p**2 * delta[:, None],
         "dsink": (head.p_sink**2 * delta).sum(),
+        "dcaptured": None if problem.captured is None else np.zeros(problem.captured.shape),  # not rounded to 16 bits
     }
 
 

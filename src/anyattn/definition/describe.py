@@ -11,6 +11,7 @@ from .inputs import FIELDS, Tangents, accepted_shapes
 from .options import Options
 from .passes import FORWARD, Pass
 from .problem import Array, Problem, contiguous
+from .score.graph import Graph, parse
 from .validate import make_problem
 
 
@@ -71,6 +72,8 @@ def _arrays(d: Description) -> dict[str, Array]:
     sizes = {"batch": d.batch, "batch + 1": d.batch + 1, "nheads": d.nheads, "max_pages": pages, "2": 2}
     seqlen_k = pages * d.page_size or d.seqlen_k
     sizes |= {"seqlen_q": d.seqlen_q, "seqlen_k": seqlen_k, "total_q": rows_q[0], "n": seqlen_k}
+    functions = _functions(d)
+    sizes |= {"n_values": functions.sizes(floats=True), "n_integers": functions.sizes(floats=False)}
     found = {
         "q": ((*rows_q, d.nheads, d.head_dim), "q"),
         "k": ((*rows_k, d.nheads_kv, d.head_dim), "q"),
@@ -98,3 +101,12 @@ def _implied(d: Description) -> Iterable[str]:
         yield from ("block_table", "seqused_k")
     if d.options.dropout_p:
         yield "rng_state"
+    functions = _functions(d)
+    if functions.sizes(floats=True):
+        yield "captured"
+    if functions.sizes(floats=False):
+        yield "captured_indices"
+
+
+def _functions(d: Description) -> Graph:
+    return parse(d.options.score) if d.options.score else Graph()

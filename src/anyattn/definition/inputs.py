@@ -30,6 +30,8 @@ class Extras(NamedTuple):
     cache_batch_idx: Any = None
     kv_indices: Any = None
     rng_state: Any = None
+    captured: Any = None
+    captured_indices: Any = None
 
 
 NO_EXTRAS = Extras()  # `inputs.extras is NO_EXTRAS` means that a call has no optional arrays
@@ -61,16 +63,22 @@ class Tangents(NamedTuple):
     tv: Any = None
     tbias: Any = None
     tsink: Any = None
+    tcaptured: Any = None
 
 
 class Gradients(NamedTuple):
-    """Gradients in the shapes and dtypes of the inputs; dbias and dsink are None without a bias or sink."""
+    """Gradients in the shapes and dtypes of the inputs; dbias, dsink and dcaptured are None without these inputs.
+
+    dcaptured is flat: the gradients of the floating-point arrays that score_mod reads, concatenated in the order of
+    their first reads, in the compute dtype.
+    """
 
     dq: Any
     dk: Any
     dv: Any
     dbias: Any = None
     dsink: Any = None
+    dcaptured: Any = None
 
 
 class SecondGradients(NamedTuple):
@@ -84,6 +92,7 @@ class SecondGradients(NamedTuple):
     dv: Any
     dbias: Any
     dsink: Any
+    dcaptured: Any
     ddout: Any
     ddlse: Any
 
@@ -114,6 +123,7 @@ SCORES = "scores"  # broadcast to (batch, nheads, seqlen_q, seqlen_k)
 HEADS = "heads"  # one number per head, in the compute dtype
 TABLE = "table"  # int32 lengths and positions; values in host memory are checked
 STATE = "state"  # state of the random generator
+CAPTURED = "captured"  # arrays that score_mod and mask_mod read, flat
 
 
 class Field(NamedTuple):
@@ -149,6 +159,8 @@ FIELDS: dict[str, Field] = {
     "cache_batch_idx": Field(TABLE, _SEQUENCES, ("int32",)),
     "kv_indices": Field(TABLE, _SELECTIONS, ("int32",)),
     "rng_state": Field(STATE, (("2",),), ("int64",), note="seed and offset"),
+    "captured": Field(CAPTURED, (("n_values",),), ("compute",), gradient=True),
+    "captured_indices": Field(CAPTURED, (("n_integers",),), ("int32",)),
 }
 TABLES = tuple(name for name, field in FIELDS.items() if field.kind == TABLE)
 GRADIENTS = tuple(name for name, field in FIELDS.items() if field.gradient)  # in addition to dq, dk and dv

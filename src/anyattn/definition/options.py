@@ -11,7 +11,8 @@ class Options(NamedTuple):
     """Scalars of attention, in the order of the operators' schemas.
 
     `left` and `right` are inclusive, and None if unbounded. A max_seqlen of 0 means unknown. query_start and key_start
-    are added to the indices that dropout counts by. partial: out and gradients are in the compute dtype.
+    are added to the indices that dropout counts by. partial: out and gradients are in the compute dtype. score: text
+    of the graph of score_mod and mask_mod, "" without them.
     """
 
     scale: float | None = None
@@ -28,6 +29,7 @@ class Options(NamedTuple):
     query_start: int = 0
     key_start: int = 0
     partial: bool = False
+    score: str = ""
 
 
 class Rotation(NamedTuple):

@@ -14,6 +14,7 @@ from .inputs import TABLES
 from .mask import Mask
 from .options import Rotation
 from .passes import APPEND, ARRAYS, Pass
+from .score.graph import Graph, parse
 
 
 class Array(NamedTuple):
@@ -49,6 +50,7 @@ class Variant(NamedTuple):
     head_dim_v: int
     grouped: bool
     features: tuple[str, ...]
+    score: str = ""  # text of the score function and the mask function
 
 
 class Problem(NamedTuple):
@@ -73,6 +75,7 @@ class Problem(NamedTuple):
     key_start: int = 0
     partial: bool = False  # out and gradients in the compute dtype
     rotation: Rotation = Rotation()  # used by the APPEND pass
+    score: str = ""  # text of score_mod and mask_mod
 
     def __getattr__(self, name: str) -> Array | None:
         if name in ARRAYS:
@@ -165,8 +168,14 @@ class Problem(NamedTuple):
         return philox.threshold(self.dropout_p)
 
     @property
+    def functions(self) -> Graph:
+        """Return the graph of score_mod and mask_mod, which is empty without them."""
+        return parse(self.score) if self.score else Graph()
+
+    @property
     def has_tables(self) -> bool:
-        return "cache_seqlens" in self.arrays or any(name in self.arrays for name in TABLES)
+        """Return whether a call has values that are checked before it is computed."""
+        return bool(self.score) or "cache_seqlens" in self.arrays or any(name in self.arrays for name in TABLES)
 
     @property
     def out_shape(self) -> tuple[int, ...]:
@@ -212,12 +221,17 @@ class Problem(NamedTuple):
             "softcap": self.softcap > 0,
             "alibi": self._has("alibi_slopes"),
             "sink": self._has("sink"),
+            "score_mod": self.functions.score is not None,
+            "mask_mod": self.functions.mask is not None,
             "dropout": self.dropout_threshold > 0,
             "rotary": self.rotary_dim > 0,
             "partial": self.result_dtype != self.dtype,
         }
         names = tuple(name for name, on in features.items() if on)
-        return Variant(self.pass_.name, self.dtype, self.k.dtype, self.head_dim, self.head_dim_v, self.group > 1, names)
+        return Variant(
+            *(self.pass_.name, self.dtype, self.k.dtype, self.head_dim, self.head_dim_v, self.group > 1, names),
+            score=self.score,
+        )
 
     def _has(self, *names: str) -> bool:
         return any(name in self.arrays for name in names)

@@ -1,6 +1,6 @@
 """Reference implementation in NumPy float64, forward and backward, one head at a time, written like the formulas.
 
-    t = scale <q_i, k_j>;  t = softcap tanh(t / softcap);  s = t + bias - slope |p - c|
+    t = scale <q_i, k_j>;  t = softcap tanh(t / softcap);  s = score_mod(t, b, h, i, j) + bias - slope |p - c|
     lse_i = log(sum over visible j of exp(s_ij) + exp(sink_h));  P = exp(s - lse);  o_i = sum_j P_ij D_ij v_j
 
 It needs O(N^2) memory and is slow, because clarity matters most here. Every backend is tested against it, and no call
@@ -20,6 +20,7 @@ from . import philox
 from .dtypes import LOWEST_SCORE, narrow, raw, widen
 from .inputs import GRADIENTS, TABLES
 from .problem import Problem
+from .score.evaluate import Functions, Place
 from .sequences import Sequence, is_listed, selected_keys, sequences
 
 Float = npt.NDArray[np.float64]
@@ -36,6 +37,7 @@ class Gradients:
     dv: Float
     dbias: Float | None
     dsink: Float | None
+    dcaptured: Float | None = None
 
 
 class Part(NamedTuple):
@@ -66,6 +68,8 @@ class Head:
     d: Float  # dropout factors D
     lse: Float
     out: Float
+    functions: Functions
+    place: Place  # indices of the pairs, for the functions
 
 
 def forward(problem: Problem, arrays: Arrays) -> tuple[Float, Float]:
@@ -95,7 +99,7 @@ def backward(problem: Problem, arrays: Arrays, dout: Float, dlse: Float | None =
     for head in heads(problem, arrays):
         dl = np.zeros_like(head.lse) if dlse is None else dlse[rows_lse(problem, head)]
         add_gradients(grads, head, head_gradients(problem, head, dout[head.rows_q], dl))
-    return Gradients(grads["dq"], grads["dk"], grads["dv"], grads.get("dbias"), grads.get("dsink"))
+    return Gradients(grads["dq"], grads["dk"], grads["dv"], *[grads.get(f"d{name}") for name in GRADIENTS])
 
 
 def gradient_shapes(problem: Problem) -> dict[str, tuple[int, ...]]:
@@ -108,19 +112,28 @@ def head_gradients(problem: Problem, head: Head, do: Float, dl: Float) -> dict[s
     dp = head.d * (do @ head.v.T)
     delta = (do * head.out).sum(-1) - dl
     ds = head.p * (dp - delta[:, None])
-    dt = ds * (1 - (head.t / problem.softcap) ** 2) if problem.softcap > 0 else ds
+    captured = None if problem.captured is None else np.zeros(problem.captured.shape)
+    dt = head.functions.backward(head.t, head.place, ds, captured)
+    dt = dt * (1 - (head.t / problem.softcap) ** 2) if problem.softcap > 0 else dt
     return {
         "dq": problem.scale * dt @ head.k,
         "dk": problem.scale * dt.T @ head.q,
         "dv": (head.p * head.d).T @ do,
         "dbias": ds,
         "dsink": -(head.p_sink * delta).sum(),
+        "dcaptured": captured,
     }
 
 
 def add_gradients(sums: Mapping[str, npt.NDArray[Any]], head: Head, terms: Mapping[str, Any]) -> None:
     """Add one head's terms to the gradients in `sums`."""
-    places: dict[str, Any] = {"dq": head.rows_q, "dk": head.rows_k, "dv": head.rows_k, "dsink": head.h}
+    places: dict[str, Any] = {
+        "dq": head.rows_q,
+        "dk": head.rows_k,
+        "dv": head.rows_k,
+        "dsink": head.h,
+        "dcaptured": ...,
+    }
     for name, total in sums.items():
         if name == "dbias":
             _add_dbias(total, head, terms[name])
@@ -155,9 +168,13 @@ def _head(problem: Problem, arrays: Arrays, sequence: Sequence, h: int, rows: In
     t = problem.scale * (q @ k.T)
     if problem.softcap > 0:
         t = problem.softcap * np.tanh(t / problem.softcap)
-    s = t + _score_terms(problem, arrays, sequence, h, rows)
+    functions = Functions(problem.functions, arrays.get("captured"), arrays.get("captured_indices"), "float64")
+    place = Place(sequence.number, h, rows[:, None], keys)
+    s = functions.score(t, place) + _score_terms(problem, arrays, sequence, h, rows)
     if problem.mask is not None:
         seen &= score_tile(np.asarray(arrays["mask"]), sequence, h, rows) != 0
+    if functions.graph.mask is not None:
+        seen &= functions.mask(place)
     s = np.where(seen & ~(s < LOWEST_SCORE[problem.compute_dtype]), s, -np.inf)  # NaN stays
     sink = -np.inf if problem.sink is None else float(np.asarray(arrays["sink"])[h])
     lse, p, p_sink = softmax(s, np.float64(sink))
@@ -167,7 +184,11 @@ def _head(problem: Problem, arrays: Arrays, sequence: Sequence, h: int, rows: In
         indices = rows + problem.query_start, keys + problem.key_start
         kept = philox.keep(state, problem.dropout_p, sequence.number * problem.nheads + h, *indices)
         d = kept * philox.keep_scale(problem.dropout_p)
-    return Head(sequence, h, rows, rows_q, rows_k, q, k, v, used, t, s, p, p_sink, d, lse, (p * d) @ v)
+    return Head(
+        *(sequence, h, rows, rows_q, rows_k, q, k, v, used, t, s, p, p_sink, d, lse, (p * d) @ v),
+        functions=functions,
+        place=place,
+    )
 
 
 def _score_terms(problem: Problem, arrays: Arrays, sequence: Sequence, h: int, rows: Ints) -> Float | float:

@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 
 from . import kvcache, philox
 from .dtypes import ATTENTION_DTYPES, DTYPES, key_dtypes
-from .inputs import FIELDS, SCORES, Field, Saved, Tangents, accepted_shapes
+from .inputs import CAPTURED, FIELDS, SCORES, Field, Saved, Tangents, accepted_shapes
 from .mask import Mask
 from .options import ALIGNMENTS, Options, Rotation
 from .passes import APPEND, BACKWARD, FORWARD, Pass
 from .problem import Array, Problem
+from .score.graph import Graph, parse
 
 POSITION_LIMIT = 2**31 - 1
 Given = Mapping[str, Array]
@@ -71,9 +72,12 @@ def _attention_problem(given: Given, options: Options, pass_: Pass) -> Problem:
         query_start=options.query_start,
         key_start=options.key_start,
         partial=options.partial,
+        score=options.score,
     )
     if options.partial and pass_ not in (FORWARD, BACKWARD):
         raise ValueError(f"partial must be False in the {pass_} pass, got True.")
+    if options.score and (options.query_start or options.key_start):
+        raise ValueError("score_mod and mask_mod cannot be combined with query_start and key_start.")
     _check_saved(problem)
     return problem
 
@@ -91,7 +95,7 @@ def check_attention(given: Given, options: Options) -> Sizes:
     _check_heads(given)
     _check_devices(given)
     _check_combinations(given)
-    _check_shapes(given, sizes)
+    _check_shapes(given, sizes, parse(options.score) if options.score else Graph())
     _check_scalars(options, given, DTYPES[given["q"].dtype].compute)
     return sizes
 
@@ -209,15 +213,18 @@ def _check_combinations(given: Given) -> None:
             )
 
 
-def _check_shapes(given: Given, sizes: Sizes) -> None:
+def _check_shapes(given: Given, sizes: Sizes, functions: Graph) -> None:
     """Check the shape of every optional array against FIELDS."""
     batch, seqlen_q, seqlen_k = sizes
     q, packed_q = given["q"], "cu_seqlens_q" in given
     named = {"batch": batch, "batch + 1": batch + 1, "nheads": q.shape[-2], "nheads_kv": given["k"].shape[-2], "2": 2}
     named |= {"seqlen_q": seqlen_q, "seqlen_k": seqlen_k, "total_q": q.shape[0]}
+    named |= {"n_values": functions.sizes(floats=True), "n_integers": functions.sizes(floats=False)}
     for name, field in FIELDS.items():
         array = given.get(name)
         if array is None:
+            if field.kind == CAPTURED and named[field.shapes[0][0]]:
+                raise ValueError(f"{name} must hold the arrays that the score function reads, got None.")
             continue
         shapes = accepted_shapes(field, packed_q=packed_q)
         accepted = [tuple(named.get(size) for size in shape) for shape in shapes]

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from ..definition.dtypes import DTYPES, narrow, raw, widen
 from ..definition.inputs import (
+    CAPTURED,
     FIELDS,
     HEADS,
     NO_EXTRAS,
@@ -34,6 +35,7 @@ from ..definition.options import Options, Rotation
 from ..definition.problem import Array
 from ..runtime import dispatch, execute
 from . import scores as formulas
+from .score_functions import Packed, trace_numpy
 
 logger = logging.getLogger("anyattn")
 
@@ -192,6 +194,10 @@ def cache_lengths(lengths: Any, batch: int) -> npt.NDArray[np.int32] | None:
     return table("cache_seqlens", lengths)
 
 
+def trace(score_mod: Any, mask_mod: Any, q: NDArray) -> Packed:
+    return trace_numpy(score_mod, mask_mod, q)
+
+
 def merge(out_a: NDArray, lse_a: NDArray, out_b: NDArray, lse_b: NDArray) -> tuple[NDArray, NDArray]:
     """Merge two results; see explicit.merge."""
     top = np.maximum(lse_a, lse_b)
@@ -288,7 +294,13 @@ def _prepare_state(name: str, x: Any, inputs: Inputs) -> NDArray:
     return _contiguous(_array(name, x))
 
 
-_PREPARE = {SCORES: _prepare_scores, HEADS: _prepare_heads, TABLE: _prepare_table, STATE: _prepare_state}
+_PREPARE = {
+    SCORES: _prepare_scores,
+    HEADS: _prepare_heads,
+    TABLE: _prepare_table,
+    STATE: _prepare_state,
+    CAPTURED: _prepare_state,
+}
 _FITS = tuple((name, _PREPARE[field.kind]) for name, field in FIELDS.items())  # in the order of Extras
 
 

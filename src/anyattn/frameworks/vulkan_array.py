@@ -16,6 +16,7 @@ from ..definition.passes import FORWARD
 from ..definition.problem import Array
 from ..runtime import dispatch, execute
 from . import numpy as numpy_arrays
+from .score_functions import Packed
 from .scores import Stage
 
 NDArray = npt.NDArray[Any]
@@ -148,6 +149,12 @@ def merge(out_a: DeviceArray, lse_a: NDArray, out_b: DeviceArray, lse_b: NDArray
     """Merge two results on the host; see explicit.merge."""
     out, lse = numpy_arrays.merge(out_a.numpy(), lse_a, out_b.numpy(), lse_b)
     return DeviceArray(out), lse
+
+
+def trace(score_mod: Any, mask_mod: Any, q: DeviceArray) -> Packed:
+    raise NotImplementedError(
+        "score_mod and mask_mod are not supported for Vulkan device arrays. Pass NumPy arrays or torch tensors."
+    )
 
 
 def prepare(inputs: Inputs, seed: int | None) -> Inputs:

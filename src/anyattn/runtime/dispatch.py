@@ -231,9 +231,11 @@ def unsupported(candidate: Backend, problem: Problem) -> list[str]:
 
 
 def _unsupported_inputs(candidate: Backend, problem: Problem) -> list[str]:
-    """Return why the backend does not support the pass or the optional arrays, or []."""
+    """Return why the backend does not support the pass, score functions or the optional arrays, or []."""
     if problem.pass_ not in candidate.passes:
         return [f"has no {problem.pass_} pass"]
+    if problem.score and problem.pass_ not in candidate.score_functions:
+        return [f"has no {problem.pass_} pass with score_mod and mask_mod"]
     unknown = [name for name in problem.arrays if name in FIELDS and name not in candidate.extras]
     return [f"does not support {', '.join(unknown)}"] if unknown else []
 

@@ -17,6 +17,7 @@ from ..definition.inputs import TABLES, Appended, Gradients, Inputs, Saved, Seco
 from ..definition.options import Options, Rotation
 from ..definition.passes import APPEND, BACKWARD, FORWARD, SECOND, TANGENT, Pass
 from ..definition.problem import Problem, described
+from ..definition.reads import check_reads
 from ..definition.sequences import check_tables
 from ..definition.validate import make_problem
 from . import dispatch
@@ -200,3 +201,6 @@ def _check_values(adapter: Adapter, problem: Problem, given: Mapping[str, Any]) 
         kvcache.check_append(kvcache.append_limits(problem.arrays, by_row=problem.rotation.by_row), tables)
     else:
         check_tables(problem, tables)
+        if problem.score:
+            indices = given.get("captured_indices")
+            check_reads(problem, tables, None if indices is None else adapter.numpy(indices))

@@ -9,7 +9,7 @@ from array import array as words
 
 from ...definition.dtypes import DTYPES
 from ...definition.inputs import Extras
-from ...definition.passes import APPEND, BACKWARD, FORWARD, TANGENT
+from ...definition.passes import APPEND, BACKWARD, FORWARD, TANGENT, Pass
 from ...definition.problem import Array, Problem
 from ..base import Call, without_cache_gradients
 from . import layout, library, signals
@@ -50,6 +50,7 @@ class CpuBackend:
 
     name = "cpu"
     passes = frozenset((FORWARD, BACKWARD, TANGENT, APPEND))
+    score_functions = frozenset[Pass]()
     extras = frozenset(Extras._fields) & {*layout.ARRAYS, *layout.TABLES}
     may_fail = False
 

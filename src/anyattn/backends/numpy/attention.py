@@ -14,11 +14,11 @@ rounding error would affect P, the maximum and sum of the query are recomputed t
 dropout factors D:
 
     delta = rowsum(dO O) - dlse        dP = D (dO V^T)               dS = P (dP - delta)
-    dT = dS (1 - (t / softcap)^2)      dQ = scale dT K               dK = scale dT^T Q
+    dT = dS f'(t) (1 - (t / softcap)^2)      dQ = scale dT K               dK = scale dT^T Q
     dV = (P D)^T dO                    dbias = dS                    dsink = -sum P_sink delta
 
-Each tile of queries computes its own dQ. dK and dV are summed over the tiles of queries, which takes O(seqlen_k)
-memory.
+f' is the derivative of score_mod, 1 without it. Each tile of queries computes its own dQ. dK and dV are summed over
+the tiles of queries, which takes O(seqlen_k) memory.
 Source: Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning" (2023), algorithms 1, 2.
 """
 
@@ -30,17 +30,21 @@ import numpy as np
 
 from ...definition import philox
 from ...definition.dtypes import LOWEST_SCORE, widen
-from .tiles import Arrays, Floats, Keys, Rows, Sum, key_tiles, row_tiles, score_tile
+from .tiles import Arrays, Floats, Keys, Rows, Sum, key_tiles, place, row_tiles, score_tile
 
 # Beyond this |lse|, P = exp(s - lse) has a relative error above 4e-6 in float32: half a unit in lse's last place.
 TRUSTED_LSE = 128.0
 
 
 class Scores(NamedTuple):
-    """Scores (heads_kv, group, rows, keys), -inf for masked keys, and t / softcap (None without a softcap)."""
+    """Scores (heads_kv, group, rows, keys), -inf for masked keys, and what their derivatives need.
+
+    tanh: t / softcap, None without a softcap. t: the argument of score_mod, None without a score_mod.
+    """
 
     s: Floats
     tanh: Floats | None
+    t: Floats | None
 
 
 def forward(arrays: Arrays) -> None:
@@ -87,7 +91,9 @@ def _visit(arrays: Arrays, rows: Rows, keys: Keys, q: Floats, m: Floats, l: Floa
 def backward(arrays: Arrays) -> None:
     """Write dq, dk, dv and, if the call has them, dbias and dsink."""
     arrays.view("dq")[...] = 0
-    sums = {name: Sum(arrays, name) for name in ("dk", "dv", "dbias", "dsink") if arrays.view(name) is not None}
+    sums = {
+        name: Sum(arrays, name) for name in ("dk", "dv", "dbias", "dsink", "dcaptured") if arrays.view(name) is not None
+    }
     for sequence in arrays.sequences():
         for rows in row_tiles(arrays.problem, sequence):
             _backward_rows(arrays, rows, sums)
@@ -102,7 +108,7 @@ def _backward_rows(arrays: Arrays, rows: Rows, sums: dict[str, Sum]) -> None:
     dq = np.zeros_like(q)
     for keys in key_tiles(arrays, rows):
         k, v = arrays.read_keys("k", rows, keys), arrays.read_keys("v", rows, keys)
-        s, tanh = scores(arrays, rows, keys, q, k)
+        s, tanh, t = scores(arrays, rows, keys, q, k)
         s -= base[..., None]
         p = np.exp(np.subtract(s, rest[..., None], out=s), out=s)
         dp = unstack(do @ transpose(v), rows)
@@ -116,6 +122,9 @@ def _backward_rows(arrays: Arrays, rows: Rows, sums: dict[str, Sum]) -> None:
         ds = np.multiply(p, dp, out=dp)
         if "dbias" in sums:
             sums["dbias"].add_scores(rows, keys, ds)
+        if t is not None:
+            captured = sums["dcaptured"].values if "dcaptured" in sums else None
+            ds = arrays.functions.backward(t, place(rows, keys.start, keys.stop), ds, captured)
         if tanh is not None:
             ds *= 1 - tanh * tanh
         ds *= arrays.number(problem.scale)
@@ -165,6 +174,9 @@ def scores(arrays: Arrays, rows: Rows, keys: Keys, q: Floats, k: Floats) -> Scor
     if problem.softcap > 0:
         tanh = np.tanh(s / arrays.number(problem.softcap))
         s = tanh * arrays.number(problem.softcap)
+    t = None if arrays.functions.graph.score is None else s
+    if t is not None:
+        s = arrays.functions.score(t, place(rows, keys.start, keys.stop)).copy()
     if problem.bias is not None:
         s += widen(score_tile(arrays.view("bias"), rows, keys), problem.bias.dtype, arrays.kind)
     if problem.alibi_slopes is not None:
@@ -178,7 +190,7 @@ def scores(arrays: Arrays, rows: Rows, keys: Keys, q: Floats, k: Floats) -> Scor
         np.copyto(s, -np.inf, where=~keys.seen)
     if problem.mask is not None:
         np.copyto(s, -np.inf, where=~score_tile(arrays.view("mask"), rows, keys))
-    return Scores(s, tanh)
+    return Scores(s, tanh, t)
 
 
 def dropout(arrays: Arrays, rows: Rows, keys: Keys) -> Floats:

@@ -135,7 +135,7 @@ def _derivatives(arrays: Arrays, rows: Rows, keys: Keys, queries: Queries) -> De
     problem = arrays.problem
     k, v = arrays.read_keys("k", rows, keys), arrays.read_keys("v", rows, keys)
     tk, tv = (None if arrays.view(name) is None else arrays.read_keys(name, rows, keys) for name in ("tk", "tv"))
-    s, tanh = scores(arrays, rows, keys, queries.q, k)
+    s, tanh, _ = scores(arrays, rows, keys, queries.q, k)
     s -= queries.base[..., None]
     p = np.exp(np.subtract(s, queries.rest[..., None], out=s), out=s)
     x = np.zeros_like(p)

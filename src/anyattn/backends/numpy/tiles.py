@@ -16,6 +16,8 @@ import numpy.typing as npt
 from ...definition.dtypes import narrow, raw, widen
 from ...definition.inputs import TABLES
 from ...definition.problem import Array, Problem
+from ...definition.score.evaluate import Functions, Place
+from ...definition.score.intervals import Extremes, Interval, Range, bounds
 from ...definition.sequences import Sequence, selected_keys, sequences
 from ..base import Call
 
@@ -51,7 +53,7 @@ class Rows:
 class Keys:
     """Key slots [start, stop). `seen` marks the visible keys; it is None if every query attends to every key.
 
-    `seen` is (heads_kv, 1, rows, keys), or (1, 1, rows, keys) if all heads have the same mask.
+    `seen` is (heads_kv, group, rows, keys), with size 1 along the axes of heads that have the same mask.
     """
 
     start: int
@@ -80,17 +82,51 @@ def key_tiles(arrays: Arrays, rows: Rows) -> Iterator[Keys]:
     lo, hi = problem.interval.bounds(sequence.positions(rows.start, rows.stop), sequence.n_k, sequence.leftpad)
     lists = arrays.selected_keys(rows)
     end = int(hi[-1])  # lo and hi never decrease
-    for start in range(int(lo[0]), end, TILE_K):
-        stop = min(start + TILE_K, end)
-        if lists is None and lo[-1] <= start and stop <= hi[0]:
-            yield Keys(start, stop, None)
+    starts = np.arange(int(lo[0]), end, TILE_K)
+    stops = np.minimum(starts + TILE_K, end)
+    some, every = _masked(arrays, rows, starts, stops)
+    for start, stop, visible, whole in zip(starts.tolist(), stops.tolist(), some, every, strict=True):
+        if not visible:
             continue
-        slots = np.arange(start, stop)
-        seen = ((lo[:, None] <= slots) & (slots < hi[:, None]))[None, None]
+        seen: Any = None
+        if lists is not None or start < lo[-1] or stop > hi[0]:
+            slots = np.arange(start, stop)
+            seen = ((lo[:, None] <= slots) & (slots < hi[:, None]))[None, None]
         if lists is not None:
             seen = seen & _listed(lists, start, stop)
-        if seen.any():
+        if not whole:
+            mask = arrays.functions.mask(place(rows, start, stop))
+            seen = np.broadcast_to(mask if seen is None else seen & mask, _shape(mask, seen, rows, stop - start))
+        if seen is None or seen.any():
             yield Keys(start, stop, seen)
+
+
+def _masked(arrays: Arrays, rows: Rows, starts: Any, stops: Any) -> tuple[Any, Any]:
+    """Return, for each tile of keys, whether mask_mod may be True somewhere, and whether it is True everywhere.
+
+    Interval arithmetic decides for all tiles at once. No pair is looked at.
+    """
+    graph = arrays.problem.functions
+    if graph.mask is None:
+        return np.ones(len(starts), np.bool_), np.ones(len(starts), np.bool_)
+    b = np.float64(rows.sequence.number)
+    h = np.arange(rows.heads.start, rows.heads.stop, dtype=np.float64)[:, None]
+    q = Interval(np.float64(rows.start), np.float64(rows.stop - 1))
+    kv = Interval(starts.astype(np.float64), stops - 1.0)
+    found = bounds(graph, (graph.mask,), Range(Interval(b, b), Interval(h, h), q, kv), arrays.extremes)[graph.mask]
+    low, high = (np.broadcast_to(np.asarray(x, np.bool_), (len(h), len(starts))) for x in found)
+    return high.any(axis=0), low.all(axis=0)
+
+
+def _shape(mask: Floats, seen: Any, rows: Rows, keys: int) -> tuple[int, ...]:
+    """Return the shape of the visible keys, with all queries and keys."""
+    return np.broadcast_shapes(mask.shape, () if seen is None else seen.shape, (1, 1, rows.shape[2], keys))
+
+
+def place(rows: Rows, start: int, stop: int) -> Place:
+    """Return the indices of the pairs of a tile, which broadcast to (heads_kv, group, rows, keys)."""
+    h = np.arange(rows.heads.start, rows.heads.stop).reshape(-1, rows.group, 1, 1)
+    return Place(rows.sequence.number, h, np.arange(rows.start, rows.stop)[:, None], np.arange(start, stop))
 
 
 def _listed(lists: npt.NDArray[np.int32], start: int, stop: int) -> npt.NDArray[np.bool_]:
@@ -110,6 +146,9 @@ class Arrays:
         self.kind = problem.compute_dtype
         self.number = np.dtype(self.kind).type
         self._call = call
+        graph = problem.functions
+        self.functions = Functions(graph, self.view("captured"), self.view("captured_indices"), self.kind)
+        self.extremes = [] if graph.mask is None else [Extremes(array) for array in self.functions.arrays]
 
     def view(self, name: str) -> Any:
         """Return the named array, bfloat16 as uint16, or None if absent."""

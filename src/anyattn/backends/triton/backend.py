@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from ...definition.passes import APPEND, BACKWARD, FORWARD
+from ...definition.passes import APPEND, BACKWARD, FORWARD, Pass
 from ...definition.problem import Problem
 from ..base import without_cache_gradients, without_starts
 from .device import DEVICES, LARGEST_HEAD_DIM, cards, installed, interpreted, largest_head_dim, refusal
@@ -35,6 +35,7 @@ class TritonBackend:
 
     name = "triton"
     passes = frozenset((FORWARD, BACKWARD, APPEND))
+    score_functions = frozenset[Pass]()
     extras = frozenset(EXTRAS)
     may_fail = False
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ...config import settings
 from ...definition.errors import DeviceError
-from ...definition.passes import APPEND, BACKWARD, FORWARD
+from ...definition.passes import APPEND, BACKWARD, FORWARD, Pass
 from ...definition.problem import Problem
 from ..base import Plan, without_cache_gradients, without_starts
 from ..host_append import HostAppendPlan
@@ -36,6 +36,7 @@ class VulkanBackend:
 
     name = "vulkan"
     passes = frozenset((FORWARD, BACKWARD, APPEND))
+    score_functions = frozenset[Pass]()
     extras = frozenset(EXTRAS)
     may_fail = True
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...api import attention_with_kvcache
+from ...decoding import attention_with_kvcache
 from ...frameworks.torch_tools import dense
 from ...scalars import real
 from .._flash_attn_common.calls import check_num_splits, window_bounds

@@ -24,6 +24,7 @@ from ...definition.options import Options, Rotation
 from ...definition.passes import BACKWARD, FORWARD, SECOND, TANGENT, Pass
 from ...definition.problem import Problem, described
 from ...runtime import dispatch
+from ..score_functions import Packed
 from ..scores import Stage
 from . import arrays as conversion
 from . import batching, derivatives, kvcache  # noqa: F401 (the rules of the primitives, and for compat.jax)
@@ -179,3 +180,7 @@ def _along(tangents: Tangents) -> dict[str, Any]:
     if bias is not None and bias.ndim < 4:
         found["tbias"] = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
     return found
+
+
+def trace(score_mod: Any, mask_mod: Any, q: Any) -> Packed:
+    raise NotImplementedError("score_mod and mask_mod are not supported for JAX arrays. Pass NumPy arrays.")

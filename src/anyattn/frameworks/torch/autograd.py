@@ -51,7 +51,10 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], static: Static, *arrays: Any) -> tuple[Any, Any]:
         _, *dims = in_dims
-        return batching.forward(info.batch_size, dims, arrays, lambda *xs: Attention.apply(static, *xs))
+        return batching.forward(
+            *(info.batch_size, dims, arrays, lambda *xs: Attention.apply(static, *xs)),
+            separate=static.options.score != "",
+        )
 
 
 # Dynamo counts the parameters. With only *arrays it would take the first one for the context.
@@ -100,7 +103,10 @@ class AttentionWithTangents(Attention):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], static: Static, *arrays: Any) -> tuple[Any, Any]:
         _, *dims = in_dims
-        return batching.forward(info.batch_size, dims, arrays, lambda *xs: AttentionWithTangents.apply(static, *xs))
+        return batching.forward(
+            *(info.batch_size, dims, arrays, lambda *xs: AttentionWithTangents.apply(static, *xs)),
+            separate=static.options.score != "",
+        )
 
 
 _of_gradients = operator.attrgetter(*GRADIENTS)

@@ -92,21 +92,24 @@ def loop(samples: int, dims: Dims, inputs: Sequence[Any], call: Callable[..., Se
 
 
 def forward(
-    samples: int, dims: Dims, arrays: Sequence[Any], call: Callable[..., Results]
+    samples: int, dims: Dims, arrays: Sequence[Any], call: Callable[..., Results], *, separate: bool = False
 ) -> tuple[Results, tuple[int, int]]:
-    """Return (results, their dims) of the forward pass `call(*arrays)`, in one call or one call per sample."""
-    folded = fold(samples, _given(FORWARD.inputs, arrays, dims))
+    """Return (results, their dims) of the forward pass `call(*arrays)`, in one call or one call per sample.
+
+    separate: one call per sample, because a score function counts the entries of the batch.
+    """
+    folded = None if separate else fold(samples, _given(FORWARD.inputs, arrays, dims))
     if folded is None:
         return loop(samples, dims, arrays, call), (0, 0)
     return unfold(samples, call(*[folded.get(name) for name in FORWARD.inputs])), (0, 0)
 
 
 def backward(
-    samples: int, dims: Dims, arrays: Sequence[Any], call: Callable[..., Results]
+    samples: int, dims: Dims, arrays: Sequence[Any], call: Callable[..., Results], *, separate: bool = False
 ) -> tuple[Results, tuple[int, ...]]:
     """Return (results, their dims) of the backward pass: one gradient per sample of every array."""
     given = _given(BACKWARD.inputs, arrays, dims)
-    folded = fold(samples, given, gradients=True)
+    folded = None if separate else fold(samples, given, gradients=True)
     if folded is None:
         return loop(samples, dims, arrays, call), tuple(0 for _ in BACKWARD.outputs)
     results = unfold(samples, call(*[folded.get(name) for name in BACKWARD.inputs]))
@@ -131,7 +134,10 @@ def _forward(info: Any, in_dims: Dims, *arguments: Any) -> tuple[Results, tuple[
     inputs, options, backend = ops.forward_arguments(arguments)
     q, k, v, extras = inputs
     dims = _array_dims(in_dims, FORWARD.inputs)
-    return forward(info.batch_size, dims, (q, k, v, *extras), lambda *xs: ops.forward(*xs, *options, backend))
+    return forward(
+        *(info.batch_size, dims, (q, k, v, *extras), lambda *xs: ops.forward(*xs, *options, backend)),
+        separate=options.score != "",
+    )
 
 
 @torch.library.register_vmap(f"{ops.NAMESPACE}::backward", lib=ops.library)
@@ -139,7 +145,10 @@ def _backward(info: Any, in_dims: Dims, *arguments: Any) -> tuple[Results, tuple
     saved, inputs, options, backend, wants = ops.backward_arguments(arguments)
     q, k, v, extras = inputs
     arrays, dims = (q, k, v, *saved, *extras), _array_dims(in_dims, BACKWARD.inputs)
-    return backward(info.batch_size, dims, arrays, lambda *xs: ops.backward(*xs, *options, backend, *wants))
+    return backward(
+        *(info.batch_size, dims, arrays, lambda *xs: ops.backward(*xs, *options, backend, *wants)),
+        separate=options.score != "",
+    )
 
 
 def _array_dims(in_dims: Dims, names: Sequence[str]) -> Dims:

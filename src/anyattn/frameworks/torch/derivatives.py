@@ -138,7 +138,8 @@ class AttentionGradients(torch.autograd.Function):
     ) -> tuple[Any, Any]:
         _, _, *dims = in_dims
         return batching.backward(
-            info.batch_size, dims, arrays, lambda *xs: AttentionGradients.apply(static, wants, *xs)
+            *(info.batch_size, dims, arrays, lambda *xs: AttentionGradients.apply(static, wants, *xs)),
+            separate=static.options.score != "",
         )
 
 
@@ -177,7 +178,8 @@ class AttentionGradientsWithTangents(AttentionGradients):
     ) -> tuple[Any, Any]:
         _, _, *dims = in_dims
         return batching.backward(
-            info.batch_size, dims, arrays, lambda *xs: AttentionGradientsWithTangents.apply(static, wants, *xs)
+            *(info.batch_size, dims, arrays, lambda *xs: AttentionGradientsWithTangents.apply(static, wants, *xs)),
+            separate=static.options.score != "",
         )
 
 

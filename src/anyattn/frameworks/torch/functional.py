@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...definition.inputs import (
+    CAPTURED,
     FIELDS,
     HEADS,
     NO_EXTRAS,
@@ -34,6 +35,7 @@ from ...definition.inputs import (
 from ...definition.kvcache import LABELS
 from ...definition.options import Options, Rotation
 from ...runtime import dispatch, execute
+from ..score_functions import Packed
 from ..scores import Stage
 from . import autograd, fastpath, kvcache, ops
 from . import scores as torch_scores
@@ -174,6 +176,14 @@ def scores(inputs: Inputs, options: Options, queries: Any, stage: Stage, lse: An
         return torch_scores.scores(prepared, options, queries, stage, lse)
 
 
+def trace(score_mod: Any, mask_mod: Any, q: Any) -> Packed:
+    """Return the graph of score_mod and mask_mod as text, and the tensors that they read."""
+    from . import score_functions
+
+    packed: Packed = score_functions.trace(score_mod, mask_mod, q)
+    return packed
+
+
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """Merge two results, differentiable in all four arrays; see explicit.merge."""
     out_a, out_b = dense("out_a", out_a), dense("out_b", out_b)
@@ -266,7 +276,13 @@ def _prepare_state(name: str, array: Any, q: Tensor, cu_seqlens_q: Any) -> Tenso
     return dense(name, array).contiguous()
 
 
-_PREPARE = {SCORES: _prepare_scores, HEADS: _prepare_heads, TABLE: _prepare_table, STATE: _prepare_state}
+_PREPARE = {
+    SCORES: _prepare_scores,
+    HEADS: _prepare_heads,
+    TABLE: _prepare_table,
+    STATE: _prepare_state,
+    CAPTURED: _prepare_state,
+}
 _FITS = tuple((name, _PREPARE[field.kind]) for name, field in FIELDS.items())  # in the order of Extras
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .... import api
+from .... import decoding
 from ....nn import alibi_slopes as get_alibi_slopes
 from ..layers.rotary import RotaryEmbedding
 from ..utils.generation import InferenceParams
@@ -264,7 +264,7 @@ class MHA(nn.Module):
         first = inference_params.batch_size_offset
         cache = caches[self.layer_idx][first : first + len(q)]
         lengths, inner = inference_params.lengths_per_sample, self.inner_cross_attn
-        context: Tensor = api.attention_with_kvcache(
+        context: Tensor = decoding.attention_with_kvcache(
             q,
             cache[:, :, 0],
             cache[:, :, 1],

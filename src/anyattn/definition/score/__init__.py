@@ -1,0 +1,1 @@
+"""Score functions and mask functions: Python functions of a score and its indices, traced into a graph."""

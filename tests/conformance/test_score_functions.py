@@ -1,0 +1,173 @@
+"""Tests of score_mod and mask_mod: every function of the gallery, on every backend, dense and packed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import anyattn
+from anyattn import testing
+from anyattn.definition import accuracy
+from harness.backends import Engine
+from harness.score_gallery import BATCH, HEADS, N_K, N_Q, Entry, gallery
+from harness.selection import every_backend
+
+NAMES = tuple(gallery())
+
+
+def arrays(dtype: torch.dtype = torch.float64, **sizes: int) -> tuple[torch.Tensor, ...]:
+    """q, k, v and dout, with grouped heads."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((N_Q, HEADS, 16), (N_K, HEADS // 2, 16), (N_K, HEADS // 2, 24), (N_Q, HEADS, 24))
+    return tuple(torch.randn(BATCH, *shape, generator=generator).to(dtype) for shape in shapes)
+
+
+def dense(q: Any, k: Any, v: Any, entry: Entry) -> tuple[Any, Any]:
+    """Return (out, lse) from the whole score matrix, in float64 by torch; differentiable."""
+    q, k, v = (x.transpose(1, 2).double() for x in (q, k, v))
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    b, h, i, j = (
+        torch.arange(size).reshape([-1 if one == axis else 1 for one in range(4)])
+        for axis, size in enumerate((q.shape[0], q.shape[1], q.shape[2], k.shape[2]))
+    )
+    s = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    seen = torch.ones_like(s, dtype=torch.bool)
+    if entry.mask_mod is not None:
+        seen = entry.mask_mod(b, h, i, j).expand(s.shape)
+    if entry.score_mod is not None:
+        scored = entry.score_mod(s, b, h, i, j).expand(s.shape)
+        if bool(scored.isnan().any()):  # at masked pairs, which must reach no gradient
+            kept = entry.score_mod(s[seen], *(x.expand(s.shape)[seen] for x in (b, h, i, j)))
+            scored = torch.full_like(s, -torch.inf).masked_scatter(seen, kept)
+        s = scored
+    s = s.masked_fill(~seen, -torch.inf)
+    live = (s > -torch.inf).any(-1, keepdim=True)
+    lse = torch.logsumexp(torch.where(live, s, 0.0), -1, keepdim=True)
+    p = torch.where(live, torch.exp(s - lse), 0.0)
+    return (p @ v).transpose(1, 2), torch.where(live, lse, -torch.inf)[..., 0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_results_and_gradients_are_those_of_the_whole_matrix(name: str) -> None:
+    """NumPy backend in float64 through autograd, with the gradients of captured tensors."""
+    entry = gallery()[name]
+    q, k, v, dout = arrays()
+    leaves = [x.requires_grad_() for x in (q, k, v)] + list(entry.leaves)
+    functions = {"score_mod": entry.score_mod, "mask_mod": entry.mask_mod}
+    out, lse = anyattn.attention(q, k, v, return_lse=True, backend="numpy", **functions)  # type: ignore[arg-type]
+    found = torch.autograd.grad((out * dout).sum(), leaves, materialize_grads=True)
+    torch.set_default_dtype(torch.float64)  # products of integers and numbers are float64 then, as in the definition
+    try:
+        want, want_lse = dense(q, k, v, entry)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    expected = torch.autograd.grad((want * dout).sum(), leaves, materialize_grads=True)
+    torch.testing.assert_close(out, want, rtol=0, atol=1e-13)
+    torch.testing.assert_close(lse, want_lse, rtol=1e-14, atol=1e-13)
+    for got, one, leaf in zip(found, expected, leaves, strict=True):
+        # captured arrays are float32, and so are their gradients
+        eps = torch.finfo(leaf.dtype).eps
+        torch.testing.assert_close(got, one, rtol=0, atol=float(64 * eps * (1 + one.abs().max())))
+
+
+@every_backend(only=("numpy",))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_gallery_is_computed_within_its_error_budgets(name: str, dtype: torch.dtype, engine: Engine) -> None:
+    entry = gallery()[name]
+    q, k, v, dout = arrays(dtype)
+    arguments: dict[str, Any] = {"q": q, "k": k, "v": v, "score_mod": entry.score_mod, "mask_mod": entry.mask_mod}
+    check(arguments, dout, engine)
+
+
+@every_backend(only=("numpy",))
+@pytest.mark.parametrize("name", ["causal", "documents", "relative_clamped", "mixed", "per_head", "temperature"])
+def test_packed_sequences_count_from_their_own_start(name: str, engine: Engine) -> None:
+    entry = gallery()[name]
+    q, k, v, dout = (x[0] for x in arrays(torch.float32))
+    boundaries = torch.tensor([[0, 30, N_Q], [0, 41, N_K]], dtype=torch.int32)
+    arguments = {
+        **{"q": q, "k": k, "v": v, "score_mod": entry.score_mod, "mask_mod": entry.mask_mod},
+        **{"cu_seqlens_q": boundaries[0], "cu_seqlens_k": boundaries[1]},
+    }
+    check(arguments, dout, engine)
+
+
+@every_backend(only=("numpy",))
+def test_functions_combine_with_every_other_argument(engine: Engine) -> None:
+    entry = gallery()["mixed"]
+    q, k, v, dout = arrays(torch.float32)
+    arguments = {
+        **{"q": q, "k": k, "v": v, "score_mod": entry.score_mod, "mask_mod": gallery()["dilated"].mask_mod},
+        **{"window": (40, 3), "softcap": 5.0, "alibi_slopes": torch.rand(HEADS), "sink": torch.randn(HEADS)},
+        **{"bias": torch.randn(1, HEADS, 1, N_K), "mask": torch.rand(N_Q, N_K) < 0.9, "dropout_p": 0.2, "seed": 3},
+        **{"seqused_k": torch.tensor([70, 83]), "leftpad_k": torch.tensor([3, 0])},
+    }
+    check(arguments, dout, engine)
+
+
+def check(arguments: dict[str, Any], dout: torch.Tensor, engine: Engine) -> None:
+    """Compare both passes with the reference, within the budgets of `accuracy`."""
+    problem, given = testing.describe(arguments)
+    out, lse = anyattn.attention_forward(**arguments, backend=engine.backend)
+    grads = anyattn.attention_backward(dout, out=out, lse=lse, **arguments, backend=engine.backend)
+    every = {"out": out, "lse": lse, **grads._asdict()}
+    results = {name: testing.to_numpy(x) for name, x in every.items() if x is not None}
+    lines = accuracy.check(accuracy.expected_forward(problem, given), results)
+    lines += accuracy.check(accuracy.expected_backward(problem, given, dout.double().numpy(), None), results)
+    assert not lines
+
+
+def test_numpy_arrays_are_captured_by_a_wrapper() -> None:
+    q, k, v, dout = (x.numpy() for x in arrays())
+    table = np.random.default_rng(0).standard_normal((HEADS, N_Q + N_K))
+    relative = anyattn.captured(table)
+
+    def score_mod(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return np.tanh(score) + relative[h, q_idx - kv_idx + N_K]
+
+    out, lse = anyattn.attention_forward(q, k, v, score_mod=score_mod)
+    found = anyattn.attention_backward(dout, q, k, v, out, lse, score_mod=score_mod).dcaptured
+    leaf = torch.from_numpy(table).requires_grad_()
+    entry = Entry(lambda s, b, h, i, j: torch.tanh(s) + leaf[h, i - j + N_K])
+    want = dense(*(torch.from_numpy(x) for x in (q, k, v)), entry)[0]
+    (expected,) = torch.autograd.grad((want * torch.from_numpy(dout)).sum(), leaf)
+    np.testing.assert_allclose(out, want.detach().numpy(), rtol=0, atol=1e-13)
+    np.testing.assert_allclose(found.reshape(table.shape), expected.numpy(), rtol=0, atol=1e-12)
+
+
+def test_a_read_out_of_bounds_raises_before_any_work() -> None:
+    q, k, v, _ = arrays()
+    bias = torch.zeros(N_K)
+    with pytest.raises(ValueError, match=r"shape \(83,\) must be from 0 to 82 on axis 0, got -82 to 74"):
+        anyattn.attention(q, k, v, score_mod=lambda s, b, h, i, j: s + bias[i - j])
+
+
+def test_integers_beyond_int32_raise() -> None:
+    q, k, v, _ = arrays()
+    with pytest.raises(ValueError, match="must fit in int32, got mul"):
+        anyattn.attention(q, k, v, score_mod=lambda s, b, h, i, j: s + (i * 100000) * (j * 1000))
+    large = torch.tensor([0, 2**32])
+    with pytest.raises(ValueError, match="must fit in int32, got 0 to 4294967296"):
+        anyattn.attention(q, k, v, mask_mod=lambda b, h, i, j: large[b] >= j)
+
+
+def test_second_derivatives_are_refused_by_name() -> None:
+    q, k, v, _ = (x.requires_grad_() for x in arrays())
+    out = anyattn.attention(q, k, v, score_mod=lambda s, b, h, i, j: torch.tanh(s))
+    (grad,) = torch.autograd.grad(out.sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second pass with score_mod"):
+        grad.sum().backward()
+
+
+def test_samples_of_vmap_count_their_own_batch() -> None:
+    q, k, v, _ = arrays()
+    samples, shift = torch.stack([q, 2 * q]), torch.tensor([0.5, -0.5])
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        return anyattn.attention(x, k, v, score_mod=lambda s, b, h, i, j: s * (b + 1) + shift[b] * (i - j))
+
+    assert torch.equal(torch.vmap(call)(samples), torch.stack([call(x) for x in samples]))
