@@ -28,7 +28,7 @@ MODULES = (
             *("flash_attn.modules.mha", "flash_attn.ops.triton.rotary"),
             *("flash_attn_3", "flash_attn_3.flash_attn_interface", "flash_attn_4", "flash_attn_4.interface"),
             "flash_attn_4.block_sparsity",
-            *("torch", "jax", "transformers", "diffusers", "xformers", "comfyui", "onnx"),
+            *("torch", "flex_attention", "jax", "transformers", "diffusers", "xformers", "comfyui", "onnx"),
             *("aule", "flash_attention", "flash_attention_amd", "flash_attn_triton"),
         )
     ),

@@ -24,6 +24,7 @@ from .sdpa import flash_attention, sdpa
 from .weights import attention_weights
 
 if TYPE_CHECKING:
+    from .block_masks import BlockMask, block_mask
     from .definition.score.trace import captured
     from .introspection import explain, get_available_backends, print_backend_info, warmup
     from .runtime.dispatch import Explanation, backend
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BlockMask",
     "Explanation",
     "Gradients",
     "Mask",
@@ -46,6 +48,7 @@ __all__ = [
     "attention_weights",
     "attention_with_kvcache",
     "backend",
+    "block_mask",
     "captured",
     "explain",
     "flash_attention",
@@ -64,6 +67,7 @@ __all__ = [
 
 # Names and modules that are imported on first use.
 _NAMES = {
+    **dict.fromkeys(("BlockMask", "block_mask"), "block_masks"),
     "captured": "definition.score.trace",
     **dict.fromkeys(("explain", "get_available_backends", "print_backend_info", "warmup"), "introspection"),
     **dict.fromkeys(("Explanation", "backend"), "runtime.dispatch"),

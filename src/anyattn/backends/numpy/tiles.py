@@ -25,6 +25,7 @@ Floats = npt.NDArray[Any]
 
 TILE_Q = 256  # queries, counting all heads of a group
 TILE_K = 256
+TILE_MASKED = 128  # of queries and of keys with mask_mod; as the blocks of block masks, and smaller, to skip more
 TILE_ENTRIES = 2**18  # scores stored at a time: 1 MB in float32
 
 
@@ -66,7 +67,8 @@ def row_tiles(problem: Problem, sequence: Sequence) -> Iterator[Rows]:
 
     Sizes depend only on the sequence and the heads, so results do not depend on the batch.
     """
-    rows = max(1, min(TILE_Q // problem.group, sequence.n_q))
+    tile = TILE_MASKED if problem.functions.mask is not None else TILE_Q
+    rows = max(1, min(tile // problem.group, sequence.n_q))
     keys = max(1, min(TILE_K, sequence.n_k))
     entries = keys * max(problem.group * rows, problem.head_dim, problem.head_dim_v)
     heads_kv = max(1, TILE_ENTRIES // entries)
@@ -82,8 +84,9 @@ def key_tiles(arrays: Arrays, rows: Rows) -> Iterator[Keys]:
     lo, hi = problem.interval.bounds(sequence.positions(rows.start, rows.stop), sequence.n_k, sequence.leftpad)
     lists = arrays.selected_keys(rows)
     end = int(hi[-1])  # lo and hi never decrease
-    starts = np.arange(int(lo[0]), end, TILE_K)
-    stops = np.minimum(starts + TILE_K, end)
+    tile = TILE_MASKED if problem.functions.mask is not None else TILE_K
+    starts = np.arange(int(lo[0]), end, tile)
+    stops = np.minimum(starts + tile, end)
     some, every = _masked(arrays, rows, starts, stops)
     for start, stop, visible, whole in zip(starts.tolist(), stops.tolist(), some, every, strict=True):
         if not visible:

@@ -74,7 +74,7 @@ class Extremes:
         self.shape = array.shape
         flat = np.ascontiguousarray(array).reshape(-1)
         starts = np.arange(0, flat.size, BLOCK)
-        self._empty = flat.size == 0
+        self._flat, self._empty = flat, flat.size == 0
         if self._empty:
             return
         low, high = np.minimum.reduceat(flat, starts), np.maximum.reduceat(flat, starts)  # NaN if a block has one
@@ -89,6 +89,9 @@ class Extremes:
         for index, size in zip(indices, self.shape, strict=True):
             first = first * size + np.clip(index.low, 0, size - 1).astype(np.int64)
             last = last * size + np.clip(index.high, 0, size - 1).astype(np.int64)
+        if np.array_equal(first, last) and not np.isnan(self._flat[first]).any():
+            exact = self._flat[first].astype(np.float64)
+            return Interval(exact, exact)
         first, last = np.broadcast_arrays(first // BLOCK, last // BLOCK)
         level = np.frexp(last - first + 1.0)[1] - 1  # floor(log2(number of blocks))
         second = last - (np.int64(1) << level.astype(np.int64)) + 1

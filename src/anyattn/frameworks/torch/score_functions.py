@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ...definition.score.symbol import Partial, Symbol, Trace
+from ...definition.score.trace import Traced
 from ...definition.score.trace import trace as trace_functions
 from ..score_functions import Packed, pack
 from . import ops
@@ -42,18 +43,23 @@ def _is_traced(index: Any) -> bool:
 def trace(score_mod: Any, mask_mod: Any, q: Any) -> Packed:
     """Return the text of the functions' graph and their tensors, differentiable in the captured tensors."""
     q = dense("q", q)
-    traced = trace_functions(score_mod, mask_mod, _Reads)
+    found = traced(score_mod, mask_mod)
     if not torch.is_grad_enabled():
-        arrays = tuple([array._replace(gradient=False) for array in traced.graph.arrays])
-        traced = traced._replace(graph=traced.graph._replace(arrays=arrays))
+        arrays = tuple([array._replace(gradient=False) for array in found.graph.arrays])
+        found = found._replace(graph=found.graph._replace(arrays=arrays))
 
     def join(tensors: Sequence[Any], floats: bool) -> Tensor:
-        found = [_tensor(x, q) for x in tensors]
+        ready = [_tensor(x, q) for x in tensors]
         if floats:
-            return torch.cat([x.to(ops.compute_dtype(q)).reshape(-1) for x in found])
-        return torch.cat([_integers(x).reshape(-1) for x in found])
+            return torch.cat([x.to(ops.compute_dtype(q)).reshape(-1) for x in ready])
+        return torch.cat([_integers(x).reshape(-1) for x in ready])
 
-    return pack(traced, join)
+    return pack(found, join)
+
+
+def traced(score_mod: Any, mask_mod: Any) -> Traced:
+    """Return the graph of functions that read tensors."""
+    return trace_functions(score_mod, mask_mod, _Reads)
 
 
 def _tensor(x: Any, q: Tensor) -> Tensor:
