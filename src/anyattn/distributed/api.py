@@ -69,7 +69,7 @@ def attention(
             bytes, else ring.
         return_lse: also return lse, (batch, nheads, rows). Gradients then flow through lse too.
         **arguments: keywords of `anyattn.attention` that concern masks, scores, dropout and the backend. bias, mask and
-            kv_indices have the rank's queries and all keys of the whole sequence. Lengths and offsets are those of the
+            kv_indices have the rank's queries and all keys of the whole sequence. Lengths and offsets concern the
             whole sequence. dropout_p without seed samples the state on rank 0.
 
     Returns:

@@ -128,8 +128,8 @@ def pairs(
 def _chunked(q: Piece, k: Piece, document: Document, band: Band) -> list[Pair]:
     """Return the pairs of (q, k). A chunk is divided where it starts before the keys.
 
-    A call counts positions from the first key, so its chunks are those of the whole sequence only if the first key
-    starts a chunk.
+    A call counts positions from the first key, so its chunks match the whole sequence only if the first key starts a
+    chunk.
     """
     if not band.chunk:
         return _pair(q, k, document, band, 0)

@@ -1,4 +1,4 @@
-"""Attention of one pair of queries and keys: a call of the engine on views, with the pair's place in its sequences."""
+"""Attention of one pair of queries and keys: one call on views, with the pair's place in its sequences."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class Sequences(NamedTuple):
 
 
 class Heads(NamedTuple):
-    """Which of `parts` equal groups of heads a rank computes."""
+    """Group of heads that a rank computes, of `parts` equal groups."""
 
     rank: int = 0
     parts: int = 1
 
 
 class Static(NamedTuple):
-    """What does not change between the pairs of a call."""
+    """Constants of a call, equal for all pairs."""
 
     options: Options  # scale, softcap, dropout_p, deterministic
     band: Band

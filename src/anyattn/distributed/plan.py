@@ -50,7 +50,7 @@ class Stage(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """What every rank needs to know about a call to make its plan: shardings, documents and the mask."""
+    """Shardings, documents and mask of a call, from which every rank makes its plan."""
 
     queries: Sharding
     keys: Sharding

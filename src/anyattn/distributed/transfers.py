@@ -142,7 +142,7 @@ class Returns:
         return [(transfer.peer, self._dk.new_empty(size(transfer.rows))) for transfer in stage.send]
 
     def _messages(self, stage: Stage, dk: Tensor | None, dv: Tensor | None) -> list[tuple[int, Tensor]]:
-        """Return the gradients of the keys that the rank received; those of its own keys are added."""
+        """Return the gradients of the keys that the rank received; gradients of its own keys are added."""
         found = [(t.peer, self._dk.new_empty(self._shapes.size(t.rows))) for t in stage.receive]
         if dk is None or dv is None:
             return found
