@@ -19,10 +19,13 @@ ARRAYS = {"q", "k", "v", "out", "lse", "dout", "dlse", "tq", "tk", "tv", "tbias"
 
 @contextmanager
 def wide(dtype: str = "float64") -> Iterator[None]:
-    """Let JAX have 64-bit arrays if the dtype needs them."""
-    enable = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
-    with enable(dtype == "float64"):
+    """Let JAX have 64-bit arrays if the dtype needs them, in every thread: XLA calls backends on its own threads."""
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", dtype == "float64")
+    try:
         yield
+    finally:
+        jax.config.update("jax_enable_x64", before)
 
 
 def compute(inputs: testing.CaseInputs, direction: str, backend: str | None, *, jit: bool) -> testing.Results:
