@@ -160,7 +160,8 @@ typedef enum anyattn_pass {
     ANYATTN_FORWARD = 0,
     ANYATTN_BACKWARD = 1,
     ANYATTN_APPEND = 2,
-    ANYATTN_TANGENT = 3
+    ANYATTN_TANGENT = 3,
+    ANYATTN_SECOND = 4
 } anyattn_pass;
 
 /* Strides of (n0, n1, n2, n3) elements without gaps, n0 being whatever there is. lse: n1 heads, n2 rows, n3 1. */
@@ -211,6 +212,10 @@ ANYATTN_API int32_t anyattn_backward(const anyattn_call *call);
  *
  * P are the probabilities exp(s_ij - lse_i), D the dropout factors. Rows without keys: 0. */
 ANYATTN_API int32_t anyattn_tangent(const anyattn_call *call);
+/* Reads what backward reads, and the tangents. Writes tout and tlse, as anyattn_tangent does, and the gradients of
+ * <dout, tout> + <dlse, tlse>: those of the inputs into dq, dk, dv and, where present, dbias and dsink; those of dout and
+ * dlse are tout and tlse. They are the derivative of backward along the tangents, and the backward of backward. */
+ANYATTN_API int32_t anyattn_second(const anyattn_call *call);
 /* Writes new_k (rotated) and new_v into k and v at cache_seqlens; and q, rotated, into out if q is present. */
 ANYATTN_API int32_t anyattn_append(const anyattn_call *call);
 

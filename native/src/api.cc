@@ -118,8 +118,27 @@ int64_t workspace_bytes(const anyattn_call &call, const Kernels &kernels, int32_
     if (pass == ANYATTN_APPEND) return 0;
     int64_t bytes = 0;
     if (pass == ANYATTN_FORWARD) bytes = forward_workspace(call, kernels);
-    if (pass == ANYATTN_BACKWARD) bytes = backward_workspace(call, kernels);
+    if (has_gradients(pass)) bytes = backward_workspace(call, kernels);
     return bytes < 0 ? bytes : bytes + key_lists_bytes(call);
+}
+
+bool run_tasks_of(const Run &run) {
+    switch (run.pass) {
+        case ANYATTN_FORWARD:
+            return run_forward(run);
+        case ANYATTN_TANGENT:
+            return run_tangent(run);
+        case ANYATTN_SECOND:
+            return run_second(run);
+        default:
+            return run_backward(run);
+    }
+}
+
+int64_t scratch_of(const anyattn_call &call, const Kernels &kernels, int32_t pass) {
+    if (pass == ANYATTN_FORWARD) return forward_scratch(call, kernels);
+    const int64_t tangent = pass == ANYATTN_SECOND ? kernels.scratch(call, ANYATTN_TANGENT) : 0;
+    return (max64(tangent, kernels.scratch(call, pass)) + 63) / 64 * 64;
 }
 
 int32_t run_kernels(const anyattn_call &call, int32_t pass) {
@@ -134,9 +153,8 @@ int32_t run_kernels(const anyattn_call &call, int32_t pass) {
     if (needed > 0 && !call.workspace && !workspace.data()) return out_of_memory(call, "workspace", needed);
 
     const int32_t threads = threads_of(call, pass);
-    const int64_t scratch_bytes =
-        pass == ANYATTN_FORWARD ? forward_scratch(call, *kernels) : (kernels->scratch(call, pass) + 63) / 64 * 64;
-    const int64_t shared = pass == ANYATTN_BACKWARD ? backward_shared(call, *kernels, threads) : 0;
+    const int64_t scratch_bytes = scratch_of(call, *kernels, pass);
+    const int64_t shared = has_gradients(pass) ? backward_shared(call, *kernels, threads) : 0;
     const int64_t all_scratch = scratch_bytes * threads + shared;
     const Scratch scratch(all_scratch);
     if (all_scratch > 0 && !scratch.data()) return out_of_memory(call, "scratch", all_scratch);
@@ -145,16 +163,9 @@ int32_t run_kernels(const anyattn_call &call, int32_t pass) {
     anyattn_call sorted;
     const bool lists = has_key_lists(call);
     if (lists && !sort_key_lists(call, threads, memory, &sorted)) return finish(call, false);
-    const Run run{lists ? sorted : call,
-                  *kernels,
-                  threads,
-                  memory + key_lists_bytes(call),
-                  scratch.data(),
-                  scratch_bytes,
-                  scratch.data() + scratch_bytes * threads};
-    const auto run_tasks_of = pass == ANYATTN_FORWARD    ? run_forward
-                              : pass == ANYATTN_BACKWARD ? run_backward
-                                                         : run_tangent;
+    const Run run{
+        lists ? sorted : call,          pass,           *kernels,      threads,
+        memory + key_lists_bytes(call), scratch.data(), scratch_bytes, scratch.data() + scratch_bytes * threads};
     return finish(call, run_tasks_of(run));
 }
 
@@ -253,6 +264,8 @@ int32_t anyattn_forward(const anyattn_call *call) { return anyattn::run_guarded(
 int32_t anyattn_backward(const anyattn_call *call) { return anyattn::run_guarded(call, ANYATTN_BACKWARD); }
 
 int32_t anyattn_tangent(const anyattn_call *call) { return anyattn::run_guarded(call, ANYATTN_TANGENT); }
+
+int32_t anyattn_second(const anyattn_call *call) { return anyattn::run_guarded(call, ANYATTN_SECOND); }
 
 int32_t anyattn_append(const anyattn_call *call) { return anyattn::run_guarded(call, ANYATTN_APPEND); }
 

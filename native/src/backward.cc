@@ -172,7 +172,7 @@ bool accumulate_splits(const Run &run, const Layout &l) {
             if (sink) sink += h_kv * group * blocks_of(s.n_q);
             const int64_t rows = (has_key_lists(call) ? 1 : group) * blocks_of(s.n_q);
             const BackwardPart part{s.index, h_kv, split, rows, l.splits, 0, kEveryKey, nullptr};
-            run.kernels.backward(call, part, partial, sink, statistics(run, l), run.scratch_of(worker));
+            run.kernels.backward(call, run.pass, part, partial, sink, statistics(run, l), run.scratch_of(worker));
         };
         if (s.n_k == 0) return accumulate({}, true);
         if (!HeadSums::needed(call, l)) return accumulate(partial_of(run, l, s, h_kv, split), split >= l.in_place);
@@ -217,7 +217,7 @@ void accumulate_part(const Run &run, const Layout &l, int64_t parts, int64_t hea
     const anyattn_call &call = run.call;
     const int64_t group = call.nheads / call.nheads_kv, h_kv = head % call.nheads_kv;
     const Sequence s = sequence(call, head / call.nheads_kv);
-    const int64_t block_k = run.kernels.dbias_block_k(call);  // keys of a tile
+    const int64_t block_k = run.kernels.dbias_block_k(call, run.pass);  // keys of a tile
     const int64_t blocks = group * blocks_of(s.n_q), tiles = (s.n_k - s.leftpad + block_k - 1) / block_k;
     const int64_t mine = max64(1, min64(parts, tiles));  // none without keys
     if (r >= mine || c >= mine) return;
@@ -243,7 +243,7 @@ void accumulate_part(const Run &run, const Layout &l, int64_t parts, int64_t hea
                             begin,
                             end,
                             dq + head * dq_bytes(call, run.kernels)};
-    run.kernels.backward(call, part, partial, sink, statistics(run, l), run.scratch_of(worker));
+    run.kernels.backward(call, run.pass, part, partial, sink, statistics(run, l), run.scratch_of(worker));
 }
 
 // Tasks for more threads than there are heads. Parts of a head that are computed at one time share neither rows nor keys:
@@ -333,14 +333,14 @@ bool write_dbias(const Run &run, const Layout &l) {
     if (!call.dbias.data) return true;
     // An axis of stride 0 is one element long in memory; its sum is taken inside the tile.
     const auto owned = [&](int axis, int64_t size) { return call.dbias.stride[axis] == 0 ? int64_t(1) : size; };
-    const int64_t block_k = run.kernels.dbias_block_k(call);
+    const int64_t block_k = run.kernels.dbias_block_k(call, run.pass);
     const int64_t heads = owned(1, call.nheads), blocks_q = owned(2, blocks_of(call.seqlen_q));
     const int64_t blocks_k = owned(3, (call.seqlen_k + block_k - 1) / block_k);
     const int64_t tasks = owned(0, call.batch) * heads * blocks_q * blocks_k;
     return run_tasks(call, run.threads, tasks, [&](int64_t task, int32_t worker) {
         const int64_t j = task % blocks_k, i = task / blocks_k % blocks_q;
         const int64_t bh = task / blocks_k / blocks_q;
-        run.kernels.dbias(call, bh / heads, bh % heads, i, j, statistics(run, l), run.scratch_of(worker));
+        run.kernels.dbias(call, run.pass, bh / heads, bh % heads, i, j, statistics(run, l), run.scratch_of(worker));
     });
 }
 

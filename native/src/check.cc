@@ -107,7 +107,7 @@ int32_t check_storage(const Call &call, int32_t pass) {
         }
         return ANYATTN_SUCCESS;
     }
-    if (pass == ANYATTN_BACKWARD) {
+    if (has_gradients(pass)) {
         return refuse(call, ANYATTN_UNSUPPORTED, "backward needs dense or packed k and v, and block_table is given");
     }
     if (call.cu_seqlens_k || call.cache_batch_idx) {
@@ -180,12 +180,12 @@ int32_t refuse(const Call &call, int32_t status, const char *format, ...) {
 
 int32_t check_sizes(const Call &call, int32_t pass) {
     int32_t status;
-    if ((status = check_scalar(call, "pass", pass, ANYATTN_FORWARD, ANYATTN_TANGENT)) || (status = check_heads(call)) ||
+    if ((status = check_scalar(call, "pass", pass, ANYATTN_FORWARD, ANYATTN_SECOND)) || (status = check_heads(call)) ||
         (status = check_lengths(call)) || (status = check_scalars(call)) || (status = check_storage(call, pass))) {
         return status;
     }
     if (pass == ANYATTN_APPEND) return check_rotary(call);
-    if (pass != ANYATTN_BACKWARD) return ANYATTN_SUCCESS;
+    if (!has_gradients(pass)) return ANYATTN_SUCCESS;
     // The rows of dk and dv decide whether the backward may sum in them.
     constexpr int64_t span = int64_t(1) << 52;
     status = check_range(call, "stride 1 of dk", call.dk.stride[1], -span, span);

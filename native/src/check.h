@@ -18,6 +18,9 @@ int32_t check_arrays(const anyattn_call &call, int32_t pass);
 // Entries of cu_seqlens, seqused, leftpad, block_table, cache_batch_idx and cache_seqlens.
 int32_t check_tables(const anyattn_call &call, int32_t pass);
 
+// Whether a pass computes gradients.
+constexpr bool has_gradients(int32_t pass) { return pass == ANYATTN_BACKWARD || pass == ANYATTN_SECOND; }
+
 constexpr int64_t dtype_bytes(int32_t dtype) {
     return dtype == ANYATTN_FLOAT64                                ? 8
            : dtype == ANYATTN_FLOAT32 || dtype == ANYATTN_INT32    ? 4

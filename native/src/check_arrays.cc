@@ -220,9 +220,10 @@ int32_t check_arrays(const anyattn_call &call, int32_t pass) {
     if (const int32_t status = check_dtype(call, base)) return status;
     const Dtypes dtypes(base.array.dtype);
     if (append) return check_append(call, dtypes);
-    const int32_t status = check_inputs(call, dtypes, pass == ANYATTN_FORWARD ? kOutput : kInput);
-    if (status || pass == ANYATTN_FORWARD) return status;
-    return pass == ANYATTN_BACKWARD ? check_gradients(call, dtypes) : check_tangents(call, dtypes);
+    int32_t status = check_inputs(call, dtypes, pass == ANYATTN_FORWARD ? kOutput : kInput);
+    if (!status && has_gradients(pass)) status = check_gradients(call, dtypes);
+    if (!status && (pass == ANYATTN_TANGENT || pass == ANYATTN_SECOND)) status = check_tangents(call, dtypes);
+    return status;
 }
 
 }  // namespace anyattn

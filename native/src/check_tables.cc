@@ -52,7 +52,7 @@ int32_t check_cache_batch_idx(const anyattn_call &call, int32_t pass) {
             return out_of_range(call, "cache_batch_idx", b, idx[b], 0, call.batch_k - 1);
         }
     }
-    if (pass != ANYATTN_BACKWARD) return ANYATTN_SUCCESS;
+    if (!has_gradients(pass)) return ANYATTN_SUCCESS;
     std::vector<int32_t> sorted(idx, idx + call.batch);
     std::sort(sorted.begin(), sorted.end());
     const auto twice = std::adjacent_find(sorted.begin(), sorted.end());

@@ -63,15 +63,16 @@ struct Kernels {
     int64_t (*partial_row_bytes)(const anyattn_call &);  // of a partial
     // dq written, dk and dv accumulated into the zeroed partial, sink_partial[h * blocks + block] += its part of dsink
     // (may be null). statistics: null, or takes what dbias needs of every row.
-    void (*backward)(const anyattn_call &, const BackwardPart &, const Partial &, double *sink_partial,
+    // Of the second pass: the gradients of <dout, tout> + <dlse, tlse>, given tout and tlse.
+    void (*backward)(const anyattn_call &, int32_t pass, const BackwardPart &, const Partial &, double *sink_partial,
                      void *statistics, void *scratch);
     // Adds the partials of all splits in order and writes rows [row0, row1) of dk and dv of sequence b.
     void (*reduce)(const anyattn_call &, int64_t b, int64_t h_kv, int64_t row0, int64_t row1, const Partial *,
                    int64_t splits);
     // One (kBlockQ x key block) tile of dbias, summed over its broadcast axes.
-    void (*dbias)(const anyattn_call &, int64_t bias_b, int64_t bias_h, int64_t block_q, int64_t block_k,
+    void (*dbias)(const anyattn_call &, int32_t pass, int64_t bias_b, int64_t bias_h, int64_t block_q, int64_t block_k,
                   void *statistics, void *scratch);
-    int64_t (*dbias_block_k)(const anyattn_call &);
+    int64_t (*dbias_block_k)(const anyattn_call &, int32_t pass);
     int64_t (*statistics_bytes)(const anyattn_call &);  // of a row; a head has seqlen_q rows
     // tout and tlse of a set of at most kTangentBlocks blocks, which begin at the same key and share a KV head.
     void (*tangent)(const anyattn_call &, const BlockSet &, void *scratch);

@@ -8,6 +8,7 @@ namespace anyattn {
 // A validated call and what it runs on.
 struct Run {
     const anyattn_call &call;
+    int32_t pass;
     const Kernels &kernels;
     int32_t threads;
     char *workspace;
@@ -32,5 +33,6 @@ int64_t forward_scratch(const anyattn_call &call, const Kernels &kernels);
 bool run_forward(const Run &run);
 bool run_backward(const Run &run);
 bool run_tangent(const Run &run);
+bool run_second(const Run &run);
 
 }  // namespace anyattn

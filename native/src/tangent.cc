@@ -66,4 +66,7 @@ bool run_tangent(const Run &run) {
     return run_tasks(call, run.threads, rows.blocks() * call.nheads, body) && for_unused_rows(call, run.threads, clear);
 }
 
+// The gradients of a row's tangent need that tangent, which is a sum over all its keys: hence two sweeps.
+bool run_second(const Run &run) { return run_tangent(run) && run_backward(run); }
+
 }  // namespace anyattn

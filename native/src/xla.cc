@@ -72,6 +72,10 @@ int32_t run_pass(const anyattn_call *call, int32_t pass) {
             return anyattn_backward(call);
         case ANYATTN_APPEND:
             return anyattn_append(call);
+        case ANYATTN_TANGENT:
+            return anyattn_tangent(call);
+        case ANYATTN_SECOND:
+            return anyattn_second(call);
         default:
             return ANYATTN_UNSUPPORTED;
     }

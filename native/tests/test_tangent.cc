@@ -24,8 +24,8 @@ static Config with_everything() {
     config.batch = 2;
     config.nheads = 6;
     config.nheads_kv = 2;
-    config.seqlen_q = 150;
-    config.seqlen_k = 190;
+    config.seqlen_q = 80;
+    config.seqlen_k = 120;
     config.head_dim = 24;
     config.head_dim_v = 40;
     config.bias = 2;

@@ -35,7 +35,7 @@ MAY_REFUSE = {
 }
 
 
-COMPUTES = {"tangent": ("cpu", "numpy"), "second": ("numpy",)}  # backends of passes that others lack
+COMPUTES = {"tangent": ("cpu", "numpy"), "second": ("cpu", "numpy")}  # backends of passes that others lack
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class Engine:
         """Return whether the tests accept that this backend refuses the problem."""
         if problem.pass_ in (TANGENT, SECOND) and self.backend not in COMPUTES[problem.pass_.name]:
             return True
-        if problem.pass_ is BACKWARD and (problem.paged or problem.cache_batch_idx is not None):
+        if problem.pass_ in (BACKWARD, SECOND) and (problem.paged or problem.cache_batch_idx is not None):
             return self.backend != "numpy"
         if problem.score and self.backend != "numpy":
             return True

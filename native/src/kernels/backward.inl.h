@@ -15,7 +15,7 @@ constexpr int64_t kBackwardBytes = 1024 * 1024;
 // Works on pairs of keys and, where a panel has several, of vectors.
 template <class M, class Out>
 ANYATTN_NOINLINE void gradient_pass(typename M::C *S, typename M::C *T, int64_t n, int vectors, typename M::C factor,
-                                    typename M::C scale, typename M::C *steep, typename M::C *keep,
+                                    typename M::C scale, typename M::C *tanhs, typename M::C *keep,
                                     const RowStatistics<typename M::C> &rows, int64_t row,
                                     const typename Out::Gradients &gradients) {
     using C = typename M::C;
@@ -25,7 +25,7 @@ ANYATTN_NOINLINE void gradient_pass(typename M::C *S, typename M::C *T, int64_t 
         const int64_t at = n * stride + c * width;
         store(S + at, splat(-infinity(C())));
         store(T + at, V{});
-        if (steep) store(steep + at, V{});
+        if (tanhs) store(tanhs + at, V{});
         if (keep) store(keep + at, V{});
     }
     for (int c = 0; c < vectors; c += X) {
@@ -45,7 +45,7 @@ ANYATTN_NOINLINE void gradient_pass(typename M::C *S, typename M::C *T, int64_t 
                     p[r][x] = M::weight((load<V>(S + at) - base[x]) * splat(factor) - rest[x], splat(C(1)));
                     const V kept = keep ? load<V>(keep + at) : splat(C(1));
                     ds[r][x] = p[r][x] * (load<V>(T + at) * kept - middle[x]) * splat(scale);
-                    if (steep) ds[r][x] *= load<V>(steep + at);
+                    if (tanhs) ds[r][x] *= softcap_slope(tanhs + at);
                     p[r][x] *= kept;
                 }
             }
@@ -77,15 +77,15 @@ Range fill_gradients(const Block<M> &block, const BackwardRows<M> &of_block, con
     Out::clear(gradients, range.first + round_up(n, 2), j1 - j0);
     if (n == 0) return range;
     C *S = w.S + w.offset(p) + range.first * M::panel, *T = w.T + w.offset(p) + range.first * M::panel;
-    C *steep = capped ? w.steep : nullptr;
+    C *tanhs = capped ? w.tanhs : nullptr;
     V top[kPanelVectors] = {};
     const int rows = block.panel_rows(p);
     TileAhead none{};
     M::scores(values, range.first, n, call.head_dim_v, of_block.dout + p * of_block.dout_size, rows, T, top, none);
     M::scores(keys, range.first, n, call.head_dim, of_block.q + p * of_block.q_size, rows, S, top, ahead);
-    score_tile(block, p, first, n, use, w.added, steep, S, top);
+    score_tile(block, p, first, n, use, w.added, tanhs, S, top);
     if (w.keep) keep_tile(w.keep, block, p, first, n);
-    gradient_pass<M, Out>(S, T, n, block.panel_vectors(p), block.units.factor, scale, steep, w.keep,
+    gradient_pass<M, Out>(S, T, n, block.panel_vectors(p), block.units.factor, scale, tanhs, w.keep,
                           RowStatistics<C>(of_block.rows), p * M::panel, Out::from(gradients, range.first));
     return range;
 }
@@ -219,6 +219,16 @@ int64_t dq_bytes(const Block<M> &block, const BackwardState<M> &state) {
     return block.panels * state.dq_size * (int64_t)sizeof(typename M::C);
 }
 
+// Sets dQ of a block to the sums of the visit before this one.
+template <class M>
+void start_dq(const Block<M> &block, const BackwardState<M> &state, const Visit &visit) {
+    if (visit.first) {
+        __builtin_memset(state.dq, 0, (size_t)dq_bytes<M>(block, state));
+    } else {
+        __builtin_memcpy(state.dq, visit.sums, (size_t)dq_bytes<M>(block, state));
+    }
+}
+
 // Packs the rows of a block that w has at `index`, and their dQ as the visit before this one left it.
 template <class M>
 void start_block(const BackwardScratch<M> &w, int64_t index, const Visit &visit, const RowOutputs &outputs) {
@@ -235,11 +245,7 @@ void start_block(const BackwardScratch<M> &w, int64_t index, const Visit &visit,
     const auto gradients = M::gradients(w.tiles.S, w.tiles.T, state.gradients);
     new (w.weighted + index) WeightedRows<M>{gradients, q, dout, block.rows, 0};
     w.visits[index] = visit;
-    if (visit.first) {
-        __builtin_memset(state.dq, 0, (size_t)dq_bytes<M>(block, state));
-    } else {
-        __builtin_memcpy(state.dq, visit.sums, (size_t)dq_bytes<M>(block, state));
-    }
+    start_dq<M>(block, state, visit);
 }
 
 // Adds keys [j0, j1) to dQ of a block and leaves their P and dS in `weighted`.

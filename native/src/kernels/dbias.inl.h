@@ -40,14 +40,24 @@ ANYATTN_NOINLINE void sum_tile(double *sum, const C *ds, int64_t n, int64_t rows
     }
 }
 
+// Adds dS of panel p and keys [j, j + n), which the tile owns.
+template <class C, int P>
+void add_panel(double *sums, const DbiasTile &tile, const ScoreBlock<C, P> &block, int p, int64_t j, int64_t n,
+               const C *ds) {
+    const int64_t row = block.i0 - tile.i0 + p * P;
+    block.for_runs(j, n, [&](int64_t i, int64_t slot, int64_t count) {
+        double *sum = sums + (slot - tile.j0) * tile.key_step() + row * tile.row_step();
+        sum_tile<C, P>(sum, ds + i * P, count, block.panel_rows(p), tile.key_step(), tile.row_step());
+    });
+}
+
+// Adds dS of a block and keys [begin, end).
 template <class M>
-void add_dbias(const Block<M> &block, const DbiasTile &tile, const DbiasScratch<M> &w, const void *statistics) {
+void add_dbias(const Block<M> &block, const DbiasTile &tile, const DbiasScratch<M> &w, int64_t begin, int64_t end,
+               const void *statistics) {
     using C = typename M::C;
     using Out = InPlace<C, M::panel>;
     const anyattn_call &call = block.call;
-    const int64_t begin = tile.summed(3) ? block.begin : block.key_at(tile.j0);
-    const int64_t end = tile.summed(3) ? block.end : block.key_at(tile.j0 + tile.keys);
-    if (begin >= end || stopped(call)) return;
     pack_rows<M>(block, w.packed);
     load_statistics(block, statistics, RowStatistics<C>(w.packed.rows));
     const KeyRows k = block.keys(call.k), v = block.keys(call.v);
@@ -60,12 +70,7 @@ void add_dbias(const Block<M> &block, const DbiasTile &tile, const DbiasScratch<
             const typename Out::Gradients ds{w.tiles.S + w.tiles.offset(p), w.tiles.T + w.tiles.offset(p)};
             const Range r =
                 fill_gradients<M, Out>(block, w.packed, w.tiles, keys, values, p, j0, j0 + n, C(1), false, ds, none);
-            const int64_t row = block.i0 - tile.i0 + p * M::panel;
-            block.for_runs(j0 + r.first, r.n, [&](int64_t i, int64_t slot, int64_t count) {
-                double *sum = w.sum + (slot - tile.j0) * tile.key_step() + row * tile.row_step();
-                sum_tile<C, M::panel>(sum, Out::from(ds, r.first + i).ds, count, block.panel_rows(p), tile.key_step(),
-                                      tile.row_step());
-            });
+            add_panel(w.sum, tile, block, p, j0 + r.first, r.n, Out::from(ds, r.first).ds);
         }
     }
 }
@@ -86,7 +91,8 @@ void write_dbias(const DbiasTile &tile, const double *sum) {
     }
 }
 
-template <class M>
+// Scratch: what add_dbias computes dS with.
+template <class M, class Scratch>
 void dbias_tile(const anyattn_call &call, int64_t bias_b, int64_t bias_h, int64_t block_q, int64_t block_k,
                 void *statistics, void *memory) {
     using C = typename M::C;
@@ -94,7 +100,7 @@ void dbias_tile(const anyattn_call &call, int64_t bias_b, int64_t bias_h, int64_
     if (!tile.summed(2)) tile.rows = min64(kBlockQ, call.seqlen_q - tile.i0);
     if (!tile.summed(3)) tile.keys = min64(M::score_keys, call.seqlen_k - tile.j0);
     Arena arena{static_cast<char *>(memory), 0};
-    const DbiasScratch<M> w(call, arena);
+    const Scratch w(call, arena);
     __builtin_memset(w.sum, 0, sizeof(double) * M::score_keys * kBlockQ);
     const int64_t b_end = tile.summed(0) ? call.batch : bias_b + 1, h_end = tile.summed(1) ? call.nheads : bias_h + 1;
     for (int64_t b = bias_b; b < b_end; ++b) {
@@ -104,7 +110,9 @@ void dbias_tile(const anyattn_call &call, int64_t bias_b, int64_t bias_h, int64_
             const int64_t rows = has_key_lists(call) ? 1 : kBlockQ;
             for (int64_t i = tile.i0; i < i_end; i += rows) {
                 const Block<M> block(call, {b, h, 1, i, min64(rows, s.n_q - i)}, M::score_factor(call.scale));
-                add_dbias<M>(block, tile, w, statistics);
+                const int64_t begin = tile.summed(3) ? block.begin : block.key_at(tile.j0);
+                const int64_t end = tile.summed(3) ? block.end : block.key_at(tile.j0 + tile.keys);
+                if (begin < end && !stopped(call)) add_dbias<M>(block, tile, w, begin, end, statistics);
             }
         }
     }

@@ -276,9 +276,9 @@ struct Bounds {
 };
 
 // Scores of the tile S of panel p and keys [j, j + n), in place of products; raises `top` anew. added: null or from
-// fill_added; steep: null, or takes the derivative of the softcap; bounds: null or the edge.
+// fill_added; tanhs: null, or takes the tanh of the softcap; bounds: null or the edge.
 template <class C, int P>
-ANYATTN_NOINLINE void score_pass(const ScoreBlock<C, P> &block, int p, int64_t j, int64_t n, const C *added, C *steep,
+ANYATTN_NOINLINE void score_pass(const ScoreBlock<C, P> &block, int p, int64_t j, int64_t n, const C *added, C *tanhs,
                                  const Bounds<C, P> *bounds, C *S, typename Lanes<C>::V *top) {
     using V = typename Lanes<C>::V;
     const V hidden = splat(-infinity(C()));
@@ -301,7 +301,7 @@ ANYATTN_NOINLINE void score_pass(const ScoreBlock<C, P> &block, int p, int64_t j
             V s = load<V>(S + at) * splat(block.units.product);
             if (capped) {
                 const V t = tanh(s * per_cap);
-                if (steep) store(steep + at, splat(C(1)) - t * t);
+                if (tanhs) store(tanhs + at, t);
                 s = t * cap;
             }
             if (added) {
@@ -320,17 +320,24 @@ ANYATTN_NOINLINE void score_pass(const ScoreBlock<C, P> &block, int p, int64_t j
     }
 }
 
+// The derivative of the softcap, from a tile of tanhs.
+template <class C>
+ANYATTN_INLINE typename Lanes<C>::V softcap_slope(const C *tanhs) {
+    const auto t = load<typename Lanes<C>::V>(tanhs);
+    return splat(C(1)) - t * t;
+}
+
 // Runs what this tile needs of the above.
 template <class C, int P>
 ANYATTN_INLINE void score_tile(const ScoreBlock<C, P> &block, int p, int64_t j, int64_t n, MaskUse use, C *added,
-                               C *steep, C *S, typename Lanes<C>::V *top) {
+                               C *tanhs, C *S, typename Lanes<C>::V *top) {
     const bool edge = block.edge(p, j, j + n), masked = use == kSeesSome;
     if (!edge && !block.units.scored && !masked) return;
     Bounds<C, P> bounds;
     if (edge) lane_bounds(block, p, j, n, bounds.low, bounds.high);
     if (!block.call.bias.data && !masked) added = nullptr;
     if (added) fill_added(added, block, p, j, n, use);
-    score_pass(block, p, j, n, added, steep, edge ? &bounds : nullptr, S, top);
+    score_pass(block, p, j, n, added, tanhs, edge ? &bounds : nullptr, S, top);
 }
 
 // Dropout factors of a tile, 0 or 1 / (1 - p).

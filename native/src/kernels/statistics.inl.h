@@ -55,7 +55,7 @@ struct TileScratch {
     using C = typename M::C;
     static constexpr int64_t tile = kTileKeys * M::panel;
     C *S, *T;  // per key; and per panel, if the gradients are there
-    C *P, *added, *steep, *keep;  // of one panel
+    C *P, *added, *tanhs, *keep;  // of one panel
     C *m, *l, *alpha;  // per row, see SoftmaxRows
     char *k, *v;
 
@@ -65,7 +65,7 @@ struct TileScratch {
         T = arena.take<C>(tile * panels);
         P = M::weights_in_scores ? S : arena.take<C>(tile / 2);
         added = call.bias.data || call.mask.data ? arena.take<C>(tile) : nullptr;
-        steep = call.softcap > 0 ? arena.take<C>(tile) : nullptr;
+        tanhs = call.softcap > 0 ? arena.take<C>(tile) : nullptr;
         keep = call.dropout_threshold ? arena.take<C>(tile) : nullptr;
         m = arena.take<C>(kBlockQ);
         l = arena.take<C>(kBlockQ);
@@ -76,24 +76,28 @@ struct TileScratch {
     int64_t offset(int p) const { return M::gradients_in_scores ? p * tile : 0; }
 };
 
+// products_i = <a_i, b_i> of a block's rows of two arrays shaped like out; 0 beyond the rows.
+template <class C, int P>
+ANYATTN_NOINLINE void fill_products(const ScoreBlock<C, P> &block, const anyattn_array &first,
+                                    const anyattn_array &second, C *products) {
+    using V = typename Lanes<C>::V;
+    const StridedRows a = block.strided(first), b = block.strided(second);
+    for (int i = 0; i < kBlockQ; ++i) {
+        V sum{};
+        for (int64_t d = 0; i < block.rows && d < block.call.head_dim_v; d += lanes<C>) {
+            const int64_t left = block.call.head_dim_v - d;
+            sum += load_part<C>(a.at(i, d), a.dtype, left) * load_part<C>(b.at(i, d), b.dtype, left);
+        }
+        products[i] = sum_lanes<C>(sum);
+    }
+}
+
 // delta_i = <dout_i, out_i> - dlse_i of a block's rows.
 template <class C, int P>
-ANYATTN_NOINLINE void fill_delta(const ScoreBlock<C, P> &block, C *delta) {
-    using V = typename Lanes<C>::V;
-    const anyattn_call &call = block.call;
-    const StridedRows out = block.strided(call.out), dout = block.strided(call.dout);
-    const StridedRows dlse = block.strided_values(call.dlse);
-    for (int i = 0; i < kBlockQ; ++i) {
-        delta[i] = 0;
-        if (i >= block.rows) continue;
-        V sum{};
-        for (int64_t d = 0; d < call.head_dim_v; d += lanes<C>) {
-            const int64_t left = call.head_dim_v - d;
-            sum += load_part<C>(out.at(i, d), out.dtype, left) * load_part<C>(dout.at(i, d), dout.dtype, left);
-        }
-        delta[i] = sum_lanes<C>(sum);
-        if (dlse.data) delta[i] -= load<C>(dlse.row(i));
-    }
+void fill_delta(const ScoreBlock<C, P> &block, C *delta) {
+    const StridedRows dlse = block.strided_values(block.call.dlse);
+    fill_products(block, block.call.out, block.call.dout, delta);
+    for (int i = 0; dlse.data && i < block.rows; ++i) delta[i] -= load<C>(dlse.row(i));
 }
 
 // The rows' statistics from the saved lse. Returns the largest |lse|.

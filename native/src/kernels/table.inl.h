@@ -5,6 +5,7 @@
 #include "dbias.inl.h"
 #include "few.inl.h"
 #include "forward.inl.h"
+#include "second.inl.h"
 #include "tangent.inl.h"
 #include ANYATTN_PRODUCTS  // the products header of this instruction set, see targets.def
 
@@ -54,10 +55,16 @@ int64_t scratch(const anyattn_call &call, int32_t pass) {
             TangentScratch<TangentProducts<M>>(call, kTangentBlocks, arena);
             return arena.used;
         }
+        Arena dbias{nullptr, 0};
+        if (pass == ANYATTN_SECOND) {
+            using F = Plain<typename M::C>;
+            SecondScratch<F>(call, arena);
+            if (call.dbias.data) SecondDbias<F>(call, dbias);
+            return max64(arena.used, dbias.used);
+        }
         BackwardScratch<M>(call, arena);
-        Arena second{nullptr, 0};
-        if (call.dbias.data) DbiasScratch<M>(call, second);
-        return max64(arena.used, second.used);
+        if (call.dbias.data) DbiasScratch<M>(call, dbias);
+        return max64(arena.used, dbias.used);
     });
 }
 
@@ -123,8 +130,13 @@ int64_t partial_row_bytes(const anyattn_call &call) {
     return with_compute(call, [&](auto c) { return ForwardPartial<decltype(c)>::row_size(call) * (int64_t)sizeof(c); });
 }
 
-void backward(const anyattn_call &call, const BackwardPart &part, const Partial &partial, double *sink_partial,
-              void *statistics, void *memory) {
+void backward(const anyattn_call &call, int32_t pass, const BackwardPart &part, const Partial &partial,
+              double *sink_partial, void *statistics, void *memory) {
+    if (pass == ANYATTN_SECOND) {
+        return with_compute(call, [&](auto c) {
+            second_group<Plain<decltype(c)>>(call, part, partial, sink_partial, statistics, memory);
+        });
+    }
     with_mma(call, ANYATTN_BACKWARD, [&](auto m) {
         using M = decltype(m);
         [[maybe_unused]] const typename M::Task task;
@@ -138,16 +150,23 @@ void reduce(const anyattn_call &call, int64_t b, int64_t h_kv, int64_t row0, int
              [&](auto m) { reduce_group<typename decltype(m)::C>(call, b, h_kv, row0, row1, partials, splits); });
 }
 
-void dbias(const anyattn_call &call, int64_t bias_b, int64_t bias_h, int64_t block_q, int64_t block_k, void *statistics,
-           void *memory) {
+void dbias(const anyattn_call &call, int32_t pass, int64_t bias_b, int64_t bias_h, int64_t block_q, int64_t block_k,
+           void *statistics, void *memory) {
+    if (pass == ANYATTN_SECOND) {
+        return with_compute(call, [&](auto c) {
+            using M = Plain<decltype(c)>;
+            dbias_tile<M, SecondDbias<M>>(call, bias_b, bias_h, block_q, block_k, statistics, memory);
+        });
+    }
     with_mma(call, ANYATTN_BACKWARD, [&](auto m) {
         using M = decltype(m);
         [[maybe_unused]] const typename M::Task task;
-        dbias_tile<M>(call, bias_b, bias_h, block_q, block_k, statistics, memory);
+        dbias_tile<M, DbiasScratch<M>>(call, bias_b, bias_h, block_q, block_k, statistics, memory);
     });
 }
 
-int64_t dbias_block_k(const anyattn_call &call) {
+int64_t dbias_block_k(const anyattn_call &call, int32_t pass) {
+    if (pass == ANYATTN_SECOND) return kKeys;
     return with_mma(call, ANYATTN_BACKWARD, [](auto m) { return int64_t(decltype(m)::score_keys); });
 }
 

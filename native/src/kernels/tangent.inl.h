@@ -66,12 +66,12 @@ struct TangentScratch {
     static int64_t row_stride(const anyattn_call &call) { return round_up(call.head_dim_v, lanes<C>); }
 };
 
-// Products of a panel and n keys. x and y: the products that u is the sum of, or null; tbias, steep and keep: null, or
+// Products of a panel and n keys. x and y: the products that u is the sum of, or null; tbias, tanhs and keep: null, or
 // tiles.
 template <class C>
 struct TangentTile {
     C *S, *T;
-    const C *x, *y, *tbias, *steep;
+    const C *x, *y, *tbias, *tanhs;
     C *keep;
     int64_t n;
     int vectors;
@@ -102,7 +102,7 @@ ANYATTN_NOINLINE void tangent_pass(const TangentTile<typename M::C> &tile, const
                 if (tile.x) u = load<V>(tile.x + at);
                 if (tile.y) u += load<V>(tile.y + at);
                 u *= splat(scale);
-                if (tile.steep) u *= load<V>(tile.steep + at);
+                if (tile.tanhs) u *= softcap_slope(tile.tanhs + at);
                 if (tile.tbias) u += load<V>(tile.tbias + at);
                 // The tangent of a masked key may be NaN, or infinite.
                 pu[i] = p[i] == V{} ? V{} : p[i] * u;
@@ -116,6 +116,14 @@ ANYATTN_NOINLINE void tangent_pass(const TangentTile<typename M::C> &tile, const
         }
         store(lse + c * width, load<V>(lse + c * width) + (sum[0] + sum[1]));
     }
+}
+
+// The tangent of the bias for keys [j, j + n) of panel p.
+template <class C, int P>
+void fill_tangent_of_bias(C *added, const ScoreBlock<C, P> &block, int p, int64_t j, int64_t n) {
+    block.for_runs(j, n, [&](int64_t i, int64_t slot, int64_t count) {
+        spread(added + i * P, block, p, block.call.tbias, slot, count, [](auto bias, auto) { return bias; });
+    });
 }
 
 // Keys, values and their tangents of one tile.
@@ -142,17 +150,13 @@ void attend_tangent(const Block<M> &block, const TangentState<M> &state, const T
     M::scores(keys.k, at, n, call.head_dim, q, rows, tiles.S, top, next);
     if (has.q) M::scores(keys.k, at, n, call.head_dim, tq, rows, tiles.T, top, none);
     if (has.k) M::scores(keys.tk, at, n, call.head_dim, q, rows, has.q ? w.U : tiles.T, top, none);
-    score_tile(block, p, first, n, use, tiles.added, tiles.steep, tiles.S, top);
+    score_tile(block, p, first, n, use, tiles.added, tiles.tanhs, tiles.S, top);
     if (tiles.keep) keep_tile(tiles.keep, block, p, first, n);
-    if (has.bias) {
-        block.for_runs(first, n, [&](int64_t i, int64_t slot, int64_t count) {
-            spread(w.added + i * M::panel, block, p, call.tbias, slot, count, [](auto bias, auto) { return bias; });
-        });
-    }
+    if (has.bias) fill_tangent_of_bias(w.added, block, p, first, n);
     const RowStatistics<C> statistics(state.packed.rows);
     const int64_t row = p * M::panel;
     const TangentTile<C> tile{tiles.S,    tiles.T, has.products() ? tiles.T : nullptr,
-                              w.U,        w.added, has.products() ? tiles.steep : nullptr,
+                              w.U,        w.added, has.products() ? tiles.tanhs : nullptr,
                               tiles.keep, n,       block.panel_vectors(p)};
     tangent_pass<M>(tile, has, block.units.factor, C(M::score_factor(call.scale)), statistics.base + row,
                     statistics.rest + row, state.lse + row);

@@ -91,7 +91,7 @@ class CaseInputs:
         if pass_ is FORWARD:
             return describe(self.arguments)
         out, lse = np.zeros(self.dout.shape, self.dout.dtype), np.zeros(self.lse_shape, self.compute_dtype)
-        saved = {"out": out, "lse": lse, "dout": self.dout, "dlse": self.dlse, **self.tangents}
+        saved = {"out": out, "lse": lse, "dout": self.dout, "dlse": self.dlse, **_with_axes_of_bias(self.tangents)}
         given = {name: x for name, x in saved.items() if name in pass_.inputs and x is not None}
         return describe(self.arguments, given, pass_)
 
@@ -110,15 +110,19 @@ class CaseInputs:
     @property
     def tangents64(self) -> dict[str, Array]:
         """The tangents in float64, with four dimensions for a bias."""
-        found = {name: x.astype(np.float64) for name, x in self.tangents.items()}
-        if "tbias" in found:
-            bias = found["tbias"]
-            found["tbias"] = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
-        return found
+        return _with_axes_of_bias({name: x.astype(np.float64) for name, x in self.tangents.items()})
 
     @property
     def compute_dtype(self) -> np.dtype[Any]:
         return np.dtype(np.float64 if self.case.dtype == "float64" else np.float32)
+
+
+def _with_axes_of_bias(tangents: dict[str, Array]) -> dict[str, Array]:
+    """Return the tangents with four dimensions for a bias, as the API passes them to a backend."""
+    if "tbias" not in tangents:
+        return tangents
+    bias = tangents["tbias"]
+    return {**tangents, "tbias": bias.reshape((1,) * (4 - bias.ndim) + bias.shape)}
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:

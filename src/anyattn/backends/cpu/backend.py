@@ -1,4 +1,4 @@
-"""CPU backend: host memory, every feature, every pass except second derivatives and the backward pass of a KV cache."""
+"""CPU backend: host memory, every feature, every pass except gradients of a KV cache."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from array import array as words
 
 from ...definition.dtypes import DTYPES
 from ...definition.inputs import Extras
-from ...definition.passes import APPEND, BACKWARD, FORWARD, TANGENT, Pass
+from ...definition.passes import APPEND, BACKWARD, FORWARD, SECOND, TANGENT, Pass
 from ...definition.problem import Array, Problem
 from ..base import Call, without_cache_gradients
 from . import layout, library, signals
@@ -49,7 +49,7 @@ class CpuBackend:
     """Backend of the CPU engine."""
 
     name = "cpu"
-    passes = frozenset((FORWARD, BACKWARD, TANGENT, APPEND))
+    passes = frozenset((FORWARD, BACKWARD, TANGENT, SECOND, APPEND))
     score_functions = frozenset[Pass]()
     extras = frozenset(Extras._fields) & {*layout.ARRAYS, *layout.TABLES}
     may_fail = False
@@ -114,7 +114,7 @@ class _Template:
     ) -> None:
         self._native, self._which = native, which
         self._words = words("Q", layout.pack(values))
-        self._slots = [_slot(f"{name}.data") for name in arrays] + [_slot(name) for name in tables]
+        self._slots = [_slot(f"{layout.field_of(name)}.data") for name in arrays] + [_slot(name) for name in tables]
         self._names = (*arrays, *tables)
         self._arrays = operator.attrgetter(*arrays, *tables)
         self._workspace, self._workspace_bytes = _slot("workspace"), _slot("workspace_bytes")
@@ -235,7 +235,7 @@ def _array(name: str, array: Array, *, packed_q: bool) -> Values:
     strides: tuple[int, ...] = array.strides
     if name in ("bias", "mask", "dbias", "tbias"):
         strides = tuple(0 if size == 1 else stride for size, stride in zip(array.shape, strides, strict=True))
-    elif name in ("lse", "dlse", "tlse", "alibi_slopes"):
+    elif name in ("lse", "dlse", "tlse", "ddlse", "alibi_slopes"):
         strides = (0,) * (3 - len(strides)) + strides if name != "alibi_slopes" else (0,) * (2 - len(strides)) + strides
     elif name == "kv_indices":
         *entry, row, last = strides if packed_q else strides[1:]
@@ -243,5 +243,6 @@ def _array(name: str, array: Array, *, packed_q: bool) -> Values:
     elif len(array.shape) > 1 and not name.startswith("rotary"):
         strides = array.strides4()
     padded = (*strides, *[0] * (4 - len(strides)))
-    values: Values = {f"{name}.stride{axis}": stride for axis, stride in enumerate(padded)}
-    return values | {f"{name}.dtype": DTYPES[array.dtype].code}
+    field = layout.field_of(name)
+    values: Values = {f"{field}.stride{axis}": stride for axis, stride in enumerate(padded)}
+    return values | {f"{field}.dtype": DTYPES[array.dtype].code}

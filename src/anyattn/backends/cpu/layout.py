@@ -12,6 +12,8 @@ _FIRST_ARRAYS = (
 )  # fmt: skip
 _TANGENTS = ("tq", "tk", "tv", "tbias", "tsink", "tout", "tlse")
 ARRAYS = (*_FIRST_ARRAYS, "kv_indices", *_TANGENTS)
+# Results of the second pass that the struct names like results of the tangent pass.
+_SAME = {"ddout": "tout", "ddlse": "tlse"}
 TABLES = (
     "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "leftpad_k", "offset", "block_table", "cache_batch_idx",
     "cache_seqlens", "rng_state",
@@ -41,6 +43,11 @@ FIELDS: tuple[tuple[str, str], ...] = (
 # Native byte order and alignment. The order above aligns every field, in C and here.
 STRUCT = struct.Struct("@" + "".join(kind for _, kind in FIELDS))
 SIZE = STRUCT.size
+
+
+def field_of(array: str) -> str:
+    """Return the name of an array in the struct."""
+    return _SAME.get(array, array)
 
 
 def offset(name: str) -> int:
