@@ -74,9 +74,11 @@ check: require-native
 	ANYATTN_REQUIRE=cpu $(BIN)/python -m pytest $(addprefix tests/,$(CHECK_TESTS)) \
 		$(addprefix --ignore=tests/,$(CHECK_SLOW)) --check -n $(JOBS) $(PYTEST_ARGS)
 
+# A selection of tests is for the library that is installed alone.
+EMULATED_IN_TEST := $(if $(PYTEST_ARGS),,$(filter Linux,$(shell uname -s)))
 test: require-native
 	ANYATTN_REQUIRE=$(REQUIRE) $(BIN)/python -m pytest tests -n $(JOBS) $(PYTEST_ARGS)
-	$(MAKE) test-emulated EMULATED_ARGS=--check
+	$(if $(EMULATED_IN_TEST),$(MAKE) test-emulated EMULATED_ARGS=--check)
 
 # Instruction sets that this machine may lack, emulated in a library of its own: AMX, by vectors where there is AVX-512 and
 # in portable C++. EMULATED_ARGS=--check: a sample of the matrix.
