@@ -112,6 +112,18 @@ def test_in_a_gradient(inputs: CaseInputs, engine: Engine, name: str) -> None:
     unrelated(got, clean)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_query_of_the_lowest_scores_sees_no_key(engine: Engine, dtype: str) -> None:
+    """A row of lowest numbers gives zeros and lse -inf, however many tiles of keys it has."""
+    inputs = make_inputs(replace(CASE, dtype=dtype, bias="full"))
+    bias = np.zeros((2, 4, 150, 170), np.float32)
+    bias[:, :, 7] = np.finfo(np.float32).min
+    inputs.arguments["bias"] = bias
+    got = run(inputs, "forward", engine)
+    assert not got["out"][:, 7].any() and np.isneginf(got["lse"][:, :, 7]).all()
+    assert np.isfinite(got["lse"][:, :, :7]).all()
+
+
 @pytest.mark.parametrize("lowest", [-np.inf, np.finfo(np.float32).min])
 def test_the_lowest_number_hides_a_key_like_minus_infinity(engine: Engine, lowest: float) -> None:
     """Beside other keys and alone: a row of nothing else sees no key. Gradients and all."""

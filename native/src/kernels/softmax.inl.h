@@ -67,7 +67,8 @@ ANYATTN_NOINLINE void softmax_pass(typename M::C *S, typename M::C *P, int64_t n
             now = larger(before, top[c]);
             sum = weigh<M>(S, P, n, c, scale, usable(now), keep);
         } else {
-            sum = weigh<M>(S, P, n, c, scale, now, keep);  // -inf, before any key was seen: an infinite sum
+            // The base is -inf before any key was seen, and where it overflows in log2 units: an infinite sum.
+            sum = weigh<M>(S, P, n, c, scale, now * scale == splat(-infinity(C())) ? splat(-infinity(C())) : now, keep);
             if (any_exceeds(sum, splat(C(kLargestSum)))) {
                 now = risen_base<M>(S, n, c, before, sum);
                 sum = weigh<M>(S, P, n, c, scale, usable(now), keep);
