@@ -22,12 +22,13 @@ def normal(*shape: int, seed: int = 0, dtype: Any = jnp.float32) -> jax.Array:
 
 
 QUERY, KEY, VALUE = normal(B, T, N, H), normal(B, S, K, H, seed=1), normal(B, S, K, H, seed=2)
+ALL_KEYS = jnp.asarray([S, S])  # jax.nn 0.6 ignores a window without lengths, a mask or is_causal
 CALLS: dict[str, dict[str, Any]] = {
     "plain": {},
     "causal": {"is_causal": True},
     "scale": {"scale": 0.3},
-    "window": {"local_window_size": 3},
-    "window_of_two_sides": {"local_window_size": (2, 4)},
+    "window": {"local_window_size": 3, "key_value_seq_lengths": ALL_KEYS},
+    "window_of_two_sides": {"local_window_size": (2, 4), "key_value_seq_lengths": ALL_KEYS},
     "causal_window": {"local_window_size": (2, 4), "is_causal": True},
     "lengths": {"query_seq_lengths": jnp.asarray([4, 6]), "key_value_seq_lengths": jnp.asarray([9, 3])},
     "bias": {"bias": normal(1, N, T, S, seed=3)},

@@ -99,7 +99,9 @@ def automatic() -> Iterator[str]:
 
 
 def typed() -> Iterator[str]:
-    """Yield what is wrong if the types of arrays name their shardings."""
+    """Yield what is wrong if the types of arrays name their shardings, as JAX 0.7 and later lets them."""
+    if not hasattr(jax, "set_mesh"):
+        return
     everything = EXTRAS["everything"]
     forward, gradient = jax.jit(attend), jax.jit(jax.grad(loss, (1, 2, 3)))
     for place, spec in SPECS.items():

@@ -28,7 +28,8 @@ CASES = {
 
 
 def arrays_of(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    arrays = {name: jnp.asarray(x) for name, x in given.items() if isinstance(x, np.ndarray)}
+    # copies: `asarray` may share memory with NumPy, whose call appends in place
+    arrays = {name: jnp.array(x) for name, x in given.items() if isinstance(x, np.ndarray)}
     return arrays, {name: x for name, x in given.items() if name not in arrays}
 
 
