@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator
 
@@ -134,16 +133,3 @@ def test_lost_peer_raises_within_the_timeout() -> None:
         assert isinstance(error, RuntimeError) and time.monotonic() - start < 30
     finally:
         small.close()
-
-
-@pytest.mark.full
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_memory_falls_with_the_number_of_ranks() -> None:
-    peaks = {}
-    for size in (1, 2, 4):
-        group = Ranks(size)
-        try:
-            peaks[size] = max(group.results("peak_bytes", 4096))
-        finally:
-            group.close()
-    assert peaks[2] < 0.7 * peaks[1] and peaks[4] < 0.4 * peaks[1], peaks

@@ -243,22 +243,3 @@ def wait_for_lost_peer() -> None:
         os._exit(1)
     x = torch.ones(1, 4, 2, 8)
     distributed.attention(x, x, x, schedule="ring")
-
-
-def peak_bytes(length: int) -> int:
-    """Return how much the memory of the process grows in a forward and backward pass over the whole length."""
-    import resource
-    from pathlib import Path
-
-    sharding = Sharding.zigzag(length, dist.get_world_size())
-    own = sharding.lengths()[dist.get_rank()]
-    warm = torch.ones(1, 8, 1, 64, requires_grad=True)
-    anyattn.attention(warm, warm, warm).sum().backward()
-    Path("/proc/self/clear_refs").write_text("5")
-    status = Path("/proc/self/statm").read_text().split()
-    before = int(status[1]) * resource.getpagesize()
-    q, k, v = (torch.randn(1, own, 16, 64, requires_grad=True) for _ in range(3))
-    out = distributed.attention(q, k, v, causal=True, sharding=sharding, schedule="ring")
-    out.backward(torch.ones_like(out))
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024 - before
