@@ -64,7 +64,8 @@ def attention_backward(
         **arguments: the keywords passed to `attention_forward`.
 
     Returns:
-        Gradients (dq, dk, dv, dbias, dsink). dbias and dsink are None without bias or sink.
+        Gradients (dq, dk, dv, dbias, dsink, dcaptured). The last three are None without bias, sink, or score_mod
+        that reads floating-point arrays.
     """
     inputs, options, seed, backend = explicit(q, k, v, arguments, "attention_backward")
     return framework_of(q).backward(Saved(out, lse, dout, dlse), inputs, options, seed, backend)

@@ -69,7 +69,8 @@ def test_explicit_functions_agree_with_autograd() -> None:
     assert torch.equal(again[0], out)
     assert torch.equal(again[1], lse)
     assert not again[0].requires_grad
-    for one, other in zip(anyattn.attention_backward(dout, q, k, v, *again, dlse=dlse, **options), want, strict=True):
+    grads = anyattn.attention_backward(dout, q, k, v, *again, dlse=dlse, **options)
+    for one, other in zip(grads[:5], want, strict=True):
         assert one.shape == other.shape
         assert torch.equal(one, other)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...arguments import make_request
-from ...definition.inputs import Saved
+from ...definition.inputs import Gradients, Saved
 from ...frameworks import framework_of
 from ...frameworks.torch_tools import dense
 from ...scalars import flag, integer
@@ -38,8 +38,8 @@ def gradients(
     bounds: Bounds,
     dlse: Tensor | None = None,
     **arguments: Any,
-) -> tuple[Any, ...]:
-    """Compute (dq, dk, dv, dbias, dsink) from inputs and results of `attend`.
+) -> Gradients:
+    """Compute the gradients from inputs and results of `attend`.
 
     lse may be +inf for queries without keys.
     """

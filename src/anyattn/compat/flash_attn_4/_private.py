@@ -210,11 +210,11 @@ def _flash_attn_bwd(
         aux_scalars=aux_scalars,
     )
     mask = sparse_mask(block_sparse_tensors, q, k, (cu_seqlens_q, cu_seqlens_k), by_keys=True)
-    *grads, _, dsink = gradients(
+    grads = gradients(
         dout, q, k, v, out, lse, dlse=dlse, bounds=window_bounds((window_size_left, window_size_right), causal),
         scale=softmax_scale, softcap=softcap, sink=learnable_sink, deterministic=deterministic,
         cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_q=seqused_q, seqused_k=seqused_k,
         max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, mask=mask,
     )  # fmt: skip
-    results = tuple(map(store, (dq, dk, dv), grads))
-    return results if dsink is None else (*results, dsink)
+    results = tuple(map(store, (dq, dk, dv), grads[:3]))
+    return results if grads.dsink is None else (*results, grads.dsink)
