@@ -218,8 +218,9 @@ def _check_shapes(given: Given, sizes: Sizes, functions: Graph) -> None:
     batch, seqlen_q, seqlen_k = sizes
     q, packed_q = given["q"], "cu_seqlens_q" in given
     named = {"batch": batch, "batch + 1": batch + 1, "nheads": q.shape[-2], "nheads_kv": given["k"].shape[-2], "2": 2}
-    named |= {"seqlen_q": seqlen_q, "seqlen_k": seqlen_k, "total_q": q.shape[0]}
-    named |= {"n_values": functions.sizes(floats=True), "n_integers": functions.sizes(floats=False)}
+    # `update`, because Dynamo of torch 2.6 does not trace `|=` of dicts.
+    named.update({"seqlen_q": seqlen_q, "seqlen_k": seqlen_k, "total_q": q.shape[0]})
+    named.update({"n_values": functions.sizes(floats=True), "n_integers": functions.sizes(floats=False)})
     for name, field in FIELDS.items():
         array = given.get(name)
         if array is None:
