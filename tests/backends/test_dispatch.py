@@ -60,11 +60,11 @@ def served_by(monkeypatch: pytest.MonkeyPatch, **arguments: str) -> str:
     return planned[-1]
 
 
-def test_automatic_choice_is_the_first_that_supports_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_automatic_choice_is_the_first_backend_that_supports_the_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     assert served_by(monkeypatch) == dispatch.available()[0]
 
 
-def test_argument_beats_context_beats_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_argument_overrides_context_manager_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ANYATTN_BACKEND", "cpu")
     settings.reload()
     assert dispatch.named(None) == ("cpu",)
@@ -74,13 +74,13 @@ def test_argument_beats_context_beats_environment(monkeypatch: pytest.MonkeyPatc
     assert dispatch.named(None) == ("cpu",)
 
 
-def test_a_cached_plan_does_not_outlive_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_plan_is_dropped_when_the_choice_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     anyattn.attention(X, X, X)
     assert served_by(monkeypatch, backend="numpy") == "numpy"
 
 
 @pytest.mark.usefixtures("refusing")
-def test_automatic_choice_passes_over_and_says_why_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_automatic_choice_logs_a_skipped_backend_once_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:
     dispatch._passed_over.clear()
     with caplog.at_level(logging.INFO, logger="anyattn"):
         anyattn.attention(X, X, X)
@@ -97,7 +97,7 @@ def test_a_named_backend_never_falls_back() -> None:
         anyattn.attention(X, X, X)
 
 
-def test_kernels_that_do_not_compile_are_passed_over_but_not_if_named(
+def test_kernels_that_do_not_compile_are_skipped_unless_the_backend_is_named(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def plan(problem: Problem) -> None:
@@ -115,14 +115,14 @@ def test_kernels_that_do_not_compile_are_passed_over_but_not_if_named(
 
 
 @pytest.mark.usefixtures("missing")
-def test_a_missing_library_warns_once_and_numpy_serves() -> None:
+def test_missing_library_warns_once_and_numpy_computes() -> None:
     with pytest.warns(RuntimeWarning, match="no library"):
         anyattn.attention(X, X, X)
     anyattn.attention(X[:, :2], X, X)
 
 
 @pytest.mark.usefixtures("missing")
-def test_required_backends_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_required_backends_raise(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = dispatch.get("cpu")
     monkeypatch.setenv("ANYATTN_REQUIRE", "cpu")
     settings.reload()
@@ -138,14 +138,14 @@ def test_unknown_names_are_refused_with_the_accepted_ones() -> None:
         pass
 
 
-def test_explain_names_the_choice_and_the_refusals() -> None:
+def test_explain_names_the_chosen_backend_and_the_reasons_of_the_others() -> None:
     explanation = anyattn.explain(X, X, X, causal=True)
     assert explanation.chosen == dispatch.available()[0]
     assert set(explanation.reasons) == set(dispatch.names())
     assert "float32" in str(explanation)
 
 
-def test_nonsense_settings_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_settings_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ANYATTN_NUM_THREADS", "many")
     with pytest.raises(ValueError, match=r"ANYATTN_NUM_THREADS must be .*, got 'many'"):
         settings.reload()
@@ -180,7 +180,7 @@ def echo() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("echo")
-def test_a_registered_backend_has_its_place_in_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_registered_backend_takes_its_place_in_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
     dispatch.register("echo", Echo, after="cpu")
     assert dispatch.names()[:2] == ("cpu", "echo")
     assert served_by(monkeypatch, backend="echo") == "numpy", "whose plan it takes"
@@ -197,7 +197,7 @@ def test_a_registered_backend_has_its_place_in_the_order(monkeypatch: pytest.Mon
     assert dispatch.names()[-1] == "echo"
 
 
-def test_register_refuses_what_it_does_not_know() -> None:
+def test_register_refuses_unknown_arguments() -> None:
     with pytest.raises(ValueError, match="after must be one of cpu, triton, vulkan, numpy, got 'cuda'"):
         dispatch.register("echo", Echo, after="cuda")
     with pytest.raises(ValueError, match="added by register"):

@@ -25,7 +25,9 @@ MANY_TILES = [case for case in small(NAMED, 60_000) if case.seqlen_q > 7 and cas
 
 @pytest.mark.parametrize("size", [(16, 24, 600), (5, 7, 1), (64, 3, 5000)], ids=str)
 @pytest.mark.parametrize("case", MANY_TILES, ids=str)
-def test_many_small_tiles(case: Case, size: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_do_not_depend_on_the_tile_size(
+    case: Case, size: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Most cases fit in one tile of the size that serves the machine best."""
     for name, value in zip(("TILE_Q", "TILE_K", "TILE_ENTRIES"), size, strict=True):
         monkeypatch.setattr(tiles, name, value)
@@ -71,13 +73,13 @@ def test_memory_is_linear(options: dict[str, object]) -> None:
     assert peaks[1] < 1.3 * peaks[0] + MB
 
 
-def test_bias_gradient_is_not_held_twice() -> None:
+def test_bias_gradient_is_stored_once() -> None:
     """A float16 dbias without broadcast axes is written tile by tile."""
     case = case_of(1500, bias="full", dtype="float16")
     assert peak(both_passes(case)) < make_inputs(case).arguments["bias"].nbytes + 4 * MB
 
 
-def test_keys_between_rows_intervals() -> None:
+def test_nan_in_keys_between_the_intervals_of_queries_changes_nothing() -> None:
     """Negative bounds with chunks leave keys that no row sees in the middle of a tile; NaN there changes nothing."""
     options = Options(left=-3, right=5, chunk=8, alignment="top-left")
     rng = np.random.default_rng(0)
@@ -94,7 +96,7 @@ def test_keys_between_rows_intervals() -> None:
         np.testing.assert_array_equal(clean, dirty)
 
 
-def test_refuses_device_memory() -> None:
+def test_device_memory_is_refused() -> None:
     problem, _ = make_inputs(named("plain")).describe()
     elsewhere = problem.with_arrays(q=problem.q._replace(device="cuda:0"))
     assert dispatch.get("numpy").supports(problem) == []

@@ -240,7 +240,7 @@ ROWS_OF = {(kind, name): row(kind, name) for kind, x in FUNCTIONS.items() for na
 
 
 @pytest.mark.parametrize("kind", FUNCTIONS)
-def test_every_parameter_has_a_row(kind: str) -> None:
+def test_every_parameter_has_a_row_in_the_table(kind: str) -> None:
     known = {*ELSEWHERE, *(name for other, name in OTHER if other == kind)}
     missing = [name for name in FUNCTIONS[kind].parameters if ROWS_OF[kind, name] is None and name not in known]
     assert not missing
@@ -270,7 +270,7 @@ def same(got: list[Tensor], want: list[Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("kind, name", cases("real", "integer", "flag", "pair", "table"))
-def test_forms_of_scalars_and_tables(kind: str, name: str) -> None:
+def test_all_forms_of_a_scalar_or_table_give_the_same_result(kind: str, name: str) -> None:
     function, found = FUNCTIONS[kind], ROWS_OF[kind, name]
     assert found is not None
     takes, value = found
@@ -289,7 +289,7 @@ def test_forms_of_scalars_and_tables(kind: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [x.values[1] for x in cases(*GENERATORS) if x.values[0] == "sdpa"])
-def test_what_torch_accepts_gives_torch_s_result(name: str) -> None:
+def test_forms_that_torch_accepts_give_the_result_of_torch(name: str) -> None:
     """Every form that torch's own function takes; dropout draws other entries."""
     found = ROWS_OF["sdpa", name]
     assert found is not None
@@ -313,7 +313,7 @@ def test_a_scalar_that_needs_a_gradient_is_refused(kind: str, name: str) -> None
 
 
 @pytest.mark.parametrize("kind, name", cases("array"))
-def test_memory_of_arrays(kind: str, name: str) -> None:
+def test_results_do_not_depend_on_the_memory_layout(kind: str, name: str) -> None:
     """Strides, offsets, labels; elements that share memory; in gradients too where the function has them."""
     function, found = FUNCTIONS[kind], ROWS_OF[kind, name]
     assert found is not None
@@ -361,7 +361,7 @@ MASKS = [x for x in cases("array") if x.values[1] in ("attn_mask", "attn_bias", 
 
 
 @pytest.mark.parametrize("kind, name", MASKS)
-def test_dtypes_of_masks(kind: str, name: str) -> None:
+def test_integer_masks_are_refused(kind: str, name: str) -> None:
     """Booleans and the query's dtype; 0 and 1 as integers would be added where they are meant to hide."""
     function, shown = FUNCTIONS[kind], normal(*SCORES, seed=23) > -1
     if kind != "xformers":  # where a tensor is a bias
@@ -377,7 +377,7 @@ def test_dtypes_of_masks(kind: str, name: str) -> None:
 
 @pytest.mark.parametrize("kind", [kind for kind, x in FUNCTIONS.items() if not x.fixed or "heads" in x.fixed])
 @pytest.mark.parametrize("size", [BATCH, ROWS, KEYS], ids=["batch", "rows", "keys"])
-def test_empty_sizes(kind: str, size: int) -> None:
+def test_empty_sizes_give_zeros_without_nan(kind: str, size: int) -> None:
     """No sequences and no queries give nothing, no keys give 0; never NaN. All sizes of the axes differ."""
     function = FUNCTIONS[kind]
     shapes = {name: tuple(0 if n == size else n for n in shape) for name, shape in function.shapes.items()}

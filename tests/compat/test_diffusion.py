@@ -40,14 +40,14 @@ def inputs(rows: int = ROWS, keys: int = KEYS) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("shape", [(BATCH, NHEADS, ROWS, KEYS), (1, 1, 1, KEYS)], ids=str)
-def test_xformers_tensor_bias(shape: tuple[int, ...]) -> None:
+def test_xformers_tensor_bias_is_added_to_the_scores(shape: tuple[int, ...]) -> None:
     given, bias = inputs(), leaf(*shape, seed=5)
     got = xformers.memory_efficient_attention(*given, bias, 0.0, 0.3, op=("any", "kernel"))
     close(gradients(got, *given, bias), gradients(plain_output(*given, bias=bias, scale=0.3), *given, bias))
 
 
 @pytest.mark.parametrize("name", ["LowerTriangularMask", "LowerTriangularFromBottomRightMask"])
-def test_xformers_triangles(name: str) -> None:
+def test_xformers_triangular_masks_are_causal(name: str) -> None:
     given = inputs()
     got = xformers.memory_efficient_attention(*given, attn_bias=getattr(xformers, name)())
     want = plain_output(*given, bias=triangle(ROWS, KEYS, KEYS - ROWS if "Bottom" in name else 0))
@@ -56,7 +56,7 @@ def test_xformers_triangles(name: str) -> None:
 
 @pytest.mark.parametrize("kind", ["full", "top-left", "bottom-right"])
 @pytest.mark.parametrize("seqlens_k", [None, (4, 6, 1)], ids=["self", "cross"])
-def test_xformers_blocks(kind: str, seqlens_k: tuple[int, ...] | None) -> None:
+def test_xformers_block_diagonal_masks_separate_sequences(kind: str, seqlens_k: tuple[int, ...] | None) -> None:
     seqlens_q = (3, 5, 1)
     given = [x[:1] for x in inputs(9, sum(seqlens_k or seqlens_q))]
     mask = xformers.BlockDiagonalMask.from_seqlens(seqlens_q, seqlens_k)
@@ -70,7 +70,7 @@ def test_xformers_blocks(kind: str, seqlens_k: tuple[int, ...] | None) -> None:
     close(gradients(got, *given), gradients(torch.cat(blocks, 1), *given))
 
 
-def test_xformers_takes_foreign_masks_by_name() -> None:
+def test_xformers_masks_of_the_real_package_are_accepted_by_name() -> None:
     """An object of xFormers' own class: what counts is its name and seqstart."""
     mine = xformers.BlockDiagonalMask.from_seqlens([2, 3], [4, 5]).make_causal()
     theirs = type("BlockDiagonalCausalMask", (), {"q_seqinfo": mine.q_seqinfo, "k_seqinfo": mine.k_seqinfo})()
@@ -79,7 +79,7 @@ def test_xformers_takes_foreign_masks_by_name() -> None:
     assert torch.equal(got, want)
 
 
-def test_xformers_own_triangle_is_a_tensor_without_values() -> None:
+def test_xformers_triangle_of_the_real_package_is_a_tensor_without_values() -> None:
     class LowerTriangularMask(Tensor):
         __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -94,7 +94,7 @@ def test_xformers_own_triangle_is_a_tensor_without_values() -> None:
     assert torch.equal(got, want)
 
 
-def test_xformers_layouts() -> None:
+def test_xformers_layouts_of_three_and_five_dimensions_are_accepted() -> None:
     q, k, v = inputs()
     one = [x[:, :, 0] for x in (q, k, v)]
     bias = normal(BATCH, ROWS, KEYS)
@@ -109,7 +109,7 @@ def test_xformers_layouts() -> None:
         close(gradients(got, q, k, v), gradients(want, q, k, v))
 
 
-def test_xformers_dropout_and_output_dtype() -> None:
+def test_xformers_applies_dropout_and_output_dtype() -> None:
     given = [x.detach().float() for x in inputs()]
     torch.manual_seed(1)
     got = xformers.memory_efficient_attention(*given, p=0.5, output_dtype=torch.float64)
@@ -118,7 +118,7 @@ def test_xformers_dropout_and_output_dtype() -> None:
     assert torch.equal(got, want.double())
 
 
-def test_xformers_refuses() -> None:
+def test_xformers_unsupported_arguments_are_refused() -> None:
     q, k, v = inputs()
     with pytest.raises(ValueError, match=r"attn_bias must be .*LowerTriangularMask.*, got PagedBlockDiagonal"):
         xformers.memory_efficient_attention(q, k, v, type("PagedBlockDiagonal", (), {})())
@@ -151,7 +151,7 @@ MASKS = {
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_comfyui(mask: Tensor | None) -> None:
+def test_comfyui_function_equals_plain_attention(mask: Tensor | None) -> None:
     q, k, v = (x.detach().transpose(1, 2) for x in inputs())
     v = normal(BATCH, NHEADS, KEYS, HEAD_DIM, seed=3)
     want = comfy_plain(q, k, v, mask.unsqueeze(1) if mask is not None and mask.ndim == 3 else mask)
@@ -163,7 +163,7 @@ def test_comfyui(mask: Tensor | None) -> None:
     assert torch.equal(comfyui.override(comfy_plain, q, k, v, NHEADS, mask=mask, skip_reshape=True), split)
 
 
-def test_comfyui_scale_and_groups() -> None:
+def test_comfyui_function_applies_scale_and_grouped_heads() -> None:
     q, k, v = (x.detach().transpose(1, 2) for x in inputs())
     got = comfyui.attention(q, k[:, :2], v[:, :2], NHEADS, skip_reshape=True, scale=0.2, enable_gqa=True)
     k, v = (x[:, :2].repeat_interleave(2, 1).transpose(1, 2) for x in (k, v))
@@ -172,7 +172,7 @@ def test_comfyui_scale_and_groups() -> None:
         comfyui.attention(q, k, v, NHEADS, causal_offset=1)
 
 
-def test_comfyui_registers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_comfyui_register_adds_the_function(monkeypatch: pytest.MonkeyPatch) -> None:
     registered: dict[str, Any] = {}
     module = ModuleType("comfy.ldm.modules.attention")
     monkeypatch.setattr(module, "register_attention_function", registered.__setitem__, raising=False)
@@ -213,7 +213,7 @@ def unet() -> tuple[Any, dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("build", [flux, unet])
-def test_diffusers(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_diffusers_models_give_the_same_results_and_gradients(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, given = build()
     parameters = [x for x in model.parameters() if x.requires_grad]
 

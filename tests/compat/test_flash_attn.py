@@ -35,7 +35,7 @@ def packed() -> tuple[Tensor, ...]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_the_same_bits_as_attention(dtype: torch.dtype) -> None:
+def test_results_have_the_bits_of_attention(dtype: torch.dtype) -> None:
     """Whose errors are tested in every dtype: these functions add none."""
     out, lse, _ = flash_attn_func(*dense(dtype=dtype), causal=True, window_size=(3, 0), return_attn_probs=True)
     want = anyattn.attention(*dense(dtype=dtype), causal=True, window=(3, None), return_lse=True)
@@ -46,7 +46,7 @@ def test_the_same_bits_as_attention(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("keys", [3, 0])
-def test_lse_of_rows_that_see_no_key(keys: int) -> None:
+def test_queries_without_keys_give_zeros_and_infinite_lse(keys: int) -> None:
     """+inf in flash_attn 2, -inf in 3 and 4; out and gradients are 0."""
     tensors = dense(keys=keys)
     out, lse, _ = flash_attn_func(*tensors, causal=True, return_attn_probs=True)
@@ -63,7 +63,7 @@ def test_lse_of_rows_that_see_no_key(keys: int) -> None:
     assert (tensors[0].grad[:, empty] == 0).all()
 
 
-def test_lse_and_scores_have_no_gradient() -> None:
+def test_lse_and_scores_do_not_require_gradients() -> None:
     out, lse, scores = flash_attn_func(*dense(), dropout_p=0.2, return_attn_probs=True)
     assert out.requires_grad
     assert not lse.requires_grad
@@ -78,7 +78,7 @@ def attention_from(scores: Tensor, v: Tensor, dropout_p: float) -> Tensor:
     return torch.einsum("hij,jhd->ihd", weights, v.repeat_interleave(2, 1))
 
 
-def test_scores_show_what_dropout_kept() -> None:
+def test_scores_show_the_entries_that_dropout_keeps() -> None:
     """out follows from S_dmask: exp(s - maximum), negative where dropped, 0 in the padding."""
     q, k, v = (x.detach() for x in dense())
     out, _, scores = flash_attn_func(q, k, v, 0.4, causal=True, window_size=(4, 0), return_attn_probs=True)
@@ -91,7 +91,7 @@ def test_scores_show_what_dropout_kept() -> None:
         torch.testing.assert_close(attention_from(scores[b, :, :5, :7], v[b], 0.4), out[b], **TOLERANCE)
 
 
-def test_scores_of_packed_sequences() -> None:
+def test_packed_sequences_return_scores() -> None:
     q, k, v = (x.detach() for x in packed())
     out, _, scores = flash_attn_varlen_func(q, k, v, CU_Q, CU_K, 130, 8, 0.4, return_attn_probs=True)
     assert scores.shape == (2, 4, 256, 128)
@@ -114,7 +114,7 @@ def test_manual_seed_repeats_the_bits() -> None:
 
 
 @pytest.mark.parametrize("window", [[2, 1], torch.tensor([2, 1])], ids=["list", "tensor"])
-def test_windows_come_as_lists_and_tensors(window: Any) -> None:
+def test_windows_may_be_lists_and_tensors(window: Any) -> None:
     assert torch.equal(flash_attn_func(*dense(), window_size=window), flash_attn_func(*dense(), window_size=(2, 1)))
 
 
@@ -123,7 +123,7 @@ WINDOWS = [(2, 2**31 - 1), (-1, 2**31 - 1), (2, 3), (-1, 3), (2, 5), (-1, 5), (9
 
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
 @pytest.mark.parametrize("rows, keys", [(9, 5), (5, 9), (7, 7)])
-def test_windows_follow_the_formula_whatever_the_lengths(window: tuple[int, int], rows: int, keys: int) -> None:
+def test_windows_follow_the_formula_for_all_lengths(window: tuple[int, int], rows: int, keys: int) -> None:
     """With 9 rows and 5 keys, row 0 sees two keys through a right bound of 5, which upstream takes for unbounded."""
     q, k, v = (x.detach() for x in dense(rows=rows, keys=keys))
     want = plain_attention(q, k, v, window=tuple(None if side < 0 else side for side in window))[0]
@@ -145,11 +145,11 @@ def test_windows_follow_the_formula_whatever_the_lengths(window: tuple[int, int]
             torch.testing.assert_close(out.reshape(want.shape), want, **TOLERANCE)
 
 
-def test_a_negative_softcap_is_none() -> None:
+def test_negative_softcap_is_ignored() -> None:
     assert torch.equal(flash_attn_func(*dense(), softcap=-1.0), flash_attn_func(*dense()))
 
 
-def test_slopes_of_every_sequence() -> None:
+def test_alibi_slopes_may_differ_between_sequences() -> None:
     slopes = normal(2, 4, seed=7).abs()
     want = plain_attention(*dense(), causal=True, alibi_slopes=slopes)[0]
     torch.testing.assert_close(
@@ -157,7 +157,7 @@ def test_slopes_of_every_sequence() -> None:
     )
 
 
-def test_packed_tensors_get_one_gradient() -> None:
+def test_packed_tensors_receive_one_gradient() -> None:
     q, k, v = (x.detach() for x in dense(rows=7))
     kv = torch.stack((k, v), 2).requires_grad_()
     dout = normal(2, 7, 4, 8, seed=5).expand(2, 7, 4, 8)
@@ -185,12 +185,12 @@ ERRORS: list[tuple[type[Exception], str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize("kind, message, options", ERRORS, ids=[str(x[2]) for x in ERRORS])
-def test_bad_arguments(kind: type[Exception], message: str, options: dict[str, Any]) -> None:
+def test_wrong_arguments_are_refused_by_name(kind: type[Exception], message: str, options: dict[str, Any]) -> None:
     with pytest.raises(kind, match=message):
         flash_attn_func(*dense(), **options)
 
 
-def test_errors_below_autograd() -> None:
+def test_private_functions_refuse_wrong_arguments() -> None:
     q, k, v = dense()
     with pytest.raises(RuntimeError, match="return_softmax must be False if dropout_p is 0"):
         interface._flash_attn_forward(q, k, v, 0.0, None, False, -1, -1, 0.0, None, True)
@@ -204,7 +204,7 @@ def test_errors_below_autograd() -> None:
         )
 
 
-def test_classes_apply_the_functions() -> None:
+def test_autograd_classes_apply_the_functions() -> None:
     q, k, v = dense()
     options = (0.0, None, True, (3, 0), 0.0, None, False)
     want = flash_attn_func(q, k, v, *options)
@@ -236,7 +236,7 @@ GRADIENTS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("varlen", [False, True], ids=["dense", "varlen"])
 @pytest.mark.parametrize("name", GRADIENTS)
-def test_the_private_backward_honours_every_argument(name: str, varlen: bool) -> None:
+def test_private_backward_applies_every_argument(name: str, varlen: bool) -> None:
     """Into strided buffers, from the reference's own out and lse."""
     q, k, v = dense()
     value, meaning = GRADIENTS[name]
@@ -266,14 +266,14 @@ def test_the_private_backward_honours_every_argument(name: str, varlen: bool) ->
         torch.testing.assert_close(one, other, **TOLERANCE)
 
 
-def test_no_parameter_of_the_private_backward_is_forgotten() -> None:
+def test_every_parameter_of_the_private_backward_is_tested() -> None:
     tested = {*GRADIENTS, "dout", "q", "k", "v", "out", "softmax_lse", "dq", "dk", "dv"}
     varlen = {"cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "zero_tensors"}
     assert set(inspect.signature(interface._flash_attn_backward).parameters) == tested
     assert set(inspect.signature(interface._flash_attn_varlen_backward).parameters) == tested | varlen
 
 
-def test_the_private_state_replays_the_dropout() -> None:
+def test_private_random_state_repeats_the_dropout() -> None:
     q, k, v = dense()
     torch.manual_seed(3)
     want = flash_attn_func(q, k, v, 0.3, causal=True)
@@ -296,7 +296,7 @@ def default_arguments(function: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-def test_ring_attention(causal: bool) -> None:
+def test_ring_attention_over_three_ranks_equals_one_call(causal: bool) -> None:
     """Three ranks: forward by blocks of keys, merged by lse; backward by blocks with the merged out and lse."""
     ranks, size = 3, 4
     q, k, v = dense(rows=ranks * size, keys=ranks * size)
@@ -337,7 +337,7 @@ def test_ring_attention(causal: bool) -> None:
         torch.testing.assert_close(one, other, **TOLERANCE)
 
 
-def test_compiled_is_eager_for_all_lengths() -> None:
+def test_compiled_results_equal_eager_results_for_all_lengths() -> None:
     torch._dynamo.reset()
     call = torch.compile(flash_attn_func, fullgraph=True, dynamic=True, backend="aot_eager")
     for rows, keys in ((5, 7), (6, 11)):
@@ -349,7 +349,7 @@ def test_compiled_is_eager_for_all_lengths() -> None:
             assert torch.equal(one, other)
 
 
-def test_compiled_packed_sequences() -> None:
+def test_compiled_packed_sequences_equal_eager_ones() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(flash_attn_varlen_func, fullgraph=True, dynamic=True, backend="aot_eager")
     got, want = [], []

@@ -21,7 +21,7 @@ MODULES = [flash_attn_3, flash_attn_4]
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
-def test_fp8(packed: bool) -> None:
+def test_fp8_is_computed_in_float32_and_rounded_once(packed: bool) -> None:
     """Values are read exactly, scaled, and computed in float32; out is rounded to bfloat16 once."""
     q, k, v = (x.detach().to(FP8) for x in dense())
     factors = {f"{name}_descale": normal(2, 2, seed=seed).abs() for seed, name in enumerate("qkv", 5)}
@@ -47,7 +47,7 @@ def test_fp8(packed: bool) -> None:
         flash_attn_3.flash_attn_func(q, k.float(), v.float())
 
 
-def test_two_values_are_returned() -> None:
+def test_flash_attn_3_and_4_return_two_values() -> None:
     """Three in flash_attn 2. 4 gives its second only where it is asked for, or would be needed."""
     q, k, v = dense()
     assert len(flash_attn_3.flash_attn_func(q, k, v, return_attn_probs=True)) == 2
@@ -77,7 +77,7 @@ BACKWARD: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("sink", [False, True], ids=["plain", "sink"])
-def test_gradients_flow_through_lse(sink: bool) -> None:
+def test_lse_contributes_to_the_gradients(sink: bool) -> None:
     q, k, v = dense()
     logits = leaf(4, seed=8) if sink else None
     leaves = (q, k, v, *((logits,) if logits is not None else ()))
@@ -103,7 +103,7 @@ def test_gradients_flow_through_lse(sink: bool) -> None:
         assert torch.equal(one, two)
 
 
-def test_backward_of_rows_and_keys_in_use() -> None:
+def test_backward_applies_seqused_to_packed_sequences() -> None:
     q, k, v = (x.flatten(0, 1).detach().requires_grad_() for x in dense())
     tables = {"cu_seqlens_q": ints(0, 5, 10), "cu_seqlens_k": ints(0, 7, 14)}
     tables |= {"seqused_q": ints(2, 5), "seqused_k": ints(7, 3)}
@@ -139,7 +139,7 @@ WINDOWS: list[tuple[Any, bool, Tensor]] = [
 
 
 @pytest.mark.parametrize("window, causal, mask", WINDOWS, ids=[f"{x[0]}-{x[1]}" for x in WINDOWS])
-def test_windows_of_flash_attn_4(window: Any, causal: bool, mask: Tensor) -> None:
+def test_windows_of_flash_attn_4_may_have_negative_bounds(window: Any, causal: bool, mask: Tensor) -> None:
     """A negative bound moves an edge past the row itself; two of them bound nothing."""
     tensors = dense()
     out, _ = flash_attn_4.flash_attn_func(*tensors, causal=causal, window_size=window)
@@ -151,13 +151,13 @@ def test_windows_of_flash_attn_4(window: Any, causal: bool, mask: Tensor) -> Non
 
 
 @pytest.mark.parametrize("window", [(1, 2, 3), (1.5, None)])
-def test_bad_windows(window: Any) -> None:
+def test_wrong_windows_are_refused(window: Any) -> None:
     with pytest.raises((ValueError, TypeError), match="window_size"):
         flash_attn_4.flash_attn_func(*dense(), window_size=window)
 
 
 @pytest.mark.parametrize("varlen", [False, True], ids=["dense", "packed"])
-def test_what_torch_calls(varlen: bool) -> None:
+def test_calls_of_torch_nn_attention_are_accepted(varlen: bool) -> None:
     """The arguments with which torch.nn.attention activates flash_attn 4, and the numbers of results that it takes."""
     q, k, v = (x.detach() for x in dense())
     tables: dict[str, Any] = {"cu_seqlens_q": None, "cu_seqlens_k": None}
@@ -194,7 +194,7 @@ def test_what_torch_calls(varlen: bool) -> None:
         assert torch.equal(one, two)
 
 
-def test_absorbed_product_alone() -> None:
+def test_absorbed_query_may_replace_q_and_k() -> None:
     """q and k None: the shared latent is key and value."""
     qv, v = normal(2, 5, 4, 6), normal(2, 7, 1, 6)
     out, _ = interface._flash_attn_fwd(None, None, v, qv=qv, causal=True)
@@ -204,7 +204,7 @@ def test_absorbed_product_alone() -> None:
 
 
 @pytest.mark.parametrize("kind", ["dense q, pages", "packed q, dense k", "dense, in use"])
-def test_layouts_of_flash_attn_4(kind: str) -> None:
+def test_layouts_of_flash_attn_4_may_be_mixed(kind: str) -> None:
     q, k, v = (x.detach() for x in dense(keys=6))
     used = ints(4, 6)
     each = ((q[b : b + 1], k[b : b + 1, :n], v[b : b + 1, :n]) for b, n in enumerate((4, 6)))
@@ -226,7 +226,7 @@ def lists(rows: int, keys: int, *batch: int) -> Tensor:
 
 
 @pytest.mark.parametrize("absorbed", [False, True], ids=["q", "q and qv"])
-def test_gathered_keys(absorbed: bool) -> None:
+def test_gathered_keys_equal_a_mask(absorbed: bool) -> None:
     q, k, v = dense()
     indices, sink, options = lists(5, 7, 2), normal(4, seed=8).requires_grad_(), {"causal": True}
     qv = normal(2, 5, 4, v.shape[-1], seed=5).requires_grad_() if absorbed else None
@@ -245,7 +245,7 @@ def test_gathered_keys(absorbed: bool) -> None:
 
 
 @pytest.mark.parametrize("packed_q", [False, True])
-def test_gathered_keys_of_packed_sequences(packed_q: bool) -> None:
+def test_gathered_keys_count_within_packed_sequences(packed_q: bool) -> None:
     """Entries count inside the query's own sequence; those of the next sequence are no keys."""
     q, k, v = (x.detach() for x in dense())
     indices = lists(5, 7, 2)
@@ -259,13 +259,13 @@ def test_gathered_keys_of_packed_sequences(packed_q: bool) -> None:
     torch.testing.assert_close(flash_attn_4.flash_attn_varlen_func(q, k, v, **options)[0], want, **TOLERANCE)
 
 
-def test_gathered_keys_of_values_alone() -> None:
+def test_gathered_keys_work_with_the_absorbed_query_alone() -> None:
     qv, v, indices = normal(2, 5, 4, 6), normal(2, 7, 1, 6), lists(5, 7, 2)
     out, _ = interface._flash_attn_fwd(None, None, v, qv=qv, gather_kv_indices=indices, causal=True)
     torch.testing.assert_close(out, plain_attention(qv, v, v, causal=True, kv_indices=indices)[0], **TOLERANCE)
 
 
-def test_gathered_keys_that_are_wrong() -> None:
+def test_wrong_gathered_keys_are_refused() -> None:
     q, k, v = dense()
     call = flash_attn_4.flash_attn_func
     for wrong, error in ((lists(4, 7, 2), ValueError), (lists(5, 7), ValueError), (normal(2, 5, 6), TypeError)):
@@ -293,7 +293,7 @@ def merged(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("module", MODULES)
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
-def test_combine(packed: bool, module: Any) -> None:
+def test_combine_merges_partial_results(packed: bool, module: Any) -> None:
     out, lse = partial(packed=packed)
     got, total = module.flash_attn_combine(out, lse)
     want, want_total = merged(out, lse)
@@ -310,7 +310,7 @@ def test_combine(packed: bool, module: Any) -> None:
             module.flash_attn_combine(out, bad)
 
 
-def test_combine_of_attention_over_parts_is_attention() -> None:
+def test_combining_attention_over_splits_equals_attention() -> None:
     q, k, v = dense()
     parts = [flash_attn_3.flash_attn_func(q, k[:, i::3], v[:, i::3], return_attn_probs=True) for i in range(3)]
     out, lse = flash_attn_3.flash_attn_combine(
@@ -321,7 +321,7 @@ def test_combine_of_attention_over_parts_is_attention() -> None:
     torch.testing.assert_close(lse, want_lse.mT.detach(), **TOLERANCE)
 
 
-def test_combine_leaves_out_rows_that_are_not_in_use() -> None:
+def test_combine_skips_unused_rows() -> None:
     out, lse = partial(packed=True)
     full = flash_attn_4.flash_attn_combine(out, lse)
     for options, used in (
@@ -359,7 +359,7 @@ def test_scheduler_metadata_is_accepted_back() -> None:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_compiled_is_eager(module: Any) -> None:
+def test_compiled_results_equal_eager_results(module: Any) -> None:
     torch._dynamo.reset()
     sink = {"learnable_sink": normal(4, seed=8)} if module is flash_attn_4 else {"attention_chunk": 3}
 

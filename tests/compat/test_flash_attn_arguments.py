@@ -170,7 +170,7 @@ def _fixed_state(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("kind", CALLS)
-def test_no_parameter_is_forgotten(kind: str) -> None:
+def test_every_parameter_is_tested(kind: str) -> None:
     call = CALLS[kind]
     assert set(call.parameters) <= {*call.shapes, *CHANGES, *SPEED, *REFUSED, *ELSEWHERE}
 
@@ -192,12 +192,12 @@ def check(call: Call, arguments: dict[str, Any], want: Callable[..., Tensor]) ->
 
 
 @pytest.mark.parametrize("kind", CALLS)
-def test_defaults(kind: str) -> None:
+def test_defaults_give_plain_attention(kind: str) -> None:
     check(CALLS[kind], {}, lambda q, k, v: plain_attention(q, k, v)[0])
 
 
 @pytest.mark.parametrize("kind, name", pairs(CHANGES))
-def test_it_changes_the_result_as_the_formulas_say(kind: str, name: str) -> None:
+def test_parameter_changes_the_result_as_its_formula_states(kind: str, name: str) -> None:
     call, (value, meaning) = CALLS[kind], CHANGES[name]
     check(call, {name: value}, lambda q, k, v: plain_attention(q, k, v, **meaning)[0])
     tensors = call.tensors()
@@ -205,7 +205,7 @@ def test_it_changes_the_result_as_the_formulas_say(kind: str, name: str) -> None
 
 
 @pytest.mark.parametrize("kind, name", pairs(SPEED))
-def test_it_changes_speed_only(kind: str, name: str) -> None:
+def test_parameter_changes_only_the_speed(kind: str, name: str) -> None:
     call = CALLS[kind]
     want = call.out(call.tensors(), {})
     for value in SPEED[name]:
@@ -213,7 +213,7 @@ def test_it_changes_speed_only(kind: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("kind, name", pairs({"deterministic"}))
-def test_determinism_is_asked_of_the_engine(kind: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deterministic_is_passed_to_the_backend(kind: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked, original = [], functional.attention
 
     def attention(arrays: Any, options: Options, *rest: Any, **named: Any) -> Any:
@@ -227,7 +227,7 @@ def test_determinism_is_asked_of_the_engine(kind: str, name: str, monkeypatch: p
 
 
 @pytest.mark.parametrize("kind, name", pairs(REFUSED))
-def test_it_is_refused_with_a_reason(kind: str, name: str) -> None:
+def test_unsupported_parameter_is_refused_with_a_reason(kind: str, name: str) -> None:
     with pytest.raises(NotImplementedError, match=f"^{name} is not supported: ."):
         CALLS[kind].out(CALLS[kind].tensors(), {name: object()})
 
@@ -312,7 +312,7 @@ TABLES = {
 
 
 @pytest.mark.parametrize("kind, name", [x for x in pairs(TABLES) if "varlen" in x.values[0]])
-def test_tables_say_where_sequences_are(kind: str, name: str) -> None:
+def test_tables_set_the_bounds_of_sequences(kind: str, name: str) -> None:
     value, want = TABLES[name]
     longest = {"max_seqlen_q", "max_seqlen_k", "max_seqlen"} & set(CALLS[kind].parameters)
     check(CALLS[kind], {name: value, "causal": True, **dict.fromkeys(longest, 8)}, want)
@@ -321,7 +321,7 @@ def test_tables_say_where_sequences_are(kind: str, name: str) -> None:
 @pytest.mark.parametrize(
     "kind, name", [x for x in pairs({"max_seqlen_q", "max_seqlen_k", "max_seqlen"}) if "varlen" in x.values[0]]
 )
-def test_longest_lengths_are_checked_and_may_be_tensors(kind: str, name: str) -> None:
+def test_maximum_lengths_are_checked_and_may_be_tensors(kind: str, name: str) -> None:
     call = CALLS[kind]
     want = call.out(call.tensors(), {})
     for value in (torch.tensor(9), ints(7)):
@@ -333,7 +333,7 @@ def test_longest_lengths_are_checked_and_may_be_tensors(kind: str, name: str) ->
 
 
 @pytest.mark.parametrize("kind, name", [x for x in pairs({"block_table", "page_table"}) if "varlen" in x.values[0]])
-def test_pages(kind: str, name: str) -> None:
+def test_pages_may_be_in_any_order(kind: str, name: str) -> None:
     """The keys of each sequence in pages of 3, in any order, with NaN where no sequence looks."""
     call, pages = CALLS[kind], torch.tensor([[4, 1, 6], [0, 2, 5]], dtype=torch.int32)
     tensors = call.tensors()

@@ -79,7 +79,7 @@ def test_queries_attend_to_the_listed_blocks(form: Any, options: dict[str, Any],
 
 
 @pytest.mark.parametrize("paged", [False, True])
-def test_lengths_and_pages_go_with_blocks(paged: bool) -> None:
+def test_blocks_combine_with_lengths_and_pages(paged: bool) -> None:
     q, k, v = (x.detach() for x in dense())
     used = ints(5, 9)
     keys: dict[str, Any] = {"k": k, "v": v}
@@ -95,7 +95,7 @@ def test_lengths_and_pages_go_with_blocks(paged: bool) -> None:
     close(out, plain_attention(q, k, v, mask=mask(BLOCKS) & short)[0])
 
 
-def test_the_class_has_upstream_s_place() -> None:
+def test_class_has_the_import_path_of_upstream() -> None:
     with compat.install("flash_attn", force=True):
         from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch as Theirs
     assert Theirs is BlockSparseTensorsTorch
@@ -123,13 +123,13 @@ WRONG: dict[str, tuple[BlockSparseTensorsTorch, type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
-def test_bad_lists_are_refused(wrong: tuple[BlockSparseTensorsTorch, type[Exception], str]) -> None:
+def test_wrong_lists_are_refused(wrong: tuple[BlockSparseTensorsTorch, type[Exception], str]) -> None:
     tensors, error, text = wrong
     with pytest.raises(error, match=text):
         flash_attn_func(*dense(), block_sparse_tensors=tensors)
 
 
-def test_what_does_not_go_with_blocks() -> None:
+def test_blocks_with_unsupported_arguments_are_refused() -> None:
     q, k, v = dense()
     flat = [x.flatten(0, 1) for x in (q, k, v)]
     packed = {"cu_seqlens_q": ints(0, ROWS, 2 * ROWS), "cu_seqlens_k": ints(0, KEYS, 2 * KEYS)}
@@ -147,7 +147,7 @@ def test_what_does_not_go_with_blocks() -> None:
 
 
 @pytest.mark.parametrize("given", [{"gather_bwd_recompute_p": True}, {"gather_bwd_token_chunk": 64}], ids=str)
-def test_arguments_of_gathered_keys_need_gathered_keys(given: dict[str, Any]) -> None:
+def test_arguments_for_gathered_keys_require_gathered_keys(given: dict[str, Any]) -> None:
     """As upstream, which has them for its sparse MLA alone; the function below autograd only saves less."""
     for function in (flash_attn_func, flash_attn_varlen_func):
         with pytest.raises(ValueError, match="only apply to gather_kv_indices"):

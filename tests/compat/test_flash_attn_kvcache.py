@@ -150,7 +150,7 @@ def check(setup: Setup, given: dict[str, Any], want: Expected, out: Tensor, lse:
 
 
 @pytest.mark.parametrize("version, setup", ALL)
-def test_append_and_attention(version: str, setup: Setup) -> None:
+def test_append_and_attention_equal_the_plain_computation(version: str, setup: Setup) -> None:
     given = setup.tensors()
     want = expected(setup, given)
     out, lse, *rest = setup.call(version, given, return_softmax_lse=True)
@@ -173,7 +173,7 @@ def test_appended_values_are_bit_equal(version: str, dtype: torch.dtype) -> None
 
 
 @pytest.mark.parametrize("version", FUNCTIONS)
-def test_every_parameter_occurs(version: str) -> None:
+def test_every_parameter_is_tested(version: str) -> None:
     """In a call of this file, as an input or an option."""
     used = {"q", "k_cache", "v_cache", "k", "v", "cache_seqlens", "rotary_cos", "rotary_sin", "rotary_interleaved"}
     used |= {"causal", "window_size", "cache_batch_idx", "cache_leftpad", "return_softmax_lse"}
@@ -184,7 +184,7 @@ def test_every_parameter_occurs(version: str) -> None:
 
 
 @pytest.mark.parametrize("version", FUNCTIONS)
-def test_lengths_as_an_int_or_none(version: str) -> None:
+def test_lengths_may_be_an_int_or_none(version: str) -> None:
     setup = Setup()
     got, want = ({**setup.tensors(), "cache_seqlens": length} for length in (4, ints(4, 4, 4)))
     assert torch.equal(setup.call(version, got), setup.call(version, want))
@@ -208,7 +208,7 @@ def test_caches_may_be_views_of_one_buffer(version: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["entries", "paged"])
-def test_compiled_is_eager(kind: str) -> None:
+def test_compiled_results_equal_eager_results(kind: str) -> None:
     """A layer's cache is a view, made inside the graph, of one buffer; lengths change between calls."""
     torch._dynamo.reset()
     setup = SETUPS[kind]
@@ -231,7 +231,7 @@ def test_compiled_is_eager(kind: str) -> None:
         torch.testing.assert_close(compiled[name], cache, **TOLERANCE)
 
 
-def test_no_gradients() -> None:
+def test_results_do_not_require_gradients() -> None:
     given = {name: x.requires_grad_() if x.is_floating_point() else x for name, x in Setup().tensors().items()}
     for version in FUNCTIONS:
         assert not Setup().call(version, given).requires_grad
@@ -246,7 +246,7 @@ OVERFLOW = {
 
 @pytest.mark.parametrize("version", FUNCTIONS)
 @pytest.mark.parametrize("kind", OVERFLOW)
-def test_a_full_cache_is_an_error_before_anything_is_written(kind: str, version: str) -> None:
+def test_full_cache_raises_before_anything_is_written(kind: str, version: str) -> None:
     setup, lengths = OVERFLOW[kind]
     given = setup.tensors()
     message = "block_table" if setup.place == "paged" else "cache_seqlens"
@@ -278,7 +278,7 @@ def tables() -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("version", FUNCTIONS)
 @pytest.mark.parametrize("name", ERRORS)
-def test_bad_arguments(name: str, version: str) -> None:
+def test_wrong_arguments_are_refused_and_write_nothing(name: str, version: str) -> None:
     kind, message, change = ERRORS[name]
     given = Setup().tensors()
     with pytest.raises(kind, match=message):
@@ -299,7 +299,7 @@ BEYOND = {
 
 @pytest.mark.parametrize("place", ["dense", "entries", "paged"])
 @pytest.mark.parametrize("rotary", ["", "interleaved", "halves"])
-def test_packed_queries_and_new_keys(place: str, rotary: str) -> None:
+def test_packed_queries_and_new_keys_equal_separate_calls(place: str, rotary: str) -> None:
     """Each sequence as a call of its own with that many rows and keys."""
     whole = Setup(place=place, rotary=rotary, rows=6, new=6)
     tables = PACKED["cu_seqlens_q"].tolist(), PACKED["cu_seqlens_k_new"].tolist()
@@ -332,7 +332,7 @@ def test_packed_queries_and_new_keys(place: str, rotary: str) -> None:
 
 @pytest.mark.parametrize("name", ["rotary_seqlens", "q_descale", "k_descale", "v_descale", "qv", "attention_chunk"])
 @pytest.mark.parametrize("place", ["dense", "paged"])
-def test_what_flash_attn_3_adds(place: str, name: str) -> None:
+def test_arguments_of_flash_attn_3_are_applied(place: str, name: str) -> None:
     setup = Setup(place=place, rotary="halves")
     given, clean = setup.tensors(), setup.tensors()
     first = LENGTHS
@@ -367,7 +367,7 @@ def test_what_flash_attn_3_adds(place: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("version", ["2", "3"])
-def test_windows_as_wide_as_the_cache_do_not_turn_queries_row_by_row(version: str) -> None:
+def test_windows_as_wide_as_the_cache_rotate_queries_at_one_position(version: str) -> None:
     setup = Setup(rotary="halves", causal=False)
     want = setup.call(version, setup.tensors())
     wide = replace(setup, window=(SLOTS, SLOTS))
@@ -377,7 +377,7 @@ def test_windows_as_wide_as_the_cache_do_not_turn_queries_row_by_row(version: st
 
 
 @pytest.mark.parametrize("place", ["dense", "paged"])
-def test_fp8_cache(place: str) -> None:
+def test_fp8_cache_is_appended_exactly_and_computed_in_float32(place: str) -> None:
     """Appended bit by bit; computed in float32 from the values, with scales; out is bfloat16."""
     setup = Setup(place=place)
     given = {name: x.to(FP8) if x.is_floating_point() else x for name, x in setup.tensors().items()}
@@ -404,7 +404,7 @@ REFUSED_3: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED_3)
-def test_bad_arguments_of_flash_attn_3(name: str) -> None:
+def test_wrong_arguments_of_flash_attn_3_are_refused(name: str) -> None:
     message, options = REFUSED_3[name]
     given = Setup().tensors()
     with pytest.raises(ValueError, match=message):

@@ -52,7 +52,7 @@ MASK = torch.tensor([[1, 1, 1, 0, 0], [0, 1, 0, 1, 1], [0, 0, 0, 0, 0]], dtype=t
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64], ids=str)
-def test_padding_round_trip(dtype: torch.dtype) -> None:
+def test_pad_input_inverts_unpad_input(dtype: torch.dtype) -> None:
     x = leaf(3, 5, 2, 4)
     rows, indices, cu_seqlens, max_seqlen, seqused = unpad_input(x, MASK.to(dtype))
     assert torch.equal(rows, x[MASK]) and indices.tolist() == MASK.flatten().nonzero().flatten().tolist()
@@ -65,14 +65,14 @@ def test_padding_round_trip(dtype: torch.dtype) -> None:
     assert torch.equal(dx, dout * MASK[:, :, None, None])
 
 
-def test_rows_that_are_kept_but_not_used() -> None:
+def test_unpad_input_keeps_unused_rows_and_counts_used_ones() -> None:
     unused = torch.tensor([[0, 0, 0, 1, 0], [0] * 5, [1] * 5])
     rows, indices, cu_seqlens, max_seqlen, seqused = unpad_input(normal(3, 5, 4), MASK.long(), unused)
     assert torch.equal(rows, normal(3, 5, 4)[MASK | unused.bool()]) and len(indices) == 12
     assert (cu_seqlens.tolist(), max_seqlen, seqused.tolist()) == ([0, 4, 7, 12], 5, [3, 3, 0])
 
 
-def test_concatenated_sequences() -> None:
+def test_concatenated_sequences_are_unpadded() -> None:
     lengths = torch.tensor([[2, 3, 0, 0, 0, 0], [3, 2, 0, 0, 0, 0], [6, 0, 0, 0, 0, 0]])
     x = normal(3, 6, 4)
     rows, indices, cu_seqlens, max_seqlen = unpad_input_for_concatenated_sequences(x, lengths)
@@ -81,7 +81,7 @@ def test_concatenated_sequences() -> None:
     assert (cu_seqlens.tolist(), cu_seqlens.dtype, max_seqlen) == ([0, 2, 5, 8, 10, 16], torch.int32, 6)
 
 
-def test_first_axis_and_residual() -> None:
+def test_first_axis_functions_select_rows_and_keep_gradients() -> None:
     x, indices = leaf(6, 2, 3), torch.tensor([4, 0, 1])
     assert torch.equal(index_first_axis(x, indices), x[indices])
     picked, residual = index_first_axis_residual(x, indices)
@@ -95,7 +95,7 @@ def test_first_axis_and_residual() -> None:
 
 
 @pytest.mark.parametrize("nheads", [1, 2, 6, 8, 12])
-def test_alibi_slopes(nheads: int) -> None:
+def test_alibi_slopes_are_those_of_the_paper(nheads: int) -> None:
     """The paper's: a geometric sequence from 2 ** (-8 / n); else every other one of the next power of two as well."""
     slopes = get_alibi_slopes(nheads)
     whole = 2 ** (nheads.bit_length() - 1)
@@ -105,7 +105,7 @@ def test_alibi_slopes(nheads: int) -> None:
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_inner_modules(causal: bool) -> None:
+def test_inner_modules_equal_plain_attention(causal: bool) -> None:
     """Dense and packed, flash and with a padding mask; `causal` of a call overrides the module's."""
     qkv = leaf(3, 5, 3, HEADS, 6)
     q, k, v = qkv.unbind(2)
@@ -131,7 +131,7 @@ def test_inner_modules(causal: bool) -> None:
     equal(crossed, packed)
 
 
-def test_causal_with_a_padding_mask() -> None:
+def test_causal_mask_ends_at_the_last_key_of_the_padding_mask() -> None:
     """The last row is at the last key that the mask keeps."""
     q, kv = normal(1, 2, 1, 4), normal(1, 5, 2, 1, 4, seed=1)
     keep = torch.tensor([[True, True, True, False, False]])
@@ -139,7 +139,7 @@ def test_causal_with_a_padding_mask() -> None:
     equal(got, plain_output(q, kv[:, :3, 0], kv[:, :3, 1], causal=True))
 
 
-def test_dropout_in_training_only() -> None:
+def test_dropout_applies_only_in_training() -> None:
     qkv = normal(1, 16, 3, 2, 8)
     for kind in (FlashSelfAttention, SelfAttention):
         module = kind(attention_dropout=0.5)
@@ -190,7 +190,7 @@ def rotated(x: Tensor, interleaved: bool) -> Tensor:
 
 @pytest.mark.parametrize("flash", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_mha(shape: str, flash: bool) -> None:
+def test_mha_equals_plain_attention(shape: str, flash: bool) -> None:
     options = SHAPES[shape]
     mha, x = MHA(WIDTH, HEADS, **options, use_flash_attn=flash).double(), leaf(2, 7, WIDTH)
     got = mha(x)
@@ -203,7 +203,7 @@ def test_mha(shape: str, flash: bool) -> None:
 
 
 @pytest.mark.parametrize("shape", ["rotary", "grouped rotary"])
-def test_mha_compiled(shape: str) -> None:
+def test_compiled_mha_equals_eager_mha(shape: str) -> None:
     """The rotation in place of two views of one projection too."""
     mha, x = MHA(WIDTH, HEADS, **SHAPES[shape], use_flash_attn=True).double(), leaf(2, 7, WIDTH)
     want = mha(x)
@@ -212,7 +212,7 @@ def test_mha_compiled(shape: str) -> None:
     same_gradients(mha, got, want, (x,))
 
 
-def test_mha_with_window_alibi_and_packed_sequences() -> None:
+def test_mha_applies_window_alibi_and_packed_sequences() -> None:
     options: dict[str, Any] = {"num_heads_kv": 2, "causal": True, "use_alibi": True, "window_size": (3, -1)}
     mha, x = MHA(WIDTH, HEADS, **options, use_flash_attn=True).double(), leaf(2, 7, WIDTH)
     scores = {"window": (3, None), "alibi_slopes": torch.tensor(get_alibi_slopes(HEADS))}
@@ -225,14 +225,14 @@ def test_mha_with_window_alibi_and_packed_sequences() -> None:
     equal(got, torch.cat([packed(x[:1, :5])[0], packed(x[:1, 5:])[0]]))
 
 
-def test_mha_with_a_padding_mask() -> None:
+def test_mha_applies_a_padding_mask() -> None:
     mha, x = MHA(WIDTH, HEADS, causal=True).double(), normal(2, 5, WIDTH)
     keep = torch.tensor([[True] * 5, [True, True, False, True, False]])
     equal(mha(x, key_padding_mask=keep), expected(mha, x, {"causal": True}, mask=keep[:, None, None]))
 
 
 @pytest.mark.parametrize("flash", [False, True])
-def test_cross_attention(flash: bool) -> None:
+def test_cross_attention_equals_plain_attention(flash: bool) -> None:
     mha = MHA(WIDTH, HEADS, 2, cross_attn=True, use_flash_attn=flash, return_residual=True).double()
     x, x_kv = leaf(2, 5, WIDTH), leaf(2, 8, WIDTH, seed=1)
     q = F.linear(x, mha.Wq.weight, mha.Wq.bias).unflatten(-1, (HEADS, -1))
@@ -258,7 +258,7 @@ GENERATING: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("kind", GENERATING)
 @torch.no_grad()
-def test_generation_is_the_whole_forward(kind: str) -> None:
+def test_generation_equals_the_forward_pass_of_the_whole_sequence(kind: str) -> None:
     """A prompt, single steps, a chunk; then sequences of different lengths; other cache entries stay as they are."""
     mha, x = MHA(WIDTH, HEADS, causal=True, layer_idx=3, **GENERATING[kind]).double(), normal(2, 12, WIDTH)
     want = mha(x)
@@ -308,7 +308,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused(case: str) -> None:
+def test_unsupported_arguments_are_refused(case: str) -> None:
     call, words = REFUSED[case]
     with pytest.raises(ValueError, match=words):
         call()

@@ -36,7 +36,7 @@ def shape(signature: inspect.Signature) -> list[tuple[str, Any, Any]]:
 @pytest.mark.parametrize(
     "module, name, text", RECORDED, ids=[f"{module.__name__}.{name}" for module, name, _ in RECORDED]
 )
-def test_signature(module: ModuleType, name: str, text: str) -> None:
+def test_signature_equals_that_of_upstream(module: ModuleType, name: str, text: str) -> None:
     want = eval(f"lambda {text}: None", {"torch": torch})
     function = getattr(module, name)
     assert shape(inspect.signature(function)) == shape(inspect.signature(want))
@@ -56,13 +56,13 @@ def test_packages_export_the_public_functions(package: ModuleType, table: dict[s
 @pytest.mark.parametrize(
     "module", [flash_attn_interface, _private, _varlen, _kvcache, flash_attn_interface_3, _with_kvcache, interface]
 )
-def test_docstring_examples(module: ModuleType) -> None:
+def test_docstring_examples_run(module: ModuleType) -> None:
     failed, tried = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert tried > 0
     assert failed == 0
 
 
-def test_import_is_light_and_silent() -> None:
+def test_import_prints_nothing_and_loads_neither_dynamo_nor_the_real_package() -> None:
     result = fresh(
         "import sys, anyattn.compat.flash_attn, anyattn.compat.flash_attn_3, anyattn.compat.flash_attn_4\n"
         "assert 'torch._dynamo' not in sys.modules and 'flash_attn' not in sys.modules"
@@ -70,14 +70,14 @@ def test_import_is_light_and_silent() -> None:
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
-def test_names_that_are_not_functions() -> None:
+def test_constants_and_autograd_classes_exist() -> None:
     assert flash_attn_interface.USE_TRITON_ROCM is False
     assert tuple(int(part) for part in flash_attn.__version__.split(".")) >= (2, 8, 0)
     for kind in ("", "KVPacked", "QKVPacked", "Varlen", "VarlenKVPacked", "VarlenQKVPacked"):
         assert callable(getattr(flash_attn_interface, f"FlashAttn{kind}Func").apply)
 
 
-def test_small_helpers() -> None:
+def test_helper_functions_return_the_values_of_upstream() -> None:
     x = torch.zeros(2, 3)
     assert flash_attn_interface.maybe_contiguous(x) is x
     assert flash_attn_interface.maybe_contiguous(None) is None
@@ -95,7 +95,7 @@ def test_operators_have_the_real_package_s_names() -> None:
         assert names == list(inspect.signature(getattr(flash_attn_interface, f"_flash_attn_{name}")).parameters)
 
 
-def test_operators_are_left_to_a_real_package(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_operators_of_an_installed_real_package_are_kept(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "flash_attn").mkdir()
     (tmp_path / "flash_attn" / "__init__.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)

@@ -52,7 +52,7 @@ def test_scores_give_the_result_of_torch_and_gradients(name: str) -> None:
         assert grad.abs().max() > 0
 
 
-def test_blocks_that_are_not_listed_are_skipped_and_full_blocks_do_not_compute_the_function() -> None:
+def test_unlisted_blocks_are_skipped_and_full_blocks_do_not_evaluate_the_mask() -> None:
     q, k, v = arrays()
     counts, lists = torch.tensor([[[1, 1, 0]]], dtype=torch.int32), torch.tensor([[[[2, 0], [0, 1], [0, 1]]]]).int()
     full = torch.tensor([[[0, 1, 1]]], dtype=torch.int32), torch.tensor([[[[0, 1], [1, 0], [2, 0]]]]).int()
@@ -87,7 +87,7 @@ def test_a_block_mask_of_anyattn_is_a_mask_function() -> None:
         anyattn.block_mask(mask, 3, 1, N_Q, N_K)
 
 
-def test_a_long_document_mask_takes_time_in_proportion_to_its_blocks() -> None:
+def test_time_of_a_long_document_mask_grows_with_its_blocks() -> None:
     """The pairs are 17 billion: whoever looked at them would take minutes."""
     documents = torch.sort(torch.randint(0, 60, (131072,)))[0]
     start = time.perf_counter()
@@ -110,13 +110,13 @@ def _double(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
     return score * 2
 
 
-def test_key_and_value_of_one_entry_serve_a_batch() -> None:
+def test_key_and_value_of_batch_one_are_broadcast() -> None:
     q, k, v = arrays()
     out = ours.flex_attention(q, k[:1], v[:1], enable_gqa=True)
     torch.testing.assert_close(out[1], ours.flex_attention(q[1:], k[:1], v[:1], enable_gqa=True)[0])
 
 
-def test_auxiliary_results() -> None:
+def test_auxiliary_results_are_returned_or_refused() -> None:
     q, k, v = arrays()
     _, aux = ours.flex_attention(q, k, v, enable_gqa=True, return_aux=ours.AuxRequest(lse=True))
     _, lse = ours.flex_attention(q, k, v, enable_gqa=True, return_lse=True)
@@ -150,7 +150,7 @@ def _all(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
 
 
 @pytest.mark.skipif(not hasattr(flex, "AuxRequest"), reason="an older torch has fewer parameters")
-def test_signatures_are_those_of_torch() -> None:
+def test_signatures_equal_those_of_torch() -> None:
     for name in ("flex_attention", "create_block_mask"):
         mine, theirs = (list(inspect.signature(getattr(module, name)).parameters.values()) for module in (ours, flex))
         assert [(x.name, x.kind, x.default) for x in mine] == [(x.name, x.kind, x.default) for x in theirs], name

@@ -49,7 +49,7 @@ def real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_every_name_is_the_module_itself() -> None:
+def test_every_installed_name_is_the_module_itself() -> None:
     with compat.install_flash_attn():
         for name, place in SUBMODULES.items():
             assert find_spec(name) is not None, name
@@ -69,7 +69,7 @@ def test_every_name_is_the_module_itself() -> None:
         metadata.version("flash-attn")
 
 
-def test_the_spec_is_there_before_anything_is_imported() -> None:
+def test_spec_is_found_before_the_first_import() -> None:
     """transformers and others look for the package without importing it."""
     code = (
         "import sys, importlib.util, importlib.metadata\n"
@@ -83,7 +83,7 @@ def test_the_spec_is_there_before_anything_is_imported() -> None:
     assert (result.returncode, result.stderr) == (0, "")
 
 
-def test_idempotent_and_nested() -> None:
+def test_installing_twice_or_nested_changes_nothing() -> None:
     outer = compat.install("flash_attn", "aule")
     assert outer.names == ("flash_attn", "aule")
     with compat.install("aule") as inner:
@@ -96,7 +96,7 @@ def test_idempotent_and_nested() -> None:
     assert sys.meta_path.count(installation._finder) == 0
 
 
-def test_the_real_package_wins_unless_forced(real: Path) -> None:
+def test_real_package_takes_precedence_unless_forced(real: Path) -> None:
     with pytest.raises(ImportError, match=r"flash_attn is importable from .*force=True"):
         compat.install("aule", "flash_attn")
     assert find_spec("aule") is None  # nothing was installed
@@ -113,7 +113,7 @@ def test_the_real_package_wins_unless_forced(real: Path) -> None:
         del sys.modules[name]
 
 
-def test_a_module_without_a_spec_is_real_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_module_without_a_spec_counts_as_a_real_package(monkeypatch: pytest.MonkeyPatch) -> None:
     stub = type(sys)("aule")
     monkeypatch.setitem(sys.modules, "aule", stub)
     with pytest.raises(ImportError, match="aule"):
@@ -123,7 +123,7 @@ def test_a_module_without_a_spec_is_real_too(monkeypatch: pytest.MonkeyPatch) ->
     assert sys.modules.pop("aule") is stub
 
 
-def test_unknown_name() -> None:
+def test_unknown_name_is_refused() -> None:
     with pytest.raises(ValueError, match="'numpy'"):
         compat.install("aule", "numpy")
 
@@ -161,21 +161,23 @@ def program(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_run_a_script(program: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_run_executes_a_script_with_its_folder_on_the_path(
+    program: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """From anywhere: what lies beside the script is found, as with `python script.py`."""
     result = run(tmp_path_factory.mktemp("elsewhere"), str(program / "program.py"), "--force", "-m")
     assert result.returncode == 7, result.stderr
     assert result.stdout == "__main__ program.py ['--force', '-m'] anyattn.compat.aule\n"
 
 
-def test_run_a_module_that_fails(program: Path) -> None:
+def test_run_reports_the_error_of_a_failing_module(program: Path) -> None:
     result = run(program, "--as", "flash_attn", "--as", "aule", "-m", "program", "raise")
     assert result.returncode == 1 and "KeyError: 'mine'" in result.stderr
     assert result.stdout == "__main__ program.py ['raise'] anyattn.compat.aule\n"
     assert "No module named 'aule'" in run(program, "--as", "flash_attn", "program.py").stderr
 
 
-def test_run_a_program_that_imports_flash_attn(tmp_path: Path) -> None:
+def test_run_serves_a_program_that_imports_flash_attn(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(
         "import torch\n"
         "from flash_attn import flash_attn_func\n"
@@ -188,7 +190,7 @@ def test_run_a_program_that_imports_flash_attn(tmp_path: Path) -> None:
     assert (result.returncode, result.stdout) == (0, "torch.Size([1, 4, 2, 8])\n"), result.stderr
 
 
-def test_run_refuses(program: Path, real: Path) -> None:
+def test_run_refuses_names_of_installed_packages(program: Path, real: Path) -> None:
     """The same folder holds a package called flash_attn, and then one called aule."""
     taken = run(program, "program.py")
     assert taken.returncode == 2 and "flash_attn is importable" in taken.stderr and not taken.stdout
@@ -201,7 +203,7 @@ def test_run_refuses(program: Path, real: Path) -> None:
     assert "--as" in run(program, "--as", "numpy", "program.py").stderr
 
 
-def test_run_leaves_modules_of_the_program_alone(program: Path) -> None:
+def test_run_does_not_replace_modules_of_the_program(program: Path) -> None:
     """A file of its own called flash_attention is what the program imports."""
     (program / "flash_attention.py").write_text("mine = True\n")
     (program / "other.py").write_text("import flash_attention, aule; assert flash_attention.mine\n")

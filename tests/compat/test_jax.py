@@ -73,7 +73,7 @@ def test_residual_equals_jax_nn(lead: tuple[int, ...]) -> None:
     )
 
 
-def test_the_signature_is_jax_nn_s() -> None:
+def test_signature_equals_that_of_jax_nn() -> None:
     ours = inspect.signature(dot_product_attention).parameters
     for name, theirs in inspect.signature(jax.nn.dot_product_attention).parameters.items():
         assert (ours[name].kind, ours[name].default) == (theirs.kind, theirs.default), name

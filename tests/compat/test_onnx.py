@@ -40,7 +40,7 @@ def inputs_of(name: str) -> tuple[list[Any], dict[str, Any]]:
     return [next(values) if label else None for label in node.input], attributes
 
 
-def test_which_cases_there_are() -> None:
+def test_cases_of_the_onnx_package_are_complete() -> None:
     assert len(CASES) == 93
     modes = [inputs_of(name)[1]["qk_matmul_output_mode"] for name, case in CASES.items() if outputs(case) == 4]
     assert Counter(modes) == {0: 3, 1: 2, 2: 7, 3: 6}
@@ -52,7 +52,7 @@ def outputs(case: Any) -> int:
 
 
 @pytest.mark.parametrize("name", sorted(CASES))
-def test_node(name: str) -> None:
+def test_node_gives_the_results_of_onnx(name: str) -> None:
     inputs, attributes = inputs_of(name)
     node, (given, expected) = CASES[name].model.graph.node[0], CASES[name].data_sets[0]
     results = adapter.attention(*inputs, **attributes)
@@ -69,7 +69,7 @@ def test_node(name: str) -> None:
 
 
 @pytest.mark.parametrize("mode", range(4))
-def test_modes_are_the_steps_of_the_operator(mode: int) -> None:
+def test_qk_matmul_output_modes_return_the_steps_of_the_operator(mode: int) -> None:
     """Each in float64, with grouped heads, softcap, a float mask, a causal window and keys that are not in use."""
     rng = np.random.default_rng(0)
     Q, K, V = (rng.standard_normal((2, heads, n, 8)).astype(np.float32) for heads, n in ((4, 5), (2, 7), (2, 7)))
@@ -91,7 +91,7 @@ def test_modes_are_the_steps_of_the_operator(mode: int) -> None:
     np.testing.assert_allclose(got, (products, capped, masked, weights)[mode], rtol=1e-5, atol=1e-6)
 
 
-def test_reference_evaluator_passes_the_mode_of_a_node() -> None:
+def test_reference_evaluator_passes_the_output_mode() -> None:
     """A node with a fourth output and no mode reaches the adapter with mode 0."""
     from onnx.reference import ReferenceEvaluator
     from onnx.reference.op_run import OpRun
@@ -108,12 +108,12 @@ def test_reference_evaluator_passes_the_mode_of_a_node() -> None:
     np.testing.assert_allclose(results[1], expected[1], rtol=1e-5)
 
 
-def test_scores_of_one_mode_are_not_computed_without_it() -> None:
+def test_scores_are_computed_only_if_they_are_an_output() -> None:
     x = np.ones((1, 2, 5, 8), np.float32)
     assert len(adapter.attention(x, x, x)) == 3
 
 
-def test_double_precision_of_the_softmax() -> None:
+def test_softmax_precision_may_be_double() -> None:
     q = np.random.default_rng(0).standard_normal((1, 2, 5, 8)).astype(np.float16)
     exact = adapter.attention(*[q.astype(np.float64)] * 3)[0]
     got = adapter.attention(q, q, q, softmax_precision=adapter.DOUBLE)[0]
@@ -121,12 +121,12 @@ def test_double_precision_of_the_softmax() -> None:
     assert np.array_equal(got, exact.astype(np.float16))
 
 
-def test_double_precision_takes_a_mask_of_the_inputs_dtype() -> None:
+def test_double_precision_accepts_a_mask_in_the_dtype_of_the_inputs() -> None:
     q, mask = np.ones((1, 2, 5, 8), np.float32), np.zeros((5, 5), np.float32)
     assert np.array_equal(adapter.attention(q, q, q, mask, softmax_precision=adapter.DOUBLE)[0], q)
 
 
-def test_a_mask_of_integers_is_added_to_the_scores() -> None:
+def test_integer_mask_is_added_to_the_scores() -> None:
     rng = np.random.default_rng(0)
     x = rng.standard_normal((1, 2, 5, 8)).astype(np.float32)
     mask = rng.integers(-4, 4, (5, 5))
@@ -135,7 +135,7 @@ def test_a_mask_of_integers_is_added_to_the_scores() -> None:
     assert not np.array_equal(adapter.attention(x, x, x)[0], added)
 
 
-def test_wrong_arguments() -> None:
+def test_wrong_arguments_are_refused_by_name() -> None:
     x, flat = np.ones((1, 2, 5, 8), np.float32), np.ones((1, 5, 16), np.float32)
     with pytest.raises(ValueError, match="qk_matmul_output_mode"):
         adapter.attention(x, x, x, qk_matmul_output_mode=4)

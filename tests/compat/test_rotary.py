@@ -50,7 +50,7 @@ def close(got: Tensor, want: Tensor) -> bool:
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("offsets", [0, 5, "tensor"])
-def test_dense(dtype: torch.dtype, interleaved: bool, inplace: bool, offsets: Any) -> None:
+def test_dense_rotation_equals_the_formula(dtype: torch.dtype, interleaved: bool, inplace: bool, offsets: Any) -> None:
     """rotary_dim 6 of a head_dim of 10, with gradients, from a leaf."""
     x, (cos, sin), dout = normal(2, 7, 3, 10, dtype=dtype), tables(3, dtype), normal(2, 7, 3, 10, seed=3, dtype=dtype)
     offsets = torch.tensor([0, 11]) if offsets == "tensor" else offsets
@@ -70,7 +70,7 @@ def test_dense(dtype: torch.dtype, interleaved: bool, inplace: bool, offsets: An
 
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("offsets", [0, 2, "tensor"])
-def test_varlen(inplace: bool, offsets: Any) -> None:
+def test_packed_rotation_equals_the_formula(inplace: bool, offsets: Any) -> None:
     """An empty sequence, and two rows of no sequence, which stay as they are."""
     x, (cos, sin), dout = normal(11, 2, 8), tables(4), normal(11, 2, 8, seed=3)
     cu_seqlens = torch.tensor([0, 4, 4, 9], dtype=torch.int32)
@@ -87,7 +87,7 @@ def test_varlen(inplace: bool, offsets: Any) -> None:
 
 @pytest.mark.parametrize("heads", ["three", "grouped"])
 @pytest.mark.parametrize("own", [False, True])
-def test_packed_qkv(heads: str, own: bool) -> None:
+def test_packed_qkv_is_rotated_in_place(heads: str, own: bool) -> None:
     """q and k of one buffer in place, v as it was, with one gradient; k has its own tables in XPos."""
     qkv = normal(2, 5, 3, 4, 8) if heads == "three" else normal(2, 5, 8, 8)
     parts = [(slice(None), slice(None), n) for n in range(3)] if heads == "three" else None
@@ -108,7 +108,7 @@ def test_packed_qkv(heads: str, own: bool) -> None:
     assert torch.equal(out[v], qkv[v]) and torch.equal(given.grad[v], dout[v])
 
 
-def test_packed_kv_and_two_views_of_one_buffer() -> None:
+def test_rotating_two_views_of_one_buffer_keeps_their_gradients() -> None:
     """q and kv are views of one tensor: rotating the second must not spoil the first's gradient."""
     base, dout = normal(2, 5, 8, 8), normal(2, 5, 8, 8, seed=3)
     cos, sin = tables(4)
@@ -125,7 +125,7 @@ def test_packed_kv_and_two_views_of_one_buffer() -> None:
     assert given.grad is not None and want.grad is not None and torch.equal(given.grad, want.grad)
 
 
-def test_rows_with_angles_of_their_own() -> None:
+def test_angles_may_differ_between_sequences() -> None:
     x, cos, sin = normal(2, 5, 3, 8), normal(2, 5, 4, seed=1), normal(2, 5, 4, seed=2)
     got = apply_rotary_emb_torch(x, cos, sin, interleaved=True)
     want = torch.stack([formula(x[b], cos[b], sin[b], list(range(5)), True) for b in range(2)])
@@ -133,7 +133,7 @@ def test_rows_with_angles_of_their_own() -> None:
     assert close(apply_rotary_emb_torch(x[:1], cos[0], sin[0], interleaved=True), want[:1])
 
 
-def test_conjugate_undoes() -> None:
+def test_conjugate_inverts_the_rotation() -> None:
     x = normal(1, 6, 2, 8)
     angles = normal(LENGTH, 4)
     there = apply_rotary(x, angles.cos(), angles.sin(), seqlen_offsets=3)
@@ -143,7 +143,7 @@ def test_conjugate_undoes() -> None:
 
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("scale_base", [None, 512.0])
-def test_embedding_scores_depend_on_distance_alone(interleaved: bool, scale_base: float | None) -> None:
+def test_scores_of_embeddings_depend_only_on_the_distance(interleaved: bool, scale_base: float | None) -> None:
     """The property that rotary positions are for; with XPos the scores decay besides."""
     embedding = RotaryEmbedding(8, 100.0, interleaved, scale_base)
     q, k = (normal(1, 1, 1, 8, seed=seed).expand(1, 16, 1, 8).clone() for seed in (0, 1))
@@ -158,7 +158,7 @@ def test_embedding_scores_depend_on_distance_alone(interleaved: bool, scale_base
     assert torch.equal(embedding(packed.clone())[:, :, 0], turned)
 
 
-def test_embedding_tables() -> None:
+def test_embedding_tables_are_computed_in_float32_and_rounded_once() -> None:
     embedding = RotaryEmbedding(8)
     angles = torch.arange(12).double()[:, None] * 10000.0 ** (-torch.arange(0, 8, 2).double() / 8)
     embedding(normal(1, 5, 3, 1, 8, dtype=torch.float32), seqlen_offset=7)
@@ -171,7 +171,7 @@ def test_embedding_tables() -> None:
     assert torch.equal(embedding._cos_cached, exact.bfloat16())  # rounded once, not computed in bfloat16
 
 
-def test_xpos_tables() -> None:
+def test_xpos_tables_equal_the_formula() -> None:
     embedding = RotaryEmbedding(8, scale_base=16.0)
     embedding(normal(1, 12, 3, 1, 8))
     rows = torch.arange(12).double()[:, None]
@@ -186,7 +186,7 @@ def test_xpos_tables() -> None:
         assert table is not None and (table - want).abs().max() < 8e-6
 
 
-def test_embedding_grows_and_continues() -> None:
+def test_embedding_continues_from_an_offset() -> None:
     """A later step sees what the whole sequence saw, also after inference mode."""
     whole = RotaryEmbedding(8)(normal(2, 9, 3, 2, 8), max_seqlen=16)
     embedding = RotaryEmbedding(8)
@@ -210,7 +210,7 @@ def test_compiled_equals_eager() -> None:
     assert close(torch.compile(call, fullgraph=True, backend="aot_eager")(x, offsets), call(x, offsets))
 
 
-def test_compiled_in_place() -> None:
+def test_compiled_rotation_in_place_equals_eager() -> None:
     """It writes into its argument, and carries the gradient."""
     (cos, sin), kv = tables(4), normal(2, 6, 2, 3, 8)
     given, other = kv.clone().requires_grad_(), kv.clone().requires_grad_()
@@ -250,7 +250,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused(case: str) -> None:
+def test_wrong_arguments_are_refused_by_name(case: str) -> None:
     call, words = REFUSED[case]
     with pytest.raises(ValueError, match=words):
         call()

@@ -61,7 +61,7 @@ def test_aule_trains_with_grouped_heads(kv_heads: int) -> None:
     same(flash_attention(q, k, v, False, 0.2), eager(q, k, v, scale=0.2), (q, k, v))
 
 
-def test_aule_aligns_to_the_top_left() -> None:
+def test_aule_causal_mask_is_aligned_to_the_top_left() -> None:
     from aule import attention, flash_attention
 
     q, k = normal(1, 2, 3, 8), normal(1, 2, 7, 8, seed=1)
@@ -70,7 +70,7 @@ def test_aule_aligns_to_the_top_left() -> None:
     assert attention is flash_attention
 
 
-def test_aule_takes_numpy_arrays() -> None:
+def test_aule_accepts_numpy_arrays() -> None:
     from aule import flash_attention
 
     rng = np.random.default_rng(0)
@@ -81,7 +81,7 @@ def test_aule_takes_numpy_arrays() -> None:
     assert np.abs(out - want.numpy()).max() < 1e-6  # what its README promises
 
 
-def test_aule_rotates() -> None:
+def test_aule_applies_rotary_embeddings() -> None:
     from aule import apply_rope_separate, flash_attention, flash_attention_rope, precompute_rope_frequencies
 
     q, k, v = (leaf(2, heads, 9, 8, seed=s) for s, heads in enumerate((4, 2, 2)))
@@ -102,7 +102,7 @@ def test_aule_rotates() -> None:
         same(got, turn(x))
 
 
-def test_aule_refuses() -> None:
+def test_aule_unsupported_arguments_are_refused() -> None:
     from aule import flash_attention
 
     x = torch.ones(1, 2, 4, 8)
@@ -116,7 +116,7 @@ def test_aule_refuses() -> None:
         flash_attention(x, x[0], x)
 
 
-def test_aule_tells_its_backends(capsys: pytest.CaptureFixture[str]) -> None:
+def test_aule_lists_its_backends(capsys: pytest.CaptureFixture[str]) -> None:
     from aule import get_available_backends, get_backend_info, print_backend_info
 
     names = get_available_backends()
@@ -158,7 +158,7 @@ def test_aule_installs_itself_into_torch(capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.mark.parametrize("blocks", [{}, {"Bc": 64, "Br": 32}, {"Bc": 1, "Br": 1000}], ids=str)
-def test_flash_attention_forward(blocks: dict[str, int]) -> None:
+def test_flash_attention_forward_and_backward_equal_eager_attention(blocks: dict[str, int]) -> None:
     from flash_attention import flash_attention_backward, flash_attention_forward
 
     Q, K, V = (leaf(2, 4, 300, 8, seed=s) for s in range(3))
@@ -176,7 +176,7 @@ def test_flash_attention_forward(blocks: dict[str, int]) -> None:
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
 
-def test_flash_attention_in_half_precision() -> None:
+def test_flash_attention_computes_in_half_precision() -> None:
     """Computed on float16 inputs; the result and the gradients have Q's dtype."""
     from flash_attention import flash_attention_backward, flash_attention_forward
 
@@ -197,7 +197,7 @@ def test_flash_attention_in_half_precision() -> None:
         assert (again - half.grad).abs().max() <= bound
 
 
-def test_flash_attention_refuses() -> None:
+def test_flash_attention_unsupported_arguments_are_refused() -> None:
     from flash_attention import flash_attention_forward
 
     x = torch.ones(1, 2, 4, 8)
@@ -207,7 +207,7 @@ def test_flash_attention_refuses() -> None:
         flash_attention_forward(x, x[0], x)
 
 
-def test_flash_attention_amd() -> None:
+def test_flash_attention_amd_equals_eager_attention() -> None:
     from flash_attention_amd import FlashAttention, flash_attn_func
 
     q, k, v = (leaf(2, rows, 4, 8, seed=s) for s, rows in enumerate((12, 16, 16)))
@@ -227,7 +227,7 @@ def test_flash_attention_amd() -> None:
     same(module.eval()(q, k, v), want())
 
 
-def test_flash_attn_triton() -> None:
+def test_flash_attn_triton_equals_eager_attention() -> None:
     from flash_attn_triton import FlashAttention, flash_attn_func, flash_attn_qkvpacked_func
 
     qkv = leaf(2, 13, 3, 4, 8)
@@ -246,7 +246,7 @@ def test_flash_attn_triton() -> None:
     torch.testing.assert_close(grad, other, rtol=1e-10, atol=1e-10)
 
 
-def test_flash_attn_triton_options_in_its_order() -> None:
+def test_flash_attn_triton_options_keep_their_order() -> None:
     """There softcap comes behind deterministic."""
     from flash_attn_triton import FlashAttention, flash_attn_func, flash_attn_qkvpacked_func
 
@@ -279,7 +279,7 @@ SIGNATURES = {
 
 
 @pytest.mark.parametrize(("module", "name"), SIGNATURES, ids="-".join)
-def test_positional_signatures(module: str, name: str) -> None:
+def test_positional_signatures_equal_those_of_upstream(module: str, name: str) -> None:
     parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters.values()
     found = [
         p.name if p.default is p.empty else f"{p.name}={p.default!r}"

@@ -38,7 +38,9 @@ def prompts() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("cache", [None, "static"])
-def test_generates_the_tokens_of_eager(model: Any, prompts: dict[str, Any], cache: str | None) -> None:
+def test_generated_tokens_equal_those_of_eager_attention(
+    model: Any, prompts: dict[str, Any], cache: str | None
+) -> None:
     found = []
     for implementation in ("eager", "anyattn"):
         model.set_attn_implementation(implementation)

@@ -26,7 +26,7 @@ from compat.models import (
 
 @pytest.mark.parametrize("side", ["", "left", "right"])
 @pytest.mark.parametrize("name", MODELS)
-def test_logits(name: str, side: str, calls: list[dict[str, Any]]) -> None:
+def test_logits_equal_those_of_eager_attention(name: str, side: str, calls: list[dict[str, Any]]) -> None:
     model, given = built(name), models.inputs(MODELS[name], side)
     want = models.logits(model, "eager", **given)
     assert not calls
@@ -39,7 +39,7 @@ def test_logits(name: str, side: str, calls: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_gradients(name: str) -> None:
+def test_gradients_equal_those_of_eager_attention(name: str) -> None:
     """Of every parameter, sinks and T5's relative position bias included; to 1e-4 of each one's largest."""
     model, given = built(name), models.inputs(MODELS[name], "left")
     labels = given.get("decoder_input_ids", given.get("input_ids"))
@@ -58,7 +58,7 @@ def test_gradients(name: str) -> None:
 
 @pytest.mark.parametrize("cache_implementation", [None, "static"])
 @pytest.mark.parametrize("name", GENERATORS)
-def test_generate(name: str, cache_implementation: str | None) -> None:
+def test_generated_tokens_equal_those_of_eager_attention(name: str, cache_implementation: str | None) -> None:
     """Longer than the window, from a left-padded batch."""
     model, given = built(name), models.inputs(MODELS[name], "left")
     if MODELS[name].kind == "decoder":
@@ -97,7 +97,7 @@ def test_restarting_positions_with_a_cache_or_a_mask_are_one_sequence(name: str,
     torch.testing.assert_close(got, want, **TOLERANCE)
 
 
-def test_packed_batch_of_two() -> None:
+def test_packed_rows_of_a_batch_equal_eager_attention() -> None:
     """Several packed rows, one of them a single sequence."""
     model = built("mistral")
     positions = torch.stack([packed()["position_ids"][0], torch.arange(SEQLEN)])
@@ -106,7 +106,7 @@ def test_packed_batch_of_two() -> None:
     torch.testing.assert_close(*both, **TOLERANCE)
 
 
-def test_packed_gradients() -> None:
+def test_gradients_of_packed_sequences_equal_those_of_eager_attention() -> None:
     model, given = built("mistral"), packed()
     given |= {"labels": given["input_ids"], "use_cache": False}
     want, got = (models.gradients(model, kind, **given) for kind in ("eager", "anyattn"))
@@ -114,7 +114,7 @@ def test_packed_gradients() -> None:
         torch.testing.assert_close(got[key], value, rtol=1e-4, atol=1e-5)
 
 
-def test_packed_by_cu_seqlens(calls: list[dict[str, Any]]) -> None:
+def test_cu_seq_lens_give_the_result_of_position_ids(calls: list[dict[str, Any]]) -> None:
     """What DataCollatorWithFlattening(return_flash_attn_kwargs=True) adds."""
     model, given = built("llama"), packed()
     begins = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0)], dtype=torch.int32)
@@ -127,7 +127,7 @@ def test_packed_by_cu_seqlens(calls: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize("side", ["", "left"])
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt_oss"])
 @pytest.mark.parametrize("cache_class", ["DynamicCache", "StaticCache"])
-def test_prefill_in_chunks(name: str, cache_class: str, side: str) -> None:
+def test_prefill_in_chunks_equals_eager_attention(name: str, cache_class: str, side: str) -> None:
     """Several rows behind a cache: their positions come from it, with padding and window."""
     import transformers
 
@@ -147,7 +147,7 @@ def test_prefill_in_chunks(name: str, cache_class: str, side: str) -> None:
     torch.testing.assert_close(*both, **TOLERANCE)
 
 
-def test_bfloat16() -> None:
+def test_bfloat16_is_as_accurate_as_eager_attention() -> None:
     """No further from the model in double precision than eager in bfloat16 is."""
     model, ids = MODELS["llama"].build(), models.tokens()
     exact = models.logits(model.double(), "eager", input_ids=ids)
@@ -158,7 +158,7 @@ def test_bfloat16() -> None:
     assert got <= 2 * eager
 
 
-def test_gradient_checkpointing() -> None:
+def test_gradient_checkpointing_does_not_change_gradients() -> None:
     model, given = MODELS["mistral"].build(), models.inputs(MODELS["mistral"], "left")
     given |= {"labels": given["input_ids"].masked_fill(given["attention_mask"].roll(1, -1) == 0, -100)}
     want = models.gradients(model, "anyattn", **given)
@@ -168,7 +168,7 @@ def test_gradient_checkpointing() -> None:
         assert torch.equal(got[key], value)
 
 
-def test_beam_search() -> None:
+def test_beam_search_finds_the_tokens_of_eager_attention() -> None:
     model, given = built("gemma2"), models.inputs(MODELS["gemma2"], "left")
     both = []
     for implementation in ("eager", "anyattn"):
@@ -177,7 +177,7 @@ def test_beam_search() -> None:
     assert torch.equal(*both)
 
 
-def test_holes_in_the_padding() -> None:
+def test_padding_masks_may_have_holes() -> None:
     model, given = built("llama"), models.inputs(MODELS["llama"], "")
     given["attention_mask"][0, 3] = given["attention_mask"][1, 7] = 0
     want, got = (models.logits(model, kind, **given) for kind in ("eager", "anyattn"))
@@ -185,7 +185,7 @@ def test_holes_in_the_padding() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32], ids=str)
-def test_custom_dense_mask(dtype: torch.dtype, calls: list[dict[str, Any]]) -> None:
+def test_custom_dense_mask_replaces_the_causal_mask(dtype: torch.dtype, calls: list[dict[str, Any]]) -> None:
     """A mask of four dimensions says everything: it need not be causal."""
     model = built("llama")
     seen = torch.rand(2, 1, SEQLEN, SEQLEN, generator=torch.Generator().manual_seed(4)) > 0.4
@@ -198,7 +198,7 @@ def test_custom_dense_mask(dtype: torch.dtype, calls: list[dict[str, Any]]) -> N
     assert calls
 
 
-def test_position_bias_and_float_mask() -> None:
+def test_position_bias_and_float_mask_are_both_added() -> None:
     """T5's bias beside a mask of the caller's own."""
     q, k, v, bias, mask = (torch.randn(2, 4, 6, n, generator=torch.Generator().manual_seed(n)) for n in (8, 8, 8, 6, 6))
     mask = mask * 2
@@ -218,7 +218,7 @@ def test_masks_that_eager_does_not_define_are_refused(mask: Tensor) -> None:
             adapter.attention(torch.nn.Module(), q, q, q, mask)
 
 
-def test_positions_that_skip_are_one_sequence() -> None:
+def test_positions_with_gaps_are_one_sequence() -> None:
     model = built("llama")
     given = {"input_ids": models.tokens(1, 5), "position_ids": torch.tensor([[0, 1, 5, 6, 9]])}
     want, got = (models.logits(model, kind, **given, use_cache=True) for kind in ("eager", "anyattn"))
@@ -241,7 +241,7 @@ def test_unknown_mask_functions_become_dense_masks() -> None:
     assert (overlaid[:, 0, 5, 8] < -1e30).all()
 
 
-def test_a_mask_that_is_wanted_is_made() -> None:
+def test_requested_mask_is_materialized() -> None:
     """Models that add something to it ask for that."""
     from transformers import LlamaConfig, masking_utils
 
@@ -251,7 +251,7 @@ def test_a_mask_that_is_wanted_is_made() -> None:
     assert masking_utils.create_causal_mask(config, **arguments).shape == (2, 1, SEQLEN, SEQLEN)
 
 
-def test_dropout_in_training(calls: list[dict[str, Any]]) -> None:
+def test_dropout_applies_only_in_training(calls: list[dict[str, Any]]) -> None:
     model = MODELS["llama"].build()
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.5
@@ -268,7 +268,7 @@ def test_dropout_in_training(calls: list[dict[str, Any]]) -> None:
     assert not torch.equal(outs[0], outs[2])
 
 
-def test_compiled_model() -> None:
+def test_compiled_model_equals_eager_attention() -> None:
     """One graph; mask functions cannot be looked into there."""
     model, given = built("mistral"), models.inputs(MODELS["mistral"], "left")
     want = models.logits(model, "eager", **given, use_cache=False)
@@ -281,7 +281,7 @@ def test_compiled_model() -> None:
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("name", ["llama", "mistral"])
-def test_compiled_layers(name: str, backend: str) -> None:
+def test_compiled_layers_equal_eager_attention(name: str, backend: str) -> None:
     """The mask is made outside the graphs, which take it as an input."""
     given = models.inputs(MODELS[name], "left") | {"use_cache": False}
     want = models.logits(built(name), "eager", **given)
@@ -292,7 +292,7 @@ def test_compiled_layers(name: str, backend: str) -> None:
     torch.testing.assert_close(got[given["attention_mask"].bool()], want[given["attention_mask"].bool()], **TOLERANCE)
 
 
-def test_compiled_decoding_with_a_static_cache() -> None:
+def test_compiled_decoding_with_a_static_cache_equals_eager_decoding() -> None:
     model, given = MODELS["mistral"].build(), models.inputs(MODELS["mistral"], "left")
     options = {"max_new_tokens": 2 * WINDOW, "do_sample": False, "pad_token_id": 0, "cache_implementation": "static"}
     want = model.generate(**given, **options)
@@ -313,7 +313,7 @@ def test_compiled_and_eager_execution_agree_on_packing(packed_with_cache: bool) 
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "modernbert"])
-def test_exported_model(name: str) -> None:
+def test_exported_model_equals_eager_attention(name: str) -> None:
     model, given = MODELS[name].build(), models.inputs(MODELS[name], "left")
     given |= {} if name == "modernbert" else {"use_cache": False}
     other = given | {"attention_mask": models.padding("right")}

@@ -27,7 +27,7 @@ def eager_mask(batch: int = 2, seqlen: int = 6, **arguments: Any) -> Tensor:
     return masking_utils.eager_mask(batch, seqlen, seqlen, **arguments)
 
 
-def test_lazy_mask_is_the_mask_of_eager_attention_for_foreign_code() -> None:
+def test_lazy_mask_has_the_values_of_the_eager_mask() -> None:
     padding = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]]).bool()
     want = eager_mask(attention_mask=padding)
     for read in (
@@ -48,7 +48,7 @@ def test_lazy_mask_is_the_mask_of_eager_attention_for_foreign_code() -> None:
         assert torch.equal(got, read(want))
 
 
-def test_lazy_mask_that_was_changed_is_attended_as_changed() -> None:
+def test_changed_lazy_mask_is_applied_as_changed() -> None:
     q = torch.randn(2, 4, 6, 8)
     mask, want = lazy_mask(), eager_mask().clone()
     for x in (mask, want):
@@ -72,7 +72,7 @@ def test_lazy_mask_stays_lazy_between_devices_and_in_checkpoints() -> None:
     assert torch.equal(mask.to(torch.float64), mask.dense().double())
 
 
-def test_lazy_mask_of_a_static_cache_keeps_its_positions() -> None:
+def test_lazy_mask_keeps_the_positions_of_a_static_cache() -> None:
     """The cache moves its position in place after the mask was made."""
     position = torch.tensor(2)
     mask = adapter.mask(1, 2, 6, q_offset=position)
@@ -113,7 +113,7 @@ def test_dropout_needs_training_mode() -> None:
     assert not torch.equal(adapter.attention(module.train(), q, q, q, None, dropout=0.5)[0], plain)
 
 
-def test_sinks_of_every_query() -> None:
+def test_sinks_may_differ_between_queries() -> None:
     q, k, v, sinks = (torch.randn(2, 4, 6, n, dtype=torch.float64, requires_grad=True) for n in (8, 8, 3, 1))
     got, _ = adapter.attention(torch.nn.Module(), q, k, v, lazy_mask(), sinks=sinks)
     scores = q @ k.mT * 8**-0.5 + eager_mask()
@@ -128,14 +128,14 @@ def test_sinks_of_every_query() -> None:
         torch.testing.assert_close(a, b)
 
 
-def test_one_sequence_of_learned_queries_serves_the_batch() -> None:
+def test_learned_queries_of_batch_one_are_broadcast() -> None:
     q, k = torch.randn(1, 4, 3, 8), torch.randn(2, 4, 6, 8)
     got, _ = adapter.attention(torch.nn.Module(), q, k, k, None)
     want = torch.nn.functional.scaled_dot_product_attention(q.expand(2, -1, -1, -1), k, k)
     torch.testing.assert_close(got, want.transpose(1, 2), **TOLERANCE)
 
 
-def test_position_bias_with_packed_sequences() -> None:
+def test_position_bias_combines_with_packed_sequences() -> None:
     q, bias = torch.randn(1, 4, 6, 8), torch.randn(1, 4, 6, 6)
     segments = torch.tensor([[0, 0, 1, 1, 1, 1]])
     from transformers import masking_utils
@@ -155,7 +155,7 @@ def test_position_bias_with_packed_sequences() -> None:
 
 @pytest.mark.parametrize("side", ["", "left"])
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt_oss", "whisper", "t5", "bert"])
-def test_weights_are_those_of_eager_attention(name: str, side: str) -> None:
+def test_weights_equal_those_of_eager_attention(name: str, side: str) -> None:
     model, given = built(name), models.inputs(MODELS[name], side)
     found = []
     for implementation in ("eager", "anyattn"):
@@ -175,7 +175,7 @@ def test_weights_are_those_of_eager_attention(name: str, side: str) -> None:
             torch.testing.assert_close(got.where(valid, 0.0), want.where(valid, 0.0), **TOLERANCE)
 
 
-def test_weights_of_packed_sequences() -> None:
+def test_weights_of_packed_sequences_equal_those_of_eager_attention() -> None:
     model, given = built("mistral"), packed() | {"use_cache": False, "output_attentions": True}
     found = []
     for implementation in ("eager", "anyattn"):
@@ -243,7 +243,7 @@ def test_sparse_models_have_gradients_and_weights() -> None:
 
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("weights", [False, True])
-def test_selected_blocks_of_keys(heads: int, weights: bool) -> None:
+def test_block_indices_select_blocks_of_keys(heads: int, weights: bool) -> None:
     """MiniMax-M3: blocks of 4 keys of 10; the last block is short, -1 is none."""
     module = torch.nn.Module()
     module.indexer = torch.nn.Module()
@@ -283,7 +283,7 @@ def test_models_that_compute_attention_themselves_are_refused(name: str) -> None
         kind._from_config(config, attn_implementation="anyattn")
 
 
-def test_classes_written_in_a_notebook_are_judged_by_their_bases() -> None:
+def test_classes_without_source_code_are_checked_by_their_bases() -> None:
     from transformers import BloomModel, LlamaModel
 
     from anyattn.compat.transformers.refuse import computes_attention_itself

@@ -24,7 +24,7 @@ def flash_attention_2() -> Iterator[None]:
 
 @pytest.mark.usefixtures("flash_attention_2")
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
-def test_flash_attention_2(name: str) -> None:
+def test_models_on_flash_attention_2_equal_eager_attention(name: str) -> None:
     """Logits with padding, gradients, generated tokens, packed sequences."""
     from transformers import modeling_flash_attention_utils
 
@@ -46,7 +46,7 @@ def test_flash_attention_2(name: str) -> None:
     assert modeling_flash_attention_utils._flash_varlen_fn is anyattn.compat.flash_attn.flash_attn_varlen_func
 
 
-def test_flash_attention_2_is_undone() -> None:
+def test_uninstall_restores_flash_attention_2() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(**models.GROUPED)

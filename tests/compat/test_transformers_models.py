@@ -46,7 +46,7 @@ def _registered() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_registered")
 @pytest.mark.parametrize("name", SAMPLE)
-def test_model_is_right_or_refused(name: str) -> None:
+def test_model_is_computed_right_or_refused(name: str) -> None:
     report = examine(name, lambda partial: None, compile_too=name in ("llama", "vit"))
     assert report["checks"]["dense"].keys() & {"init", "set"} or report["checks"]["build"], report["reason"]
     bad = [found for found in table.outcomes(report) if found[2] in (WRONG, CRASH)]

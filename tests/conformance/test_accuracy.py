@@ -37,7 +37,7 @@ def error(seed: int, dtype: str, causal: bool, out: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_float32(causal: bool, engine: Engine) -> None:
+def test_float32_error_is_at_most_that_of_torch(causal: bool, engine: Engine) -> None:
     """The median of the largest errors is below 1e-6, and none is more than 1.5 times that of torch's SDPA."""
     torch = pytest.importorskip("torch")
     errors = []
@@ -52,7 +52,7 @@ def test_float32(causal: bool, engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_float16(causal: bool, engine: Engine) -> None:
+def test_float16_result_is_the_rounded_exact_result(causal: bool, engine: Engine) -> None:
     """Within half a unit in the last place of the exact result, and 2e-4."""
     for seed in SEEDS:
         q, k, v = drawn(seed, "float16")
@@ -62,7 +62,7 @@ def test_float16(causal: bool, engine: Engine) -> None:
         assert (np.abs(out - want) <= half + 2e-4).all(), f"seed {seed}"
 
 
-def test_a_wrong_result_is_found() -> None:
+def test_wrong_result_exceeds_its_budget() -> None:
     """The budgets themselves: an error of a few units passes, a dropped key, a NaN or a wrong infinity does not."""
     inputs = make_inputs(Case("budget", seqlen_q=60, seqlen_k=50, causal=True))
     want = testing.expected(inputs)

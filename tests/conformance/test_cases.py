@@ -17,7 +17,7 @@ sys.path.insert(0, str(SCRIPTS))
 import make_cases
 
 
-def test_every_possible_pair_meets() -> None:
+def test_every_possible_pair_of_features_occurs() -> None:
     rows = cases._table()
     met = {pair for row in rows for pair in combinations(row.items(), 2)}
     for (name, values), (other, others) in combinations(make_cases.FACTORS.items(), 2):
@@ -36,12 +36,12 @@ def test_values_are_spread() -> None:
             assert share > 0.5, f"{name}={value} has {share:.2f} of its share"
 
 
-def test_table_is_the_one_that_the_script_writes() -> None:
+def test_table_equals_the_output_of_its_script() -> None:
     assert make_cases.TABLE.read_text(encoding="utf-8") == make_cases.table()
 
 
 @pytest.mark.parametrize("direction", testing.PASSES)
-def test_every_run_has_each_value_on_the_interpreter(direction: str) -> None:
+def test_every_value_runs_on_the_interpreter(direction: str) -> None:
     """What is too expensive for Triton's interpreter is left to `make full`; no feature is."""
     rows, triton = cases._table(), Engine("triton")
     kept = []

@@ -46,7 +46,7 @@ def assert_same(one: dict[str, np.ndarray], two: dict[str, np.ndarray]) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_any_number_of_threads(case: Case, engine: Engine) -> None:
+def test_results_do_not_depend_on_the_number_of_threads(case: Case, engine: Engine) -> None:
     inputs = make_inputs(case)
     engine.use(threads=1)
     want = results(inputs, engine)
@@ -57,7 +57,7 @@ def test_any_number_of_threads(case: Case, engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_from_run_to_run(case: Case, engine: Engine) -> None:
+def test_results_are_identical_from_run_to_run(case: Case, engine: Engine) -> None:
     """Other addresses, the same bits; and deterministic=True is accepted."""
     want = results(make_inputs(case), engine)
     for _ in range(2):
@@ -67,7 +67,9 @@ def test_from_run_to_run(case: Case, engine: Engine) -> None:
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("seqlen_q", [1, 3, 70])
-def test_batch_invariant(seqlen_q: int, dtype: str, causal: bool, engine: Engine) -> None:
+def test_batch_invariant_results_equal_those_of_each_sequence_alone(
+    seqlen_q: int, dtype: str, causal: bool, engine: Engine
+) -> None:
     """Each sequence alone, in a batch, in another place of the batch, and packed: the same out and lse."""
     case = Case("batch", batch=3, seqlen_q=seqlen_q, seqlen_k=700, group=4, dtype=dtype, causal=causal)
     given = make_inputs(case).arguments
@@ -86,7 +88,7 @@ def test_batch_invariant(seqlen_q: int, dtype: str, causal: bool, engine: Engine
         assert alone.tobytes() == out[b].tobytes() and alone_lse.tobytes() == lse[b].tobytes()
 
 
-def test_batch_invariant_beside_longer_sequences(engine: Engine) -> None:
+def test_batch_invariant_results_do_not_depend_on_longer_sequences(engine: Engine) -> None:
     """A short sequence in a batch whose others are far longer, and the slots behind it many."""
     rng = np.random.default_rng(0)
     q = rng.standard_normal((2, 2, 4, 32)).astype(np.float32)

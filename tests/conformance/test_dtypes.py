@@ -11,7 +11,7 @@ from anyattn.definition.dtypes import narrow, raw, widen
 EVERY = np.arange(2**16, dtype=np.uint16)
 
 
-def test_widen_every_bfloat16() -> None:
+def test_widening_every_bfloat16_is_exact() -> None:
     expected = EVERY.view(ml_dtypes.bfloat16).astype(np.float32)
     for array in (EVERY, EVERY.view(ml_dtypes.bfloat16)):
         np.testing.assert_array_equal(widen(array, "bfloat16", "float32"), expected)
@@ -20,7 +20,7 @@ def test_widen_every_bfloat16() -> None:
         np.testing.assert_array_equal(widen(array, "bfloat16"), exact)
 
 
-def test_narrow_every_bfloat16_and_what_lies_between() -> None:
+def test_narrowing_to_bfloat16_rounds_to_nearest_even() -> None:
     """Each value, the midpoint to its neighbour, and one float32 step to either side of it."""
     upper = EVERY.astype(np.uint32) << np.uint32(16)
     for low in (0, 0x7FFF, 0x8000, 0x8001):
@@ -33,7 +33,7 @@ def test_narrow_every_bfloat16_and_what_lies_between() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-def test_narrow_others(dtype: str) -> None:
+def test_narrowing_to_other_dtypes_rounds_once(dtype: str) -> None:
     values = np.array([[0.1, -0.0, np.inf], [np.nan, 1e30, 2049.0]])
     got = narrow(values, dtype)
     assert got.dtype == dtype
@@ -42,7 +42,7 @@ def test_narrow_others(dtype: str) -> None:
     np.testing.assert_array_equal(widen(got, dtype), got.astype(np.float64))
 
 
-def test_raw_is_a_view_of_any_layout() -> None:
+def test_raw_returns_a_view_for_any_layout() -> None:
     array = np.zeros((4, 6), ml_dtypes.bfloat16)[::2, ::-2]
     raw(array, "bfloat16")[...] = narrow(np.full(array.shape, 1.5), "bfloat16")
     assert (array == 1.5).all()

@@ -194,7 +194,7 @@ PAGED = {
 
 
 @pytest.mark.parametrize("name", DENSE)
-def test_dense(name: str) -> None:
+def test_wrong_dense_arguments_are_refused_by_name(name: str) -> None:
     changes, error, *words = DENSE[name]
     refuses(anyattn.attention_forward, dense(**changes), error, *words)
     if name != "dropout without a state":  # `attention` draws one
@@ -202,13 +202,13 @@ def test_dense(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PACKED)
-def test_packed(name: str) -> None:
+def test_wrong_packed_arguments_are_refused_by_name(name: str) -> None:
     changes, error, *words = PACKED[name]
     refuses(anyattn.attention_varlen, packed(**changes), error, *words)
 
 
 @pytest.mark.parametrize("name", PAGED)
-def test_paged(name: str) -> None:
+def test_wrong_paged_arguments_are_refused_by_name(name: str) -> None:
     changes, error, *words = PAGED[name]
     refuses(anyattn.attention_varlen, paged(**changes), error, *words)
 
@@ -219,7 +219,7 @@ def test_dense_bias_and_packed_sequences_exclude_each_other(name: str) -> None:
     refuses(anyattn.attention_forward, packed(**{name: array}), ValueError, name, "cu_seqlens")
 
 
-def test_unknown_argument() -> None:
+def test_unknown_arguments_are_refused_by_name() -> None:
     refuses(anyattn.attention, dense(is_causal=True), TypeError, "is_causal")
     refuses(anyattn.attention_forward, dense(is_causal=True), TypeError, "is_causal")
 
@@ -237,7 +237,7 @@ SAVED = {
 
 
 @pytest.mark.parametrize("name", SAVED)
-def test_backward(name: str) -> None:
+def test_wrong_backward_arguments_are_refused_by_name(name: str) -> None:
     changes, error, *words = SAVED[name]
     saved = {"out": zeros(2, 5, 4, 8), "dout": zeros(2, 5, 4, 8), "lse": zeros(2, 4, 5)}
     refuses(anyattn.attention_backward, dense(**{**saved, **changes}), error, *words)
@@ -294,7 +294,7 @@ CACHE: dict[str, tuple[AppendCase, dict[str, Callable[[Any], Any] | None], type[
 
 
 @pytest.mark.parametrize("name", CACHE)
-def test_cache(name: str) -> None:
+def test_wrong_cache_arguments_are_refused_by_name(name: str) -> None:
     setup, changes, error, word = CACHE[name]
     given = setup.draw()
     for argument, change in changes.items():
@@ -314,19 +314,19 @@ PARTS = {
 
 
 @pytest.mark.parametrize("name", PARTS)
-def test_merge(name: str) -> None:
+def test_wrong_merge_arguments_are_refused_by_name(name: str) -> None:
     changes, error, *words = PARTS[name]
     given = {"out_a": zeros(2, 5, 4, 8), "lse_a": zeros(2, 4, 5), "out_b": zeros(2, 5, 4, 8), "lse_b": zeros(2, 4, 5)}
     refuses(anyattn.merge, given | changes, error, *words)
 
 
-def test_layout_of_flash_attention() -> None:
+def test_wrong_flash_attention_arguments_are_refused_by_name() -> None:
     given = {"query": zeros(4, 5, 8), "key": zeros(1, 2, 7, 8), "value": zeros(1, 2, 7, 8)}
     refuses(anyattn.flash_attention, given, ValueError, "query")
     refuses(anyattn.flash_attention, given | {"query": zeros(1, 4, 5, 8), "causal": "False"}, TypeError, "causal")
 
 
-def test_torch_and_numpy_do_not_mix() -> None:
+def test_mixing_torch_and_numpy_arrays_is_refused() -> None:
     torch = pytest.importorskip("torch")
     refuses(anyattn.attention, dense(k=torch.zeros(2, 7, 2, 8)), TypeError, "k", "NumPy")
 
@@ -344,7 +344,7 @@ def test_backend_that_is_named_never_falls_back(monkeypatch: pytest.MonkeyPatch)
     dispatch.forget()
 
 
-def test_errors_come_before_any_backend_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_are_raised_before_a_backend_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object) -> None:
         raise AssertionError("a plan was looked for")
 

@@ -28,7 +28,7 @@ def found() -> list[capabilities.Feature]:
     return capabilities.collect()
 
 
-def test_an_engine_does_what_the_table_says(engine: Engine, found: list[capabilities.Feature]) -> None:
+def test_engines_support_what_the_table_states(engine: Engine, found: list[capabilities.Feature]) -> None:
     for feature in found:
         for pass_ in capabilities.PASSES:
             reasons = feature.refusals[engine.backend][pass_.name]

@@ -28,7 +28,7 @@ def _brute(n_q: int, n_k: int, leftpad: int, left: Side, right: Side, chunk: int
 
 
 @given(**LENGTHS, **RULES)
-def test_bounds_equal_rules(n_q, n_k, leftpad, left, right, chunk, offset) -> None:
+def test_bounds_equal_the_rules(n_q, n_k, leftpad, left, right, chunk, offset) -> None:
     n_k += leftpad
     lo, hi = Mask(left, right, chunk).bounds(np.arange(n_q) + offset, n_k, leftpad)
     keys = np.arange(n_k)
@@ -43,7 +43,7 @@ def test_bounds_never_decrease(n_q, n_k, leftpad, left, right, chunk, offset) ->
 
 
 @given(**LENGTHS, **RULES)
-def test_rows_of_a_key_are_an_interval_too(n_q, n_k, leftpad, left, right, chunk, offset) -> None:
+def test_queries_of_a_key_are_an_interval(n_q, n_k, leftpad, left, right, chunk, offset) -> None:
     """The bounds by columns that backward kernels loop over (SEMANTICS: "rows that see key j")."""
     n_k += leftpad
     seen = _brute(n_q, n_k, leftpad, left, right, chunk, offset)
@@ -57,7 +57,7 @@ def test_rows_of_a_key_are_an_interval_too(n_q, n_k, leftpad, left, right, chunk
 
 
 @given(left=st.integers(-30, 5), right=st.integers(-30, 5), offset=st.integers(-5, 20))
-def test_negative_bounds_mean_what_the_formula_says(left: int, right: int, offset: int) -> None:
+def test_negative_bounds_follow_the_formula(left: int, right: int, offset: int) -> None:
     """`Mask` takes any integers, unlike `attention`."""
     p, c = np.arange(9)[:, None] + offset, np.arange(14)
     lo, hi = Mask(left, right).bounds(p[:, 0], 14)
@@ -76,7 +76,7 @@ def test_bounds_of_a_problem_are_clamped_without_effect(bound: int | None, chunk
     assert all(side is None or abs(side) < 2**31 for side in (problem.interval.left, problem.interval.right))
 
 
-def test_drawn_masks() -> None:
+def test_masks_equal_the_pictures_of_the_documentation() -> None:
     """The two pictures in the documentation of `attention`."""
     lo, hi = Mask(right=0).bounds(np.arange(2) + 3, 5)
     assert (lo.tolist(), hi.tolist()) == ([0, 0], [4, 5])

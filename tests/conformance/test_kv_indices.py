@@ -44,7 +44,7 @@ def test_any_number_of_threads_gives_the_same_bits(case: Case, engine: Engine) -
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_order_and_repetition_change_nothing(case: Case, engine: Engine) -> None:
+def test_order_and_repetition_of_indices_change_nothing(case: Case, engine: Engine) -> None:
     inputs = make_inputs(case)
     if refused(inputs, "backward", engine):
         return
@@ -56,7 +56,7 @@ def test_order_and_repetition_change_nothing(case: Case, engine: Engine) -> None
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_lists_equal_a_mask(case: Case, engine: Engine) -> None:
+def test_lists_give_the_result_of_a_mask(case: Case, engine: Engine) -> None:
     """Dropout and the bias go by the slot of a key, not by its place in a list."""
     inputs = make_inputs(case)
     if refused(inputs, "backward", engine):
@@ -88,7 +88,7 @@ def test_packed_sequences_give_the_bits_of_a_batch(engine: Engine) -> None:
     assert np.array_equal(got[1].reshape(-1, 2, 70).swapaxes(0, 1), lse)
 
 
-def test_lists_without_entries_are_no_keys(engine: Engine) -> None:
+def test_empty_lists_give_zeros(engine: Engine) -> None:
     inputs = make_inputs(DENSE)
     if refused(inputs, "backward", engine):
         return
@@ -99,7 +99,7 @@ def test_lists_without_entries_are_no_keys(engine: Engine) -> None:
     np.testing.assert_allclose(got["lse"], sink, rtol=1e-6)
 
 
-def test_a_cache_takes_lists_of_its_slots(engine: Engine) -> None:
+def test_lists_select_slots_of_a_cache(engine: Engine) -> None:
     inputs = make_inputs(DENSE)
     if refused(inputs, "forward", engine):
         return

@@ -99,7 +99,7 @@ def too_far(want: Expected, got: np.ndarray, name: str, dtype: str) -> str:
 @every_backend(only=HOST)
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16", "float16", "float64"))
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_size_of_a_score_costs_no_digits(case: Case, dtype: str, engine: Engine) -> None:
+def test_large_scores_lose_no_accuracy(case: Case, dtype: str, engine: Engine) -> None:
     case = replace(case, dtype=dtype, scale=case.scale or SCALE)
     lines = []
     for size in (sign * size for size in SIZES for sign in (1, -1) if size <= LARGEST.get(dtype, np.inf)):
@@ -134,7 +134,7 @@ def test_probabilities_add_up_to_one(case: Case, dtype: str, engine: Engine) -> 
 
 @every_backend(only=HOST)
 @pytest.mark.parametrize("size", [1e3, -1e4, 1e5])
-def test_gradients_of_parts_of_the_keys_add_up(size: float, engine: Engine) -> None:
+def test_gradients_of_splits_of_the_keys_add_up(size: float, engine: Engine) -> None:
     """With the lse of all keys, as in ring attention, P of a part adds up to less than 1."""
     case = replace(CASES[0], dtype="float32", dlse=False)
     inputs = exact(case, size, "close")
@@ -157,7 +157,7 @@ def test_gradients_of_parts_of_the_keys_add_up(size: float, engine: Engine) -> N
 @every_backend(interpreter=True)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("options", [{}, {"softcap": 1e5}, {"sink": True}, {"bias": "full"}, {"seqlen_q": 1}], ids=str)
-def test_error_is_within_the_rule(options: dict[str, object], dtype: str, engine: Engine) -> None:
+def test_error_stays_within_the_budget(options: dict[str, object], dtype: str, engine: Engine) -> None:
     """Every backend, where both the products and the scores are rounded: the budget grows with the score."""
     case = Case("large", batch=1, seqlen_q=20, seqlen_k=40, causal=True, dtype=dtype)
     inputs = make_inputs(replace(case, **options))  # type: ignore[arg-type]
@@ -176,7 +176,7 @@ def test_error_is_within_the_rule(options: dict[str, object], dtype: str, engine
 @every_backend(only=HOST)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 @pytest.mark.parametrize("rows", [1, 20])
-def test_scores_that_overflow_in_log2_units_hide_their_keys(rows: int, dtype: str, engine: Engine) -> None:
+def test_scores_that_overflow_in_log2_units_mask_their_keys(rows: int, dtype: str, engine: Engine) -> None:
     """They are below the lowest score, see dtypes.py; a score of the same size above zero is a score."""
     size, kind = (1.2e154, "float64") if dtype == "float64" else (1.7e19, "float32")
     q, k, v = (np.full((1, n, 1, 1), x, numpy_dtype(dtype)) for n, x in ((rows, -size), (30, size), (30, 1.0)))

@@ -47,7 +47,7 @@ def test_engine_equals_reference(case: Case, direction: str, engine: Engine) -> 
 @every_backend(interpreter=True, refusals=True)
 @pytest.mark.full
 @pytest.mark.parametrize("seed", range(160))
-def test_long_matrix(seed: int, engine: Engine) -> None:
+def test_engine_equals_reference_on_sampled_cases(seed: int, engine: Engine) -> None:
     """10 rows a seed: nearly every triple of features meets somewhere."""
     wrong = []
     for case in sampled(seed, 10):
@@ -68,7 +68,7 @@ def adds_nothing(engine: Engine, case: Case) -> bool:
 
 @every_backend(interpreter=True, refusals=True, full_if=adds_nothing)
 @pytest.mark.parametrize("case", SMALL, ids=str)
-def test_public_functions_agree(case: Case, engine: Engine) -> None:
+def test_public_functions_have_the_bits_of_attention_forward(case: Case, engine: Engine) -> None:
     """attention, attention_varlen and attention_with_kvcache give attention_forward's bits, with and without lse."""
     inputs = inputs_of(case)
     if refused(inputs, "forward", engine):

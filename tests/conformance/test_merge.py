@@ -33,7 +33,9 @@ def parts(case: Case, splits: list[int], engine: Engine) -> list[tuple[np.ndarra
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("splits", [[50], [0], [111], [1, 2, 64]], ids=str)
 @pytest.mark.parametrize("causal", [False, True])
-def test_union_of_keys(causal: bool, splits: list[int], dtype: str, engine: Engine) -> None:
+def test_merge_equals_attention_over_the_union_of_keys(
+    causal: bool, splits: list[int], dtype: str, engine: Engine
+) -> None:
     case = Case("union", seqlen_q=70, causal=causal, dtype=dtype, group=2)
     want = testing.expected(make_inputs(case))
     pieces = parts(case, splits, engine)
@@ -45,7 +47,7 @@ def test_union_of_keys(causal: bool, splits: list[int], dtype: str, engine: Engi
     assert want["lse"].error(lse) <= want["lse"].budget
 
 
-def test_rows_without_keys_in_either(engine: Engine) -> None:
+def test_queries_without_keys_merge_to_zeros(engine: Engine) -> None:
     """0 and -inf, without a NaN or a warning."""
     pieces = parts(Case("none", seqlen_q=200, causal=True), [50], engine)
     with np.errstate(all="raise"):
@@ -63,7 +65,7 @@ def test_order_does_not_matter() -> None:
     np.testing.assert_allclose(one[1], two[1], rtol=1e-14)
 
 
-def test_packed(engine: Engine) -> None:
+def test_packed_results_are_merged(engine: Engine) -> None:
     """out (total_q, nheads, head_dim_v) with lse (nheads, total_q)."""
     x = np.random.default_rng(0).standard_normal((12, 2, 8)).astype(np.float32)
     whole = anyattn.attention_varlen(x, x, x, [0, 5, 12], [0, 5, 12], return_lse=True, backend=engine.backend)

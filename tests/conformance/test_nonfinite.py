@@ -63,7 +63,7 @@ def unrelated(got: Results, clean: Results) -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_in_a_query(inputs: CaseInputs, engine: Engine, value: float) -> None:
+def test_nonfinite_query_changes_only_its_own_results(inputs: CaseInputs, engine: Engine, value: float) -> None:
     """Its own row of its own head; forward, no other row."""
     clean, got = both(inputs, engine), hit(inputs, engine, "q", (B, ROW, H, COLUMN), value)
     assert np.isnan(got["out"][B, ROW, H]).all() and not np.isfinite(got["lse"][B, H, ROW])
@@ -76,7 +76,7 @@ def test_in_a_query(inputs: CaseInputs, engine: Engine, value: float) -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_in_a_value(inputs: CaseInputs, engine: Engine, value: float) -> None:
+def test_nonfinite_value_changes_only_its_column(inputs: CaseInputs, engine: Engine, value: float) -> None:
     """One column of the output of every row that sees it; no score."""
     clean, got = both(inputs, engine), hit(inputs, engine, "v", (B, KEY, KV, COLUMN), value)
     column = got["out"][B, :, 2:, COLUMN]
@@ -86,7 +86,7 @@ def test_in_a_value(inputs: CaseInputs, engine: Engine, value: float) -> None:
     unrelated(got, clean)
 
 
-def test_in_a_key(inputs: CaseInputs, engine: Engine) -> None:
+def test_nan_in_a_key_changes_only_its_own_head(inputs: CaseInputs, engine: Engine) -> None:
     """Every row that sees it; in the gradients every key of the head too."""
     clean, got = both(inputs, engine), hit(inputs, engine, "k", (B, KEY, KV, COLUMN), np.nan)
     assert np.isnan(got["out"][B, :, 2:]).all() and np.isnan(got["lse"][B, 2:]).all()
@@ -96,7 +96,9 @@ def test_in_a_key(inputs: CaseInputs, engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("name", ["dout", "dlse"])
-def test_in_a_gradient(inputs: CaseInputs, engine: Engine, name: str) -> None:
+def test_nan_in_a_gradient_changes_only_the_gradients_that_depend_on_it(
+    inputs: CaseInputs, engine: Engine, name: str
+) -> None:
     """The row's dq and every key that it sees; dlse reaches no value."""
     index = (B, ROW, H, COLUMN) if name == "dout" else (B, H, ROW)
     clean, got = both(inputs, engine), hit(inputs, engine, name, index, np.nan)
@@ -113,7 +115,7 @@ def test_in_a_gradient(inputs: CaseInputs, engine: Engine, name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_query_of_the_lowest_scores_sees_no_key(engine: Engine, dtype: str) -> None:
+def test_query_whose_scores_are_all_lowest_attends_to_no_key(engine: Engine, dtype: str) -> None:
     """A row of lowest numbers gives zeros and lse -inf, however many tiles of keys it has."""
     inputs = make_inputs(replace(CASE, dtype=dtype, bias="full"))
     bias = np.zeros((2, 4, 150, 170), np.float32)
@@ -125,7 +127,7 @@ def test_a_query_of_the_lowest_scores_sees_no_key(engine: Engine, dtype: str) ->
 
 
 @pytest.mark.parametrize("lowest", [-np.inf, np.finfo(np.float32).min])
-def test_the_lowest_number_hides_a_key_like_minus_infinity(engine: Engine, lowest: float) -> None:
+def test_lowest_number_masks_a_key_like_minus_infinity(engine: Engine, lowest: float) -> None:
     """Beside other keys and alone: a row of nothing else sees no key. Gradients and all."""
     case = replace(CASE, dtype="float32", bias="full")
     inputs, masked = make_inputs(case), make_inputs(replace(case, bias="", mask="full"))

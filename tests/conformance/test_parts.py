@@ -45,7 +45,7 @@ def test_partial_results_round_to_the_results(dtype: str, engine: Engine) -> Non
 
 
 @every_backend()
-def test_parts_drop_the_entries_of_the_whole(engine: Engine) -> None:
+def test_partial_calls_drop_the_entries_of_one_call(engine: Engine) -> None:
     given = make_inputs(CASE).arguments
     q, k, v = given["q"], given["k"], given["v"]
     flags = {"dropout_p": 0.4, "seed": 11, "softcap": 2.0, "backend": engine.backend}
@@ -78,7 +78,7 @@ def test_starts_must_be_positions(start: int, name: str) -> None:
         anyattn.attention_forward(x, x, x, **{name: start})
 
 
-def test_tangents_have_no_parts() -> None:
+def test_partial_tangents_are_refused() -> None:
     x = np.ones((1, 4, 1, 8), np.float32)
     out, lse = anyattn.attention_forward(x, x, x)
     with pytest.raises(ValueError, match="partial must be False"):

@@ -32,7 +32,7 @@ def words_of(counter: list[int], seed: int, rounds: int = philox.ROUNDS) -> list
 
 
 @pytest.mark.parametrize("line", KNOWN_ANSWERS.strip().splitlines())
-def test_known_answers(line: str) -> None:
+def test_words_equal_the_published_vectors(line: str) -> None:
     rounds, *numbers = line.split()
     values = [int(number, 16) for number in numbers]
     seed = values[4] | values[5] << 32
@@ -41,12 +41,12 @@ def test_known_answers(line: str) -> None:
     assert words_of(values[:4], seed, int(rounds)) == values[6:]
 
 
-def test_seven_rounds() -> None:
+def test_philox_has_seven_rounds() -> None:
     assert philox.ROUNDS == 7
 
 
 @pytest.mark.parametrize("state", [(0, 0), (12345, 7), (-1, -1), (-(2**63), 2**40 + 3)])
-def test_counter_layout(state: tuple[int, int]) -> None:
+def test_counters_follow_the_documented_layout(state: tuple[int, int]) -> None:
     """(key_index // 8, query_index, b * nheads + h, offset mod 2^32); column j takes half j % 8, low halves first."""
     seed, offset = (number % 2**64 for number in state)
     head, p = 5, 0.37
@@ -60,7 +60,7 @@ def test_counter_layout(state: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("p", [0.0, 2.0**-16, 0.1, 0.5, 0.9, 1 - 2.0**-16])
-def test_share_that_is_kept(p: float) -> None:
+def test_kept_share_equals_one_minus_p(p: float) -> None:
     """Within five standard deviations of 1 - p, for a fixed state; and the kept are scaled so that the mean is 1."""
     kept = philox.keep(np.array([3, 0]), p, 0, np.arange(512), np.arange(1024))
     share = 1 - philox.threshold(p) / 65536
@@ -69,7 +69,7 @@ def test_share_that_is_kept(p: float) -> None:
     assert philox.keep_scale(p) * share == pytest.approx(1, rel=1e-15)
 
 
-def test_any_tiling_gives_the_same_bits() -> None:
+def test_bits_do_not_depend_on_the_tiling() -> None:
     state, p = np.array([99, 4]), 0.3
     whole = philox.keep(state, p, 2, np.arange(40), np.arange(100))
     for rows, keys in [(7, 13), (40, 8), (1, 100), (16, 3)]:
@@ -79,7 +79,7 @@ def test_any_tiling_gives_the_same_bits() -> None:
         assert np.array_equal(np.block(tiles), whole)
 
 
-def test_heads_offsets_and_seeds_differ() -> None:
+def test_bits_differ_between_heads_offsets_and_seeds() -> None:
     def bits(state: tuple[int, int], head: int) -> bytes:
         return philox.keep(np.array(state), 0.5, head, np.arange(8), np.arange(64)).tobytes()
 
@@ -87,5 +87,5 @@ def test_heads_offsets_and_seeds_differ() -> None:
 
 
 @pytest.mark.parametrize(("p", "expected"), [(0.0, 0), (2.0**-18, 0), (0.5, 32768), (0.1, 6554), (1 - 2.0**-16, 65535)])
-def test_threshold(p: float, expected: int) -> None:
+def test_threshold_is_p_rounded_to_sixteen_bits(p: float, expected: int) -> None:
     assert philox.threshold(p) == expected

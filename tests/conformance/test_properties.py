@@ -25,7 +25,7 @@ def problems(draw: st.DrawFn) -> Case:
 
 
 @given(case=problems())
-def test_random_problems(engine: Engine, case: Case) -> None:
+def test_random_problems_equal_the_reference(engine: Engine, case: Case) -> None:
     if not engine.computes(case.dtype):
         case = replace(case, dtype="float32", bias_dtype="")
     inputs = make_inputs(case)

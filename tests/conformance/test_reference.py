@@ -79,7 +79,7 @@ def test_reference_equals_sdpa(causal: bool, seqlen_q: int, seqlen_k: int) -> No
         np.testing.assert_allclose(got[name].swapaxes(1, 2), want.numpy(), rtol=0, atol=1e-12, err_msg=name)
 
 
-def test_rows_without_keys() -> None:
+def test_queries_without_keys_give_the_results_worked_out_by_hand() -> None:
     """Worked by hand: 2 rows, no keys, sink 0.5: out 0, lse 0.5, and dsink is the sum of dlse."""
     inputs = make_inputs(
         Case("no_keys", batch=1, seqlen_q=2, seqlen_k=0, nheads_kv=1, sink=True, dlse=True, dtype="float64")
@@ -91,7 +91,7 @@ def test_rows_without_keys() -> None:
     assert got["dsink"] == pytest.approx(inputs.dlse.sum())
 
 
-def test_stale_memory_changes_nothing() -> None:
+def test_unused_memory_changes_nothing() -> None:
     """The same case with NaN, with 1e3 and with infinity wherever no row may see."""
     case = named("paged_varlen")
     results = []

@@ -43,7 +43,7 @@ FEATURES = [
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", FEATURES, ids=str)
-def test_equals_reference(case: Case, dtype: str, engine: Engine) -> None:
+def test_short_queries_equal_the_reference(case: Case, dtype: str, engine: Engine) -> None:
     inputs = make_inputs(replace(case, dtype=dtype))
     before = inputs.bytes()
     assert not refused(inputs, "forward", engine)
@@ -52,7 +52,7 @@ def test_equals_reference(case: Case, dtype: str, engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_beside_a_long_sequence(dtype: str, engine: Engine) -> None:
+def test_short_sequence_has_the_same_bits_next_to_a_long_one(dtype: str, engine: Engine) -> None:
     """Prefill and decoding in one call: each sequence has the bits that it has alone."""
     rows, keys = [1, 100, 3, 64, 65, 0, 17], [1500, 700, 2000, 1025, 100, 30, 512]
     cu_q, cu_k = np.cumsum([0, *rows]), np.cumsum([0, *keys])

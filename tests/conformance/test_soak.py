@@ -15,7 +15,7 @@ from harness.memory import Memory
 CASES = [soak.draw(seed) for seed in range(4000)]
 
 
-def test_a_seed_is_a_problem() -> None:
+def test_seed_determines_the_problem() -> None:
     assert [soak.draw(seed) for seed in range(50)] == CASES[:50]
     assert len(set(CASES)) == len(CASES)
 
@@ -48,7 +48,7 @@ def test_sizes_are_large_and_bounded() -> None:
         ("dlse", {True, False}),
     ],
 )
-def test_every_feature_is_drawn(field: str, values: set[Any]) -> None:
+def test_every_feature_is_sampled(field: str, values: set[Any]) -> None:
     assert {getattr(case, field) for case in CASES} == values
 
 
@@ -62,7 +62,7 @@ def test_caches_have_every_feature() -> None:
 
 
 @pytest.mark.skipif(not any(engine.backend == "cpu" for engine in engines()), reason="the native engine's")
-def test_a_short_run() -> None:
+def test_short_run_finds_no_error() -> None:
     """Small problems, every array laid out at random, KV caches among them."""
     state = soak.Run(0, 0, 1, multiprocessing.Value("q", 0), Memory())
     small = [s for s, case in enumerate(CASES) if s % 4 == 3 or case.batch * case.seqlen_q * case.seqlen_k < 3000]
@@ -72,9 +72,7 @@ def test_a_short_run() -> None:
 
 
 @pytest.mark.skipif(not any(engine.backend == "cpu" for engine in engines()), reason="the native engine's")
-def test_what_is_wrong_is_told_with_its_seed(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_error_is_reported_with_its_seed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     seed = next(s for s, case in enumerate(CASES) if s % 4 != 3 and case.batch * case.seqlen_q * case.seqlen_k > 100)
     state = soak.Run(seed, 0, 1, multiprocessing.Value("q", seed), Memory())
     target = soak.cpu_targets()[0]

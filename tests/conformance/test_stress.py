@@ -26,13 +26,13 @@ def expected() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_program(seed: int, expected: str) -> None:
+def test_random_program_gives_the_expected_bits(seed: int, expected: str) -> None:
     calls, wrong = stress.problems_of(seed, expected)
     assert not wrong, "\n".join(wrong)
     assert calls > 10
 
 
-def test_other_bits_are_seen(expected: str, tmp_path: Path) -> None:
+def test_different_bits_are_detected(expected: str, tmp_path: Path) -> None:
     digests = json.loads(Path(expected).read_text())
     digests["half"] = "0" * 64
     other = tmp_path / "expected.json"
@@ -54,7 +54,9 @@ def test_other_bits_are_seen(expected: str, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_bad_ends_are_seen(body: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_crashes_and_timeouts_are_detected(
+    body: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     program = tmp_path / "program.py"
     program.write_text(body)
     monkeypatch.setattr(stress, "PROGRAM", program)

@@ -27,7 +27,7 @@ def test_right_results_pass(case: testing.Case) -> None:
 
 
 @pytest.mark.parametrize("name", ["out", "lse", "dq", "dk", "dv", "dbias", "dsink"])
-def test_one_wrong_number_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_wrong_number_is_reported(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     function = "attention_forward" if name in ("out", "lse") else "attention_backward"
     right: Callable[..., Any] = getattr(explicit, function)
 
@@ -51,7 +51,7 @@ def test_one_wrong_number_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -
         (lambda out: None, "forward: out is missing"),
     ],
 )
-def test_a_malformed_result_is_found(change: Any, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_malformed_result_is_reported(change: Any, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right = explicit.attention_forward
 
     def wrong(**named: Any) -> Any:
@@ -62,7 +62,7 @@ def test_a_malformed_result_is_found(change: Any, line: str, monkeypatch: pytest
     assert testing.check(EVERYTHING, backend="numpy", passes=["forward"]) == [line]
 
 
-def test_a_gradient_of_an_absent_input_is_found() -> None:
+def test_gradient_of_an_absent_input_is_reported() -> None:
     inputs = testing.make_inputs(testing.Case("plain"))
     got = testing.compute(inputs, "backward", "numpy")
     assert testing.malformed(inputs, got) == []
@@ -71,7 +71,7 @@ def test_a_gradient_of_an_absent_input_is_found() -> None:
     assert testing.malformed(inputs, wrong) == lines
 
 
-def test_a_written_input_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overwritten_input_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     right = explicit.attention_forward
 
     def wrong(**named: Any) -> Any:
@@ -84,12 +84,12 @@ def test_a_written_input_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert lines == ["an input, or memory around it, was written"]
 
 
-def test_a_refusal_is_raised() -> None:
+def test_refusal_raises() -> None:
     with pytest.raises(anyattn.UnsupportedProblem):
         testing.check(testing.Case("too wide", seqlen_q=3, seqlen_k=3, head_dim=600), backend="triton")
 
 
-def test_a_case_is_what_its_seed_says() -> None:
+def test_seed_determines_the_case() -> None:
     drawn = [testing.random_case(random.Random(seed)) for seed in range(200)]
     assert drawn == [testing.random_case(random.Random(seed)) for seed in range(200)]
     first, second = (testing.make_inputs(EVERYTHING).bytes() for _ in range(2))
@@ -97,7 +97,7 @@ def test_a_case_is_what_its_seed_says() -> None:
     assert first != testing.make_inputs(replace(EVERYTHING, seed=1)).bytes()
 
 
-def test_limits_hold() -> None:
+def test_limits_bound_the_sizes() -> None:
     limits = testing.Limits(smallest=1, shortest=5, longest=300, head_dim=64, scores=2**12)
     for case in (testing.random_case(random.Random(seed), limits) for seed in range(2000)):
         assert case.batch >= 1 and max(case.head_dim, case.head_dim_v) <= 64
@@ -108,7 +108,7 @@ def test_limits_hold() -> None:
 HIDING = ("causal", "causal, top left", "window", "causal window", "chunk", "mask", "everything")
 
 
-def test_features_are_there_and_hide_some_keys() -> None:
+def test_features_are_present_and_mask_some_keys() -> None:
     for case in testing.feature_cases(2, ["float32"]):
         problem, arrays = testing.make_inputs(case).describe()
         assert bool(problem.variant.features) == (case.name != "plain")
@@ -123,7 +123,7 @@ def test_bfloat16_needs_ml_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not testing.has_dtype("bfloat16") and testing.has_dtype("float16")
 
 
-def test_numpy_is_enough() -> None:
+def test_numpy_is_the_only_requirement() -> None:
     result = fresh(
         "import sys; sys.modules |= dict.fromkeys(('torch', 'triton', 'ml_dtypes'))\n"
         "from anyattn import testing\n"
@@ -153,7 +153,7 @@ PACKED = testing.Case("packed", batch=4, seqlen_q=70, seqlen_k=90, nheads_kv=2, 
 @pytest.mark.parametrize("case", [DENSE, PACKED, replace(DENSE, dtype="float16")], ids=str)
 @pytest.mark.parametrize("name", testing.PASSES)
 @pytest.mark.usefixtures("parts")
-def test_parts_are_parts_of_the_whole(case: testing.Case, name: str) -> None:
+def test_sampled_entries_equal_those_of_the_whole_result(case: testing.Case, name: str) -> None:
     inputs = testing.make_inputs(case)
     saved = (inputs.dout, inputs.dlse) if name == "backward" else ()
     found, whole = testing.expected_results(inputs.arguments, *saved), testing.expected(inputs, name)
@@ -168,7 +168,7 @@ def test_parts_are_parts_of_the_whole(case: testing.Case, name: str) -> None:
 
 @pytest.mark.parametrize("result", ["out", "lse", "dq", "dk", "dv"])
 @pytest.mark.usefixtures("parts")
-def test_a_wrong_part_is_found(result: str) -> None:
+def test_wrong_sampled_entry_is_reported(result: str) -> None:
     name = "forward" if result in ("out", "lse") else "backward"
     inputs = testing.make_inputs(DENSE)
     want = testing.expected_results(inputs.arguments, *((inputs.dout, inputs.dlse) if name == "backward" else ()))
@@ -187,7 +187,7 @@ def test_a_small_problem_is_compared_whole() -> None:
     assert all(x.known is None for x in want.values())
 
 
-def test_torch_tensors_are_taken() -> None:
+def test_torch_tensors_are_accepted() -> None:
     torch = pytest.importorskip("torch")
     inputs = testing.make_inputs(testing.Case("plain", dtype="bfloat16"))
     bits = {name: torch.from_numpy(inputs.arguments[name].view(np.int16).copy()) for name in ("q", "k", "v")}
@@ -199,7 +199,7 @@ def test_torch_tensors_are_taken() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_budgets_of_long_sums_notice_a_missing_result(dtype: str) -> None:
+def test_missing_result_exceeds_the_budget_of_a_long_sum(dtype: str) -> None:
     """Errors of independent roundings to 16 bits grow like the root of a sum's length, and so do their budgets."""
     case = testing.Case("long", batch=1, nheads_kv=1, seqlen_q=2000, seqlen_k=2000, dtype=dtype, causal=True)
     inputs = testing.make_inputs(case)

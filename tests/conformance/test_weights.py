@@ -123,7 +123,7 @@ QUERIES: dict[str, Any] = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", QUERIES)
 @pytest.mark.parametrize("case", ["everything", "leftpad_seqused", "bias_of_rank_one", "decode_f16"])
-def test_chosen_queries_have_the_weights_of_all(case: str, name: str, kind: str) -> None:
+def test_selected_queries_have_the_weights_of_the_whole_call(case: str, name: str, kind: str) -> None:
     """Everything that belongs to a query is chosen with it: its position, its bias, its mask, its lse."""
     inputs = inputs_of(replace(named(case), seqlen_q=7, seqlen_k=40))
     given, queries = arguments_of(inputs), QUERIES[name]
@@ -161,7 +161,7 @@ def test_lse_of_merge_gives_the_weights_among_all_keys(kind: str) -> None:
     np.testing.assert_allclose(np.concatenate(parts, axis=-1), want, rtol=1e-12, atol=1e-14)
 
 
-def test_memory_is_that_of_the_result_and_one_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_the_result_and_one_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     entries, n = 2**16, 1024
     monkeypatch.setattr(scores, "TILE_ENTRIES", entries)
     rng = np.random.default_rng(0)
@@ -205,7 +205,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", WRONG)
-def test_wrong_arguments(name: str, kind: str) -> None:
+def test_wrong_arguments_are_refused_by_name(name: str, kind: str) -> None:
     changes, error, message = WRONG[name]
     given: dict[str, Any] = {"q": X, "k": X, "lse": LSE, **changes}
     if kind == "torch":
@@ -214,7 +214,7 @@ def test_wrong_arguments(name: str, kind: str) -> None:
         anyattn.attention_weights(**given)
 
 
-def test_arrays_of_two_frameworks() -> None:
+def test_arrays_of_two_frameworks_are_refused() -> None:
     with pytest.raises(TypeError, match=r"k must be a NumPy array like q"):
         anyattn.attention_weights(X, to_torch(X), LSE)
     with pytest.raises(TypeError, match=r"lse must be a torch\.Tensor like q"):

@@ -23,16 +23,16 @@ pytestmark = pytest.mark.skipif(not interpreted(), reason="Triton compiles here:
 
 
 @pytest.mark.parametrize("name", ["plain", "expanded", "varlen_window_alibi", "paged_varlen", "wide_heads"])
-def test_cases(name: str) -> None:
+def test_cases_pass_in_host_memory(name: str) -> None:
     assert compare(named(name), "cpu") == (["refused"] if name == "wide_heads" else [])
 
 
 @pytest.mark.parametrize("name", EVERYWHERE)
-def test_claims(name: str) -> None:
+def test_claims_hold_in_host_memory(name: str) -> None:
     EVERYWHERE[name]("cpu")
 
 
-def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+def test_missing_gpu_is_reported(tmp_path: Path) -> None:
     done = run_python(SCRIPTS / "gpu.py", "--json", tmp_path / "gpu.json", without=("TRITON_INTERPRET",))
     if torch.cuda.is_available():
         return
@@ -41,7 +41,7 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("part", ["ceilings", "speed", "decode", "latency", "memory", "training", "peers"])
-def test_parts_run(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_step_runs_on_a_cpu(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On next to nothing, on a CPU: what they measure here means nothing."""
     monkeypatch.syspath_prepend(str(SCRIPTS))
     monkeypatch.syspath_prepend(str(SCRIPTS.parent / "examples"))
@@ -56,7 +56,7 @@ def test_parts_run(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(rows) == {"speed": 8, "decode": 1}.get(part, 0)
 
 
-def test_tiles_are_tuned_and_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tuned_tiles_are_not_saved(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(SCRIPTS))
     import gpu
 
@@ -70,7 +70,7 @@ def test_tiles_are_tuned_and_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert row["tiles"] == (16, 16, 1, 1, 1) and row["before"] == before == in_use()
 
 
-def test_a_part_that_breaks_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_step_that_raises_is_reported_as_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(SCRIPTS))
     import gpu
 

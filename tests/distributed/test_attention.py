@@ -81,43 +81,43 @@ def heads_of(case: Case, ranks: Ranks) -> Case:
 @pytest.mark.parametrize("schedule", ["ring", pytest.param("gather", marks=pytest.mark.full)])
 @pytest.mark.parametrize("sharding", ["contiguous", "zigzag"])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_every_option(name: str, sharding: str, schedule: str, ranks: Ranks) -> None:
+def test_every_option_equals_one_process(name: str, sharding: str, schedule: str, ranks: Ranks) -> None:
     assert_equal(OPTIONS[name]._replace(sharding=sharding, schedule=schedule), ranks)
 
 
 @pytest.mark.parametrize("sharding", ["zigzag", pytest.param("striped", marks=pytest.mark.full)])
 @pytest.mark.parametrize("name", [name for name in OPTIONS if name not in ("dropout, mask", "everything")])
-def test_every_option_with_exchanged_heads(name: str, sharding: str, ranks: Ranks) -> None:
+def test_every_option_with_exchanged_heads_equals_one_process(name: str, sharding: str, ranks: Ranks) -> None:
     assert_equal(heads_of(OPTIONS[name]._replace(sharding=sharding, schedule="ulysses"), ranks), ranks)
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIONS if name not in STRIPED] + ["causal"])
-def test_striped(name: str, ranks: Ranks) -> None:
+def test_striped_sharding_equals_one_process(name: str, ranks: Ranks) -> None:
     assert_equal(OPTIONS[name]._replace(sharding="striped"), ranks)
 
 
 @pytest.mark.parametrize("schedule", ["ring", "gather", "ulysses"])
 @pytest.mark.parametrize("sharding", ["contiguous", "zigzag"])
 @pytest.mark.parametrize("name", VARLEN)
-def test_packed_documents(name: str, sharding: str, schedule: str, ranks: Ranks) -> None:
+def test_packed_documents_equal_one_process(name: str, sharding: str, schedule: str, ranks: Ranks) -> None:
     case = VARLEN[name]._replace(sharding=sharding, schedule=schedule)
     assert_equal(heads_of(case, ranks) if schedule == "ulysses" else case, ranks)
 
 
 @pytest.mark.parametrize("schedule", ["ring", "gather", "auto"])
-def test_empty_shard_and_uneven_lengths(schedule: str, ranks: Ranks) -> None:
+def test_empty_and_uneven_shards_equal_one_process(schedule: str, ranks: Ranks) -> None:
     lengths = {2: (37, 0), 3: (30, 0, 7), 4: (1, 0, 36, 0)}[ranks.size]
     assert_equal(Case(CAUSAL, ("sink",), lengths=lengths, schedule=schedule), ranks)
 
 
-def test_fewer_heads_than_ranks(ranks: Ranks) -> None:
+def test_fewer_heads_than_ranks_use_the_ring(ranks: Ranks) -> None:
     """ "auto" takes the ring, and "ulysses" is refused on every rank."""
     assert_equal(Case(CAUSAL, nheads=1, nheads_kv=1, schedule="auto"), ranks)
     for error in ranks.run("part", Case(CAUSAL, nheads=1, nheads_kv=1, schedule="ulysses")):
         assert isinstance(error, ValueError) and "nheads must be a multiple" in str(error)
 
 
-def test_no_sequence(ranks: Ranks) -> None:
+def test_empty_batches_and_sequences_equal_one_process(ranks: Ranks) -> None:
     assert_equal(Case(CAUSAL, batch=0), ranks)
     assert_equal(Case(CAUSAL, queries=0, keys=0), ranks)
 
@@ -132,7 +132,7 @@ def test_results_are_identical_from_run_to_run(sharding: str, ranks: Ranks) -> N
 
 @pytest.mark.parametrize("schedule", ["ring", "ulysses"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_rounding_is_that_of_one_process(dtype: str, schedule: str, ranks: Ranks) -> None:
+def test_error_is_at_most_twice_that_of_one_process(dtype: str, schedule: str, ranks: Ranks) -> None:
     """Partial results are float32, so the error is at most twice the error of one process, plus a rounding."""
     case = heads_of(Case(CAUSAL, dtype=dtype, sharding="zigzag", schedule=schedule), ranks)
     exact = whole_of_rounded(case)

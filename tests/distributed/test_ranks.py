@@ -21,7 +21,7 @@ def ranks() -> Iterator[Ranks]:
 
 
 @pytest.mark.parametrize("mesh", [(2, 2), (4, 1), (1, 4)])
-def test_mesh_of_rings_and_heads(mesh: tuple[int, int], ranks: Ranks) -> None:
+def test_mesh_of_rings_and_heads_equals_one_process(mesh: tuple[int, int], ranks: Ranks) -> None:
     arguments = {"causal": True, "window": (20, None), "dropout_p": 0.2, "seed": 3}
     case = Case(
         arguments, ("sink", "alibi_slopes"), mesh=mesh, schedule="ulysses+ring", sharding="zigzag", queries=45, keys=45

@@ -31,7 +31,7 @@ def near(got: np.ndarray, want: np.ndarray) -> bool:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(2, 5, 3, 8), (7, 2, 33), (0, 4, 1, 8)], ids=str)
-def test_there_and_back(dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
+def test_arrays_survive_the_round_trip_to_the_device(dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
     values = draw(np.random.default_rng(0), dtype, *shape)
     array = DeviceArray(values)
     assert array.shape == shape and array.dtype == dtype
@@ -39,7 +39,7 @@ def test_there_and_back(dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
     assert not DeviceArray.zeros(shape, dtype).numpy().any()
 
 
-def test_what_is_not_an_array_of_heads_is_refused() -> None:
+def test_unsupported_arrays_are_refused() -> None:
     with pytest.raises(TypeError, match="got float64"):
         DeviceArray(np.ones((1, 2, 3, 4)))
     with pytest.raises(ValueError, match="3 or 4 dimensions"):
@@ -54,7 +54,7 @@ def test_what_is_not_an_array_of_heads_is_refused() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_attention(dtype: np.dtype[Any]) -> None:
+def test_attention_equals_that_of_host_arrays(dtype: np.dtype[Any]) -> None:
     """The same as on arrays of the host, with everything that the host brings along."""
     rng = np.random.default_rng(1)
     q, k, v = draw(rng, dtype, 2, 33, 4, 40), draw(rng, dtype, 2, 50, 2, 40), draw(rng, dtype, 2, 50, 2, 12)
@@ -78,7 +78,7 @@ def test_attention(dtype: np.dtype[Any]) -> None:
     assert near(again, anyattn.attention(*[out.numpy()] * 3, backend="numpy"))
 
 
-def test_varlen() -> None:
+def test_packed_attention_equals_that_of_host_arrays() -> None:
     rng = np.random.default_rng(2)
     x = draw(rng, DTYPES[0], 40, 2, 16)
     lengths = [0, 13, 13, 37]
@@ -92,7 +92,7 @@ def test_varlen() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["plain", "interleaved", "halves", "paged", "indexed"])
-def test_cache(dtype: np.dtype[Any], kind: str) -> None:
+def test_cache_on_the_device_equals_a_cache_on_the_host(dtype: np.dtype[Any], kind: str) -> None:
     """Prefill, then steps, as on a cache on the host: what is only moved has the same bits."""
     rng = np.random.default_rng(3)
     shape, tables = (2, 32, 2, 24), {}
@@ -127,7 +127,7 @@ def test_a_full_cache_is_refused_before_anything_is_written() -> None:
     assert not any(array.numpy().any() for array in cache)
 
 
-def test_memory_comes_back() -> None:
+def test_memory_of_deleted_arrays_is_released() -> None:
     array = DeviceArray.zeros((1, 1000, 1, 32), np.float32)
     memory, size = array.engine.memory, array.buffer.size
     before = memory.kept

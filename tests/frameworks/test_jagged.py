@@ -78,7 +78,7 @@ def test_the_result_has_the_sequences_of_the_query(function: Function) -> None:
     close((out + x).values(), (F.scaled_dot_product_attention(x, x, x) + x).values())
 
 
-def test_the_hook_holds_no_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hook_allocates_no_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without it torch computes the scores of every pair."""
     asked = []
     original = functional.attention
@@ -103,7 +103,7 @@ def test_hooks_may_be_removed_in_any_order() -> None:
     ops.jagged_scaled_dot_product_attention = original
 
 
-def test_sequences_with_gaps() -> None:
+def test_rows_outside_the_sequences_are_not_read() -> None:
     """A narrowed tensor: rows outside the sequences are not read, and give 0."""
     padded = torch.full((3, 6, 4, 8), torch.nan, dtype=torch.float64)
     starts, lengths = torch.tensor([1, 0, 2]), torch.tensor([4, 6, 1])
@@ -120,7 +120,7 @@ def test_sequences_with_gaps() -> None:
         )
 
 
-def test_dropout_is_that_of_packed_sequences() -> None:
+def test_dropout_equals_that_of_packed_sequences() -> None:
     x = jagged(parts(ROWS))[0]
     torch.manual_seed(3)
     out = anyattn.sdpa(x, x, x, dropout_p=0.4)
@@ -131,7 +131,7 @@ def test_dropout_is_that_of_packed_sequences() -> None:
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_it_compiles(is_causal: bool) -> None:
+def test_jagged_attention_compiles(is_causal: bool) -> None:
     x = jagged([x.detach().float() for x in parts(ROWS)])[0]
 
     def call(x: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ def test_it_compiles(is_causal: bool) -> None:
     assert torch.equal(compiled(x).values(), call(x).values())
 
 
-def test_what_is_refused() -> None:
+def test_unsupported_nested_tensors_are_refused() -> None:
     x, other = jagged(parts(ROWS))[0], jagged(parts(KEYS))[0]
     strided = torch.nested.nested_tensor([x.detach() for x in parts(ROWS)]).transpose(1, 2)
     dense = normal(4, 4, 5, 8)
@@ -161,7 +161,7 @@ def test_what_is_refused() -> None:
             anyattn.sdpa(*arguments, **keywords)
 
 
-def test_other_functions_point_to_the_ones_that_compute_them() -> None:
+def test_refusals_name_the_functions_that_accept_nested_tensors() -> None:
     x = jagged(parts(ROWS))[0].transpose(1, 2)
     with pytest.raises(TypeError, match=r"q must be a dense tensor, got a nested one. Use anyattn.sdpa"):
         anyattn.attention(x, x, x)

@@ -72,7 +72,7 @@ def close(got: Tensor, want: Tensor) -> None:
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_forward_and_gradients(name: str) -> None:
+def test_output_and_gradients_equal_plain_torch(name: str) -> None:
     made, x, dout = layer(name), leaf(2, ROWS, WIDTH), normal(2, ROWS, WIDTH, seed=1)
     got, want = made(x), expected(made, x)
     close(got, want)
@@ -85,7 +85,7 @@ def test_forward_and_gradients(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in LAYERS if name != "plain"])
 @torch.no_grad()
-def test_decoding_is_the_whole_forward(name: str) -> None:
+def test_decoding_equals_the_forward_pass_of_the_whole_sequence(name: str) -> None:
     made, x = layer(name), normal(2, ROWS, WIDTH)
     want = made(x)
     cache = made.cache(2, ROWS)
@@ -102,7 +102,7 @@ def test_decoding_is_the_whole_forward(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["grouped", "everything"])
-def test_packed_and_padded(name: str) -> None:
+def test_packed_and_padded_inputs_equal_separate_sequences(name: str) -> None:
     made, x = layer(name), normal(2, ROWS, WIDTH)
     cu_seqlens = torch.tensor([0, 5, 5, ROWS], dtype=torch.int32)
     want = torch.cat((made(x[:1, :5])[0], made(x[:1, 5:])[0]))
@@ -113,7 +113,7 @@ def test_packed_and_padded(name: str) -> None:
     close(used[1], plain(torch.cat((x[1:, :4], x[1:]), 1), x[1:, :4])[0, 4:])
 
 
-def test_context_mask_and_bias() -> None:
+def test_context_mask_and_bias_are_applied() -> None:
     made, x, context = layer("plain"), normal(2, 5, WIDTH), normal(2, 8, WIDTH, seed=1)
     close(made(x, context), expected(made, x, context))
     mask = torch.rand(2, 1, 5, 8, generator=torch.Generator().manual_seed(0)) > 0.4
@@ -124,7 +124,7 @@ def test_context_mask_and_bias() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @torch.no_grad()
-def test_low_precision(dtype: torch.dtype) -> None:
+def test_low_precision_is_as_accurate_as_plain_torch(dtype: torch.dtype) -> None:
     """Against float64 on the rounded weights: no worse than the same layer in torch operations in that dtype, twice."""
     rounded = layer("everything").to(dtype)
     exact, x = copy.deepcopy(rounded).double(), normal(2, ROWS, WIDTH).to(dtype)
@@ -137,7 +137,7 @@ def test_low_precision(dtype: torch.dtype) -> None:
     assert (steps.double() - want).abs().max() <= 2 * plain + 4 * torch.finfo(dtype).eps * want.abs().max()
 
 
-def test_it_learns_to_copy_the_token_before() -> None:
+def test_layer_learns_to_copy_the_previous_token() -> None:
     """Only attention can do that."""
     torch.manual_seed(0)
     embedding, made, head = (
@@ -157,7 +157,7 @@ def test_it_learns_to_copy_the_token_before() -> None:
     assert losses[-1] < 0.1 * losses[0]
 
 
-def test_dropout_in_training_only() -> None:
+def test_dropout_applies_only_in_training() -> None:
     made, x = Attention(WIDTH, 4, dropout_p=0.5), torch.ones(1, ROWS, WIDTH)
     torch.manual_seed(0)
     first, second = made(x), made(x)
@@ -166,7 +166,7 @@ def test_dropout_in_training_only() -> None:
     assert torch.equal(made.eval()(x), made(x))
 
 
-def test_state_copies_and_casts() -> None:
+def test_state_survives_copies_and_casts() -> None:
     made = layer("everything")
     names = {f"{part}.{kind}" for part in ("q", "k", "v", "out") for kind in ("weight", "bias")} | {"sink"}
     assert set(made.state_dict()) == names
@@ -181,7 +181,7 @@ def test_state_copies_and_casts() -> None:
     assert twelve._slopes is not None and twelve._slopes.tolist() == torch.tensor(alibi_slopes(12)).tolist()
 
 
-def test_after_inference_mode_it_trains() -> None:
+def test_layer_trains_after_inference_mode() -> None:
     made = layer("rotary")
     with torch.inference_mode():
         made(normal(1, ROWS, WIDTH))
@@ -191,7 +191,7 @@ def test_after_inference_mode_it_trains() -> None:
 
 @pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="torch 2.6 does not say that it exports")
 @pytest.mark.parametrize("used", [False, True], ids=["new", "used"])
-def test_exported_layer_takes_every_length(used: bool) -> None:
+def test_exported_layer_accepts_every_length(used: bool) -> None:
     """Its tables of angles are not bound to the length that it was exported, or last called, with."""
     made = layer("rotary").eval()
     if used:
@@ -232,13 +232,13 @@ REFUSED: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused(case: str) -> None:
+def test_wrong_arguments_are_refused_by_name(case: str) -> None:
     call, words = REFUSED[case]
     with pytest.raises(ValueError, match=words):
         call()
 
 
-def test_the_module_is_there_when_it_is_asked_for() -> None:
+def test_module_is_imported_on_first_use() -> None:
     assert anyattn.nn.Attention is Attention
     with pytest.raises(AttributeError, match="nothing"):
         _ = anyattn.nothing

@@ -25,7 +25,7 @@ def test_frameworks_have_every_function_of_the_protocol(framework: str, name: st
         assert parameter.default == wanted[parameter.name].default
 
 
-def test_the_list_of_functions_is_the_protocol() -> None:
+def test_list_of_functions_equals_the_protocol() -> None:
     assert set(FUNCTIONS) == {name for name in vars(Framework) if not name.startswith("_")}
 
 
@@ -45,7 +45,7 @@ def test_an_array_of_no_framework_is_refused_by_name() -> None:
         anyattn.attention([], [], [])
 
 
-def test_the_tables_of_inputs_agree() -> None:
+def test_tables_of_inputs_agree() -> None:
     """FIELDS has a row for each field of Extras; each gradient of an optional array has a field of Gradients."""
     assert tuple(FIELDS) == Extras._fields
     assert Gradients._fields == ("dq", "dk", "dv", *(f"d{name}" for name in GRADIENTS))

@@ -52,19 +52,19 @@ def test_every_form_becomes_a_python_value(read: Any, forms: list[Any], want: An
     [None, "1", (1,), [], 1j, np.array([1, 2]), np.array([]), np.str_("1"), torch.ones(2), torch.zeros(0), {}],
     ids=repr,
 )
-def test_other_things_are_refused_by_name(read: Any, wrong: Any) -> None:
+def test_other_objects_are_refused_by_name(read: Any, wrong: Any) -> None:
     with pytest.raises(TypeError, match=r"^softcap must be"):
         read("softcap", wrong)
 
 
 @pytest.mark.parametrize("read", [scalars.integer, scalars.flag])
 @pytest.mark.parametrize("wrong", [1.0, np.float32(1), torch.tensor(1.0)], ids=repr)
-def test_a_fraction_is_no_integer(read: Any, wrong: Any) -> None:
+def test_fraction_is_refused_as_an_integer(read: Any, wrong: Any) -> None:
     with pytest.raises(TypeError, match=r"^window must be"):
         read("window", wrong)
 
 
-def test_a_number_that_no_float_holds_is_refused() -> None:
+def test_number_beyond_the_range_of_float_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^scale must be finite"):
         scalars.real("scale", 10**400)
 

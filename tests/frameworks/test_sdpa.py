@@ -62,7 +62,7 @@ SHAPES = {  # query, key, value
 
 @pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
-def test_shapes(shapes: tuple[tuple[int, ...], ...], is_causal: bool) -> None:
+def test_shapes_equal_the_math_path(shapes: tuple[tuple[int, ...], ...], is_causal: bool) -> None:
     arguments: dict[str, Any] = {"is_causal": is_causal, "scale": 0.3}
     close(results(anyattn.sdpa, leaves(shapes), **arguments), results(math_path, leaves(shapes), **arguments))
 
@@ -80,7 +80,7 @@ MASKS = {  # for scores (2, 4, 5, 9)
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_masks(mask: Tensor) -> None:
+def test_masks_equal_the_math_path(mask: Tensor) -> None:
     """Gradients of a float mask too; in the math path it has to have query's dtype."""
     inputs = leaves(SHAPES["cross"])
     differentiable = mask.dtype is torch.float64 and bool(mask.isfinite().all())
@@ -91,14 +91,14 @@ def test_masks(mask: Tensor) -> None:
 
 
 @pytest.mark.parametrize("mask", [normal(2, 1, 1, 5, 9), normal(2, 3, 4, 5, 9), normal(1, 1, 4, 5, 9), normal(5, 9)])
-def test_masks_with_two_batch_dimensions(mask: Tensor) -> None:
+def test_masks_with_two_batch_dimensions_equal_the_math_path(mask: Tensor) -> None:
     inputs = leaves(SHAPES["two batches"])
     mask = mask.requires_grad_()
     close(results(anyattn.sdpa, inputs, attn_mask=mask), results(math_path, inputs, attn_mask=mask))
 
 
 @pytest.mark.parametrize("mask", [None, normal(4, 5, 9, dtype=torch.float32) > 0, normal(2, 4, 5, 9)], ids=type)
-def test_grouped_queries(mask: Tensor | None) -> None:
+def test_grouped_queries_equal_the_math_path(mask: Tensor | None) -> None:
     inputs = leaves(((2, 4, 5, 8), (2, 2, 9, 8), (2, 2, 9, 6)))
     arguments = {"attn_mask": mask, "enable_gqa": True}
     close(results(anyattn.sdpa, inputs, **arguments), results(math_path, inputs, **arguments))
@@ -106,7 +106,7 @@ def test_grouped_queries(mask: Tensor | None) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["causal", "bool", "float", "dropout"])
-def test_the_same_bits_as_attention(kind: str, dtype: torch.dtype) -> None:
+def test_results_have_the_bits_of_attention(kind: str, dtype: torch.dtype) -> None:
     """So what is proven of `attention`, for every dtype, holds here."""
     inputs = leaves(SHAPES["cross"], dtype)
     mask = normal(2, 1, 5, 9, seed=7)
@@ -133,7 +133,7 @@ def test_the_same_bits_as_attention(kind: str, dtype: torch.dtype) -> None:
     equal(got, results(attention, inputs, **core))
 
 
-def test_rows_without_keys_are_zero() -> None:
+def test_queries_without_keys_are_zero() -> None:
     inputs = leaves(SHAPES["cross"])
     mask = torch.ones(5, 9, dtype=torch.bool)
     mask[2] = False
@@ -143,14 +143,14 @@ def test_rows_without_keys_are_zero() -> None:
     assert all(x.isfinite().all() for x in grads)
 
 
-def test_empty_sequences() -> None:
+def test_empty_sequences_give_zeros() -> None:
     q, k = torch.ones(2, 4, 3, 8), torch.ones(2, 4, 0, 8)
     assert torch.equal(anyattn.sdpa(q, k, k), torch.zeros_like(q))
     assert anyattn.sdpa(k, q, q).shape == (2, 4, 0, 8)
     assert anyattn.sdpa(q[:0], q[:0], q[:0]).shape == (0, 4, 3, 8)
 
 
-def test_wrong_arguments() -> None:
+def test_wrong_arguments_are_refused_by_name() -> None:
     q, k, v = (x.detach() for x in leaves(SHAPES["cross"]))
     with pytest.raises(ValueError, match=r"attn_mask cannot be combined with is_causal"):
         anyattn.sdpa(q, k, v, torch.ones(5, 9, dtype=torch.bool), is_causal=True)
@@ -170,7 +170,7 @@ def test_wrong_arguments() -> None:
         anyattn.sdpa(q, k, v, dropout_p=1.0)
 
 
-def test_mask_that_is_no_tensor() -> None:
+def test_mask_that_is_no_tensor_is_refused() -> None:
     x = torch.zeros(1, 2, 3, 8)
     with pytest.raises(TypeError, match="attn_mask must be a tensor or None, got list"):
         anyattn.sdpa(x, x, x, [[True]])
@@ -264,7 +264,7 @@ def accepted(want: list[Tensor], plain: list[Tensor], exact: list[Tensor], dtype
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", HOOKED)
-def test_hook(kind: str, dtype: torch.dtype, calls: list[str]) -> None:
+def test_hook_replaces_the_function_of_torch(kind: str, dtype: torch.dtype, calls: list[str]) -> None:
     nheads_kv = 2 if flash_takes_groups() else 4
     shapes = ((2, 4, 5, 8), (2, nheads_kv, 9, 8), (2, nheads_kv, 9, 8))
     arguments: dict[str, Any] = {**HOOKED[kind], "enable_gqa": True}
@@ -298,7 +298,7 @@ def narrowed(arguments: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("layout", [0, 1, 2], ids=["by heads", "by rows", "packed"])
-def test_hook_has_the_strides_of_the_fakes(layout: int, calls: list[str]) -> None:
+def test_hook_returns_the_strides_of_fake_tensors(layout: int, calls: list[str]) -> None:
     """Otherwise code that Inductor compiled stops with an assertion, or reads the wrong places."""
     q, k, v = (layouts((2, 4, n, 8), torch.float32, n)[layout] for n in (5, 9, 9))
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
@@ -316,7 +316,7 @@ def test_hook_has_the_strides_of_the_fakes(layout: int, calls: list[str]) -> Non
     assert calls == ["forward", "backward"]
 
 
-def test_hook_in_compiled_code(calls: list[str]) -> None:
+def test_hook_works_in_compiled_code(calls: list[str]) -> None:
     """By Inductor; the projections make views in several layouts inside the graph."""
 
     def program(x: Tensor, weight: Tensor) -> Tensor:
@@ -333,7 +333,7 @@ def test_hook_in_compiled_code(calls: list[str]) -> None:
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_hook_in_multihead_attention(training: bool, calls: list[str]) -> None:
+def test_hook_works_in_multihead_attention(training: bool, calls: list[str]) -> None:
     torch.manual_seed(0)
     module = torch.nn.MultiheadAttention(16, 4, batch_first=True, dtype=torch.float64).train(training)
     x = leaf(2, 6, 16)
@@ -357,7 +357,7 @@ def test_hook_in_multihead_attention(training: bool, calls: list[str]) -> None:
 
 
 @torch.no_grad()
-def test_hook_in_inference(calls: list[str]) -> None:
+def test_hook_works_in_inference(calls: list[str]) -> None:
     """Where torch would take a fast path of its own, and takes it again afterwards."""
     layer, x = torch.nn.TransformerEncoderLayer(16, 4, batch_first=True, dtype=torch.float64).eval(), normal(2, 6, 16)
     got = layer(x)
@@ -371,7 +371,7 @@ def test_hook_in_inference(calls: list[str]) -> None:
 @pytest.mark.skipif(not WINDOWS, reason="this torch has no varlen_attn, or one without windows")
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (2, 1)], ids=str)
-def test_hook_in_varlen_attention(window: tuple[int, int], compiled: bool, calls: list[str]) -> None:
+def test_hook_works_in_varlen_attention(window: tuple[int, int], compiled: bool, calls: list[str]) -> None:
     """torch.nn.attention.varlen, which has no CPU kernel of its own."""
     inputs = leaves(((9, 4, 8), (11, 2, 8), (11, 2, 8)), torch.float32)
     begins = torch.tensor([0, 3, 9], dtype=torch.int32), torch.tensor([0, 5, 11], dtype=torch.int32)
@@ -389,7 +389,7 @@ def test_hook_in_varlen_attention(window: tuple[int, int], compiled: bool, calls
 
 @pytest.mark.skipif(not PAGES, reason="this torch has no varlen_attn, or one without pages")
 @pytest.mark.usefixtures("calls")
-def test_hook_in_paged_varlen_attention() -> None:
+def test_hook_works_in_paged_varlen_attention() -> None:
     q, pages = normal(3, 4, 8), normal(5, 4, 4, 8, seed=1)
     begins, used = torch.tensor([0, 1, 3], dtype=torch.int32), torch.tensor([6, 3], dtype=torch.int32)
     table = torch.tensor([[4, 0], [2, 1]], dtype=torch.int32)
@@ -399,7 +399,7 @@ def test_hook_in_paged_varlen_attention() -> None:
     equal([out, lse], list(want))
 
 
-def test_context_manager() -> None:
+def test_context_manager_activates_and_restores() -> None:
     x = normal(1, 2, 5, 8)
     before = F.scaled_dot_product_attention(x, x, x)
     with anyattn.compat.torch.use_anyattn():
@@ -407,7 +407,7 @@ def test_context_manager() -> None:
     assert torch.equal(F.scaled_dot_product_attention(x, x, x), before)
 
 
-def test_context_manager_is_for_gpus_too() -> None:
+def test_context_manager_covers_gpus() -> None:
     def registered() -> bool:
         found: bool = torch._C._dispatch_has_kernel_for_dispatch_key(
             "aten::_scaled_dot_product_flash_attention", "CUDA"

@@ -33,7 +33,7 @@ def leaves(rows: tuple[int, int, int], *, by_rows: bool = False) -> list[Tensor]
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_sdpa(dropout_p: float, is_causal: bool) -> None:
+def test_operators_have_the_bits_of_attention(dropout_p: float, is_causal: bool) -> None:
     """Bit for bit what anyattn.attention gives, dropout drawn from torch's generator included.
 
     torch calls the operator with is_causal for as many queries as keys, and for CausalBias of the lower right.
@@ -58,7 +58,7 @@ def both_operators(q: Tensor, k: Tensor, v: Tensor) -> tuple[tuple[Tensor, ...],
 
 
 @pytest.mark.parametrize("by_rows", [False, True])
-def test_strides_are_those_of_the_fakes(by_rows: bool) -> None:
+def test_operators_return_the_strides_of_fake_tensors(by_rows: bool) -> None:
     inputs = [x.detach() for x in leaves((5, 9, 9), by_rows=by_rows)]
     meta = [torch.empty_strided(x.shape, x.stride(), device="meta") for x in inputs]
     (real, grads), (fake, fakes) = (both_operators(*given) for given in (inputs, meta))
@@ -67,7 +67,7 @@ def test_strides_are_those_of_the_fakes(by_rows: bool) -> None:
         assert (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
 
 
-def test_packed_with_dropout() -> None:
+def test_packed_operators_apply_dropout() -> None:
     """torch.nn.attention.varlen's operators."""
     generator = torch.Generator().manual_seed(1)
     q, k, v = (torch.randn(12, 3, 8, generator=generator).requires_grad_() for _ in range(3))
@@ -82,7 +82,7 @@ def test_packed_with_dropout() -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, torch.autograd.grad(want, (q, k, v), dout), strict=True))
 
 
-def test_no_scores() -> None:
+def test_debug_mask_is_refused() -> None:
     q, k, v = leaves((5, 5, 5))
     with pytest.raises(NotImplementedError, match="return_debug_mask must be False, got True"):
         aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, True)

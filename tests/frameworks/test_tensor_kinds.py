@@ -119,7 +119,7 @@ def backward(**changes: Callable[[Tensor], Tensor]) -> Any:
 
 @pytest.mark.parametrize("kind", READ)
 @pytest.mark.parametrize("name", ARRAYS)
-def test_it_is_read_as_what_it_stands_for(name: str, kind: str) -> None:
+def test_tensor_is_read_by_its_meaning(name: str, kind: str) -> None:
     got = ARRAYS[name](lambda x: READ[kind](x)[0])
     want = ARRAYS[name](lambda x: READ[kind](x)[1])
     close(got.as_subclass(Tensor) if isinstance(got, (Label, Silent)) else got, want)
@@ -127,12 +127,12 @@ def test_it_is_read_as_what_it_stands_for(name: str, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", REFUSED)
 @pytest.mark.parametrize("name", ARRAYS)
-def test_it_is_refused(name: str, kind: str) -> None:
+def test_unsupported_tensor_is_refused_by_name(name: str, kind: str) -> None:
     with pytest.raises((TypeError, ValueError, NotImplementedError)):
         ARRAYS[name](REFUSED[kind])
 
 
-def test_its_gradient_comes_through() -> None:
+def test_gradient_reaches_the_tensor() -> None:
     label = leaf(2, 5, 4, 8).detach().as_subclass(Label).requires_grad_()
     plain = label.detach().as_subclass(Tensor).clone().requires_grad_()
     grads = [
@@ -159,7 +159,7 @@ TRIANGLES = {
 @pytest.mark.parametrize("triangle", TRIANGLES.values(), ids=TRIANGLES)
 @pytest.mark.parametrize("rows, keys", [(5, 9), (9, 5), (5, 5)])
 @pytest.mark.parametrize("options", [{}, {"scale": 0.3}, {"enable_gqa": True}], ids=str)
-def test_triangles_of_torch(
+def test_causal_bias_of_torch_is_computed(
     triangle: tuple[Any, str], rows: int, keys: int, options: dict[str, Any], recwarn: Any
 ) -> None:
     """Result and gradients, through sdpa and behind torch's own function; rows without keys give 0."""
@@ -184,7 +184,7 @@ def hooked(*arguments: Any, **keywords: Any) -> Tensor:
         return F.scaled_dot_product_attention(*arguments, **keywords)
 
 
-def test_triangles_in_compiled_functions() -> None:
+def test_causal_bias_works_in_compiled_functions() -> None:
     query, key = normal(1, 2, 4, 8), normal(1, 2, 6, 8)
     for make in (causal_lower_right, causal_upper_left):
         triangle = make(4, 6)
@@ -195,7 +195,7 @@ def test_triangles_in_compiled_functions() -> None:
         close(torch.compile(call, backend="aot_eager", fullgraph=True)(query, key), call(query, key))
 
 
-def test_triangles_elsewhere_are_refused() -> None:
+def test_causal_bias_of_a_wrong_shape_or_argument_is_refused() -> None:
     query, triangle = normal(1, 2, 4, 8), causal_lower_right(4, 4)
     with pytest.raises(ValueError, match="must be a CausalBias of 4 queries and 4 keys, got one of 4 queries and 6"):
         anyattn.sdpa(query, query, query, causal_upper_left(4, 6))

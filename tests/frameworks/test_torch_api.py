@@ -41,7 +41,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", OPTIONS)
-def test_the_same_bits_as_numpy(kind: str, dtype: torch.dtype) -> None:
+def test_results_have_the_bits_of_numpy_arrays(kind: str, dtype: torch.dtype) -> None:
     options = {**OPTIONS[kind], "return_lse": True}
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     options = {
@@ -82,13 +82,13 @@ def test_absent_gradients_are_none() -> None:
     assert grads.dsink is None
 
 
-def test_flash_attention_takes_heads_first() -> None:
+def test_flash_attention_accepts_heads_first() -> None:
     q, k, v = (x.transpose(1, 2) for x in qkv())
     want = anyattn.attention(*qkv(), causal=True).transpose(1, 2)
     assert torch.equal(anyattn.flash_attention(q, k, v), want)
 
 
-def test_explain() -> None:
+def test_explain_accepts_tensors() -> None:
     explanation = anyattn.explain(*qkv(), causal=True)
     assert explanation.chosen in anyattn.get_available_backends()
 
@@ -117,13 +117,13 @@ def test_numbers_of_numpy_are_numbers() -> None:
     assert torch.equal(anyattn.attention_with_kvcache(q, k, v, cache_seqlens=np.int32(6)), want)
 
 
-def test_forward_with_dropout_needs_a_state() -> None:
+def test_forward_with_dropout_requires_a_random_state() -> None:
     with pytest.raises(ValueError, match="rng_state"):
         anyattn.attention_forward(*qkv(), dropout_p=0.5)
 
 
 @pytest.mark.parametrize("wanted", ["q", "k", "v", "bias", "sink", "q sink", "k v bias", ""])
-def test_gradients_on_demand(wanted: str) -> None:
+def test_gradients_are_computed_only_for_inputs_that_require_them(wanted: str) -> None:
     given = {**dict(zip("qkv", qkv(), strict=True)), "bias": normal(1, 4, 1, 7), "sink": normal(4)}
     full = {name: x.clone().requires_grad_() for name, x in given.items()}
     anyattn.attention(**full).square().sum().backward()
@@ -138,7 +138,7 @@ def test_gradients_on_demand(wanted: str) -> None:
             assert torch.equal(x.grad, full[name].grad)  # type: ignore[arg-type]
 
 
-def test_no_gradients_where_none_are_recorded() -> None:
+def test_no_gradients_are_recorded_under_no_grad() -> None:
     with torch.no_grad():
         assert anyattn.attention(*qkv(grad=True)).grad_fn is None
     with torch.inference_mode():
@@ -148,7 +148,7 @@ def test_no_gradients_where_none_are_recorded() -> None:
     assert lse.requires_grad
 
 
-def test_a_changed_input_is_noticed() -> None:
+def test_changed_input_is_detected_in_the_backward() -> None:
     q, k, v = qkv(grad=True)
     shifted = k + 1
     out = anyattn.attention(q, shifted, v)
@@ -169,7 +169,7 @@ def test_backward_uses_the_backend_of_the_forward(monkeypatch: pytest.MonkeyPatc
     assert seen == ["numpy"]
 
 
-def test_the_only_copy_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+def test_copies_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     q, k, v = qkv()
     strange = q.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0)
     assert strange.stride(-1) != 1
@@ -183,7 +183,7 @@ def test_the_only_copy_is_logged(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.mark.parametrize("batch, rows, keys", [(0, 5, 7), (2, 0, 7), (2, 5, 0), (0, 0, 0)])
-def test_empty_sizes(batch: int, rows: int, keys: int) -> None:
+def test_empty_sizes_have_finite_gradients(batch: int, rows: int, keys: int) -> None:
     q = torch.ones(batch, rows, 4, 8, requires_grad=True)
     k, v = torch.ones(batch, keys, 2, 8, requires_grad=True), torch.ones(batch, keys, 2, 6, requires_grad=True)
     sink = torch.ones(4, requires_grad=True)
@@ -229,13 +229,13 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 
 @pytest.mark.parametrize("what", BAD)
 @pytest.mark.parametrize("grad", [False, True], ids=["plain", "grad"])
-def test_bad_input(what: str, grad: bool) -> None:
+def test_wrong_arguments_are_refused_by_name(what: str, grad: bool) -> None:
     change, error, message = BAD[what]
     with pytest.raises(error, match=message):
         anyattn.attention(**{**dict(zip("qkv", qkv(grad=grad), strict=True)), **change})
 
 
-def test_numpy_and_torch_do_not_mix() -> None:
+def test_mixing_numpy_and_torch_arrays_is_refused() -> None:
     q, k, v = qkv()
     with pytest.raises(TypeError, match="k must be a NumPy array"):
         anyattn.attention(q.numpy(), k, v.numpy())
@@ -265,7 +265,7 @@ CACHES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("kind, dynamic", [*[(kind, True) for kind in CACHES], ("paged", False)])
-def test_kvcache_compiled_is_kvcache_eager(kind: str, dynamic: bool) -> None:
+def test_compiled_kvcache_equals_eager_kvcache(kind: str, dynamic: bool) -> None:
     torch._dynamo.reset()
     shape, options = CACHES[kind]
     eager, compiled = ([normal(*shape, seed=seed) for seed in (5, 6)] for _ in range(2))
@@ -279,7 +279,7 @@ def test_kvcache_compiled_is_kvcache_eager(kind: str, dynamic: bool) -> None:
 
 @pytest.mark.full
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_kvcache_in_inductor_writes_where_it_should(dynamic: bool) -> None:
+def test_kvcache_in_inductor_writes_to_the_right_slots(dynamic: bool) -> None:
     """Views of a stacked cache, made inside the graph: a mutating operator is misplaced there."""
     torch._dynamo.reset()
     eager, compiled = normal(3, 2, 2, 16, 2, 8), normal(3, 2, 2, 16, 2, 8)
@@ -325,7 +325,7 @@ def test_kvcache_refuses_gradients() -> None:
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_kvcache_that_is_full_changes_nothing(compiled: bool) -> None:
+def test_full_kvcache_changes_nothing(compiled: bool) -> None:
     torch._dynamo.reset()
     cache = [normal(2, 16, 2, 8, seed=seed) for seed in (5, 6)]
     before = [x.clone() for x in cache]
@@ -353,7 +353,7 @@ def test_kvcache_under_autocast_keeps_its_dtype() -> None:
     assert torch.equal(cache[1][:, 3:4], v.to(torch.bfloat16))
 
 
-def test_kvcache_takes_new_keys_of_any_strides() -> None:
+def test_kvcache_accepts_new_keys_of_any_strides() -> None:
     """Copied for the engine; and a refused attention leaves the cache as it was here too."""
     q, k, v = (x.permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2) for x in NEW)
     one, other = ([normal(2, 16, 2, 8, seed=seed) for seed in (5, 6)] for _ in range(2))

@@ -95,7 +95,7 @@ def tensors(found: Any) -> Iterator[Tensor]:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_every_order_of_transforms(way: str) -> None:
+def test_every_order_of_transforms_equals_plain_torch(way: str) -> None:
     for got, want in zip(tensors(WAYS[way](ours)), tensors(WAYS[way](plain)), strict=True):
         torch.testing.assert_close(got, want, **TOLERANCE)
 
@@ -106,7 +106,7 @@ def with_lse(*arrays: Tensor) -> tuple[Tensor, Tensor]:
     return found
 
 
-def test_gradcheck_in_forward_mode_and_of_the_gradients() -> None:
+def test_gradcheck_passes_in_forward_mode_and_for_second_derivatives() -> None:
     small = (ARRAYS[0][:1, :3, :2], ARRAYS[1][:1, :4], ARRAYS[2][:1, :4], ARRAYS[3][:1, :, :3, :4], ARRAYS[4][:2])
     leaves = [x.clone().requires_grad_() for x in small]
     flags = {"check_batched_grad": True}
@@ -116,7 +116,7 @@ def test_gradcheck_in_forward_mode_and_of_the_gradients() -> None:
     assert torch.autograd.gradgradcheck(with_lse, leaves, check_fwd_over_rev=True, check_rev_over_rev=True, **flags)
 
 
-def test_packed_sequences_and_other_functions() -> None:
+def test_packed_sequences_and_other_functions_have_tangents() -> None:
     q, k, v, *_ = ARRAYS
     ones = torch.tensor([0, 3, 10], dtype=torch.int32)
     packed, along = (torch.cat([x[0, :5], x[1, :5]]) for x in (q, ALONG[0]))
@@ -143,7 +143,7 @@ def test_packed_sequences_and_other_functions() -> None:
     torch.testing.assert_close(tangents[2], short, **TOLERANCE)
 
 
-def test_a_model_with_tangents_of_its_parameters() -> None:
+def test_tangents_of_parameters_equal_finite_differences() -> None:
     layer = anyattn.nn.Attention(16, 2).double()
     x = torch.randn(2, 6, 16, dtype=torch.float64)
     parameters = {name: p.detach() for name, p in layer.named_parameters()}

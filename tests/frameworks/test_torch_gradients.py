@@ -89,7 +89,7 @@ def gradients(result: Tensor, leaves: list[Tensor]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("feature", FEATURES)
-def test_features(feature: str) -> None:
+def test_features_have_the_gradients_of_plain_attention(feature: str) -> None:
     qkv, options = inputs(), FEATURES[feature]()
     leaves = [*qkv, *[x for x in options.values() if isinstance(x, Tensor) and x.requires_grad]]
     out, lse = anyattn.attention(*qkv, **options, return_lse=True)
@@ -110,7 +110,7 @@ def test_lse_alone_has_gradients() -> None:
     assert got[2] is None or not got[2].any()
 
 
-def test_lengths() -> None:
+def test_lengths_have_the_gradients_of_shorter_calls() -> None:
     """seqused and leftpad hide what a shorter call does not have."""
     q, k, v = inputs()
     used, leftpad = torch.tensor([9, 6]), torch.tensor([2, 0])
@@ -128,7 +128,7 @@ def test_lengths() -> None:
         torch.testing.assert_close(one, other, **TOLERANCE)
 
 
-def test_packed_sequences() -> None:
+def test_packed_sequences_have_the_gradients_of_separate_calls() -> None:
     cu_q, cu_k = torch.tensor([0, 3, 3, 8], dtype=torch.int32), torch.tensor([0, 5, 6, 12], dtype=torch.int64)
     q, k, v = leaf(8, 4, 8, seed=1), leaf(12, 2, 8, seed=2), leaf(12, 2, 6, seed=3)
     sink = leaf(4, seed=4)
@@ -149,7 +149,7 @@ def test_packed_sequences() -> None:
 
 
 @pytest.mark.parametrize("layout", ["packed_qkv", "packed_kv", "heads_first", "last_dimension", "expanded"])
-def test_strided_inputs(layout: str) -> None:
+def test_strided_inputs_have_the_gradients_of_their_buffer(layout: str) -> None:
     """Views of one buffer and transposes give the gradients of the buffer itself."""
     if layout == "packed_qkv":
         buffers = [leaf(2, 7, 3, 4, 8)]
@@ -172,7 +172,7 @@ def test_strided_inputs(layout: str) -> None:
         torch.testing.assert_close(one, other, **TOLERANCE)
 
 
-def test_output_gradients_of_any_strides() -> None:
+def test_output_gradients_may_have_any_strides() -> None:
     q, k, v = inputs()
     weight = normal(HEAD_DIM_V, NHEADS, ROWS, BATCH, seed=10).permute(3, 2, 1, 0)
     for dout in (weight, torch.ones(()).double().expand(BATCH, ROWS, NHEADS, HEAD_DIM_V)):
@@ -182,7 +182,7 @@ def test_output_gradients_of_any_strides() -> None:
             torch.testing.assert_close(one, other, **TOLERANCE)
 
 
-def test_gradcheck() -> None:
+def test_gradcheck_passes() -> None:
     q, k, v = leaf(1, 3, 2, 4, seed=1), leaf(1, 4, 1, 4, seed=2), leaf(1, 4, 1, 3, seed=3)
     bias, sink = leaf(1, 2, 1, 4, seed=4), leaf(2, seed=5)
 
@@ -204,7 +204,7 @@ def test_merge_is_exact_and_differentiable() -> None:
         torch.testing.assert_close(one, other, **TOLERANCE)
 
 
-def test_merge_of_rows_that_see_nothing() -> None:
+def test_merge_of_queries_without_keys_has_finite_gradients() -> None:
     out = torch.zeros(1, 2, 1, 4, requires_grad=True)
     lse = torch.full((1, 1, 2), -torch.inf, requires_grad=True)
     merged, total = anyattn.merge(out, lse, out, lse)

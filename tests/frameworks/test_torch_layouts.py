@@ -151,7 +151,7 @@ def values(name: str, index: int) -> np.ndarray:
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("name", CALLS)
-def test_views_are_what_their_values_are(name: str, seed: int, engine: Engine) -> None:
+def test_results_do_not_depend_on_strides(name: str, seed: int, engine: Engine) -> None:
     function, names = CALLS[name]
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     plain = [values(x, index) for index, x in enumerate(names.split())]
@@ -170,7 +170,7 @@ def test_views_are_what_their_values_are(name: str, seed: int, engine: Engine) -
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-def test_vmap_shares_a_block_table(batch: int) -> None:
+def test_vmap_accepts_a_shared_block_table(batch: int) -> None:
     """The table is expanded: its rows lie no max_pages apart."""
     given = {name: torch.from_numpy(values(name, 0)) for name in ("pages_k", "pages_v", "q")}
     table, used = torch.tensor(TABLES["block_table"][:batch]), torch.tensor(TABLES["cache_seqlens"][:batch])
@@ -183,7 +183,7 @@ def test_vmap_shares_a_block_table(batch: int) -> None:
     torch.testing.assert_close(torch.vmap(call)(q), torch.stack([call(x) for x in q]))
 
 
-def test_result_is_not_laid_out_like_a_query_of_another_size() -> None:
+def test_operators_refuse_a_value_of_another_head_dim() -> None:
     """torch's operators want one head_dim; a value of head_dim 1 was repeated to query's."""
     query, value = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 1)
     with pytest.raises(ValueError, match="the same head_dim"):

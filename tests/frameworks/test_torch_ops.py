@@ -59,7 +59,7 @@ def calls() -> dict[str, tuple[dict[str, Tensor], Options]]:
 
 
 @pytest.mark.parametrize("kind", calls())
-def test_opcheck(kind: str) -> None:
+def test_opcheck_passes(kind: str) -> None:
     given, options = calls()[kind]
     arrays = tuple(given.get(name) for name in FORWARD.inputs)
     torch.library.opcheck(torch.ops.anyattn.forward.default, (*arrays, *options, ""))
@@ -71,7 +71,7 @@ def test_opcheck(kind: str) -> None:
         torch.library.opcheck(torch.ops.anyattn.backward.default, backward)
 
 
-def test_schemas_mutate_nothing() -> None:
+def test_schemas_declare_no_mutation() -> None:
     for op in (torch.ops.anyattn.forward, torch.ops.anyattn.backward, torch.ops.anyattn.cache_slots):
         assert not op.default._schema.is_mutable
 
@@ -105,7 +105,7 @@ def test_compile_makes_one_graph_for_all_lengths(feature: str) -> None:
     assert counters["stats"]["unique_graphs"] == 1
 
 
-def test_compile_takes_lists_of_any_length() -> None:
+def test_compile_accepts_lists_of_any_length() -> None:
     compiled = torch.compile(
         lambda q, k, v, lists: anyattn.attention(q, k, v, kv_indices=lists),
         fullgraph=True, dynamic=True, backend=GRAPHS,
@@ -120,7 +120,7 @@ def test_compile_takes_lists_of_any_length() -> None:
     assert counters["stats"]["unique_graphs"] == 1
 
 
-def test_compile_packed_sequences() -> None:
+def test_packed_sequences_compile() -> None:
     compiled = torch.compile(anyattn.attention_varlen, fullgraph=True, dynamic=True, backend=GRAPHS)
     for rows in (6, 10, 13):
         x = leaf(rows, 2, 8)
@@ -131,7 +131,7 @@ def test_compile_packed_sequences() -> None:
     assert counters["stats"]["unique_graphs"] == 1
 
 
-def test_compile_without_gradients() -> None:
+def test_compile_works_without_gradients() -> None:
     compiled = torch.compile(anyattn.attention, fullgraph=True, backend=GRAPHS)
     with torch.no_grad():
         assert torch.equal(compiled(*qkv()), anyattn.attention(*qkv()))
@@ -152,14 +152,14 @@ f(q)
 """
 
 
-def test_compile_is_the_first_call_of_a_process() -> None:
+def test_compile_works_as_the_first_call_of_a_process() -> None:
     """And what eager calls import later makes nothing compile again."""
     done = subprocess.run([sys.executable, "-c", FIRST_CALL], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.full
-def test_inductor() -> None:
+def test_inductor_gives_the_gradients_of_eager_mode() -> None:
     compiled = torch.compile(lambda q, k, v: anyattn.attention(q.sin(), k, v, causal=True).cos(), fullgraph=True)
     one, other = qkv(grad=True), qkv(grad=True)
     compiled(*one).sum().backward()
@@ -182,7 +182,7 @@ def test_transforms_inside_compile_keep_their_gradients() -> None:
         torch.testing.assert_close(torch.compile(mapped, backend=GRAPHS, fullgraph=True)(many), mapped(many))
 
 
-def test_export() -> None:
+def test_export_keeps_dynamic_lengths() -> None:
     class Module(torch.nn.Module):
         def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             out: Tensor = anyattn.attention(q, k, v, causal=True)
@@ -196,7 +196,7 @@ def test_export() -> None:
     torch.testing.assert_close(program.module()(q, k, v), anyattn.attention(q, k, v, causal=True))
 
 
-def test_fake_and_meta_tensors() -> None:
+def test_fake_and_meta_tensors_have_the_right_shapes_and_strides() -> None:
     want = [(x.shape, x.stride(), x.dtype) for x in anyattn.attention(*qkv(), return_lse=True)]
     with FakeTensorMode() as mode:
         fake = [mode.from_tensor(x) for x in qkv()]
@@ -208,7 +208,7 @@ def test_fake_and_meta_tensors() -> None:
 
 
 @torch.no_grad()  # torch without CUDA gives no gradient to a tensor that says it is there
-def test_fake_tensors_on_a_gpu() -> None:
+def test_fake_tensors_on_a_gpu_stay_on_their_device() -> None:
     """Forward, backward, export and compile see a device that is not here; torch 2.6 compiles for no fake tensor."""
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -255,7 +255,7 @@ MAPPED: dict[str, tuple[tuple[int | None, ...], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("kind", MAPPED)
-def test_vmap(kind: str) -> None:
+def test_vmap_equals_a_loop(kind: str) -> None:
     """vmap, vmap of gradients, and gradients of vmap, against a loop."""
     dims, options = MAPPED[kind]
     arrays = tuple(
@@ -284,13 +284,13 @@ def test_vmap(kind: str) -> None:
         torch.testing.assert_close(one, parts.sum(0) if dim is None else parts.movedim(0, dim))
 
 
-def test_vmap_of_packed_sequences() -> None:
+def test_vmap_of_packed_sequences_equals_a_loop() -> None:
     x, cu = normal(3, 8, 2, 8), ints(0, 3, 8)
     mapped = torch.vmap(lambda x: anyattn.attention_varlen(x, x, x, cu, cu, causal=True))(x)
     torch.testing.assert_close(mapped, torch.stack([anyattn.attention_varlen(y, y, y, cu, cu, causal=True) for y in x]))
 
 
-def test_func_grad_and_jacobian() -> None:
+def test_func_grad_and_jacobian_equal_autograd() -> None:
     q, k, v = qkv(grad=True)
     (want,) = torch.autograd.grad(total(anyattn.attention(q, k, v)), q)
     torch.testing.assert_close(torch.func.grad(lambda q: total(anyattn.attention(q, k, v)))(q), want)
@@ -301,7 +301,7 @@ def test_func_grad_and_jacobian() -> None:
     torch.testing.assert_close(many[1], jacobian.sum(0))
 
 
-def test_autocast() -> None:
+def test_autocast_rounds_the_inputs() -> None:
     q, k, v = qkv(grad=True)
     bias = leaf(2, 4, 5, 7)
     with torch.autocast("cpu", torch.bfloat16):
@@ -319,7 +319,7 @@ def test_autocast() -> None:
     assert bias.grad.dtype is torch.float32
 
 
-def test_selective_checkpointing_sees_the_operator() -> None:
+def test_selective_checkpointing_finds_the_operator() -> None:
     seen: list[str] = []
 
     def policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -348,7 +348,7 @@ def test_checkpointing_repeats_the_dropout() -> None:
         assert torch.equal(x.grad, y.grad)  # type: ignore[arg-type]
 
 
-def test_flop_counter() -> None:
+def test_flop_counter_counts_both_passes() -> None:
     q, k, v = qkv(rows=5, keys=7, grad=True)
     scores = 2 * 4 * 5 * 7  # batch, nheads, rows, keys
     with FlopCounterMode(display=False) as counter:
@@ -363,7 +363,7 @@ def test_flop_counter() -> None:
     assert counter.get_total_flops() == 2 * 2 * (6 * 6 * 2) * 16
 
 
-def test_profiler_sees_the_operators() -> None:
+def test_profiler_lists_the_operators() -> None:
     with torch.profiler.profile() as profile:
         anyattn.attention(*qkv(grad=True)).sum().backward()
     names = {event.key for event in profile.key_averages()}
@@ -381,7 +381,7 @@ def test_plain_eager_calls_no_operator(monkeypatch: pytest.MonkeyPatch) -> None:
         anyattn.attention(*qkv())
 
 
-def test_without_private_names_everything_is_an_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_private_names_of_torch_select_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     want = qkv(grad=True)
     anyattn.attention(*want).sum().backward()
     monkeypatch.setattr(fastpath, "AVAILABLE", False)
@@ -392,7 +392,7 @@ def test_without_private_names_everything_is_an_operator(monkeypatch: pytest.Mon
         assert torch.equal(x.grad, y.grad)  # type: ignore[arg-type]
 
 
-def test_values_that_only_the_dispatcher_reads() -> None:
+def test_lazily_negated_tensors_and_subclasses_use_the_operator() -> None:
     """A lazily negated tensor and a subclass take the operator."""
     q, k, v = qkv()
 

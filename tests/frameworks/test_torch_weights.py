@@ -74,7 +74,7 @@ def leaves_of(given: tuple[Tensor, ...], options: dict[str, Any]) -> list[Tensor
 
 @pytest.mark.parametrize("queries", QUERIES)
 @pytest.mark.parametrize("feature", FEATURES)
-def test_gradients_of_output_and_weights(feature: str, queries: str) -> None:
+def test_gradients_of_output_and_weights_add_up(feature: str, queries: str) -> None:
     """The part of a softmax's gradient that flows through lse adds to the gradients of the output."""
     options, chosen = FEATURES[feature](), QUERIES[queries]
     q, k, v = qkv(grad=True)
@@ -87,7 +87,7 @@ def test_gradients_of_output_and_weights(feature: str, queries: str) -> None:
     close(torch.autograd.grad(total(got, out), leaves), torch.autograd.grad(total(want, plain), leaves))
 
 
-def test_gradcheck() -> None:
+def test_gradcheck_passes() -> None:
     q, k, _ = qkv(rows=3, keys=4, grad=True)
     v, bias, sink = normal(2, 4, 2, 3), leaf(4, 1, 4, seed=5), leaf(4, seed=6)
 
@@ -97,7 +97,7 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(call, (q, k, bias, sink))
 
 
-def test_gradcheck_in_lse() -> None:
+def test_gradcheck_in_lse_passes() -> None:
     """lse is an argument like the others: P = exp(s - lse)."""
     q, k, _ = qkv(rows=3, keys=4, grad=True)
     lse = leaf(2, 4, 3, seed=7)
@@ -105,7 +105,7 @@ def test_gradcheck_in_lse() -> None:
     assert torch.autograd.gradgradcheck(lambda *arrays: anyattn.attention_weights(*arrays, causal=True), (q, k, lse))
 
 
-def test_memory_that_is_not_in_use_has_no_gradient() -> None:
+def test_unused_memory_has_no_gradient() -> None:
     """NaN there reaches neither weights nor gradients."""
     used_q, used_k, leftpad = torch.tensor([5, 3]), torch.tensor([7, 4]), torch.tensor([2, 0])
     q, k, v = qkv()
@@ -129,7 +129,7 @@ def test_memory_that_is_not_in_use_has_no_gradient() -> None:
     assert not gradients[0][1, 3:].any() and not gradients[1][0, :2].any() and not gradients[1][1, 4:].any()
 
 
-def test_an_lse_without_gradient_is_refused() -> None:
+def test_lse_without_gradient_is_refused() -> None:
     """Gradients would lack their part through lse without a word."""
     q, k, v = qkv(grad=True)
     _, lse = anyattn.attention_forward(q, k, v)
@@ -155,7 +155,7 @@ def test_results_have_the_dtype_of_q(dtype: torch.dtype) -> None:
         close(got.double(), want, rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
-def test_autocast() -> None:
+def test_autocast_rounds_the_inputs_only() -> None:
     """Inputs are rounded as those of attention; products are not."""
     q, k, v = qkv(dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
@@ -171,7 +171,7 @@ def test_autocast() -> None:
 @pytest.mark.parametrize(
     ("feature", "queries"), [("dense", "list"), ("causal", "slice"), ("everything", "all"), ("everything", "tensor")]
 )
-def test_compile(feature: str, queries: str, grad: bool) -> None:
+def test_compiled_weights_equal_eager_weights(feature: str, queries: str, grad: bool) -> None:
     options, chosen = FEATURES[feature](), QUERIES[queries]
     if not grad:
         options = {name: x.detach() if isinstance(x, Tensor) else x for name, x in options.items()}
@@ -206,7 +206,7 @@ def test_compiled_code_checks_its_arguments() -> None:
         compiled(q, k, lse, bias=normal(ROWS, KEYS - 1))
 
 
-def test_vmap_and_gradients_of_functions() -> None:
+def test_vmap_and_func_grad_equal_plain_torch() -> None:
     q, k, v = (torch.stack([x, 0.5 * x, 2 * x]) for x in qkv())
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -219,7 +219,7 @@ def test_vmap_and_gradients_of_functions() -> None:
     close(got, torch.autograd.grad(total(want), leaf_q)[0])
 
 
-def test_forward_mode() -> None:
+def test_forward_mode_equals_plain_torch() -> None:
     """With the tangents of q and of lse; attention itself has no forward mode."""
     q, k, _ = qkv()
     tangent = normal(*q.shape, seed=9)
@@ -247,7 +247,7 @@ class Largest(TorchFunctionMode):
 
 
 @pytest.mark.parametrize("profiled", [False, True])
-def test_memory_is_that_of_the_result_and_one_tile(profiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_the_result_and_one_tile(profiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     entries, n = 2**14, 512
     monkeypatch.setattr(scores, "TILE_ENTRIES", entries)
     q, k = (normal(1, n, 2, 16, dtype=torch.float32) for _ in range(2))
@@ -261,7 +261,7 @@ def test_memory_is_that_of_the_result_and_one_tile(profiled: bool, monkeypatch: 
     assert largest.bytes <= max(4 * entries, 4 * q.numel())
 
 
-def test_meta_tensors() -> None:
+def test_meta_tensors_have_the_right_shape() -> None:
     q, k = torch.empty(2, 5, 4, 8, device="meta"), torch.empty(2, 7, 2, 8, device="meta")
     got = anyattn.attention_weights(q, k, torch.empty(2, 4, 5, device="meta"), queries=[0, 1, 2])
     assert got.shape == (2, 4, 3, 7) and got.is_meta

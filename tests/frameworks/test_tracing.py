@@ -124,7 +124,9 @@ CASES: dict[str, tuple[Callable[..., Tensor], Inputs, list[tuple[Inputs, str]]]]
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_a_trace_is_right_or_raises(case: tuple[Callable[..., Tensor], Inputs, list[tuple[Inputs, str]]]) -> None:
+def test_trace_gives_the_right_result_or_raises(
+    case: tuple[Callable[..., Tensor], Inputs, list[tuple[Inputs, str]]],
+) -> None:
     call, inputs, others = case
     traced = trace(call, tuple(inputs))
     values = [torch.flip(x, (0,)) if x.is_floating_point() else x for x in inputs]

@@ -37,12 +37,12 @@ def below_run(folder: Path, program: str, *arguments: str | Path, **variables: s
 
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_multiprocessing(tmp_path: Path, method: str) -> None:
+def test_multiprocessing_children_find_the_names(tmp_path: Path, method: str) -> None:
     result = below_run(tmp_path, POOL, method)
     assert (result.stdout, result.returncode) == ("anyattn.compat.flash_attn\n", 0), result.stderr
 
 
-def test_a_process_and_its_own_children(tmp_path: Path) -> None:
+def test_child_processes_and_their_children_find_the_names(tmp_path: Path) -> None:
     program = tmp_path / "starts.py"
     program.write_text(STARTS, encoding="utf-8")
     result = below_run(tmp_path, STARTS, program, program, "-c", IMPORT)
@@ -59,7 +59,7 @@ def test_metadata_and_specs_are_found_before_the_import(tmp_path: Path) -> None:
     assert below_run(tmp_path, STARTS, "-c", code).stdout == "True False\n"
 
 
-def test_torchrun(tmp_path: Path) -> None:
+def test_torchrun_workers_find_the_names(tmp_path: Path) -> None:
     program = tmp_path / "ranks.py"
     program.write_text("import os\nfrom flash_attn import flash_attn_func\nprint('rank', os.environ['RANK'])\n")
     command = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", program)
@@ -68,14 +68,14 @@ def test_torchrun(tmp_path: Path) -> None:
     assert "rank 0" in result.stdout and "rank 1" in result.stdout
 
 
-def test_a_process_that_imports_none_of_the_names_pays_nothing(tmp_path: Path) -> None:
+def test_process_without_these_imports_does_not_load_anyattn(tmp_path: Path) -> None:
     result = below_run(tmp_path, STARTS, "-c", PATHS)
     modules, *paths = result.stdout.splitlines()
     assert (modules, result.stderr) == ("[]", "")
     assert paths and children.FOLDER not in paths
 
 
-def test_another_sitecustomize_runs(tmp_path: Path) -> None:
+def test_sitecustomize_of_the_user_still_runs(tmp_path: Path) -> None:
     user = tmp_path / "user"
     user.mkdir()
     (user / "sitecustomize.py").write_text("import sys\nsys.greeting = 'hello'\n")
@@ -86,13 +86,13 @@ def test_another_sitecustomize_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", ["absent 0 flash_attn=flash_attn=flash_attn", "nonsense", ""])
-def test_a_process_without_anyattn_gets_the_usual_error(value: str) -> None:
+def test_process_without_anyattn_raises_the_usual_error(value: str) -> None:
     result = run_python("-c", ABSENT, PYTHONPATH=children.FOLDER, **{children.VARIABLE: value})
     assert (result.stdout, result.stderr) == ("No module named 'flash_attn' flash_attn\n", "")
 
 
 @pytest.mark.parametrize("force", [False, True])
-def test_a_package_of_that_name_is_hidden_by_force_alone(tmp_path: Path, force: bool) -> None:
+def test_installed_package_of_the_name_is_replaced_only_by_force(tmp_path: Path, force: bool) -> None:
     (tmp_path / "flash_attn.py").touch()
     with children.served(["flash_attn"], force):
         result = run_python(

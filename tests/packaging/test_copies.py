@@ -55,7 +55,7 @@ def test_a_vendored_copy_finds_its_native_library(vendored: Path) -> None:
     assert result.stdout.startswith("cpu ") and str(vendored) in result.stdout, result.stderr
 
 
-def test_a_vendored_copy_and_an_installed_one_compute_in_one_process(vendored: Path) -> None:
+def test_vendored_and_installed_copies_work_in_one_process(vendored: Path) -> None:
     code = (
         "import torch, anyattn, threadpoolctl\n"
         "from host._vendor import anyattn as other\n"
@@ -73,14 +73,14 @@ def test_a_vendored_copy_and_an_installed_one_compute_in_one_process(vendored: P
     assert result.returncode == 0, result.stderr
 
 
-def test_a_copy_without_its_library_says_so(vendored: Path) -> None:
+def test_copy_without_its_library_is_reported(vendored: Path) -> None:
     shutil.rmtree(vendored / "host/_vendor/anyattn/lib")
     code = f"from host._vendor import anyattn\n{INPUT}print(anyattn.explain(x, x, x, backend='cpu').reasons['cpu'])"
     result = run(vendored, code)
     assert "is not in this copy of the package" in result.stdout and "folder lib" in result.stdout, result.stderr
 
 
-def test_an_archive_works(tmp_path: Path) -> None:
+def test_package_works_from_a_zip_archive(tmp_path: Path) -> None:
     """The library is unpacked into the cache folder, and the shaders are read where they are."""
     cache = tmp_path / "cache"
     code = f"import anyattn\n{CALL}from anyattn.backends.vulkan.pipeline import binary\nassert binary('forward_f32')\n"
@@ -107,7 +107,7 @@ def test_an_archive_does_not_load_a_file_with_other_content(tmp_path: Path) -> N
         (("lib", "include"), "cache", "is not in the archive"),
     ],
 )
-def test_an_archive_gives_the_true_reason(tmp_path: Path, without: tuple[str, ...], cache: str, reason: str) -> None:
+def test_archive_reports_the_true_reason(tmp_path: Path, without: tuple[str, ...], cache: str, reason: str) -> None:
     code = (
         f"import anyattn\n{INPUT}print(*anyattn.explain(x, x, x, backend='cpu').reasons['cpu'])\n"
         "try: anyattn.get_include()\n"
@@ -137,7 +137,7 @@ def test_the_hook_of_pyinstaller_collects_what_is_read_by_name() -> None:
 
 
 @pytest.mark.full
-def test_a_frozen_program_has_library_and_shaders(tmp_path: Path) -> None:
+def test_frozen_program_contains_library_and_shaders(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(FROZEN, encoding="utf-8")
     folders = [f"--{name}path={tmp_path / name}" for name in ("dist", "work", "spec")]

@@ -44,7 +44,7 @@ def link() -> list[str]:
     return ["-I", anyattn.get_include(), str(library), f"-Wl,-rpath,{library.parent}", "-lm"]
 
 
-def test_paths() -> None:
+def test_get_include_and_get_library_return_existing_files() -> None:
     include = Path(anyattn.get_include())
     assert (include / "anyattn.h").is_file() and (include / "anyattn.hpp").is_file()
     assert Path(anyattn.get_library()).is_file()
@@ -63,18 +63,20 @@ def compiled(source: Path, compiler: str, standard: str, program: Path) -> Path:
 
 
 @pytest.mark.parametrize(("language", "compiler", "standard"), STANDARDS)
-def test_examples(language: str, compiler: str, standard: str, tmp_path: Path) -> None:
+def test_examples_compile_and_print_the_expected_lines(
+    language: str, compiler: str, standard: str, tmp_path: Path
+) -> None:
     source = "attention.c" if language == "c" else "attention.cpp"
     assert PRINTED[source] in run(compiled(EXAMPLES / source, compiler, standard, tmp_path / "attention"))
 
 
 @pytest.mark.parametrize("compiler", COMPILERS["c++"])
-def test_generation_example(compiler: str, tmp_path: Path) -> None:
+def test_generation_example_compiles_and_prints_the_expected_lines(compiler: str, tmp_path: Path) -> None:
     assert PRINTED["generate.cpp"] in run(compiled(EXAMPLES / "generate.cpp", compiler, "c++17", tmp_path / "generate"))
 
 
 @pytest.mark.parametrize("header", ["anyattn.h", "anyattn.hpp", "anyattn_xla.h"])
-def test_a_header_needs_no_other(header: str, tmp_path: Path) -> None:
+def test_headers_are_self_contained(header: str, tmp_path: Path) -> None:
     """Included first and from two files of one program, in C++ either way."""
     for name in ("one", "two"):
         (tmp_path / f"{name}.cpp").write_text(
@@ -87,7 +89,7 @@ def test_a_header_needs_no_other(header: str, tmp_path: Path) -> None:
     run(program)
 
 
-def test_program_of_the_documentation(tmp_path: Path) -> None:
+def test_program_of_the_documentation_compiles_and_runs(tmp_path: Path) -> None:
     """Compile the program of the page by the commands of the page."""
     page = (ROOT / "docs/use-with/c-and-cpp.md").read_text(encoding="utf-8")
     blocks = {language: re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL) for language in ("cpp", "bash")}
@@ -102,7 +104,7 @@ def configure(source: Path, build: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=TOOLS, capture_output=True, text=True, check=False, timeout=600)
 
 
-def test_find_package(tmp_path: Path) -> None:
+def test_find_package_finds_the_installed_library(tmp_path: Path) -> None:
     configured = configure(EXAMPLES, tmp_path)
     assert configured.returncode == 0, configured.stderr
     run("cmake", "--build", tmp_path, **TOOLS)
@@ -124,7 +126,7 @@ def test_find_package_refuses_another_version(tmp_path: Path) -> None:
     assert f"version: {anyattn.__version__}" in configured.stderr
 
 
-def test_without_the_native_library(tmp_path: Path) -> None:
+def test_missing_native_library_is_reported(tmp_path: Path) -> None:
     """Both functions say what is missing; so does a wheel without native parts (tests/test_install.py builds one)."""
     package = tmp_path / "anyattn"
     shutil.copytree(Path(anyattn.__file__).parent, package, ignore=shutil.ignore_patterns("lib", "include"))

@@ -72,7 +72,7 @@ def test_contracts_are_kept(copy: Path) -> None:
         ("frameworks/torch/ops.py", "import triton", "Triton stays in its backend"),
     ],
 )
-def test_contracts_break(copy: Path, module: str, line: str, contract: str) -> None:
+def test_forbidden_imports_break_their_contract(copy: Path, module: str, line: str, contract: str) -> None:
     """One forbidden import breaks the contract that forbids it."""
     with (copy / "anyattn" / module).open("a", encoding="utf-8") as file:
         file.write(f"\n{line}\n")
@@ -90,7 +90,7 @@ def third_parties() -> dict[str, set[str]]:
     return {name: graph.find_modules_that_directly_import(name) for name in outside}
 
 
-def test_third_parties() -> None:
+def test_third_party_packages_are_imported_only_where_allowed() -> None:
     """NumPy everywhere; torch, JAX and Triton where their contracts allow them; every other package in TOP.
 
     The CPU backend uses threadpoolctl if it is installed, because programs that limit threads do not know of anyattn.
@@ -102,7 +102,7 @@ def test_third_parties() -> None:
 
 
 @pytest.mark.parametrize("package", ["numpy", "torch", "jax", "triton"])
-def test_other_packages_wait_for_a_call(package: str) -> None:
+def test_optional_packages_are_not_imported_before_a_call(package: str) -> None:
     """Each module can be imported with NumPy alone, or with the one package it is about in addition."""
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed")
@@ -121,7 +121,7 @@ def test_other_packages_wait_for_a_call(package: str) -> None:
     assert (result.returncode, result.stderr) == (0, ""), result.stderr
 
 
-def test_import_loads_numpy_alone_and_prints_nothing() -> None:
+def test_import_loads_only_numpy_and_prints_nothing() -> None:
     result = fresh(
         "import sys, numpy; before = set(sys.modules); import anyattn\n"
         "new = {name.split('.')[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)\n"
@@ -133,7 +133,7 @@ def test_import_loads_numpy_alone_and_prints_nothing() -> None:
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
-def test_asking_vulkan_about_a_small_problem_imports_no_driver() -> None:
+def test_checking_a_small_problem_imports_no_vulkan_driver() -> None:
     """Every automatic call asks whether it avoids the problem; that needs neither a device nor anything slow."""
     result = fresh(
         "import sys, numpy; before = set(sys.modules)\n"
@@ -173,7 +173,7 @@ def test_every_public_name_exists() -> None:
     assert sorted(anyattn.__all__) == list(anyattn.__all__)
 
 
-def test_a_broken_library_is_a_reason_and_not_a_crash(tmp_path: Path) -> None:
+def test_broken_library_is_reported_as_a_reason(tmp_path: Path) -> None:
     broken = tmp_path / "broken.so"
     broken.write_bytes(b"this is no library")
     code = (

@@ -84,7 +84,7 @@ CALL = (
 )
 
 
-def test_without_a_compiler(tmp_path: Path) -> None:
+def test_install_without_a_compiler_gives_a_pure_wheel(tmp_path: Path) -> None:
     """The install succeeds, NumPy serves, the first call warns once with the cause, and `anyattn info` says it too."""
     built = wheel(tmp_path, CC="/nonexistent/cc", CXX="/nonexistent/c++")
     assert built.name.endswith("-py3-none-any.whl")
@@ -111,7 +111,7 @@ def test_metadata_needs_no_compiler(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-def test_with_a_compiler(tmp_path: Path) -> None:
+def test_install_with_a_compiler_gives_one_wheel_per_platform(tmp_path: Path) -> None:
     """One wheel per platform for every Python, with the library, the header and the CMake configuration."""
     built = wheel(tmp_path)
     assert "-py3-none-" in built.name and not built.name.endswith("-any.whl")

@@ -9,7 +9,7 @@ from harness.paths import ROOT
 TOOLS = {"ruff-pre-commit": "ruff", "mirrors-clang-format": "clang-format", "codespell": "codespell"}
 
 
-def test_revs_of_pre_commit_are_the_pins_of_make_lint() -> None:
+def test_versions_of_pre_commit_equal_those_of_make_lint() -> None:
     text = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
     revs = re.findall(r"repo: https://github\.com/[\w-]+/([\w-]+)\n    rev: v(\S+)$", text, re.MULTILINE)
     pins = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "requirements/lint.txt").read_text(), re.MULTILINE))

@@ -30,7 +30,7 @@ def test_the_library_exports_what_its_header_declares(native: Path) -> None:
     assert check_wheels.parse(native.read_bytes()).exports == functions
 
 
-def test_the_library_brings_no_openmp_runtime(native: Path) -> None:
+def test_library_contains_no_openmp_runtime(native: Path) -> None:
     needs = check_wheels.parse(native.read_bytes()).needs
     assert needs and not [name for name in needs if "omp" in name]
 
@@ -60,7 +60,7 @@ def packed(folder: Path, tag: str, files: dict[str, bytes]) -> Path:
     return wheel
 
 
-def test_one_version_everywhere() -> None:
+def test_every_file_states_the_same_version() -> None:
     numbers = {
         "pyproject.toml": r'^version = "(.*)"$',
         "CITATION.cff": r"^version: (.*)$",
@@ -75,7 +75,7 @@ def test_one_version_everywhere() -> None:
     assert f"#define ANYATTN_VERSION {packed:#08x} " in (ROOT / "native/include/anyattn.h").read_text()
 
 
-def test_a_library_for_glibc_is_not_one_for_musl(tmp_path: Path, native: Path) -> None:
+def test_glibc_library_is_refused_for_musl(tmp_path: Path, native: Path) -> None:
     if sys.platform != "linux" or not check_wheels.parse(native.read_bytes()).floor:
         pytest.skip("the library of this machine is not linked against glibc")
     machine = {"x86_64": "x86_64", "arm64": "aarch64"}[check_wheels.parse(native.read_bytes()).machine]
@@ -85,12 +85,12 @@ def test_a_library_for_glibc_is_not_one_for_musl(tmp_path: Path, native: Path) -
 
 
 @pytest.mark.parametrize(("imported", "complains"), [("malloc", False), ("statx", True), ("__memcpy_chk", True)])
-def test_a_function_that_musl_lacks_is_seen(imported: str, complains: bool) -> None:
+def test_function_that_musl_lacks_is_detected(imported: str, complains: bool) -> None:
     library = check_wheels.Library("x86_64", set(), ["libc.so"], imports=frozenset({imported}))
     assert bool(list(check_wheels._check_musl(library))) == complains
 
 
-def test_the_checks_see_what_is_wrong(tmp_path: Path, native: Path) -> None:
+def test_checks_detect_wrong_wheels(tmp_path: Path, native: Path) -> None:
     installed = {f"anyattn/{name}": b"" for name in check_wheels.INSTALLED}
     wrong = {"anyattn/lib/libanyattn.so": native.read_bytes(), "anyattn/lib/libgomp-24e2ab19.so.1.0.0": b""}
     text = "\n".join(check_wheels.check(packed(tmp_path, "manylinux_2_5_aarch64", installed | wrong), ROOT))

@@ -91,7 +91,7 @@ def brute_force(workload: Workload) -> np.ndarray:
     return np.array([pairs, keys])
 
 
-def test_useful_work_is_what_brute_force_counts() -> None:
+def test_counted_operations_equal_a_brute_force_count() -> None:
     for workload in SMALL:
         pairs, keys = brute_force(workload)
         d, dv, size = workload.head_dim, workload.head_dim_v, 4 if workload.dtype == "float32" else 2
@@ -101,7 +101,7 @@ def test_useful_work_is_what_brute_force_counts() -> None:
         assert workload.bytes > workload.kv_bytes, of(workload)
 
 
-def test_whole_suites() -> None:
+def test_suites_are_distinct_and_cover_every_feature() -> None:
     for name in suites.SUITES:
         workloads = suites.select([name])
         assert workloads
@@ -121,13 +121,13 @@ def test_whole_suites() -> None:
     assert all(workload.kv_bytes >= 256 * 2**20 for workload in decode)
 
 
-def test_a_case_survives_json() -> None:
+def test_case_survives_json() -> None:
     for workload in SMALL:
         assert from_json(json.loads(json.dumps(asdict(workload) | {"label": workload.label}))) == workload
 
 
 @each_workload
-def test_the_gate_agrees_with_the_definition(workload: Workload) -> None:
+def test_gate_agrees_with_the_definition(workload: Workload) -> None:
     """In float64, the NumPy backend is the definition to 1e-9, and the gate's own formulas are too."""
     exact = Inputs(replace(workload, dtype="float64", suite="", cache=False, page_size=0))
     with anyattn.backend("numpy"):
@@ -213,7 +213,7 @@ LARGE = Workload("large", 1, 4, 1024, 32, nheads_kv=2, causal=True)
 
 @pytest.mark.parametrize("size", ["small", "sampled"])
 @pytest.mark.parametrize(("backward", "index"), [(False, 0), (True, 0), (True, 1), (True, 2)])
-def test_the_gate_refuses_a_wrong_result(size: str, backward: bool, index: int) -> None:
+def test_gate_refuses_a_wrong_result(size: str, backward: bool, index: int) -> None:
     workload = replace(LARGE, backward=backward) if size == "sampled" else small(replace(LARGE, backward=backward))
     row = run.run_workload(workload, [Fake(nudged(index, 1e-4)), Fake(nudged(index, 0.0), "right")], 1, 0.0)
     assert set(row["seconds"]) == {"right"}
@@ -223,14 +223,14 @@ def test_the_gate_refuses_a_wrong_result(size: str, backward: bool, index: int) 
 @pytest.mark.parametrize(
     "change", [lambda x: [x[0][:, 1:]], lambda x: [x[0] * torch.nan], lambda x: [x[0], x[0]]], ids=["shape", "nan", "2"]
 )
-def test_the_gate_refuses_what_is_no_result(change: Any) -> None:
+def test_gate_refuses_malformed_results(change: Any) -> None:
     row = run.run_workload(small(LARGE), [Fake(change)], 1, 0.0)
     assert not row["seconds"]
     assert row["wrong"]["fake"]
 
 
 @pytest.mark.parametrize("change", [lambda x: [x[0] * 0], lambda x: [x[0] * 1.4]], ids=["zero", "scale"])
-def test_the_gate_refuses_wrong_dropout(change: Any) -> None:
+def test_gate_refuses_wrong_dropout(change: Any) -> None:
     """Of other random bits than ours, averages and spread are still checked."""
     inputs = Inputs(Workload("dropout", 1, 4, 256, 64, dropout_p=0.1))
     expected = gate.Gate(inputs)
@@ -256,7 +256,7 @@ def plan(**changes: Any) -> run.Plan:
     return run.Plan(**given | changes)
 
 
-def test_who_is_absent_is_named() -> None:
+def test_missing_providers_are_named() -> None:
     class Absent(Fake):
         def absent(self) -> str | None:
             return "gone fishing"
@@ -268,14 +268,14 @@ def test_who_is_absent_is_named() -> None:
     assert set(results["cases"][0]["seconds"]) == {"anyattn"}
 
 
-def test_results_are_kept_after_every_step() -> None:
+def test_results_are_saved_after_every_step() -> None:
     kept: list[tuple[int, bool]] = []
     wanted = plan(workloads=[small(LARGE)] * 2, sections=("citizen",), providers=providers.PROVIDERS[:1])
     run.run(replace(wanted, keep=lambda results: kept.append((len(results["cases"]), "citizen" in results))))
     assert kept == [(1, False), (2, False), (2, True)]
 
 
-def test_a_failure_is_told_and_the_rest_goes_on() -> None:
+def test_failure_is_reported_and_the_run_continues() -> None:
     class Broken(Fake):
         def prepare(self, inputs: Inputs, threads: int) -> Prepared:
             raise RuntimeError("out of order")
@@ -285,7 +285,7 @@ def test_a_failure_is_told_and_the_rest_goes_on() -> None:
     assert set(row["seconds"]) == {"anyattn"}
 
 
-def test_a_refusal_is_told_with_its_reason() -> None:
+def test_refusal_is_reported_with_its_reason() -> None:
     results = run.run(plan(workloads=[replace(small(LARGE), softcap=2.0)]))
     assert results["cases"][0]["refused"] == {"torch SDPA": "no softcap"}
     assert any("no softcap" in line for line in report.notes(results))
@@ -310,7 +310,7 @@ def measured() -> dict[str, Any]:
     return found
 
 
-def test_results_have_ceilings(measured: dict[str, Any]) -> None:
+def test_results_include_ceilings(measured: dict[str, Any]) -> None:
     for row in measured["cases"]:
         assert row["peak_flops"] > 0
         assert (row["stream_bytes"] is not None) == (row["name"] == "decode")
@@ -380,7 +380,7 @@ def imagined(target: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("target", ["avx512bf16", "avx2"])
-def test_every_goal_finds_its_row(target: str) -> None:
+def test_every_goal_has_a_row(target: str) -> None:
     found = goals.goals(imagined(target))
     assert not [goal for goal in found if goal.value is None]
     values = {(goal.workload, goal.quantity): goal for goal in found}
@@ -396,20 +396,20 @@ def test_every_goal_finds_its_row(target: str) -> None:
     assert report.goals_table(imagined(target))
 
 
-def test_what_was_not_measured_is_no_goal_reached() -> None:
+def test_unmeasured_goal_is_not_reached() -> None:
     empty = {"machine": {"cpu_target": "avx512"}, "cases": []}
     assert {goal.verdict for goal in goals.goals(empty)} == {"not measured"}
     assert report.goals_table(empty) is None
 
 
-def test_memory_is_measured_in_a_process_of_its_own() -> None:
+def test_memory_is_measured_in_a_separate_process() -> None:
     workload = replace(LARGE, seqlen_q=256, seqlen_k=256)
     assert isinstance(memory.peak("anyattn", workload, 1), float)
     assert memory.peak("torch SDPA (packed)", workload, 1) is None
     assert memory.peak("torch SDPA", replace(workload, softcap=1.0), 1) == "no softcap"
 
 
-def test_timing_takes_turns() -> None:
+def test_timing_alternates_between_providers() -> None:
     calls: list[str] = []
     timings = measure({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 0.01, rounds=5)
     assert all(timing.rounds >= 5 and timing.low <= timing.median <= timing.high for timing in timings.values())
@@ -423,7 +423,7 @@ def bench(arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str,
     return status, printed.out, printed.err
 
 
-def test_list_measures_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_list_prints_without_measuring(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(run, "run", None)
     status, out, _ = bench("--list", capsys)
     assert status == 0
@@ -442,7 +442,7 @@ def test_list_measures_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         ("--target abacus", "'abacus'"),
     ],
 )
-def test_bench_says_what_is_wrong(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_reports_wrong_arguments(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     before, threads = settings.current(), torch.get_num_threads()
     status, _, err = bench(arguments, capsys)
     assert status == 2
@@ -450,7 +450,7 @@ def test_bench_says_what_is_wrong(arguments: str, message: str, capsys: pytest.C
     assert (settings.current(), torch.get_num_threads()) == (before, threads)
 
 
-def test_bench_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_writes_results_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = (
         f"--suite quick --filter minilm --peers sdpa --threads 1 --seconds 0.001 --json {tmp_path / 'a' / 'b.json'}"
     )
@@ -462,7 +462,7 @@ def test_bench_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert set(results["cases"][0]["seconds"]) == {"anyattn", "torch SDPA"}
 
 
-def test_bench_fails_where_ours_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_fails_if_anyattn_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(providers, "PROVIDERS", (Fake(nudged(0, 1.0), "anyattn"),))
     monkeypatch.setitem(suites.SUITES, "quick", lambda: [small(LARGE)])
     status, out, _ = bench("--suite quick", capsys)

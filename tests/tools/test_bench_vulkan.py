@@ -18,18 +18,18 @@ OURS, AULE = (providers.by_name(name) for name in ("anyattn Vulkan", "aule-atten
 CASE = Workload("vulkan", 1, 2, 24, 16, suite="vulkan")
 
 
-def test_an_absent_peer_says_how_to_get_it() -> None:
+def test_missing_peer_is_reported_with_its_installation() -> None:
     assert AULE.absent() in (None, "not installed: pip install aule-attention==0.5.0")
 
 
 @pytest.mark.parametrize("provider", [OURS, AULE], ids=lambda provider: provider.name)
-def test_other_suites_do_not_measure_vulkan(provider: providers.Provider) -> None:
+def test_other_suites_do_not_run_vulkan(provider: providers.Provider) -> None:
     assert provider.prepare(Inputs(replace(CASE, suite="bars")), 1) is None
 
 
 @pytest.mark.skipif(OURS.absent() is not None, reason="no Vulkan device: .ci/run requires one")
 @pytest.mark.parametrize("workload", [replace(CASE, causal=True), replace(CASE, backward=True, nheads_kv=1)], ids=str)
-def test_ours_passes_the_gate_on_the_device(workload: Workload) -> None:
+def test_anyattn_passes_the_gate_on_the_device(workload: Workload) -> None:
     inputs = Inputs(workload)
     prepared = OURS.prepare(inputs, 1)
     assert prepared is not None and run.check(gate.Gate(inputs), prepared) is None
@@ -45,7 +45,7 @@ def test_ours_passes_the_gate_on_the_device(workload: Workload) -> None:
         ({"backward": True, "nheads_kv": 1}, "no backward with grouped heads"),
     ],
 )
-def test_what_aule_does_not_compute_is_refused(features: dict[str, Any], reason: str) -> None:
+def test_unsupported_workloads_of_aule_are_refused(features: dict[str, Any], reason: str) -> None:
     with pytest.raises(Refused, match=reason):
         AULE.prepare(Inputs(replace(CASE, **features)), 1)
 

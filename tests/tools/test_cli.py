@@ -21,7 +21,7 @@ from anyattn.testing import cases
 from harness.processes import run_python
 
 
-def test_info_tells_backends_and_settings(capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_lists_backends_and_settings(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["version"] == anyattn.__version__
@@ -45,7 +45,9 @@ def test_info_tells_backends_and_settings(capsys: pytest.CaptureFixture[str]) ->
         ("processor : 0\nCPU implementer : 0x41\nCPU part : 0xd0c\n\n", "Arm implementer 0x41, part 0xd0c"),
     ],
 )
-def test_processor(cpuinfo: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processor_name_is_read_from_cpuinfo(
+    cpuinfo: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "cpuinfo").write_text(cpuinfo)
     monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
     assert machine.processor() == name
@@ -68,7 +70,7 @@ def test_info_names_the_instruction_set_of_each_dtype(capsys: pytest.CaptureFixt
     assert f"\n  bfloat16            {cpu['dtypes']['bfloat16']['target']}" in text and AFTER not in text
 
 
-def test_info_names_the_instruction_set_that_the_settings_force() -> None:
+def test_info_names_the_forced_instruction_set() -> None:
     if "cpu" not in dispatch.available():
         pytest.skip("the native library is not there")
     finished = run_python("-m", "anyattn", "info", "--json", ANYATTN_CPU_TARGET="baseline")
@@ -78,7 +80,7 @@ def test_info_names_the_instruction_set_that_the_settings_force() -> None:
         assert set(found["reasons"].values()) <= {"ANYATTN_CPU_TARGET names another"}
 
 
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exited:
         main(["--version"])
     assert (exited.value.code, capsys.readouterr().out) == (0, f"anyattn {anyattn.__version__}\n")
@@ -89,26 +91,26 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     [{"ANYATTN_LIBRARY": "/nowhere/libanyattn.so"}, {"ANYATTN_NUM_THREADS": "many"}, {"ANYATTN_CPU_TARGET": "abacus"}],
     ids=lambda environment: next(iter(environment)),
 )
-def test_info_works_when_something_is_broken(environment: dict[str, str]) -> None:
+def test_info_works_with_a_broken_installation(environment: dict[str, str]) -> None:
     result = run_python("-m", "anyattn", "info", ANYATTN_REQUIRE="", **environment)
     assert result.returncode == 0, result.stderr
     assert next(iter(environment.values())) in result.stdout
 
 
-def test_info_fails_where_a_required_backend_is_missing() -> None:
+def test_info_fails_if_a_required_backend_is_missing() -> None:
     result = run_python("-m", "anyattn", "info", ANYATTN_REQUIRE="cpu", ANYATTN_LIBRARY="/nowhere/libanyattn.so")
     assert result.returncode == 1
     assert "available backends, got cpu" in result.stderr
     assert run_python("-m", "anyattn", "info", ANYATTN_REQUIRE="numpy").returncode == 0
 
 
-def test_info_imports_no_torch() -> None:
+def test_info_does_not_import_torch() -> None:
     code = "import sys; from anyattn.cli import main; main(['info']); assert 'torch' not in sys.modules"
     result = run_python("-c", code)
     assert result.returncode == 0, result.stderr
 
 
-def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
+def test_explain_describes_every_feature(capsys: pytest.CaptureFixture[str]) -> None:
     everything = (
         "--dtype bfloat16 --batch 2 --heads 8 --kv-heads 2 --head-dim 40 --head-dim-v 24 --seqlen-q 7 --seqlen-k 90 "
         "--causal --window 5 none --chunk 64 --alignment top-left --softcap 2 --dropout 0.1 --bias --mask --alibi "
@@ -152,7 +154,7 @@ def test_explain_agrees_with_the_call(capsys: pytest.CaptureFixture[str]) -> Non
         ("--softcap nan", 2, "softcap"),
     ],
 )
-def test_explain_says_what_is_wrong(
+def test_explain_reports_wrong_arguments(
     arguments: str, status: int, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["explain", *arguments.split()]) == status
@@ -210,7 +212,7 @@ def test_verify_fails_on_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch, capsy
 
 
 @pytest.mark.usefixtures("few")
-def test_verify_fails_where_a_named_backend_is_missing(
+def test_verify_fails_if_a_named_backend_is_missing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(type(dispatch.get("numpy")), "available", lambda self, **named: "gone fishing")
@@ -218,7 +220,7 @@ def test_verify_fails_where_a_named_backend_is_missing(
     assert "gone fishing" in capsys.readouterr().out
 
 
-def test_demo_names_what_is_not_installed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo_names_missing_packages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(demo, "NEEDS", ("anyattn", "no_such_package"))
     assert main(["demo"]) == 1
     assert "needs no_such_package" in capsys.readouterr().err

@@ -23,7 +23,7 @@ def _examples(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(FOLDER))
 
 
-def test_losses_coincide(tmp_path: Path) -> None:
+def test_losses_equal_those_of_torch(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. Ünïcödé, too.\n" * 60, encoding="utf-8")
     picture = tmp_path / "demo.png"
@@ -37,7 +37,7 @@ def test_losses_coincide(tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_title_of_the_memory_panel_says_the_result() -> None:
+def test_title_of_the_memory_panel_states_the_result() -> None:
     from demo import Use, memory_title
 
     measured = {1024: Use(2**20, 0.1), 8192: Use(5 * 2**20, 0.2)}
@@ -46,7 +46,7 @@ def test_title_of_the_memory_panel_says_the_result() -> None:
     assert memory_title(unknown) == "8,192 tokens without the 1.1 GiB\nthat standard attention needs"
 
 
-def test_training_learns() -> None:
+def test_training_lowers_the_loss() -> None:
     from gpt import Config
     from train import Corpus, Trainer
 
@@ -59,7 +59,7 @@ def test_training_learns() -> None:
     assert 0 < trainer.attention_share < 1
 
 
-def test_kv_cache_gives_the_logits_of_the_whole_text() -> None:
+def test_kv_cache_gives_the_logits_of_one_call() -> None:
     from gpt import GPT, Config, torch_attention
 
     torch.manual_seed(0)
@@ -76,7 +76,7 @@ def test_kv_cache_gives_the_logits_of_the_whole_text() -> None:
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-5)
 
 
-def test_generation_stays_in_the_context() -> None:
+def test_generation_stays_within_the_context() -> None:
     from gpt import GPT, Config, anyattn_attention
 
     model = GPT(Config(vocab_size=5, context=16), anyattn_attention)
@@ -84,7 +84,7 @@ def test_generation_stays_in_the_context() -> None:
     assert model.generate(prompt, 100, 1.0, torch.Generator()).shape == (1, 6)
 
 
-def test_a_text_that_is_too_short_is_refused(tmp_path: Path) -> None:
+def test_short_text_is_refused(tmp_path: Path) -> None:
     from train import read_corpus
 
     text = tmp_path / "short.txt"

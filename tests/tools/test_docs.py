@@ -65,7 +65,7 @@ def blocks(path: Path) -> Iterator[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("block", [text for language, text in blocks(README) if language == "python"])
-def test_readme_block_runs(block: str) -> None:
+def test_readme_blocks_run(block: str) -> None:
     exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
 
 
@@ -84,7 +84,7 @@ def _restored() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_restored")
 @pytest.mark.parametrize("name", RUN)
-def test_page_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_of_the_page_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": "page"}
     for language, block in blocks(PAGES[name]):
@@ -116,7 +116,7 @@ def check_console(block: str, folder: Path) -> None:
         assert (result.returncode, result.stdout) == (0, shown), result.stderr
 
 
-def test_links_of_the_guide_lead_somewhere() -> None:
+def test_links_of_the_guide_have_targets() -> None:
     made = {ROOT / "docs" / page for page in reference.pages()}
     for path in (README, *PAGES.values()):
         for target, anchor in re.findall(r"\]\(([^)#]+)#?([^)]*)\)", BLOCKS.sub("", path.read_text(encoding="utf-8"))):
@@ -143,7 +143,7 @@ def test_every_page_is_in_the_index() -> None:
         )
 
 
-def test_every_block_is_of_a_kind_that_is_run_or_drawn() -> None:
+def test_every_block_has_a_known_language() -> None:
     """A block without a language is a formula, a picture, or a command that installs or runs for minutes."""
     for name, path in PAGES.items():
         fences = re.findall(r"^```(.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
@@ -204,7 +204,7 @@ def test_every_module_that_a_page_imports_has_a_page_of_its_own() -> None:
     ],
     ids=lambda module: module.__name__,
 )
-def test_docstring_examples(module: object) -> None:
+def test_docstring_examples_run(module: object) -> None:
     failed, tried = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)  # type: ignore[arg-type]
     assert tried > 0
     assert failed == 0
@@ -216,7 +216,7 @@ def test_every_public_name_is_documented() -> None:
 
 
 @pytest.mark.parametrize("page", [README, *PAGES.values()], ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_generated_parts_are_fresh(page: Path) -> None:
+def test_generated_parts_are_up_to_date(page: Path) -> None:
     """`make pages` writes them."""
     text = page.read_text(encoding="utf-8")
     if page.name == "features.md" and not {"triton", "vulkan"} <= {engine.backend for engine in engines()}:
@@ -225,14 +225,14 @@ def test_generated_parts_are_fresh(page: Path) -> None:
     assert text.count("<!-- generated: ") == len(generated.PART.findall(text))
 
 
-def test_committed_pictures_are_fresh() -> None:
+def test_committed_pictures_are_up_to_date() -> None:
     for path, drawing in generated.drawings().items():
         assert path.read_text(encoding="utf-8") == drawing, path
     for name in ("cpu", *plots.PANELS):
         assert generated.source().encode() in (generated.IMAGES / f"{name}.png").read_bytes(), name
 
 
-def test_readme_is_short_and_begins_with_a_call() -> None:
+def test_readme_is_short_and_starts_with_a_call() -> None:
     lines = README.read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 150
     assert len(" ".join(lines).split()) <= 1500

@@ -26,7 +26,7 @@ def _examples(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(FOLDER))
 
 
-def test_every_answer_of_the_server_equals_that_of_a_request_served_alone(capsys: pytest.CaptureFixture[str]) -> None:
+def test_server_answers_do_not_depend_on_other_requests(capsys: pytest.CaptureFixture[str]) -> None:
     importlib.import_module("server").main(requests=5, num_pages=9, context=64)
     printed = capsys.readouterr().out
     assert "all 5 answers equal" in printed
@@ -55,7 +55,7 @@ def test_ring_of_pages_equals_one_call_in_constant_memory(
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="transformers has left Python 3.10 behind")
-def test_transformers_model_generates_what_eager_generates(capsys: pytest.CaptureFixture[str]) -> None:
+def test_transformers_model_generates_the_tokens_of_eager_attention(capsys: pytest.CaptureFixture[str]) -> None:
     importlib.import_module("transformers_model").main(count=8)
     assert "anyattn wrote" in capsys.readouterr().out
 
@@ -66,7 +66,7 @@ def test_example_is_short(name: str) -> None:
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("examples/notebooks/*.ipynb")), ids=lambda path: path.stem)
-def test_notebook_runs_and_holds_its_outputs(path: Path) -> None:
+def test_notebook_runs_and_stores_its_outputs(path: Path) -> None:
     """Numbers and pixels differ between machines, so only the kinds of outputs are compared: `make notebooks`."""
     text = path.read_text(encoding="utf-8")
     assert len(text) < 200_000
@@ -77,7 +77,7 @@ def test_notebook_runs_and_holds_its_outputs(path: Path) -> None:
         assert [output["output_type"] for output in committed] == [output["output_type"] for output in outputs]
 
 
-def test_links_of_the_examples_lead_somewhere() -> None:
+def test_links_of_the_examples_have_targets() -> None:
     listed = set()
     for path in [ROOT / "examples/README.md", *ROOT.glob("examples/notebooks/*.ipynb")]:
         for target in re.findall(r"\]\(([^)#]+)", path.read_text(encoding="utf-8")):

@@ -56,26 +56,26 @@ def plain(module: Any, q: Any, k: Any, v: Any, mask: Any, scaling: float, **opti
 
 
 @pytest.mark.parametrize("check", ["dense", "left 2", "gradients", "generate", "chunked", "packed"])
-def test_right(judged: Callable[..., Verdict], check: str) -> None:
+def test_plain_attention_is_judged_right(judged: Callable[..., Verdict], check: str) -> None:
     assert judged(plain, check).outcome == RIGHT
 
 
 @pytest.mark.parametrize("check", ["dense", "left 2", "gradients", "generate", "chunked", "packed"])
-def test_a_dropped_mask_is_wrong(judged: Callable[..., Verdict], check: str) -> None:
+def test_dropped_mask_is_judged_wrong(judged: Callable[..., Verdict], check: str) -> None:
     def unmasked(module: Any, q: Any, k: Any, v: Any, mask: Any, scaling: float, **options: Any) -> Any:
         return plain(module, q, k, v, None, scaling)
 
     assert judged(unmasked, check).outcome == WRONG
 
 
-def test_a_small_difference_is_wrong(judged: Callable[..., Verdict]) -> None:
+def test_small_difference_is_judged_wrong(judged: Callable[..., Verdict]) -> None:
     def scaled(module: Any, q: Any, k: Any, v: Any, mask: Any, scaling: float, **options: Any) -> Any:
         return plain(module, q, k, v, mask, scaling * 1.002)
 
     assert judged(scaled).outcome == WRONG
 
 
-def test_rounding_is_right(judged: Callable[..., Verdict]) -> None:
+def test_rounding_is_judged_right(judged: Callable[..., Verdict]) -> None:
     """float64 does not round to float32's digits, so what differs there is a fault."""
 
     def rounded(module: Any, q: Any, k: Any, v: Any, mask: Any, scaling: float, **options: Any) -> Any:
@@ -87,7 +87,7 @@ def test_rounding_is_right(judged: Callable[..., Verdict]) -> None:
     assert verdict.error > verdicts.FLOAT32
 
 
-def test_constants_of_forbidden_tokens_hide_nothing() -> None:
+def test_logits_of_forbidden_tokens_do_not_mask_errors() -> None:
     """Beside the lowest float32 every error looks small."""
     want = {"logits": torch.tensor([[0.5, torch.finfo(torch.float32).min, 1.0]])}
     assert verdicts.distance({"logits": want["logits"] + torch.tensor([0.0, 0.0, 0.1])}, want) == pytest.approx(0.1)
@@ -95,21 +95,21 @@ def test_constants_of_forbidden_tokens_hide_nothing() -> None:
     assert verdicts.distance(want, want) == 0
 
 
-def test_a_foreign_exception_is_a_crash(judged: Callable[..., Verdict]) -> None:
+def test_other_exceptions_are_judged_a_crash(judged: Callable[..., Verdict]) -> None:
     def broken(*arrays: Any, **options: Any) -> Any:
         raise KeyError("anyattn")
 
     assert judged(broken).outcome == CRASH
 
 
-def test_our_error_that_says_what_works_is_a_refusal(judged: Callable[..., Verdict]) -> None:
+def test_errors_of_anyattn_are_judged_a_refusal(judged: Callable[..., Verdict]) -> None:
     def refusing(module: Any, q: Any, k: Any, v: Any, mask: Any, **options: Any) -> Any:
         return adapter.attention(module, q, k, v, None, unknown=torch.ones(3))
 
     assert judged(refusing).outcome == REFUSED
 
 
-def test_missing_attention_weights_are_wrong(judged: Callable[..., Verdict]) -> None:
+def test_missing_attention_weights_are_judged_wrong(judged: Callable[..., Verdict]) -> None:
     assert judged(plain, "attentions").outcome == WRONG
 
 
@@ -123,19 +123,19 @@ def test_halved_scores_change_the_result(judge: Judge) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma4_text", "t5", "vit", "jamba", "deepseek_v3"])
-def test_tiny_configurations(name: str) -> None:
+def test_configurations_are_below_a_million_parameters(name: str) -> None:
     model = building.build(Subject(name))
     assert sum(x.numel() for x in model.parameters()) < 1_000_000
 
 
-def test_a_tiny_configuration_keeps_every_kind_of_layer() -> None:
+def test_small_configuration_keeps_every_kind_of_layer() -> None:
     kind = configuration_class("gemma3_text")
     assert (
         set(configurations.tiny(kind).layer_types) == set(kind().layer_types) == {"sliding_attention", "full_attention"}
     )
 
 
-def test_table() -> None:
+def test_table_shows_the_worst_outcome_of_a_model() -> None:
     """The worst outcome of a model is its result."""
     checks_of = {"dense": {"init": (RIGHT, 0.0, ""), "set": (WRONG, 1.0, "differs by 1")}}
     report = {"name": "a", "class": "A", "reason": "", "checks": checks_of, "calls": {"init": 2}}
@@ -147,7 +147,7 @@ def test_table() -> None:
     assert table.result(report | {"checks": {}, "reason": "needs timm"}) == "not run"
 
 
-def test_a_process_that_dies_in_a_check_is_a_crash(tmp_path: Path) -> None:
+def test_process_that_dies_is_judged_a_crash(tmp_path: Path) -> None:
     report = {"name": "a", "class": "A", "checks": {}, "calls": {}, "now": "image: dense (set)"}
     sweep.write(tmp_path / "a.partial", report)
     sweep.finish("a", tmp_path, "ended with -11")
@@ -160,7 +160,7 @@ def test_a_process_that_dies_in_a_check_is_a_crash(tmp_path: Path) -> None:
     assert sweep.summarize([found]) == 0
 
 
-def test_every_check_has_a_name_of_its_own() -> None:
+def test_names_of_checks_are_unique() -> None:
     assert set(checks.COMPILED) < set(checks.CHECKS)
     assert NONE not in checks.CHECKS
     assert sys.modules["model_sweep.checks"] is checks

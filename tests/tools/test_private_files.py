@@ -21,7 +21,7 @@ def folder(tmp_path: Path) -> Path:
     return path
 
 
-def test_what_was_written_is_read(folder: Path) -> None:
+def test_written_files_are_read(folder: Path) -> None:
     private_files.write(str(folder / "new" / "file"), b"content")
     assert private_files.read(str(folder / "new" / "file")) == b"content"
     private_files.write(str(folder / "new" / "file"), b"other")
@@ -39,18 +39,18 @@ def test_new_files_and_folders_are_private(folder: Path) -> None:
     assert stat.S_IMODE((folder / "new" / "file").stat().st_mode) == 0o600
 
 
-def test_a_fifo_does_not_hang(folder: Path) -> None:
+def test_fifo_does_not_block(folder: Path) -> None:
     os.mkfifo(folder / "file")
     with pytest.raises(OSError, match="must be a regular file"):
         private_files.read(str(folder / "file"))
 
 
-def test_a_file_in_place_of_the_folder_is_no_folder() -> None:
+def test_file_in_place_of_the_folder_is_refused() -> None:
     with pytest.raises(NotADirectoryError, match="must be a folder"):
         private_files.read(f"{os.devnull}/file")
 
 
-def test_a_link_is_not_followed(folder: Path, tmp_path: Path) -> None:
+def test_symbolic_link_is_not_followed(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("secret")
     (folder / "file").symlink_to(tmp_path / "secret")
     with pytest.raises(OSError, match="symbolic link"):
@@ -67,7 +67,7 @@ def test_large_files_are_not_read(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["file", "folder"])
-def test_what_others_can_write_is_refused(folder: Path, what: str) -> None:
+def test_files_writable_by_others_are_refused(folder: Path, what: str) -> None:
     (folder / "file").write_bytes(b"x")
     (folder / "file" if what == "file" else folder).chmod(0o666 if what == "file" else 0o777)
     with pytest.raises(PermissionError, match="must not be writable by other users"):
@@ -77,7 +77,7 @@ def test_what_others_can_write_is_refused(folder: Path, what: str) -> None:
             private_files.write(str(folder / "file"), b"")
 
 
-def test_files_in_a_sticky_folder_are_judged_one_by_one(folder: Path) -> None:
+def test_files_in_a_sticky_folder_are_checked_individually(folder: Path) -> None:
     """As in /tmp: others can add files there, and cannot replace ours."""
     folder.chmod(0o1777)
     private_files.write(str(folder / "file"), b"x")
@@ -95,7 +95,7 @@ def test_the_file_of_another_user_is_refused(folder: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("content", [b"[" * 200000, b"\xff\xfe{", b"null", b""], ids=["deep", "utf16", "null", "empty"])
-def test_nonsense_among_tuned_values_is_ignored(
+def test_malformed_tuned_values_are_ignored(
     content: bytes, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("ANYATTN_CACHE", str(folder))
@@ -107,7 +107,7 @@ def test_nonsense_among_tuned_values_is_ignored(
     settings.reload()
 
 
-def test_tuned_values_of_another_user_warn(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tuned_values_of_another_user_are_ignored_with_a_warning(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ANYATTN_CACHE", str(folder))
     settings.reload()
     (folder / "values.json").write_text('{"device": 1}')

@@ -61,7 +61,7 @@ NONSENSE = {
     ("variable", "value", "accepted"),
     [(name, value, accepted) for name, (values, accepted) in NONSENSE.items() for value in values],
 )
-def test_nonsense_is_refused(
+def test_invalid_values_are_refused(
     variable: str, value: str, accepted: str, environment: Set, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if variable == "ANYATTN_CPU_TARGET" and not any(engine.backend == "cpu" for engine in engines()):
@@ -94,7 +94,7 @@ def test_nonsense_is_refused(
         ("ANYATTN_BACKEND", " numpy , cpu ", "backend", ("numpy", "cpu")),
     ],
 )
-def test_what_is_accepted(variable: str, value: str, field: str, parsed: object, environment: Set) -> None:
+def test_valid_values_are_accepted(variable: str, value: str, field: str, parsed: object, environment: Set) -> None:
     environment(**{variable: value})
     assert getattr(settings.current(), field) == parsed
     assert np.array_equal(anyattn.attention(X, X, X), X)
@@ -104,7 +104,7 @@ FOREIGN = ("0", "abc", "-1", "4097", "9" * 40, "4,0", "4,,2", "4,", ",", "1.5", 
 
 
 @pytest.mark.parametrize("value", FOREIGN)
-def test_nonsense_in_openmps_variable_is_ignored_with_one_warning(value: str, environment: Set) -> None:
+def test_invalid_omp_num_threads_is_ignored_with_one_warning(value: str, environment: Set) -> None:
     """Containers and job systems set it, and the OpenMP runtimes go on too."""
     environment(OMP_NUM_THREADS=value)
     with pytest.warns(RuntimeWarning, match=re.escape(f"OMP_NUM_THREADS={value!r} is ignored because it must be")):
@@ -115,7 +115,7 @@ def test_nonsense_in_openmps_variable_is_ignored_with_one_warning(value: str, en
         assert np.array_equal(anyattn.attention(X, X, X), X)
 
 
-def test_our_number_overrides_openmp_and_its_nonsense(environment: Set) -> None:
+def test_anyattn_num_threads_overrides_omp_num_threads(environment: Set) -> None:
     environment(ANYATTN_NUM_THREADS="2", OMP_NUM_THREADS="0")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -123,7 +123,7 @@ def test_our_number_overrides_openmp_and_its_nonsense(environment: Set) -> None:
 
 
 @pytest.mark.parametrize("kind", ["absent", "folder", "text", "another library"])
-def test_what_is_no_library_says_so(kind: str, environment: Set, tmp_path: Path) -> None:
+def test_invalid_library_path_is_reported(kind: str, environment: Set, tmp_path: Path) -> None:
     """The variable and the path, in the warning, in a named backend's refusal and in info."""
     import _ctypes
 

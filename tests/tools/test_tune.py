@@ -110,7 +110,7 @@ def test_only_large_problems_are_offloaded_before_tuning(gpu: Callable[..., None
     assert chosen(problem(4096)) == chosen(problem(4096, back=True)) == "cpu"
 
 
-def test_no_device_is_looked_for_where_none_is_worth_it(gpu: Callable[..., None]) -> None:
+def test_no_device_is_opened_for_small_problems(gpu: Callable[..., None]) -> None:
     gpu(None)
     assert dispatch.choose(problem(512), ()).name == "cpu"
     assert dispatch.choose(problem(1, 2**20), ()).name == "cpu"
@@ -131,7 +131,7 @@ def test_tuned_thresholds_are_exact(gpu: Callable[..., None]) -> None:
     assert [chosen(problem(n, dtype="bfloat16")) for n in (4096, 8192)] == ["cpu", "vulkan"]  # not measured
 
 
-def test_few_operations_for_each_byte_stay(gpu: Callable[..., None]) -> None:
+def test_problems_with_few_operations_per_byte_stay_on_the_cpu(gpu: Callable[..., None]) -> None:
     """Decoding over a cache of any length, and a narrow window, are no more than their transfers."""
     gpu(GPU)
     offload.save_thresholds(GPU, {("forward", "float32"): offload.work(problem(512))})
@@ -143,7 +143,7 @@ def test_few_operations_for_each_byte_stay(gpu: Callable[..., None]) -> None:
     assert "operations per byte do not pay for the transfers: at least 1.3e+02 are needed" in reason
 
 
-def test_another_device_is_not_this_one(gpu: Callable[..., None]) -> None:
+def test_tuning_of_another_device_is_ignored(gpu: Callable[..., None]) -> None:
     other = replace(GPU, cache_key="ab-2")
     offload.save_thresholds(other, {("forward", "float32"): Work(1.0, 0.0)})
     for info, name in ((GPU, "cpu"), (other, "vulkan")):
@@ -156,7 +156,7 @@ def test_another_device_is_not_this_one(gpu: Callable[..., None]) -> None:
 @pytest.mark.parametrize(
     "text", ["", "nonsense", "[]", '{"x": 1}', '{"x": {"forward": null}}', '{"x": {"forward float32": [NaN, 1]}}']
 )
-def test_a_broken_file_says_so_and_does_not_count(text: str, _cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_malformed_file_is_reported_and_ignored(text: str, _cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     _cache.mkdir()
     (_cache / offload.FILE).write_text(text)
     with caplog.at_level(logging.WARNING, logger="anyattn"):
@@ -164,7 +164,7 @@ def test_a_broken_file_says_so_and_does_not_count(text: str, _cache: Path, caplo
     assert len(caplog.messages) == 1 and str(_cache / offload.FILE) in caplog.messages[0]
 
 
-def test_software_is_not_chosen(gpu: Callable[..., None]) -> None:
+def test_software_device_is_not_chosen(gpu: Callable[..., None]) -> None:
     gpu(replace(GPU, kind="software"))
     offload.save_thresholds(GPU, {("forward", "float32"): Work(1.0, 0.0)})
     assert chosen(problem(8192)) == "cpu"
@@ -183,7 +183,9 @@ def test_a_large_problem_without_a_gpu_is_logged_once(
     assert len(caplog.messages) == 1 and "skipping backend vulkan" in caplog.messages[0]
 
 
-def test_software_is_chosen_where_the_settings_say(gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_software_device_is_chosen_if_the_settings_allow_it(
+    gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     gpu(replace(GPU, kind="software"))
     offload.save_thresholds(GPU, {("forward", "float32"): Work(1.0, 0.0)})
     monkeypatch.setenv("ANYATTN_VULKAN_SOFTWARE", "1")
@@ -202,7 +204,7 @@ def test_software_is_chosen_where_the_settings_say(gpu: Callable[..., None], mon
     ],
     ids=str,
 )
-def test_work(case: Case, pairs: int) -> None:
+def test_work_counts_operations_and_transferred_bytes(case: Case, pairs: int) -> None:
     """By hand: q, k, v, bias and mask travel there and out back, in the backward dout and the gradients as well."""
     case = replace(case, head_dim=40, head_dim_v=24, nheads_kv=2, group=3, dtype="float16", bias="full", mask="row")
     inputs = make_inputs(case)
@@ -218,7 +220,7 @@ def test_work(case: Case, pairs: int) -> None:
     )
 
 
-def test_packed_sequences_count_their_rows() -> None:
+def test_packed_sequences_are_counted_by_their_rows() -> None:
     q = Array((100, 8, 64), (512, 64, 1), "float32")
     table = Array((9,), (1,), "int32")
     packed = make_problem(
@@ -231,7 +233,7 @@ def test_packed_sequences_count_their_rows() -> None:
 @pytest.mark.parametrize(
     ("wins", "expected"), [("", None), ("000", None), ("011", 1), ("101", 2), ("110", None), ("111", 0), ("0101", 3)]
 )
-def test_threshold_is_the_first_of_the_wins_that_last(wins: str, expected: int | None) -> None:
+def test_threshold_is_the_smallest_size_from_which_the_device_always_wins(wins: str, expected: int | None) -> None:
     found = [Point("forward", "float32", 128 << i, 1.0, 0.9 if won == "1" else 0.96) for i, won in enumerate(wins)]
     want = NEVER if expected is None else offload.work(problem(128 << expected))
     assert tune_vulkan.find_threshold(found) == want
@@ -260,7 +262,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return found
 
 
-def test_tune_writes_what_it_measures(
+def test_tune_writes_its_measurements(
     gpu: Callable[..., None], clock: Clock, _cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gpu(GPU)
@@ -280,7 +282,7 @@ def test_tune_writes_what_it_measures(
     assert len(list(_cache.iterdir())) == 1
 
 
-def test_info_says_from_where_on_each_device_is_chosen(
+def test_info_reports_the_threshold_of_each_device(
     gpu: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     for info, said in (
@@ -301,7 +303,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return capsys.readouterr().err
 
 
-def test_tune_without_a_gpu_says_why(
+def test_tune_without_a_gpu_reports_the_reason(
     gpu: Callable[..., None], _cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gpu(replace(GPU, kind="software"))
@@ -312,7 +314,7 @@ def test_tune_without_a_gpu_says_why(
 
 
 @pytest.mark.usefixtures("clock")
-def test_a_device_that_fails_leaves_nothing(
+def test_failing_device_writes_no_file(
     gpu: Callable[..., None], _cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpu(GPU)
@@ -326,7 +328,7 @@ def test_a_device_that_fails_leaves_nothing(
 
 
 @pytest.mark.usefixtures("clock")
-def test_a_cache_that_cannot_be_written_is_an_error(
+def test_unwritable_cache_is_an_error(
     gpu: Callable[..., None], _cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gpu(GPU)
@@ -335,14 +337,16 @@ def test_a_cache_that_cannot_be_written_is_an_error(
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "61", "nan", "x"])
-def test_nonsense_seconds_are_refused(seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_seconds_are_refused(seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["tune", "--seconds", seconds])
     assert "must be seconds above 0 and up to 60" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(Engine("vulkan") not in engines(), reason="no Vulkan device: .ci/run requires one")
-def test_tune_on_the_driver_at_hand(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tune_measures_the_available_driver(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("ANYATTN_VULKAN_SOFTWARE", "1")
     settings.reload()
     monkeypatch.setattr(tune_vulkan, "SEQLENS", (8, 16))

@@ -44,7 +44,7 @@ def slope(found: Tiles) -> float:
 
 
 @pytest.mark.parametrize("start", [(16, 16, 1, 1, 1), (128, 128, 8, 2, 1), BEST], ids=str)
-def test_climbing_ends_at_the_fastest(start: Tiles) -> None:
+def test_search_ends_at_the_fastest_configuration(start: Tiles) -> None:
     asked: list[Tiles] = []
 
     def timed(found: Tiles) -> float:
@@ -55,11 +55,11 @@ def test_climbing_ends_at_the_fastest(start: Tiles) -> None:
     assert len(set(asked)) == len(asked) and start not in asked, "nothing is measured twice"
 
 
-def test_noise_is_not_faster() -> None:
+def test_noise_does_not_count_as_faster() -> None:
     assert tune_triton.climb(BEST, 1.0, lambda _: 0.98) == (BEST, 1.0)
 
 
-def test_what_does_not_run_is_passed_by() -> None:
+def test_configurations_that_do_not_run_are_skipped() -> None:
     """A start that does not compile: any neighbour that does is better."""
     found, seconds = tune_triton.climb(
         (128, 64, 8, 2, 1), math.inf, lambda found: slope(found) if found[0] < 128 else math.inf
@@ -85,12 +85,12 @@ def test_tuned_tiles_take_precedence_over_the_table(phase: str, dtype: str) -> N
     assert tuning.forward("sm_80", dtype, 128) != BEST, "another card"
 
 
-def test_a_heavy_forward_still_halves_its_keys() -> None:
+def test_tuned_forward_still_halves_its_key_tile() -> None:
     tuning.use_tiles(ARCH, "forward", "float16", 64, (64, 128, 8, 3, 2))
     assert tuning.forward(ARCH, "bfloat16", 64, heavy=True) == (64, 64, 8, 3, 2)
 
 
-def test_few_rows_take_no_more_than_there_are() -> None:
+def test_query_tile_does_not_exceed_the_number_of_queries() -> None:
     tuning.use_tiles(ARCH, "decode", "float16", 64, (64, 128, 8, 3, 2))
     assert [tuning.decode(ARCH, "float16", 64, rows).tile_q for rows in (1, 17, 64)] == [16, 32, 64]
 
@@ -98,7 +98,7 @@ def test_few_rows_take_no_more_than_there_are() -> None:
 @pytest.mark.parametrize(
     "entry", ["null", "[]", '{"forward 16-bit 64": 3}', '{"forward 16-bit 64": [64, 48, 4, 1, 1]}']
 )
-def test_a_broken_file_says_so_and_does_not_count(entry: str, _cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_malformed_file_is_reported_and_ignored(entry: str, _cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     before = tuning.forward(ARCH, "float16", 64)
     _cache.mkdir()
     (_cache / tuning.FILE).write_text(f'{{"{ARCH}": {entry}}}')
@@ -117,7 +117,7 @@ def small(phase: str) -> Workload:
 
 @interpreter
 @pytest.mark.parametrize("phase", PHASES)
-def test_tuning_leaves_the_fastest_in_use(phase: str) -> None:
+def test_tuning_activates_the_fastest_configuration(phase: str) -> None:
     times = iter([4.0, 3.0, 2.0])  # each step is faster, until the clock stands
     result = tune_triton.tune(small(phase), "cpu", 0.1, clock=lambda call: next(times, 2.0))
     assert result.seconds_before == 4.0 and result.seconds == 2.0 and result.tiles != result.before
@@ -126,7 +126,7 @@ def test_tuning_leaves_the_fastest_in_use(phase: str) -> None:
 
 @interpreter
 @pytest.mark.parametrize("phase", PHASES)
-def test_a_wrong_number_is_found(phase: str) -> None:
+def test_wrong_result_is_reported(phase: str) -> None:
     task = tune_triton.make_task(small(phase), "cpu")
     results = [x for x in task.call() if x is not None]
     assert task.is_right(tuple(results))
@@ -137,7 +137,7 @@ def test_a_wrong_number_is_found(phase: str) -> None:
 
 
 @interpreter
-def test_other_results_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_results_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the clock says of them."""
     right = tune_triton.make_task(small("forward"), "cpu")
     count = 0
@@ -154,7 +154,7 @@ def test_other_results_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @interpreter
-def test_tiles_that_do_not_compile_are_passed_by(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_that_do_not_compile_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     right = tune_triton.make_task(small("forward"), "cpu")
 
     def call() -> tuple[Any, ...]:
@@ -180,7 +180,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("card")
-def test_the_command_writes_what_it_finds(_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_writes_its_findings(_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tune", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert list(found) == ["triton"] and found["triton"]["arch"] == ARCH
@@ -195,7 +195,7 @@ def test_the_command_writes_what_it_finds(_cache: Path, capsys: pytest.CaptureFi
 
 
 @pytest.mark.usefixtures("card")
-def test_a_card_that_fails_leaves_nothing(
+def test_failing_gpu_writes_no_file(
     _cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any, **__: Any) -> float:

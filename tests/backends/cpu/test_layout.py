@@ -59,7 +59,7 @@ def expand(kind: str, field: str) -> list[tuple[str, type]]:
     return [(field, CTYPES[kind])]
 
 
-def test_fields_and_offsets() -> None:
+def test_fields_and_offsets_equal_those_of_the_header() -> None:
     fields = declared("anyattn_call")
     assert [(name, KINDS[kind]) for name, kind in fields] == list(layout.FIELDS)
     struct = type("Call", (ctypes.Structure,), {"_fields_": fields})
@@ -77,7 +77,7 @@ def test_values_reach_their_fields() -> None:
     assert {name: getattr(packed, name) for name, _ in fields} == values
 
 
-def test_library_knows_the_same_struct() -> None:
+def test_library_reports_the_same_layout() -> None:
     missing = dispatch.get("cpu").available()
     if missing:
         pytest.skip(missing)

@@ -21,5 +21,5 @@ __all__ = ["pytestmark", "serial"]
         "another_thread_goes_on",
     ],
 )
-def test_signals_during_a_call(name: str, serial: str) -> None:
+def test_signals_during_a_call_do_not_change_results(name: str, serial: str) -> None:
     assert digest(name, "scenarios_signals.py") == serial

@@ -19,7 +19,7 @@ def follow() -> Iterator[None]:
     anyattn.set_num_threads(0)
 
 
-def test_set_num_threads_holds_until_zero() -> None:
+def test_set_num_threads_holds_until_it_is_set_to_zero() -> None:
     before = anyattn.get_num_threads()
     anyattn.set_num_threads(3)
     assert anyattn.get_num_threads() == 3
@@ -27,7 +27,7 @@ def test_set_num_threads_holds_until_zero() -> None:
     assert anyattn.get_num_threads() == before
 
 
-def test_block_restores_the_number() -> None:
+def test_context_manager_restores_the_number_of_threads() -> None:
     anyattn.set_num_threads(3)
     with anyattn.num_threads(1):
         assert anyattn.get_num_threads() == 1
@@ -63,7 +63,7 @@ def test_engine_follows_torch_again_after_limits() -> None:
     assert (result.returncode, result.stderr) == (0, "")
 
 
-def test_results_do_not_depend_on_the_number() -> None:
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
     q, k, v = np.random.default_rng(0).standard_normal((3, 1, 300, 4, 32), dtype=np.float32)
     results = []
     for count in (1, 2, 7):
@@ -76,6 +76,6 @@ def test_results_do_not_depend_on_the_number() -> None:
 @pytest.mark.parametrize(
     ("count", "error"), [(-1, ValueError), (4097, ValueError), (1.0, TypeError), ("2", TypeError), (True, TypeError)]
 )
-def test_nonsense_is_refused(count: object, error: type[Exception]) -> None:
+def test_wrong_numbers_of_threads_are_refused(count: object, error: type[Exception]) -> None:
     with pytest.raises(error, match=f"num_threads must be .*, got {count!r}"):
         anyattn.set_num_threads(count)  # type: ignore[arg-type]

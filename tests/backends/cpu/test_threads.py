@@ -68,7 +68,7 @@ def serial() -> str:
         "one_processor",
     ],
 )
-def test_beside_others(name: str, serial: str) -> None:
+def test_results_do_not_depend_on_other_threads_and_processes(name: str, serial: str) -> None:
     assert digest(name) == serial
 
 
@@ -76,12 +76,12 @@ def test_beside_others(name: str, serial: str) -> None:
     ("name", "threads"),
     [("python_threads", "1"), ("python_threads", "2"), *((name, "3") for name in MANY)],
 )
-def test_any_number_of_threads(name: str, threads: str, serial: str) -> None:
+def test_results_do_not_depend_on_the_number_of_threads(name: str, threads: str, serial: str) -> None:
     assert digest(name, ANYATTN_NUM_THREADS=threads) == serial
 
 
 @pytest.mark.parametrize("value", ["1", "2", " 2 , 3", "300"])
-def test_omp_num_threads(value: str, serial: str) -> None:
+def test_first_number_of_omp_num_threads_is_used(value: str, serial: str) -> None:
     """Nested levels too: the first number is ours."""
     assert digest("by_omp_num_threads", OMP_NUM_THREADS=value) == serial
 
@@ -89,5 +89,5 @@ def test_omp_num_threads(value: str, serial: str) -> None:
 @pytest.mark.parametrize(
     "name", ["no_memory_numpy", "no_memory_torch", "no_memory_for_threads", "no_memory_for_scratch"]
 )
-def test_no_memory(name: str, serial: str) -> None:
+def test_failed_allocations_do_not_change_later_results(name: str, serial: str) -> None:
     assert digest(name, "scenarios_memory.py") == serial

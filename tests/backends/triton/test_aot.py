@@ -17,7 +17,7 @@ GOOD = {"registers": 200, "spills": 8, "spills_in_loops": 0, "shared": 1000, "ma
 
 
 @pytest.mark.parametrize("archs", TOGETHER)
-def test_compiled_kernels_are_as_good_as_the_table_says(archs: str) -> None:
+def test_compiled_kernels_meet_the_limits_of_the_table(archs: str) -> None:
     """In a process of its own: here Triton interprets."""
     done = run_python(SCRIPTS / "aot.py", "--jobs", "1", "--arch", archs, without=("TRITON_INTERPRET",))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -36,7 +36,7 @@ def aot(monkeypatch: pytest.MonkeyPatch) -> Any:
     return aot
 
 
-def test_every_architecture_is_compiled_here(aot: Any) -> None:
+def test_every_architecture_is_compiled(aot: Any) -> None:
     compiled = {name.split("/")[0] for name in aot.variants(every=False)}
     named = set(",".join(TOGETHER).split(","))
     assert compiled == named == {arch for arch in (*aot.NVIDIA, *aot.AMD) if not aot.refusal(arch)}
@@ -50,7 +50,7 @@ def test_every_architecture_is_compiled_here(aot: Any) -> None:
         ({"matrix": 0}, "lost its matrix instructions"),
     ],
 )
-def test_what_is_worse_than_the_table_is_named(aot: Any, change: dict[str, int], complaint: str) -> None:
+def test_kernels_that_exceed_the_table_are_named(aot: Any, change: dict[str, int], complaint: str) -> None:
     name, kernel = "sm_80/bfloat16/128/causal/forward", "attention_forward"
     table = {name: {kernel: GOOD}}
     assert not list(aot.worse(table, table))

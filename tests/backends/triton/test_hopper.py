@@ -62,7 +62,7 @@ def whole(view: np.ndarray) -> Pointer:
 @pytest.mark.parametrize("dtype", plan.HALVES)
 @pytest.mark.parametrize("mask", ["full", "bottom-right", "top-left"])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-def test_emulated(lengths: tuple[int, int], mask: str, dtype: str, head_dim: int) -> None:
+def test_emulated_kernels_equal_the_reference(lengths: tuple[int, int], mask: str, dtype: str, head_dim: int) -> None:
     alignment = "bottom-right" if mask == "full" else mask
     sizes = {"seqlen_q": lengths[0], "seqlen_k": lengths[1], "head_dim": head_dim, "head_dim_v": head_dim}
     case = replace(CASE, dtype=dtype, causal=mask != "full", alignment=alignment, **sizes)
@@ -70,13 +70,13 @@ def test_emulated(lengths: tuple[int, int], mask: str, dtype: str, head_dim: int
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_emulated_random_problems(seed: int) -> None:
+def test_emulated_kernels_equal_the_reference_on_random_problems(seed: int) -> None:
     """Several sequences and heads, groups, strides; NaN around and behind what rows see."""
     assert not run(aligned(drawn(seed, 300)), seed)
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_any_order_of_events(seed: int) -> None:
+def test_results_do_not_depend_on_the_order_of_events(seed: int) -> None:
     assert not run(aligned(CASE), 1000 * seed)
 
 
@@ -84,7 +84,7 @@ def test_any_order_of_events(seed: int) -> None:
     ("operation", "name"),
     [*(("wait", name) for name in ("q_full", "k_full", "v_full", "k_empty", "v_empty")), *DROPPED],
 )
-def test_emulator_sees_what_barriers_are_for(operation: str, name: str) -> None:
+def test_emulator_detects_each_missing_barrier(operation: str, name: str) -> None:
     """Without any one of them some order of events ends in a wrong result, or never."""
 
     def wrong(seed: int) -> bool:
@@ -103,7 +103,7 @@ def without_interpreter(script: Path, *arguments: str) -> str:
     return done.stdout
 
 
-def test_compiled_variants_pass_the_gates() -> None:
+def test_compiled_variants_pass_the_checks() -> None:
     """No spills, registers shared out, and the softmax beside a product that is in flight."""
     assert "4 variants, 0 complaints" in without_interpreter(SCRIPTS / "hopper.py", "--only", "bfloat16")
 
@@ -139,14 +139,14 @@ GOOD = "QK*8 mbwait PV*8 BAR arrive WAIT1 max*64 EX2*66 mbwait WAIT0"
         (GOOD.replace(" WAIT0", ""), "never waits for the second product"),
     ],
 )
-def test_gate_on_the_order_of_instructions(gates: Any, order: str, complaint: str) -> None:
+def test_wrong_order_of_instructions_is_detected(gates: Any, order: str, complaint: str) -> None:
     loop = parsed(gates, order)
     assert gates.loops([gates.Run("WAIT0", 1), *loop]) == [loop]
     found = list(gates.misplaced(loop, 128))
     assert any(complaint in fault for fault in found) if complaint else not found
 
 
-def test_gates_on_resources(gates: Any) -> None:
+def test_wrong_use_of_resources_is_detected(gates: Any) -> None:
     group = parsed(gates, f"{GOOD} fence BAR store")
     order = [*group, *group]
     code = ["USETMAXREG.DEALLOC.CTAPOOL 0x18", "USETMAXREG.TRY_ALLOC.CTAPOOL UP0, 0xf0"]
@@ -166,12 +166,12 @@ def recorded() -> Any:
     return json.loads(without_interpreter(TESTS / "backends" / "emulators" / "fake_hopper.py").splitlines()[-1])
 
 
-def test_off_unless_asked_for(recorded: Any) -> None:
+def test_hopper_kernels_are_off_by_default(recorded: Any) -> None:
     assert [launch["kernel"] for launch in recorded["off"]["launches"]] == ["attention_forward"]
     assert [launch["kernel"] for launch in recorded["on"]["launches"]] == ["attention_forward_hopper"]
 
 
-def test_maps_of_the_copy_engine(recorded: Any) -> None:
+def test_tensor_maps_describe_the_arrays(recorded: Any) -> None:
     """(batch, head, row, dim) of arrays (batch, row, head, dim); boxes of a warpgroup's rows and of a tile's keys."""
     (launch,), pointers = recorded["on"]["launches"], recorded["on"]["pointers"]
     assert launch["grid"] == [2 * 8 * 8, 1, 1]
@@ -184,13 +184,13 @@ def test_maps_of_the_copy_engine(recorded: Any) -> None:
         assert tensor_map["box"] == [1, 1, 128 if name in "kv" else 64, 64]
 
 
-def test_keys_that_no_row_sees_are_not_shown_to_the_copy_engine(recorded: Any) -> None:
+def test_keys_that_no_query_attends_to_are_not_copied(recorded: Any) -> None:
     (launch,) = recorded["few keys"]["launches"]
     assert [tensor_map["shape"][2] for tensor_map in launch["maps"]] == [1000, 1000, 1000, 1000]
 
 
 @pytest.mark.parametrize("why", ["address", "strides", "softcap"])
-def test_the_portable_kernels_take_the_rest(why: str, recorded: Any) -> None:
+def test_portable_kernels_compute_all_other_problems(why: str, recorded: Any) -> None:
     assert [launch["kernel"] for launch in recorded[why]["launches"]] == ["attention_forward"]
 
 
@@ -208,7 +208,7 @@ def test_the_portable_kernels_take_the_rest(why: str, recorded: Any) -> None:
         ({"layout": "slices"}, ""),
     ],
 )
-def test_what_the_kernels_leave_to_others(change: dict[str, Any], reason: str) -> None:
+def test_unsupported_problems_are_left_to_the_portable_kernels(change: dict[str, Any], reason: str) -> None:
     problem, _ = aligned(replace(CASE, **change)).describe()
     assert reason in "; ".join(plan.unsupported_reasons(problem))
     assert bool(plan.unsupported_reasons(problem)) == bool(reason)
@@ -227,7 +227,7 @@ def test_unaligned_strides_and_batch_invariance_are_refused() -> None:
     assert "batch_invariant" in plan.unsupported_reasons(problem._replace(batch_invariant=True))[0]
 
 
-def test_a_triton_without_gluon(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_without_gluon_turns_the_kernels_off(monkeypatch: pytest.MonkeyPatch) -> None:
     from anyattn.backends.triton import sm90
     from anyattn.config import settings
 
@@ -244,7 +244,7 @@ def test_a_triton_without_gluon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_what_runs_on_a_device(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_checks_pass_and_detect_an_error(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The checks of `make gpu`, here with the portable kernels on host memory: they pass, and see an error."""
     from device import hopper as hopper_device
 
@@ -254,7 +254,7 @@ def test_what_runs_on_a_device(causal: bool, monkeypatch: pytest.MonkeyPatch) ->
     assert bool(hopper_device.large(case, "cpu")) == causal
 
 
-def test_every_launch_on_a_device_is_of_these_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_checks_launch_only_hopper_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever would be shared out among more programs elsewhere."""
     from anyattn.backends.triton import plan_forward as portable
     from anyattn.backends.triton.sm90.plan import HopperKernel

@@ -37,7 +37,7 @@ def addresses(launch: Any) -> list[int]:
     return [value for kind, value in launch["arguments"] if kind.startswith("*")]
 
 
-def test_arguments_are_where_the_kernel_expects_them(recorded: Any) -> None:
+def test_arguments_are_passed_at_the_positions_of_the_kernel(recorded: Any) -> None:
     found = recorded["alignment"]
     first, *_, last = found["launches"]
     assert len(found["launches"]) == 4 and first["grid"] == [128, 1, 1]
@@ -45,12 +45,12 @@ def test_arguments_are_where_the_kernel_expects_them(recorded: Any) -> None:
     assert ["fp32", 0.125] in last["arguments"] and ["i32", 8 * 1024 * 64] in last["arguments"]
 
 
-def test_equal_plans_share_a_kernel(recorded: Any) -> None:
+def test_equal_plans_share_a_loaded_kernel(recorded: Any) -> None:
     """It was loaded with the plan; an address that is not aligned needs another."""
     assert recorded["alignment"]["loads"] == [0, 1]
 
 
-def test_the_current_stream_of_the_tensors_device(recorded: Any) -> None:
+def test_launches_use_the_current_stream_of_the_tensors_device(recorded: Any) -> None:
     found = recorded["streams"]
     where = [(launch["device"], launch["stream"]) for launch in found["launches"]]
     assert where == [(0, 77), (1, 1077), (0, 88), (1, 1088)]
@@ -86,12 +86,12 @@ def test_an_append_runs_on_the_caches_device(recorded: Any) -> None:
 
 
 @pytest.mark.parametrize("scenario", ["training", "decoding", "append"])
-def test_a_call_may_be_captured_in_a_graph(recorded: Any, scenario: str) -> None:
+def test_calls_can_be_captured_in_a_graph(recorded: Any, scenario: str) -> None:
     """No operator of torch runs: nothing is allocated, copied or read back."""
     assert recorded[scenario]["launches"] and recorded[scenario]["operators"] == []
 
 
-def test_float32_follows_torchs_precision(vendor: str, recorded: Any) -> None:
+def test_float32_follows_the_precision_setting_of_torch(vendor: str, recorded: Any) -> None:
     """Where the hardware has a choice."""
     assert recorded["precision"]["loaded"] == [0, int(vendor == "nvidia"), 0]
 
@@ -108,7 +108,7 @@ def test_a_kernel_that_does_not_compile_is_named(vendor: str, recorded: Any) -> 
         assert part in error, error
 
 
-def test_strides_are_multiples_of_what_they_all_are() -> None:
+def test_divisor_divides_every_stride() -> None:
     from anyattn.backends.triton.launch import Address, Template, stride
 
     for steps, divisor in (((64, 4096), 16), ((40, 320), 8), ((100, 800), 4), ((0, 7), 1), ((), 16)):

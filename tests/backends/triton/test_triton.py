@@ -45,13 +45,13 @@ def test_refusals_name_what_is_accepted() -> None:
         anyattn.attention_with_kvcache(double, cache, cache, k=double, v=double, cache_seqlens=0, backend="triton")
 
 
-def test_elsewhere_than_on_a_gpu_is_refused_with_a_reason() -> None:
+def test_tensors_outside_a_gpu_are_refused_with_a_reason() -> None:
     problem, _ = make_inputs(named("plain")).describe()
     elsewhere = problem.with_arrays(q=problem.q._replace(device="meta"))
     assert "got q on meta" in dispatch.get("triton").supports(elsewhere)[0]
 
 
-def test_gradients_that_no_tile_of_a_card_holds_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_whose_tiles_exceed_shared_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "cards", lambda: [("cpu", "Abacus 9000", "sm_75")])
     forward, _ = make_inputs(Case("wide", seqlen_q=4, seqlen_k=4, head_dim=160)).describe()
     backward, _ = make_inputs(Case("wide", seqlen_q=4, seqlen_k=4, head_dim=160)).describe(BACKWARD)
@@ -62,7 +62,9 @@ def test_gradients_that_no_tile_of_a_card_holds_are_refused(monkeypatch: pytest.
 
 @pytest.mark.parametrize("config", [(16, 16), (32, 128), (128, 32)], ids=str)
 @pytest.mark.parametrize("name", ["everything", "varlen_window_alibi", "chunk_window", "paged_odd_page_f16"])
-def test_any_tile_size(name: str, config: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_do_not_depend_on_the_tile_size(
+    name: str, config: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Full tiles and edges on both sides, several of each."""
     monkeypatch.setattr(tuning, "forward", lambda *_, **__: tuning.Config(*config))
     inputs = make_inputs(named(name))
@@ -70,7 +72,7 @@ def test_any_tile_size(name: str, config: tuple[int, int], monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("section", [1, 3, 100])
-def test_any_order_of_programs(section: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_do_not_depend_on_the_order_of_programs(section: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "section", lambda *_: section)
     inputs = make_inputs(Case("sections", batch=2, seqlen_q=150, seqlen_k=90, nheads_kv=5, causal=True))
     assert not wrong(inputs, "forward", TRITON)
@@ -78,7 +80,9 @@ def test_any_order_of_programs(section: int, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("count", [2, 3, 7])
 @pytest.mark.parametrize("lengths", ["full", "varlen", "paged"])
-def test_any_number_of_splits(count: int, lengths: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_do_not_depend_on_the_number_of_splits(
+    count: int, lengths: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """More splits than some rows have keys, and a sink that only one of them may count."""
     monkeypatch.setattr(tuning, "splits", lambda *_: count)
     case = Case("splits", seqlen_q=3, seqlen_k=400, group=4, causal=True, sink=True, lengths=lengths, dropout_p=0.2)
@@ -87,7 +91,7 @@ def test_any_number_of_splits(count: int, lengths: str, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("seqlen_q", [1, 70])
-def test_batch_invariant(seqlen_q: int) -> None:
+def test_batch_invariant_results_equal_those_of_each_sequence_alone(seqlen_q: int) -> None:
     """Each sequence alone and in a batch: the same bits."""
     inputs = make_inputs(Case("batch", batch=3, seqlen_q=seqlen_q, seqlen_k=300, group=4, causal=True, dtype="float16"))
     q, k, v = (inputs.arguments[name] for name in "qkv")
@@ -98,7 +102,7 @@ def test_batch_invariant(seqlen_q: int) -> None:
         assert anyattn.attention(q[one], k[one], v[one], **flags).tobytes() == out[one].tobytes()
 
 
-def test_from_run_to_run() -> None:
+def test_results_are_identical_from_run_to_run() -> None:
     inputs = make_inputs(named("everything"))
     out, lse = anyattn.attention_forward(**inputs.arguments, backend="triton")
     grads = [
@@ -110,7 +114,7 @@ def test_from_run_to_run() -> None:
     assert all(a.tobytes() == b.tobytes() for a, b in zip(*(one[:5] for one in grads), strict=True))
 
 
-def test_splits_fill_the_processors() -> None:
+def test_splits_occupy_most_processors() -> None:
     assert tuning.splits(0, 100, 132) == tuning.splits(132, 100, 132) == tuning.splits(8, 4, 132) == 1
     assert tuning.splits(8, 1000, 132) * 8 / 132 > 0.8
     assert tuning.splits(8, 6, 132) <= 6
@@ -119,7 +123,7 @@ def test_splits_fill_the_processors() -> None:
 @pytest.mark.parametrize(
     ("size", "want"), [(1, (16, 0)), (64, (64, 0)), (96, (64, 32)), (100, (128, 0)), (300, (256, 64))]
 )
-def test_chunks_of_a_dimension(size: int, want: tuple[int, int]) -> None:
+def test_dimensions_are_split_into_powers_of_two(size: int, want: tuple[int, int]) -> None:
     assert tuning.chunks(size) == want
 
 
@@ -131,11 +135,11 @@ def test_every_architecture_has_a_config() -> None:
                 assert config.tile_q >= 16 and config.tile_k >= 16
 
 
-def test_devices_of_other_names() -> None:
+def test_device_of_an_architecture_name_has_default_limits() -> None:
     assert device.device("sm_90") == device.Device("sm_90", 128, 2**25)
 
 
-def test_out_of_memory_on_a_gpu_is_torchs_own_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_on_a_gpu_raises_the_error_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Results and workspace are there before anything is written."""
 
     def empty(*_: Any, **__: Any) -> None:
@@ -150,7 +154,9 @@ def test_out_of_memory_on_a_gpu_is_torchs_own_error(monkeypatch: pytest.MonkeyPa
     ("version", "reason"),
     [(None, "Triton is not installed"), ("3.5.1", r"Triton 3\.5 is too old: 3\.6 or later"), ("3.6.0+git1", None)],
 )
-def test_versions(version: str | None, reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_versions_of_triton_are_refused_with_a_reason(
+    version: str | None, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whatever package brings Triton: torch for ROCm has one of its own."""
 
     def found(name: str) -> str:
@@ -174,7 +180,9 @@ def test_versions(version: str | None, reason: str | None, monkeypatch: pytest.M
         ("xpu", "3.9", "expected"),
     ],
 )
-def test_cards(arch: str, triton: str, state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_info_and_explain_report_the_support_of_each_gpu(
+    arch: str, triton: str, state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What `info` says of a card, and `explain` where it refuses."""
     monkeypatch.setattr(device, "version", lambda name: triton)
     monkeypatch.setattr(backend, "cards", lambda: [("cuda:0", "A card", arch)])

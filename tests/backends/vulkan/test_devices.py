@@ -91,7 +91,7 @@ def test_limits_below_what_the_shaders_need_are_refused(changes: dict[str, Any],
     assert replace(CARD, **changes).refusal() == reason
 
 
-def test_a_device_that_computes_comes_before_one_that_does_not() -> None:
+def test_devices_that_meet_the_limits_come_first() -> None:
     assert choose(WEAK, SOFTWARE) is SOFTWARE
     assert choose(WEAK, OLD) is WEAK  # to name its reason
 
@@ -107,9 +107,7 @@ def test_a_device_that_computes_comes_before_one_that_does_not() -> None:
     ],
 )
 @pytest.mark.usefixtures("nothing_required")
-def test_limits_are_those_that_the_driver_states(
-    monkeypatch: pytest.MonkeyPatch, changes: dict[str, int], reason: str
-) -> None:
+def test_limits_are_read_from_the_driver(monkeypatch: pytest.MonkeyPatch, changes: dict[str, int], reason: str) -> None:
     """A driver whose answers are lowered on their way."""
     original = api.instance_function
 
@@ -141,14 +139,14 @@ def test_limits_are_those_that_the_driver_states(
 
 
 @needs_vulkan
-def test_a_driver_describes_its_memory() -> None:
+def test_info_includes_the_memory_of_the_device() -> None:
     info = devices.device().info
     assert info.memory > 2**20 and info.storage_buffers >= STORAGE_BUFFERS
     assert f"{info.memory} bytes" in info.describe()["memory"]
 
 
 @needs_vulkan
-def test_memory_is_given_back() -> None:
+def test_release_memory_frees_all_but_device_arrays() -> None:
     """What calls have left behind, and no array that lives on the device."""
     release_memory()  # of the devices of other tests
     values = np.random.default_rng(0).standard_normal((1, 40, 2, 16), np.float32)
@@ -174,7 +172,7 @@ def test_device_arrays_survive_copies(dtype: Any, copied: Any) -> None:
     assert other.numpy().tobytes() == array.numpy().tobytes()
 
 
-def test_loaders_of_homebrew_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_homebrew_loaders_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """macOS does not search its folder on Apple silicon."""
     tried: list[str] = []
 

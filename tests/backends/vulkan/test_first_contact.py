@@ -69,7 +69,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @needs_cc
-def test_a_broken_driver_ends_a_child_once(broken: dict[str, str], tmp_path: Path) -> None:
+def test_broken_driver_crashes_one_child_process_only(broken: dict[str, str], tmp_path: Path) -> None:
     """Neither a large call that names no backend nor a named one ends the program, and later programs do not ask."""
     cache, log = tmp_path / "cache", tmp_path / "log"
     for _ in range(2):
@@ -86,7 +86,7 @@ def test_a_broken_driver_ends_a_child_once(broken: dict[str, str], tmp_path: Pat
 
 
 @needs_cc
-def test_info_survives_a_broken_driver(broken: dict[str, str], tmp_path: Path) -> None:
+def test_info_reports_a_broken_driver(broken: dict[str, str], tmp_path: Path) -> None:
     result = fresh("", tmp_path, "-m", "anyattn", "info", **broken)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("SIGABRT: broken driver: no GPU here") == 2  # of the backend, and of its devices
@@ -94,7 +94,7 @@ def test_info_survives_a_broken_driver(broken: dict[str, str], tmp_path: Path) -
 
 @needs_cc
 @pytest.mark.parametrize("variables", [{}, {"ANYATTN_VULKAN_SOFTWARE": "1"}], ids=["not taken", "taken"])
-def test_a_driver_that_is_not_taken_is_not_loaded(variables: dict[str, str], tmp_path: Path) -> None:
+def test_rejected_driver_is_not_loaded(variables: dict[str, str], tmp_path: Path) -> None:
     """The answer of the child is enough to leave a driver alone that runs on the CPU."""
     names = [Path(library).name for _, _, library, _ in map(driver_files._manifest, driver_files.manifests())]
     code = f"DRIVERS = {[name for name in names if name]}\n{LOADED}"
@@ -103,7 +103,7 @@ def test_a_driver_that_is_not_taken_is_not_loaded(variables: dict[str, str], tmp
     assert (int(result.stdout) > 0) is bool(variables)
 
 
-def test_small_problems_start_no_child(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_problems_start_no_child_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "has_loaded", lambda: False)
     monkeypatch.setattr(first_contact, "report", Mock(side_effect=AssertionError("asked")))
     reasons = anyattn.explain(SMALL, SMALL, SMALL).reasons["vulkan"]
@@ -136,13 +136,13 @@ def again() -> Report:
     return first_contact.report()
 
 
-def test_the_child_describes_the_device_that_is_chosen(cache: Path) -> None:
+def test_child_process_describes_the_chosen_device(cache: Path) -> None:
     info = devices.instance().choose()
     assert first_contact.report() == Report(info.name, info.kind, info.cache_key)
     assert first_contact.known_crash() == ""
 
 
-def test_an_answer_is_kept_for_the_same_drivers(asked: Mock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_report_is_cached_for_the_same_drivers(asked: Mock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     manifest, library = tmp_path / "icd.json", tmp_path / "driver.so"
     library.write_bytes(b"1")
     manifest.write_text('{"ICD": {"library_path": "./driver.so"}}')
@@ -165,7 +165,7 @@ def test_an_answer_is_kept_for_the_same_drivers(asked: Mock, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("failure", [Report(refusal="no device"), Report(crash="SIGSEGV")], ids=["refusal", "crash"])
-def test_a_failure_is_asked_again_after_a_day(asked: Mock, monkeypatch: pytest.MonkeyPatch, failure: Report) -> None:
+def test_failed_report_is_repeated_after_a_day(asked: Mock, monkeypatch: pytest.MonkeyPatch, failure: Report) -> None:
     asked.return_value = failure, True
     now = first_contact.time.time()
     clock = Mock(return_value=now)
@@ -179,7 +179,7 @@ def test_a_failure_is_asked_again_after_a_day(asked: Mock, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     "text", ["", "nonsense", "[]", '{"time": 0}', '{"time": 0, "report": {"name": 3}}', "[" * 10**5]
 )
-def test_a_file_that_says_nothing_does_not_count(asked: Mock, cache: Path, text: str) -> None:
+def test_malformed_cache_file_is_ignored(asked: Mock, cache: Path, text: str) -> None:
     again()
     [kept] = cache.iterdir()
     kept.write_text(text)
@@ -187,7 +187,7 @@ def test_a_file_that_says_nothing_does_not_count(asked: Mock, cache: Path, text:
     assert json.loads(kept.read_text())["report"]["name"] == "Abacus"
 
 
-def test_a_file_of_others_does_not_count(asked: Mock, cache: Path) -> None:
+def test_cache_file_writable_by_others_is_ignored(asked: Mock, cache: Path) -> None:
     again()
     [kept] = cache.iterdir()
     kept.chmod(0o666)
@@ -195,7 +195,9 @@ def test_a_file_of_others_does_not_count(asked: Mock, cache: Path) -> None:
     assert asked.call_count == 2
 
 
-def test_without_a_folder_each_process_asks_once(asked: Mock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_cache_folder_each_process_checks_the_driver_once(
+    asked: Mock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("ANYATTN_CACHE", f"{os.devnull}/anyattn")
     settings.reload()
     first_contact.report(), first_contact.report()
@@ -219,11 +221,11 @@ def child_that(monkeypatch: pytest.MonkeyPatch, code: str) -> tuple[Report, bool
         ('print(\'{{"refusal": "none"}}\')', Report(refusal="none")),
     ],
 )
-def test_answers_that_last(monkeypatch: pytest.MonkeyPatch, code: str, report: Report) -> None:
+def test_definite_reports_are_cached(monkeypatch: pytest.MonkeyPatch, code: str, report: Report) -> None:
     assert child_that(monkeypatch, code) == (report, True)
 
 
-def test_what_says_nothing_about_a_driver_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reports_that_do_not_depend_on_the_driver_are_not_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     found, lasting = child_that(monkeypatch, "import os; os.kill(os.getpid(), 9)")
     assert "SIGKILL ended the process" in found.refusal and not found.crash and not lasting
     with monkeypatch.context() as patch:
@@ -238,13 +240,13 @@ def test_what_says_nothing_about_a_driver_is_not_kept(monkeypatch: pytest.Monkey
     assert first_contact._ask() == (Report(refusal="no Vulkan loader is installed"), False)
 
 
-def test_a_driver_that_hangs_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_driver_that_hangs_is_refused_after_a_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(first_contact, "SECONDS", 1)
     found, lasting = child_that(monkeypatch, "import time; time.sleep(100)")
     assert "did not answer within 1 s. Name the backend to wait" in found.refusal and lasting
 
 
-def test_the_child_imports_no_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_child_process_does_not_import_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
     code = first_contact.CHILD + "\nassert not {{'numpy', 'site', 'anyattn.api'}} & set(sys.modules), sys.modules\n"
     found, _ = child_that(monkeypatch, code)
     assert found.name and not found.crash
@@ -259,7 +261,7 @@ def explained(monkeypatch: pytest.MonkeyPatch, report: Report) -> list[str]:
     return anyattn.explain(LARGE, LARGE, LARGE).reasons["vulkan"]
 
 
-def test_an_unmeasured_integrated_gpu_is_not_taken(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_integrated_gpu_is_not_chosen_before_tuning(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = Report("Abacus 12", "integrated", "ab-1")
     [reason] = explained(monkeypatch, gpu)
     assert reason == "Abacus 12 is an unmeasured integrated GPU: run `anyattn tune`, or name the backend"
@@ -275,7 +277,7 @@ def test_an_unmeasured_integrated_gpu_is_not_taken(cache: Path, monkeypatch: pyt
     assert "unmeasured" in offload.reasons_to_stay(problems["float16"], gpu)[0]
 
 
-def test_a_driver_on_the_cpu_is_not_taken(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_driver_on_the_cpu_is_not_chosen(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [reason] = explained(monkeypatch, Report("Pipe", "software", "p-1"))
     assert reason.startswith("Pipe is a software driver")
     [reason] = explained(monkeypatch, Report(refusal="Pipe offers 4 storage buffers for one shader; 12 are needed"))

@@ -32,14 +32,14 @@ def instructions(module: bytes) -> Iterator[list[int]]:
         at += length
 
 
-def test_binaries_are_those_of_the_sources() -> None:
+def test_binaries_match_their_sources() -> None:
     result = subprocess.run([sys.executable, SCRIPT, "--check"], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert len(NAMES) > 20
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_frozen_modules_have_plain_numbers(name: str) -> None:
+def test_specialization_replaces_constants_by_numbers(name: str) -> None:
     frozen = list(instructions(spirv.freeze(binary(name), CONSTANTS)))
     assert not [word for word in frozen if word[0] & 0xFFFF in OPEN]
     assert any(word[0] & 0xFFFF in OPEN for word in instructions(binary(name)))
@@ -48,7 +48,7 @@ def test_frozen_modules_have_plain_numbers(name: str) -> None:
 
 
 @pytest.mark.parametrize("unroll", [False, True])
-def test_hints_of_loops_turn_around(unroll: bool) -> None:
+def test_loop_hints_follow_the_unroll_option(unroll: bool) -> None:
     frozen = instructions(spirv.freeze(binary("forward_f32"), {}, unroll=unroll))
     hints = [word[3] for word in frozen if word[0] & 0xFFFF == spirv.LOOP_MERGE]
     assert (spirv.DONT_UNROLL in hints) is not unroll
@@ -83,7 +83,7 @@ def shared_bytes(module: bytes) -> int:
 
 @pytest.mark.parametrize("shader", ["forward", "dq", "dkdv"])
 @pytest.mark.parametrize("size", [(32, 8, 1, 1, 32), (128, 32, 2, 1, 32), (64, 64, 4, 2, 16)], ids=str)
-def test_shared_memory_is_what_the_choice_reckons_with(shader: str, size: tuple[int, ...]) -> None:
+def test_shared_memory_stays_below_the_estimate(shader: str, size: tuple[int, ...]) -> None:
     workgroup, dim, lanes, rows, keys = size
     shape = Shape(16, 16, 16, "float16")
     config = tuning.Config(workgroup, dim, 8, lanes, rows, keys, 0, "float16", False, False, shape, 32)

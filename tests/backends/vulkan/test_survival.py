@@ -21,12 +21,12 @@ HANG_SECONDS = 300
 
 
 @pytest.mark.parametrize("name", [*EVERYWHERE, "interrupted_at_every_line"])
-def test_survives(name: str) -> None:
+def test_process_survives_device_failures(name: str) -> None:
     result = run_python("-X", "faulthandler", SCRIPT, name, timeout=HANG_SECONDS, ANYATTN_REQUIRE="")
     assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize("name", EVERYWHERE)
 @pytest.mark.parametrize("driver", ["mesa", "swiftshader"])
-def test_survives_on_other_drivers(driver: str, name: str) -> None:
+def test_process_survives_device_failures_on_other_drivers(driver: str, name: str) -> None:
     started(driver, str(SCRIPT), name, ANYATTN_REQUIRE="")

@@ -33,7 +33,9 @@ pytestmark = [needs_vulkan, fresh_plans]
     ],
     ids=lambda shape: "-".join(f"{name}{int(value)}" for name, value in shape.items()),
 )
-def test_every_shape_of_a_kernel(monkeypatch: pytest.MonkeyPatch, case: Case, shape: dict[str, Any]) -> None:
+def test_results_do_not_depend_on_the_kernel_configuration(
+    monkeypatch: pytest.MonkeyPatch, case: Case, shape: dict[str, Any]
+) -> None:
     """What a GPU's configuration uses and a CPU's does not: several lanes per row, shuffles, unrolled loops."""
     original = tuning.forward_config
 
@@ -46,7 +48,7 @@ def test_every_shape_of_a_kernel(monkeypatch: pytest.MonkeyPatch, case: Case, sh
     check_forward(case)
 
 
-def test_unrolled_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unrolled_loops_do_not_change_results(monkeypatch: pytest.MonkeyPatch) -> None:
     original = tuning.forward_config
     monkeypatch.setattr(
         tuning, "forward_config", lambda *x: replace(original(*x), dim=2, dim_v=1, features=0, unroll=True)
@@ -56,12 +58,12 @@ def test_unrolled_loops(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("case", FORWARD_CASES, ids=str)
 @pytest.mark.parametrize("keys", [8, 24])
-def test_split_keys(monkeypatch: pytest.MonkeyPatch, case: Case, keys: int) -> None:
+def test_splitting_the_keys_does_not_change_results(monkeypatch: pytest.MonkeyPatch, case: Case, keys: int) -> None:
     monkeypatch.setattr(tuning, "split_keys", lambda info, problem, config: keys)
     check_forward(case)
 
 
-def test_a_gpu_gets_shuffles_and_splits() -> None:
+def test_gpu_configuration_uses_shuffles_and_splits() -> None:
     """The choice itself, on the description of a device that is not here."""
     gpu = replace(devices.device().info, kind="discrete", subgroup=32, shuffle=True)
     problem, _ = make_inputs(named("decode_f16")).describe()
@@ -71,7 +73,7 @@ def test_a_gpu_gets_shuffles_and_splits() -> None:
     assert tuning.split_keys(gpu, problem._replace(batch_invariant=True), config) >= problem.seqlen_k
 
 
-def test_long_keys_stay_below_the_iterations_of_a_software_driver() -> None:
+def test_long_keys_are_split_below_the_loop_limit_of_a_software_driver() -> None:
     """Mesa's leaves loops silently after 65,535: 40,000 keys are more than one workgroup may take."""
     inputs = make_inputs(Case("long", batch=1, seqlen_q=3, seqlen_k=40_000, nheads_kv=1, head_dim=8, head_dim_v=8))
     problem, _ = inputs.describe()
@@ -80,7 +82,7 @@ def test_long_keys_stay_below_the_iterations_of_a_software_driver() -> None:
 
 
 @pytest.mark.parametrize("limit", [30_000, 18_000])
-def test_arrays_larger_than_a_binding(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+def test_arrays_larger_than_a_binding_are_bound_in_blocks(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
     """Parts of the heads, and of one head's sequences, are bound in turn."""
     pass_self_tests()
     info = replace(devices.device().info, storage_range=limit)
@@ -91,14 +93,14 @@ def test_arrays_larger_than_a_binding(monkeypatch: pytest.MonkeyPatch, limit: in
     check_forward(case)
 
 
-def test_an_array_that_no_binding_holds_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_array_that_exceeds_every_binding_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     pass_self_tests()
     monkeypatch.setattr(engine().device, "info", replace(devices.device().info, storage_range=1000))
     with pytest.raises(anyattn.UnsupportedProblem, match=r"larger than a binding of .*: 1000 bytes"):
         check_forward(named("plain"))
 
 
-def test_short_submissions(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_work_is_split_into_short_submissions_on_a_slow_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """A slow device gets its work in many dispatches and submissions: no watchdog sees a long one."""
     submissions = []
     finish = type(engine().commands).finish
@@ -108,7 +110,7 @@ def test_short_submissions(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(submissions) > 4
 
 
-def test_memory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_without_unified_memory_uses_staging_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
     """A device that does not share its memory: everything goes through mapped buffers beside it."""
     monkeypatch.setattr(engine().memory, "unified", False)
     engine().memory.trim()
@@ -118,14 +120,14 @@ def test_memory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     engine().memory.trim()
 
 
-def test_buffers_are_used_again() -> None:
+def test_buffers_are_reused() -> None:
     check_forward(named("plain"))
     kept = engine().memory.kept
     check_forward(named("plain"))
     assert engine().memory.kept == kept > 0
 
 
-def test_out_of_device_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_device_memory_raises_memory_error_and_the_next_call_works(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is kept is given back and tried again; then a MemoryError that says how much, and the next call is right."""
     create, failures = engine().device.create, []
 
@@ -144,7 +146,7 @@ def test_out_of_device_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     check_forward(named("plain"))
 
 
-def test_a_lost_device_has_loadeded_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lost_device_is_opened_again(monkeypatch: pytest.MonkeyPatch) -> None:
     lost = engine()
     with monkeypatch.context() as patch:
         patch.setattr(lost.commands, "_submit", lambda *arguments: api.LOST)
@@ -154,7 +156,7 @@ def test_a_lost_device_has_loadeded_anew(monkeypatch: pytest.MonkeyPatch) -> Non
     assert engine() is not lost and not engine().device.lost
 
 
-def test_a_device_that_hangs_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_that_hangs_raises_after_a_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ANYATTN_VULKAN_TIMEOUT", "1")
     settings.reload()
     hanging = engine()
@@ -167,13 +169,13 @@ def test_a_device_that_hangs_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     check_forward(named("plain"))
 
 
-def test_offsets_that_positions_cannot_hold_are_refused() -> None:
+def test_offsets_beyond_the_limit_are_refused() -> None:
     x = np.ones((1, 4, 1, 8), np.float32)
     with pytest.raises(ValueError, match=r"offset\[0\] must be from -2\^29 to 2\^29"):
         anyattn.attention(x, x, x, causal=True, offset=10**9, backend="vulkan")
 
 
-def test_software_is_taken_only_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_software_device_is_used_only_if_named(monkeypatch: pytest.MonkeyPatch) -> None:
     if not devices.device().info.software:
         pytest.fail("this test expects a software driver")
     monkeypatch.delenv("ANYATTN_VULKAN_SOFTWARE")
@@ -184,7 +186,7 @@ def test_software_is_taken_only_by_name(monkeypatch: pytest.MonkeyPatch) -> None
     assert np.array_equal(anyattn.attention(x, x, x, backend="vulkan"), x)
 
 
-def test_an_unknown_device_names_those_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_device_error_lists_the_available_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ANYATTN_VULKAN_DEVICE", "abacus")
     settings.reload()
     assert "must be one of 0: " in str(dispatch.get("vulkan").available())
@@ -202,11 +204,11 @@ except anyattn.UnsupportedProblem as error: print(error)
 """
 
 
-def test_no_driver_is_a_reason() -> None:
+def test_missing_driver_is_reported_as_a_reason() -> None:
     assert "vulkan: vkCreateInstance: incompatible driver" in printed(CALL, **NO_DRIVER)
 
 
-def test_no_loader_is_a_reason() -> None:
+def test_missing_loader_is_reported_as_a_reason() -> None:
     code = "import ctypes\ndef missing(name, *a, **k): raise OSError(name + ': no such file')\n"
     code += "import anyattn.backends.vulkan.api as api\napi.ctypes.CDLL = missing\n" + CALL
     code = code.replace("anyattn.attention(x, x, x)", "x", 1)  # the native engine is loaded by the same function
@@ -219,7 +221,7 @@ def test_import_and_small_calls_do_not_touch_vulkan() -> None:
     assert printed(code).strip() == "0"
 
 
-def test_validation_layer() -> None:
+def test_validation_layer_reports_nothing_for_the_forward_pass() -> None:
     """Silent over every path of the forward pass, and heard where a call is wrong."""
     code = (
         "from dataclasses import replace\n"
@@ -237,7 +239,7 @@ def test_validation_layer() -> None:
     assert printed(code, ANYATTN_VULKAN_VALIDATE="1").strip() == "clean"
 
 
-def test_a_job_that_fails_leaves_nothing_behind() -> None:
+def test_call_after_a_failed_job_works() -> None:
     def fail(job: Job) -> None:
         job.commands.fill(job.buffer(64), 64, 0)
         raise ZeroDivisionError

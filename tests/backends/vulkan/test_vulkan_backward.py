@@ -40,7 +40,9 @@ SHAPES = [
 
 @pytest.mark.parametrize("case", [BACKWARD_CASES[0], BACKWARD_CASES[2]], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda x: "-".join(f"{name}{int(value)}" for name, value in x.items()))
-def test_every_shape_of_a_kernel(monkeypatch: pytest.MonkeyPatch, case: Case, shape: dict[str, Any]) -> None:
+def test_gradients_do_not_depend_on_the_kernel_configuration(
+    monkeypatch: pytest.MonkeyPatch, case: Case, shape: dict[str, Any]
+) -> None:
     """What a GPU's configuration uses and a CPU's does not: several lanes per row or key, shuffles."""
     original = tuning.backward_configs
 
@@ -57,7 +59,7 @@ def test_every_shape_of_a_kernel(monkeypatch: pytest.MonkeyPatch, case: Case, sh
     check_backward(case)
 
 
-def test_a_gpu_gets_lanes_and_shuffles() -> None:
+def test_gpu_configuration_uses_lanes_and_shuffles() -> None:
     """The choice itself, on the description of a device that is not here."""
     gpu = replace(devices.device().info, kind="discrete", subgroup=32, shuffle=True)
     problem, _ = make_inputs(Case("wide", head_dim=256, head_dim_v=8)).describe(BACKWARD)
@@ -68,13 +70,13 @@ def test_a_gpu_gets_lanes_and_shuffles() -> None:
 
 
 @pytest.mark.parametrize("case", BACKWARD_CASES, ids=str)
-def test_parts_add_up(monkeypatch: pytest.MonkeyPatch, case: Case) -> None:
+def test_split_dispatches_add_up_to_the_same_gradients(monkeypatch: pytest.MonkeyPatch, case: Case) -> None:
     """A driver that bounds loops gets several dispatches, whose sums meet in memory."""
     monkeypatch.setattr(tuning, "SOFTWARE_ITERATIONS", 200)
     check_backward(case)
 
 
-def test_long_sequences_stay_below_the_iterations_of_a_software_driver() -> None:
+def test_long_sequences_are_split_below_the_loop_limit_of_a_software_driver() -> None:
     """Mesa's leaves loops silently after 65,535: these rows and keys are more than one workgroup may take."""
     long = Case("long", batch=1, seqlen_q=9000, nheads_kv=1, group=4, seqlen_k=3, head_dim=8, head_dim_v=8, dlse=True)
     check_backward(long)
@@ -82,7 +84,7 @@ def test_long_sequences_stay_below_the_iterations_of_a_software_driver() -> None
 
 
 @pytest.mark.parametrize("limit", [60_000, 30_000])
-def test_arrays_larger_than_a_binding(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+def test_arrays_larger_than_a_binding_are_bound_in_blocks(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
     """Parts of the heads, and of one head's sequences, are bound in turn; they add to one bias and one sink."""
     pass_self_tests()
     info = replace(devices.device().info, storage_range=limit)
@@ -94,7 +96,7 @@ def test_arrays_larger_than_a_binding(monkeypatch: pytest.MonkeyPatch, limit: in
         checked_gradients(inputs)
 
 
-def test_the_same_bits_in_any_batch_and_in_any_number_of_submissions(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_do_not_depend_on_the_batch_or_the_number_of_submissions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dropout aside, a sequence's gradients depend on itself alone; nothing depends on how the work is handed over."""
     inputs = make_inputs(replace(named("everything"), dropout_p=0.0, bias="", mask="", alibi="h", batch=3))
     first = checked_gradients(inputs)
@@ -108,7 +110,7 @@ def test_the_same_bits_in_any_batch_and_in_any_number_of_submissions(monkeypatch
     assert all(np.array_equal(getattr(got, name), first[name][1:2]) for name in ("dq", "dk", "dv"))
 
 
-def test_memory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_without_unified_memory_uses_staging_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
     """A device that does not share its memory: everything goes through mapped buffers beside it."""
     monkeypatch.setattr(current_engine().memory, "unified", False)
     current_engine().memory.trim()
@@ -116,7 +118,7 @@ def test_memory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     current_engine().memory.trim()
 
 
-def test_what_has_no_backward_says_so() -> None:
+def test_unsupported_gradients_are_refused_by_name() -> None:
     x = np.ones((2, 4, 1, 8), np.float16)
     out, lse = anyattn.attention_forward(x, x, x, backend="vulkan")
     with pytest.raises(anyattn.UnsupportedProblem, match=r"supports dout in q.s dtype float16, got float32"):
@@ -126,7 +128,7 @@ def test_what_has_no_backward_says_so() -> None:
         anyattn.attention_backward(out, x, x, x, out, lse, cache_batch_idx=index, backend="vulkan")
 
 
-def test_validation_layer() -> None:
+def test_validation_layer_reports_nothing_for_the_backward_pass() -> None:
     code = (
         "from backends.vulkan.common import BACKWARD_CASES, check_backward\n"
         "from anyattn.backends.vulkan import tuning\n"
@@ -137,7 +139,7 @@ def test_validation_layer() -> None:
     assert printed(code, ANYATTN_VULKAN_VALIDATE="1").strip() == "clean"
 
 
-def test_the_example_gpt_trains_to_the_same_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_example_gpt_trains_to_the_losses_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """CPU tensors, autograd and optimiser on the host, attention on the device: step by step torch's losses."""
     torch = pytest.importorskip("torch")
     monkeypatch.syspath_prepend(str(ROOT / "examples"))

@@ -52,13 +52,13 @@ def path_of_halves(driver: str) -> str:
     return started(driver, "-c", code).strip()
 
 
-def test_mesa_is_one_with_cooperative_matrices() -> None:
+def test_mesa_driver_has_cooperative_matrices() -> None:
     found = described("mesa")
     assert "llvmpipe" in found["name"] and "cooperative matrices" in found["paths"]
     assert path_of_halves("mesa") == "cooperative matrices"
 
 
-def test_swiftshader_is_the_least_device() -> None:
+def test_swiftshader_has_the_lowest_supported_limits() -> None:
     found = described("swiftshader")
     assert "SwiftShader" in found["name"] and "subgroups of 4" in found["driver"]
     assert "cooperative matrices: the driver has no VK_KHR_cooperative_matrix" in found["off"]
@@ -66,11 +66,11 @@ def test_swiftshader_is_the_least_device() -> None:
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_matrix_on_mesa(direction: str) -> None:
+def test_matrix_of_cases_passes_on_mesa(direction: str) -> None:
     assert matrix("mesa", direction, ANYATTN_VULKAN_VALIDATE="1") > 150
 
 
-def test_kernels_with_matrices_on_mesa() -> None:
+def test_matrix_kernels_pass_on_mesa() -> None:
     assert passed("mesa", "tests/backends/vulkan/test_vulkan_matrices.py", ANYATTN_VULKAN_VALIDATE="1") >= 18
 
 
@@ -78,7 +78,7 @@ SMOKE = "plain or everything or decode_paged or varlen_seqused or bias_float32 o
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_matrix_on_swiftshader(direction: str) -> None:
+def test_matrix_of_cases_passes_on_swiftshader(direction: str) -> None:
     assert matrix("swiftshader", f"{direction} and ({SMOKE})") > 5
 
 

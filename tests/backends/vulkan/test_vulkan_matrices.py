@@ -42,7 +42,9 @@ SHAPES = [
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda x: "-".join(f"{name}{value}" for name, value in x.items()))
-def test_every_shape_of_a_kernel(monkeypatch: pytest.MonkeyPatch, case: Case, shape: dict[str, Any]) -> None:
+def test_results_do_not_depend_on_the_kernel_configuration(
+    monkeypatch: pytest.MonkeyPatch, case: Case, shape: dict[str, Any]
+) -> None:
     """Several lanes for a row, several rows for a lane, more keys than rows and the other way around."""
     original = tuning.matrix_config
 
@@ -57,7 +59,7 @@ def test_every_shape_of_a_kernel(monkeypatch: pytest.MonkeyPatch, case: Case, sh
         check_backward(case)
 
 
-def test_unrolled_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unrolled_loops_do_not_change_results(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a GPU gets them."""
     original = tuning.forward_config
     monkeypatch.setattr(
@@ -66,7 +68,7 @@ def test_unrolled_loops(monkeypatch: pytest.MonkeyPatch) -> None:
     check_forward(Case("unrolled", dtype="float16", head_dim=7, head_dim_v=3))
 
 
-def test_unrolled_loops_of_the_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unrolled_loops_do_not_change_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     original = tuning.scalar_config
     monkeypatch.setattr(
         tuning, "scalar_config", lambda *x: replace(original(*x), dim=2, dim_v=2, features=0, unroll=True)
@@ -74,24 +76,24 @@ def test_unrolled_loops_of_the_backward(monkeypatch: pytest.MonkeyPatch) -> None
     check_backward(Case("unrolled", dtype="float16", head_dim=7, head_dim_v=3))
 
 
-def test_parts_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_split_dispatches_add_up_to_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     """A driver that bounds loops gets several dispatches, whose sums meet in memory."""
     monkeypatch.setattr(tuning, "SOFTWARE_ITERATIONS", 1000)
     check_backward(CASES[0])
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_split_keys(monkeypatch: pytest.MonkeyPatch, case: Case) -> None:
+def test_splitting_the_keys_does_not_change_results(monkeypatch: pytest.MonkeyPatch, case: Case) -> None:
     monkeypatch.setattr(tuning, "split_keys", lambda info, problem, config: 32)
     check_forward(case)
 
 
-def test_long_keys() -> None:
+def test_forty_thousand_keys_give_the_right_result() -> None:
     sizes = {"batch": 1, "seqlen_q": 9, "seqlen_k": 40_000, "nheads_kv": 1, "head_dim": 8, "head_dim_v": 8}
     check_forward(Case("long", dtype="float16", **sizes))
 
 
-def test_the_scale_of_dropout_may_be_beyond_float16() -> None:
+def test_dropout_scale_beyond_float16_is_applied() -> None:
     rng = np.random.default_rng(0)
     q, k = (rng.standard_normal((1, 512, 1, 16)).astype(np.float16) for _ in range(2))
     v = np.full((1, 512, 1, 16), 1e-2, np.float16)

@@ -64,7 +64,7 @@ def attend(**given: Any) -> None:
     assert np.allclose(anyattn.attention(X, X, X, causal=True, **given), want, atol=1e-5)
 
 
-def test_each_way_is_tested_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_path_runs_its_self_test_once(monkeypatch: pytest.MonkeyPatch) -> None:
     tried, original = [], selftest._mismatches
 
     def note(plan: Any, problem: Problem) -> str:
@@ -78,7 +78,7 @@ def test_each_way_is_tested_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("shuffling")
-def test_what_computes_wrongly_is_left_out(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_path_with_wrong_results_is_disabled(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     constants = tuning.Config.constants
     without_softcap = {6: tuning.ALL_FEATURES & ~8}
     monkeypatch.setattr(tuning.Config, "constants", lambda x: constants(x) | (without_softcap if x.shuffle else {}))
@@ -91,7 +91,7 @@ def test_what_computes_wrongly_is_left_out(monkeypatch: pytest.MonkeyPatch, capl
 
 @pytest.mark.usefixtures("shuffling")
 @pytest.mark.parametrize("lost", [False, True])
-def test_what_a_driver_refuses_is_left_out(monkeypatch: pytest.MonkeyPatch, lost: bool) -> None:
+def test_path_that_the_driver_refuses_is_disabled(monkeypatch: pytest.MonkeyPatch, lost: bool) -> None:
     """A shader that it cannot compile, or that the device does not survive; another device is opened then."""
     get, first = Pipelines.get, current_engine()
 
@@ -106,7 +106,7 @@ def test_what_a_driver_refuses_is_left_out(monkeypatch: pytest.MonkeyPatch, lost
     assert (current_engine() is not first) is lost
 
 
-def test_a_device_that_computes_nothing_right_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_without_a_correct_path_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selftest, "_mismatches", lambda plan, problem: "out is off by 3")
     with pytest.raises(anyattn.UnsupportedProblem, match=r"computes wrongly: out is off by 3 \(forward, float32\)"):
         attend(backend="vulkan")
@@ -115,7 +115,7 @@ def test_a_device_that_computes_nothing_right_is_refused(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_warmup_leaves_nothing_to_compile(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+def test_warmup_compiles_every_pipeline(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
     monkeypatch.setattr(tuning, "split_keys", lambda info, problem, config: 32)
     x = X.astype(dtype)
     anyattn.warmup(x, x, x, causal=True, backward=True, backend="vulkan")
@@ -143,7 +143,9 @@ def failing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return LOSSES[request.param]
 
 
-def test_nobody_named_a_device_that_fails(failing: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_failing_device_that_is_not_named_falls_back_with_a_warning(
+    failing: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """The next backend computes this call and later ones, with one line of why."""
     with caplog.at_level(logging.WARNING, "anyattn"):
         for _ in range(2):
@@ -155,7 +157,7 @@ def test_nobody_named_a_device_that_fails(failing: str, caplog: pytest.LogCaptur
     assert all(np.array_equal(getattr(grads, name), getattr(want, name)) for name in ("dq", "dk", "dv"))
 
 
-def test_no_device_and_one_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_or_old_device_is_reported_as_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     backend, instance = dispatch.get("vulkan"), devices.instance()
     monkeypatch.setattr(instance, "devices", (replace(devices.device().info, api=(1, 0, 3), name="Old"),))
     assert backend.available() == "Old supports Vulkan 1.0.3, but 1.1 is needed"
@@ -164,7 +166,7 @@ def test_no_device_and_one_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_a_device_that_does_not_open_is_a_reason(monkeypatch: pytest.MonkeyPatch, full: bool) -> None:
+def test_device_that_does_not_open_is_reported_as_a_reason(monkeypatch: pytest.MonkeyPatch, full: bool) -> None:
     error = DeviceMemoryError("no memory for 4096 bytes") if full else api.VulkanError("vkCreateDevice: (-3)", -3)
     if full:
         monkeypatch.setattr(Memory, "take", Mock(side_effect=error))
@@ -200,7 +202,7 @@ def gpu(**changes: Any) -> devices.DeviceInfo:
     ],
     ids=str,
 )
-def test_matrices_where_they_have_rows(case: Case, path: str) -> None:
+def test_matrices_are_used_only_for_enough_queries(case: Case, path: str) -> None:
     problem, _ = make_inputs(case).describe()
     config = tuning.forward_config(gpu(), problem)
     assert config.path == path
@@ -213,7 +215,7 @@ def test_matrices_where_they_have_rows(case: Case, path: str) -> None:
         assert tuning.forward_config(gpu(), few).path == path
 
 
-def test_matrices_within_the_limits_of_a_device() -> None:
+def test_matrices_stay_within_the_limits_of_a_device() -> None:
     problem, _ = make_inputs(Case("wide", dtype="float16", seqlen_q=500, head_dim=256, head_dim_v=256)).describe()
     sizes = [tuning.forward_config(gpu(shared_memory=kib << 10), problem).workgroup for kib in (48, 28, 22)]
     assert sizes == [128, 64, 32]
@@ -286,7 +288,7 @@ def query(features: set[str] = FEATURES, extensions: frozenset[str] = EXTENSIONS
     return matrices.query(Driver(features, SHAPES), None, (1, minor, 0), extensions)
 
 
-def test_what_a_driver_offers() -> None:
+def test_matrix_shapes_are_read_from_the_driver() -> None:
     assert query() == Matrices((Shape(16, 16, 16, "float16"), Shape(8, 8, 8, "bfloat16")))
     only_half = query(FEATURES - {"Bfloat16Features.matrix"})
     assert only_half.shapes == (Shape(16, 16, 16, "float16"),) and only_half.best("bfloat16") is None
@@ -294,7 +296,7 @@ def test_what_a_driver_offers() -> None:
     assert query().best("float16") == Shape(16, 16, 16, "float16")
 
 
-def test_why_a_driver_offers_too_little() -> None:
+def test_missing_features_for_matrices_are_named() -> None:
     assert query(extensions=frozenset()).off == "the driver has no VK_KHR_cooperative_matrix"
     assert query(minor=2).off == "Vulkan 1.3 is needed"
     lacking = query(FEATURES - {"MemoryModelFeatures.model", "SubgroupSizeFeatures.full"})
@@ -344,7 +346,7 @@ def compile_one(monkeypatch: pytest.MonkeyPatch, gives: bytes) -> bytes:
     return given[0]
 
 
-def test_compiled_pipelines_are_kept(monkeypatch: pytest.MonkeyPatch, kept: Path) -> None:
+def test_compiled_pipelines_are_cached(monkeypatch: pytest.MonkeyPatch, kept: Path) -> None:
     assert compile_one(monkeypatch, b"first") == b""
     assert compile_one(monkeypatch, b"first") == b"first"
     assert compile_one(monkeypatch, b"and more") == b"first"
@@ -354,6 +356,6 @@ def test_compiled_pipelines_are_kept(monkeypatch: pytest.MonkeyPatch, kept: Path
     assert compile_one(monkeypatch, b"third") == b"third"
 
 
-def test_a_folder_that_cannot_be_written_keeps_nothing(monkeypatch: pytest.MonkeyPatch, kept: Path) -> None:
+def test_cache_folder_that_cannot_be_written_is_skipped(monkeypatch: pytest.MonkeyPatch, kept: Path) -> None:
     kept.parent.write_text("a file")
     assert compile_one(monkeypatch, b"first") == compile_one(monkeypatch, b"first") == b""
