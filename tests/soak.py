@@ -159,7 +159,7 @@ def different(inputs: CaseInputs, direction: str, target: str, got: dict[str, An
 
 
 def resident_mib() -> float:
-    """What the process holds once everything free was given back; 0 where the system does not say."""
+    """Return the resident memory in MiB after free memory was released, or 0 if it is unknown."""
     status = Path("/proc/self/statm")
     if not status.exists():
         return 0.0
@@ -214,7 +214,7 @@ class Run:
 
 
 def guarded(state: Run) -> Run:
-    """From here on, results and workspaces of NumPy come from the run's memory."""
+    """Allocate results and workspaces of NumPy from the memory of this run."""
     NumpyAdapter.empty = guarded_empty(state.memory)  # type: ignore[method-assign]
     return state
 
@@ -237,7 +237,7 @@ def only(seed: int) -> int:
 
 
 def main() -> int:
-    """In a process of its own, so that a crash has a seed too."""
+    """Run the problems in a child process, so that a crash is reported with its seed."""
     parser = argparse.ArgumentParser(description="random problems against float64")
     parser.add_argument("--seconds", type=float)
     parser.add_argument("--problems", type=int, help="stop after so many; without --seconds, however long they take")

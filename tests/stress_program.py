@@ -50,7 +50,7 @@ CASES = (
 
 
 class Disturbed(Exception):
-    """What a handler raises in the middle of something."""
+    """The exception that a signal handler raises during a call."""
 
 
 @cache

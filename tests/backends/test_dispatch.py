@@ -1,4 +1,4 @@
-"""Which backend serves: argument > context manager > environment > automatic; what is named never falls back."""
+"""Choice of the backend: argument > context manager > environment > automatic. A named backend never falls back."""
 
 from __future__ import annotations
 

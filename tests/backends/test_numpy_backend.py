@@ -1,4 +1,4 @@
-"""What is special to the NumPy backend: its memory, its tiles, and that it computes in host memory only."""
+"""Tests of the NumPy backend alone: its memory, its tiles, and its refusal of device memory."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ def tokens(batch: int = 2, seqlen: int = SEQLEN, seed: int = 1) -> Tensor:
 
 
 def padding(side: str) -> Tensor:
-    """Of a batch of two: the first has a few tokens less; or both have none too many."""
+    """Return the padding mask of a batch of two. The first sequence is shorter unless `side` is ""."""
     mask = torch.ones(2, SEQLEN, dtype=torch.long)
     mask[0, slice(0, 4) if side == "left" else slice(SEQLEN - 4, SEQLEN) if side == "right" else slice(0, 0)] = 0
     return mask
@@ -132,7 +132,7 @@ def logits(model: Any, implementation: str, **given: Any) -> Tensor:
 
 
 def gradients(model: Any, implementation: str, **given: Any) -> dict[str, Tensor]:
-    """Of the loss of one training step."""
+    """Return the gradients of the loss of one training step."""
     model.set_attn_implementation(implementation)
     model.train()
     model.zero_grad()

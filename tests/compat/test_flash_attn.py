@@ -1,4 +1,4 @@
-"""What callers of flash_attn 2 rely on: lse, S_dmask, random bits, windows, errors, the functions below autograd."""
+"""Tests of flash_attn 2: lse, S_dmask, random bits, windows, errors, and the functions below autograd."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def packed() -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_results_have_the_bits_of_attention(dtype: torch.dtype) -> None:
-    """Whose errors are tested in every dtype: these functions add none."""
+    """Compare bits, because the accuracy of `attention` itself is tested in every dtype."""
     out, lse, _ = flash_attn_func(*dense(dtype=dtype), causal=True, window_size=(3, 0), return_attn_probs=True)
     want = anyattn.attention(*dense(dtype=dtype), causal=True, window=(3, None), return_lse=True)
     assert out.dtype is dtype
@@ -124,7 +124,7 @@ WINDOWS = [(2, 2**31 - 1), (-1, 2**31 - 1), (2, 3), (-1, 3), (2, 5), (-1, 5), (9
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
 @pytest.mark.parametrize("rows, keys", [(9, 5), (5, 9), (7, 7)])
 def test_windows_follow_the_formula_for_all_lengths(window: tuple[int, int], rows: int, keys: int) -> None:
-    """With 9 rows and 5 keys, row 0 sees two keys through a right bound of 5, which upstream takes for unbounded."""
+    """Check a right bound of 5 with 9 queries and 5 keys, which upstream treats as unbounded."""
     q, k, v = (x.detach() for x in dense(rows=rows, keys=keys))
     want = plain_attention(q, k, v, window=tuple(None if side < 0 else side for side in window))[0]
     cu_q, cu_k = (torch.tensor([0, size, 2 * size], dtype=torch.int32) for size in (rows, keys))
@@ -290,7 +290,7 @@ def test_private_random_state_repeats_the_dropout() -> None:
 
 
 def default_arguments(function: Any) -> dict[str, Any]:
-    """As ring-flash-attention reads them."""
+    """Return the default arguments, as ring-flash-attention reads them."""
     parameters = inspect.signature(function).parameters.values()
     return {x.name: x.default for x in parameters if x.default is not inspect.Parameter.empty}
 

@@ -1,4 +1,4 @@
-"""What only flash_attn 3 and 4 have: fp8, lse with a gradient, negative windows, combine, and what torch calls of 4."""
+"""Tests of flash_attn 3 and 4 alone: fp8, lse with a gradient, negative windows, combine, and calls from torch."""
 
 from __future__ import annotations
 

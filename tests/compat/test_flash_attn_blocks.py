@@ -60,7 +60,7 @@ MEANINGS: list[tuple[dict[str, Any], dict[str, Any]]] = [
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("options, meaning", MEANINGS, ids=["plain", "causal", "window"])
 def test_queries_attend_to_the_listed_blocks(form: Any, options: dict[str, Any], meaning: dict[str, Any]) -> None:
-    """As far as causal and the window allow: result, lse and gradients, through autograd and below it."""
+    """Check result, lse and gradients with causal masks and windows, through autograd and below it."""
     tensors, blocks = form
     inputs, sink = dense(), leaf(4, seed=8)
     by_keys = sparse(blocks.transpose(-1, -2))
@@ -148,7 +148,7 @@ def test_blocks_with_unsupported_arguments_are_refused() -> None:
 
 @pytest.mark.parametrize("given", [{"gather_bwd_recompute_p": True}, {"gather_bwd_token_chunk": 64}], ids=str)
 def test_arguments_for_gathered_keys_require_gathered_keys(given: dict[str, Any]) -> None:
-    """As upstream, which has them for its sparse MLA alone; the function below autograd only saves less."""
+    """Check that the arguments are refused alone, because upstream has them only for its sparse MLA."""
     for function in (flash_attn_func, flash_attn_varlen_func):
         with pytest.raises(ValueError, match="only apply to gather_kv_indices"):
             function(*dense(), **given)

@@ -174,7 +174,7 @@ def test_appended_values_are_bit_equal(version: str, dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize("version", FUNCTIONS)
 def test_every_parameter_is_tested(version: str) -> None:
-    """In a call of this file, as an input or an option."""
+    """Check that a call of this file passes every parameter."""
     used = {"q", "k_cache", "v_cache", "k", "v", "cache_seqlens", "rotary_cos", "rotary_sin", "rotary_interleaved"}
     used |= {"causal", "window_size", "cache_batch_idx", "cache_leftpad", "return_softmax_lse"}
     used |= {"block_table"} if version == "2" else {"page_table", *PACKED, *BEYOND, "qv", "max_seqlen_q"}

@@ -37,7 +37,7 @@ def equal(got: Tensor, want: Tensor) -> None:
 
 
 def same_gradients(module: nn.Module, got: Tensor, want: Tensor, inputs: tuple[Tensor, ...]) -> None:
-    """Of every parameter and input, under one random cotangent."""
+    """Compare the gradients of every parameter and input for one random output gradient."""
     wanted = (*inputs, *module.parameters())
     dout = normal(*got.shape, seed=9)
     a = torch.autograd.grad((got * dout).sum(), wanted, allow_unused=True)

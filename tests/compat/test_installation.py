@@ -164,7 +164,7 @@ def program(tmp_path: Path) -> Path:
 def test_run_executes_a_script_with_its_folder_on_the_path(
     program: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """From anywhere: what lies beside the script is found, as with `python script.py`."""
+    """Run from another folder, and find modules next to the script as `python script.py` does."""
     result = run(tmp_path_factory.mktemp("elsewhere"), str(program / "program.py"), "--force", "-m")
     assert result.returncode == 7, result.stderr
     assert result.stdout == "__main__ program.py ['--force', '-m'] anyattn.compat.aule\n"
@@ -191,7 +191,7 @@ def test_run_serves_a_program_that_imports_flash_attn(tmp_path: Path) -> None:
 
 
 def test_run_refuses_names_of_installed_packages(program: Path, real: Path) -> None:
-    """The same folder holds a package called flash_attn, and then one called aule."""
+    """Check a folder that contains a package flash_attn, and then also a module aule."""
     taken = run(program, "program.py")
     assert taken.returncode == 2 and "flash_attn is importable" in taken.stderr and not taken.stdout
     (program / "aule.py").write_text("")

@@ -16,7 +16,7 @@ CACHE = ("present_key", "present_value")  # copies, bit for bit
 
 
 def collect() -> dict[str, Any]:
-    """By name; the other half of the cases expands the node into operators that are not ours."""
+    """Return the cases by name, without those that expand the node into other operators."""
     from onnx.backend.test.case.node import collect_testcases
 
     with warnings.catch_warnings():

@@ -211,7 +211,7 @@ def test_compiled_equals_eager() -> None:
 
 
 def test_compiled_rotation_in_place_equals_eager() -> None:
-    """It writes into its argument, and carries the gradient."""
+    """Check that the compiled function writes into its argument and keeps the gradient."""
     (cos, sin), kv = tables(4), normal(2, 6, 2, 3, 8)
     given, other = kv.clone().requires_grad_(), kv.clone().requires_grad_()
     out = torch.compile(apply_rotary_emb_kv_, fullgraph=True, backend="aot_eager")(given, cos, sin)

@@ -35,7 +35,7 @@ def eager(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None = None, scale: 
 
 
 def after(rows: int, keys: int, offset: int = 0) -> Tensor:
-    """Which keys a causal row does not see."""
+    """Return the mask of the keys that a causal query does not attend to."""
     return torch.arange(keys) > torch.arange(rows)[:, None] + offset
 
 
@@ -247,7 +247,7 @@ def test_flash_attn_triton_equals_eager_attention() -> None:
 
 
 def test_flash_attn_triton_options_keep_their_order() -> None:
-    """There softcap comes behind deterministic."""
+    """Check the positional order, in which softcap follows deterministic."""
     from flash_attn_triton import FlashAttention, flash_attn_func, flash_attn_qkvpacked_func
 
     qkv = normal(1, 6, 3, 2, 8)

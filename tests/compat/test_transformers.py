@@ -40,7 +40,7 @@ def test_logits_equal_those_of_eager_attention(name: str, side: str, calls: list
 
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_equal_those_of_eager_attention(name: str) -> None:
-    """Of every parameter, sinks and T5's relative position bias included; to 1e-4 of each one's largest."""
+    """Compare every parameter, including sinks and T5's position bias, to 1e-4 of its largest gradient."""
     model, given = built(name), models.inputs(MODELS[name], "left")
     labels = given.get("decoder_input_ids", given.get("input_ids"))
     mask = given.get("decoder_attention_mask", given.get("attention_mask"))
@@ -115,7 +115,7 @@ def test_gradients_of_packed_sequences_equal_those_of_eager_attention() -> None:
 
 
 def test_cu_seq_lens_give_the_result_of_position_ids(calls: list[dict[str, Any]]) -> None:
-    """What DataCollatorWithFlattening(return_flash_attn_kwargs=True) adds."""
+    """Pass the arguments that DataCollatorWithFlattening(return_flash_attn_kwargs=True) adds."""
     model, given = built("llama"), packed()
     begins = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0)], dtype=torch.int32)
     extra = {"cu_seq_lens_q": begins, "cu_seq_lens_k": begins, "max_length_q": 7, "max_length_k": 7}
@@ -226,7 +226,7 @@ def test_positions_with_gaps_are_one_sequence() -> None:
 
 
 def test_unknown_mask_functions_become_dense_masks() -> None:
-    """Here Llama 4's chunks, and a function that overlays another."""
+    """Check the chunks of Llama 4, and a function that combines two masks."""
     from transformers import LlamaConfig, masking_utils
 
     config = LlamaConfig(**models.GROUPED, attn_implementation="anyattn", attention_chunk_size=4)

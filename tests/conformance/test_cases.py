@@ -42,7 +42,7 @@ def test_table_equals_the_output_of_its_script() -> None:
 
 @pytest.mark.parametrize("direction", testing.PASSES)
 def test_every_value_runs_on_the_interpreter(direction: str) -> None:
-    """What is too expensive for Triton's interpreter is left to `make full`; no feature is."""
+    """Check that cases left to `make full` for their cost omit no feature from the common run."""
     rows, triton = cases._table(), Engine("triton")
     kept = []
     for row, case in zip(rows, cases.PAIRWISE, strict=True):

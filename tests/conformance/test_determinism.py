@@ -1,4 +1,4 @@
-"""The same bits: from run to run, for any number of threads, and for a sequence whatever else is in its batch."""
+"""Reproducible bits: from run to run, for any number of threads, and for a sequence in any batch."""
 
 from __future__ import annotations
 

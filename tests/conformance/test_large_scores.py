@@ -135,7 +135,7 @@ def test_probabilities_add_up_to_one(case: Case, dtype: str, engine: Engine) -> 
 @every_backend(only=HOST)
 @pytest.mark.parametrize("size", [1e3, -1e4, 1e5])
 def test_gradients_of_splits_of_the_keys_add_up(size: float, engine: Engine) -> None:
-    """With the lse of all keys, as in ring attention, P of a part adds up to less than 1."""
+    """Use the lse of all keys, as ring attention does: P of a split sums to less than 1."""
     case = replace(CASES[0], dtype="float32", dlse=False)
     inputs = exact(case, size, "close")
     given = inputs.arguments | {"backend": engine.backend}

@@ -43,7 +43,7 @@ def inputs(request: pytest.FixtureRequest) -> CaseInputs:
 
 
 def same(got: Results, clean: Results, name: str, where: tuple[object, ...]) -> None:
-    """The same bits, at these places."""
+    """Check that the results have the same bits at these indices."""
     assert got[name][where].tobytes() == clean[name][where].tobytes(), name
 
 
@@ -64,7 +64,7 @@ def unrelated(got: Results, clean: Results) -> None:
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_nonfinite_query_changes_only_its_own_results(inputs: CaseInputs, engine: Engine, value: float) -> None:
-    """Its own row of its own head; forward, no other row."""
+    """Check that NaN stays in the query's own row and head."""
     clean, got = both(inputs, engine), hit(inputs, engine, "q", (B, ROW, H, COLUMN), value)
     assert np.isnan(got["out"][B, ROW, H]).all() and not np.isfinite(got["lse"][B, H, ROW])
     assert np.isnan(got["dq"][B, ROW, H]).all()

@@ -38,7 +38,7 @@ def test_reference_equals_autograd(case: Case) -> None:
 
 @pytest.mark.parametrize("name", ["q", "k", "v", "bias", "sink"])
 def test_gradients_equal_finite_differences(name: str) -> None:
-    """Of sum(out * dout) + sum(lse * dlse), in random directions."""
+    """Differentiate sum(out * dout) + sum(lse * dlse) in random directions."""
     sizes = {"seqlen_q": 9, "seqlen_k": 12, "group": 2, "head_dim": 5, "head_dim_v": 3, "dtype": "float64"}
     case = Case("differences", **sizes, bias="h1", sink=True, softcap=1.5, causal=True, dropout_p=0.3, dlse=True)
     inputs = make_inputs(case)
@@ -92,7 +92,7 @@ def test_queries_without_keys_give_the_results_worked_out_by_hand() -> None:
 
 
 def test_unused_memory_changes_nothing() -> None:
-    """The same case with NaN, with 1e3 and with infinity wherever no row may see."""
+    """Compute a case with NaN, 1e3 and infinity in all memory that no query attends to."""
     case = named("paged_varlen")
     results = []
     for stale in (np.nan, 1e3, np.inf):

@@ -16,7 +16,7 @@ ARRAYS = ("q", "k", "v", "bias", "mask", "alibi_slopes", "sink", "rng_state")
 
 
 def to_device(array: np.ndarray, device: str) -> torch.Tensor:
-    """With all the memory that the view lies in; what torch has not (negative strides, any address) becomes a copy."""
+    """Copy a view with all memory of its owner. torch lacks negative strides and unaligned data: copy those."""
     if any(stride < 0 for stride in array.strides) or not array.flags.aligned:
         array = np.array(array, order="C")
     owner = array
@@ -46,7 +46,7 @@ def to_numpy(array: torch.Tensor | None) -> np.ndarray | None:
 
 
 def compare(case: Case, device: str, backend: str = "triton") -> list[str]:
-    """What is wrong with a case, forward and backward; ["refused"] where the backend refuses it."""
+    """Return the errors of a case, forward and backward, or ["refused"] if the backend refuses it."""
     inputs = make_inputs(replace(case, layout="bshd") if case.layout == "reversed" else case)
     given: dict[str, Any] = {**inputs.arguments, "backend": backend}
     for name, value in given.items():

@@ -1,6 +1,6 @@
-"""What is promised on a GPU beside the matrix of cases: each a function of torch's device name that raises if it fails.
+"""Claims about GPUs in addition to the matrix of cases. Each function takes torch's device name and raises if it fails.
 
-Those of EVERYWHERE run in Triton's interpreter too, on "cpu"; those of GPU need CUDA or ROCm.
+Functions in EVERYWHERE also run in Triton's interpreter, on "cpu". Functions in GPU need CUDA or ROCm.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ def streams(device: str) -> None:
 
 
 def compiled(device: str) -> None:
-    """By Inductor, without a graph break."""
+    """Check code compiled by Inductor without a graph break."""
     inputs = [x.to(device).requires_grad_() for x in random(ROWS, ROWS, ROWS)]
     call = partial(anyattn.attention, causal=True)
     found = []

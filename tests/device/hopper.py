@@ -66,7 +66,7 @@ def prepare() -> list[Any]:
 
 
 def small(case: Case, device: str) -> list[str]:
-    """What is wrong against the definition; NaN lies around the arrays and behind what rows see."""
+    """Return the errors against the definition, with NaN in all memory that no query attends to."""
     inputs = aligned(case)
     given = inputs.arguments | {name: to_device(inputs.arguments[name], device) for name in "qkv"}
     out, lse = anyattn.attention_forward(**given, backend="triton")
@@ -74,7 +74,7 @@ def small(case: Case, device: str) -> list[str]:
 
 
 def large(case: Case, device: str) -> list[str]:
-    """The same bounds, with float64 computed on the device."""
+    """Return the errors against float64 computed on the device, within the same bounds."""
     q, k, v = random_arrays(case, device)
     scale = case.head_dim**-0.5 if case.scale is None else case.scale
     rule = {"causal": case.causal, "alignment": case.alignment, "scale": scale}

@@ -1,4 +1,4 @@
-"""What `make gpu` runs on a card, here on host memory by Triton's interpreter; and what it says without a card."""
+"""The checks of `make gpu` in host memory, by Triton's interpreter, and its message without a GPU."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_missing_gpu_is_reported(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("part", ["ceilings", "speed", "decode", "latency", "memory", "training", "peers"])
 def test_every_step_runs_on_a_cpu(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On next to nothing, on a CPU: what they measure here means nothing."""
+    """Run every step on tiny problems. The measured numbers have no meaning on a CPU."""
     monkeypatch.syspath_prepend(str(SCRIPTS))
     monkeypatch.syspath_prepend(str(SCRIPTS.parent / "examples"))
     import gpu_times

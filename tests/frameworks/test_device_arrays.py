@@ -55,7 +55,7 @@ def test_unsupported_arrays_are_refused() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_attention_equals_that_of_host_arrays(dtype: np.dtype[Any]) -> None:
-    """The same as on arrays of the host, with everything that the host brings along."""
+    """Compare with host arrays, with every optional argument passed from the host."""
     rng = np.random.default_rng(1)
     q, k, v = draw(rng, dtype, 2, 33, 4, 40), draw(rng, dtype, 2, 50, 2, 40), draw(rng, dtype, 2, 50, 2, 12)
     given = {

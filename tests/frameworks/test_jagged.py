@@ -72,7 +72,7 @@ def test_sequences_are_kept_apart(function: Function, case: tuple[dict[str, Any]
 
 @FUNCTIONS
 def test_the_result_has_the_sequences_of_the_query(function: Function) -> None:
-    """So both can be added, and torch's own result too."""
+    """Check by adding the result to the query and to torch's own result."""
     x = jagged(parts(ROWS))[0]
     out = function(x, x, x)
     close((out + x).values(), (F.scaled_dot_product_attention(x, x, x) + x).values())

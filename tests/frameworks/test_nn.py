@@ -192,7 +192,7 @@ def test_layer_trains_after_inference_mode() -> None:
 @pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="torch 2.6 does not say that it exports")
 @pytest.mark.parametrize("used", [False, True], ids=["new", "used"])
 def test_exported_layer_accepts_every_length(used: bool) -> None:
-    """Its tables of angles are not bound to the length that it was exported, or last called, with."""
+    """Check that the tables of angles do not depend on the length of the export or of the last call."""
     made = layer("rotary").eval()
     if used:
         made(normal(2, 30, WIDTH))

@@ -118,7 +118,7 @@ def test_forms_of_one_value_share_a_plan() -> None:
 
 @pytest.mark.parametrize("gradient", [False, True])
 def test_compiled_functions_read_a_tensor(gradient: bool) -> None:
-    """In one graph, where Dynamo may keep a value as a symbol; by a break of the graph elsewhere."""
+    """Compile to one graph if Dynamo keeps the value as a symbol, else with a graph break."""
     x = torch.randn(1, 4, 2, 8).requires_grad_(gradient)
 
     def call(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

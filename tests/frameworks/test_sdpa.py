@@ -107,7 +107,7 @@ def test_grouped_queries_equal_the_math_path(mask: Tensor | None) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["causal", "bool", "float", "dropout"])
 def test_results_have_the_bits_of_attention(kind: str, dtype: torch.dtype) -> None:
-    """So what is proven of `attention`, for every dtype, holds here."""
+    """Compare bits, so that the accuracy tests of `attention` also hold here."""
     inputs = leaves(SHAPES["cross"], dtype)
     mask = normal(2, 1, 5, 9, seed=7)
     mine: dict[str, Any] = {
@@ -198,7 +198,7 @@ _handles: list[Override] = []
 
 
 def activate() -> None:
-    """By torch's registry of implementations; without it as use_anyattn does."""
+    """Activate anyattn through torch's registry, or as use_anyattn does if torch has no registry."""
     if REGISTRY:
         torch.nn.attention.activate_flash_attention_impl("anyattn")
     else:
@@ -283,7 +283,7 @@ def test_hook_replaces_the_function_of_torch(kind: str, dtype: torch.dtype, call
 
 
 def flash_takes_groups() -> bool:
-    """Whether torch gives grouped queries on a CPU to its flash kernel; 2.6 does not, whoever is behind it."""
+    """Return whether torch passes grouped queries on a CPU to its flash kernel. torch 2.6 never does."""
     q, k = normal(1, 2, 4, 8), normal(1, 1, 4, 8)
     return torch._fused_sdp_choice(q, k, k, enable_gqa=True) == SDPBackend.FLASH_ATTENTION.value
 
@@ -299,7 +299,7 @@ def narrowed(arguments: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 
 @pytest.mark.parametrize("layout", [0, 1, 2], ids=["by heads", "by rows", "packed"])
 def test_hook_returns_the_strides_of_fake_tensors(layout: int, calls: list[str]) -> None:
-    """Otherwise code that Inductor compiled stops with an assertion, or reads the wrong places."""
+    """Compare strides, because code compiled by Inductor relies on them."""
     q, k, v = (layouts((2, 4, n, 8), torch.float32, n)[layout] for n in (5, 9, 9))
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
     grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(out, q, k, v, out, lse, 0.0, False)
@@ -317,7 +317,7 @@ def test_hook_returns_the_strides_of_fake_tensors(layout: int, calls: list[str])
 
 
 def test_hook_works_in_compiled_code(calls: list[str]) -> None:
-    """By Inductor; the projections make views in several layouts inside the graph."""
+    """Compile by Inductor a graph whose projections make views in several layouts."""
 
     def program(x: Tensor, weight: Tensor) -> Tensor:
         q, k, v = (x @ weight).unflatten(-1, (3, 4, 8)).unbind(-3)
@@ -358,7 +358,7 @@ def test_hook_works_in_multihead_attention(training: bool, calls: list[str]) -> 
 
 @torch.no_grad()
 def test_hook_works_in_inference(calls: list[str]) -> None:
-    """Where torch would take a fast path of its own, and takes it again afterwards."""
+    """Check that torch's fast path for inference is off with the hook, and on again afterwards."""
     layer, x = torch.nn.TransformerEncoderLayer(16, 4, batch_first=True, dtype=torch.float64).eval(), normal(2, 6, 16)
     got = layer(x)
     assert calls == ["forward"]

@@ -235,7 +235,7 @@ def test_fake_tensors_on_a_gpu_stay_on_their_device() -> None:
 
 
 def compiles_for(x: Tensor) -> bool:
-    """Whether this torch compiles anything at all for such a tensor."""
+    """Return whether this version of torch compiles for such a tensor."""
     try:
         torch.compile(torch.neg, backend="aot_eager")(x)
     except torch._dynamo.exc.BackendCompilerFailed:

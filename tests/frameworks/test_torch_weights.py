@@ -220,7 +220,7 @@ def test_vmap_and_func_grad_equal_plain_torch() -> None:
 
 
 def test_forward_mode_equals_plain_torch() -> None:
-    """With the tangents of q and of lse; attention itself has no forward mode."""
+    """Compute with the tangents of q and of lse."""
     q, k, _ = qkv()
     tangent = normal(*q.shape, seed=9)
     lse = torch.func.jvp(lambda q: plain_attention(q, k, k)[1], (q,), (tangent,))

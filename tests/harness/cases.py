@@ -1,4 +1,4 @@
-"""What is tested: a table of problems in which every pair of features meets, and one named case for each corner.
+"""Cases of the tests: a table in which every pair of features occurs, and one named case for each corner.
 
 `scripts/make_cases.py` writes the table; `anyattn.testing` makes the arrays of a case.
 """
@@ -220,7 +220,7 @@ def named(name: str) -> Case:
 
 
 def small(cases: list[Case], entries: int) -> list[Case]:
-    """Those with at most so many scores: for engines that run slowly."""
+    """Return the cases with at most `entries` scores, for slow engines."""
     return [c for c in cases if c.batch * c.nheads_kv * c.group * c.seqlen_q * c.seqlen_k <= entries]
 
 

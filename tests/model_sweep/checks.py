@@ -1,4 +1,4 @@
-"""What is compared: each check is a function of a model and its inputs that returns named tensors."""
+"""Checks of a model. Each is a function of a model and its inputs that returns named tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which class of a model type is tried, and in which variants."""
+"""Classes of a model type that the sweep tries, and their variants."""
 
 from __future__ import annotations
 

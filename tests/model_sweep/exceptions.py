@@ -1,4 +1,4 @@
-"""What the general rules cannot know about single models."""
+"""Exceptions from the general rules for single models."""
 
 from __future__ import annotations
 

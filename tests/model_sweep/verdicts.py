@@ -1,4 +1,4 @@
-"""What a comparison says about a model."""
+"""Verdicts about a model, from comparisons of its results."""
 
 from __future__ import annotations
 

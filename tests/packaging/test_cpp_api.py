@@ -1,4 +1,4 @@
-"""What a C or C++ project does with the installed package: it finds headers and library, compiles, links and runs."""
+"""C and C++ projects on the installed package: they find headers and library, compile, link and run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ STANDARDS = [
 
 
 def run(*command: str | Path, **environment: str) -> str:
-    """What a command that succeeds prints."""
+    """Run a command, which must succeed. Return its output."""
     result = subprocess.run(
         command, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=600
     )
@@ -99,7 +99,7 @@ def test_program_of_the_documentation_compiles_and_runs(tmp_path: Path) -> None:
 
 
 def configure(source: Path, build: Path) -> subprocess.CompletedProcess[str]:
-    """As the example's first line says."""
+    """Configure a project with CMake, as the first line of the example shows."""
     command = ["cmake", "-S", source, "-B", build, f"-DCMAKE_PREFIX_PATH={anyattn.get_include()}/.."]
     return subprocess.run(command, env=TOOLS, capture_output=True, text=True, check=False, timeout=600)
 

@@ -1,4 +1,4 @@
-"""What an install leaves behind: with a compiler one wheel for every Python, without one a pure wheel that serves."""
+"""Results of an install: with a compiler one wheel for every Python, without one a pure wheel that works."""
 
 from __future__ import annotations
 

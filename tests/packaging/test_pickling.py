@@ -135,7 +135,7 @@ def test_objects_pass_through_a_spawned_process() -> None:
 
 
 def test_a_device_array_is_copied_by_value() -> None:
-    """Its handles mean nothing elsewhere: a copy has memory of its own."""
+    """Check that a copy has separate memory, because handles have no meaning in another process."""
     if "vulkan" not in dispatch.available():
         pytest.skip("there is no Vulkan device")
     values = np.arange(48, dtype=np.float16).reshape(1, 3, 2, 8)

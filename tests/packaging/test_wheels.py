@@ -1,4 +1,4 @@
-"""What `make wheels` checks of every wheel, on the library of this machine; and that the checks see what is wrong."""
+"""The checks that `make wheels` applies to every wheel, on the library of this machine and on wrong wheels."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ EVERY = [workload for name, workloads in suites.SUITES.items() for workload in w
 
 
 def small(workload: Workload) -> Workload:
-    """The same features at a size that takes no time."""
+    """Return the workload with the same features at a tiny size."""
     left, right = workload.window or (None, None)
     cross = workload.seqlen_k != workload.seqlen_q
     return replace(
@@ -128,7 +128,7 @@ def test_case_survives_json() -> None:
 
 @each_workload
 def test_gate_agrees_with_the_definition(workload: Workload) -> None:
-    """In float64, the NumPy backend is the definition to 1e-9, and the gate's own formulas are too."""
+    """Check that NumPy in float64 and the gate's own formulas equal the definition to 1e-9."""
     exact = Inputs(replace(workload, dtype="float64", suite="", cache=False, page_size=0))
     with anyattn.backend("numpy"):
         assert answer(providers.by_name("anyattn"), gate.Gate(exact)) == "right"
@@ -231,7 +231,7 @@ def test_gate_refuses_malformed_results(change: Any) -> None:
 
 @pytest.mark.parametrize("change", [lambda x: [x[0] * 0], lambda x: [x[0] * 1.4]], ids=["zero", "scale"])
 def test_gate_refuses_wrong_dropout(change: Any) -> None:
-    """Of other random bits than ours, averages and spread are still checked."""
+    """Check average and spread of results whose random bits differ from anyattn's."""
     inputs = Inputs(Workload("dropout", 1, 4, 256, 64, dropout_p=0.1))
     expected = gate.Gate(inputs)
     ours = providers.by_name("anyattn").prepare(inputs, 1)
@@ -353,7 +353,7 @@ def test_committed_results_are_read(tmp_path: Path) -> None:
 
 
 def imagined(target: str) -> dict[str, Any]:
-    """What a run of everything would have measured, with every provider at a second and ours at half of one."""
+    """Return invented results of a full run: one second for each provider, half a second for anyattn."""
 
     def timings(names: Any) -> dict[str, Any]:
         return {name: {"median": 1.0} for name in names} | {"anyattn": {"median": 0.5}}

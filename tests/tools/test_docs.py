@@ -126,13 +126,13 @@ def test_links_of_the_guide_have_targets() -> None:
 
 
 def anchors(path: Path) -> set[str]:
-    """Of the page's headings, as GitHub makes them."""
+    """Return the anchors of the page's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_every_page_is_in_the_index() -> None:
-    """Or in that of its folder."""
+    """Check that the index of the site or of the folder links to each page."""
     for name, path in PAGES.items():
         own = PAGES.get(f"{path.parent.relative_to(ROOT).as_posix()}/index.md")
         indices = {PAGES["docs/index.md"], own} - {path, None}

@@ -78,7 +78,7 @@ def test_files_writable_by_others_are_refused(folder: Path, what: str) -> None:
 
 
 def test_files_in_a_sticky_folder_are_checked_individually(folder: Path) -> None:
-    """As in /tmp: others can add files there, and cannot replace ours."""
+    """Check a folder like /tmp, to which others can add files but not replace existing ones."""
     folder.chmod(0o1777)
     private_files.write(str(folder / "file"), b"x")
     assert private_files.read(str(folder / "file")) == b"x"

@@ -205,7 +205,7 @@ def test_software_device_is_chosen_if_the_settings_allow_it(
     ids=str,
 )
 def test_work_counts_operations_and_transferred_bytes(case: Case, pairs: int) -> None:
-    """By hand: q, k, v, bias and mask travel there and out back, in the backward dout and the gradients as well."""
+    """Compare with a count by hand: inputs to the device, results back, in the backward also dout and gradients."""
     case = replace(case, head_dim=40, head_dim_v=24, nheads_kv=2, group=3, dtype="float16", bias="full", mask="row")
     inputs = make_inputs(case)
     q, k, v, bias, mask = (inputs.arguments[name] for name in ("q", "k", "v", "bias", "mask"))

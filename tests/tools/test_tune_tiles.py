@@ -138,7 +138,7 @@ def test_wrong_result_is_reported(phase: str) -> None:
 
 @interpreter
 def test_wrong_results_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the clock says of them."""
+    """Check that a wrong result is not chosen even if it is faster."""
     right = tune_triton.make_task(small("forward"), "cpu")
     count = 0
 

@@ -137,7 +137,7 @@ class Process:
 
 
 def present(case: Case, which: int, field: str) -> bool:
-    """Whether this call looks at the field at all."""
+    """Return whether this call reads the field."""
     array = field.split(".", maxsplit=1)[0]
     if array in ("out", "lse", "dout", "dq", "dk", "dv") and field.endswith((".data", ".dtype")):
         return array in (("out", "lse", "dout", "dq", "dk", "dv") if which else ("out", "lse"))

@@ -1,4 +1,4 @@
-"""What other programs do around a call: each function below runs in a process of its own (`python scenarios.py NAME`).
+"""Scenarios of other programs around a call. Each function runs in a separate process (`python scenarios.py NAME`).
 
 Every result is checked against float64 and must be the same bits as the others; the last line of output is their
 digest, by which test_threads.py compares the process with a serial one.
@@ -75,7 +75,7 @@ def runtime() -> str:
 
 
 def threads() -> int:
-    """Of this process, as the system counts them."""
+    """Return the number of threads of this process, as the system counts them."""
     return len(list(Path("/proc/self/task").iterdir()))
 
 
@@ -335,7 +335,7 @@ def first_calls_at_once() -> str:
 
 
 def short_lived_threads() -> str:
-    """What a Python thread was given goes with it: threads of OpenMP, scratch, plans."""
+    """Check that OpenMP threads, scratch memory and plans of a Python thread end with the thread."""
     busy_torch()
     found = [compute(framework="torch")]
     before = threads()
@@ -452,7 +452,7 @@ def names_of_threads() -> list[str]:
 
 
 def by_omp_num_threads() -> str:
-    """As many threads as the variable says, and no more than there are processors."""
+    """Check that the variable sets the number of threads, up to the number of processors."""
     count = min(int(os.environ["OMP_NUM_THREADS"].split(",")[0]), len(os.sched_getaffinity(0)))
     assert "torch" not in sys.modules and runtime() == "anyattn" and library.load().num_threads() == count
     digest = compute()

@@ -27,7 +27,7 @@ def no_memory_torch() -> str:
 
 
 def _no_memory(framework: str) -> str:
-    """What the system refuses is a MemoryError with the bytes asked, and the next call is right."""
+    """Check that a failed allocation raises MemoryError with its size, and that the next call is right."""
     digest = compute(framework=framework)
     convert = to_torch if framework == "torch" else lambda x: x
     # One head: the backward adds up partial sums of dk and dv, 16 times as large as the results.
@@ -96,7 +96,7 @@ def no_memory_for_scratch() -> str:
 
 @contextmanager
 def limited_memory(mib: int) -> Iterator[None]:
-    """So much more address space than is in use now."""
+    """Limit the address space to what is in use now plus `mib`."""
     limits = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + mib * 2**20, limits[1]))

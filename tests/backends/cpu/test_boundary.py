@@ -13,7 +13,7 @@ from harness.processes import run_python
 @pytest.mark.parametrize("target", [engine.target for engine in engines() if engine.backend == "cpu"])
 @pytest.mark.parametrize("kind", ["wrong", "garbage"])
 def test_wrong_fields_return_a_status_and_write_nothing(kind: str, target: str) -> None:
-    """In a process of its own, which a crash ends."""
+    """Run in a separate process, because a wrong field may crash it."""
     Engine("cpu", target).use()
     result = run_python(Path(__file__).parent / "boundary.py", kind)
     assert result.returncode == 0, result.stderr[-3000:]

@@ -74,7 +74,7 @@ def declared(kernel: Any) -> list[int]:
 
 @CALLBACK
 def recorded(grid: Any, stream: int, function: int, parameters: Any) -> None:
-    """What the driver gets for a launch, held against what the kernel declares."""
+    """Record a launch, and check its parameters against the declaration of the kernel."""
     kernel = next(kernel for kernel in compiled if kernel.function == function)
     kinds = [kind for kind in _flat(kernel.src.signature.values()) if kind != "constexpr"]
     plain = [CTYPES.get(kind, ctypes.c_uint64) for kind in kinds if not kind.startswith("tensordesc")]
@@ -173,7 +173,7 @@ class Guard:
 
 
 class Watch(TorchDispatchMode):
-    """Which operators of torch run."""
+    """A recorder of the torch operators that run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -196,7 +196,7 @@ def _tensor(array: Any) -> torch.Tensor:
 
 
 def _call(problem: Problem, plan: TritonPlan) -> Call:
-    """With every result that there is."""
+    """Return a call with every result and a workspace."""
     arrays = {**problem.arrays, **problem.outputs()}
     call = Call(adapter, **{name: _tensor(array) for name, array in arrays.items()})
     call.workspace = torch.zeros(max(plan.workspace_bytes, 1), dtype=torch.uint8)
@@ -287,7 +287,7 @@ def refusal() -> Found:
 
 
 def start(name: str) -> None:
-    """From here on that vendor's card seems to be there, twice."""
+    """Make torch and Triton find two GPUs of this vendor."""
     global driver
     driver = Driver(name)
     triton.compile = _keep

@@ -38,7 +38,7 @@ def compiled(kernel: Kernel, device: int, aligned: bool) -> Any:
 
 
 def launched(hopper: str, shift: int = 0, **changes: Any) -> Found:
-    """What one forward launches, and where its arrays are; shift: of q, in elements."""
+    """Return the launches of one forward pass and the addresses of its arrays. `shift` moves q by elements."""
     os.environ["ANYATTN_HOPPER"] = hopper
     settings.reload()
     problem = fake_gpu.aot.describe("cuda:0", "float16", 64, backward=False, right=0, seqlen_q=1000)

@@ -79,7 +79,7 @@ _define("mod", lambda a, b: _divide(operator.mod, a, b))
 
 
 class Pointer:
-    """Where an array begins in flat memory, or addresses in it."""
+    """A pointer to the start of an array in flat memory, or an array of addresses."""
 
     def __init__(self, memory: np.ndarray, offset: Any = 0) -> None:
         self.memory, self.offset = memory, offset
@@ -322,7 +322,7 @@ class Machine:
 
 
 class Descriptor:
-    """What the copy engine knows of an array: rows and strides as the plan gives them, in flat memory."""
+    """A tensor descriptor: shape and strides of an array in flat memory, as the plan states them."""
 
     def __init__(self, given: Any) -> None:
         pointer = given.base.data_ptr()
@@ -341,7 +341,7 @@ class Descriptor:
 
 
 def language(machine: Machine) -> dict[str, Any]:
-    """What the kernel's names mean here."""
+    """Return the emulated functions by the names that the kernels use."""
     names = iter(("q_full", "k_full", "k_empty", "v_full", "v_empty", "turn"))
 
     def allocate(dtype: str, shape: Sequence[int], layout: Any) -> Any:

@@ -18,7 +18,7 @@ GOOD = {"registers": 200, "spills": 8, "spills_in_loops": 0, "shared": 1000, "ma
 
 @pytest.mark.parametrize("archs", TOGETHER)
 def test_compiled_kernels_meet_the_limits_of_the_table(archs: str) -> None:
-    """In a process of its own: here Triton interprets."""
+    """Compile in a separate process, because this process interprets Triton."""
     done = run_python(SCRIPTS / "aot.py", "--jobs", "1", "--arch", archs, without=("TRITON_INTERPRET",))
     assert done.returncode == 0, done.stdout + done.stderr
 

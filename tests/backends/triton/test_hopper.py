@@ -38,7 +38,7 @@ GUARD = 64
 
 
 def run(inputs: CaseInputs, seed: int = 0, broken: frozenset[tuple[str, str]] = CLEAN) -> list[str]:
-    """What is wrong with the emulated kernel's results."""
+    """Return the errors in the results of the emulated kernel."""
     problem, arrays = inputs.describe()
     assert not plan.unsupported_reasons(problem)
     out, lse = (np.full(int(np.prod(shape)) + 2 * GUARD, np.nan) for shape in (problem.out_shape, problem.lse_shape))
@@ -50,7 +50,7 @@ def run(inputs: CaseInputs, seed: int = 0, broken: frozenset[tuple[str, str]] = 
 
 
 def whole(view: np.ndarray) -> Pointer:
-    """Where a view begins in all the memory that it lies in."""
+    """Return a pointer to the view within the whole memory of its owner."""
     owner = view
     while isinstance(owner.base, np.ndarray):
         owner = owner.base
@@ -162,7 +162,7 @@ def test_wrong_use_of_resources_is_detected(gates: Any) -> None:
 
 @pytest.fixture(scope="module")
 def recorded() -> Any:
-    """What calls launch on a card that is not here."""
+    """Return the launches of calls on an emulated GPU."""
     return json.loads(without_interpreter(TESTS / "backends" / "emulators" / "fake_hopper.py").splitlines()[-1])
 
 
@@ -255,7 +255,7 @@ def test_device_checks_pass_and_detect_an_error(causal: bool, monkeypatch: pytes
 
 
 def test_device_checks_launch_only_hopper_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever would be shared out among more programs elsewhere."""
+    """Check a problem that the portable plan would split among more programs."""
     from anyattn.backends.triton import plan_forward as portable
     from anyattn.backends.triton.sm90.plan import HopperKernel
     from anyattn.config import settings

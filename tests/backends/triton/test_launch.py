@@ -1,4 +1,4 @@
-"""What reaches a GPU's driver, by Triton's own launchers: kernels, addresses, streams and devices."""
+"""Launches through Triton's own launchers: the kernels, addresses, streams and devices that the driver receives."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def vendor(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def recorded(vendor: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """By scenario; compiled anew, in a process without the interpreter."""
+    """Return the launches by scenario, compiled in a new process without the interpreter."""
     cache = str(tmp_path_factory.mktemp("triton"))
     done = run_python(TESTS / "backends" / "emulators" / "fake_gpu.py", vendor, TRITON_CACHE_DIR=cache)
     assert done.returncode == 0, done.stderr
@@ -46,7 +46,7 @@ def test_arguments_are_passed_at_the_positions_of_the_kernel(recorded: Any) -> N
 
 
 def test_equal_plans_share_a_loaded_kernel(recorded: Any) -> None:
-    """It was loaded with the plan; an address that is not aligned needs another."""
+    """Check that the plan loads its kernel, and that only an unaligned address loads another one."""
     assert recorded["alignment"]["loads"] == [0, 1]
 
 
@@ -92,7 +92,7 @@ def test_calls_can_be_captured_in_a_graph(recorded: Any, scenario: str) -> None:
 
 
 def test_float32_follows_the_precision_setting_of_torch(vendor: str, recorded: Any) -> None:
-    """Where the hardware has a choice."""
+    """Check that TF32 loads another kernel, which only NVIDIA has."""
     assert recorded["precision"]["loaded"] == [0, int(vendor == "nvidia"), 0]
 
 

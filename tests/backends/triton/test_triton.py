@@ -1,4 +1,4 @@
-"""What is special to the Triton backend: what it refuses, when it is chosen, any size of its tiles."""
+"""Tests of the Triton backend alone: its refusals, when it is chosen, and every tile size."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_out_of_memory_on_a_gpu_raises_the_error_of_torch(monkeypatch: pytest.Mo
 def test_old_versions_of_triton_are_refused_with_a_reason(
     version: str | None, reason: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever package brings Triton: torch for ROCm has one of its own."""
+    """Check every package that contains Triton, because torch for ROCm has a separate one."""
 
     def found(name: str) -> str:
         if version is None or name != "pytorch-triton-rocm":
@@ -183,7 +183,7 @@ def test_old_versions_of_triton_are_refused_with_a_reason(
 def test_info_and_explain_report_the_support_of_each_gpu(
     arch: str, triton: str, state: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What `info` says of a card, and `explain` where it refuses."""
+    """Check the state that `info` lists for a GPU, and the reason in `explain`."""
     monkeypatch.setattr(device, "version", lambda name: triton)
     monkeypatch.setattr(backend, "cards", lambda: [("cuda:0", "A card", arch)])
     monkeypatch.setattr(backend, "interpreted", lambda: False)

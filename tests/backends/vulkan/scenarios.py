@@ -1,4 +1,4 @@
-"""What happens in the middle of a Vulkan call: each function runs in a process of its own, `python scenarios.py NAME`.
+"""Interruptions of a Vulkan call. Each function runs in a separate process, `python scenarios.py NAME`.
 
 Results are compared with the CPU backend's after each interruption. The last line of output says how much was tried.
 """
@@ -43,7 +43,7 @@ def attend(x: np.ndarray = SMALL) -> np.ndarray:
 
 
 class Watch:
-    """What must stay right on the device: results, arrays that live there, and the number of allocations."""
+    """A check of the device: results, arrays stored there, and the number of allocations."""
 
     def __init__(self) -> None:
         attend()

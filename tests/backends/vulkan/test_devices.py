@@ -1,4 +1,4 @@
-"""Which Vulkan device is taken, which is refused, and what a device gives back. Most devices here are descriptions."""
+"""Choice and refusal of Vulkan devices, and release of their memory. Most devices here are descriptions."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_info_includes_the_memory_of_the_device() -> None:
 
 @needs_vulkan
 def test_release_memory_frees_all_but_device_arrays() -> None:
-    """What calls have left behind, and no array that lives on the device."""
+    """Release the memory of finished calls, and keep the arrays on the device."""
     release_memory()  # of the devices of other tests
     values = np.random.default_rng(0).standard_normal((1, 40, 2, 16), np.float32)
     array = DeviceArray(values)

@@ -55,7 +55,7 @@ def test_loop_hints_follow_the_unroll_option(unroll: bool) -> None:
 
 
 def shared_bytes(module: bytes) -> int:
-    """What a frozen module declares in shared memory."""
+    """Return the bytes of shared memory that a specialized module declares."""
     sizes: dict[int, int] = {}
     pointers: dict[int, int] = {}
     values: dict[int, int] = {}

@@ -1,4 +1,4 @@
-"""What only the Vulkan backend has: its device, memory, submissions, every shape of its kernels, and how it fails."""
+"""Tests of the Vulkan backend alone: device, memory, submissions, kernel configurations and failures."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ pytestmark = [needs_vulkan, fresh_plans]
 def test_results_do_not_depend_on_the_kernel_configuration(
     monkeypatch: pytest.MonkeyPatch, case: Case, shape: dict[str, Any]
 ) -> None:
-    """What a GPU's configuration uses and a CPU's does not: several lanes per row, shuffles, unrolled loops."""
+    """Use configurations of GPUs, which a software driver does not choose: several lanes per row, shuffles."""
     original = tuning.forward_config
 
     def config(info: devices.DeviceInfo, problem: Any) -> tuning.Config:
@@ -128,7 +128,7 @@ def test_buffers_are_reused() -> None:
 
 
 def test_out_of_device_memory_raises_memory_error_and_the_next_call_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is kept is given back and tried again; then a MemoryError that says how much, and the next call is right."""
+    """Check that cached memory is released before the retry, and that the error states the size."""
     create, failures = engine().device.create, []
 
     def refuse(name: str, info: Any) -> int:

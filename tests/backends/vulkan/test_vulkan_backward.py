@@ -43,7 +43,7 @@ SHAPES = [
 def test_gradients_do_not_depend_on_the_kernel_configuration(
     monkeypatch: pytest.MonkeyPatch, case: Case, shape: dict[str, Any]
 ) -> None:
-    """What a GPU's configuration uses and a CPU's does not: several lanes per row or key, shuffles."""
+    """Use configurations of GPUs, which a software driver does not choose: several lanes per row or key, shuffles."""
     original = tuning.backward_configs
 
     def configs(info: devices.DeviceInfo, problem: Any) -> dict[str, tuning.Config]:

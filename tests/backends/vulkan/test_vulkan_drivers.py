@@ -22,7 +22,7 @@ COOPERATIVE_MATRIX = 6022
 
 
 def passed(driver: str, *tests: str, **variables: str) -> int:
-    """How many tests passed; none may do anything else."""
+    """Return the number of passed tests. No test may fail or be skipped."""
     options = ("-q", "-p", "no:xdist", "-p", "no:cacheprovider")
     printed = started(driver, "-m", "pytest", *options, *tests, **variables)
     found = re.search(r"^(\d+) passed(, \d+ deselected)? in .*\s*\Z", printed, re.MULTILINE)
@@ -31,19 +31,19 @@ def passed(driver: str, *tests: str, **variables: str) -> int:
 
 
 def matrix(driver: str, cases: str, **variables: str) -> int:
-    """`passed`, of the common matrix."""
+    """Return the number of passed cases of the common matrix."""
     test = "tests/conformance/test_matrix.py::test_engine_equals_reference"
     return passed(driver, test, "-k", f"vulkan and not float64 and ({cases})", **variables)
 
 
 def described(driver: str) -> dict[str, str]:
-    """What `anyattn info` says of its one device."""
+    """Return what `anyattn info` reports about its one device."""
     [device] = json.loads(started(driver, "-m", "anyattn", "info", "--json"))["vulkan"]["devices"]
     return device
 
 
 def path_of_halves(driver: str) -> str:
-    """How a plan for float16 computes: matrices are left out where their own test fails."""
+    """Return the path of a float16 plan. It has no matrices if their self-test fails."""
     code = (
         "from harness.cases import named; from anyattn import testing; from anyattn.runtime import dispatch\n"
         "problem, _ = testing.make_inputs(named('huge_scores_f16')).describe()\n"

@@ -60,7 +60,7 @@ def test_results_do_not_depend_on_the_kernel_configuration(
 
 
 def test_unrolled_loops_do_not_change_results(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a GPU gets them."""
+    """Unroll the loops, as the configuration of a GPU does."""
     original = tuning.forward_config
     monkeypatch.setattr(
         tuning, "forward_config", lambda *x: replace(original(*x), dim=2, dim_v=2, features=0, unroll=True)

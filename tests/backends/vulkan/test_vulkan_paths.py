@@ -1,4 +1,4 @@
-"""Which way a Vulkan device computes: the choice, what a driver must offer, and what is left out when it fails."""
+"""Paths of computation on a Vulkan device: their choice, their requirements, and their removal after a failure."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _untested(fresh_plans: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def shuffling(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, four lanes share a row, by shuffles where the device has them."""
+    """Use four lanes per row as on a GPU, with shuffles if the device has them."""
     original = tuning.forward_config
 
     def config(info: devices.DeviceInfo, problem: Problem) -> tuning.Config:
@@ -314,7 +314,7 @@ def test_missing_features_for_matrices_are_named() -> None:
 
 @pytest.fixture
 def kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """Where compiled pipelines are kept, with a driver that says what it got and gives something back."""
+    """Return the file that stores compiled pipelines."""
     monkeypatch.setenv("ANYATTN_CACHE", str(tmp_path / "cache"))
     settings.reload()
     yield tmp_path / "cache" / f"vulkan-{devices.device().info.cache_key}.bin"
@@ -323,7 +323,7 @@ def kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
 
 
 def compile_one(monkeypatch: pytest.MonkeyPatch, gives: bytes) -> bytes:
-    """What the driver is given at first, where it has `gives` after one more pipeline."""
+    """Compile one pipeline. Return the initial cache data, and let the driver return `gives` afterwards."""
     given = []
     device = devices.device()
 
