@@ -32,7 +32,7 @@ def get_include() -> str:
     if path and all(os.path.exists(os.path.join(path, name)) for name in HEADERS):
         return path
     if package.archive():
-        raise LibraryError(f"compilers cannot read the headers inside the archive {package.archive()}. Unpack it")
+        raise LibraryError(f"compilers cannot read the headers inside the archive {package.archive()}. Unpack it.")
     raise LibraryError(package.why_missing("the folder of the headers"))
 
 

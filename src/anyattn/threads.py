@@ -47,10 +47,10 @@ def set_num_threads(num_threads: int) -> None:
     from .backends.cpu import library
 
     if isinstance(num_threads, bool) or not hasattr(num_threads, "__index__"):
-        raise TypeError(f"num_threads must be an integer, got {num_threads!r}")
+        raise TypeError(f"num_threads must be an integer, got {num_threads!r}.")
     count = num_threads.__index__()
     if not 0 <= count <= MOST:
-        raise ValueError(f"num_threads must be from 0 to {MOST}, got {count}")
+        raise ValueError(f"num_threads must be from 0 to {MOST}, got {count}.")
     library.load().set_num_threads(count)
 
 

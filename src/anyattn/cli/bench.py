@@ -98,14 +98,14 @@ def _plan(arguments: argparse.Namespace) -> Any:
     named = [name.strip() for name in arguments.suite.split(",") if name.strip()]
     for name in named:
         if name not in SUITES and name not in SECTIONS:
-            raise ValueError(f"--suite must be of {', '.join((*SUITES, *SECTIONS))}, got {name!r}")
+            raise ValueError(f"--suite must be of {', '.join((*SUITES, *SECTIONS))}, got {name!r}.")
     suites = [name for name in named if name in SUITES] if named else ["quick"] if arguments.quick else list(DEFAULT)
     sections = [name for name in named if name in SECTIONS] if named else [] if arguments.filter else list(SECTIONS)
     workloads = select(suites, arguments.filter)
     if suites and not workloads:
-        raise ValueError(f"--filter must match a case of {', '.join(suites)}, got {arguments.filter!r}; see --list")
+        raise ValueError(f"--filter must match a case of {', '.join(suites)}, got {arguments.filter!r}. See --list.")
     if arguments.seconds < 0:
-        raise ValueError(f"--seconds must be >= 0, got {arguments.seconds}")
+        raise ValueError(f"--seconds must be >= 0, got {arguments.seconds}.")
     seconds = arguments.seconds or (QUICK_SECONDS if arguments.quick else 1.0)
     providers = choose(arguments.peers.split(","))
     return Plan(workloads, tuple(sections), providers, threads, seconds, arguments.quick)
@@ -118,7 +118,7 @@ def _apply(threads: int) -> int:
     from ..backends.cpu import library
 
     if threads < 0 or threads > 4096:
-        raise ValueError(f"--threads must be 1 to 4096 (0: those of the CPU engine), got {threads}")
+        raise ValueError(f"--threads must be 1 to 4096 (0: those of the CPU engine), got {threads}.")
     if threads:
         torch.set_num_threads(threads)
     try:

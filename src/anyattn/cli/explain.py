@@ -88,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
 def parse(a: argparse.Namespace) -> Description:
     """Return the description that the flags give."""
     if a.varlen and (a.bias or a.mask):
-        raise ValueError("--bias and --mask cannot be combined with --varlen")
+        raise ValueError("--bias and --mask cannot be combined with --varlen.")
     given = [name for flag, names in extras_by_flag().items() if getattr(a, flag.replace("-", "_")) for name in names]
     return Description(
         dtype=a.dtype,

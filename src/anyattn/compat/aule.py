@@ -56,7 +56,7 @@ def flash_attention(
     for name, array in (("query", query), ("key", key), ("value", value)):
         if getattr(array, "ndim", None) != 4:
             got = getattr(array, "shape", type(array).__name__)
-            raise ValueError(f"{name} must be (batch, nheads, seqlen, head_dim), got {got}")
+            raise ValueError(f"{name} must be (batch, nheads, seqlen, head_dim), got {got}.")
     if (rot_cos is None) != (rot_sin is None):
         raise ValueError("rot_cos and rot_sin must be passed together, got one of them.")
     if rot_cos is not None:
@@ -147,7 +147,7 @@ def apply_rope_separate(q: Array, k: Array, cos: Array, sin: Array) -> tuple[Arr
 
     for name, x in (("q", q), ("k", k), ("cos", cos), ("sin", sin)):
         if not hasattr(x, "__torch_function__"):
-            raise TypeError(f"{name} must be a torch.Tensor for rotary positions, got {type(x).__name__}")
+            raise TypeError(f"{name} must be a torch.Tensor for rotary positions, got {type(x).__name__}.")
         dense(name, x)
     tables = [table.reshape(table.shape[-2:]) for table in (cos, sin)]
     q, k = (apply_rotary(x.transpose(1, 2), *tables).transpose(1, 2) for x in (q, k))

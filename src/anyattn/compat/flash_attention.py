@@ -96,14 +96,14 @@ def flash_attention_backward(
 def _check_blocks(Bc: int, Br: int) -> None:
     for name, size in (("Bc", Bc), ("Br", Br)):
         if integer(name, size) < 1:
-            raise ValueError(f"{name} must be a block size >= 1, got {size}")
+            raise ValueError(f"{name} must be a block size >= 1, got {size}.")
 
 
 def _rows(use_half: bool, *tensors: Tensor) -> list[Tensor]:
     """Return the tensors as (batch, seqlen, nheads, head_dim)."""
     for name, x in zip(("Q", "K", "V", "O", "dO"), tensors, strict=False):
         if x.ndim != 4:
-            raise ValueError(f"{name} must be (batch, nheads, seqlen, head_dim), got {tuple(x.shape)}")
+            raise ValueError(f"{name} must be (batch, nheads, seqlen, head_dim), got {tuple(x.shape)}.")
     return [(x.half() if use_half else x).transpose(1, 2) for x in tensors]
 
 

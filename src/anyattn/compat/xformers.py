@@ -56,7 +56,7 @@ class BlockDiagonalMask:
         info = SequenceInfo.from_seqlens(q_seqlen)
         other = info if kv_seqlen is None else SequenceInfo.from_seqlens(kv_seqlen)
         if other.seqstart.shape != info.seqstart.shape:
-            raise ValueError(f"kv_seqlen must have as many sequences as q_seqlen, got {kv_seqlen} and {q_seqlen}")
+            raise ValueError(f"kv_seqlen must have as many sequences as q_seqlen, got {kv_seqlen} and {q_seqlen}.")
         return cls(info, other)
 
     def make_causal(self) -> BlockDiagonalCausalMask:
@@ -117,7 +117,7 @@ def memory_efficient_attention(
     """
     if query.ndim not in (3, 4, 5) or not query.ndim == key.ndim == value.ndim:
         shapes = [tuple(x.shape) for x in (query, key, value)]
-        raise ValueError(f"query, key and value must all have 3, 4 or 5 dimensions, got {shapes}")
+        raise ValueError(f"query, key and value must all have 3, 4 or 5 dimensions, got {shapes}.")
     shape = (*query.shape[:-1], value.shape[-1])
     if query.ndim == 3:
         query, key, value = query.unsqueeze(2), key.unsqueeze(2), value.unsqueeze(2)
@@ -139,13 +139,15 @@ def memory_efficient_attention(
 def _masked(query: Tensor, key: Tensor, value: Tensor, attn_bias: Any, options: dict[str, Any]) -> Tensor:
     name = type(attn_bias).__name__
     if name not in _OPTIONS:
-        raise ValueError(f"attn_bias must be None, a tensor or one of {', '.join(_OPTIONS)}, got {name}")
+        raise ValueError(f"attn_bias must be None, a tensor or one of {', '.join(_OPTIONS)}, got {name}.")
     options.update(_OPTIONS[name])
     if not name.startswith("BlockDiagonal"):
         dense: Tensor = api.attention(query, key, value, **options)
         return dense
     if query.shape[0] != 1 or key.shape[0] != 1:
-        raise ValueError(f"attn_bias {name} needs a batch of 1, got query {tuple(query.shape)}, key {tuple(key.shape)}")
+        raise ValueError(
+            f"attn_bias {name} needs a batch of 1, got query {tuple(query.shape)}, key {tuple(key.shape)}."
+        )
     begins = (attn_bias.q_seqinfo.seqstart.to(query.device), attn_bias.k_seqinfo.seqstart.to(query.device))
     for label, x, begin in (("query", query, begins[0]), ("key", key, begins[1])):
         if x.shape[1] != int(begin[-1]):

@@ -49,11 +49,11 @@ def _check_tables(given: Given) -> None:
     if entries is not None and (entries.shape != (batch,) or pages is not None):
         raise ValueError(f"cache_batch_idx must be ({batch},), without block_table, got {entries.shape}.")
     if pages is not None and (len(pages.shape) != 2 or pages.shape[0] != batch):
-        raise ValueError(f"block_table must be (batch, max_pages) with batch {batch}, got {pages.shape}")
+        raise ValueError(f"block_table must be (batch, max_pages) with batch {batch}, got {pages.shape}.")
     if entries is None and pages is None and cache.shape[0] != batch:
-        raise ValueError(f"k_cache must have q's batch {batch} as its first dimension, got {cache.shape}")
+        raise ValueError(f"k_cache must have q's batch {batch} as its first dimension, got {cache.shape}.")
     if lengths.shape != (batch,) or lengths.dtype != "int32":
-        raise ValueError(f"cache_seqlens must be an int or int32 ({batch},), got {lengths.shape}")
+        raise ValueError(f"cache_seqlens must be an int or int32 ({batch},), got {lengths.shape}.")
 
 
 def _check_memory(given: Given) -> None:
@@ -78,7 +78,7 @@ def _check_rotary(given: Given) -> None:
     if len(cos.shape) != 2 or cos.shape != sin.shape or 2 * cos.shape[1] > q.shape[3]:
         raise ValueError(
             f"rotary_cos and rotary_sin must be (positions, rotary_dim / 2), "
-            f"rotary_dim <= head_dim {q.shape[3]}, got {cos.shape}, {sin.shape}"
+            f"rotary_dim <= head_dim {q.shape[3]}, got {cos.shape}, {sin.shape}."
         )
     for name, array in (("rotary_cos", cos), ("rotary_sin", sin)):
         if array.dtype not in (q.dtype, "float32"):

@@ -119,9 +119,9 @@ def _check_tangents(given: Given) -> None:
         if tangent is None:
             continue
         if primal is None:
-            raise ValueError(f"{name} must be None without {name.removeprefix('t')}, got shape {tangent.shape}")
+            raise ValueError(f"{name} must be None without {name.removeprefix('t')}, got shape {tangent.shape}.")
         if tangent.shape != primal.shape:
-            raise ValueError(f"{name} must have the shape {primal.shape} of {name[1:]}, got {tangent.shape}")
+            raise ValueError(f"{name} must have the shape {primal.shape} of {name[1:]}, got {tangent.shape}.")
 
 
 def _sizes(given: Given, options: Options) -> Sizes:
@@ -137,16 +137,16 @@ def _sizes(given: Given, options: Options) -> Sizes:
     for name, table in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
         if table is not None:
             if len(table.shape) != 1 or table.shape[0] < 1:
-                raise ValueError(f"{name} must have shape (batch + 1,), got {table.shape}")
+                raise ValueError(f"{name} must have shape (batch + 1,), got {table.shape}.")
             batch = table.shape[0] - 1
     if pages is not None:
         if len(pages.shape) != 2:
-            raise ValueError(f"block_table must have shape (batch, max_pages), got {pages.shape}")
+            raise ValueError(f"block_table must have shape (batch, max_pages), got {pages.shape}.")
         seqlen_k = pages.shape[1] * k.shape[1]
     else:
         seqlen_k = k.shape[0] if cu_k is not None else k.shape[1]
         if cu_k is None and "cache_batch_idx" not in given and k.shape[0] != batch:
-            raise ValueError(f"k must have q's batch {batch} as its first dimension, got k {k.shape}, q {q.shape}")
+            raise ValueError(f"k must have q's batch {batch} as its first dimension, got k {k.shape}, q {q.shape}.")
     seqlen_q = q.shape[0] if cu_q is not None else q.shape[1]
     seqlen_q = min(seqlen_q, options.max_seqlen_q) if cu_q is not None and options.max_seqlen_q else seqlen_q
     seqlen_k = min(seqlen_k, options.max_seqlen_k) if cu_k is not None and options.max_seqlen_k else seqlen_k
@@ -165,7 +165,7 @@ def _check_ranks(given: Given) -> None:
     for name, (text, rank) in (("q", rank_q), ("k", rank_k), ("v", rank_k)):
         shape = given[name].shape
         if len(shape) != rank:
-            raise ValueError(f"{name} must have {rank} dimensions {text}, got {shape}")
+            raise ValueError(f"{name} must have {rank} dimensions {text}, got {shape}.")
 
 
 def _check_dtypes(given: Given) -> None:
@@ -187,12 +187,13 @@ def _check_heads(given: Given) -> None:
     nheads, nheads_kv = q.shape[-2], k.shape[-2]
     if nheads < 1 or nheads_kv < 1 or nheads % nheads_kv:
         raise ValueError(
-            f"nheads ({nheads}) must be a multiple of nheads_kv ({nheads_kv}), got q {q.shape}, k {k.shape}"
+            f"nheads ({nheads}) must be a multiple of nheads_kv ({nheads_kv}), got q {q.shape}, k {k.shape}. "
+            "The last two dimensions are nheads and head_dim."
         )
     if q.shape[-1] != k.shape[-1]:
-        raise ValueError(f"q and k must have one head_dim, got q {q.shape}, k {k.shape}")
+        raise ValueError(f"q and k must have one head_dim, got q {q.shape}, k {k.shape}.")
     if q.shape[-1] < 1 or v.shape[-1] < 1:
-        raise ValueError(f"head_dim and head_dim_v must be at least 1, got q {q.shape}, v {v.shape}")
+        raise ValueError(f"head_dim and head_dim_v must be at least 1, got q {q.shape}, v {v.shape}.")
 
 
 def _check_devices(given: Given) -> None:
@@ -230,7 +231,7 @@ def _check_shapes(given: Given, sizes: Sizes, functions: Graph) -> None:
         shapes = accepted_shapes(field, packed_q=packed_q)
         accepted = [tuple(named.get(size) for size in shape) for shape in shapes]
         if not any(_fits(array.shape, shape, broadcast=field.kind == SCORES) for shape in accepted):
-            raise ValueError(f"{name} must {_expected(field, shapes, named)}, got {array.shape}")
+            raise ValueError(f"{name} must {_expected(field, shapes, named)}, got {array.shape}.")
 
 
 def _fits(shape: tuple[int, ...], want: tuple[int | None, ...], *, broadcast: bool) -> bool:
@@ -255,22 +256,22 @@ def _expected(field: Field, shapes: Sequence[tuple[str, ...]], named: Mapping[st
 def _check_scalars(options: Options, given: Given, compute: str) -> None:
     limit = 2.0**128 if compute == "float32" else math.inf
     if options.scale is not None and not abs(options.scale) < limit:
-        raise ValueError(f"scale must be finite in {compute}, got {options.scale}")
+        raise ValueError(f"scale must be finite in {compute}, got {options.scale}.")
     if not 0 <= options.softcap < limit:
-        raise ValueError(f"softcap must be >= 0 (0: off) and finite in {compute}, got {options.softcap}")
+        raise ValueError(f"softcap must be >= 0 (0: off) and finite in {compute}, got {options.softcap}.")
     if options.chunk < 0:
-        raise ValueError(f"chunk must be >= 0 (0: off), got {options.chunk}")
+        raise ValueError(f"chunk must be >= 0 (0: off), got {options.chunk}.")
     if options.alignment not in ALIGNMENTS:
-        raise ValueError(f"alignment must be one of {', '.join(ALIGNMENTS)}, got {options.alignment!r}")
+        raise ValueError(f"alignment must be one of {', '.join(ALIGNMENTS)}, got {options.alignment!r}.")
     if not 0.0 <= options.dropout_p < 1.0 or philox.threshold(options.dropout_p) > 65535:
-        raise ValueError(f"dropout_p must be in [0, 1 - 2^-17), got {options.dropout_p}")
+        raise ValueError(f"dropout_p must be in [0, 1 - 2^-17), got {options.dropout_p}.")
     if philox.threshold(options.dropout_p) and "rng_state" not in given:
         raise ValueError(
             "rng_state must be an int64 array (seed, offset) if dropout_p > 0, got None. Or pass an int seed."
         )
     for name, size in (("max_seqlen_q", options.max_seqlen_q), ("max_seqlen_k", options.max_seqlen_k)):
         if size < 0:
-            raise ValueError(f"{name} must be >= 0 (0 or None: unknown), got {size}")
+            raise ValueError(f"{name} must be >= 0 (0 or None: unknown), got {size}.")
     for name, start in (("query_start", options.query_start), ("key_start", options.key_start)):
         if not 0 <= start <= POSITION_LIMIT:
             raise ValueError(f"{name} must be from 0 to {POSITION_LIMIT}, got {start}.")

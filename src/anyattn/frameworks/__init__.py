@@ -33,7 +33,7 @@ def framework_of(array: Any, name: str = "q") -> Framework:
     if is_jax(array):
         return loaded.jax
     *most, last = ARRAYS.values()
-    raise TypeError(f"{name} must be a {', a '.join(most)} or a {last}, got {type(array).__name__}")
+    raise TypeError(f"{name} must be a {', a '.join(most)} or a {last}, got {type(array).__name__}.")
 
 
 def is_jax(array: Any, *, with_values: bool = False) -> bool:

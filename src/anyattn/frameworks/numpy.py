@@ -279,7 +279,7 @@ def _prepare_scores(name: str, x: Any, inputs: Inputs) -> NDArray:
 def _prepare_heads(name: str, x: Any, inputs: Inputs) -> NDArray:
     array = _array(name, x)
     if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
-        raise TypeError(f"{name} must be floating point, got {array.dtype.name}")
+        raise TypeError(f"{name} must be floating point, got {array.dtype.name}.")
     dtype = DTYPES.get(_name(inputs.q.dtype))
     return _contiguous(array).astype(dtype.compute if dtype and dtype.compute else "float32", copy=False)
 
@@ -326,7 +326,7 @@ def _batch(inputs: Inputs) -> int:
 
 def _array(name: str, array: Any) -> NDArray:
     if not isinstance(array, np.ndarray):
-        raise TypeError(f"{name} must be a NumPy array like q, got {type(array).__name__}")
+        raise TypeError(f"{name} must be a NumPy array like q, got {type(array).__name__}. Use one framework.")
     if type(array) is not np.ndarray and isinstance(array, np.ma.MaskedArray):
         raise TypeError(f"{name} must not be a masked array, because its mask has no effect. Pass its data and mask=.")
     if not array.dtype.isnative:
@@ -363,9 +363,9 @@ def table(name: str, given: Any) -> npt.NDArray[np.int32]:
     """Return a contiguous int32 array. Other integer dtypes and sequences of ints are converted."""
     array = np.asarray(given)
     if array.dtype.kind not in "iu" and array.size:
-        raise TypeError(f"{name} must hold integers, got {array.dtype.name}")
+        raise TypeError(f"{name} must hold integers, got {array.dtype.name}.")
     if array.size and (array.min() < -(2**31) or array.max() >= 2**31):
-        raise ValueError(f"{name} must fit in int32, got {array.min()} to {array.max()}")
+        raise ValueError(f"{name} must fit in int32, got {array.min()} to {array.max()}.")
     return _contiguous(array.astype(np.int32, copy=False))
 
 
@@ -373,13 +373,13 @@ def _index(name: str, value: Any) -> int:
     try:
         return operator.index(value)
     except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+        raise TypeError(f"{name} must be an integer, got {value!r}.") from None
 
 
 def _int(name: str, value: Any) -> int:
     number = _index(name, value)
     if not -(2**31) <= number < 2**31:
-        raise ValueError(f"{name} must fit in int32, got {number}")
+        raise ValueError(f"{name} must fit in int32, got {number}.")
     return number
 
 
@@ -387,5 +387,5 @@ def _wrap(seed: int) -> int:
     """Return a 64-bit seed as int64."""
     number = _index("seed", seed)
     if not -(2**63) <= number < 2**64:
-        raise ValueError(f"seed must be a 64-bit integer, got {number}")
+        raise ValueError(f"seed must be a 64-bit integer, got {number}.")
     return (number + 2**63) % 2**64 - 2**63

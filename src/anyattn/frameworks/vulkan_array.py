@@ -170,7 +170,7 @@ def _adapter(q: DeviceArray) -> VulkanAdapter:
 
 def _device_array(name: str, array: Any) -> DeviceArray:
     if not isinstance(array, DeviceArray):
-        raise TypeError(f"{name} must be a DeviceArray like q, got {type(array).__name__}")
+        raise TypeError(f"{name} must be a DeviceArray like q, got {type(array).__name__}.")
     return array
 
 

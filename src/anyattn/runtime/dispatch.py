@@ -81,7 +81,7 @@ def register(name: str, load: Callable[[], Backend], *, after: str | None = None
         ValueError: no backend is named `after`.
     """
     if after is not None and after not in _rows:
-        raise ValueError(f"after must be one of {', '.join(_rows)}, got {after!r}")
+        raise ValueError(f"after must be one of {', '.join(_rows)}, got {after!r}.")
     rows = [row for row in _rows.values() if row.name != name]
     place = len(rows) if after is None else 1 + [row.name for row in rows].index(after)
     rows.insert(place, Row(name, load, offloads))
@@ -108,14 +108,14 @@ def get(name: str) -> Backend:
 def _make(name: str) -> Backend:
     row = _rows.get(name)
     if row is None:
-        raise ValueError(f"backend must be one of {', '.join(_rows)}, got {name!r}")
+        raise ValueError(f"backend must be one of {', '.join(_rows)}, got {name!r}.")
     return row.load()
 
 
 def named(argument: str | None) -> tuple[str, ...]:
     """Return the backends named by the caller ("cpu,numpy"), a context manager or the environment; () if automatic."""
     if argument and not isinstance(argument, str):
-        raise TypeError(f"backend must be a name, or names separated by commas, got {argument!r}")
+        raise TypeError(f"backend must be a name, or names separated by commas, got {argument!r}.")
     return tuple(argument.split(",")) if argument else _named.get() or _from_settings("backend")
 
 

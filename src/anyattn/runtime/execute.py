@@ -188,7 +188,7 @@ def _workspace(adapter: Adapter, size: int, like: Any) -> Any:
     try:
         return adapter.empty((size,), "uint8", like)
     except MemoryError as error:
-        raise MemoryError(f"no memory for {size} bytes of workspace") from error
+        raise MemoryError(f"no memory for {size} bytes of workspace.") from error
 
 
 def _check_values(adapter: Adapter, problem: Problem, given: Mapping[str, Any]) -> None:

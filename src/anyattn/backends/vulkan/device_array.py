@@ -89,7 +89,9 @@ class DeviceArray:
     def check(self, job: Job) -> None:
         """Raise DeviceLost if the device of this array is no longer in use."""
         if self.engine is not job.engine or self.engine.device.lost:
-            raise DeviceLost(f"this array was on {self.engine.device.info.name}, which was lost or abandoned")
+            raise DeviceLost(
+                f"this array was on {self.engine.device.info.name}, which was lost or abandoned. Make it anew."
+            )
 
     def describe(self) -> Array:
         strides = [1]
@@ -119,9 +121,9 @@ class DeviceArray:
 
     def _allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         if dtype.name not in DTYPES:
-            raise TypeError(f"values must be {', '.join(DTYPES)}, got {dtype.name}")
+            raise TypeError(f"values must be {', '.join(DTYPES)}, got {dtype.name}.")
         if len(shape) not in (3, 4):
-            raise ValueError(f"values must have 3 or 4 dimensions, got {shape}")
+            raise ValueError(f"values must have 3 or 4 dimensions, got {shape}.")
         self.shape, self.dtype = tuple(shape), dtype
         self.engine = current_engine()
         self.region: Region = rows_region(self.shape, dtype.itemsize, device_width(shape[-1]))

@@ -106,7 +106,7 @@ def sequence_rows(problem: Problem, found: list[Sequence]) -> npt.NDArray[np.int
     rows = np.empty((problem.batch, SEQUENCE_INTS), np.int32)
     for s in found:
         if abs(s.offset) > FARTHEST:
-            raise ValueError(f"offset[{s.number}] must be from -2^29 to 2^29 on the vulkan backend, got {s.offset}")
+            raise ValueError(f"offset[{s.number}] must be from -2^29 to 2^29 on the vulkan backend, got {s.offset}.")
         batch_q = 0 if problem.packed_q else s.number
         batch_k = 0 if problem.packed_k or problem.paged else s.batch_k
         rows[s.number] = (s.n_q, s.n_k, s.leftpad, s.offset, batch_q, s.row_q, batch_k, s.row_k)

@@ -51,7 +51,7 @@ def gradients(
 def pair(name: str, value: Any) -> tuple[Any, Any]:
     """Return the two elements (left, right) of a tuple, a list, an array or a tensor."""
     if not hasattr(value, "__len__") or isinstance(value, str) or len(value) != 2:
-        raise ValueError(f"{name} must have two elements (left, right), got {value!r}")
+        raise ValueError(f"{name} must have two elements (left, right), got {value!r}.")
     return value[0], value[1]
 
 
@@ -60,7 +60,7 @@ def unpack(name: str, packed: Tensor, ndim: int) -> tuple[Tensor, ...]:
     packed = dense(name, packed)
     if packed.ndim != ndim or packed.shape[-3] != len(name):
         batch = "batch, seqlen" if ndim == 5 else "total"
-        raise ValueError(f"{name} must be ({batch}, {len(name)}, nheads, head_dim), got {tuple(packed.shape)}")
+        raise ValueError(f"{name} must be ({batch}, {len(name)}, nheads, head_dim), got {tuple(packed.shape)}.")
     return packed.unbind(-3)
 
 
@@ -81,7 +81,7 @@ def store(into: Tensor | None, value: Tensor) -> Tensor:
 def check_num_splits(num_splits: Any, most: int) -> None:
     """Check num_splits, which is only a hint for GPUs."""
     if not 0 <= integer("num_splits", num_splits) <= most:
-        raise ValueError(f"num_splits must be 0 (automatic) to {most}, got {num_splits}")
+        raise ValueError(f"num_splits must be 0 (automatic) to {most}, got {num_splits}.")
 
 
 def rows_of(cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -39,7 +39,7 @@ def used_rows(out_partial: Tensor, cu_seqlens: Tensor | None, seqused: Tensor | 
     packed = out_partial.ndim == 4
     if cu_seqlens is not None and not packed:
         raise ValueError(
-            f"out_partial must be (num_splits, total, nheads, head_dim) with cu_seqlens, got {out_partial.ndim}-D"
+            f"out_partial must be (num_splits, total, nheads, head_dim) with cu_seqlens, got {out_partial.ndim}-D."
         )
     if cu_seqlens is not None:
         sequence, row, inside = rows_of(cu_seqlens, out_partial.shape[1])

@@ -33,13 +33,13 @@ def attend_extended(
     arguments.update({"scale": scale, "cu_seqlens_q": cu_seqlens_q})
     if qv is not None:
         if q.dtype is FP8 or any(x is not None for x in descales):
-            raise ValueError("qv cannot be combined with fp8 inputs or descales")
+            raise ValueError("qv cannot be combined with fp8 inputs or descales. Convert the inputs to bfloat16.")
         q, k = absorbed(q, k, v, qv)
         return attend(q, k, v, **arguments)
     q, k, dtype = dense("q", q), dense("k", k), q.dtype
     if dtype is FP8:
         if not dtype == k.dtype == v.dtype:
-            raise TypeError(f"q, k and v must have one dtype, got {dtype}, {k.dtype}, {v.dtype}")
+            raise TypeError(f"q, k and v must have one dtype, got {dtype}, {k.dtype}, {v.dtype}. Convert them first.")
         q, k, v = q.float(), k.float(), v.float()
     for name, descale in zip(("q_descale", "k_descale"), descales[:2], strict=True):
         if descale is not None:
@@ -56,7 +56,7 @@ def absorbed(q: Tensor, k: Tensor, v: Tensor, qv: Tensor) -> tuple[Tensor, Tenso
     The default scale uses both sizes.
     """
     if qv.shape != (*q.shape[:-1], v.shape[-1]):
-        raise ValueError(f"qv must have q's shape with v's head_dim, got {tuple(qv.shape)} for q {tuple(q.shape)}")
+        raise ValueError(f"qv must have q's shape with v's head_dim, got {tuple(qv.shape)} for q {tuple(q.shape)}.")
     return torch.cat((q, qv), -1), torch.cat((k, v), -1)
 
 
@@ -66,7 +66,7 @@ def _per_row(name: str, descale: Tensor, x: Tensor, nheads_kv: int, cu_seqlens: 
         raise ValueError(f"{name} must be on {x.device} like the tensor that it scales, got {descale.device}.")
     batch = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if descale.shape != (batch, nheads_kv):
-        raise ValueError(f"{name} must be (batch, nheads_kv) = ({batch}, {nheads_kv}), got {tuple(descale.shape)}")
+        raise ValueError(f"{name} must be (batch, nheads_kv) = ({batch}, {nheads_kv}), got {tuple(descale.shape)}.")
     heads = descale.repeat_interleave(x.shape[-2] // nheads_kv, dim=1)
     if cu_seqlens is None:
         return heads[:, None, :, None]

@@ -58,7 +58,7 @@ class NewKeys:
         k = self.k
         sequences = k.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
         if sequences != batch:
-            raise ValueError(f"k must have q's batch {batch}, got {sequences} sequences of new keys")
+            raise ValueError(f"k must have q's batch {batch}, got {sequences} sequences of new keys.")
         if self.rotary is not None:
             start = first if self.rotary_seqlens is None else self.rotary_seqlens
             by_row = bounds != (None, None) or options["chunk"] > 0
@@ -110,7 +110,7 @@ def _as_words(x: Tensor) -> Tensor:
     if x.dtype is not FP8:
         return x
     if x.shape[-1] % 2:
-        raise ValueError(f"head_dim must be even for an fp8 cache, got {x.shape[-1]}")
+        raise ValueError(f"head_dim must be even for an fp8 cache, got {x.shape[-1]}.")
     return x.view(torch.float16)
 
 
@@ -128,10 +128,12 @@ def _rotate(x: Tensor, rotary: Rotary, first: Tensor, cu_seqlens: Tensor | None,
     """Rotate x, dense or packed, by the angles of the positions first + row, or of first."""
     cos, sin, interleaved = rotary
     if x.dtype is FP8:
-        raise ValueError("rotary_cos cannot be combined with fp8 inputs")
+        raise ValueError("rotary_cos cannot be combined with fp8 inputs. Rotate q and k before the conversion.")
     if cos is None or sin is None or cos.ndim != 2 or cos.shape != sin.shape or 2 * cos.shape[1] > x.shape[-1]:
         shapes = [None if table is None else tuple(table.shape) for table in (cos, sin)]
-        raise ValueError(f"rotary_cos and rotary_sin must be (positions, rotary_dim / 2), got {shapes[0]}, {shapes[1]}")
+        raise ValueError(
+            f"rotary_cos and rotary_sin must be (positions, rotary_dim / 2), got {shapes[0]}, {shapes[1]}."
+        )
     if cu_seqlens is None:
         positions = first[:, None] + torch.arange(x.shape[1], device=x.device) * by_row
     else:

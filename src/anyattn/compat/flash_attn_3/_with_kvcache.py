@@ -102,7 +102,7 @@ def flash_attn_with_kvcache(
         assert dense(name, cache).stride(-1) == 1, f"{name} must have contiguous last dimension"
     check_num_splits(num_splits, 256)
     if scheduler_metadata is not None and scheduler_metadata.dtype is not torch.int32:
-        raise TypeError(f"scheduler_metadata must be get_scheduler_metadata's, got {scheduler_metadata.dtype}")
+        raise TypeError(f"scheduler_metadata must be get_scheduler_metadata's, got {scheduler_metadata.dtype}.")
     packed = cu_seqlens_q is not None
     rows = dense("q", q).shape[0 if packed else 1] if max_seqlen_q is None else integer("max_seqlen_q", max_seqlen_q)
     slots = k_cache.shape[1] * (1 if page_table is None else page_table.shape[1])

@@ -238,7 +238,7 @@ def flash_attn_qkvpacked_func(
     else:
         raise ValueError(
             "qkv must be (batch, seqlen, 3, nheads, head_dim), or (batch, seqlen, num_heads_q + 2 nheads_kv, head_dim) "
-            f"with num_heads_q, got {tuple(qkv.shape)}, num_heads_q {num_heads_q}"
+            f"with num_heads_q, got {tuple(qkv.shape)}, num_heads_q {num_heads_q}."
         )
     options = (softmax_scale, causal, None, q_descale, k_descale, v_descale, window_size, attention_chunk, softcap)
     return flash_attn_func(

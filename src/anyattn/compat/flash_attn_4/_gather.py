@@ -37,11 +37,11 @@ def key_lists(
         )
     if not isinstance(indices, Tensor) or indices.dtype not in (torch.int32, torch.int64):
         found = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
-        raise TypeError(f"gather_kv_indices must be a tensor of int32 or int64, got {found}")
+        raise TypeError(f"gather_kv_indices must be a tensor of int32 or int64, got {found}.")
     if indices.ndim < 2 or indices.shape[:-1] != q.shape[:-2]:
         layout = "(batch, seqlen_q, n)" if cu_seqlens_q is None else "(total_q, n)"
         raise ValueError(
-            f"gather_kv_indices must have shape {layout}, got {tuple(indices.shape)} for q {tuple(q.shape)}"
+            f"gather_kv_indices must have shape {layout}, got {tuple(indices.shape)} for q {tuple(q.shape)}."
         )
     limit = _slots(q, k, cu_seqlens_q, cu_seqlens_k)
     return indices.masked_fill((indices < 0) | (indices >= limit), -1)

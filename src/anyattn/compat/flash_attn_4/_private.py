@@ -34,7 +34,7 @@ def refuse(**given: Any) -> None:
     """Raise for the first argument that is not None."""
     for name, value in given.items():
         if value is not None:
-            raise NotImplementedError(f"{name} is not supported: {_REASONS[name]}")
+            raise NotImplementedError(f"{name} is not supported: {_REASONS[name]}.")
 
 
 def check_gather(indices: Any, recompute_p: Any, token_chunk: Any) -> None:

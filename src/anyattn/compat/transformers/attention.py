@@ -16,7 +16,7 @@ from ...weights import attention_weights
 from .lazy_mask import LazyMask, Pattern
 from .selected_keys import key_mask, selected_keys
 
-USE_EAGER = "Use attn_implementation='eager' or 'sdpa' for this model"
+USE_EAGER = "Use attn_implementation='eager' or 'sdpa' for this model."
 
 
 class Visible(NamedTuple):
@@ -92,7 +92,7 @@ def attention(
     wants_weights = bool(output_attentions) or _weights_are_recorded()
     dropout_p = dropout if getattr(module, "training", True) else 0.0
     if wants_weights and dropout_p:
-        raise ValueError(f"output_attentions=True cannot be combined with dropout, got {dropout}. Call model.eval()")
+        raise ValueError(f"output_attentions=True cannot be combined with dropout, got {dropout}. Call model.eval().")
     chosen = selected_keys(module, indices, block_indices, k)
     as_mask_alone = wants_weights or any(x is not None for x in (position_bias, sinks, chosen))
     visible = _visible(attention_mask, (q.shape[1], k.shape[1]), cu_seq_lens_q, cu_seq_lens_k, as_mask_alone)
@@ -149,7 +149,7 @@ def _visible(
     if begins_q is not None and as_mask_alone:
         raise ValueError(
             "cu_seq_lens_q cannot be combined with output_attentions, position_bias, sinks or selected keys. Pass "
-            "position_ids and use_cache=False instead"
+            "position_ids and use_cache=False instead."
         )
     if isinstance(mask, LazyMask):
         if mask.is_dense or mask.shape[2:] != lengths or (as_mask_alone and mask.pattern.cu_seqlens is not None):
@@ -157,7 +157,7 @@ def _visible(
         else:
             return _from_pattern(mask.pattern, begins_q, begins_k)
     if begins_q is not None and mask is not None:
-        raise ValueError("cu_seq_lens_q cannot be combined with a dense attention_mask. Pass one of them")
+        raise ValueError("cu_seq_lens_q cannot be combined with a dense attention_mask. Pass one of them.")
     if begins_q is not None:
         return Visible(cu_seqlens_q=begins_q, cu_seqlens_k=begins_k)
     if mask is None or mask.is_floating_point():
@@ -166,7 +166,7 @@ def _visible(
         return Visible(mask=mask)
     raise ValueError(
         "attention_mask must be floating point, or boolean of 4 dimensions (batch, nheads or 1, seqlen_q, seqlen_k), "
-        f"got {mask.dtype} of shape {tuple(mask.shape)}"
+        f"got {mask.dtype} of shape {tuple(mask.shape)}."
     )
 
 
@@ -178,7 +178,7 @@ def _from_pattern(pattern: Pattern, begins_q: Tensor | None, begins_k: Tensor | 
         return Visible((left, right), offset, None if padding is None else padding[:, None, None])
     if padding is None:
         return Visible((left, right), cu_seqlens_q=begins_q, cu_seqlens_k=begins_k)
-    raise ValueError("cu_seq_lens_q cannot be combined with padding in attention_mask. Remove the padding")
+    raise ValueError("cu_seq_lens_q cannot be combined with padding in attention_mask. Remove the padding.")
 
 
 def _packed(q: Tensor, k: Tensor, v: Tensor, visible: Visible, options: dict[str, Any]) -> Tensor:

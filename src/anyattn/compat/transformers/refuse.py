@@ -25,7 +25,7 @@ def refuse_unsupported_models() -> None:
             raise ValueError(
                 f"{type(self).__name__} computes attention itself and never calls attn_implementation='{NAME}'. Use "
                 "'eager' or 'sdpa' for it. In a model of several parts, name the part that is to run on anyattn: "
-                f"attn_implementation={{'vision_config': '{NAME}'}}, for example"
+                f"attn_implementation={{'vision_config': '{NAME}'}}, for example."
             )
         return choose(self, requested_attention, *args, **kwargs)
 

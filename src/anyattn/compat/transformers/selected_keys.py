@@ -19,11 +19,13 @@ def selected_keys(module: Any, indices: Tensor | None, block_indices: Tensor | N
     block = getattr(getattr(module, "indexer", None), "block_size", None)
     if indices is not None or not isinstance(block, int):
         raise ValueError(
-            f"block_indices needs {type(module).__name__}.indexer.block_size and no indices, got {block!r}"
+            f"block_indices needs {type(module).__name__}.indexer.block_size and no indices, got {block!r}."
         )
     seqlen_k, nheads_kv, heads = k.shape[1], k.shape[2], block_indices.shape[1]
     if nheads_kv % heads:
-        raise ValueError(f"block_indices must have a number of heads that divides nheads_kv = {nheads_kv}, got {heads}")
+        raise ValueError(
+            f"block_indices must have a number of heads that divides nheads_kv = {nheads_kv}, got {heads}."
+        )
     first = block_indices.unsqueeze(-1) * block
     keys = first + torch.arange(block, device=first.device)
     keys = torch.where((first < 0) | (keys >= seqlen_k), -1, keys).flatten(-2)

@@ -50,7 +50,7 @@ class TorchAdapter:
             if like.device.type != "cpu":  # torch raises its own exception on other devices
                 raise
             size = math.prod(shape) * wanted.itemsize
-            raise MemoryError(f"no memory for {size} bytes: {tuple(shape)} of {dtype}") from error
+            raise MemoryError(f"no memory for {size} bytes: {tuple(shape)} of {dtype}.") from error
 
     pointer = staticmethod(Tensor.data_ptr)
 

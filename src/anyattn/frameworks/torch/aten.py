@@ -42,7 +42,9 @@ def forward(
 
 def _laid_out(result: Tensor, query: Tensor) -> Tensor:
     if result.shape != query.shape:  # copy_ would broadcast a value of head_dim 1
-        raise ValueError(f"query and value must have the same head_dim, as in torch, got results {tuple(result.shape)}")
+        raise ValueError(
+            f"query and value must have the same head_dim, as in torch, got results {tuple(result.shape)}."
+        )
     out = torch.empty_like(query)
     return result if out.stride() == result.stride() else out.copy_(result)
 

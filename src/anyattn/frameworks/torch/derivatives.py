@@ -18,8 +18,8 @@ from ...definition.options import Options
 from ...definition.passes import SECOND, TANGENT
 from . import batching, fastpath, ops
 
-THIRD = "anyattn has no third derivative, so a second derivative cannot be differentiated"
-TWICE = "anyattn has no forward mode inside forward mode. Compute Hessians as jacfwd(jacrev(f)), torch.func.hessian(f)"
+THIRD = "anyattn has no third derivative, so a second derivative cannot be differentiated."
+TWICE = "anyattn has no forward mode inside forward mode. Compute Hessians as jacfwd(jacrev(f)), torch.func.hessian(f)."
 _SAVED, _EXTRAS = len(Saved._fields), len(Extras._fields)
 
 

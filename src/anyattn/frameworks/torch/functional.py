@@ -257,7 +257,7 @@ def _prepare_heads(name: str, array: Any, q: Tensor, cu_seqlens_q: Any) -> Tenso
     wanted = ops.compute_dtype(q)
     if x.dtype is not wanted:
         if not x.is_floating_point():
-            raise TypeError(f"{name} must be floating point, got {x.dtype}")
+            raise TypeError(f"{name} must be floating point, got {x.dtype}.")
         x = x.to(wanted)
     x = x.contiguous()
     if not FIELDS[name].gradient and x.requires_grad and torch.is_grad_enabled():
@@ -293,7 +293,7 @@ def per_sequence(name: str, value: Any, batch: int, device: torch.device) -> Ten
         return found if found.ndim else found.expand(batch).contiguous()
     number: Any = value
     if not -(2**31) <= number < 2**31:
-        raise ValueError(f"{name} must fit in int32, got {number}")
+        raise ValueError(f"{name} must fit in int32, got {number}.")
     return torch.full((batch,), number, dtype=torch.int32, device=device)
 
 
@@ -303,11 +303,11 @@ def table(name: str, array: Any) -> Tensor:
     if x.dtype is torch.int32:
         return x.contiguous()
     if x.is_floating_point() or x.is_complex() or x.dtype is torch.bool:
-        raise TypeError(f"{name} must hold integers, got {x.dtype}")
+        raise TypeError(f"{name} must hold integers, got {x.dtype}.")
     if x.device.type == "cpu" and x.dtype is torch.int64 and fastpath.can_skip_operator((x,)) and x.numel():
         low, high = (int(bound) for bound in x.aminmax())
         if low < -(2**31) or high >= 2**31:
-            raise ValueError(f"{name} must fit in int32, got {low} to {high}")
+            raise ValueError(f"{name} must fit in int32, got {low} to {high}.")
     return x.to(torch.int32).contiguous()
 
 
@@ -322,9 +322,9 @@ def random_state(q: Tensor, seed: int | None = None, rng_state: Any = None) -> T
     try:
         number = operator.index(seed)
     except TypeError:
-        raise TypeError(f"seed must be an integer, got {seed!r}") from None
+        raise TypeError(f"seed must be an integer, got {seed!r}.") from None
     if not -(2**63) <= number < 2**64:
-        raise ValueError(f"seed must be a 64-bit integer, got {number}")
+        raise ValueError(f"seed must be a 64-bit integer, got {number}.")
     number = number - 2**64 if number >= 2**63 else number
     # only kernels and no copy from the host, so that a CUDA graph can capture this
     return torch.nn.functional.pad(torch.full((1,), number, dtype=torch.int64, device=q.device), (0, 1))

@@ -25,7 +25,7 @@ def dense(name: str, array: Any) -> Tensor:
     if type(array) in PLAIN and array.layout is torch.strided and not array.is_nested:  # most common
         return array  # type: ignore[no-any-return]
     if not isinstance(array, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor like q, got {type(array).__name__}")
+        raise TypeError(f"{name} must be a torch.Tensor like q, got {type(array).__name__}. Use one framework.")
     if type(array) not in PLAIN:
         _check_subclass(name, array)
     if array.is_nested:

@@ -87,12 +87,13 @@ def positions(seqlen: int, offsets: int | Tensor, length: int, device: torch.dev
     if isinstance(offsets, int):
         if offsets < 0 or offsets + seqlen > length:
             raise ValueError(
-                f"seqlen_offsets + seqlen {seqlen} must be from 0 to {length}, the length of cos, got offset {offsets}"
+                f"seqlen_offsets + seqlen {seqlen} must be from 0 to {length}, the length of cos, "
+                f"got offset {offsets}. Pass longer tables."
             )
         return (rows + offsets)[None]
     if offsets.ndim != 1 or offsets.is_floating_point():
         raise ValueError(
-            f"seqlen_offsets must be an int or integers (batch,), got {offsets.dtype} {tuple(offsets.shape)}"
+            f"seqlen_offsets must be an int or integers (batch,), got {offsets.dtype} {tuple(offsets.shape)}."
         )
     if readable(offsets) and offsets.numel():
         low, high = (int(bound) for bound in offsets.aminmax())
@@ -119,7 +120,7 @@ def packed_positions(
         )
     if isinstance(offsets, Tensor) and offsets.shape != (len(cu_seqlens) - 1,):
         raise ValueError(
-            f"seqlen_offsets must be ({len(cu_seqlens) - 1},) like the sequences, got {tuple(offsets.shape)}"
+            f"seqlen_offsets must be ({len(cu_seqlens) - 1},) like the sequences, got {tuple(offsets.shape)}."
         )
     positions(max_seqlen, offsets, length, cu_seqlens.device)  # raises if the longest sequence exceeds the tables
     first = offsets[sequence] if isinstance(offsets, Tensor) else offsets

@@ -30,9 +30,9 @@ def sdpa(
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, Tensor) or x.ndim < 2:
             what = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"{name} must be a tensor (..., nheads, seqlen, head_dim), got {what}")
+            raise ValueError(f"{name} must be a tensor (..., nheads, seqlen, head_dim), got {what}.")
     if attn_mask is not None and not isinstance(attn_mask, Tensor):
-        raise TypeError(f"attn_mask must be a tensor or None, got {type(attn_mask).__name__}")
+        raise TypeError(f"attn_mask must be a tensor or None, got {type(attn_mask).__name__}.")
     if attn_mask is not None and is_causal:
         raise ValueError("attn_mask cannot be combined with is_causal=True. Include the causal mask in attn_mask.")
     if query.is_nested or key.is_nested or value.is_nested:
@@ -105,7 +105,7 @@ def _four_dimensions(
         batch = torch.broadcast_shapes(*[shape[:-3] for shape in shapes])
     except RuntimeError as error:
         found = [tuple(shape) for shape in shapes]
-        raise ValueError(f"query, key and value must broadcast in their leading dimensions, got {found}") from error
+        raise ValueError(f"query, key and value must broadcast in their leading dimensions, got {found}.") from error
     size = math.prod(batch)
     query, key, value = (
         x.expand(*batch, heads, *x.shape[-2:]).reshape(size, heads, *x.shape[-2:])
@@ -127,5 +127,8 @@ def _scores(query: Tensor, attn_mask: Tensor | None) -> tuple[Tensor | None, Ten
     if attn_mask.dtype is torch.bool:
         return None, attn_mask
     if attn_mask.dtype not in (query.dtype, torch.float32):
-        raise TypeError(f"attn_mask must be bool, float32 or of query's dtype {query.dtype}, got {attn_mask.dtype}")
+        raise TypeError(
+            f"attn_mask must be bool, float32 or of query's dtype {query.dtype}, got {attn_mask.dtype}. "
+            "Pass a bool mask."
+        )
     return attn_mask.to(torch.float64) if query.dtype is torch.float64 else attn_mask, None

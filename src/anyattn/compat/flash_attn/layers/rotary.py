@@ -69,7 +69,7 @@ def apply_rotary_emb_torch(x: Tensor, cos: Tensor, sin: Tensor, interleaved: boo
     batch, seqlen = x.shape[:2]
     if cos.shape[:-1] not in ((seqlen,), (batch, seqlen)):
         raise ValueError(
-            f"cos must be ({seqlen}, rotary_dim / 2) or ({batch}, {seqlen}, rotary_dim / 2), got {tuple(cos.shape)}"
+            f"cos must be ({seqlen}, rotary_dim / 2) or ({batch}, {seqlen}, rotary_dim / 2), got {tuple(cos.shape)}."
         )
     rows = torch.arange(cos[..., 0].numel(), device=x.device).view(-1, seqlen)
     flat = (cos.reshape(-1, cos.shape[-1]), sin.reshape(-1, sin.shape[-1]))
@@ -106,7 +106,7 @@ def apply_rotary_emb_qkv_(
         if qkv.shape[2] != 3 or num_heads_q is not None:
             raise ValueError(
                 "qkv must be (batch, seqlen, 3, nheads, head_dim), without num_heads_q, or have 4 dimensions, "
-                f"got {tuple(qkv.shape)}, num_heads_q {num_heads_q}"
+                f"got {tuple(qkv.shape)}, num_heads_q {num_heads_q}."
             )
         parts: list[rotary.Part] = [0, 1]
     else:
@@ -118,7 +118,7 @@ def apply_rotary_emb_qkv_(
         ):
             raise ValueError(
                 "qkv with 4 dimensions must be (batch, seqlen, num_heads_q + 2 * num_heads_k, head_dim), "
-                f"got {tuple(qkv.shape)}, num_heads_q {num_heads_q}"
+                f"got {tuple(qkv.shape)}, num_heads_q {num_heads_q}."
             )
         heads = (qkv.shape[2] + num_heads_q) // 2
         parts = [slice(0, num_heads_q), slice(num_heads_q, heads)]
@@ -147,7 +147,7 @@ def apply_rotary_emb_kv_(
         kv.
     """
     if kv.ndim != 5 or kv.shape[2] != 2:
-        raise ValueError(f"kv must be (batch, seqlen, 2, nheads, head_dim), got {tuple(kv.shape)}")
+        raise ValueError(f"kv must be (batch, seqlen, 2, nheads, head_dim), got {tuple(kv.shape)}.")
     cos, sin, positions = prepare(kv[:, :, 0], cos, sin, seqlen_offsets)
     return rotary.rotate_in_place(kv, positions, interleaved, [0], (cos, sin))
 

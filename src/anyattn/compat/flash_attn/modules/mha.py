@@ -115,7 +115,7 @@ class MHA(nn.Module):
         if self.embed_dim % self.num_heads or self.num_heads % self.num_heads_kv:
             raise ValueError(
                 "num_heads must divide embed_dim, and num_heads_kv num_heads, got "
-                f"embed_dim {self.embed_dim}, num_heads {self.num_heads}, num_heads_kv {self.num_heads_kv}"
+                f"embed_dim {self.embed_dim}, num_heads {self.num_heads}, num_heads_kv {self.num_heads_kv}."
             )
         if (use_alibi or window_size != (-1, -1)) and not self.use_flash_attn:
             raise ValueError("use_flash_attn must be True for use_alibi and window_size, got False.")
@@ -174,7 +174,7 @@ class MHA(nn.Module):
         """
         self._check_call(x_kv, key_padding_mask, cu_seqlens, max_seqlen, mixer_subset, inference_params)
         if inference_params is not None and kwargs:
-            raise ValueError(f"inference_params cannot be combined with other options, got {', '.join(kwargs)}")
+            raise ValueError(f"inference_params cannot be combined with other options, got {', '.join(kwargs)}.")
         if self.use_flash_attn:
             kwargs.update({"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen})
         else:
@@ -214,7 +214,7 @@ class MHA(nn.Module):
         if inference_params is not None and (packed or key_padding_mask is not None or self.dwconv):
             raise ValueError("inference_params cannot be combined with cu_seqlens, key_padding_mask or dwconv.")
         if inference_params is not None and self.layer_idx is None:
-            raise ValueError("inference_params needs a module with layer_idx.")
+            raise ValueError("inference_params needs a module with layer_idx, got None. Pass layer_idx to MHA.")
 
     def _self(self, x: Tensor, inference_params: InferenceParams | None) -> tuple[tuple[Tensor, ...], Tensor]:
         """Return ((qkv,), x), or with fewer KV heads ((q, kv), x), rotated."""

@@ -64,21 +64,21 @@ def prepare(
     if cos.ndim != 2 or cos.shape != sin.shape or 2 * cos.shape[1] > x.shape[-1]:
         raise ValueError(
             f"cos and sin must be (length, rotary_dim / 2), rotary_dim <= head_dim {x.shape[-1]}, "
-            f"got {tuple(cos.shape)} and {tuple(sin.shape)}"
+            f"got {tuple(cos.shape)} and {tuple(sin.shape)}."
         )
     if cu_seqlens is None:
         if x.ndim != 4:
-            raise ValueError(f"x must be (batch, seqlen, nheads, head_dim), got {tuple(x.shape)}")
+            raise ValueError(f"x must be (batch, seqlen, nheads, head_dim), got {tuple(x.shape)}.")
         if max_seqlen is not None and max_seqlen < x.shape[1]:
             raise ValueError(f"max_seqlen must be at least {x.shape[1]}, x's length, got {max_seqlen}.")
         positions = rotary.positions(x.shape[1], seqlen_offsets, len(cos), x.device)
         if len(positions) not in (1, len(x)):
-            raise ValueError(f"seqlen_offsets must be ({len(x)},) like x's batch, got ({len(positions)},)")
+            raise ValueError(f"seqlen_offsets must be ({len(x)},) like x's batch, got ({len(positions)},).")
         return cos, sin, positions
     if x.ndim != 3 or max_seqlen is None:
         raise ValueError(
             "cu_seqlens needs x (total, nheads, head_dim) and max_seqlen, "
-            f"got x {tuple(x.shape)}, max_seqlen {max_seqlen}"
+            f"got x {tuple(x.shape)}, max_seqlen {max_seqlen}."
         )
     positions, inside = rotary.packed_positions(len(x), cu_seqlens, int(max_seqlen), seqlen_offsets, len(cos))
     # Rows outside every sequence are rotated by an angle of 0, stored after the tables.
