@@ -5,12 +5,12 @@
 //     call.causal = true;
 //     if (call.forward() != anyattn::Status::SUCCESS) std::puts(anyattn::error_message());
 //
-// Sizes are taken from the arrays' shapes and compared with one another; what is not set is off. A call that is refused
-// has written nothing. No function throws. All memory is the host's: a pointer into a device's memory cannot be told
-// from one that points nowhere, and must not be passed.
+// Sizes come from the shapes of the arrays and must agree. Features that are not set are off. A refused call writes
+// nothing. No function throws. All pointers must point to host memory, because the library cannot recognize a pointer
+// to device memory.
 //
-// flash_attention_forward and flash_attention_backward, at the end, take the arguments of CuFlash-Attn in its order;
-// with `namespace cuflash = anyattn;` code written for it compiles once its arrays lie in host memory.
+// flash_attention_forward and flash_attention_backward take the arguments of CuFlash-Attn in its order. Code written for
+// CuFlash-Attn compiles with `namespace cuflash = anyattn;` if its arrays are in host memory.
 #pragma once
 #include "anyattn/arrays.hpp"
 #include "anyattn/call.hpp"

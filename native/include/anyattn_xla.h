@@ -11,8 +11,8 @@
  *            operand and a result with one position are the same array, which the call changes in place.
  *     bytes  for each operand, then for each result: its size
  *
- * Operands and results are contiguous, as XLA lays them out by default. A number of arrays, a size or an attribute that
- * is not as described makes the call fail with INVALID_ARGUMENT, and nothing is computed.
+ * Operands and results are contiguous, which is XLA's default. If the number of arrays, a size or an attribute differs
+ * from this description, the call fails with INVALID_ARGUMENT and computes nothing.
  */
 #ifndef ANYATTN_XLA_H
 #define ANYATTN_XLA_H

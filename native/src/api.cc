@@ -1,4 +1,4 @@
-// The C boundary: copies the call, checks it, finds memory and threads, and lets no exception out.
+// The C boundary: copies the call, checks it, provides memory and threads, and catches every exception.
 #include <cstring>
 #include <exception>
 #include <initializer_list>
@@ -17,14 +17,14 @@
 namespace anyattn {
 namespace {
 
-// A struct that is larger than this was written by no version of anyattn.
+// No version of anyattn has a larger struct.
 constexpr uint32_t kMaxCallBytes = 16384;
-// Below this, of floating-point operations or of values that are moved, waking another thread takes longer than the work.
+// Below this number of floating-point operations or moved values, waking another thread takes longer than the work.
 constexpr double kSmallFlops = 1e6, kSmallMoves = 1e5;
-// And below this a call ends too soon to be interrupted.
+// Below this number a call ends too soon to be interrupted.
 constexpr double kLongFlops = 5e8, kLongMoves = 1e7;
 
-// The caller may know fewer fields (the rest is zero) or more (they must be zero).
+// Fields that the caller does not know are zero. Fields that the library does not know must be zero.
 int32_t copy_call(const anyattn_call *from, anyattn_call *to) {
     std::memset(to, 0, sizeof *to);
     if (!from) return ANYATTN_NULL_POINTER;
@@ -82,13 +82,13 @@ int32_t check_workspace(const anyattn_call &call, int64_t needed) {
     return refuse(call, ANYATTN_INVALID_VALUE, "workspace is at %p; accepted: a multiple of 64", call.workspace);
 }
 
-// Of the forward pass.
+// Floating-point operations of the forward pass.
 double flops_of(const anyattn_call &call) {
     const double rows = double(call.cu_seqlens_q ? call.total_q : call.batch * call.seqlen_q);
     return 2.0 * rows * double(call.nheads) * double(most_keys(call)) * double(call.head_dim + call.head_dim_v);
 }
 
-// Values that an append moves.
+// Number of values that an append moves.
 double moves_of(const anyattn_call &call) {
     const double keys = double(call.seqlen_new) * double(call.nheads_kv) * double(call.head_dim + call.head_dim_v);
     const double queries = double(call.seqlen_q) * double(call.nheads) * double(call.head_dim);
@@ -182,7 +182,7 @@ int32_t run_pass(const anyattn_call *from, int32_t pass) {
     return interrupt.stopped() ? refuse(call, ANYATTN_INTERRUPTED, "poll ended the call") : status;
 }
 
-// A pass keeps tables in std::vector and starts std::thread. Their exceptions end here.
+// A pass uses std::vector and std::thread. Their exceptions are caught here.
 template <class Body>
 int32_t guarded(const anyattn_call *call, const Body &body) {
     try {

@@ -29,7 +29,7 @@ int32_t check_scalar(const Call &call, const char *name, int64_t value, int64_t 
                   (long long)low, (long long)high);
 }
 
-// Tasks and rows are numbered through: their product must stay far inside 63 bits.
+// Tasks and rows have consecutive numbers, so that their product must fit in 63 bits with a wide margin.
 int32_t check_product(const Call &call, const char *names, std::initializer_list<int64_t> sizes) {
     int64_t product = 1;
     for (int64_t size : sizes) {
@@ -186,7 +186,7 @@ int32_t check_sizes(const Call &call, int32_t pass) {
     }
     if (pass == ANYATTN_APPEND) return check_rotary(call);
     if (!has_gradients(pass)) return ANYATTN_SUCCESS;
-    // The rows of dk and dv decide whether the backward may sum in them.
+    // The strides of dk and dv decide whether the backward may sum in place.
     constexpr int64_t span = int64_t(1) << 52;
     status = check_range(call, "stride 1 of dk", call.dk.stride[1], -span, span);
     return status ? status : check_range(call, "stride 1 of dv", call.dv.stride[1], -span, span);

@@ -1,24 +1,24 @@
-// Refuses every call that a kernel could not run safely: beyond this point no value is looked at with doubt.
+// Refuses every call that a kernel could not run safely. Code after these checks trusts every value.
 #pragma once
 #include "anyattn.h"
 
 namespace anyattn {
 
-// Writes the words into the caller's message and returns `status`.
+// Writes the text into the caller's message and returns `status`.
 #if defined(__GNUC__)
 __attribute__((format(printf, 3, 4)))
 #endif
 int32_t
 refuse(const anyattn_call &call, int32_t status, const char *format, ...);
 
-// Sizes, scalars and the dtypes that decide about memory. Reads no array and needs none.
+// Checks sizes, scalars and the dtypes that decide about memory. Needs no array.
 int32_t check_sizes(const anyattn_call &call, int32_t pass);
-// Arrays of this pass: present, of a dtype that it takes, of strides that stay inside 63 bits.
+// Checks that the arrays of this pass are present, have supported dtypes, and have strides that fit in 63 bits.
 int32_t check_arrays(const anyattn_call &call, int32_t pass);
-// Entries of cu_seqlens, seqused, leftpad, block_table, cache_batch_idx and cache_seqlens.
+// Checks the entries of cu_seqlens, seqused, leftpad, block_table, cache_batch_idx and cache_seqlens.
 int32_t check_tables(const anyattn_call &call, int32_t pass);
 
-// Whether a pass computes gradients.
+// Returns whether a pass computes gradients.
 constexpr bool has_gradients(int32_t pass) { return pass == ANYATTN_BACKWARD || pass == ANYATTN_SECOND; }
 
 constexpr int64_t dtype_bytes(int32_t dtype) {

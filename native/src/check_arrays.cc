@@ -5,7 +5,7 @@
 namespace anyattn {
 namespace {
 
-// More than any address space holds; and a kernel that computes addresses a thousand rows ahead stays inside 63 bits.
+// Larger than any address space, and small enough that addresses a thousand rows after an array fit in 63 bits.
 constexpr int64_t kMaxSpan = int64_t(1) << 52;
 
 constexpr unsigned bit(int32_t dtype) { return 1u << dtype; }
@@ -94,7 +94,7 @@ int32_t check_field(const anyattn_call &call, const Field &field) {
                       field.array.data, (long long)dtype_bytes(field.array.dtype));
     }
     if (!empty) return check_strides(call, field);
-    Field nothing = field;  // its strides are multiplied all the same
+    Field nothing = field;  // its strides are multiplied anyway
     for (int64_t &dim : nothing.dims) dim = 1;
     return check_strides(call, nothing);
 }
@@ -106,7 +106,7 @@ int32_t check_fields(const anyattn_call &call, std::initializer_list<Field> fiel
     return ANYATTN_SUCCESS;
 }
 
-// The dtypes that go with the one of q: 16-bit results may also be float32; statistics are float32 or float64.
+// The dtypes that combine with q's dtype. 16-bit results may also be float32. Statistics are float32 or float64.
 struct Dtypes {
     unsigned same, wide, stats;
     explicit Dtypes(int32_t dtype)
@@ -132,7 +132,7 @@ int32_t check_inputs(const anyattn_call &call, const Dtypes &dtypes, Role out) {
     const Shape q = shape_q(call), k = shape_k(call);
     const int64_t heads = call.nheads, heads_kv = call.nheads_kv, d = call.head_dim, d_v = call.head_dim_v;
     const unsigned bias = dtypes.same | bit(ANYATTN_FLOAT32);
-    // lse lies as (batch, nheads, row): it has no fourth axis.
+    // lse is stored as (batch, nheads, row), without a fourth axis.
     const Role lse = out == kOutput ? kOptionalOutput : kInput;
     const Field lists = {
         "kv_indices", call.kv_indices, kInput, bit(ANYATTN_INT32), {q.batch, heads_kv, q.rows, call.num_indices}};

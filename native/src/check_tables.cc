@@ -13,7 +13,7 @@ int32_t out_of_range(const anyattn_call &call, const char *name, int64_t index, 
                   (long long)value, (long long)low, (long long)high);
 }
 
-// Starts of packed sequences: they never decrease, end inside the array, and no sequence is longer than said.
+// Checks that starts of packed sequences never decrease and end inside the array, and that no sequence exceeds its limit.
 int32_t check_cu_seqlens(const anyattn_call &call, const char *name, const int32_t *cu, int64_t total, int64_t seqlen) {
     if (!cu) return ANYATTN_SUCCESS;
     if (cu[0] < 0 || cu[0] > total) return out_of_range(call, name, 0, cu[0], 0, total);
@@ -24,7 +24,7 @@ int32_t check_cu_seqlens(const anyattn_call &call, const char *name, const int32
     return ANYATTN_SUCCESS;
 }
 
-// One entry per sequence, from 0 to what the sequence has room for.
+// Checks a table with one entry per sequence, from 0 to the capacity of the sequence.
 int32_t check_seqused(const anyattn_call &call, const char *name, const int32_t *used, const int32_t *cu,
                       int64_t seqlen) {
     for (int64_t b = 0; used && b < call.batch; ++b) {
@@ -61,7 +61,7 @@ int32_t check_cache_batch_idx(const anyattn_call &call, int32_t pass) {
                   "backward needs distinct entries in cache_batch_idx, and %d is there twice", *twice);
 }
 
-// Entries of block_table that hold slots [begin, end) of sequence b; the others may be anything.
+// Checks the entries of block_table for slots [begin, end) of sequence b. Other entries may have any value.
 int32_t check_pages(const anyattn_call &call, int64_t b, int64_t begin, int64_t end) {
     if (begin >= end) return ANYATTN_SUCCESS;
     for (int64_t page = begin / call.page_size; page <= (end - 1) / call.page_size; ++page) {
@@ -73,7 +73,7 @@ int32_t check_pages(const anyattn_call &call, int64_t b, int64_t begin, int64_t 
     return ANYATTN_SUCCESS;
 }
 
-// The lists of the rows that a sequence uses; the others may hold anything.
+// Checks the lists of the rows in use. Lists of other rows may have any values.
 int32_t check_kv_indices(const anyattn_call &call) {
     if (call.num_indices == 0) return ANYATTN_SUCCESS;
     const int64_t heads = call.kv_indices.stride[1] ? call.nheads_kv : 1;
@@ -96,7 +96,7 @@ int32_t check_kv_indices(const anyattn_call &call) {
     return ANYATTN_SUCCESS;
 }
 
-// The slots that append writes, and the last position that it rotates to.
+// Checks the slots that append writes, and the last position that it rotates to.
 int32_t check_cache_seqlens(const anyattn_call &call) {
     const bool q_moves = call.flags & (ANYATTN_HAS_LEFT | ANYATTN_HAS_RIGHT);
     const int32_t *lengths = call.cache_seqlens;

@@ -6,14 +6,14 @@
 
 namespace anyattn {
 
-// A parallel region of OpenMP ends when every thread of the team has come to its end, and a thread without any task may
-// be waiting for a processor that another process has. An own pool waits for nobody who has no task. So after a region
-// that waited, calls stay away from OpenMP for a while, and then try again. Results do not depend on it.
+// A parallel region of OpenMP ends when every thread of the team has reached its end. A thread without tasks may still
+// wait for a processor that another process uses. anyattn's pool does not wait for threads without tasks. So after a
+// region that waited, calls avoid OpenMP for a while and then try again. Results do not depend on this choice.
 class Crowd {
   public:
     bool crowded() const { return now() < until_.load(std::memory_order_relaxed); }
 
-    // Of a region of OpenMP: when its last task ended, by now().
+    // Records when the last task of an OpenMP region ended, by now().
     void region_ended(int64_t last_task) {
         const int64_t end = now(), pause = pause_.load(std::memory_order_relaxed);
         if (end - last_task < kLate) {
@@ -30,7 +30,7 @@ class Crowd {
     }
 
   private:
-    // In nanoseconds. Where nobody else runs, a region ends within microseconds of its last task.
+    // In nanoseconds. On an idle machine a region ends within microseconds of its last task.
     static constexpr int64_t kMillisecond = 1000000;
     static constexpr int64_t kLate = kMillisecond, kShortest = 100 * kMillisecond, kLongest = 3200 * kMillisecond;
 

@@ -1,6 +1,6 @@
-// Tasks of the forward pass. A long sequence is cut into blocks of query rows of one head. A short one, as in decoding,
-// puts the heads that share keys into one block and cuts the keys instead: partial results, added up in order
-// (Dao et al., "Flash-Decoding", 2023). Where the cuts lie follows from the sequence alone.
+// Tasks of the forward pass. A long sequence is divided into blocks of query rows of one head. For a short sequence, as in
+// decoding, the heads that share keys form one block, and the keys are divided into chunks. Partial results of the chunks
+// are added in order (Dao et al., "Flash-Decoding", 2023). The chunks depend on the sequence alone.
 #include <atomic>
 #include <limits>
 #include <memory>
@@ -13,32 +13,32 @@
 namespace anyattn {
 namespace {
 
-// Keys of a cut.
+// Keys of a chunk.
 constexpr int64_t kChunkKeys = 512;
-// Tasks that a thread should have before blocks are put together.
+// Tasks per thread below which blocks do not share a task.
 constexpr int64_t kTasksOfThread = 4;
-// Limits of sums of sizes, far from overflow.
+// Limit of a sum of sizes, far from overflow.
 constexpr double kMostBytes = 4e18;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Whether chunks are tasks of their own. In a call with long sequences there are tasks enough, and partials of every
-// row would take too much memory: there, a task adds up the chunks of its block.
+// Whether each chunk is a separate task. A call with long sequences has enough tasks, and partial results of every row
+// would take too much memory. There, one task computes all chunks of its block.
 bool chunks_are_tasks(const anyattn_call &call) { return call.seqlen_q <= kBlockQ; }
 
-// n divided into as many parts as parts of at most `limit` make: the size of one.
+// Returns the size of each part if n is divided evenly into the fewest parts of at most `limit`.
 int64_t even_part(int64_t n, int64_t limit) { return ceil_div(n, ceil_div(n, min64(n, limit))); }
 
-// How the rows of one sequence become tasks. Which blocks share a task is felt by no result: that may depend on the
-// threads there are.
+// Division of the rows of one sequence into tasks. Results do not depend on which blocks share a task, so that this may
+// depend on the number of threads.
 struct Cuts {
     const Run &run;
     Sequence s;
     int64_t group;  // heads that share keys
     int64_t packed = 0;  // heads of a block; 0: the sequence is long
-    int64_t together = 1, row_blocks = 1, groups = 1;  // of a task: heads or packed heads, blocks of rows, KV heads
+    int64_t together = 1, row_blocks = 1, groups = 1;  // in a task: heads or packed heads, blocks of rows, KV heads
     int64_t tasks = 0;  // for all rows and heads
-    int64_t begin = 0, end = 0, chunks = 1;  // keys that any row may see; short sequences
+    int64_t begin = 0, end = 0, chunks = 1;  // keys visible to any row; short sequences
 
     Cuts(const Run &r, int64_t b) : run(r), s(sequence(r.call, b)), group(r.call.nheads / r.call.nheads_kv) {
         if (s.n_q > kBlockQ) {
@@ -48,7 +48,7 @@ struct Cuts {
         }
     }
 
-    // Blocks of a task, if there are `blocks` in the sequence.
+    // Number of blocks in a task, if the sequence has `blocks`.
     int64_t spare(int64_t blocks) const { return max64(1, run.call.batch * blocks / (kTasksOfThread * run.threads)); }
 
     void cut_rows() {
@@ -57,7 +57,7 @@ struct Cuts {
         const int64_t limit = run.kernels.most_blocks(call, kBlockQ);
         const int64_t share = min64(limit, spare(call.nheads * blocks));
         together = even_part(group, share);
-        // Blocks of rows that do not begin at the same key would see other tiles of keys.
+        // Blocks of rows that do not begin at the same key would have other tiles of keys.
         const bool same_begin = !(call.flags & ANYATTN_HAS_LEFT) && call.chunk == 0;
         if (same_begin) row_blocks = even_part(blocks, max64(1, share / together));
         tasks = call.nheads_kv * ceil_div(group, together) * ceil_div(blocks, row_blocks);
@@ -75,7 +75,7 @@ struct Cuts {
         tasks = ceil_div(call.nheads_kv, groups) * ceil_div(group, packed);
     }
 
-    // The rows of some heads side by side, the last (with causal masks the longest) first.
+    // Computes the rows of some heads together. The last block is first, because with causal masks it has the most keys.
     BlockSet set(int64_t index) const {
         const int64_t step = packed ? packed : together, sets = ceil_div(group, step);
         if (packed) {
@@ -91,7 +91,7 @@ struct Cuts {
     }
 };
 
-// One more chunk of keys for each bound of a window that leaves it open.
+// Each open bound of a window adds one chunk of keys.
 int64_t most_chunks(const anyattn_call &call) {
     int64_t keys = call.seqlen_k;
     constexpr int both = ANYATTN_HAS_LEFT | ANYATTN_HAS_RIGHT;
@@ -102,8 +102,8 @@ int64_t most_chunks(const anyattn_call &call) {
     return max64(1, ceil_div(keys, kChunkKeys));
 }
 
-// All tasks: those of sequence b begin at first[b], its partial rows at rows[b]. Of blocks whose chunks are tasks of
-// their own, ended[] counts the chunks that are done; those of sequence b begin at first_block[b].
+// All tasks. Tasks of sequence b begin at first[b], its partial rows at rows[b]. If chunks are separate tasks, ended[]
+// counts the finished chunks of each block. Blocks of sequence b begin at first_block[b].
 struct Tasks {
     const anyattn_call &call;
     std::vector<int64_t> first, rows, first_block;
@@ -127,7 +127,7 @@ struct Tasks {
 
     int64_t count() const { return first.back(); }
 
-    // Counts a chunk of a block; true for the last one, which finds what the others have written.
+    // Counts a finished chunk of a block. Returns true for the last chunk, which then reads the results of the others.
     bool end_chunk(const Cuts &cuts, int64_t block) const {
         const size_t at = static_cast<size_t>(first_block[static_cast<size_t>(cuts.s.index)] + block);
         return ended[at].fetch_add(1, std::memory_order_acq_rel) + 1 == cuts.chunks;
@@ -143,13 +143,13 @@ struct Tasks {
     }
     int64_t first_of(int64_t b) const { return first[static_cast<size_t>(b)]; }
 
-    // Where the partial of a block's first head begins, in rows.
+    // Returns the first row of the partial result of a block's first head.
     int64_t row_of(const QueryBlock &block, int64_t chunk) const {
         return rows[static_cast<size_t>(block.b)] + (chunk * call.nheads + block.h) * block.rows;
     }
 };
 
-// The chunks of a block one after the other: the same sums as those of separate tasks.
+// Computes the chunks of a block in order, with the same sums as separate tasks.
 void run_chunks(const Cuts &cuts, const BlockSet &set, int32_t worker) {
     const Run &run = cuts.run;
     char *scratch = run.scratch_of(worker);
@@ -163,7 +163,7 @@ void run_chunks(const Cuts &cuts, const BlockSet &set, int32_t worker) {
     run.kernels.finish(run.call, set.first, into);
 }
 
-// Adds up the partials of a block's heads, the chunks in order.
+// Adds the partial results of a block's heads, chunk by chunk in order.
 void merge_chunks(const Run &run, const Tasks &tasks, const Cuts &cuts, const BlockSet &set) {
     const anyattn_call &call = run.call;
     const int64_t bytes = run.kernels.partial_row_bytes(call);
@@ -197,7 +197,7 @@ void run_task(const Run &run, const Tasks &tasks, int64_t task, int32_t worker) 
     if (partial && tasks.end_chunk(cuts, index % cuts.tasks)) merge_chunks(run, tasks, cuts, set);
 }
 
-// A task for every query and heads that share its keys: no other query has the same keys.
+// One task for each query and the heads that share its keys, because no other query has the same keys.
 bool run_key_lists(const Run &run) {
     const anyattn_call &call = run.call;
     const int64_t group = call.nheads / call.nheads_kv, packed = even_part(group, kBlockQ);
@@ -213,7 +213,7 @@ bool run_key_lists(const Run &run) {
     });
 }
 
-// Rows that lie in a sequence's allocation and not in the sequence: out 0, lse -inf.
+// Writes out 0 and lse -inf for rows that are allocated to a sequence but not in use.
 void clear_out(const anyattn_call &call, int64_t entry, int64_t row, int64_t head) {
     clear_row(call.out, entry, row, head, 1, call.head_dim_v);
     if (!call.lse.data) return;

@@ -1,5 +1,5 @@
-// Where each sequence lies in the arrays of a call and which keys each of its rows may see. Host code and every
-// instruction set compile this for themselves, hence the anonymous namespace.
+// Location of each sequence in the arrays of a call, and the visible keys of each row. The namespace is anonymous because
+// host code and every instruction set compile this file separately.
 #pragma once
 #include "anyattn.h"
 #include "kernels.h"
@@ -10,7 +10,7 @@ namespace {
 struct Sequence {
     int64_t n_q, n_k, leftpad, offset;
     int64_t row_q, row_k;  // first row inside packed arrays
-    int64_t batch_k;       // batch entry of dense k and v
+    int64_t batch_k;  // batch entry of dense k and v
     int64_t index;
 };
 
@@ -39,7 +39,7 @@ inline Sequence sequence(const anyattn_call &call, int64_t b) {
     return s;
 }
 
-// The list of key slots of row i for KV head h, of a call with ANYATTN_HAS_KV_INDICES.
+// Returns the list of key slots of row i for KV head h, in a call with ANYATTN_HAS_KV_INDICES.
 inline int32_t *key_list(const anyattn_call &call, const Sequence &s, int64_t h_kv, int64_t i) {
     const int64_t *stride = call.kv_indices.stride;
     const int64_t entry = call.cu_seqlens_q ? 0 : s.index * stride[0];
@@ -48,19 +48,19 @@ inline int32_t *key_list(const anyattn_call &call, const Sequence &s, int64_t h_
 
 inline bool has_key_lists(const anyattn_call &call) { return call.flags & ANYATTN_HAS_KV_INDICES; }
 
-// True once the caller has ended the call: what is left to do may be left out, and no result will be looked at.
+// Returns true once the caller has ended the call. Remaining work may then be skipped, because results are not used.
 inline bool stopped(const anyattn_call &call) { return call.poll && call.poll(call.poll_user); }
 
 inline int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b != 0 && (a < 0)); }
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// Keys that a row may see, at most: what work is estimated by.
+// Returns the most visible keys of any row, as an estimate of work.
 inline int64_t most_keys(const anyattn_call &call) {
     return has_key_lists(call) ? min64(call.seqlen_k, call.num_indices) : call.seqlen_k;
 }
 
-// First key that row i may see.
+// Returns the first visible key of row i.
 inline int64_t key_begin(const anyattn_call &call, const Sequence &s, int64_t i) {
     const int64_t p = i + s.offset;
     int64_t c = 0;
@@ -69,7 +69,7 @@ inline int64_t key_begin(const anyattn_call &call, const Sequence &s, int64_t i)
     return s.leftpad + c;
 }
 
-// One past the last key that row i may see; <= key_begin where it sees none.
+// Returns one past the last visible key of row i, which is <= key_begin if no key is visible.
 inline int64_t key_end(const anyattn_call &call, const Sequence &s, int64_t i) {
     const int64_t p = i + s.offset;
     int64_t end = s.n_k;

@@ -1,4 +1,4 @@
-// 16-bit floats in plain integer arithmetic: exact on every processor, to nearest even on the way back.
+// Conversions of 16-bit floats in integer arithmetic: exact to float, rounded to nearest even from float.
 #pragma once
 #include <cstdint>
 #include <cstring>

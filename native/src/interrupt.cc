@@ -5,7 +5,7 @@ namespace {
 
 constexpr std::chrono::milliseconds kInterval{20};
 
-// Different in every thread that is running.
+// An address that differs between running threads.
 const void *this_thread() {
     static thread_local char address;
     return &address;
@@ -22,7 +22,7 @@ Interrupt::Interrupt(anyattn_call *call, bool is_long)
     call->poll_user = this;
 }
 
-// Only the caller's thread asks the caller: Python, for one, handles signals in its main thread alone.
+// Only the caller's thread calls the caller's poll, because Python, for example, handles signals only in its main thread.
 int32_t Interrupt::check(void *interrupt) {
     Interrupt &self = *static_cast<Interrupt *>(interrupt);
     if (self.stopped()) return 1;
@@ -35,8 +35,8 @@ int32_t Interrupt::check(void *interrupt) {
 
 }  // namespace anyattn
 
-// The thread state of the main thread keeps an exception until the call returns to Python, which reports an error of its
-// own if it finds one there: so the exception is taken out.
+// Fetch the exception from the thread state, because Python reports a different error if it finds an exception when the
+// call returns.
 extern "C" int32_t anyattn_poll_python(void *pointer) {
     anyattn_python &python = *static_cast<anyattn_python *>(pointer);
     if (python.thread_ident() != python.main_thread) return 0;

@@ -1,4 +1,4 @@
-// Asks the caller of a long call, while it computes, whether to go on.
+// Asks the caller of a long call regularly whether to continue.
 #pragma once
 #include <atomic>
 #include <chrono>
@@ -7,8 +7,8 @@
 
 namespace anyattn {
 
-// Replaces the caller's `poll` by one that any thread may ask as often as it likes: see stopped() in geometry.h. Short
-// calls ask nobody.
+// Replaces the caller's `poll` by one that any thread may call at any rate, see stopped() in geometry.h. Short calls
+// never poll.
 class Interrupt {
   public:
     Interrupt(anyattn_call *call, bool is_long);

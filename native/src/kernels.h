@@ -4,10 +4,10 @@
 
 namespace anyattn {
 
-// Query rows of one forward or backward block, on every target: tasks must not depend on the instruction set.
+// Query rows of one forward or backward block, equal on every target because tasks must not depend on the instruction set.
 constexpr int64_t kBlockQ = 64;
 
-// Blocks that a task of the tangent pass computes side by side, at most.
+// Most blocks that a task of the tangent pass computes together.
 constexpr int64_t kTangentBlocks = 4;
 
 // Query rows [i0, i0 + rows) of heads [h, h + heads) of sequence b: heads of one KV head, at most kBlockQ rows in all.
@@ -15,8 +15,8 @@ struct QueryBlock {
     int64_t b, h, heads, i0, rows;
 };
 
-// Blocks that one task computes side by side, tile of keys by tile of keys: `first`, the heads and row blocks that follow
-// it (which read the same keys), and all of that again for the next KV heads (which lie beside them in memory).
+// Blocks that one task computes together, one tile of keys after another: `first`, the next heads and row blocks (which
+// read the same keys), and the same for the next KV heads (which are adjacent in memory).
 struct BlockSet {
     QueryBlock first;  // rows: of all row blocks
     int64_t heads, row_blocks, groups;
@@ -38,11 +38,10 @@ struct BackwardPart {
     int64_t b, h_kv;
     int64_t first, end, step;
     int64_t key_begin, key_end;
-    void *
-        dq;  // sums that the parts with other keys go on with, kBlockQ partial_stride(head_dim) a block; null: all keys
+    void *dq;  // sums that parts with other keys continue, kBlockQ partial_stride(head_dim) per block; null: all keys
 };
 
-// A call reaches a kernel validated. forward.cc and backward.cc choose its sequences, heads and blocks.
+// Calls are validated before they reach a kernel. forward.cc and backward.cc choose the sequences, heads and blocks.
 struct Kernels {
     const char *name;
     // Bytes of scratch that one worker needs, 64-byte aligned.
@@ -51,19 +50,19 @@ struct Kernels {
     int64_t (*partial_stride)(const anyattn_call &, int64_t dim);
     // True if dk and dv themselves can be the partial (compute type, whole vectors, no accumulate).
     bool (*partial_in_place)(const anyattn_call &);
-    // out and lse of a set of blocks from keys [begin, end), which are all that they may see. Given a partial: what those
-    // keys contribute, row by row; the rows of a head follow those of the head before it.
+    // Computes out and lse of a set of blocks whose visible keys are all in [begin, end). With a partial: writes the
+    // contribution of these keys instead, row by row, one head after another.
     void (*forward)(const anyattn_call &, const BlockSet &, int64_t begin, int64_t end, void *partial, void *scratch);
-    // Blocks that a task keeps in reach and gains from, for blocks of so many rows; and KV heads that it gains from.
+    // Most blocks, of so many rows each, and most KV heads that are faster in one task than in separate tasks.
     int64_t (*most_blocks)(const anyattn_call &, int64_t rows);
     int64_t (*most_groups)(const anyattn_call &, int64_t rows);
-    // Adds a partial of the same block, in place; writes out and lse from the sum of all.
+    // Adds a partial result of the same block, in place. Writes out and lse from the sum of all.
     void (*merge)(const anyattn_call &, const QueryBlock &, void *into, const void *from);
     void (*finish)(const anyattn_call &, const QueryBlock &, const void *partial);
     int64_t (*partial_row_bytes)(const anyattn_call &);  // of a partial
     // dq written, dk and dv accumulated into the zeroed partial, sink_partial[h * blocks + block] += its part of dsink
     // (may be null). statistics: null, or takes what dbias needs of every row.
-    // Of the second pass: the gradients of <dout, tout> + <dlse, tlse>, given tout and tlse.
+    // In the second pass: the gradients of <dout, tout> + <dlse, tlse>, given tout and tlse.
     void (*backward)(const anyattn_call &, int32_t pass, const BackwardPart &, const Partial &, double *sink_partial,
                      void *statistics, void *scratch);
     // Adds the partials of all splits in order and writes rows [row0, row1) of dk and dv of sequence b.
@@ -74,7 +73,7 @@ struct Kernels {
                   void *statistics, void *scratch);
     int64_t (*dbias_block_k)(const anyattn_call &, int32_t pass);
     int64_t (*statistics_bytes)(const anyattn_call &);  // of a row; a head has seqlen_q rows
-    // tout and tlse of a set of at most kTangentBlocks blocks, which begin at the same key and share a KV head.
+    // Computes tout and tlse of at most kTangentBlocks blocks, which begin at the same key and share a KV head.
     void (*tangent)(const anyattn_call &, const BlockSet &, void *scratch);
     // Runs n rounds of the register-only loop for this dtype; returns their floating-point operations.
     double (*peak)(int32_t dtype, int64_t n, volatile double *sink);

@@ -10,7 +10,7 @@ namespace {
 // Rows that one task sorts.
 constexpr int64_t kTaskRows = 16;
 
-// Lists that differ: of each KV head, or of all heads together.
+// Number of distinct lists per query: one per KV head, or one for all heads.
 int64_t heads_of_lists(const anyattn_call &call) { return call.kv_indices.stride[1] ? call.nheads_kv : 1; }
 
 int64_t allocated_rows(const anyattn_call &call) {

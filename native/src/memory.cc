@@ -5,7 +5,7 @@ namespace {
 
 constexpr int64_t kKeepBytes = int64_t(8) << 20;
 
-// One per thread that calls; released when the thread ends.
+// One per calling thread, released when the thread ends.
 struct Kept {
     Buffer buffer{0};
     int64_t bytes = 0;
@@ -16,7 +16,7 @@ thread_local Kept kept;
 
 }  // namespace
 
-// A caller's parallel_for may run another call inside ours on this thread: that one gets memory of its own.
+// A caller's parallel_for may run another call inside this one on the same thread. The inner call gets separate memory.
 Scratch::Scratch(int64_t bytes) : data_(nullptr), from_thread_(!kept.busy) {
     if (bytes <= 0) {
         from_thread_ = false;

@@ -8,7 +8,7 @@ namespace anyattn {
 
 constexpr std::size_t kAlignment = 64;
 
-// 64-byte aligned memory. data() is null where the system has no more memory.
+// 64-byte aligned memory. data() is null if the allocation failed.
 class Buffer {
   public:
     explicit Buffer(int64_t bytes)
@@ -31,7 +31,7 @@ class Buffer {
     void *data_;
 };
 
-// Scratch for every worker of one call, taken from the calling thread: a small call allocates nothing.
+// Scratch memory for every worker of one call. The calling thread keeps it, so that small calls allocate nothing.
 class Scratch {
   public:
     explicit Scratch(int64_t bytes);
@@ -39,7 +39,7 @@ class Scratch {
     Scratch(const Scratch &) = delete;
     Scratch &operator=(const Scratch &) = delete;
 
-    char *data() const { return data_; }  // null: out of memory (or no bytes were asked for)
+    char *data() const { return data_; }  // null: out of memory, or no bytes were requested
 
   private:
     Buffer own_{0};

@@ -32,7 +32,7 @@ namespace {
 
 constexpr size_t kPath = 4096;
 
-// What the process has loaded: PyTorch, and the best runtime by its file name.
+// Libraries that the process has loaded: PyTorch, and the preferred OpenMP runtime by its file name.
 struct Loaded {
     char torch[kPath], runtime[kPath];
     int points;
@@ -59,7 +59,7 @@ void consider(Loaded *loaded, const char *path) {
     std::strcpy(loaded->runtime, path);
 }
 
-// The runtime that a library is linked to: a process may have several, and only one of them follows PyTorch.
+// Returns the runtime that a library is linked to. A process may have several, and only PyTorch's follows its settings.
 bool find_runtime_of(const char *library, char (&path)[kPath]) {
     void *handle = dlopen(library, RTLD_LAZY | RTLD_NOLOAD);
     if (!handle) return false;
@@ -106,7 +106,7 @@ bool bind(void *library, const char *name, F **function) {
     return *function != nullptr;
 }
 
-// RTLD_NOLOAD: nothing is loaded, but the runtime stays while we hold it.
+// RTLD_NOLOAD loads nothing, but keeps the runtime loaded while this handle is open.
 OpenMp *bind_runtime(const char *path) {
     void *library = dlopen(path, RTLD_LAZY | RTLD_NOLOAD);
     if (!library) return nullptr;
@@ -128,7 +128,8 @@ OpenMp *bind_runtime(const char *path) {
     return new (std::nothrow) OpenMp(runtime);
 }
 
-// Taken before the system's list of libraries is read, whose own lock a child would find held by a thread it lacks.
+// Locked before the system's list of libraries is read. Otherwise a forked child could inherit the lock of that list from
+// a thread that it does not have.
 std::mutex search_mutex;
 OpenMp *found = nullptr;
 uint64_t searched_at = 0;
@@ -140,7 +141,7 @@ const OpenMp *find_locked() {
     Loaded loaded{};
     search(&loaded);
     if (*loaded.torch) find_runtime_of(loaded.torch, loaded.runtime);
-    // Tables of runtimes that were found before stay: other threads may be using them.
+    // Tables of runtimes found earlier are kept, because other threads may use them.
     if (*loaded.runtime && std::strcmp(loaded.runtime, found_path) != 0) {
         if (OpenMp *runtime = bind_runtime(loaded.runtime)) {
             std::strcpy(found_path, loaded.runtime);
@@ -185,7 +186,7 @@ void microtask(int32_t *, int32_t *, void *context) {
     task.body(task.context);
 }
 
-// What a compiler passes for a parallel region; the runtime only reads it.
+// The location that a compiler passes for a parallel region. The runtime only reads it.
 struct Location {
     int32_t reserved_1, flags, reserved_2, reserved_3;
     const char *source;

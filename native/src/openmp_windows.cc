@@ -1,4 +1,4 @@
-// The search for an OpenMP runtime on Windows; openmp.cc has that of other systems.
+// The search for an OpenMP runtime on Windows. openmp.cc has the search on other systems.
 #if defined(_WIN32) && !defined(ANYATTN_NO_OPENMP)
 
 #include <windows.h>
@@ -12,7 +12,7 @@
 namespace anyattn {
 namespace {
 
-// In a process without PyTorch: Intel's, LLVM's, which comes with Microsoft's compiler too, and Microsoft's own.
+// In a process without PyTorch: the runtimes of Intel, of LLVM (also part of Microsoft's compiler) and of Microsoft.
 constexpr const char *kRuntimes[] = {"libiomp5md.dll", "libomp140.x86_64.dll", "libomp140.aarch64.dll", "libomp.dll",
                                      "vcomp140.dll"};
 
@@ -30,7 +30,7 @@ void name_runtime(HMODULE library, OpenMp *runtime) {
     std::memcpy(runtime->name, file, length < sizeof runtime->name ? length : sizeof runtime->name - 1);
 }
 
-// Null where the library is no OpenMP runtime. A runtime stays loaded from then on.
+// Returns null if the library is not an OpenMP runtime. A runtime stays loaded from then on.
 const OpenMp *bind_runtime(HMODULE library) {
     OpenMp runtime{};
     const bool common = bind(library, "omp_get_thread_num", &runtime.thread_num) &&
@@ -39,7 +39,7 @@ const OpenMp *bind_runtime(HMODULE library) {
     const bool kmpc = bind(library, "__kmpc_fork_call", &runtime.kmpc_fork_call) &&
                       bind(library, "__kmpc_push_num_threads", &runtime.kmpc_push_num_threads) &&
                       bind(library, "__kmpc_global_thread_num", &runtime.kmpc_global_thread_num);
-    // Intel's has both.
+    // Intel's runtime has both.
     const bool vcomp = !kmpc && bind(library, "_vcomp_fork", &runtime.vcomp_fork) &&
                        bind(library, "_vcomp_set_num_threads", &runtime.vcomp_set_num_threads);
     constexpr DWORD pin = GET_MODULE_HANDLE_EX_FLAG_PIN | GET_MODULE_HANDLE_EX_FLAG_FROM_ADDRESS;
@@ -51,7 +51,7 @@ const OpenMp *bind_runtime(HMODULE library) {
     return new (std::nothrow) OpenMp(runtime);
 }
 
-// The runtime that a loaded library imports: a process may have several, and only one of them follows PyTorch.
+// Returns the runtime that a loaded library imports. A process may have several, and only PyTorch's follows its settings.
 const OpenMp *runtime_of(HMODULE library) {
     const char *image = reinterpret_cast<const char *>(library);
     const auto *dos = reinterpret_cast<const IMAGE_DOS_HEADER *>(image);
@@ -71,7 +71,7 @@ const OpenMp *found = nullptr;
 bool is_torchs = false;
 ULONGLONG searched_at = 0;
 
-// Tables of runtimes that were found before stay: other threads may be using them.
+// Tables of runtimes found earlier are kept, because other threads may use them.
 void search() {
     if (const HMODULE torch = GetModuleHandleA("torch_cpu.dll")) {
         if (const OpenMp *runtime = runtime_of(torch)) found = runtime;

@@ -7,7 +7,7 @@
 namespace anyattn {
 namespace {
 
-constexpr int64_t kRounds = 100000;  // about a millisecond: threads that start late do not count for much
+constexpr int64_t kRounds = 100000;  // about a millisecond, so that a late start of a thread has little effect
 constexpr int64_t kTasks = 32;       // per thread
 
 struct Work {

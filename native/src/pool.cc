@@ -14,9 +14,9 @@ namespace anyattn {
 namespace {
 
 constexpr uint32_t kOpen = uint32_t(1) << 31;
-// Long enough to bridge two passes of one call, short enough not to steal from the threads of others.
+// Long enough to cover the time between two passes of a call, short enough not to slow down other threads.
 constexpr std::chrono::microseconds kSpin{20};
-// How often a caller that waits for the last tasks of others asks whether to stop.
+// Time between two polls of a caller that waits for the last tasks of other threads.
 constexpr std::chrono::milliseconds kAsk{20};
 
 inline void pause() {
@@ -39,7 +39,7 @@ bool spin(Condition condition) {
     return false;
 }
 
-// Signals belong to the threads of the program, except those of a fault: a debugger or a handler must see them.
+// Block signals, because they belong to the threads of the program. Signals of a fault must reach a debugger or handler.
 class BlockedSignals {
   public:
 #if defined(_WIN32)
@@ -120,7 +120,7 @@ bool Pool::run(Region &region) {
     return true;
 }
 
-// Where the system gives no more threads, or no memory for them, those that are there do the work.
+// If the system cannot start more threads, the existing ones do the work.
 void Pool::grow(int32_t threads) {
     if (size_ >= threads) return;
     const BlockedSignals blocked;
@@ -136,7 +136,7 @@ void Pool::grow(int32_t threads) {
 
 void Pool::thread_main(int32_t worker, uint64_t seen) {
 #if defined(__linux__)
-    pthread_setname_np(pthread_self(), "anyattn");  // for those who look at a process's threads
+    pthread_setname_np(pthread_self(), "anyattn");  // name in lists of a process's threads
 #endif
     for (;;) {
         wait_for_region(seen);
@@ -156,7 +156,7 @@ void Pool::wait_for_region(uint64_t seen) {
     sleepers_.fetch_sub(1);
 }
 
-// A thread that wakes late finds the region closed, or joins the next one: region_ never changes while it is inside.
+// A thread that wakes late finds the region closed, or joins the next one. region_ never changes while a thread is inside.
 bool Pool::join() {
     uint32_t state = state_.load(std::memory_order_relaxed);
     do {

@@ -10,7 +10,7 @@
 
 namespace anyattn {
 
-// The tasks of one parallel_for: every thread takes the next one until none is left.
+// The tasks of one parallel_for. Every thread takes the next task until none is left.
 struct Region {
     anyattn_body body;
     void *context;
@@ -22,7 +22,7 @@ struct Region {
     Region(const anyattn_call &call, anyattn_body body_, void *context_, int64_t tasks_, int32_t workers_)
         : body(body_), context(context_), tasks(tasks_), workers(workers_), call_(call) {}
 
-    // False if no task was left.
+    // Returns false if no task was left.
     bool work(int32_t worker) {
         const WithFpState state(fp);
         for (bool worked = false;; worked = true) {
@@ -33,8 +33,8 @@ struct Region {
         }
     }
 
-    // For the caller, behind its own tasks and before it joins the others: of a long call that may be interrupted, it
-    // goes on asking whether to stop until their last tasks have ended.
+    // Called by the calling thread after its own tasks. In a long call that may be interrupted, it polls until the last tasks
+    // of the other threads have ended.
     void wait_for_others();
 
   private:
@@ -47,14 +47,14 @@ struct Region {
     std::condition_variable all_ended_;
 };
 
-// Whether so many threads can be started beside those that there are: they are started, and end. Their stacks are kept by
-// the C library for the next that start.
+// Returns whether so many more threads can be started. They are started and end again. The C library keeps their stacks
+// for the next threads.
 bool threads_can_start(int32_t count);
 
-// Never destroyed: its threads sleep in it until the process ends.
+// Never destroyed, because its threads sleep in it until the process ends.
 class Pool {
   public:
-    // The calling thread is worker 0. False: another region holds the pool.
+    // The calling thread is worker 0. Returns false if another region uses the pool.
     bool run(Region &region);
 
   private:

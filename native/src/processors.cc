@@ -24,7 +24,7 @@ class File {
     File(const File &) = delete;
     File &operator=(const File &) = delete;
 
-    // The next line without its end; false behind the last.
+    // Reads the next line without its line end. Returns false after the last line.
     bool line(char (&text)[kPath]) {
         if (!file_ || !std::fgets(text, sizeof text, file_)) return false;
         text[std::strcspn(text, "\n")] = 0;
@@ -73,7 +73,7 @@ int32_t quota_of(const char *folder) {
 
 int32_t smaller(int32_t a, int32_t b) { return a == 0 ? b : b == 0 || a < b ? a : b; }
 
-// The least quota of a group and of all that it lies in; a container may see its own group as the root.
+// Returns the lowest quota of a group and its parents. In a container the own group may appear as the root.
 int32_t quota_above(const char *root, const char *mount, const char *group) {
     char folder[kPath];
     const int start = std::snprintf(folder, sizeof folder, "%s%s", root, mount);
@@ -96,7 +96,7 @@ bool names_cpu(const char *controllers, size_t length) {
     return false;
 }
 
-// Not at first use: a child of a fork that came meanwhile would wait for ever.
+// Initialised here and not at first use, because a child that was forked during the initialisation would wait forever.
 const int32_t granted = quota("");
 
 }  // namespace

@@ -1,11 +1,11 @@
-// Cuts a pass into tasks. In which order partial results are added follows from sizes alone: every result is the same to
-// the last bit for any number of threads.
+// Divides a pass into tasks. The order in which partial results are added depends on sizes alone, so that results have
+// the same bits for any number of threads.
 #pragma once
 #include "kernels.h"
 
 namespace anyattn {
 
-// A validated call and what it runs on.
+// A validated call, its kernels, threads and memory.
 struct Run {
     const anyattn_call &call;
     int32_t pass;
@@ -14,22 +14,22 @@ struct Run {
     char *workspace;
     char *scratch;  // scratch_bytes for each thread
     int64_t scratch_bytes;
-    char *shared;  // by the workers
+    char *shared;  // used by all workers
 
     char *scratch_of(int32_t worker) const { return scratch + worker * scratch_bytes; }
 };
 
-// -1: more than 63 bits.
+// Returns -1 if the size exceeds 63 bits.
 int64_t forward_workspace(const anyattn_call &call, const Kernels &kernels);
 int64_t backward_workspace(const anyattn_call &call, const Kernels &kernels);
 
-// Memory that the workers of a backward pass share: more with more threads, up to the number of heads.
+// Returns the memory that the workers of a backward pass share. It grows with threads, up to the number of heads.
 int64_t backward_shared(const anyattn_call &call, const Kernels &kernels, int32_t threads);
 
-// What one worker needs.
+// Returns the scratch memory of one worker.
 int64_t forward_scratch(const anyattn_call &call, const Kernels &kernels);
 
-// False if the caller's parallel_for did not run every task.
+// Returns false if the caller's parallel_for did not run every task.
 bool run_forward(const Run &run);
 bool run_backward(const Run &run);
 bool run_tangent(const Run &run);

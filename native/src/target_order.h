@@ -1,5 +1,5 @@
-// Which instruction set computes a dtype: the first row of targets.def that runs here and that no later row outruns on
-// processors of this vendor. Pure functions of the vendor, so that the tests can ask about any processor.
+// Choice of the instruction set for a dtype: the first row of targets.def that is available and not slower than a later
+// row on processors of this vendor. The functions take the vendor as an argument, so that tests can try any processor.
 #pragma once
 #include <cstdint>
 
@@ -9,7 +9,7 @@ namespace anyattn {
 
 enum class Vendor { kIntel, kAmd, kOther };
 
-// Why a later row is faster for this dtype; null: no later row is.
+// Returns why a later row is faster for this dtype, or null if no later row is.
 using IsSlow = const char *(*)(Vendor vendor, int32_t dtype);
 
 constexpr const char *never_slow(Vendor, int32_t) { return nullptr; }
@@ -20,15 +20,15 @@ constexpr const char *slow_pairs(Vendor vendor, int32_t dtype) {
     return slow ? "vdpbf16ps has half the rate of float32 FMA on Intel processors" : nullptr;
 }
 
-// Tiles multiply bfloat16. Other dtypes are computed as avx512bf16 computes them.
+// Tiles multiply only bfloat16. Other dtypes use the row avx512bf16.
 constexpr const char *bfloat16_only(Vendor, int32_t dtype) {
     return dtype == ANYATTN_BFLOAT16 ? nullptr : "its tiles multiply bfloat16 alone";
 }
 
 constexpr const char *only_named(Vendor, int32_t) { return "it emulates AMX, for tests"; }
 
-// What a machine lacks for tiles, or null: bits of CPUID leaf 7 (EDX) and of XCR0, and what the operating system answers
-// when it is asked for the permission. It is asked only where it matters.
+// Returns what a machine lacks for tiles, or null. Arguments: CPUID leaf 7 (EDX), XCR0, and a function that requests the
+// permission of the operating system, which is called only if everything else is available.
 inline const char *missing_tiles(uint32_t features, uint32_t saved, const char *(*missing_permission)()) {
     constexpr uint32_t bf16_and_tile = 1u << 22 | 1u << 24, tile_state = 3u << 17;
     if ((features & bf16_and_tile) != bf16_and_tile) return "the processor has no AMX BF16";
@@ -36,21 +36,21 @@ inline const char *missing_tiles(uint32_t features, uint32_t saved, const char *
     return missing_permission();
 }
 
-// What the choice needs of a row. missing: what this machine lacks, or null. It is asked only of rows that are not slow,
-// because asking may need a permission of the operating system.
+// Functions of a row that the choice calls. missing: returns what this machine lacks, or null. It is called only for rows
+// that are not slow, because it may request a permission of the operating system.
 struct TargetRow {
     const char *name;
     const char *(*missing)();
     IsSlow is_slow;
 };
 
-// Why row `index` does not compute this dtype here; null if it does.
+// Returns why row `index` does not compute this dtype on this machine, or null if it does.
 inline const char *reason_against(const TargetRow &row, Vendor vendor, int32_t dtype) {
     const char *slow = row.is_slow(vendor, dtype);
     return slow ? slow : row.missing();
 }
 
-// The index of the row that computes this dtype. The last row must be available and never slow.
+// Returns the index of the row that computes this dtype. The last row must be available and never slow.
 inline int32_t first_choice(const TargetRow *rows, int32_t count, Vendor vendor, int32_t dtype) {
     int32_t index = 0;
     while (index < count - 1 && reason_against(rows[index], vendor, dtype)) ++index;

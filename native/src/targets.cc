@@ -74,8 +74,8 @@ Vendor vendor() {
     return all(cpuid(7, 0).ecx, vbmi) ? nullptr : "the processor has no AVX-512 VBMI";
 }
 
-// Linux lets a process use tiles that asked. From then on it refuses alternate signal stacks that are too small for
-// them, so nobody asks before a call wants tiles; and it refuses the permission while such a stack is there.
+// Linux lets a process use tiles after a request. From then on it refuses alternate signal stacks that are too small for
+// tiles, so the request is made only when a call needs them. Linux refuses the request while such a stack exists.
 [[maybe_unused]] const char *missing_tile_permission() {
 #if defined(__linux__) && defined(SYS_arch_prctl)
     constexpr long request_permission = 0x1023, tile_data = 18;
@@ -98,7 +98,7 @@ Vendor vendor() { return Vendor::kOther; }
 
 [[maybe_unused]] constexpr const char *missing_nothing() { return nullptr; }
 
-// A row's function is called once, when somebody first asks: the answer does not change.
+// The function of a row is called once, at first use, because its result does not change.
 template <const char *(*missing)()>
 const char *once() {
     static const char *const answer = missing();

@@ -1,15 +1,15 @@
-// The instruction sets compiled into this library, and which of them this machine runs.
+// The instruction sets compiled into this library, and their availability on this machine.
 #pragma once
 #include "kernels.h"
 
 namespace anyattn {
 
-// Null past the end.
+// Returns null past the end.
 const Kernels *target(int32_t index);
 bool target_available(int32_t index);
-// The index of the target that computes a dtype on this machine.
+// Returns the index of the target that computes a dtype on this machine.
 int32_t target_for(int32_t dtype);
-// Why this target is not target_for(dtype); null if it is, and past the end.
+// Returns why this target is not target_for(dtype), or null if it is, and past the end.
 const char *target_reason(int32_t index, int32_t dtype);
 
 }  // namespace anyattn

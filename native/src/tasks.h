@@ -1,4 +1,4 @@
-// Numbered tasks over rows, and arrays as the scheduler sees them: bytes that it may clear.
+// Numbered tasks over rows, and arrays as bytes that the scheduler may clear.
 #pragma once
 #include <cstring>
 
@@ -9,7 +9,7 @@
 
 namespace anyattn {
 
-// body(task, worker) for every task, until the caller ends the call; false as in parallel_for.
+// Calls body(task, worker) for every task, until the caller ends the call. Returns false as parallel_for does.
 template <class Body>
 bool run_tasks(const anyattn_call &call, int32_t threads, int64_t tasks, const Body &body) {
     struct Context {
@@ -26,15 +26,15 @@ bool run_tasks(const anyattn_call &call, int32_t threads, int64_t tasks, const B
 
 constexpr int64_t blocks_of(int64_t rows) { return (rows + kBlockQ - 1) / kBlockQ; }
 
-// The allocated rows of all sequences in blocks of kBlockQ that never cross a sequence, numbered through without a
-// table: the b-th packed sequence, r rows behind the first, begins at block r / kBlockQ + b, which leaves it room.
+// Blocks of kBlockQ allocated rows of all sequences. A block never crosses a sequence. No table is needed: a packed
+// sequence b that starts r rows after the first one begins at block r / kBlockQ + b, which leaves enough numbers.
 struct AllocatedRows {
     const int32_t *cu;
     int64_t batch, seqlen, total;
 
     int64_t first_block(int64_t b) const { return cu ? (cu[b] - cu[0]) / kBlockQ + b : b * blocks_of(seqlen); }
     int64_t blocks() const { return first_block(batch); }
-    // The same from sizes alone.
+    // An upper bound of blocks() from sizes alone.
     int64_t most_blocks() const { return cu ? total / kBlockQ + batch : blocks(); }
     int64_t allocated(int64_t b) const { return cu ? cu[b + 1] - cu[b] : seqlen; }
 
@@ -48,7 +48,7 @@ struct AllocatedRows {
         return low;
     }
 
-    // Packed rows before the first and behind the last sequence, numbered through.
+    // Packed rows before the first and after the last sequence.
     int64_t outside() const { return cu ? cu[0] + total - cu[batch] : 0; }
     int64_t outside_row(int64_t index) const { return index < cu[0] ? index : cu[batch] + index - cu[0]; }
 };
@@ -86,7 +86,7 @@ inline int64_t unused_rows(const anyattn_call &call) {
 // body(entry, row, h) for each of them.
 template <class Body>
 bool for_unused_rows(const anyattn_call &call, int32_t threads, const Body &body) {
-    constexpr int64_t few = 1 << 16;  // values that one thread clears sooner than it wakes another
+    constexpr int64_t few = 1 << 16;  // values that one thread clears faster than it wakes another
     const int64_t unused = unused_rows(call);
     if (unused == 0) return true;
     if (unused * call.nheads * max64(call.head_dim, call.head_dim_v) < few) threads = 1;

@@ -19,7 +19,7 @@ namespace {
 
 std::atomic<Pool *> own_pool{nullptr};
 
-// The threads of the parent do not exist in a forked child, but its runtimes believe that they do: they hang.
+// A forked child does not have the threads of its parent, but its OpenMP runtimes assume them and would hang.
 #if !defined(_WIN32)
 void before_fork() { hold_openmp(); }
 void in_parent() { release_openmp(false); }
@@ -44,7 +44,7 @@ Pool *pool() {
     return current;
 }
 
-// Without an OpenMP runtime, its variable speaks for it: read when the library is loaded, as a runtime does.
+// Without an OpenMP runtime, OMP_NUM_THREADS is used. It is read when the library is loaded, as a runtime does.
 const int32_t wanted_threads = omp_num_threads(std::getenv("OMP_NUM_THREADS"));
 
 std::atomic<int32_t> chosen_threads{0};  // 0: nobody has chosen
@@ -54,7 +54,7 @@ int32_t own_threads() { return wanted_threads > 0 ? wanted_threads : processors(
 std::atomic<int32_t> chosen_pool{ANYATTN_POOL_AUTOMATIC};
 Crowd crowd;
 
-// Whether an OpenMP runtime, where there is one, runs the next region.
+// Whether a loaded OpenMP runtime runs the next region.
 bool prefers_openmp() {
     const int32_t choice = chosen_pool.load(std::memory_order_relaxed);
     return choice == ANYATTN_POOL_OPENMP || (choice == ANYATTN_POOL_AUTOMATIC && !crowd.crowded());
@@ -83,15 +83,15 @@ bool run_on_pool(Region &region) {
     return own && own->run(region);
 }
 
-// The whole team: a team that changes its size from region to region ends and starts threads. But no more than there
-// are tasks, where the caller wants more than the runtime has.
+// Use the whole team, because a team that changes its size ends and starts threads. If the caller wants more threads than
+// the runtime has, use at most one per task.
 int32_t team_size(const OpenMp &runtime, int64_t tasks, int32_t threads) {
     const bool usual = threads <= runtime.max_threads() || tasks >= threads;
     return usual ? threads : static_cast<int32_t>(tasks);
 }
 
-// A runtime that cannot start a thread ends the process. So wherever a team may have to grow, it is tried before: for a
-// thread's first region, after a smaller one, and where regions of others are smaller.
+// A runtime that cannot start a thread ends the process. So check before a team may grow: for the first region of a
+// thread, after a smaller region, and if regions of other code are smaller.
 bool team_can_start(const OpenMp &runtime, int32_t size) {
     static thread_local int32_t last = 1;
     const bool is_there = size <= last && size <= runtime.max_threads();
@@ -110,7 +110,7 @@ bool run_on_openmp(const OpenMp &runtime, const anyattn_call &call, int64_t task
     return true;
 }
 
-// What the caller's parallel_for is given instead of the tasks themselves: it counts, and keeps workers in range.
+// The body that the caller's parallel_for receives. It counts the tasks and checks that workers are in range.
 struct Guarded {
     Region region;
     std::atomic<int64_t> ran{0};

@@ -13,7 +13,7 @@ namespace {
 constexpr int64_t kMaxWords = 512, kMessage = 512;
 constexpr int64_t kText = offsetof(anyattn_call, message) / 8, kTextSize = offsetof(anyattn_call, message_bytes) / 8;
 
-// What an attribute holds; null if it is absent or of another type.
+// Returns the value of an attribute, or null if it is absent or of another type.
 template <class T>
 const T *find(const Attributes &attributes, const char *name, int kind, int type) {
     for (int64_t i = 0; i < attributes.size; ++i) {
@@ -57,7 +57,7 @@ int64_t item_bytes(int type) {
     }
 }
 
-// -1 for a type that no call has.
+// Returns -1 for a type that no call has.
 int64_t bytes_of(const Buffer &buffer) {
     int64_t bytes = item_bytes(buffer.type);
     for (int64_t i = 0; i < buffer.rank; ++i) bytes *= buffer.sizes[i];
@@ -120,7 +120,7 @@ class Handler {
         }
         void *before;
         std::memcpy(&before, &words_[word], sizeof before);
-        // XLA gives an operand that is changed in place and its result one address; if not, the result starts as a copy.
+        // XLA gives an operand that is changed in place and its result the same address. If it does not, copy the operand.
         if (!operand && before && before != buffer.data) std::memcpy(buffer.data, before, bytes);
         std::memcpy(&words_[word], &buffer.data, sizeof buffer.data);
         return true;

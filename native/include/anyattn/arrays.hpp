@@ -1,4 +1,4 @@
-// Statuses, element types, and arrays and tables that somebody else owns.
+// Statuses, element types, and views of arrays and tables. A view does not own its memory.
 #pragma once
 #include <cmath>
 #include <cstdarg>
@@ -14,7 +14,7 @@
 
 namespace anyattn {
 
-// anyattn_status; the last two are CuFlash-Attn's and never returned: any head_dim is supported, and there is no CUDA.
+// anyattn_status. The last two exist for code written for CuFlash-Attn and are never returned.
 enum class [[nodiscard]] Status : int32_t {
     SUCCESS = ANYATTN_SUCCESS,
     INVALID_DIMENSION = ANYATTN_INVALID_DIMENSION,
@@ -36,7 +36,7 @@ inline const char *get_error_string(Status status) {
     return anyattn_error_string(static_cast<int32_t>(status));
 }
 
-// 16-bit floats as they are stored. Conversions from float round to nearest even.
+// Storage types of 16-bit floats. Conversions from float round to nearest even.
 struct float16 {
     uint16_t bits;
 
@@ -97,7 +97,7 @@ struct Dtype<bool> : std::integral_constant<int32_t, ANYATTN_BOOL> {};
 template <>
 struct Dtype<uint8_t> : std::integral_constant<int32_t, ANYATTN_BOOL> {};
 
-// An array that somebody else owns; strides are in elements. An Array may be written.
+// A view of an array. Strides are in elements. A call may write to an Array, and only reads a ConstArray.
 struct ConstArray {
     void *data = nullptr;
     int32_t dtype = ANYATTN_NONE;
@@ -132,7 +132,7 @@ ANYATTN_PRINTF(2, 3) inline Status refuse(Status status, const char *format, ...
 
 using Integer = long long;  // as printf takes it
 
-// Of sizes that may be nonsense: neither overflows.
+// Arithmetic on sizes that may be invalid. Neither function overflows.
 inline int64_t multiply(int64_t a, int64_t b) {
     if (a <= 0 || b <= 0) return 0;
     return a > std::numeric_limits<int64_t>::max() / b ? std::numeric_limits<int64_t>::max() : a * b;
@@ -140,13 +140,13 @@ inline int64_t multiply(int64_t a, int64_t b) {
 
 }  // namespace detail
 
-// Why the last call of this thread was refused; empty where it was not.
+// Returns why the last call of this thread was refused, or "" if it succeeded.
 inline const char *error_message() { return detail::message(); }
 
 template <class T>
 using ArrayOf = std::conditional_t<std::is_const_v<T>, ConstArray, Array>;
 
-// An array of 1 to 4 axes with these strides.
+// Returns a view of 1 to 4 axes with these strides.
 template <class T, size_t N>
 ArrayOf<T> view(T *data, const int64_t (&shape)[N], const int64_t (&stride)[N]) {
     static_assert(N <= 4, "arrays have at most 4 axes");
@@ -159,7 +159,7 @@ ArrayOf<T> view(T *data, const int64_t (&shape)[N], const int64_t (&stride)[N]) 
     return array;
 }
 
-// The same, contiguous.
+// Returns a contiguous view of 1 to 4 axes.
 template <class T, size_t N>
 ArrayOf<T> view(T *data, const int64_t (&shape)[N]) {
     int64_t stride[N];
@@ -170,7 +170,7 @@ ArrayOf<T> view(T *data, const int64_t (&shape)[N]) {
     return view(data, shape, stride);
 }
 
-// swap_axes<1, 2>(view(q, {batch, nheads, seqlen, head_dim})) is the array of axes that a Call takes.
+// Returns the view with two axes exchanged. A Call takes swap_axes<1, 2>(view(q, {batch, nheads, seqlen, head_dim})).
 template <int A, int B, class AnyArray>
 AnyArray swap_axes(AnyArray array) {
     static_assert(A >= 0 && A < 4 && B >= 0 && B < 4, "arrays have at most 4 axes");
@@ -179,7 +179,7 @@ AnyArray swap_axes(AnyArray array) {
     return array;
 }
 
-// int32 values of somebody else: a vector, an array, or a pointer and a count.
+// A view of int32 values: a vector, an array, or a pointer and a count.
 struct Table {
     const int32_t *data = nullptr;
     int64_t size = -1;  // less than 0: absent

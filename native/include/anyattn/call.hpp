@@ -12,7 +12,7 @@
 
 namespace anyattn {
 
-// Memory that calls share, one after the other: it grows to what the largest of them needs.
+// Memory that successive calls share. It grows to the size that the largest of them needs.
 class Workspace {
   public:
     [[nodiscard]] bool reserve(int64_t bytes) {
@@ -41,54 +41,54 @@ struct Call : Settings {
     ConstArray q;  // (batch, seqlen_q, nheads, head_dim)
     ConstArray k, v;  // (batch, seqlen_k, nheads_kv, head_dim or head_dim_v)
     Array out;  // (batch, seqlen_q, nheads, head_dim_v); an input of backward
-    Array lse;  // (batch, nheads, seqlen_q), packed (nheads, total_q); forward can do without
+    Array lse;  // (batch, nheads, seqlen_q), packed (nheads, total_q); optional in forward
 
-    ConstArray dout, dlse;  // as out and, optional, as lse
-    Array dq, dk, dv, dbias, dsink;  // as their inputs; the last two are optional
+    ConstArray dout, dlse;  // shaped like out and lse; dlse is optional
+    Array dq, dk, dv, dbias, dsink;  // shaped like the inputs; dbias and dsink are optional
     bool accumulate = false;  // adds to dq, dk, dv instead of overwriting them
 
     std::optional<double> scale;  // head_dim ** -0.5
     double softcap = 0;  // 0: off
     bool causal = false;  // the same as right = 0
-    std::optional<int64_t> left, right;  // rows see at most so many keys before and after their own
+    std::optional<int64_t> left, right;  // most keys before and after its position that a query attends to
     int64_t chunk = 0;  // 0: off
-    bool top_left = false;  // row i is at key i; otherwise the last row is at the last key
-    ConstArray bias, mask;  // (batch or 1, nheads or 1, seqlen_q or 1, seqlen_k or 1); mask false: not seen
+    bool top_left = false;  // query i is at key i; otherwise the last query is at the last key
+    ConstArray bias, mask;  // (batch or 1, nheads or 1, seqlen_q or 1, seqlen_k or 1); mask false: masked
     ConstArray alibi_slopes;  // (nheads) or (batch, nheads)
     ConstArray sink;  // (nheads)
     ConstArray
         kv_indices;  // int32 (batch, seqlen_q, n) or (batch, nheads_kv, seqlen_q, n), packed without batch: key slots
     Table seqused_q, seqused_k;  // (batch): rows and keys in use
     Table leftpad_k, offset;  // (batch): first key in use; position of row 0
-    int64_t max_seqlen_q = 0, max_seqlen_k = 0;  // packed or paged: no sequence is longer; 0: the longest, or all pages
-    bool batch_invariant = false;  // a sequence's gradients do not depend on how many others there are
+    int64_t max_seqlen_q = 0, max_seqlen_k = 0;  // packed or paged: maximum length; 0: computed
+    bool batch_invariant = false;  // gradients do not depend on the other sequences
 
     double dropout_p = 0;
     uint64_t rng_state[2] = {0, 0};  // seed, offset
     int64_t query_start = 0, key_start = 0;  // added to the indices that dropout counts by
 
-    Workspace *workspace = nullptr;  // null: allocated inside, for each call
+    Workspace *workspace = nullptr;  // null: allocated for each call
 
     Status forward() const { return run(ANYATTN_FORWARD); }
     Status backward() const { return run(ANYATTN_BACKWARD); }
-    // Bytes of workspace of a pass, or a negative status.
+    // Returns the bytes of workspace that a pass needs, or a negative status.
     int64_t workspace_bytes(anyattn_pass pass) const;
 
   private:
     Status run(anyattn_pass pass) const;
 };
 
-// Writes new rows into a KV cache behind cache_seqlens, and rotates them where rotary tables are given. Attention over
-// the cache is then a Call with seqused_k = cache_seqlens + seqlen_new.
+// Writes new rows into a KV cache after cache_seqlens. With rotary tables, new keys are rotated first. To attend to the
+// cache afterwards, use a Call with seqused_k = cache_seqlens + seqlen_new.
 struct Append : Settings {
     Array k, v;  // the cache, stored as k and v of a Call
     ConstArray new_k, new_v;  // (batch, seqlen_new, nheads_kv, head_dim or head_dim_v)
-    Table cache_seqlens;  // (batch): rows that are there already
+    Table cache_seqlens;  // (batch): rows already stored
     ConstArray rotary_cos, rotary_sin;  // (positions, rotary_dim / 2)
     bool rotary_interleaved = false;  // pairs (0, 1), (2, 3), ... instead of halves
-    ConstArray q;  // optional: rotated into out, row i at position cache_seqlens + i,
+    ConstArray q;  // optional: rotated into out, row i at position cache_seqlens + i
     Array out;
-    bool one_position = false;  // or every row at cache_seqlens
+    bool one_position = false;  // true: every row of q is at position cache_seqlens
 
     Status run() const;
 };

@@ -1,5 +1,5 @@
-// CuFlash-Attn's calls, on host memory: all arrays (batch, nheads, seqlen, head_dim) and contiguous, L the logsumexp
-// (batch, nheads, seqlen), float32 for float16 arrays too. `stream` has to be null.
+// The functions of CuFlash-Attn, in host memory. Arrays are contiguous (batch, nheads, seqlen, head_dim). L is the
+// logsumexp (batch, nheads, seqlen), which is float32 also for float16 arrays. `stream` must be null.
 #pragma once
 #include <cstdint>
 #include <utility>

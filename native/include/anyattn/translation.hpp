@@ -1,4 +1,4 @@
-// Arrays with shapes become the sizes and strides of anyattn_call, compared with one another on the way.
+// Translates arrays with shapes into the sizes and strides of anyattn_call, and checks that the shapes agree.
 #pragma once
 #include <cstdarg>
 #include <cstdint>
@@ -11,23 +11,23 @@
 
 namespace anyattn {
 
-// How rows are stored and how the call runs.
+// Storage of the rows, and how the call runs.
 struct Settings {
     Table cu_seqlens_q, cu_seqlens_k;  // (batch + 1): q or k and v are packed, (total, nheads, dim)
     Table block_table;  // (batch, max_pages): k and v are pages, (num_pages, page_size, nheads_kv, dim)
     Table cache_batch_idx;  // (batch): each sequence's entry of k and v
 
-    int32_t num_threads = 0;  // 0: as many as the runtime gives
+    int32_t num_threads = 0;  // 0: the number of the runtime
     int32_t target = 0;  // 0: the best of this machine; else 1 + an index of anyattn_target_name
     anyattn_parallel_for parallel_for = nullptr;
     void *parallel_for_user = nullptr;
-    anyattn_poll poll = nullptr;  // asked now and then in the calling thread; nonzero ends the call: INTERRUPTED
+    anyattn_poll poll = nullptr;  // called regularly in the calling thread; nonzero ends the call: INTERRUPTED
     void *poll_user = nullptr;
 };
 
 namespace detail {
 
-// An anyattn_call in the making, and the first thing that was wrong with its parts.
+// An anyattn_call under construction, and its first error.
 class Translation {
   public:
     explicit Translation(const Settings &settings) : settings_(settings) {
@@ -43,7 +43,7 @@ class Translation {
         call.message_bytes = kMessageBytes;
     }
 
-    // The first failure stays.
+    // Only the first error is kept.
     ANYATTN_PRINTF(3, 4) void fail(Status reason, const char *format, ...) {
         if (status != Status::SUCCESS) return;
         status = reason;
@@ -53,7 +53,7 @@ class Translation {
         va_end(arguments);
     }
 
-    // batch, and the sizes of q.
+    // Sets batch and the sizes of q.
     void queries(const ConstArray &q, int64_t longest) {
         const bool packed = present(settings_.cu_seqlens_q);
         expect_rank("q", q, packed ? 3 : 4);
@@ -68,7 +68,7 @@ class Translation {
         put("q", q, &call.q, q);
     }
 
-    // The sizes of k and v, and how they are stored.
+    // Sets the sizes and the storage of k and v.
     void keys(const ConstArray &k, const ConstArray &v, int64_t longest) {
         const bool packed = present(settings_.cu_seqlens_k), paged = present(settings_.block_table);
         expect_rank("k", k, packed && !paged ? 3 : 4);
@@ -90,19 +90,19 @@ class Translation {
         put("v", v, &call.v, with_dim(k, call.head_dim_v));
     }
 
-    // An array of rows, of the same shape as another one. Packed ones have no batch axis.
+    // Sets an array of rows that has the shape of another one. Packed arrays have no batch axis.
     void put(const char *name, const ConstArray &from, anyattn_array *to, const ConstArray &expected) {
         place(name, from, to, expected, 4 - expected.rank);
     }
 
-    // lse and dlse: the axes of q without its last, rows behind heads.
+    // Sets lse or dlse, whose axes are (batch, nheads, rows).
     void put_statistics(const char *name, const ConstArray &from, anyattn_array *to, const ConstArray &q) {
         const ConstArray expected =
             q.rank == 3 ? shaped({q.shape[1], q.shape[0]}) : shaped({q.shape[0], q.shape[2], q.shape[1]});
         place(name, from, to, expected, 3 - expected.rank);
     }
 
-    // bias, mask and dbias: any axis may have length 1, and is then repeated.
+    // Sets bias, mask or dbias. An axis of length 1 is broadcast.
     void put_scores(const char *name, ConstArray from, anyattn_array *to) {
         if (from.rank == 0) return;
         ConstArray expected = shaped({call.batch, call.nheads, call.seqlen_q, call.seqlen_k});
@@ -114,7 +114,7 @@ class Translation {
         put(name, from, to, expected);
     }
 
-    // kv_indices, with or without an axis of KV heads.
+    // Sets kv_indices, with or without an axis of KV heads.
     void put_lists(const char *name, const ConstArray &from, anyattn_array *to) {
         if (from.rank == 0) return;
         const bool packed = present(settings_.cu_seqlens_q), of_heads = from.rank == (packed ? 3 : 4);
@@ -182,7 +182,7 @@ class Translation {
     Status status = Status::SUCCESS;
 
   private:
-    // Takes an array over if it has this shape; its strides go to the axes from `first` on. Absent ones stay absent.
+    // Copies an array that has this shape. Its strides go to the axes from `first` on. Absent arrays stay absent.
     void place(const char *name, const ConstArray &from, anyattn_array *to, const ConstArray &expected, int first) {
         if (from.rank == 0 || status != Status::SUCCESS) return;
         if (from.rank != expected.rank || std::memcmp(from.shape, expected.shape, sizeof from.shape) != 0) {
@@ -218,7 +218,7 @@ class Translation {
         }
     }
 
-    // Starts of packed sequences, as many as q has; less than 0: q itself says how many.
+    // Sets the starts of packed sequences. batch < 0: the table of q defines the number of sequences.
     void starts(const char *name, const Table &table, int64_t size) {
         if (table.size == 0) fail(Status::INVALID_DIMENSION, "%s has no entries; expected batch + 1", name);
         expect_size(name, table, size < 0 ? table.size : size, "batch + 1");

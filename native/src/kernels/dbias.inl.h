@@ -1,5 +1,5 @@
-// The gradient of the bias: one tile of it at a time, dS computed again and summed over what the bias is broadcast
-// along, in a fixed order and in double.
+// The gradient of the bias, tile by tile. dS is recomputed and summed over the broadcast axes of the bias, in a fixed
+// order and in double.
 #pragma once
 #include "backward.inl.h"
 
@@ -18,7 +18,7 @@ struct DbiasScratch {
     }
 };
 
-// The part of dbias that one task owns. An axis of stride 0 is one element long and sums over everything.
+// The tile of dbias that one task owns. An axis of stride 0 has one element, which is a sum over the whole axis.
 struct DbiasTile {
     const anyattn_call &call;
     int64_t b, h, i0, j0;
@@ -91,7 +91,7 @@ void write_dbias(const DbiasTile &tile, const double *sum) {
     }
 }
 
-// Scratch: what add_dbias computes dS with.
+// Scratch memory in which add_dbias computes dS.
 template <class M, class Scratch>
 void dbias_tile(const anyattn_call &call, int64_t bias_b, int64_t bias_h, int64_t block_q, int64_t block_k,
                 void *statistics, void *memory) {

@@ -8,11 +8,11 @@
 namespace anyattn {
 namespace {
 
-// A task reads runs of about this many bytes before it goes to another place, and keeps what it has of each head within
-// the second limit, to be in L2.
+// A task reads about this many contiguous bytes before it moves to another address. The second limit keeps the data of
+// each head in L2.
 constexpr int64_t kRunBytes = 4096, kStateBytes = 256 * 1024;
 
-// What one block has so far.
+// Intermediate results of one block.
 template <class M>
 struct ForwardState {
     using C = typename M::C;
@@ -47,7 +47,7 @@ int64_t most_groups(const anyattn_call &call) {
     return max64(1, min64(call.nheads_kv, min64(run, most_blocks<M>(call))));
 }
 
-// What the blocks of a task share.
+// Scratch memory that the blocks of a task share.
 template <class M>
 struct ForwardScratch {
     using C = typename M::C;
@@ -78,7 +78,7 @@ struct ForwardScratch {
     }
 };
 
-// What a block's rows got from some of its keys: sums of values, maximum, sum of weights; row by row.
+// Partial results of a block's rows over some of its keys: sums of values, maximum, sum of weights, row by row.
 template <class C>
 struct ForwardPartial {
     C *data;
@@ -92,13 +92,13 @@ struct ForwardPartial {
     C &l(int64_t r) const { return out(r)[dim + 1]; }
 };
 
-// The sink joins the sum; alpha becomes what the sums of values are divided by, inverted; lse where asked for.
+// Adds the sink to the sum of weights, sets alpha to the inverse of that sum, and writes lse if it is present.
 template <class C, int P>
 ANYATTN_NOINLINE void finish_rows(const ScoreBlock<C, P> &block, const C *m, C *l, C *alpha) {
     using V = typename Lanes<C>::V;
     const bool has_sink = block.call.sink.data;
     const V none{};
-    // By how much the maximum exceeds the sink, in log2 units. Doubles: scores and sink may be large and nearly equal.
+    // Maximum minus sink in log2 units, in double because both may be large and nearly equal.
     alignas(64) C excess[kBlockQ] = {};
     for (int r = 0; has_sink && r < block.rows; ++r) {
         const double sink = double(block.sink(r)), gap = (double(m[r]) * block.units.unit - sink) * kLog2e;
@@ -133,7 +133,7 @@ void start(const Block<M> &block, const ForwardState<M> &state) {
     clear_sums(state.m, state.l);
 }
 
-// Adds the keys [j0, j1): one tile, by panels, and within a panel by as many keys as a score tile has.
+// Adds one tile of keys [j0, j1), panel by panel, and within a panel by score tiles.
 template <class M>
 void attend(const Block<M> &block, const ForwardState<M> &state, const ForwardScratch<M> &w,
             const typename M::Keys &keys, const typename M::Keys &values, int64_t j0, int64_t j1, TileAhead &next) {
@@ -217,7 +217,7 @@ void forward_blocks(const anyattn_call &call, const BlockSet &set, int64_t begin
     }
 }
 
-// The maximum, sum and rescaled values of both.
+// Combines the maximum, the sum and the rescaled values of both partial results.
 template <class M>
 void merge_partial(const anyattn_call &call, const QueryBlock &rows, void *into, const void *from) {
     using C = typename M::C;

@@ -1,7 +1,7 @@
 // Matrix products of a tile in float or double. Lanes are queries: queries are packed as columns, and keys and values
-// are read where they lie, one broadcast number at a time. Only dK and dV have lanes along the head dimension.
-// Every loop keeps its accumulators in registers and adds them to memory at the end: sums of sums lose less than one
-// long sum. `Plain` and its siblings are all that knows how operands are laid out.
+// are read in place, one broadcast number at a time. Only dK and dV have lanes along the head dimension.
+// Every loop keeps its accumulators in registers and adds them to memory at the end, because a sum of sums loses fewer
+// digits than one long sum. Only `Plain` and the other product classes know the layout of operands.
 #pragma once
 #include "load.inl.h"
 #include "peak.inl.h"
@@ -11,9 +11,9 @@ namespace {
 
 // Keys of a tile: a multiple of every register tile's rows, and a score tile that fits 32 KiB of L1.
 constexpr int kKeys = 96;
-constexpr int kTileKeys = kKeys + 2;  // with a spare row, for those who work on pairs of keys
+constexpr int kTileKeys = kKeys + 2;  // with a spare row, for code that works on pairs of keys
 
-// Products that are summed in one go along the head dimension: a score is as exact as its longest sum is short.
+// Products in one sum along the head dimension. Short sums have smaller rounding errors.
 #if defined(__FMA__) || defined(__aarch64__)
 constexpr int64_t kChain = 32;
 #else
@@ -35,7 +35,7 @@ constexpr int vectors_of(int rows) {
     return (rows + lanes<C> - 1) / lanes<C>;
 }
 
-// body(Int<N>()) for the N vectors that hold the queries of a panel: short blocks do not pay for whole panels.
+// body(Int<N>()) for the N vectors that hold the queries of a panel, so that short blocks compute no empty vectors.
 template <class Body>
 ANYATTN_INLINE void for_width(int vectors, const Body &body) {
     if (vectors == 1) return body(Int<1>());
@@ -174,7 +174,8 @@ ANYATTN_NOINLINE void add_queries(const C *P, int64_t panel_stride, const C *B, 
     }
 }
 
-// The power of two that scale is 1 to 2 times as large as, with its sign; 0 for 0. A product with it is exact.
+// Returns the largest power of two that does not exceed |scale|, with the sign of scale; 0 for 0. Products with it are
+// exact.
 template <class C>
 C power_of_two(double scale) {
     if (scale == 0) return 0;
@@ -185,7 +186,7 @@ C power_of_two(double scale) {
     return C(__builtin_ldexp(fraction < 0 ? -1.0 : 1.0, exponent));
 }
 
-// How the keys of a tile will be read: in products that sum over the head dimension, or over keys.
+// Use of the keys of a tile: in products that sum over the head dimension, or over keys.
 enum KeyUse { kSumDim = 1, kSumKeys = 2 };
 
 template <class Compute>
@@ -223,7 +224,7 @@ struct InPlace {
     }
 };
 
-// A task of products that need nothing of their thread.
+// Task state of products that need no state in their thread.
 struct NoTask {};
 
 template <class Compute>
@@ -257,8 +258,8 @@ struct Plain : InPlace<Compute, panel<Compute>> {
     static void pack(Packed *packed, const char *const *rows, int32_t dtype, int64_t n, int64_t dim, C factor) {
         pack_panel(packed, rows, dtype, n, dim, factor);
     }
-    // What packed queries are multiplied by, and what remains of the scale for their products. Queries take the power
-    // of two: their digits stay as they are, and a product overflows only where the score does.
+    // Returns the factor of packed queries, and the remaining factor of their products. Queries take the power
+    // of two, which keeps their digits, so that a product overflows only if the score does.
     static C query_factor(double scale) { return power_of_two<C>(scale); }
     static double score_factor(double scale) { return scale == 0 ? 1.0 : scale / double(query_factor(scale)); }
 
@@ -266,7 +267,7 @@ struct Plain : InPlace<Compute, panel<Compute>> {
         return kKeys * round_up(dim, lanes<C>) * (int64_t)sizeof(C);
     }
 
-    // The rows themselves where they can be read in place, else copies: rows far apart would evict each other from L1.
+    // Returns the rows in place if possible, else copies, because rows far apart would evict each other from L1.
     static Keys load_keys(const KeyRows &keys, int64_t j, int64_t n, int64_t dim, int, char *buffer) {
         const bool dense = keys.in_order() && keys.rows.stride == dim * (int64_t)sizeof(C);
         if (dense && keys.rows.dtype == dtype_of<C>) return {reinterpret_cast<const C *>(keys.row(j)), dim};
@@ -320,7 +321,7 @@ struct Plain : InPlace<Compute, panel<Compute>> {
     static int64_t row_buffer(int64_t dim) { return kBlockQ * round_up(dim, lanes<C>) * (int64_t)sizeof(C); }
 
     static Rows load_rows(const StridedRows &rows, int64_t n, int64_t dim, char *buffer) {
-        // Rows far apart would evict each other from L1, where every tile of keys reads them again.
+        // Copy rows that are far apart. They would evict each other from L1, and every tile of keys reads them again.
         const bool dense = rows.stride == dim * (int64_t)sizeof(C);
         if (rows.dtype == dtype_of<C> && dim % lanes<C> == 0 && dense) {
             return {reinterpret_cast<const C *>(rows.data), rows.stride / (int64_t)sizeof(C)};
@@ -343,7 +344,7 @@ struct Plain : InPlace<Compute, panel<Compute>> {
         });
     }
 
-    // Of all `count` blocks, see WeightedRows.
+    // For all `count` blocks, see WeightedRows.
     template <class Weighted>
     static void accumulate_dk(const Weighted *blocks, int64_t count, int64_t n, int64_t dim, C *out, int64_t stride) {
         for (const Weighted *w = blocks; w < blocks + count; ++w) {
@@ -365,7 +366,7 @@ struct Plain : InPlace<Compute, panel<Compute>> {
     static double peak(int64_t n, volatile double *sink) { return peak_rounds<C>(n, sink); }
 };
 
-// The products M that compute a dtype. An instruction set that has better ones for a dtype specializes this.
+// The products M that compute a dtype. An instruction set with faster products for a dtype specializes this.
 template <int32_t dtype>
 struct Products {
     using M = Plain<float>;

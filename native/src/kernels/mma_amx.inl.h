@@ -89,7 +89,7 @@ ANYATTN_INLINE void pair_rows(U32 *x, const char *const *rows, int64_t offset, i
     }
 }
 
-// Queries stay as they are but for the sign, as those of tiles do: both share partial results.
+// Only the sign of queries changes, as in the tile products, because both share partial results.
 struct FewAmx : Few<float> {
     static float query_factor(double scale) { return scale < 0 ? -1.0f : scale > 0 ? 1.0f : 0.0f; }
     static double score_factor(double scale) { return scale < 0 ? -scale : scale > 0 ? scale : 1.0; }
@@ -124,7 +124,7 @@ struct Amx {
     static constexpr bool weights_in_scores = false, gradients_in_scores = false, finds_top = false;
     static constexpr int64_t kUnitBytes = kChunk * kRow;  // of P or dS of 32 queries
 
-    // Keys that stay in L2 while the panels of all blocks pass.
+    // Keys that stay in L2 while all panels of all blocks read them.
     static int64_t tile_keys(const anyattn_call &call) {
         const int64_t dim = max64(call.head_dim, call.head_dim_v);
         return kChunk * (dim <= 128 ? 4 : dim <= 256 ? 2 : 1);
@@ -151,8 +151,8 @@ struct Amx {
         return (use & kSumDim ? rows_bytes(dim, keys) : 0) + (use & kSumKeys ? keys * sides_of(dim) * kStep : 0);
     }
 
-    // Rows are read in place where each is whole cache lines (a tile of others takes 6 times as long to load), they lie
-    // close together, and whole tiles of them are there.
+    // Rows are read in place if each fills whole cache lines, they are close together, and they fill whole tiles. Loading a
+    // tile of other rows takes 6 times as long.
     static Keys load_keys(const KeyRows &keys, int64_t j, int64_t n, int64_t dim, int use, char *buffer) {
         const char *rows[4 * kChunk];
         keys.for_each(j, n, [&](int64_t i, const char *row) { rows[i] = row; });
@@ -198,7 +198,7 @@ struct Amx {
         }
     }
 
-    // Of whole tiles of keys: rows of S beyond n take whatever the products of zeros or of later keys are.
+    // Computes whole tiles of keys. Rows of S beyond n hold products of zeros or of later keys.
     static void scores(const Keys &keys, int64_t first, int64_t n, int64_t dim, const Packed *q, int, float *S, V *,
                        TileAhead &ahead) {
         ahead.k.fetch(kSide);
@@ -238,7 +238,7 @@ struct Amx {
         });
     }
 
-    // Nearly always by 1: a base rises in a row's first keys.
+    // The factor is nearly always 1, because a base rises only in a row's first keys.
     static ANYATTN_NOINLINE void rescale(float *O, int64_t rows, V alpha) {
         const V one = splat(1.0f);
         if (!any_exceeds(absolute(alpha - one), V{})) return;
@@ -247,7 +247,7 @@ struct Amx {
 
     static constexpr int64_t kUnits = kBlockQ / kUnit;
     static int64_t gradients_size() { return 2 * kUnits * kUnitBytes + kChunk / 2 * kRow; }
-    // Zeros for panels without rows, which share tiles with others.
+    // Write zeros for panels without rows, because they share tiles with other panels.
     static Gradients gradients(float *, float *, char *buffer) {
         __builtin_memset(buffer, 0, 2 * kUnits * kUnitBytes);
         char *ds = buffer + kUnits * kUnitBytes;
@@ -291,7 +291,7 @@ struct Amx {
         return {buffer};
     }
 
-    // The units of all blocks that see a key: weights(block), and the rows that they weight.
+    // The units of all blocks with visible keys: weights(block), and the rows that they weight.
     template <class Weighted, class Weights>
     static void accumulate_units(const Weighted *blocks, int64_t count, int64_t n, int64_t dim, float *out,
                                  int64_t stride, Rows Weighted::*rows, const Weights &weights) {

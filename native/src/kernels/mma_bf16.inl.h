@@ -1,5 +1,5 @@
-// Matrix products of bfloat16 pairs (vdpbf16ps), accumulated in float; the same shapes as mma.inl.h. A pair is two
-// neighbours along what a product sums over: of a row of k, q or dout as it lies in memory, or of two rows put together.
+// Matrix products of bfloat16 pairs (vdpbf16ps), accumulated in float, in the shapes of mma.inl.h. A pair holds two
+// neighbours along the summed axis: from one row of k, q or dout in place, or from two interleaved rows.
 #pragma once
 #include "mma.inl.h"
 
@@ -190,7 +190,7 @@ struct Dot {
                        const float *factors) {
         Plain<float>::unpack(rows, dtype, out, n, dim, factors);
     }
-    // Queries stay as they are but for the sign: the maximum of products times a factor > 0 is that of the scores.
+    // Only the sign of queries changes. The maximum of products times a factor > 0 is the maximum of the scores.
     static float query_factor(double scale) { return scale < 0 ? -1.0f : scale > 0 ? 1.0f : 0.0f; }
     static double score_factor(double scale) { return scale < 0 ? -scale : scale > 0 ? scale : 1.0; }
 
@@ -202,7 +202,8 @@ struct Dot {
 
     static Keys load_keys(const KeyRows &keys, int64_t j, int64_t n, int64_t dim, int use, char *buffer) {
         Keys result{keys.row(j), keys.rows.stride, nullptr, round_up(dim, 16)};
-        // Rows far apart would evict each other from L1; and a pair must not reach into the next row.
+        // Copy all other rows: rows far apart would evict each other from L1, and with an odd length a pair would reach into
+        // the next row.
         const bool dense = keys.in_order() && keys.rows.stride == 2 * dim && dim % 2 == 0;
         if ((use & kSumDim) && !dense) {
             result.rows = buffer;
@@ -235,15 +236,15 @@ struct Dot {
         });
     }
 
-    // Into row j / 2 of the tile, which has been read before.
+    // Written to row j / 2 of the tile, which was read before.
     static ANYATTN_INLINE void store_p(float *S, int64_t j, int c, V p0, V p1) {
         const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
                                                6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
         store(S + j / 2 * panel + 16 * c, _mm512_permutexvar_epi16(order, narrow_pair(p1, p0)));
     }
 
-    // Keys in pairs from `first`, which is even. A last key alone must not bring its neighbour, which these queries may
-    // not see: 0 times infinity is not 0.
+    // Keys in pairs from `first`, which is even. A single last key must be paired with zero: its neighbour may be masked for
+    // these queries, and 0 times infinity is not 0.
     static void accumulate(const Keys &keys, int64_t first, int64_t n, int64_t dim, const void *P, int rows, float *O,
                            const float *alpha, TileAhead &) {
         Pair *v = keys.pairs + first / 2 * keys.pair_stride, *last = v + n / 2 * keys.pair_stride;

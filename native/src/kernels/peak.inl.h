@@ -1,4 +1,4 @@
-// How fast this instruction set multiplies and adds at best: independent sums, registers alone. What `bench` divides by.
+// Peak rate of multiply-adds of this instruction set: independent sums in registers only. `bench` divides by it.
 #pragma once
 #include "vector.inl.h"
 
@@ -18,7 +18,7 @@ ANYATTN_INLINE void for_sums(V (&acc)[kRows][kPanelVectors], const Body &body) {
     }
 }
 
-// Floating-point operations of n rounds; the sums go to `sink`, so that no compiler drops them.
+// Returns the floating-point operations of n rounds. The sums go to `sink`, so that no compiler removes them.
 template <class C>
 ANYATTN_NOINLINE double peak_rounds(int64_t n, volatile double *sink) {
     using V = typename Lanes<C>::V;

@@ -35,7 +35,7 @@ ANYATTN_INLINE void store_kept(double *to, U32 kept, double value) {
     for (int i = 0; i < lanes<float>; ++i) to[i] = kept[i] ? value : 0.0;
 }
 
-// What the entries of one tile count by: queries and heads lane by lane, keys row by row.
+// Indices that the counters of one tile use: queries and heads by lane, keys by row.
 struct DropoutCounter {
     uint64_t seed;
     uint32_t offset, threshold;

@@ -42,10 +42,10 @@ ANYATTN_NOINLINE typename M::V risen_base(const typename M::C *S, int64_t n, int
     return sum <= splat(C(kLargestSum)) ? before : top;
 }
 
-// S to P; m, l and alpha of the panel for its new base. Rows where nothing was seen yet stay at l = 0. Exponents are
-// factor (S - m): exactly 0 for the base, whatever its size. Works on pairs of keys: S has a row to spare.
-// The base m is the largest score so far, or, where the products do not find it (M::finds_top), one that no weight
-// exceeds by much: weights are computed with the base there is, and again where their sum says that it must rise.
+// Replaces S by P, and updates m, l and alpha of the panel for its new base. Rows without visible keys so far keep l = 0.
+// Exponents are factor (S - m), which is exactly 0 for the base. Works on pairs of keys, for which S has a spare row.
+// The base m is the largest score so far if the products find it (M::finds_top). Otherwise weights are computed with the
+// current base, and again with a higher one if their sum is too large.
 template <class M>
 ANYATTN_NOINLINE void softmax_pass(typename M::C *S, typename M::C *P, int64_t n, int vectors, typename M::C factor,
                                    const typename M::V *top, typename M::C *keep, typename M::C *m, typename M::C *l,
@@ -54,7 +54,7 @@ ANYATTN_NOINLINE void softmax_pass(typename M::C *S, typename M::C *P, int64_t n
     using V = typename M::V;
     constexpr int width = lanes<C>;
     const V scale = splat(factor);
-    // A maximum that overflows in log2 units hides the row's keys: their exponents are -inf.
+    // A maximum that overflows in log2 units masks the row's keys, because their exponents are -inf.
     const auto usable = [&](V m) { return m * scale == splat(-infinity(C())) ? V{} : m; };
     for (int c = 0; c < vectors; ++c) {
         if (n % 2) {
@@ -67,7 +67,7 @@ ANYATTN_NOINLINE void softmax_pass(typename M::C *S, typename M::C *P, int64_t n
             now = larger(before, top[c]);
             sum = weigh<M>(S, P, n, c, scale, usable(now), keep);
         } else {
-            // The base is -inf before any key was seen, and where it overflows in log2 units: an infinite sum.
+            // The base is -inf before the first visible key, and if it overflows in log2 units, which gives an infinite sum.
             sum = weigh<M>(S, P, n, c, scale, now * scale == splat(-infinity(C())) ? splat(-infinity(C())) : now, keep);
             if (any_exceeds(sum, splat(C(kLargestSum)))) {
                 now = risen_base<M>(S, n, c, before, sum);
@@ -81,7 +81,7 @@ ANYATTN_NOINLINE void softmax_pass(typename M::C *S, typename M::C *P, int64_t n
     }
 }
 
-// Rows that have seen no key.
+// Rows without visible keys so far.
 template <class C>
 void clear_sums(C *m, C *l) {
     for (int i = 0; i < kBlockQ; ++i) {
@@ -90,8 +90,8 @@ void clear_sums(C *m, C *l) {
     }
 }
 
-// What the softmax of a block needs: a tile of one panel, and per row its maximum, its sum of weights and what its
-// sums of values are multiplied by after a tile.
+// Memory for the softmax of a block: a tile of one panel, and for each row its maximum, its sum of weights and the factor
+// of its sums of values after a tile.
 template <class M>
 struct SoftmaxRows {
     using C = typename M::C;

@@ -1,4 +1,4 @@
-// What the backward pass knows of its rows before it visits keys: what turns their scores into P, and delta.
+// Statistics of rows that the backward pass computes before it visits keys: the terms that turn scores into P, and delta.
 #pragma once
 #include "few.inl.h"
 #include "softmax.inl.h"
@@ -11,7 +11,7 @@ namespace {
 inline double largest_trusted_lse(const anyattn_call &call) { return dtype_size(call.q.dtype) == 2 ? 1024 : 128; }
 
 // Per row of a block: P_ij = 2^(factor (S_ij - base_i) - rest_i), and what dP_ij is compared with. base is close to the
-// largest S_ij, so that their difference loses nothing, or inf where the row saw nothing.
+// largest S_ij, so that their difference is exact, or inf if the row has no visible key.
 template <class C>
 struct RowStatistics {
     static constexpr int64_t size = 4 * kBlockQ;
@@ -22,7 +22,7 @@ struct RowStatistics {
         : base(data), rest(data + kBlockQ), delta(data + 2 * kBlockQ), sink(data + 3 * kBlockQ) {}
 };
 
-// Packed q of a block, and what is known of its rows (RowStatistics).
+// Packed q of a block, and the statistics of its rows (RowStatistics).
 template <class M>
 struct QueryRows {
     using C = typename M::C;
@@ -37,7 +37,7 @@ struct QueryRows {
     }
 };
 
-// And packed dout.
+// Packed q and dout of a block.
 template <class M>
 struct BackwardRows : QueryRows<M> {
     int64_t dout_size;  // of one panel
@@ -49,7 +49,7 @@ struct BackwardRows : QueryRows<M> {
     }
 };
 
-// Tiles of P and dS, and what they are computed from, for any block.
+// Tiles of P and dS, and scratch memory to compute them, for any block.
 template <class M>
 struct TileScratch {
     using C = typename M::C;
@@ -141,9 +141,9 @@ ANYATTN_NOINLINE void sum_rows(const Block<M> &block, const QueryRows<M> &of_blo
     }
 }
 
-// The statistics of rows whose lse is large: from their own maximum and sum. A saved lse that is larger than theirs by
-// more than rounding explains is that of more keys, as in a part of a distributed sequence: P is a part of 1 there, and
-// lse stays.
+// Recomputes the statistics of rows whose lse is large from their maximum and sum. If the saved lse exceeds the new one
+// by more than rounding, it belongs to more keys, as in one rank's share of a sequence. P then sums to less than 1, and
+// the saved lse is kept.
 template <class M>
 ANYATTN_NOINLINE void refine_statistics(const Block<M> &block, const QueryRows<M> &of_block, const TileScratch<M> &w) {
     using C = typename M::C;
@@ -194,14 +194,14 @@ void fill_statistics(const Block<M> &block, const BackwardRows<M> &of_block, con
     if (read_lse(block, rows) > largest_trusted_lse(block.call)) refine_statistics(block, of_block, w);
 }
 
-// What dbias needs of a row. The backward pass leaves it in the workspace for every row of every head, because a task
-// of dbias visits rows of many blocks and would have to sum them again.
+// Statistics of a row that dbias needs. The backward pass stores them in the workspace for every row of every head,
+// because a task of dbias visits rows of many blocks and would have to recompute them.
 template <class C>
 struct StoredRow {
     C base, rest, delta;
 };
 
-// The place of row r of a block: heads have seqlen_q rows each.
+// Returns the index of row r of a block. Each head has seqlen_q rows.
 template <class C, int P>
 int64_t stored_index(const ScoreBlock<C, P> &block, int r) {
     return (block.s.index * block.call.nheads + block.head(r)) * block.call.seqlen_q + block.row(r);

@@ -73,7 +73,7 @@ int64_t partial_stride(const anyattn_call &call, int64_t dim) { return round_up(
 bool partial_in_place(const anyattn_call &call) {
     const int32_t dtype = call.q.dtype == ANYATTN_FLOAT64 ? ANYATTN_FLOAT64 : ANYATTN_FLOAT32;
     const int64_t width = lanes_of(call);
-    // Rows far apart by a power of two share few places in the caches: better a dense copy.
+    // Rows that are a power of two apart share few cache sets, so that a dense copy is faster.
     const auto crowded = [&](const anyattn_array &array, int64_t dim) {
         return array.stride[1] != dim && array.stride[1] * dtype_size(dtype) % 1024 == 0;
     };
@@ -92,7 +92,7 @@ auto with_rows(const anyattn_call &call, int64_t rows, const Body &body) {
 }
 
 void forward(const anyattn_call &call, const BlockSet &set, int64_t begin, int64_t end, void *partial, void *memory) {
-    // The last rows of a long sequence are computed like its others, whichever blocks they share a task with.
+    // The last rows of a long sequence use the same products as its other rows, in any task.
     const bool is_long = !has_key_lists(call) && sequence(call, set.first.b).n_q > kBlockQ;
     with_rows(call, is_long ? kBlockQ : set.first.heads * set.first.rows, [&](auto m) {
         using M = decltype(m);

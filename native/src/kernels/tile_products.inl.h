@@ -119,7 +119,7 @@ ANYATTN_NOINLINE void add_key_gradients(const WeightedUnit *units, int64_t count
             add_units<1, 1>(units, count, key * kRow, d * kRow, c, row);
         }
     }
-    // Rows beyond the last key are not ours.
+    // Rows after the last key belong to other tasks.
     for (int64_t d = 0; key < n && d < dim; d += kSide) {
         alignas(64) char c[kTileBytes] = {};
         for (int64_t i = key; i < n; ++i) __builtin_memcpy(c + (i - key) * kRow, out + i * row + d * 4, kRow);
@@ -128,8 +128,8 @@ ANYATTN_NOINLINE void add_key_gradients(const WeightedUnit *units, int64_t count
     }
 }
 
-// What a thread holds while it computes: tiles that are configured, as each context switch saves them until they are
-// released; and denormals are flushed, as the tiles do, since some instructions take ten times as long with them.
+// State of a thread while it computes. Tiles are configured only here, because each context switch saves them until they
+// are released. Denormals are flushed, as tiles do, because some instructions take ten times as long with them.
 class Tiles {
   public:
     Tiles() {

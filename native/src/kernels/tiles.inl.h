@@ -1,5 +1,5 @@
-// Tile registers (Intel AMX): 8 registers of 16 rows of 64 bytes, the only shape that is used here. The hardware's or, where
-// ANYATTN_EMULATED_TILES is defined, the same results bit by bit without them.
+// Tile registers (Intel AMX): 8 registers of 16 rows of 64 bytes, the only shape used here. If ANYATTN_EMULATED_TILES is
+// defined, an emulation gives the same bits without the hardware.
 #pragma once
 #include "tiles_emulated.inl.h"
 #include "tiles_hardware.inl.h"

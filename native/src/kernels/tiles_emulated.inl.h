@@ -57,7 +57,7 @@ inline float multiply_add(float a, float b, float c) {
     if (plain != plain) return from_bits(0xffc00000u);  // infinity minus infinity, or 0 times infinity
     const double sum = plain - plain == 0 ? odd_sum(product, double(c)) : plain;
     const double size = sum < 0 ? -sum : sum;
-    // Tiny numbers are rounded as if the exponent had no limit, and are then zeros where they are still too small.
+    // Tiny numbers are rounded as if the exponent had no limit, and then flushed to zero if they are still too small.
     if (size != 0 && size < 0x1.fffffep-127) return sum < 0 ? -0.0f : 0.0f;
     if (size < 0x1p-126 && size != 0) return flushed(float(double(float(sum * 0x1p64)) * 0x1p-64));
     return flushed(float(sum));
@@ -83,7 +83,7 @@ inline float number(uint32_t bits) { return flushed(from_bits(bits)); }
 }
 
 #if defined(__AVX512F__)
-// By vectors, which compute the same steps while denormals are flushed and sums are rounded to nearest.
+// Vector code that computes the same steps while denormals are flushed and sums are rounded to nearest.
 ANYATTN_NOINLINE void multiply_flushed(Tile &c, const Tile &a, const Tile &b) {
     for (int i = 0; i < 16; ++i) {
         __m512 even = _mm512_setzero_ps(), odd = _mm512_setzero_ps();

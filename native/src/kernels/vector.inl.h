@@ -10,7 +10,7 @@
 #endif
 
 #if defined(__GNUC__) && !defined(__clang__)
-// GCC 12 takes the undefined operands inside its own intrinsics for mistakes.
+// GCC 12 warns about the undefined operands inside its own intrinsics.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
@@ -65,7 +65,7 @@ using U64 = Lanes<double>::U;
 
 template <class C>
 constexpr int lanes = Lanes<C>::count;
-// Queries of one panel: what a register tile is wide.
+// Queries of one panel, which is the width of a register tile.
 template <class C>
 constexpr int panel = Lanes<C>::count * kPanelVectors;
 
@@ -115,7 +115,7 @@ ANYATTN_INLINE F64 copysign(F64 size, F64 sign) {
     return (F64)(((U64)size & ~bit) | ((U64)sign & bit));
 }
 
-// The exponent a b of 2 as n + f, n an integer and f between -0.5 and 0.5. scaled() multiplies by 2^n, or by 0 where the
+// The exponent a b of 2 as n + f, with an integer n and f from -0.5 to 0.5. scaled() multiplies by 2^n, or by 0 if the
 // exponent is below `lowest`.
 #if defined(__AVX512F__)
 template <class V>
@@ -222,7 +222,7 @@ ANYATTN_INLINE F32 tanh(F32 x) {
     return x * p * reciprocal(q);
 }
 
-// Polynomials (Cephes) where tanh is nearly x; outside, exp2 loses nothing.
+// Polynomials (Cephes) where tanh is nearly x. Elsewhere exp2 is accurate.
 ANYATTN_INLINE F64 tanh(F64 x) {
     const F64 size = absolute(x), z = x * x;
     F64 p = splat(-9.64399179425052238628e-1);
