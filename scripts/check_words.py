@@ -16,7 +16,7 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
-FOLDERS = ("src", "scripts", "examples", "benchmarks")
+FOLDERS = ("src", "scripts", "examples", "benchmarks", "tests")
 PLACES = 3  # shown per word without --all
 
 OPENER = re.compile(r"(What|Where|Which|Whether|How|Those|The same|Of)\b")

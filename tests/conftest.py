@@ -13,7 +13,7 @@ os.environ.setdefault("MKL_NUM_THREADS", "1")
 # Triton's kernels run here in its interpreter; it reads this when they are first imported.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("ANYATTN_VULKAN_SOFTWARE", "1")
-# no folder: no measurement of this machine decides what is tested, and nothing is left behind
+# no folder: no measurement of this machine decides what is tested, and no file remains
 os.environ["ANYATTN_CACHE"] = f"{os.devnull}/anyattn"
 
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ settings.register_profile(
 settings.register_profile("full", settings.get_profile("default"), max_examples=2000)
 settings.load_profile("default")
 
-# transformers, and what needs it, has left Python 3.10 behind (requirements/test.txt).
+# transformers, and packages that need it, no longer support Python 3.10 (requirements/test.txt).
 RECENT = [
     "compat/test_diffusion.py",
     "compat/test_onnx.py",
@@ -81,7 +81,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def engine(request: pytest.FixtureRequest) -> Engine:
-    """Return a backend of this machine whose settings are in force: see harness/selection.py."""
+    """Return a backend of this machine whose settings are active: see harness/selection.py."""
     engine: Engine = request.param
     engine.use(THREADS)
     return engine

@@ -40,7 +40,7 @@ from harness.memory import Memory, guarded_empty
 
 # One problem in 50 is a single head with as many rows and keys as it drew.
 LIMITS = testing.Limits(smallest=0, shortest=0, longest=4096, head_dim=260, scores=2**20, single_head_in=50)
-# What may stay behind: scratch that a thread keeps (8 MiB), plans, and holes in the heap.
+# Memory that may remain: scratch memory of a thread (8 MiB), plans, and holes in the heap.
 GROWTH_MIB = 24
 WARM_UP = 200  # problems
 LEAST = 1e-300

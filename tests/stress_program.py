@@ -119,7 +119,7 @@ class Program:
         assert found == self.expected[CASES[index].name], f"{CASES[index].name} gave other bits by {framework}"
 
     def calls_in_thread(self, framework: str = "") -> None:
-        """Compute until the program ends; what is wrong is told there."""
+        """Compute until the program ends. Errors are reported at the end."""
         rng = random.Random(self.rng.random())
         while not self.stopping:
             try:
@@ -215,7 +215,7 @@ class Program:
                 self.call(0)
 
     def exception_from_elsewhere(self) -> None:
-        """Another thread is told to raise: notebooks and timeouts do that."""
+        """Make another thread raise, as notebooks and timeouts do."""
         ended = []
 
         def work() -> None:
@@ -310,7 +310,7 @@ class Program:
 
     def run(self) -> None:
         for index in range(len(CASES)):
-            self.call(index)  # what is imported at a first call is there; the tests of threads interrupt imports
+            self.call(index)  # modules of a first call are imported already; the tests of threads interrupt imports
         if self.torch:
             self.call(0, "torch")
         beside = [
@@ -331,7 +331,7 @@ class Program:
         for thread in beside:
             thread.join(BOUND)
             assert not thread.is_alive(), "a thread hangs"
-        if how.endswith("_beside_calls"):  # by NumPy: PyTorch's own operators abort a process that ends beside them
+        if how.endswith("_beside_calls"):  # by NumPy: PyTorch's operators abort a process that ends while they run
             self.stopping = False
             threading.Thread(target=self.calls_in_thread, args=("numpy",), daemon=True).start()
             time.sleep(self.rng.uniform(0, 0.02))

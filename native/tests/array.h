@@ -83,7 +83,7 @@ inline void set(const anyattn_array &array, Index i, double value) {
 
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
-// Arrays of one call. Every array lies in a larger one that is full of NaN (INT32_MAX), so that reading or writing beside it shows.
+// Arrays of one call. Every array is inside a larger one that is full of NaN (INT32_MAX), which detects accesses out of bounds.
 class Memory {
   public:
     explicit Memory(uint32_t seed) : random_(seed) {}

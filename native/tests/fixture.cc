@@ -6,7 +6,7 @@
 
 namespace {
 
-// Starts of `batch` sequences of up to `longest` rows, with rows before the first and behind the last.
+// Starts of `batch` sequences of up to `longest` rows, with rows before the first and after the last.
 std::vector<int32_t> draw_starts(Memory &memory, int64_t batch, int64_t longest, int64_t *total) {
     std::vector<int32_t> starts = {3};
     for (int64_t b = 0; b < batch; ++b) {

@@ -232,7 +232,7 @@ TEST(cache_tables) {
     check_forward(
         ANYATTN_UNSUPPORTED, "cache_batch_idx", [](anyattn_call &c) { c.cache_batch_idx = c.seqused_k; }, pages);
     check_refused(ANYATTN_BACKWARD, ANYATTN_UNSUPPORTED, "block_table", [](anyattn_call &) {}, pages);
-    Fixture unused(pages);  // an entry behind the last page in use may be anything
+    Fixture unused(pages);  // an entry after the last page in use may be anything
     use(unused.call);
     table(unused.call.block_table)[2] = -77;
     CHECK(unused.forward() == ANYATTN_SUCCESS);

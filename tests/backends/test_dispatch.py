@@ -28,7 +28,7 @@ def _fresh() -> Iterator[None]:
 
 @pytest.fixture
 def refusing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cpu backend that is there and supports nothing."""
+    """An available cpu backend that supports nothing."""
 
     def supports(problem: Problem) -> list[str]:
         return ["not today"]

@@ -80,7 +80,7 @@ def test_bias_gradient_is_stored_once() -> None:
 
 
 def test_nan_in_keys_between_the_intervals_of_queries_changes_nothing() -> None:
-    """Negative bounds with chunks leave keys that no row sees in the middle of a tile; NaN there changes nothing."""
+    """Negative bounds with chunks leave masked keys in the middle of a tile. NaN in them changes nothing."""
     options = Options(left=-3, right=5, chunk=8, alignment="top-left")
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal((1, 40, 2, 8), np.float32) for _ in range(3))

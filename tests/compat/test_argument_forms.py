@@ -43,7 +43,7 @@ SCORES = (BATCH, NHEADS, ROWS, KEYS)
 
 @dataclass
 class Function:
-    """A drop-in, the shapes of its arrays, and the arguments that it needs besides."""
+    """A drop-in, the shapes of its arrays, and its other required arguments."""
 
     call: Callable[..., Any]
     shapes: dict[str, tuple[int, ...]]
@@ -59,7 +59,7 @@ class Function:
         return {name: normal(*shape, seed=seed, dtype=DTYPE) for seed, (name, shape) in enumerate(self.shapes.items())}
 
     def __call__(self, **changes: Any) -> list[Tensor]:
-        """Return all results as tensors; dropout is drawn from one seed."""
+        """Return all results as tensors; dropout uses one seed."""
         given = {**self.arrays(), **self.fixed, **changes}
         if self.numpy:
             tensors = {name: x for name, x in given.items() if isinstance(x, Tensor) and x.ndim}

@@ -246,7 +246,7 @@ def test_gathered_keys_equal_a_mask(absorbed: bool) -> None:
 
 @pytest.mark.parametrize("packed_q", [False, True])
 def test_gathered_keys_count_within_packed_sequences(packed_q: bool) -> None:
-    """Entries count inside the query's own sequence; those of the next sequence are no keys."""
+    """Check that entries count inside the query's own sequence, and that entries beyond its end are ignored."""
     q, k, v = (x.detach() for x in dense())
     indices = lists(5, 7, 2)
     each = [(slice(b, b + 1), slice(0, n)) for b, n in enumerate((4, 7))]

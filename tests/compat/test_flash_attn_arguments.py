@@ -30,7 +30,7 @@ Dense = tuple[Tensor, Tensor, Tensor]
 
 @dataclass
 class Call:
-    """A function, its tensors, the arguments that it needs besides, and its tensors as dense q, k, v."""
+    """A function, its tensors, its other required arguments, and its tensors as dense q, k, v."""
 
     function: Callable[..., Any]
     shapes: dict[str, tuple[int, ...]]
@@ -145,7 +145,7 @@ REFUSED = {
     "aux_tensors",
     "aux_scalars",
 }
-# Each has a test of its own, below or beside the other results of its function.
+# Each has a separate test, below or with the other results of its function.
 ELSEWHERE = {
     *("cu_seqlens_q", "cu_seqlens_k", "cu_seqlens", "max_seqlen_q", "max_seqlen_k", "max_seqlen"),
     *("seqused_q", "seqused_k", "leftpad_k", "block_table", "page_table"),
@@ -176,7 +176,7 @@ def test_every_parameter_is_tested(kind: str) -> None:
 
 
 def check(call: Call, arguments: dict[str, Any], want: Callable[..., Tensor]) -> None:
-    """out and the gradients of the call against those of want(q, k, v), in dense tensors."""
+    """Compare out and the gradients of the call with want(q, k, v), in dense tensors."""
     tensors = call.tensors()
     leaves = [x.detach().clone().requires_grad_() for x in tensors]
     got, expected = call.out(tensors, arguments), want(*call.dense(*leaves))

@@ -1,4 +1,4 @@
-"""flash_attn_with_kvcache of flash_attn 2 and 3: what is appended, bit by bit, and the attention behind it."""
+"""flash_attn_with_kvcache of flash_attn 2 and 3: appended values, bit by bit, and the attention after them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FP8 = torch.float8_e4m3fn
 
 @dataclass(frozen=True)
 class Setup:
-    """One call: where keys lie, how many rows and new keys there are, and how they are rotated."""
+    """One call: storage of the keys, numbers of rows and new keys, and rotation."""
 
     place: str = "dense"  # or "entries", "paged", "leftpad"
     rows: int = 3

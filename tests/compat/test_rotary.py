@@ -144,7 +144,7 @@ def test_conjugate_inverts_the_rotation() -> None:
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("scale_base", [None, 512.0])
 def test_scores_of_embeddings_depend_only_on_the_distance(interleaved: bool, scale_base: float | None) -> None:
-    """The property that rotary positions are for; with XPos the scores decay besides."""
+    """Check the purpose of rotary positions. With XPos the scores also decay."""
     embedding = RotaryEmbedding(8, 100.0, interleaved, scale_base)
     q, k = (normal(1, 1, 1, 8, seed=seed).expand(1, 16, 1, 8).clone() for seed in (0, 1))
     v = torch.zeros_like(k)

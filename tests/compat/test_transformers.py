@@ -89,7 +89,7 @@ def test_packed_sequences_equal_each_sequence_alone(name: str, calls: list[dict[
 @pytest.mark.parametrize("extra", [{}, {"use_cache": False, "attention_mask": torch.ones(1, sum(LENGTHS))}])
 @pytest.mark.parametrize("name", ["gpt_oss", "mistral"])
 def test_restarting_positions_with_a_cache_or_a_mask_are_one_sequence(name: str, extra: dict[str, Any]) -> None:
-    """Eager attention says so, and the layers of hybrid models that have a state; a warning tells the user."""
+    """Check that the result is that of eager attention, and that a warning informs the user."""
     model, given = built(name), packed() | extra
     want = models.logits(model, "eager", **given)
     with pytest.warns(UserWarning, match="position_ids restart"):
@@ -128,7 +128,7 @@ def test_cu_seq_lens_give_the_result_of_position_ids(calls: list[dict[str, Any]]
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt_oss"])
 @pytest.mark.parametrize("cache_class", ["DynamicCache", "StaticCache"])
 def test_prefill_in_chunks_equals_eager_attention(name: str, cache_class: str, side: str) -> None:
-    """Several rows behind a cache: their positions come from it, with padding and window."""
+    """Compute several rows after a cache, whose positions come from the cache, with padding and window."""
     import transformers
 
     model, given = built(name), models.inputs(MODELS[name], side)
@@ -199,7 +199,7 @@ def test_custom_dense_mask_replaces_the_causal_mask(dtype: torch.dtype, calls: l
 
 
 def test_position_bias_and_float_mask_are_both_added() -> None:
-    """T5's bias beside a mask of the caller's own."""
+    """Add T5's bias and a mask of the caller."""
     q, k, v, bias, mask = (torch.randn(2, 4, 6, n, generator=torch.Generator().manual_seed(n)) for n in (8, 8, 8, 6, 6))
     mask = mask * 2
     got, _ = adapter.attention(torch.nn.Module(), q, k, v, mask, scaling=1.0, position_bias=bias)

@@ -89,7 +89,7 @@ def test_batch_invariant_results_equal_those_of_each_sequence_alone(
 
 
 def test_batch_invariant_results_do_not_depend_on_longer_sequences(engine: Engine) -> None:
-    """A short sequence in a batch whose others are far longer, and the slots behind it many."""
+    """Check a short sequence in a batch with a far longer one, with many unused slots."""
     rng = np.random.default_rng(0)
     q = rng.standard_normal((2, 2, 4, 32)).astype(np.float32)
     k, v = (rng.standard_normal((2, 4000, 4, 32)).astype(np.float32) for _ in range(2))
@@ -104,7 +104,7 @@ def test_padded_packed_and_paged_drop_the_same_entries(engine: Engine) -> None:
     n, lengths, size = 50, [50, 20, 37], 16
     ones = np.ones((3, n, 2, 4), np.float32)
     keys = np.zeros((3, n, 2, 2 * n), np.float32)
-    keys[:, np.arange(n), :, np.arange(n)] = 1  # value j is the unit vector j: out tells which keys were kept
+    keys[:, np.arange(n), :, np.arange(n)] = 1  # value j is the unit vector j: out shows which keys were kept
     flags = {"dropout_p": 0.5, "seed": 77, "backend": engine.backend}
     dense, _ = anyattn.attention_forward(ones, ones, keys, seqused_q=lengths, seqused_k=lengths, **flags)
     starts = np.cumsum([0, *lengths])

@@ -67,7 +67,7 @@ def test_negative_bounds_follow_the_formula(left: int, right: int, offset: int) 
 @pytest.mark.parametrize("chunk", [0, 5])
 @pytest.mark.parametrize("bound", [None, 3, 16, 17, 10**12, 2**62])
 def test_bounds_of_a_problem_are_clamped_without_effect(bound: int | None, chunk: int) -> None:
-    """make_problem clamps window sides so that positions never overflow: the rows see the same keys."""
+    """Check that clamping window sides against overflow does not change the visible keys."""
     array = adapter.describe(np.zeros((1, 8, 1, 4)))
     problem = make_problem({"q": array, "k": array, "v": array}, Options(left=bound, right=bound, chunk=chunk))
     lo, hi = problem.interval.bounds(np.arange(8), 8)

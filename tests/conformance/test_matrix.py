@@ -1,6 +1,6 @@
 """Every case on every engine, forward and backward, against float64 within the budget that accuracy.py derives.
 
-Inputs lie in NaN, results start as NaN between guards, and no input may change. What an engine refuses must raise with
+NaN surrounds inputs, results start as NaN between guards, no input may change. What an engine refuses must raise with
 its reasons.
 """
 

@@ -19,7 +19,7 @@ pytestmark = every_backend()
 
 
 def parts(case: Case, splits: list[int], engine: Engine) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(out, lse) over each run of keys; positions are those of the whole, by a given offset."""
+    """Return (out, lse) over each run of keys, with positions in the whole sequence by a given offset."""
     given = make_inputs(case).arguments
     q, k, v = given["q"], given["k"], given["v"]
     edges = [0, *splits, case.seqlen_k]

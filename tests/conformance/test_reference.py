@@ -65,7 +65,7 @@ def _loss(inputs: CaseInputs, name: str, value: np.ndarray) -> float:
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(17, 17), (9, 23)])
 def test_reference_equals_sdpa(causal: bool, seqlen_q: int, seqlen_k: int) -> None:
-    """torch's is_causal is aligned to the top left, and reads keys that no row sees."""
+    """Compare with torch's is_causal, aligned to the top left. torch reads unused memory, so NaN becomes 0."""
     case = Case("sdpa", seqlen_q=seqlen_q, seqlen_k=seqlen_k, group=3, dtype="float64", causal=causal)
     case = replace(case, alignment="top-left")
     inputs = make_inputs(case)

@@ -1,4 +1,4 @@
-"""The soak itself: its problems are bounded and have every feature, and what is wrong is told with its seed."""
+"""The soak itself: its problems are bounded and have every feature, and errors are reported with their seed."""
 
 from __future__ import annotations
 

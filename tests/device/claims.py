@@ -90,7 +90,7 @@ CALLS: dict[str, tuple[Callable[..., Tensor], tuple[int, ...]]] = {
 
 
 def decoding(device: str) -> None:
-    """Two steps behind a prompt, with rotary positions, in a paged cache."""
+    """Check two steps after a prompt, with rotary positions, in a paged cache."""
     found = []
     for backend, where in (("triton", device), ("cpu", "cpu")):
         q, new = (x.to(where, copy=True) for x in random((2, 1, 4, 32), (2, 1, 2, 32)))
@@ -198,7 +198,7 @@ def out_of_memory(device: str) -> None:
 
 
 def offsets(device: str) -> None:
-    """Keys and values behind the first 2^31 elements."""
+    """Check keys and values after the first 2^31 elements."""
     cache = torch.zeros(2, 2**20, 8, 128, device=device, dtype=torch.float16)[:, :, :, :]
     last = cache[1:, -300:]
     last.copy_(random(tuple(last.shape), dtype=torch.float16)[0])
@@ -210,7 +210,7 @@ def offsets(device: str) -> None:
 
 
 def float32_precision(device: str) -> None:
-    """Fewer bits where torch is told so, and only then."""
+    """Check that fewer bits are used only if torch's setting allows them."""
     q, k, v = (x.to(device) for x in random(ROWS, ROWS, ROWS))
     exact = anyattn.attention(*(x.cpu().double() for x in (q, k, v)))
     errors = {}

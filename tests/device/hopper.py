@@ -106,7 +106,7 @@ def random_arrays(case: Case, device: str) -> list[torch.Tensor]:
 
 
 def visible(case: Case, device: str) -> torch.Tensor:
-    """(row, key): which keys a row sees."""
+    """Return booleans (row, key): the visible keys of each row."""
     seen = torch.ones(case.seqlen_q, case.seqlen_k, dtype=torch.bool, device=device)
     offset = case.seqlen_k - case.seqlen_q if case.alignment == "bottom-right" else 0
     return seen.tril(offset) if case.causal else seen

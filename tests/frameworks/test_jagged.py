@@ -1,4 +1,4 @@
-"""Jagged nested tensors: packed sequences through anyattn.sdpa and behind torch's own function."""
+"""Jagged nested tensors: packed sequences through anyattn.sdpa and through torch's own function."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def expected(layer: Attention, x: Tensor, context: Tensor | None = None, mask: T
 
 
 def rotated(layer: Attention, x: Tensor) -> Tensor:
-    """Pairs as complex numbers; the angles are those of float32."""
+    """Rotate pairs as complex numbers, with angles in float32."""
     d = layer.rotary_dim
     turned = x[..., :d].double().unflatten(-1, (-1, 2) if layer.rotary_interleaved else (2, -1))
     first, second = turned.unbind(-1 if layer.rotary_interleaved else -2)

@@ -1,4 +1,4 @@
-"""anyattn.sdpa against torch's math path in float64, and anyattn behind torch's own scaled_dot_product_attention."""
+"""anyattn.sdpa against torch's math path in float64, and anyattn as torch's own scaled_dot_product_attention."""
 
 from __future__ import annotations
 
@@ -254,7 +254,7 @@ HOOKED: dict[str, dict[str, Any]] = {
 
 
 def accepted(want: list[Tensor], plain: list[Tensor], exact: list[Tensor], dtype: torch.dtype) -> list[float]:
-    """Largest errors: twice (gradients: three times) that of the math path, and some units of the largest value."""
+    """Return the largest accepted errors: twice (gradients: three times) the math path's, plus some units."""
     eps = torch.finfo(dtype).eps
     return [
         (3 if i else 2) * float((p.double() - e).abs().max()) + (8 if i else 4) * eps * float(e.abs().max())
@@ -293,7 +293,7 @@ def widened(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def narrowed(arguments: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """Float masks in a dtype that torch accepts beside it."""
+    """Convert float masks to a dtype that torch accepts together with `dtype`."""
     return {n: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for n, x in arguments.items()}
 
 

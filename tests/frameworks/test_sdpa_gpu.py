@@ -34,7 +34,7 @@ def leaves(rows: tuple[int, int, int], *, by_rows: bool = False) -> list[Tensor]
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_operators_have_the_bits_of_attention(dropout_p: float, is_causal: bool) -> None:
-    """Bit for bit what anyattn.attention gives, dropout drawn from torch's generator included.
+    """Check that the results have the bits of anyattn.attention, with dropout from torch's generator.
 
     torch calls the operator with is_causal for as many queries as keys, and for CausalBias of the lower right.
     """

@@ -162,7 +162,7 @@ TRIANGLES = {
 def test_causal_bias_of_torch_is_computed(
     triangle: tuple[Any, str], rows: int, keys: int, options: dict[str, Any], recwarn: Any
 ) -> None:
-    """Result and gradients, through sdpa and behind torch's own function; rows without keys give 0."""
+    """Check result and gradients, through sdpa and torch's own function. Rows without keys give 0."""
     make, alignment = triangle
     nheads_kv = 2 if options.get("enable_gqa") else 4
     shapes = ((2, 4, rows, 8), (2, nheads_kv, keys, 8), (2, nheads_kv, keys, 8))

@@ -248,7 +248,7 @@ NEW = (normal(2, 2, 4, 8, seed=1), normal(2, 2, 2, 8, seed=2), normal(2, 2, 2, 8
 
 
 def step(cache: list[Tensor], lengths: Any, **options: Any) -> Tensor:
-    """Two rows of two sequences, behind `lengths` keys in the cache."""
+    """Return two rows of two sequences, after `lengths` keys in the cache."""
     q, k, v = NEW
     out: Tensor = anyattn.attention_with_kvcache(q, *cache, k=k, v=v, cache_seqlens=lengths, causal=True, **options)
     return out

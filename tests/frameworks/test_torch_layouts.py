@@ -1,4 +1,4 @@
-"""Tensors laid out at random: each function gives what it gives for contiguous ones, and writes nothing beside them."""
+"""Tensors laid out at random: each function gives the results of contiguous tensors, and writes nothing outside."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_results_do_not_depend_on_strides(name: str, seed: int, engine: Engine) 
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_vmap_accepts_a_shared_block_table(batch: int) -> None:
-    """The table is expanded: its rows lie no max_pages apart."""
+    """Check an expanded table, whose rows are not max_pages apart."""
     given = {name: torch.from_numpy(values(name, 0)) for name in ("pages_k", "pages_v", "q")}
     table, used = torch.tensor(TABLES["block_table"][:batch]), torch.tensor(TABLES["cache_seqlens"][:batch])
     q = torch.stack([given["q"][:batch] * x for x in (1, 2, 3)])

@@ -207,7 +207,7 @@ def test_fake_and_meta_tensors_have_the_right_shapes_and_strides() -> None:
         anyattn.attention(q[..., 1:], k, v)
 
 
-@torch.no_grad()  # torch without CUDA gives no gradient to a tensor that says it is there
+@torch.no_grad()  # torch without CUDA gives no gradient to a CUDA tensor
 def test_fake_tensors_on_a_gpu_stay_on_their_device() -> None:
     """Forward, backward, export and compile see a device that is not here; torch 2.6 compiles for no fake tensor."""
 

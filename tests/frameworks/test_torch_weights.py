@@ -44,7 +44,7 @@ QUERIES: dict[str, Any] = {"all": None, "slice": slice(1, -1), "list": [4, 0, 0]
 
 @pytest.fixture
 def dynamo() -> Iterator[None]:
-    """Nothing compiled before, and nothing left behind."""
+    """Reset Dynamo before and after the test."""
     torch._dynamo.reset()
     counters.clear()
     yield
@@ -156,7 +156,7 @@ def test_results_have_the_dtype_of_q(dtype: torch.dtype) -> None:
 
 
 def test_autocast_rounds_the_inputs_only() -> None:
-    """Inputs are rounded as those of attention; products are not."""
+    """Check that inputs are rounded as in attention, and that products are not."""
     q, k, v = qkv(dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         _, got = with_output(q, k, v, causal=True)

@@ -43,7 +43,7 @@ def pairwise() -> list[Case]:
 
 
 def sampled(seed: int, count: int) -> list[Case]:
-    """Rows of values drawn from the table's columns: enough of them meet nearly every triple of values."""
+    """Return rows of values sampled from the table's columns. Enough rows contain nearly every triple of values."""
     table, rng = _table(), random.Random(seed)
     columns = {name: sorted({row[name] for row in table}) for name in table[0]}
     rows = [{name: rng.choice(values) for name, values in columns.items()} for _ in range(count)]

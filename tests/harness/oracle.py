@@ -19,7 +19,7 @@ LEAVES = ("q", "k", "v", "bias", "sink")
 
 
 def visible(case: Case, span: Span) -> np.ndarray:
-    """(n_q, n_k): which keys the interval lets each row see, rule by rule."""
+    """Return booleans (n_q, n_k): the keys in the interval of each row, rule by rule."""
     p = np.arange(span.n_q)[:, None] + span.offset
     c = np.arange(span.n_k)[None, :] - span.leftpad
     seen = np.broadcast_to(c >= 0, (span.n_q, span.n_k)).copy()
@@ -100,7 +100,7 @@ def _attention(inputs: CaseInputs, leaves: dict[str, Any], dout: Any, dlse: Any)
 
 
 def _head(inputs: CaseInputs, leaves: dict[str, Any], span: Span, h: int) -> tuple[Any, Any, np.ndarray]:
-    """(out, lse, rows that have an lse) of one head; only keys that the interval lets some row see are ever touched."""
+    """Return (out, lse, rows that have an lse) of one head. Reads only keys in the interval of some row."""
     import torch
 
     case, given = inputs.case, inputs.arguments

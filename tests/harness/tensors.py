@@ -1,4 +1,4 @@
-"""Torch tensors for tests: drawn from a seed, in float64 unless asked otherwise, and compared."""
+"""Torch tensors for tests: random values from a seed, by default in float64, and comparisons."""
 
 from __future__ import annotations
 

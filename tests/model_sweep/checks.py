@@ -152,7 +152,7 @@ def greedy(model: Any) -> Iterator[None]:
 
 
 def chunked(model: Any, inputs: Inputs) -> Tensors:
-    """Compute a sequence chunk by chunk behind a cache."""
+    """Compute a sequence chunk by chunk with a cache."""
     decoder_only(model, inputs)
     import transformers
 
@@ -173,7 +173,7 @@ def decoder_only(model: Any, inputs: Inputs) -> None:
 
 def packed(use_cache: bool, compile_it: bool = False) -> Check:
     def check(model: Any, inputs: Inputs) -> Tensors:
-        """Compute three sequences in one row, told apart by their positions alone."""
+        """Compute three sequences in one row, separated only by their positions."""
         decoder_only(model, inputs)
         if "position_ids" not in inspect.signature(model.forward).parameters:
             raise NotApplicable("takes no position_ids")

@@ -21,7 +21,7 @@ HEADS = (
 
 
 class Subject(NamedTuple):
-    """One model to try: a class of transformers, and values that replace those of its configuration."""
+    """One model to try: a class of transformers, and values that replace values of its configuration."""
 
     model_type: str
     variant: str = ""

@@ -153,7 +153,7 @@ def write(path: Path, report: Any) -> None:
 
 
 def finish(name: str, folder: Path, reason: str) -> None:
-    """Turn what a process left behind that did not end well into a report."""
+    """Make a report from the output of a process that failed."""
     path = result_path(folder, name)
     partial = path.with_suffix(".partial")
     if path.exists():

@@ -39,7 +39,7 @@ def run(*command: str | Path, **environment: str) -> str:
 
 
 def link() -> list[str]:
-    """Arguments behind the source file: as the examples' first lines say."""
+    """Return the arguments after the source file, as in the first lines of the examples."""
     library = Path(anyattn.get_library())
     return ["-I", anyattn.get_include(), str(library), f"-Wl,-rpath,{library.parent}", "-lm"]
 

@@ -70,7 +70,7 @@ each_workload = pytest.mark.parametrize(
 
 
 def brute_force(workload: Workload) -> np.ndarray:
-    """(pairs, keys that some row sees), rule by rule."""
+    """Return (visible pairs, keys visible to some row), rule by rule."""
     pairs, keys = 0, 0
     for n_q, n_k in workload.sequences():
         i, j = np.arange(n_q)[:, None] + n_k - n_q, np.arange(n_k)

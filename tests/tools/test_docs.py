@@ -46,7 +46,7 @@ from harness.paths import ROOT
 README = ROOT / "README.md"
 BLOCKS = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in sorted((ROOT / "docs").rglob("*.md"))}
-# The packages of these have left Python 3.10 behind (requirements/test.txt).
+# The packages of these pages no longer support Python 3.10 (requirements/test.txt).
 RECENT = {f"docs/use-with/{name}.md" for name in ("diffusers", "onnx", "transformers")}
 # What it activates is in torch 2.10 and later.
 REGISTRY = hasattr(torch.nn.attention, "restore_flash_attention_impl")

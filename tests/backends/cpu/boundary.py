@@ -48,7 +48,7 @@ NONSENSE = {
     **{f"{name}.data": (0,) for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv")},
     **{f"{name}.reserved": (1, -1) for name in ("q", "v", "lse")},
 }
-# Asks for at most the memory that is there: smaller sizes, fewer strides, fewer arrays, other scalars.
+# Asks for at most the allocated memory: smaller sizes, fewer strides, fewer arrays, other scalars.
 HARMLESS = {
     **dict.fromkeys(("batch", "seqlen_q", "nheads", "nheads_kv", "head_dim", "head_dim_v"), (0, 1, 2)),
     **{f"{name}.stride{axis}": (0,) for name in ("q", "k", "v", "bias", "mask", "dlse", "dout") for axis in range(3)},

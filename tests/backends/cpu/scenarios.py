@@ -343,7 +343,7 @@ def short_lived_threads() -> str:
         thread = threading.Thread(target=lambda: found.append(compute(framework="torch")))
         thread.start()
         thread.join()
-    while threads() > before:  # they end behind our back; the watchdog ends a wait for nothing
+    while threads() > before:  # they end by themselves; the watchdog ends an endless wait
         time.sleep(0.01)
     return one(*found)
 
@@ -385,7 +385,7 @@ def inside_openmp() -> str:
 
 
 def interrupted() -> str:
-    """Ctrl+C at any moment raises behind the call, and the next call is right."""
+    """Check that Ctrl+C at any moment raises after the call, and that the next call is right."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background inherits that it is ignored
     found, interrupts = [compute()], 0
     pid = os.getpid()

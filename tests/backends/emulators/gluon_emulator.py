@@ -113,7 +113,7 @@ class Shared:
 
 
 class Barrier:
-    """An mbarrier: a phase ends when all arrivals and all announced bytes are there."""
+    """An mbarrier: a phase ends when all arrivals and all announced bytes have arrived."""
 
     def __init__(self, name: str) -> None:
         self.name, self.count, self.missing, self.bytes, self.phase = name, 0, 0, 0, 0
@@ -334,7 +334,7 @@ class Descriptor:
         self.block_type = types.SimpleNamespace(nbytes=2 * math.prod(given.block_shape))
 
     def block(self, place: Sequence[Any]) -> tuple[np.ndarray, Sequence[int]]:
-        """The part of a tile that lies inside."""
+        """Return the part of a tile inside the array."""
         starts = [int(start) for start in place]
         inside = tuple(slice(start, start + size) for start, size in zip(starts, self.tile, strict=True))
         return self.view[inside], self.tile

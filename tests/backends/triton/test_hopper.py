@@ -71,7 +71,7 @@ def test_emulated_kernels_equal_the_reference(lengths: tuple[int, int], mask: st
 
 @pytest.mark.parametrize("seed", range(12))
 def test_emulated_kernels_equal_the_reference_on_random_problems(seed: int) -> None:
-    """Several sequences and heads, groups, strides; NaN around and behind what rows see."""
+    """Check several sequences, heads, groups and strides, with NaN in all unused memory."""
     assert not run(aligned(drawn(seed, 300)), seed)
 
 
@@ -104,7 +104,7 @@ def without_interpreter(script: Path, *arguments: str) -> str:
 
 
 def test_compiled_variants_pass_the_checks() -> None:
-    """No spills, registers shared out, and the softmax beside a product that is in flight."""
+    """Check that no register spills, registers are divided, and the softmax overlaps a running product."""
     assert "4 variants, 0 complaints" in without_interpreter(SCRIPTS / "hopper.py", "--only", "bfloat16")
 
 

@@ -74,7 +74,7 @@ def test_decoding_splits_the_keys_and_combines(recorded: Any) -> None:
     forward, combine = found["launches"]
     pointers, splits = found["pointers"], forward["grid"][1]
     assert splits > 1
-    part_lse = pointers["workspace"] + 4 * splits * 2 * 8 * 64  # behind the parts of out
+    part_lse = pointers["workspace"] + 4 * splits * 2 * 8 * 64  # after the parts of out
     assert {pointers["workspace"], part_lse} <= set(addresses(forward)) & set(addresses(combine))
     assert {pointers["out"], pointers["lse"]} <= set(addresses(combine)) - set(addresses(forward))
 

@@ -140,7 +140,7 @@ def test_device_of_an_architecture_name_has_default_limits() -> None:
 
 
 def test_out_of_memory_on_a_gpu_raises_the_error_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Results and workspace are there before anything is written."""
+    """Check that results and workspace are allocated before anything is written."""
 
     def empty(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -111,7 +111,7 @@ def test_work_is_split_into_short_submissions_on_a_slow_device(monkeypatch: pyte
 
 
 def test_device_without_unified_memory_uses_staging_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A device that does not share its memory: everything goes through mapped buffers beside it."""
+    """Emulate a device without shared memory: all data passes through mapped staging buffers."""
     monkeypatch.setattr(engine().memory, "unified", False)
     engine().memory.trim()
     check_forward(named("everything"))

@@ -97,7 +97,7 @@ def test_arrays_larger_than_a_binding_are_bound_in_blocks(monkeypatch: pytest.Mo
 
 
 def test_gradients_do_not_depend_on_the_batch_or_the_number_of_submissions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dropout aside, a sequence's gradients depend on itself alone; nothing depends on how the work is handed over."""
+    """Without dropout, a sequence's gradients depend only on that sequence, and not on how the work is submitted."""
     inputs = make_inputs(replace(named("everything"), dropout_p=0.0, bias="", mask="", alibi="h", batch=3))
     first = checked_gradients(inputs)
     monkeypatch.setattr(current_engine(), "rate", 1e3)
@@ -111,7 +111,7 @@ def test_gradients_do_not_depend_on_the_batch_or_the_number_of_submissions(monke
 
 
 def test_device_without_unified_memory_uses_staging_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A device that does not share its memory: everything goes through mapped buffers beside it."""
+    """Emulate a device without shared memory: all data passes through mapped staging buffers."""
     monkeypatch.setattr(current_engine().memory, "unified", False)
     current_engine().memory.trim()
     check_backward(BACKWARD_CASES[2])

@@ -84,7 +84,7 @@ def test_matrix_of_cases_passes_on_swiftshader(direction: str) -> None:
 
 @pytest.mark.parametrize("path", sorted(BINARIES.glob("*.spv")), ids=lambda path: path.stem)
 def test_shaders_need_no_16_bit_types(path: Path) -> None:
-    """Values of 16 bits lie in pairs in words, for devices without the types; a matrix of them needs the types."""
+    """Check that only matrices need 16-bit types. Other shaders store 16-bit values as pairs in words."""
     words = np.fromfile(path, "<u4").tolist()
     capabilities, at = set(), 5
     while words[at] & 0xFFFF == CAPABILITY:
