@@ -164,7 +164,7 @@ require-native: venv
 		{ echo "To see why: $(PIP) install -v --no-deps --no-build-isolation ."; exit 1; }
 
 # On a machine with a GPU, with the Python whose torch reaches it (PYTHON=...): nothing is installed, so the package is
-# run from the checkout, beside a native library of its own. GPU_ARGS="--part speed" runs one part.
+# run from the checkout, with a separate native library. GPU_ARGS="--part speed" runs one part.
 gpu:
 	cmake -S native -B build/gpu -DCMAKE_BUILD_TYPE=Release -DBUILD_TESTS=OFF
 	cmake --build build/gpu --parallel

@@ -126,7 +126,7 @@ def _parts() -> Iterator[tuple[str, Callable[[Path], str]]]:
     yield "speed", lambda _: markdown.speed(results())
     yield "highlights", lambda _: markdown.highlights(results())
     yield "workloads", lambda _: markdown.workloads(results())
-    for title in ("features", "small calls", "a fresh process", "beside a torch", "peak MiB"):
+    for title in ("features", "small calls", "a fresh process", "next to a torch", "peak MiB"):
         yield f"measured {title}", partial(measured, title)
     for group in masks.GROUPS:
         yield f"masks {group}", partial(picture, f"masks-{group}.svg", f"masks: {group}")

@@ -167,7 +167,7 @@ def _interleaving(section: Results) -> Iterator[Table]:
     for name, title in (("attention", "attention (1, 8, 512, 64)"), ("mm", "torch.mm (512)")):
         alone, after = section[name]["median"], section[f"{name} after"]["median"]
         rows.append((title, f"{alone * 1e3:.3f}", f"{after * 1e3:.3f}", f"{after / alone:.2f}x"))
-    yield Table("beside a torch operation, ms", ("operation", "alone", "right after the other", "ratio"), rows)
+    yield Table("next to a torch operation, ms", ("operation", "alone", "right after the other", "ratio"), rows)
 
 
 def _memory(section: Any) -> Iterator[Table]:

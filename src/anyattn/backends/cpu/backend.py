@@ -21,7 +21,7 @@ MESSAGE_BYTES = 512
 EVIDENCE = {
     "tested": (
         "x86-64 with AVX-512 and bfloat16 instructions",
-        "forced there: AVX-512, AVX2 with FMA, any x86-64",
+        "the same machine limited to AVX-512, to AVX2 with FMA, or to any x86-64",
         "emulated: arm64 (qemu), the native tests and a sample of the Python tests",
         "emulated: Windows on x86-64 (wine), the native tests",
         "emulated: AMX, the conformance tests",

@@ -108,4 +108,4 @@ def _too_wide(problem: Problem) -> list[str]:
 
 
 def _without(dtype: str) -> list[str]:
-    return ["has no float64; the cpu and numpy backends do"] if dtype == "float64" else []
+    return ["has no float64; use the cpu or numpy backend"] if dtype == "float64" else []
