@@ -8,14 +8,15 @@
 namespace anyattn {
 namespace {
 
-// So many heads of all sequences are tasks enough. Fewer are split, into about kBackwardTasks, where a split is worth it.
+// With this many heads in all sequences, each head is a task. Fewer heads are split into about kBackwardTasks tasks, if
+// each split has enough work.
 constexpr int64_t kEnoughHeads = 8, kBackwardTasks = 16;
 constexpr double kSplitFlops = 1e8;
-// The least work of a task of accumulate_parts, and the keys that cost as much as to begin with a block of rows.
+// The least work of a task of accumulate_parts. Starting a block of rows costs as much as kBeginKeys keys.
 constexpr double kPartFlops = 2e7, kBeginKeys = 32;
 constexpr int64_t kMostParts = 16, kEveryKey = std::numeric_limits<int64_t>::max();
 
-// Of a KV head, at most.
+// Upper bound of the work of one KV head.
 double flops_of_head(const anyattn_call &call) {
     const double rows = double(call.seqlen_q) * double(call.nheads / call.nheads_kv);
     return 5.0 * rows * double(most_keys(call)) * double(call.head_dim + call.head_dim_v);
@@ -23,7 +24,7 @@ double flops_of_head(const anyattn_call &call) {
 
 int64_t backward_splits(const anyattn_call &call) {
     const int64_t heads = call.batch * call.nheads_kv;
-    // The order of sums follows from the splits: it depends on the batch unless there is one split always.
+    // The order of sums follows from the splits, which depend on the batch. One split makes it independent.
     if (call.flags & ANYATTN_BATCH_INVARIANT) return 1;
     if (heads == 0 || heads >= kEnoughHeads) return 1;
     const double flops = flops_of_head(call);
@@ -33,14 +34,14 @@ int64_t backward_splits(const anyattn_call &call) {
     return max64(1, min64((kBackwardTasks + heads - 1) / heads, worth));
 }
 
-// Parts of the backward's workspace, in bytes from its start. A function of sizes only.
+// Offsets in the backward's workspace, in bytes. They depend on sizes only.
 struct Layout {
     int64_t splits, rows_k;  // rows_k: of all sequences
     int64_t dk_stride, dv_stride;  // compute values
     int64_t dk, dv, sink, statistics, bytes;  // bytes < 0: more than 63 bits
-    bool in_place;  // the first split adds up in dk and dv themselves
+    bool in_place;  // the first split accumulates in dk and dv
 
-    // Splits with sums in the workspace. A head that is not split adds up in sums of its task: see HeadSums.
+    // Splits with sums in the workspace. A head that is not split uses the sums of its task, see HeadSums.
     int64_t copies() const { return splits == 1 ? 0 : splits - in_place; }
 };
 
@@ -58,7 +59,7 @@ Layout layout(const anyattn_call &call, const Kernels &kernels) {
     const double all = partials * double(l.dk_stride + l.dv_stride);
     const int64_t of_row = call.dbias.data ? kernels.statistics_bytes(call) : 0;
     const double statistics = double(call.batch) * double(call.nheads) * double(call.seqlen_q) * double(of_row);
-    // What HeadSums and accumulate_parts may need: not of the workspace, but as large as it could be.
+    // Upper bound of the memory that HeadSums and accumulate_parts need in addition to the workspace.
     const double of_q = double(call.nheads) * (double(call.seqlen_q) + kBlockQ) * double(l.dk_stride);
     const double of_k = double(call.nheads_kv) * double(call.seqlen_k) * double(l.dk_stride + l.dv_stride);
     const double shared = double(call.batch) * (of_q + of_k) * double(compute_bytes(call));
@@ -106,7 +107,7 @@ void clear_partial(const anyattn_call &call, const Partial &partial, int64_t row
 
 int64_t heads_of(const anyattn_call &call) { return call.batch * call.nheads_kv; }
 
-// Sums of dk and dv for the heads that are computed at one time, where dk and dv cannot take them.
+// Sums of dk and dv for the heads that are computed at the same time, if dk and dv cannot hold the sums.
 class HeadSums {
   public:
     HeadSums(const Run &run, const Layout &l) : run_(run), l_(l), count_(min64(run.threads, heads_of(run.call))) {
@@ -115,11 +116,11 @@ class HeadSums {
     static bool needed(const anyattn_call &call, const Layout &l) {
         return l.splits == 1 && !l.in_place && heads_of(call) > 0;
     }
-    // No sequence has more keys.
+    // An upper bound of the keys of a sequence.
     static int64_t rows(const anyattn_call &call) {
         return call.cu_seqlens_k ? min64(call.seqlen_k, call.total_k) : call.seqlen_k;
     }
-    // Of one head.
+    // Bytes of one head.
     static int64_t bytes(const anyattn_call &call, const Layout &l) {
         return (rows(call) * (l.dk_stride + l.dv_stride) * compute_bytes(call) + 63) / 64 * 64;
     }
@@ -130,7 +131,7 @@ class HeadSums {
         return {dk, dv, l.dk_stride, l.dv_stride};
     }
 
-    // body(partial); no other task gets these sums meanwhile.
+    // Calls body(partial). No other task uses these sums during the call.
     template <class Body>
     void with_sums(const Body &body) {
         int64_t free = 0;
@@ -151,7 +152,7 @@ double *sink_partial(const Run &run, const Layout &l, int64_t b) {
     return reinterpret_cast<double *>(run.workspace + l.sink) + rows_q(run.call).first_block(b) * run.call.nheads;
 }
 
-// What the backward pass leaves for dbias, or null.
+// Returns the row statistics that the backward pass stores for dbias, or null.
 void *statistics(const Run &run, const Layout &l) {
     return run.call.dbias.data ? run.workspace + l.statistics : nullptr;
 }
@@ -183,11 +184,11 @@ bool accumulate_splits(const Run &run, const Layout &l) {
     });
 }
 
-// Into how many parts, along rows and along keys, accumulate_parts cuts every head: 1 where whole heads keep the threads
-// as busy. Which it is changes no sum.
+// Returns the number of parts, along rows and along keys, into which accumulate_parts divides every head. 1 if whole heads
+// keep the threads equally busy. Sums do not depend on it.
 int64_t parts_of_heads(const anyattn_call &call, const Layout &l, int32_t threads) {
     const int64_t heads = heads_of(call);
-    // Blocks that begin at other keys have other tiles.
+    // With these options blocks begin at different keys, and so have different tiles.
     if (l.splits > 1 || (call.flags & ANYATTN_HAS_LEFT) || call.chunk > 0 || has_key_lists(call)) return 1;
     const auto rounds = [&](int64_t tasks) { return double((tasks + threads - 1) / threads); };
     int64_t best = 1;
@@ -205,13 +206,13 @@ int64_t parts_of_heads(const anyattn_call &call, const Layout &l, int32_t thread
     return best;
 }
 
-// Of dq between the parts of a head.
+// Bytes of dq that the parts of a head pass on.
 int64_t dq_bytes(const anyattn_call &call, const Kernels &kernels) {
     const int64_t rows = call.nheads / call.nheads_kv * blocks_of(call.seqlen_q) * kBlockQ;
     return rows * kernels.partial_stride(call, call.head_dim) * compute_bytes(call);
 }
 
-// Row part r and key part c of a head: the sums of dq, dk and dv go on where (r, c - 1) and (r - 1, c) left them.
+// Computes row part r and key part c of a head. The sums of dq, dk and dv continue those of (r, c - 1) and (r - 1, c).
 void accumulate_part(const Run &run, const Layout &l, int64_t parts, int64_t head, int64_t r, int64_t c,
                      int32_t worker) {
     const anyattn_call &call = run.call;
@@ -246,8 +247,8 @@ void accumulate_part(const Run &run, const Layout &l, int64_t parts, int64_t hea
     run.kernels.backward(call, run.pass, part, partial, sink, statistics(run, l), run.scratch_of(worker));
 }
 
-// Tasks for more threads than there are heads. Parts of a head that are computed at one time share neither rows nor keys:
-// one diagonal of parts follows the other. Every sum has the order that one task for the whole head gives it.
+// Tasks for more threads than heads. One diagonal of parts is computed after the other, because parts that are computed at
+// the same time must share neither rows nor keys. Every sum has the same order as in one task for the whole head.
 bool accumulate_parts(const Run &run, const Layout &l, int64_t parts) {
     const anyattn_call &call = run.call;
     const int64_t heads = heads_of(call);
@@ -268,7 +269,7 @@ bool accumulate_parts(const Run &run, const Layout &l, int64_t parts) {
     });
 }
 
-// dq of the rows that no sequence uses.
+// Clears dq of unused rows.
 bool clear_dq(const Run &run) {
     const anyattn_call &call = run.call;
     if (call.flags & ANYATTN_ACCUMULATE) return true;
@@ -285,7 +286,7 @@ void clear_keys(const anyattn_call &call, int64_t entry, int64_t begin, int64_t 
     }
 }
 
-// Adds up the splits and writes dk and dv: one block of allocated rows of one KV head.
+// Adds the splits and writes dk and dv for one block of allocated rows of one KV head.
 void reduce_block(const Run &run, const Layout &l, int64_t block, int64_t h_kv) {
     const anyattn_call &call = run.call;
     const AllocatedRows rows = rows_k(call);
@@ -316,7 +317,7 @@ bool reduce_splits(const Run &run, const Layout &l) {
     });
 }
 
-// Dense entries of dk and dv that belong to no sequence of this call.
+// Clears the dense entries of dk and dv that belong to no sequence of this call.
 bool clear_unused_entries(const Run &run) {
     const anyattn_call &call = run.call;
     if (call.cu_seqlens_k || (!call.cache_batch_idx && call.batch_k == call.batch)) return true;
@@ -331,7 +332,7 @@ bool clear_unused_entries(const Run &run) {
 bool write_dbias(const Run &run, const Layout &l) {
     const anyattn_call &call = run.call;
     if (!call.dbias.data) return true;
-    // An axis of stride 0 is one element long in memory; its sum is taken inside the tile.
+    // An axis of stride 0 has one element in memory. Its sum is computed inside the tile.
     const auto owned = [&](int axis, int64_t size) { return call.dbias.stride[axis] == 0 ? int64_t(1) : size; };
     const int64_t block_k = run.kernels.dbias_block_k(call, run.pass);
     const int64_t heads = owned(1, call.nheads), blocks_q = owned(2, blocks_of(call.seqlen_q));
@@ -344,7 +345,7 @@ bool write_dbias(const Run &run, const Layout &l) {
     });
 }
 
-// The fixed order of blocks, in double.
+// Adds the blocks in a fixed order, in double.
 bool write_dsink(const Run &run, const Layout &l) {
     const anyattn_call &call = run.call;
     if (!call.dsink.data) return true;
