@@ -19,7 +19,7 @@ from .block_sparsity import sparse_mask
 Result = tuple[Tensor, "Tensor | None"]
 
 _CUTE = (
-    "its functions are written in a GPU language. Pass `bias`, `mask` or `alibi_slopes` to anyattn.attention instead"
+    "its functions are written in a GPU language. Pass Python functions, `bias` or `mask` to anyattn.attention instead"
 )
 _REASONS = {
     "score_mod": _CUTE,
