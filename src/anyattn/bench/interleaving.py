@@ -29,9 +29,9 @@ def measure(seconds: float = 3.0) -> dict[str, Any]:
     while time.perf_counter() < end or len(samples["mm"]) < 32:
         samples["attention"] += _timed(ours, ours)[0]
         samples["mm"] += _timed(theirs, theirs)[0]
-        after, beside = _timed(ours, theirs)
-        samples["attention after"] += after
-        samples["mm after"] += beside
+        attention_after, mm_after = _timed(ours, theirs)
+        samples["attention after"] += attention_after
+        samples["mm after"] += mm_after
     return {name: asdict(summary(times)) for name, times in samples.items()}
 
 

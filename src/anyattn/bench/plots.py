@@ -63,9 +63,9 @@ def _speed(backward: bool) -> Callable[[Results, Any], None]:
     def draw(results: Results, axis: Any) -> None:
         rows = _lengths(results, backward)
         for name in dict.fromkeys(name for row in rows for name in row["seconds"]):
-            mine = [row for row in rows if name in row["seconds"]]
-            x = [row.get("seqlen_q", row.get("seqlen")) for row in mine]
-            axis.plot(x, [row["flops"] / row["seconds"][name]["median"] / 1e9 for row in mine], **_style(name))
+            selected = [row for row in rows if name in row["seconds"]]
+            x = [row.get("seqlen_q", row.get("seqlen")) for row in selected]
+            axis.plot(x, [row["flops"] / row["seconds"][name]["median"] / 1e9 for row in selected], **_style(name))
         peaks = [row["peak_flops"] / 1e9 for row in rows if row["peak_flops"]]
         if peaks:
             axis.axhline(max(peaks), color="gray", linestyle=":", label="peak (registers only)")
@@ -94,18 +94,18 @@ def _roofline(results: Results, axis: Any) -> None:
     stream = max((row["stream_bytes"] for row in rows if row.get("stream_bytes")), default=None)
     x = np.geomspace(0.25, 4096, 64)
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
-        mine = [row for row in rows if row["dtype"] == dtype]
+        selected = [row for row in rows if row["dtype"] == dtype]
         for backward, marker in ((False, "o"), (True, "^")):
             points = [
                 (row["flops"] / row["bytes"], row["flops"] / row["seconds"][OURS]["median"] / 1e9)
-                for row in mine
+                for row in selected
                 if row["backward"] == backward
             ]
             if points:
                 label = f"{dtype} {'backward' if backward else 'forward'}"
                 style = {"color": colors[dtype], "marker": marker, "linestyle": "", "alpha": 0.6, "label": label}
                 axis.plot(*zip(*points, strict=True), **style)
-        peak = max((row["peak_flops"] for row in mine if row["peak_flops"]), default=None)
+        peak = max((row["peak_flops"] for row in selected if row["peak_flops"]), default=None)
         if peak:
             roof = np.minimum(x * stream, peak) if stream else np.full_like(x, peak)
             axis.plot(x, roof / 1e9, color=colors[dtype], linewidth=1)
@@ -122,8 +122,10 @@ def _roofline_title(rows: list[Results]) -> str:
 def _memory(results: Results, axis: Any) -> None:
     rows = _memory_by_length(results)
     for name in dict.fromkeys(name for row in rows for name in row["mib"]):
-        mine = [row for row in rows if name in row["mib"]]
-        axis.plot([row["seqlen_q"] for row in mine], [max(row["mib"][name], 0.1) for row in mine], **_style(name))
+        selected = [row for row in rows if name in row["mib"]]
+        axis.plot(
+            [row["seqlen_q"] for row in selected], [max(row["mib"][name], 0.1) for row in selected], **_style(name)
+        )
     last = rows[-1]["mib"]
     title = f"Memory grows with the length: {last[OURS]:.0f} MiB at {rows[-1]['seqlen_q']:,} tokens"
     axis.set(title=title, ylabel="extra MiB of forward and backward, causal float32", yscale="log")

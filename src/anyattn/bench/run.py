@@ -71,9 +71,9 @@ def run(plan: Plan) -> dict[str, Any]:
 def _level(rows: list[Row]) -> None:
     """Use the best peak of the run for each dtype, because the peak is one number and noise only lowers it."""
     for dtype in {row["dtype"] for row in rows}:
-        mine = [row for row in rows if row["dtype"] == dtype]
-        peak = ceilings.best(*(row["peak_flops"] for row in mine))
-        for row in mine:
+        selected = [row for row in rows if row["dtype"] == dtype]
+        peak = ceilings.best(*(row["peak_flops"] for row in selected))
+        for row in selected:
             row["peak_flops"] = peak
 
 

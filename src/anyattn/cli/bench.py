@@ -84,8 +84,8 @@ def _measure(plan: Any, arguments: argparse.Namespace) -> int:
     if arguments.plot:
         for path in plots.plot(results, arguments.plot):
             print(f"wrote {path}")
-    ours = [row for row in results["cases"] if report.OURS not in row["seconds"]]
-    return 1 if ours else 0
+    without_anyattn = [row for row in results["cases"] if report.OURS not in row["seconds"]]
+    return 1 if without_anyattn else 0
 
 
 def _plan(arguments: argparse.Namespace) -> Any:

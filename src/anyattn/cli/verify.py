@@ -63,10 +63,10 @@ def _table(results: list[Any]) -> str:
     header = ("engine", "dtype", "problems", "agree", "refused", "forward", "backward", "seconds")
     rows = []
     for key in dict.fromkeys((result.engine, result.dtype) for result in results):
-        mine = [result for result in results if (result.engine, result.dtype) == key]
-        counts = (len(mine), sum(not x.mismatches for x in mine), sum(bool(x.refused) for x in mine))
-        worst = (max((x.forward or 0.0) for x in mine), max((x.backward or 0.0) for x in mine))
-        seconds = sum(x.seconds for x in mine)
+        group = [result for result in results if (result.engine, result.dtype) == key]
+        counts = (len(group), sum(not x.mismatches for x in group), sum(bool(x.refused) for x in group))
+        worst = (max((x.forward or 0.0) for x in group), max((x.backward or 0.0) for x in group))
+        seconds = sum(x.seconds for x in group)
         rows.append((*key, *map(str, counts), *(f"{share:.0%}" for share in worst), f"{seconds:.1f}"))
     return table(header, rows) + "\nforward, backward: largest error in per cent of the accepted error"
 

@@ -125,8 +125,8 @@ def _from_settings(which: str) -> tuple[str, ...]:
     for name in found:
         if name not in _rows:
             variable, _, meaning = settings.VARIABLES[which]
-            accepted, asked = ", ".join(_rows), ",".join(found)
-            raise ValueError(f"{variable} must be one or more of {accepted} ({meaning}), got {asked!r}.")
+            accepted, requested = ", ".join(_rows), ",".join(found)
+            raise ValueError(f"{variable} must be one or more of {accepted} ({meaning}), got {requested!r}.")
     return found
 
 
@@ -136,21 +136,21 @@ def check_settings() -> None:
         _from_settings(which)
 
 
-def plan(problem: Problem, asked: tuple[str, ...], failed: Mapping[str, list[str]] = NONE) -> Plan:
+def plan(problem: Problem, requested: tuple[str, ...], failed: Mapping[str, list[str]] = NONE) -> Plan:
     """Return a plan from the first backend that supports the problem and initialises successfully.
 
-    Errors of backends that the caller named (`asked`) propagate. failed: reasons of the backends already tried.
+    Errors of backends that the caller named (`requested`) propagate. failed: reasons of the backends already tried.
     """
     failed = dict(failed)
     while True:
-        chosen = choose(problem, asked, failed)
+        chosen = choose(problem, requested, failed)
         try:
             made = chosen.plan(problem)
-            if chosen.may_fail and not asked:
+            if chosen.may_fail and not requested:
                 return FallbackPlan(made, chosen.name, problem)
             return made
         except (CompilationError, DeviceError) as error:
-            if asked:
+            if requested:
                 raise
             logger.warning("skipping backend %s: %s", chosen.name, error)
             failed[chosen.name] = [str(error)]
@@ -185,18 +185,18 @@ class FallbackPlan:
         call.workspace = call.adapter.empty((size,), "uint8", call.q) if size else None
 
 
-def choose(problem: Problem, asked: tuple[str, ...], failed: Mapping[str, list[str]] = NONE) -> Backend:
+def choose(problem: Problem, requested: tuple[str, ...], failed: Mapping[str, list[str]] = NONE) -> Backend:
     """Return the first backend that supports the problem. failed: reasons of the backends already tried.
 
     Raises:
-        UnsupportedProblem: no backend supports it, or none of those that the caller named (`asked`).
+        UnsupportedProblem: no backend supports it, or none of those that the caller named (`requested`).
     """
     _check_required()
     refusals: dict[str, list[str]] = {}
-    for name in asked or _automatic(problem):
-        reasons = failed.get(name) or refuse(get(name), problem, named=bool(asked))
+    for name in requested or _automatic(problem):
+        reasons = failed.get(name) or refuse(get(name), problem, named=bool(requested))
         if not reasons:
-            if not asked:
+            if not requested:
                 _report(problem, refusals)
             return get(name)
         refusals[name] = reasons
@@ -240,10 +240,10 @@ def _unsupported_inputs(candidate: Backend, problem: Problem) -> list[str]:
     return [f"does not support {', '.join(unknown)}"] if unknown else []
 
 
-def explain(problem: Problem, asked: tuple[str, ...]) -> Explanation:
+def explain(problem: Problem, requested: tuple[str, ...]) -> Explanation:
     """Return the backend that `choose` would return, with the reasons of every other backend."""
-    order = asked or _automatic(problem)
-    reasons = {name: refuse(get(name), problem, named=bool(asked)) for name in order}
+    order = requested or _automatic(problem)
+    reasons = {name: refuse(get(name), problem, named=bool(requested)) for name in order}
     chosen = next((name for name, refusal in reasons.items() if not refusal), None)
     return Explanation(str(problem), chosen, reasons)
 

@@ -186,8 +186,8 @@ def scores(arrays: Arrays, rows: Rows, keys: Keys, q: Floats, k: Floats) -> Scor
     lowest = LOWEST_SCORE[problem.compute_dtype]
     if s.min(initial=0.0) < lowest:
         np.copyto(s, -np.inf, where=s < lowest)
-    if keys.seen is not None:
-        np.copyto(s, -np.inf, where=~keys.seen)
+    if keys.visible is not None:
+        np.copyto(s, -np.inf, where=~keys.visible)
     if problem.mask is not None:
         np.copyto(s, -np.inf, where=~score_tile(arrays.view("mask"), rows, keys))
     return Scores(s, tanh, t)

@@ -52,14 +52,14 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """Key slots [start, stop). `seen` marks the visible keys; it is None if every query attends to every key.
+    """Key slots [start, stop). `visible` marks the visible keys; it is None if every query attends to every key.
 
-    `seen` is (heads_kv, group, rows, keys), with size 1 along the axes of heads that have the same mask.
+    `visible` is (heads_kv, group, rows, keys), with size 1 along the axes of heads that have the same mask.
     """
 
     start: int
     stop: int
-    seen: npt.NDArray[np.bool_] | None
+    visible: npt.NDArray[np.bool_] | None
 
 
 def row_tiles(problem: Problem, sequence: Sequence) -> Iterator[Rows]:
@@ -88,20 +88,22 @@ def key_tiles(arrays: Arrays, rows: Rows) -> Iterator[Keys]:
     starts = np.arange(int(lo[0]), end, tile)
     stops = np.minimum(starts + tile, end)
     some, every = _masked(arrays, rows, starts, stops)
-    for start, stop, visible, whole in zip(starts.tolist(), stops.tolist(), some, every, strict=True):
-        if not visible:
+    for start, stop, some_visible, all_visible in zip(starts.tolist(), stops.tolist(), some, every, strict=True):
+        if not some_visible:
             continue
-        seen: Any = None
+        visible: Any = None
         if lists is not None or start < lo[-1] or stop > hi[0]:
             slots = np.arange(start, stop)
-            seen = ((lo[:, None] <= slots) & (slots < hi[:, None]))[None, None]
+            visible = ((lo[:, None] <= slots) & (slots < hi[:, None]))[None, None]
         if lists is not None:
-            seen = seen & _listed(lists, start, stop)
-        if not whole:
+            visible = visible & _listed(lists, start, stop)
+        if not all_visible:
             mask = arrays.functions.mask(place(rows, start, stop))
-            seen = np.broadcast_to(mask if seen is None else seen & mask, _shape(mask, seen, rows, stop - start))
-        if seen is None or seen.any():
-            yield Keys(start, stop, seen)
+            visible = np.broadcast_to(
+                mask if visible is None else visible & mask, _shape(mask, visible, rows, stop - start)
+            )
+        if visible is None or visible.any():
+            yield Keys(start, stop, visible)
 
 
 def _masked(arrays: Arrays, rows: Rows, starts: Any, stops: Any) -> tuple[Any, Any]:
@@ -121,9 +123,9 @@ def _masked(arrays: Arrays, rows: Rows, starts: Any, stops: Any) -> tuple[Any, A
     return high.any(axis=0), low.all(axis=0)
 
 
-def _shape(mask: Floats, seen: Any, rows: Rows, keys: int) -> tuple[int, ...]:
+def _shape(mask: Floats, visible: Any, rows: Rows, keys: int) -> tuple[int, ...]:
     """Return the shape of the visible keys, with all queries and keys."""
-    return np.broadcast_shapes(mask.shape, () if seen is None else seen.shape, (1, 1, rows.shape[2], keys))
+    return np.broadcast_shapes(mask.shape, () if visible is None else visible.shape, (1, 1, rows.shape[2], keys))
 
 
 def place(rows: Rows, start: int, stop: int) -> Place:
@@ -194,8 +196,8 @@ class Arrays:
         """Read (heads_kv, keys, dim) of k or v. Keys that no query of the tile attends to may be NaN and become 0."""
         tile = widen(self.view(name)[self.key_index(rows, keys)], self.problem.dtype, self.kind)
         tile = np.array(tile.swapaxes(0, 1), order="C")
-        if keys.seen is not None:
-            used = np.asarray(keys.seen.any(axis=(1, 2)))
+        if keys.visible is not None:
+            used = np.asarray(keys.visible.any(axis=(1, 2)))
             np.copyto(tile, 0, where=~used[..., None])
         return tile
 
