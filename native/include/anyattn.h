@@ -154,6 +154,17 @@ typedef struct anyattn_call {
     /* Tangents of q, k, v, bias and sink, in their shapes and dtypes (absent: 0), and the derivatives of out
      * and lse in that direction, in their shapes. */
     anyattn_array tq, tk, tv, tbias, tsink, tout, tlse;
+
+    /* Functions of the scores, as a program of score_words 32-bit words (native/src/score_program.h; Python writes it).
+     * Forward and backward alone. captured, captured_indices: (n) stride 1, the arrays that it reads, one behind the
+     * other, of float32 (float64 for float64) and of int32. dcaptured: as captured; absent: not wanted. */
+    const int32_t *score_program;
+    int64_t score_words, num_captured, num_captured_indices;
+    anyattn_array captured, captured_indices, dcaptured;
+    /* (batch, nheads, blocks of queries, blocks of keys), one byte each, stride 0 where shared: 0 where the program's mask
+     * is false, 2 where it is true, else 1. Absent: 1. */
+    anyattn_array mask_blocks;
+    int64_t mask_block_q, mask_block_k; /* queries and keys of a block */
 } anyattn_call;
 
 typedef enum anyattn_pass {

@@ -46,13 +46,22 @@ int32_t copy_call(const anyattn_call *from, anyattn_call *to) {
 
 // An absent array has no strides: adding them to a null pointer would make it look present.
 void clear_absent(anyattn_call *call) {
-    for (anyattn_array *array : {&call->q,          &call->k,     &call->v,          &call->out,
-                                 &call->lse,        &call->bias,  &call->mask,       &call->alibi_slopes,
-                                 &call->sink,       &call->dout,  &call->dlse,       &call->dq,
-                                 &call->dk,         &call->dv,    &call->dbias,      &call->dsink,
-                                 &call->new_k,      &call->new_v, &call->rotary_cos, &call->rotary_sin,
-                                 &call->kv_indices, &call->tq,    &call->tk,         &call->tv,
-                                 &call->tbias,      &call->tsink, &call->tout,       &call->tlse}) {
+    for (anyattn_array *array : {&call->q,          &call->k,
+                                 &call->v,          &call->out,
+                                 &call->lse,        &call->bias,
+                                 &call->mask,       &call->alibi_slopes,
+                                 &call->sink,       &call->dout,
+                                 &call->dlse,       &call->dq,
+                                 &call->dk,         &call->dv,
+                                 &call->dbias,      &call->dsink,
+                                 &call->new_k,      &call->new_v,
+                                 &call->rotary_cos, &call->rotary_sin,
+                                 &call->kv_indices, &call->tq,
+                                 &call->tk,         &call->tv,
+                                 &call->tbias,      &call->tsink,
+                                 &call->tout,       &call->tlse,
+                                 &call->captured,   &call->captured_indices,
+                                 &call->dcaptured,  &call->mask_blocks}) {
         if (!array->data) std::memset(array->stride, 0, sizeof array->stride);
     }
 }
@@ -173,7 +182,8 @@ int32_t run_pass(const anyattn_call *from, int32_t pass) {
     anyattn_call call;
     int32_t status;
     if ((status = copy_call(from, &call)) || (status = check_sizes(call, pass)) ||
-        (status = check_arrays(call, pass)) || (status = check_tables(call, pass))) {
+        (status = check_arrays(call, pass)) || (status = check_tables(call, pass)) ||
+        (status = check_score_program(call, pass))) {
         return status;
     }
     clear_absent(&call);

@@ -3,6 +3,7 @@
 #include <memory>
 
 #include "schedule.h"
+#include "score_program.h"
 #include "tasks.h"
 
 namespace anyattn {
@@ -14,6 +15,8 @@ constexpr int64_t kEnoughHeads = 8, kBackwardTasks = 16;
 constexpr double kSplitFlops = 1e8;
 // The least work of a task of accumulate_parts. Starting a block of rows costs as much as kBeginKeys keys.
 constexpr double kPartFlops = 2e7, kBeginKeys = 32;
+// Sums of the gradients of captured arrays, at most: tasks that add to the same sums run one after the other.
+constexpr int64_t kCapturedSums = 64, kCapturedBytes = int64_t(1) << 27;
 constexpr int64_t kMostParts = 16, kEveryKey = std::numeric_limits<int64_t>::max();
 
 // Upper bound of the work of one KV head.
@@ -34,11 +37,20 @@ int64_t backward_splits(const anyattn_call &call) {
     return max64(1, min64((kBackwardTasks + heads - 1) / heads, worth));
 }
 
+// Returns the number of sums of captured gradients, 0 without such gradients. It depends on sizes only, and so does the
+// order of sums.
+int64_t captured_sums(const anyattn_call &call, int64_t tasks) {
+    if (!has_captured_gradients(call)) return 0;
+    const int64_t bytes = max64(1, call.num_captured * static_cast<int64_t>(sizeof(double)));
+    return max64(1, min64(tasks, min64(kCapturedSums, kCapturedBytes / bytes)));
+}
+
 // Offsets in the backward's workspace, in bytes. They depend on sizes only.
 struct Layout {
     int64_t splits, rows_k;  // rows_k: of all sequences
     int64_t dk_stride, dv_stride;  // compute values
-    int64_t dk, dv, sink, statistics, bytes;  // bytes < 0: more than 63 bits
+    int64_t dk, dv, sink, statistics, captured, bytes;  // bytes < 0: more than 63 bits
+    int64_t captured_sums;
     bool in_place;  // the first split accumulates in dk and dv
 
     // Splits with sums in the workspace. A head that is not split uses the sums of its task, see HeadSums.
@@ -73,7 +85,9 @@ Layout layout(const anyattn_call &call, const Kernels &kernels) {
     l.sink = aligned(l.dv + copies * l.dv_stride);
     const int64_t sinks = call.dsink.data ? call.nheads * rows_q(call).most_blocks() : 0;
     l.statistics = aligned(l.sink + sinks * static_cast<int64_t>(sizeof(double)));
-    l.bytes = aligned(l.statistics + call.batch * call.nheads * call.seqlen_q * of_row);
+    l.captured = aligned(l.statistics + call.batch * call.nheads * call.seqlen_q * of_row);
+    l.captured_sums = captured_sums(call, call.batch * call.nheads_kv * l.splits);
+    l.bytes = aligned(l.captured + l.captured_sums * call.num_captured * static_cast<int64_t>(sizeof(double)));
     return l;
 }
 
@@ -152,6 +166,10 @@ double *sink_partial(const Run &run, const Layout &l, int64_t b) {
     return reinterpret_cast<double *>(run.workspace + l.sink) + rows_q(run.call).first_block(b) * run.call.nheads;
 }
 
+double *captured_of(const Run &run, const Layout &l, int64_t index) {
+    return reinterpret_cast<double *>(run.workspace + l.captured) + index * run.call.num_captured;
+}
+
 // Returns the row statistics that the backward pass stores for dbias, or null.
 void *statistics(const Run &run, const Layout &l) {
     return run.call.dbias.data ? run.workspace + l.statistics : nullptr;
@@ -163,7 +181,7 @@ bool accumulate_splits(const Run &run, const Layout &l) {
     if (l.statistics > l.sink) std::memset(run.workspace + l.sink, 0, static_cast<size_t>(l.statistics - l.sink));
     const int64_t tasks = call.batch * call.nheads_kv * l.splits;
     HeadSums sums(run, l);
-    return run_tasks(call, run.threads, tasks, [&](int64_t task, int32_t worker) {
+    const auto body = [&](int64_t task, int32_t worker, double *captured) {
         const int64_t split = task % l.splits, h_kv = task / l.splits % call.nheads_kv;
         const Sequence s = sequence(call, task / l.splits / call.nheads_kv);
         const auto accumulate = [&](const Partial &partial, bool whole) {
@@ -172,7 +190,7 @@ bool accumulate_splits(const Run &run, const Layout &l) {
             double *sink = sink_partial(run, l, s.index);
             if (sink) sink += h_kv * group * blocks_of(s.n_q);
             const int64_t rows = (has_key_lists(call) ? 1 : group) * blocks_of(s.n_q);
-            const BackwardPart part{s.index, h_kv, split, rows, l.splits, 0, kEveryKey, nullptr};
+            const BackwardPart part{s.index, h_kv, split, rows, l.splits, 0, kEveryKey, nullptr, captured};
             run.kernels.backward(call, run.pass, part, partial, sink, statistics(run, l), run.scratch_of(worker));
         };
         if (s.n_k == 0) return accumulate({}, true);
@@ -181,6 +199,14 @@ bool accumulate_splits(const Run &run, const Layout &l) {
             accumulate(partial, true);
             run.kernels.reduce(call, s.index, h_kv, 0, s.n_k, &partial, 1);
         });
+    };
+    if (!has_captured_gradients(call)) {
+        return run_tasks(call, run.threads, tasks, [&](int64_t task, int32_t worker) { body(task, worker, nullptr); });
+    }
+    return run_tasks(call, run.threads, l.captured_sums, [&](int64_t first, int32_t worker) {
+        double *captured = captured_of(run, l, first);
+        std::memset(captured, 0, static_cast<size_t>(call.num_captured) * sizeof(double));
+        for (int64_t task = first; task < tasks; task += l.captured_sums) body(task, worker, captured);
     });
 }
 
@@ -190,6 +216,7 @@ int64_t parts_of_heads(const anyattn_call &call, const Layout &l, int32_t thread
     const int64_t heads = heads_of(call);
     // With these options blocks begin at different keys, and so have different tiles.
     if (l.splits > 1 || (call.flags & ANYATTN_HAS_LEFT) || call.chunk > 0 || has_key_lists(call)) return 1;
+    if (has_captured_gradients(call)) return 1;  // parts of a head would add to one sum
     const auto rounds = [&](int64_t tasks) { return double((tasks + threads - 1) / threads); };
     int64_t best = 1;
     double least = rounds(heads);
@@ -366,6 +393,24 @@ bool write_dsink(const Run &run, const Layout &l) {
     });
 }
 
+// The sums in order, in double.
+bool write_captured(const Run &run, const Layout &l) {
+    const anyattn_call &call = run.call;
+    if (!has_captured_gradients(call)) return true;
+    constexpr int64_t step = 4096;
+    return run_tasks(call, run.threads, (call.num_captured + step - 1) / step, [&](int64_t task, int32_t) {
+        for (int64_t i = task * step; i < min64((task + 1) * step, call.num_captured); ++i) {
+            double sum = 0;
+            for (int64_t x = 0; x < l.captured_sums; ++x) sum += captured_of(run, l, x)[i];
+            if (call.dcaptured.dtype == ANYATTN_FLOAT64) {
+                static_cast<double *>(call.dcaptured.data)[i] = sum;
+            } else {
+                static_cast<float *>(call.dcaptured.data)[i] = static_cast<float>(sum);
+            }
+        }
+    });
+}
+
 }  // namespace
 
 int64_t backward_workspace(const anyattn_call &call, const Kernels &kernels) { return layout(call, kernels).bytes; }
@@ -381,7 +426,8 @@ bool run_backward(const Run &run) {
     const Layout l = layout(run.call, run.kernels);
     const int64_t parts = parts_of_heads(run.call, l, run.threads);
     return (parts > 1 ? accumulate_parts(run, l, parts) : accumulate_splits(run, l)) && clear_dq(run) &&
-           reduce_splits(run, l) && clear_unused_entries(run) && write_dbias(run, l) && write_dsink(run, l);
+           reduce_splits(run, l) && clear_unused_entries(run) && write_dbias(run, l) && write_dsink(run, l) &&
+           write_captured(run, l);
 }
 
 }  // namespace anyattn

@@ -72,7 +72,12 @@ int32_t check_lengths(const Call &call) {
                  {"max_pages", call.max_pages, kMaxLength},
                  {"seqlen_new", call.seqlen_new, kMaxLength},
                  {"rotary_positions", call.rotary_positions, kMaxLength},
-                 {"num_indices", call.num_indices, kMaxLength}};
+                 {"num_indices", call.num_indices, kMaxLength},
+                 {"score_words", call.score_words, kMaxCount},
+                 {"num_captured", call.num_captured, kMaxCount},
+                 {"num_captured_indices", call.num_captured_indices, kMaxCount},
+                 {"mask_block_q", call.mask_block_q, kMaxLength},
+                 {"mask_block_k", call.mask_block_k, kMaxLength}};
     for (const auto &size : sizes) {
         if (const int32_t status = check_range(call, size.name, size.value, 0, size.high)) return status;
     }

@@ -18,6 +18,9 @@ int32_t check_arrays(const anyattn_call &call, int32_t pass);
 // Checks the entries of cu_seqlens, seqused, leftpad, block_table, cache_batch_idx and cache_seqlens.
 int32_t check_tables(const anyattn_call &call, int32_t pass);
 
+// Checks that the operations, registers and arrays of the score program exist.
+int32_t check_score_program(const anyattn_call &call, int32_t pass);
+
 // Returns whether a pass computes gradients.
 constexpr bool has_gradients(int32_t pass) { return pass == ANYATTN_BACKWARD || pass == ANYATTN_SECOND; }
 

@@ -152,6 +152,29 @@ int32_t check_inputs(const anyattn_call &call, const Dtypes &dtypes, Role out) {
          {"sink", call.sink, kOptional, dtypes.stats, {heads, 1, 1, 1}, -1}});
 }
 
+// Arrays of the score program, and its block mask.
+int32_t check_functions(const anyattn_call &call, const Dtypes &dtypes) {
+    const int64_t n = call.num_captured, blocks_q = call.mask_block_q, blocks_k = call.mask_block_k;
+    if (call.mask_blocks.data && (blocks_q < 1 || blocks_k < 1)) {
+        return refuse(call, ANYATTN_INVALID_DIMENSION,
+                      "mask_block_q and mask_block_k are %lld and %lld; accepted: >= 1", (long long)blocks_q,
+                      (long long)blocks_k);
+    }
+    const auto blocks = [](int64_t rows, int64_t block) { return block > 0 ? (rows + block - 1) / block : 0; };
+    const int64_t rows = blocks(call.seqlen_q, blocks_q), keys = blocks(call.seqlen_k, blocks_k);
+    return check_fields(
+        call,
+        {{"captured", call.captured, kOptional, dtypes.stats, {n, 1, 1, 1}, 0},
+         {"captured_indices",
+          call.captured_indices,
+          kOptional,
+          bit(ANYATTN_INT32),
+          {call.num_captured_indices, 1, 1, 1},
+          0},
+         {"dcaptured", call.dcaptured, kOptionalOutput, dtypes.stats, {n, 1, 1, 1}, 0},
+         {"mask_blocks", call.mask_blocks, kOptional, bit(ANYATTN_BOOL), {call.batch, call.nheads, rows, keys}, 3}});
+}
+
 int32_t check_gradients(const anyattn_call &call, const Dtypes &dtypes) {
     const Shape q = shape_q(call), k = shape_k(call);
     const int64_t heads = call.nheads, heads_kv = call.nheads_kv, d = call.head_dim, d_v = call.head_dim_v;
@@ -221,6 +244,7 @@ int32_t check_arrays(const anyattn_call &call, int32_t pass) {
     const Dtypes dtypes(base.array.dtype);
     if (append) return check_append(call, dtypes);
     int32_t status = check_inputs(call, dtypes, pass == ANYATTN_FORWARD ? kOutput : kInput);
+    if (!status && call.score_program) status = check_functions(call, dtypes);
     if (!status && has_gradients(pass)) status = check_gradients(call, dtypes);
     if (!status && (pass == ANYATTN_TANGENT || pass == ANYATTN_SECOND)) status = check_tangents(call, dtypes);
     return status;

@@ -39,6 +39,7 @@ struct BackwardPart {
     int64_t first, end, step;
     int64_t key_begin, key_end;
     void *dq;  // sums that parts with other keys continue, kBlockQ partial_stride(head_dim) per block; null: all keys
+    double *captured = nullptr;  // sums of the gradients of captured arrays
 };
 
 // Calls are validated before they reach a kernel. forward.cc and backward.cc choose the sequences, heads and blocks.

@@ -73,7 +73,7 @@ def test_results_and_gradients_are_those_of_the_whole_matrix(name: str) -> None:
         torch.testing.assert_close(got, one, rtol=0, atol=float(64 * eps * (1 + one.abs().max())))
 
 
-@every_backend(only=("numpy",))
+@every_backend(only=("cpu", "numpy"))
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_the_gallery_is_computed_within_its_error_budgets(name: str, dtype: torch.dtype, engine: Engine) -> None:
@@ -83,7 +83,7 @@ def test_the_gallery_is_computed_within_its_error_budgets(name: str, dtype: torc
     check(arguments, dout, engine)
 
 
-@every_backend(only=("numpy",))
+@every_backend(only=("cpu", "numpy"))
 @pytest.mark.parametrize("name", ["causal", "documents", "relative_clamped", "mixed", "per_head", "temperature"])
 def test_packed_sequences_count_from_their_own_start(name: str, engine: Engine) -> None:
     entry = gallery()[name]
@@ -96,7 +96,7 @@ def test_packed_sequences_count_from_their_own_start(name: str, engine: Engine) 
     check(arguments, dout, engine)
 
 
-@every_backend(only=("numpy",))
+@every_backend(only=("cpu", "numpy"))
 def test_functions_combine_with_every_other_argument(engine: Engine) -> None:
     entry = gallery()["mixed"]
     q, k, v, dout = arrays(torch.float32)

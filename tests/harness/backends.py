@@ -56,7 +56,7 @@ class Engine:
             return True
         if problem.pass_ in (BACKWARD, SECOND) and (problem.paged or problem.cache_batch_idx is not None):
             return self.backend != "numpy"
-        if problem.score and self.backend != "numpy":
+        if problem.score and self.backend not in ("cpu", "numpy"):
             return True
         limits = MAY_REFUSE.get(self.backend)
         if limits is None:

@@ -11,11 +11,19 @@ namespace {
 // What a task keeps of the blocks whose gradients it sums together, to be in L2.
 constexpr int64_t kBackwardBytes = 1024 * 1024;
 
+// What the gradient of score_mod needs of a tile: null, or its derivative; null, or where dS goes.
+template <class C>
+struct FunctionGradients {
+    const C *slopes;
+    C *ds;
+};
+
 // S and T hold the products of a panel and n keys; P (with dropout) and dS times scale go where Out keeps them.
 // Works on pairs of keys and, where a panel has several, of vectors.
 template <class M, class Out>
 ANYATTN_NOINLINE void gradient_pass(typename M::C *S, typename M::C *T, int64_t n, int vectors, typename M::C factor,
-                                    typename M::C scale, typename M::C *tanhs, typename M::C *keep,
+                                    typename M::C scale, typename M::C *tanhs,
+                                    const FunctionGradients<typename M::C> &functions, typename M::C *keep,
                                     const RowStatistics<typename M::C> &rows, int64_t row,
                                     const typename Out::Gradients &gradients) {
     using C = typename M::C;
@@ -44,8 +52,14 @@ ANYATTN_NOINLINE void gradient_pass(typename M::C *S, typename M::C *T, int64_t 
                     const int64_t at = (j + r) * stride + (c + x) * width;
                     p[r][x] = M::weight((load<V>(S + at) - base[x]) * splat(factor) - rest[x], splat(C(1)));
                     const V kept = keep ? load<V>(keep + at) : splat(C(1));
-                    ds[r][x] = p[r][x] * (load<V>(T + at) * kept - middle[x]) * splat(scale);
-                    if (tanhs) ds[r][x] *= softcap_slope(tanhs + at);
+                    const V score_ds = p[r][x] * (load<V>(T + at) * kept - middle[x]);
+                    if (functions.ds) store(functions.ds + at, score_ds);
+                    ds[r][x] = score_ds * splat(scale);
+                    if (functions.slopes) {
+                        ds[r][x] = term_of(ds[r][x], functions.slopes + at);
+                    } else if (tanhs) {
+                        ds[r][x] *= softcap_slope(tanhs + at);
+                    }
                     p[r][x] *= kept;
                 }
             }
@@ -78,15 +92,18 @@ Range fill_gradients(const Block<M> &block, const BackwardRows<M> &of_block, con
     if (n == 0) return range;
     C *S = w.S + w.offset(p) + range.first * M::panel, *T = w.T + w.offset(p) + range.first * M::panel;
     C *tanhs = capped ? w.tanhs : nullptr;
+    const bool captures = capped && w.captured;
+    const FunctionGradients<C> functions{has_score_function(call) ? tanhs : nullptr, captures ? w.ds : nullptr};
     V top[kPanelVectors] = {};
     const int rows = block.panel_rows(p);
     TileAhead none{};
     M::scores(values, range.first, n, call.head_dim_v, of_block.dout + p * of_block.dout_size, rows, T, top, none);
     M::scores(keys, range.first, n, call.head_dim, of_block.q + p * of_block.q_size, rows, S, top, ahead);
-    score_tile(block, p, first, n, use, w.added, tanhs, S, top);
+    score_tile(block, p, first, n, use, w.added, tanhs, {w.registers, captures ? w.t : nullptr}, S, top);
     if (w.keep) keep_tile(w.keep, block, p, first, n);
-    gradient_pass<M, Out>(S, T, n, block.panel_vectors(p), block.units.factor, scale, tanhs, w.keep,
+    gradient_pass<M, Out>(S, T, n, block.panel_vectors(p), block.units.factor, scale, tanhs, functions, w.keep,
                           RowStatistics<C>(of_block.rows), p * M::panel, Out::from(gradients, range.first));
+    if (captures) capture_pass(block, p, first, n, w.t, w.ds, w.registers, w.captured);
     return range;
 }
 
@@ -296,6 +313,7 @@ void backward_blocks(const BackwardScratch<M> &w, int64_t count, const Partial &
     const KeyRows k = first.keys(call.k), v = first.keys(call.v);
     for (int64_t j0 = begin; j0 < end && !stopped(call); j0 += M::score_keys) {
         const int64_t j1 = min64(j0 + M::score_keys, end), n = j1 - j0;
+        if (all_hidden<M>(w.blocks, count, j0, j1)) continue;
         const auto keys = M::load_keys(k, j0, n, call.head_dim, kSumDim | kSumKeys, w.tiles.k);
         const auto values = M::load_keys(v, j0, n, call.head_dim_v, kSumDim, w.tiles.v);
         TileAhead next = next_tile(call, &k, &v, 1, j1, min64(j1 + M::score_keys, end));
@@ -344,7 +362,8 @@ void backward_group(const anyattn_call &call, const BackwardPart &part, const Pa
     const Sequence s = sequence(call, part.b);
     const int64_t group = call.nheads / call.nheads_kv, blocks = (s.n_q + kBlockQ - 1) / kBlockQ;
     Arena arena{static_cast<char *>(memory), 0};
-    const BackwardScratch<M> w(call, arena);
+    BackwardScratch<M> w(call, arena);
+    w.tiles.captured = part.captured;
     for (int64_t at = part.first; at < part.end && !stopped(call);) {
         if (has_key_lists(call)) {
             backward_rows<M>(call, s, part.h_kv, at, partial, sink_sums, statistics, w);

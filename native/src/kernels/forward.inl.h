@@ -51,7 +51,7 @@ int64_t most_groups(const anyattn_call &call) {
 template <class M>
 struct ForwardScratch {
     using C = typename M::C;
-    C *S, *P, *added, *keep, *alpha;  // see SoftmaxRows
+    C *S, *P, *added, *keep, *registers, *alpha;  // see SoftmaxRows
     char *k, *v;
     KeyRows *k_rows, *v_rows;
     Block<M> *blocks;
@@ -61,7 +61,8 @@ struct ForwardScratch {
         const int64_t tile = kTileKeys * M::panel;
         S = arena.take<C>(tile);
         P = M::weights_in_scores ? S : arena.take<C>(tile / 2);
-        added = call.bias.data || call.mask.data ? arena.take<C>(tile) : nullptr;
+        added = has_added(call) ? arena.take<C>(tile) : nullptr;
+        registers = take_registers<C>(call, arena);
         keep = call.dropout_threshold ? arena.take<C>(tile) : nullptr;
         alpha = arena.take<C>(kBlockQ);
         const int64_t keys = M::tile_keys(call);
@@ -138,7 +139,7 @@ template <class M>
 void attend(const Block<M> &block, const ForwardState<M> &state, const ForwardScratch<M> &w,
             const typename M::Keys &keys, const typename M::Keys &values, int64_t j0, int64_t j1, TileAhead &next) {
     const anyattn_call &call = block.call;
-    const SoftmaxRows<M> softmax{w.S, w.P, w.added, w.keep, state.m, state.l, w.alpha};
+    const SoftmaxRows<M> softmax{w.S, w.P, w.added, w.keep, w.registers, state.m, state.l, w.alpha};
     for (int p = 0; p < block.panels; ++p) {
         for (int64_t j = j0; j < j1; j += M::score_keys) {
             const int64_t first = block.panel_begin(p, j, M::key_step);
@@ -204,6 +205,10 @@ void forward_blocks(const anyattn_call &call, const BlockSet &set, int64_t begin
         TileAhead next = next_tile(call, w.k_rows, w.v_rows, set.groups, j1, min64(j1 + tile_keys, end));
         for (int64_t i = 0; i < set.count();) {
             const int64_t g = i / set.shared();
+            if (all_hidden<M>(w.blocks + g * set.shared(), set.shared(), j0, j1)) {
+                i = (g + 1) * set.shared();
+                continue;
+            }
             const auto keys = M::load_keys(w.k_rows[g], j0, j1 - j0, call.head_dim, kSumDim, w.k);
             const auto values = M::load_keys(w.v_rows[g], j0, j1 - j0, call.head_dim_v, kSumKeys, w.v);
             for (; i < (g + 1) * set.shared(); ++i) attend<M>(w.blocks[i], w.states[i], w, keys, values, j0, j1, next);

@@ -2,6 +2,7 @@
 #pragma once
 #include "mma.inl.h"
 #include "philox.inl.h"
+#include "score_program.h"
 
 namespace anyattn {
 namespace {
@@ -17,7 +18,7 @@ struct ScoreUnits {
 
     // factor_left: what products must be multiplied by, see Plain::score_factor.
     ScoreUnits(const anyattn_call &call, double factor_left) {
-        scored = call.softcap > 0 || call.alibi_slopes.data || call.bias.data;
+        scored = call.softcap > 0 || call.alibi_slopes.data || call.bias.data || has_score_function(call);
         const double smallest = sizeof(C) == 4 ? double(__FLT_MIN__) : __DBL_MIN__;
         const double largest = sizeof(C) == 4 ? double(__FLT_MAX__) : __DBL_MAX__;
         // A smaller scale gives every score the value 0 anyway. lse and P must have one unit, see RowStatistics.
@@ -205,11 +206,11 @@ ANYATTN_INLINE void spread(C *added, const ScoreBlock<C, P> &block, int p, const
     }
 }
 
-// What a boolean mask does to a tile.
+// What a mask does to a tile.
 enum MaskUse { kSeesNone, kSeesSome, kSeesAll };
 
 template <class C, int P>
-ANYATTN_NOINLINE MaskUse mask_use(const ScoreBlock<C, P> &block, int p, int64_t j, int64_t n) {
+ANYATTN_NOINLINE MaskUse boolean_mask_use(const ScoreBlock<C, P> &block, int p, int64_t j, int64_t n) {
     const anyattn_array &mask = block.call.mask;
     if (!mask.data) return kSeesAll;
     bool some = false, all = true;
@@ -242,7 +243,7 @@ ANYATTN_NOINLINE void fill_added(C *added, const ScoreBlock<C, P> &block, int p,
     } else {
         __builtin_memset(added, 0, (size_t)(n * P * (int64_t)sizeof(C)));
     }
-    if (use == kSeesAll) return;
+    if (use == kSeesAll || !call.mask.data) return;
     spread_runs(call.mask, [](V seen, V bias) { return seen == V{} ? splat(-infinity(C())) : bias; });
 }
 
@@ -275,15 +276,22 @@ struct Bounds {
     alignas(64) C low[P], high[P];
 };
 
+// How score_pass begins: products times `product`, then the softcap (0: off). tanhs: null, or takes its tanh.
+template <class C>
+struct Capped {
+    C product, cap, *tanhs;
+};
+
 // Scores of the tile S of panel p and keys [j, j + n), in place of products; raises `top` anew. added: null or from
-// fill_added; tanhs: null, or takes the tanh of the softcap; bounds: null or the edge.
+// fill_added; bounds: null or the edge.
 template <class C, int P>
-ANYATTN_NOINLINE void score_pass(const ScoreBlock<C, P> &block, int p, int64_t j, int64_t n, const C *added, C *tanhs,
-                                 const Bounds<C, P> *bounds, C *S, typename Lanes<C>::V *top) {
+ANYATTN_NOINLINE void score_pass(const ScoreBlock<C, P> &block, int p, int64_t j, int64_t n, const C *added,
+                                 const Capped<C> &first, const Bounds<C, P> *bounds, C *S, typename Lanes<C>::V *top) {
     using V = typename Lanes<C>::V;
     const V hidden = splat(-infinity(C()));
-    const V cap = splat(block.cap), per_cap = splat(block.cap != 0 ? 1 / block.cap : 0);
-    const bool capped = block.cap != 0, sloped = block.sloped;
+    const V cap = splat(first.cap), per_cap = splat(first.cap != 0 ? 1 / first.cap : 0);
+    const bool capped = first.cap != 0, sloped = block.sloped;
+    C *tanhs = first.tanhs;
     // From the position of a key to that of row i0.
     const auto apart_from = [&](int64_t key) {
         return block.i0 + block.s.offset - (block.slot(key) - block.s.leftpad);
@@ -298,7 +306,7 @@ ANYATTN_NOINLINE void score_pass(const ScoreBlock<C, P> &block, int p, int64_t j
         const V from = place + splat(C(apart));
         V highest = hidden, row{};
         for (int64_t r = 0, at = c * lanes<C>; r < n; ++r, at += P, row += splat(C(1))) {
-            V s = load<V>(S + at) * splat(block.units.product);
+            V s = load<V>(S + at) * splat(first.product);
             if (capped) {
                 const V t = tanh(s * per_cap);
                 if (tanhs) store(tanhs + at, t);
@@ -318,26 +326,6 @@ ANYATTN_NOINLINE void score_pass(const ScoreBlock<C, P> &block, int p, int64_t j
         }
         top[c] = highest;
     }
-}
-
-// The derivative of the softcap, from a tile of tanhs.
-template <class C>
-ANYATTN_INLINE typename Lanes<C>::V softcap_slope(const C *tanhs) {
-    const auto t = load<typename Lanes<C>::V>(tanhs);
-    return splat(C(1)) - t * t;
-}
-
-// Runs what this tile needs of the above.
-template <class C, int P>
-ANYATTN_INLINE void score_tile(const ScoreBlock<C, P> &block, int p, int64_t j, int64_t n, MaskUse use, C *added,
-                               C *tanhs, C *S, typename Lanes<C>::V *top) {
-    const bool edge = block.edge(p, j, j + n), masked = use == kSeesSome;
-    if (!edge && !block.units.scored && !masked) return;
-    Bounds<C, P> bounds;
-    if (edge) lane_bounds(block, p, j, n, bounds.low, bounds.high);
-    if (!block.call.bias.data && !masked) added = nullptr;
-    if (added) fill_added(added, block, p, j, n, use);
-    score_pass(block, p, j, n, added, tanhs, edge ? &bounds : nullptr, S, top);
 }
 
 // Dropout factors of a tile, 0 or 1 / (1 - p).

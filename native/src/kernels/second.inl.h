@@ -158,7 +158,7 @@ Range fill_second(const Block<M> &block, const SecondScratch<M> &w, const Second
     if (has.q) M::scores(keys.k_tile, range.first, n, call.head_dim, w.tq + p * packed.q_size, rows, X, top, none);
     if (has.k) M::scores(keys.tk_tile, range.first, n, call.head_dim, q, rows, w.U, top, none);
     if (has.v) M::scores(keys.tv_tile, range.first, n, call.head_dim_v, dout, rows, w.E, top, none);
-    score_tile(block, p, first, n, use, tiles.added, tiles.tanhs, S, top);
+    score_tile(block, p, first, n, use, tiles.added, tiles.tanhs, {nullptr, nullptr}, S, top);
     if (tiles.keep) keep_tile(tiles.keep, block, p, first, n);
     if (has.bias) fill_tangent_of_bias(w.added, block, p, first, n);
     const C two_per_cap = block.cap != 0 ? 2 / block.cap : 0;

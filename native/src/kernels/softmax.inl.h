@@ -1,7 +1,7 @@
 // Online softmax: the weights of a tile of keys relative to the largest score so far.
 // Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018).
 #pragma once
-#include "score.inl.h"
+#include "score_tile.inl.h"
 
 namespace anyattn {
 namespace {
@@ -96,6 +96,7 @@ template <class M>
 struct SoftmaxRows {
     using C = typename M::C;
     C *S, *P, *added, *keep;  // P: S itself, if M stores weights there; keep: null, or the dropout factors
+    C *registers;  // of a score program, or null
     C *m, *l, *alpha;
 
     // Adds keys [j, j + n) of the tile that begins at j0 to the rows of panel p; leaves their weights in P. q: the packed panel.
@@ -104,7 +105,7 @@ struct SoftmaxRows {
         typename M::V top[kPanelVectors];
         for (auto &x : top) x = splat(-infinity(C()));
         M::scores(keys, j - j0, n, block.call.head_dim, q, block.panel_rows(p), S, top, next);
-        score_tile(block, p, j, n, use, added, (C *)nullptr, S, top);
+        score_tile(block, p, j, n, use, added, (C *)nullptr, {registers, nullptr}, S, top);
         if (keep) keep_tile(keep, block, p, j, n);
         const int64_t row = p * M::panel;
         softmax_pass<M>(S, P, n, block.panel_vectors(p), block.units.factor, top, keep, m + row, l + row, alpha + row);

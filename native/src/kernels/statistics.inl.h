@@ -55,7 +55,9 @@ struct TileScratch {
     using C = typename M::C;
     static constexpr int64_t tile = kTileKeys * M::panel;
     C *S, *T;  // per key; and per panel, if the gradients are there
-    C *P, *added, *tanhs, *keep;  // of one panel
+    C *P, *added, *tanhs, *keep;  // of one panel; tanhs: see score_tile
+    C *registers, *t, *ds;  // of a score program; where gradients of captured arrays are wanted, scores and dS
+    double *captured = nullptr;  // sums of these gradients
     C *m, *l, *alpha;  // per row, see SoftmaxRows
     char *k, *v;
 
@@ -64,12 +66,15 @@ struct TileScratch {
         S = arena.take<C>(tile * panels);
         T = arena.take<C>(tile * panels);
         P = M::weights_in_scores ? S : arena.take<C>(tile / 2);
-        added = call.bias.data || call.mask.data ? arena.take<C>(tile) : nullptr;
-        tanhs = call.softcap > 0 ? arena.take<C>(tile) : nullptr;
+        added = has_added(call) ? arena.take<C>(tile) : nullptr;
+        tanhs = call.softcap > 0 || has_score_function(call) ? arena.take<C>(tile) : nullptr;
         keep = call.dropout_threshold ? arena.take<C>(tile) : nullptr;
         m = arena.take<C>(kBlockQ);
         l = arena.take<C>(kBlockQ);
         alpha = arena.take<C>(kBlockQ);
+        registers = take_registers<C>(call, arena);
+        t = has_captured_gradients(call) ? arena.take<C>(tile) : nullptr;
+        ds = has_captured_gradients(call) ? arena.take<C>(tile) : nullptr;
         k = arena.take<char>(M::key_buffer(call.head_dim, kSumDim | kSumKeys, M::score_keys));
         v = arena.take<char>(M::key_buffer(call.head_dim_v, kSumDim, M::score_keys));
     }
@@ -126,7 +131,7 @@ template <class M>
 ANYATTN_NOINLINE void sum_rows(const Block<M> &block, const QueryRows<M> &of_block, const TileScratch<M> &w) {
     const anyattn_call &call = block.call;
     const KeyRows k = block.keys(call.k);
-    const SoftmaxRows<M> softmax{w.S, w.P, w.added, nullptr, w.m, w.l, w.alpha};
+    const SoftmaxRows<M> softmax{w.S, w.P, w.added, nullptr, w.registers, w.m, w.l, w.alpha};
     TileAhead none{};
     clear_sums(w.m, w.l);
     for (int64_t j0 = block.begin; j0 < block.end && !stopped(call); j0 += M::score_keys) {

@@ -150,7 +150,7 @@ void attend_tangent(const Block<M> &block, const TangentState<M> &state, const T
     M::scores(keys.k, at, n, call.head_dim, q, rows, tiles.S, top, next);
     if (has.q) M::scores(keys.k, at, n, call.head_dim, tq, rows, tiles.T, top, none);
     if (has.k) M::scores(keys.tk, at, n, call.head_dim, q, rows, has.q ? w.U : tiles.T, top, none);
-    score_tile(block, p, first, n, use, tiles.added, tiles.tanhs, tiles.S, top);
+    score_tile(block, p, first, n, use, tiles.added, tiles.tanhs, {nullptr, nullptr}, tiles.S, top);
     if (tiles.keep) keep_tile(tiles.keep, block, p, first, n);
     if (has.bias) fill_tangent_of_bias(w.added, block, p, first, n);
     const RowStatistics<C> statistics(state.packed.rows);

@@ -36,7 +36,7 @@ from .score.evaluate import Functions
 
 ORDINARY_SCORE = 8.0
 HALF = ("float16", "bfloat16")
-STATISTICS = ("lse", "tlse", "ddlse", "dcaptured")  # in the compute dtype
+STATISTICS = ("lse", "tlse", "ddlse")  # in the compute dtype; gradients depend on an out in the dtype of q
 
 
 @dataclass(frozen=True)

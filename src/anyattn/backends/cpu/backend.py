@@ -9,10 +9,11 @@ from array import array as words
 
 from ...definition.dtypes import DTYPES
 from ...definition.inputs import Extras
-from ...definition.passes import APPEND, BACKWARD, FORWARD, SECOND, TANGENT, Pass
+from ...definition.passes import APPEND, BACKWARD, FORWARD, SECOND, TANGENT
 from ...definition.problem import Array, Problem
 from ..base import Call, without_cache_gradients
-from . import layout, library, signals
+from . import layout, library, score_program, signals
+from .mask_blocks import MaskBlocks
 
 HAS_LEFT, HAS_RIGHT, TOP_LEFT, ROTARY_INTERLEAVED, BATCH_INVARIANT, HAS_KV_INDICES = 1, 2, 4, 8, 32, 64
 OUT_OF_MEMORY, INTERRUPTED = 7, 8
@@ -50,7 +51,7 @@ class CpuBackend:
 
     name = "cpu"
     passes = frozenset((FORWARD, BACKWARD, TANGENT, SECOND, APPEND))
-    score_functions = frozenset[Pass]()
+    score_functions = frozenset((FORWARD, BACKWARD))
     extras = frozenset(Extras._fields) & {*layout.ARRAYS, *layout.TABLES}
     may_fail = False
 
@@ -66,7 +67,7 @@ class CpuBackend:
         if problem.device != "cpu":
             verb = "writes to" if problem.pass_ is APPEND else "computes in"
             reasons.append(f"{verb} host memory only, got q on {problem.device}")
-        return reasons + without_cache_gradients(problem)
+        return reasons + without_cache_gradients(problem) + score_program.limits(problem)
 
     def avoids(self, problem: Problem) -> list[str]:
         return []
@@ -89,7 +90,13 @@ class CpuPlan:
         for name, array in {**inputs, **outputs}.items():
             values |= _array(name, array, packed_q=problem.packed_q)
         tables = tuple(name for name in layout.TABLES if name in problem.arrays)
-        self._template = _Template(native, library.PASSES[problem.pass_.name], values, (*inputs, *outputs), tables)
+        if problem.score:
+            self._program = score_program.lower(problem.functions)  # kept, because the struct has its address
+            values |= _program_values(problem, *self._program.buffer_info())
+        blocks = MaskBlocks(problem) if problem.functions.mask is not None else None
+        values |= {} if blocks is None else blocks.fields()
+        which = library.PASSES[problem.pass_.name]
+        self._template = _Template(native, which, values, (*inputs, *outputs), tables, blocks)
         self.workspace_bytes = 0 if problem.pass_ is APPEND else self._template.workspace()
 
     def warmup(self) -> None:
@@ -110,9 +117,15 @@ class _Template:
     """Packed call without addresses, as 64-bit words, and the positions of the addresses among the words."""
 
     def __init__(
-        self, native: library.Library, which: int, values: Values, arrays: tuple[str, ...], tables: tuple[str, ...]
+        self,
+        native: library.Library,
+        which: int,
+        values: Values,
+        arrays: tuple[str, ...],
+        tables: tuple[str, ...],
+        blocks: MaskBlocks | None = None,
     ) -> None:
-        self._native, self._which = native, which
+        self._native, self._which, self._blocks = native, which, blocks
         self._words = words("Q", layout.pack(values))
         self._slots = [_slot(f"{layout.field_of(name)}.data") for name in arrays] + [_slot(name) for name in tables]
         self._names = (*arrays, *tables)
@@ -142,6 +155,9 @@ class _Template:
         if call.workspace is not None:
             filled[self._workspace], filled[self._workspace_bytes] = pointer(call.workspace), self._needed
         filled[self._message] = _message.address
+        if self._blocks is not None:
+            kinds = self._blocks.of(call)
+            filled[_slot("mask_blocks.data")] = kinds.ctypes.data
         status = self._native.passes[self._which](filled.buffer_info()[0])
         if status:
             self._fail(status)
@@ -203,6 +219,12 @@ def _attention_values(problem: Problem) -> Values:
         "dropout_threshold": problem.dropout_threshold,
         "num_indices": 0 if indices is None else indices.shape[-1],
     }
+
+
+def _program_values(problem: Problem, address: int, words: int) -> Values:
+    captured = {"num_captured": problem.captured, "num_captured_indices": problem.captured_indices}
+    sizes = {name: 0 if array is None else array.shape[0] for name, array in captured.items()}
+    return {"score_program": address, "score_words": words, **sizes}
 
 
 def _append_values(problem: Problem) -> Values:

@@ -11,7 +11,8 @@ _FIRST_ARRAYS = (
     "new_k", "new_v", "rotary_cos", "rotary_sin",
 )  # fmt: skip
 _TANGENTS = ("tq", "tk", "tv", "tbias", "tsink", "tout", "tlse")
-ARRAYS = (*_FIRST_ARRAYS, "kv_indices", *_TANGENTS)
+_CAPTURED = ("captured", "captured_indices", "dcaptured")
+ARRAYS = (*_FIRST_ARRAYS, "kv_indices", *_TANGENTS, *_CAPTURED)
 # Results of the second pass that the struct names like results of the tangent pass.
 _SAME = {"ddout": "tout", "ddlse": "tlse"}
 TABLES = (
@@ -39,6 +40,9 @@ FIELDS: tuple[tuple[str, str], ...] = (
     *((f"kv_indices.{name}", kind) for name, kind in _ARRAY),
     *(("num_indices", "q"), ("poll", POINTER), ("poll_user", POINTER)),
     *((f"{array}.{name}", kind) for array in _TANGENTS for name, kind in _ARRAY),
+    *(("score_program", POINTER), ("score_words", "q"), ("num_captured", "q"), ("num_captured_indices", "q")),
+    *((f"{array}.{name}", kind) for array in (*_CAPTURED, "mask_blocks") for name, kind in _ARRAY),
+    *(("mask_block_q", "q"), ("mask_block_k", "q")),
 )
 # Native byte order and alignment. The order above aligns every field, in C and here.
 STRUCT = struct.Struct("@" + "".join(kind for _, kind in FIELDS))

@@ -34,13 +34,17 @@ def classify(graph: Graph, arrays: Sequence[Any], sizes: Sizes, block: tuple[int
     Raises:
         ValueError: a read of a captured array may be out of bounds.
     """
-    assert graph.mask is not None
     if 0 not in sizes:
         check(graph, Range(*[Interval(np.float64(0), np.float64(size - 1)) for size in sizes]), arrays)
-    extremes = [Extremes(array) for array in arrays]
+    return kinds(graph, [Extremes(array) for array in arrays], sizes, block)
+
+
+def kinds(graph: Graph, extremes: Sequence[Extremes], sizes: Sizes, block: tuple[int, int]) -> Kinds:
+    """Return what `classify` returns, without its check. extremes: those of the arrays that the mask reads."""
+    assert graph.mask is not None
     kv = _ranges(sizes.seqlen_k, block[1])
     q_low, q_high = _ranges(sizes.seqlen_q, block[0])
-    kinds = np.empty((sizes.batch, sizes.nheads, len(q_low), len(kv.low)), np.int8)
+    found_kinds = np.empty((sizes.batch, sizes.nheads, len(q_low), len(kv.low)), np.int8)
     step = max(1, PANEL // max(1, len(kv.low)))
     for b, h in np.ndindex(sizes.batch, sizes.nheads):
         one, head = (Interval(np.float64(x), np.float64(x)) for x in (b, h))
@@ -49,8 +53,8 @@ def classify(graph: Graph, arrays: Sequence[Any], sizes: Sizes, block: tuple[int
             q = Interval(q_low[panel, None], q_high[panel, None])
             found = bounds(graph, (graph.mask,), Range(one, head, q, kv), extremes)[graph.mask]
             low, high = (np.asarray(x, np.int8) for x in found)
-            kinds[b, h, panel] = low + high
-    return kinds
+            found_kinds[b, h, panel] = low + high
+    return found_kinds
 
 
 def _ranges(size: int, block: int) -> Interval:
