@@ -90,7 +90,7 @@ Range fill_gradients(const Block<M> &block, const BackwardRows<M> &of_block, con
     Out::clear(gradients, 0, range.first);
     Out::clear(gradients, range.first + round_up(n, 2), j1 - j0);
     if (n == 0) return range;
-    C *S = w.S + w.offset(p) + range.first * M::panel, *T = w.T + w.offset(p) + range.first * M::panel;
+    C *S = w.S + range.first * M::panel, *T = w.T + range.first * M::panel;
     C *tanhs = capped ? w.tanhs : nullptr;
     const bool captures = capped && w.captured;
     const FunctionGradients<C> functions{has_score_function(call) ? tanhs : nullptr, captures ? w.ds : nullptr};
@@ -171,8 +171,8 @@ struct BackwardScratch {
     WeightedRows<M> *weighted, *seen;  // of all blocks; of those that see a key of the tile
     Partial tile{};  // dk and dv of a tile of selected keys, before they are added to rows anywhere
 
-    BackwardScratch(const anyattn_call &call, Arena &arena) : tiles(call, arena) {
-        most = backward_blocks_at_once<M>(call);
+    BackwardScratch(const anyattn_call &call, int64_t blocks_at_once, Arena &arena)
+        : tiles(call, arena), most(blocks_at_once) {
         blocks = arena.take<Block<M>>(most);
         visits = arena.take<Visit>(most);
         states = arena.take<BackwardState<M>>(most);
@@ -259,7 +259,7 @@ void start_block(const BackwardScratch<M> &w, int64_t index, const Visit &visit,
     if (outputs.sink_sums && visit.first) add_sink_gradients(block, rows, outputs.sink_sums, outputs.sink_step);
     const auto q = M::load_rows(block.strided(call.q), block.rows, call.head_dim, state.q_rows);
     const auto dout = M::load_rows(block.strided(call.dout), block.rows, call.head_dim_v, state.dout_rows);
-    const auto gradients = M::gradients(w.tiles.S, w.tiles.T, state.gradients);
+    const auto gradients = M::gradients(state.gradients);
     new (w.weighted + index) WeightedRows<M>{gradients, q, dout, block.rows, 0};
     w.visits[index] = visit;
     start_dq<M>(block, state, visit);
@@ -362,7 +362,7 @@ void backward_group(const anyattn_call &call, const BackwardPart &part, const Pa
     const Sequence s = sequence(call, part.b);
     const int64_t group = call.nheads / call.nheads_kv, blocks = (s.n_q + kBlockQ - 1) / kBlockQ;
     Arena arena{static_cast<char *>(memory), 0};
-    BackwardScratch<M> w(call, arena);
+    BackwardScratch<M> w(call, backward_blocks_at_once<M>(call), arena);
     w.tiles.captured = part.captured;
     for (int64_t at = part.first; at < part.end && !stopped(call);) {
         if (has_key_lists(call)) {

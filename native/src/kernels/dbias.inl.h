@@ -56,7 +56,7 @@ template <class M>
 void add_dbias(const Block<M> &block, const DbiasTile &tile, const DbiasScratch<M> &w, int64_t begin, int64_t end,
                const void *statistics) {
     using C = typename M::C;
-    using Out = InPlace<C, M::panel>;
+    using Out = GradientTiles<C, M::panel>;
     const anyattn_call &call = block.call;
     pack_rows<M>(block, w.packed);
     load_statistics(block, statistics, RowStatistics<C>(w.packed.rows));
@@ -67,7 +67,7 @@ void add_dbias(const Block<M> &block, const DbiasTile &tile, const DbiasScratch<
         const auto keys = M::load_keys(k, j0, n, call.head_dim, kSumDim, w.tiles.k);
         const auto values = M::load_keys(v, j0, n, call.head_dim_v, kSumDim, w.tiles.v);
         for (int p = 0; p < block.panels; ++p) {
-            const typename Out::Gradients ds{w.tiles.S + w.tiles.offset(p), w.tiles.T + w.tiles.offset(p)};
+            const typename Out::Gradients ds{w.tiles.S, w.tiles.T};  // in place of the products
             const Range r =
                 fill_gradients<M, Out>(block, w.packed, w.tiles, keys, values, p, j0, j0 + n, C(1), false, ds, none);
             add_panel(w.sum, tile, block, p, j0 + r.first, r.n, Out::from(ds, r.first).ds);

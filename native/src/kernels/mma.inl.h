@@ -192,9 +192,9 @@ enum KeyUse { kSumDim = 1, kSumKeys = 2 };
 template <class Compute>
 struct Few;
 
-// Gradients of a tile at the places where S and dP were: P lanes for each key.
+// P (with dropout) and dS of a tile in the compute type: P lanes for each key.
 template <class C, int P>
-struct InPlace {
+struct GradientTiles {
     struct Gradients {
         C *p, *ds;
     };
@@ -228,7 +228,7 @@ struct InPlace {
 struct NoTask {};
 
 template <class Compute>
-struct Plain : InPlace<Compute, panel<Compute>> {
+struct Plain : GradientTiles<Compute, panel<Compute>> {
     using C = Compute;
     using Few = anyattn::Few<C>;  // the same for a few rows
     using V = typename Lanes<C>::V;
@@ -240,14 +240,14 @@ struct Plain : InPlace<Compute, panel<Compute>> {
         int64_t stride;
     };
     using Rows = Keys;  // of q or dout
-    using Gradients = typename InPlace<C, anyattn::panel<C>>::Gradients;
+    using Gradients = typename GradientTiles<C, anyattn::panel<C>>::Gradients;
 
     static constexpr int panel = anyattn::panel<C>;  // queries of a panel
     static constexpr int score_keys = kKeys;         // of a score tile
     static constexpr int key_step = 2;               // where a panel may begin in a tile of keys: multiples of this
-    static constexpr int most_blocks = 4, most_backward_blocks = 1;  // that share a tile of keys
-    // Whether P is stored in place of S, and P and dS in place of S and dP; and whether scores() finds the maximum.
-    static constexpr bool weights_in_scores = true, gradients_in_scores = true, finds_top = true;
+    static constexpr int most_blocks = 4, most_backward_blocks = 4;  // that share a tile of keys
+    // Whether P is stored in place of S, and whether scores() finds the maximum.
+    static constexpr bool weights_in_scores = true, finds_top = true;
 
     static int64_t tile_keys(const anyattn_call &) { return kKeys; }  // loaded at once in the forward pass
     // exp2(x factor), as a weight.
@@ -313,8 +313,12 @@ struct Plain : InPlace<Compute, panel<Compute>> {
         });
     }
 
-    static int64_t gradients_size() { return 0; }
-    static Gradients gradients(C *S, C *T, char *) { return {S, T}; }
+    static constexpr int64_t kWeights = kBlockQ / panel * kTileKeys * panel;
+    static int64_t gradients_size() { return 2 * kWeights * (int64_t)sizeof(C); }
+    static Gradients gradients(char *buffer) {
+        C *p = reinterpret_cast<C *>(buffer);
+        return {p, p + kWeights};
+    }
     static Gradients panel_of(const Gradients &g, int p) { return Plain::from(g, p * kTileKeys); }
 
     // Rows of q or dout as the second operand of dK and dV: whole vectors.

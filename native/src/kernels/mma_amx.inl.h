@@ -121,7 +121,7 @@ struct Amx {
     // See Plain.
     static constexpr int panel = kSide, score_keys = kChunk, key_step = kStep;
     static constexpr int most_blocks = 8, most_backward_blocks = 8;
-    static constexpr bool weights_in_scores = false, gradients_in_scores = false, finds_top = false;
+    static constexpr bool weights_in_scores = false, finds_top = false;
     static constexpr int64_t kUnitBytes = kChunk * kRow;  // of P or dS of 32 queries
 
     // Keys that stay in L2 while all panels of all blocks read them.
@@ -248,7 +248,7 @@ struct Amx {
     static constexpr int64_t kUnits = kBlockQ / kUnit;
     static int64_t gradients_size() { return 2 * kUnits * kUnitBytes + kChunk / 2 * kRow; }
     // Write zeros for panels without rows, because they share tiles with other panels.
-    static Gradients gradients(float *, float *, char *buffer) {
+    static Gradients gradients(char *buffer) {
         __builtin_memset(buffer, 0, 2 * kUnits * kUnitBytes);
         char *ds = buffer + kUnits * kUnitBytes;
         return {buffer, ds, reinterpret_cast<uint32_t *>(ds + kUnits * kUnitBytes)};

@@ -175,8 +175,8 @@ struct Dot {
 
     // See Plain.
     static constexpr int panel = Plain<float>::panel, score_keys = kKeys, key_step = 2;
-    static constexpr int most_blocks = 4, most_backward_blocks = 1;
-    static constexpr bool weights_in_scores = true, gradients_in_scores = false, finds_top = true;
+    static constexpr int most_blocks = 4, most_backward_blocks = 4;
+    static constexpr bool weights_in_scores = true, finds_top = true;
     static int64_t tile_keys(const anyattn_call &) { return kKeys; }
     static ANYATTN_INLINE V weight(V x, V factor) { return exp2(x, factor); }
 
@@ -266,7 +266,7 @@ struct Dot {
 
     static constexpr int64_t tile_pairs = kTileKeys * panel / 2;
     static int64_t gradients_size() { return 3 * tile_pairs * (int64_t)sizeof(Pair); }
-    static Gradients gradients(float *, float *, char *buffer) {
+    static Gradients gradients(char *buffer) {
         Pair *p = reinterpret_cast<Pair *>(buffer);
         return {p, p + tile_pairs, p + 2 * tile_pairs};
     }

@@ -29,16 +29,18 @@ struct TangentRows {
 template <class M>
 struct SecondScratch {
     using C = typename M::C;
-    BackwardScratch<M> backward;  // of its tiles, S and T become P D (u - tlse) and dt'
-    C *X;  // products of tq and k, then dt: of all panels
+    BackwardScratch<M> backward;
+    C *S, *T, *X;  // of all panels: products, then P D (u - tlse), dt' and dt; X: of tq and k
     C *U, *E, *added;  // of one panel: products of q and tk, of dout and tv; the tangent of the bias
     typename M::Packed *tq;
     char *tq_rows, *tk, *tv;
 
-    SecondScratch(const anyattn_call &call, Arena &arena) : backward(call, arena) {
+    SecondScratch(const anyattn_call &call, Arena &arena) : backward(call, 1, arena) {
         constexpr int64_t panels = kBlockQ / M::panel;
         const TangentTerms has(call);
         const int64_t tile = backward.tiles.tile;
+        S = arena.take<C>(tile * panels);
+        T = arena.take<C>(tile * panels);
         X = has.products() ? arena.take<C>(tile * panels) : nullptr;
         U = has.k ? arena.take<C>(tile) : nullptr;
         E = has.v ? arena.take<C>(tile) : nullptr;
@@ -139,7 +141,7 @@ Range fill_second(const Block<M> &block, const SecondScratch<M> &w, const Second
     const MaskUse use = mask_use(block, p, first, keys_in_sight);
     const int64_t n = use == kSeesNone ? 0 : keys_in_sight;
     const Range range{n > 0 ? first - j0 : 0, n};
-    C *const all_weights[] = {tiles.S, tiles.T, w.X};
+    C *const all_weights[] = {w.S, w.T, w.X};
     for (C *weights : all_weights) {
         if (!weights) continue;
         C *of_panel = weights + p * tiles.tile, *behind = of_panel + (range.first + n) * M::panel;
@@ -148,7 +150,7 @@ Range fill_second(const Block<M> &block, const SecondScratch<M> &w, const Second
     }
     if (n == 0) return range;
     const int64_t offset = p * tiles.tile + range.first * M::panel;
-    C *S = tiles.S + offset, *T = tiles.T + offset, *X = w.X ? w.X + offset : nullptr;
+    C *S = w.S + offset, *T = w.T + offset, *X = w.X ? w.X + offset : nullptr;
     const C *q = packed.q + p * packed.q_size, *dout = packed.dout + p * packed.dout_size;
     typename M::V top[kPanelVectors] = {};
     TileAhead none{};
@@ -216,13 +218,13 @@ void second_block(const Block<M> &block, const SecondScratch<M> &w, const Partia
             const int64_t at = p * tiles.tile + r.first * M::panel;
             C *dq = state.dq + p * state.dq_size;
             const int count = block.panel_rows(p);
-            M::accumulate(keys.k_tile, r.first, r.n, call.head_dim, tiles.T + at, count, dq, nullptr, none);
+            M::accumulate(keys.k_tile, r.first, r.n, call.head_dim, w.T + at, count, dq, nullptr, none);
             if (w.tk) M::accumulate(keys.tk_tile, r.first, r.n, call.head_dim, w.X + at, count, dq, nullptr, none);
         }
         const Partial to = sums_of_tile<M>(block, back, partial, j0, n);
         C *dk = static_cast<C *>(to.dk), *dv = static_cast<C *>(to.dv);
-        M::accumulate_rows(tiles.S, n, dout_rows, block.rows, call.head_dim_v, dv, to.dv_stride);
-        M::accumulate_rows(tiles.T, n, q_rows, block.rows, call.head_dim, dk, to.dk_stride);
+        M::accumulate_rows(w.S, n, dout_rows, block.rows, call.head_dim_v, dv, to.dv_stride);
+        M::accumulate_rows(w.T, n, q_rows, block.rows, call.head_dim, dk, to.dk_stride);
         if (w.tq) M::accumulate_rows(w.X, n, tq_rows, block.rows, call.head_dim, dk, to.dk_stride);
         if (!block.slots) continue;
         add_to_slots<C>(partial.dk, partial.dk_stride, to.dk, to.dk_stride, block.slots + j0, n);
@@ -293,7 +295,7 @@ void add_dbias(const Block<M> &block, const DbiasTile &tile, const SecondDbias<M
         keys.load(block.call, second, j0, n);
         for (int p = 0; p < block.panels; ++p) {
             const Range r = fill_second<M>(block, second, keys, tangent, p, j0, j0 + n, true, none);
-            const C *ds = tiles.T + p * tiles.tile + r.first * M::panel;
+            const C *ds = second.T + p * tiles.tile + r.first * M::panel;
             add_panel(w.sum, tile, block, p, j0 + r.first, r.n, ds);
         }
     }

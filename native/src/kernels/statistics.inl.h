@@ -54,17 +54,15 @@ template <class M>
 struct TileScratch {
     using C = typename M::C;
     static constexpr int64_t tile = kTileKeys * M::panel;
-    C *S, *T;  // per key; and per panel, if the gradients are there
-    C *P, *added, *tanhs, *keep;  // of one panel; tanhs: see score_tile
+    C *S, *T, *P, *added, *tanhs, *keep;  // of one panel; tanhs: see score_tile
     C *registers, *t, *ds;  // of a score program; where gradients of captured arrays are wanted, scores and dS
     double *captured = nullptr;  // sums of these gradients
     C *m, *l, *alpha;  // per row, see SoftmaxRows
     char *k, *v;
 
     TileScratch(const anyattn_call &call, Arena &arena) {
-        constexpr int panels = M::gradients_in_scores ? kBlockQ / M::panel : 1;
-        S = arena.take<C>(tile * panels);
-        T = arena.take<C>(tile * panels);
+        S = arena.take<C>(tile);
+        T = arena.take<C>(tile);
         P = M::weights_in_scores ? S : arena.take<C>(tile / 2);
         added = has_added(call) ? arena.take<C>(tile) : nullptr;
         tanhs = call.softcap > 0 || has_score_function(call) ? arena.take<C>(tile) : nullptr;
@@ -78,7 +76,6 @@ struct TileScratch {
         k = arena.take<char>(M::key_buffer(call.head_dim, kSumDim | kSumKeys, M::score_keys));
         v = arena.take<char>(M::key_buffer(call.head_dim_v, kSumDim, M::score_keys));
     }
-    int64_t offset(int p) const { return M::gradients_in_scores ? p * tile : 0; }
 };
 
 // products_i = <a_i, b_i> of a block's rows of two arrays shaped like out; 0 beyond the rows.

@@ -62,7 +62,7 @@ int64_t scratch(const anyattn_call &call, int32_t pass) {
             if (call.dbias.data) SecondDbias<F>(call, dbias);
             return max64(arena.used, dbias.used);
         }
-        BackwardScratch<M>(call, arena);
+        BackwardScratch<M>(call, backward_blocks_at_once<M>(call), arena);
         if (call.dbias.data) DbiasScratch<M>(call, dbias);
         return max64(arena.used, dbias.used);
     });
