@@ -61,7 +61,11 @@ typedef enum anyattn_dtype {
     ANYATTN_BFLOAT16 = 3,
     ANYATTN_FLOAT64 = 4,
     ANYATTN_BOOL = 5,
-    ANYATTN_INT32 = 6
+    ANYATTN_INT32 = 6,
+    /* quantised k and v, with k_scale and v_scale */
+    ANYATTN_INT8 = 7,
+    ANYATTN_FLOAT8_E4M3FN = 8,
+    ANYATTN_FLOAT8_E5M2 = 9
 } anyattn_dtype;
 
 typedef enum anyattn_flag {
@@ -165,6 +169,11 @@ typedef struct anyattn_call {
      * is false, 2 where it is true, else 1. Absent: 1. */
     anyattn_array mask_blocks;
     int64_t mask_block_q, mask_block_k; /* queries and keys of a block */
+    /* Quantised k and v (forward and append): the keys are k_scale * k, the values v_scale * v. float32, in the shape of
+     * k without head_dim, stride[0] to stride[2], 0 where broadcast; stride[3] is the step from one sequence of the call
+     * to the next, for scales (batch, nheads_kv). append writes max |x| / 127 (int8) or max |x| / the largest number of
+     * a float8 for each new key and value; there every slot has a scale of its own. */
+    anyattn_array k_scale, v_scale;
 } anyattn_call;
 
 typedef enum anyattn_pass {

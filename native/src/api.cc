@@ -61,7 +61,8 @@ void clear_absent(anyattn_call *call) {
                                  &call->tbias,      &call->tsink,
                                  &call->tout,       &call->tlse,
                                  &call->captured,   &call->captured_indices,
-                                 &call->dcaptured,  &call->mask_blocks}) {
+                                 &call->dcaptured,  &call->mask_blocks,
+                                 &call->k_scale,    &call->v_scale}) {
         if (!array->data) std::memset(array->stride, 0, sizeof array->stride);
     }
 }

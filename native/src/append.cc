@@ -1,6 +1,9 @@
 #include "append.h"
 
+#include <vector>
+
 #include "half.h"
+#include "quantise.h"
 #include "tasks.h"
 
 namespace anyattn {
@@ -74,8 +77,60 @@ Rotate rotation(int32_t dtype) {
     }
 }
 
+// One head of one row in float32, rotated at `position` in float64, which rounds the same way on every processor.
+template <class T>
+void rotate_wide(const anyattn_call &call, int32_t dtype, const char *from, int64_t dim, int64_t rotary_dim,
+                 int64_t position, float *to) {
+    const auto *in = reinterpret_cast<const typename T::Storage *>(from);
+    const int64_t half = rotary_dim / 2;
+    const bool interleaved = call.flags & ANYATTN_ROTARY_INTERLEAVED;
+    const bool own_cos = call.rotary_cos.dtype == dtype, own_sin = call.rotary_sin.dtype == dtype;
+    for (int64_t d = 0; d < half; ++d) {
+        const int64_t first = interleaved ? 2 * d : d, second = interleaved ? 2 * d + 1 : d + half;
+        const double x = T::load(in[first]), y = T::load(in[second]);
+        const double cos = angle<T>(call.rotary_cos, position, d, own_cos);
+        const double sin = angle<T>(call.rotary_sin, position, d, own_sin);
+        // volatile: a fused multiply-add would round otherwise.
+        const volatile double x_cos = x * cos, y_sin = y * sin, x_sin = x * sin, y_cos = y * cos;
+        to[first] = static_cast<float>(x_cos - y_sin);
+        to[second] = static_cast<float>(x_sin + y_cos);
+    }
+    for (int64_t d = rotary_dim; d < dim; ++d) to[d] = static_cast<float>(T::load(in[d]));
+}
+
+using RotateWide = void (*)(const anyattn_call &, int32_t, const char *, int64_t, int64_t, int64_t, float *);
+
+RotateWide wide_rotation(int32_t dtype) {
+    switch (dtype) {
+        case ANYATTN_FLOAT64:
+            return rotate_wide<Float64>;
+        case ANYATTN_FLOAT16:
+            return rotate_wide<Float16>;
+        case ANYATTN_BFLOAT16:
+            return rotate_wide<BFloat16>;
+        default:
+            return rotate_wide<Float32>;
+    }
+}
+
+// A row of new_k and new_v into quantised k and v, with a scale for each head. values: room for one head.
+void quantise_row(const anyattn_call &call, int64_t b, int64_t t, int64_t entry, int64_t row, int64_t slot,
+                  float *values) {
+    const int32_t dtype = call.new_k.dtype;
+    const RotateWide rotate_row = wide_rotation(dtype);
+    const auto scale = [&](const anyattn_array &array, int64_t h) {
+        return reinterpret_cast<float *>(element(array, entry, row, h));
+    };
+    for (int64_t h = 0; h < call.nheads_kv; ++h) {
+        rotate_row(call, dtype, element(call.new_k, b, t, h), call.head_dim, call.rotary_dim, slot, values);
+        quantise(values, call.head_dim, call.k.dtype, element(call.k, entry, row, h), scale(call.k_scale, h));
+        rotate_row(call, dtype, element(call.new_v, b, t, h), call.head_dim_v, 0, slot, values);
+        quantise(values, call.head_dim_v, call.v.dtype, element(call.v, entry, row, h), scale(call.v_scale, h));
+    }
+}
+
 // Row t of new_k and new_v of sequence b. Where cache_batch_idx or block_table names a slot twice, one of them stays.
-void append_row(const anyattn_call &call, Rotate rotate_row, int64_t b, int64_t t) {
+void append_row(const anyattn_call &call, Rotate rotate_row, int64_t b, int64_t t, float *values) {
     const int64_t slot = call.cache_seqlens[b] + t;
     int64_t entry = sequence(call, b).batch_k, row = slot;
     if (call.block_table) {
@@ -85,6 +140,7 @@ void append_row(const anyattn_call &call, Rotate rotate_row, int64_t b, int64_t 
         entry = 0;
         row += call.cu_seqlens_k[b];
     }
+    if (is_quantised(call.k.dtype)) return quantise_row(call, b, t, entry, row, slot, values);
     const size_t bytes_v = static_cast<size_t>(call.head_dim_v * dtype_bytes(call.v.dtype));
     for (int64_t h = 0; h < call.nheads_kv; ++h) {
         rotate_row(call, call.k.dtype, element(call.new_k, b, t, h), element(call.k, entry, row, h), slot);
@@ -95,9 +151,13 @@ void append_row(const anyattn_call &call, Rotate rotate_row, int64_t b, int64_t 
 bool append_new(const anyattn_call &call, int32_t threads) {
     const Rotate rotate_row = rotation(call.k.dtype);
     const int64_t chunks = blocks_of(call.seqlen_new);
-    return run_tasks(call, threads, call.batch * chunks, [&](int64_t task, int32_t) {
+    const int64_t room = is_quantised(call.k.dtype) ? max64(call.head_dim, call.head_dim_v) : 0;  // of each worker
+    std::vector<float> values(static_cast<size_t>(room * threads));
+    return run_tasks(call, threads, call.batch * chunks, [&](int64_t task, int32_t worker) {
         const int64_t b = task / chunks, begin = task % chunks * kBlockQ;
-        for (int64_t t = begin; t < min64(begin + kBlockQ, call.seqlen_new); ++t) append_row(call, rotate_row, b, t);
+        for (int64_t t = begin; t < min64(begin + kBlockQ, call.seqlen_new); ++t) {
+            append_row(call, rotate_row, b, t, values.data() + worker * room);
+        }
     });
 }
 

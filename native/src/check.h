@@ -24,6 +24,9 @@ int32_t check_score_program(const anyattn_call &call, int32_t pass);
 // Returns whether a pass computes gradients.
 constexpr bool has_gradients(int32_t pass) { return pass == ANYATTN_BACKWARD || pass == ANYATTN_SECOND; }
 
+// Whether k and v of this dtype have scales.
+constexpr bool is_quantised(int32_t dtype) { return dtype >= ANYATTN_INT8; }
+
 constexpr int64_t dtype_bytes(int32_t dtype) {
     return dtype == ANYATTN_FLOAT64                                ? 8
            : dtype == ANYATTN_FLOAT32 || dtype == ANYATTN_INT32    ? 4

@@ -12,10 +12,13 @@ constexpr unsigned bit(int32_t dtype) { return 1u << dtype; }
 
 constexpr unsigned kHalf = bit(ANYATTN_FLOAT16) | bit(ANYATTN_BFLOAT16);
 constexpr unsigned kInputs = bit(ANYATTN_FLOAT32) | kHalf | bit(ANYATTN_FLOAT64);
+constexpr unsigned kQuantised = bit(ANYATTN_INT8) | bit(ANYATTN_FLOAT8_E4M3FN) | bit(ANYATTN_FLOAT8_E5M2);
+constexpr int32_t kLastDtype = ANYATTN_FLOAT8_E5M2;
 
 const char *dtype_name(int32_t dtype) {
-    static const char *const names[] = {"none", "float32", "float16", "bfloat16", "float64", "bool", "int32"};
-    return dtype >= 0 && dtype <= ANYATTN_INT32 ? names[dtype] : "unknown";
+    static const char *const names[] = {"none", "float32", "float16", "bfloat16",      "float64",
+                                        "bool", "int32",   "int8",    "float8_e4m3fn", "float8_e5m2"};
+    return dtype >= 0 && dtype <= kLastDtype ? names[dtype] : "unknown";
 }
 
 enum Role { kInput, kOptional, kOutput, kOptionalOutput };
@@ -32,10 +35,10 @@ struct Field {
 
 int32_t check_dtype(const anyattn_call &call, const Field &field) {
     const int32_t dtype = field.array.dtype;
-    if (dtype >= 0 && dtype <= ANYATTN_INT32 && (field.dtypes & bit(dtype))) return ANYATTN_SUCCESS;
-    char accepted[64] = "";
+    if (dtype >= 0 && dtype <= kLastDtype && (field.dtypes & bit(dtype))) return ANYATTN_SUCCESS;
+    char accepted[96] = "";
     size_t length = 0;
-    for (int32_t d = ANYATTN_FLOAT32; d <= ANYATTN_INT32; ++d) {
+    for (int32_t d = ANYATTN_FLOAT32; d <= kLastDtype; ++d) {
         if (!(field.dtypes & bit(d))) continue;
         for (const char *c = length ? " or " : ""; *c; ++c) accepted[length++] = *c;
         for (const char *c = dtype_name(d); *c; ++c) accepted[length++] = *c;
@@ -128,10 +131,33 @@ Shape shape_k(const anyattn_call &call) {
     return call.cu_seqlens_k ? Shape{1, call.total_k} : Shape{call.batch_k, call.seqlen_k};
 }
 
+// The scales of quantised k and v: of every slot if append writes them.
+int32_t check_scales(const anyattn_call &call, Role role) {
+    const Shape k = shape_k(call);
+    const int64_t sequences = role == kOutput ? 1 : call.batch;
+    const Field fields[] = {
+        {"k_scale", call.k_scale, role, bit(ANYATTN_FLOAT32), {k.batch, k.rows, call.nheads_kv, sequences}, -1},
+        {"v_scale", call.v_scale, role, bit(ANYATTN_FLOAT32), {k.batch, k.rows, call.nheads_kv, sequences}, -1}};
+    const bool quantised = is_quantised(call.k.dtype);
+    if (quantised && call.k.dtype != call.v.dtype) {
+        return refuse(call, ANYATTN_INVALID_DTYPE, "k has dtype %s and v %s; accepted: one dtype",
+                      dtype_name(call.k.dtype), dtype_name(call.v.dtype));
+    }
+    for (const Field &field : fields) {
+        if (!quantised && field.array.data) {
+            return refuse(call, ANYATTN_INVALID_VALUE, "%s is given, and k has dtype %s; accepted: null", field.name,
+                          dtype_name(call.k.dtype));
+        }
+        if (!quantised) continue;
+        if (const int32_t status = check_field(call, field)) return status;
+    }
+    return ANYATTN_SUCCESS;
+}
+
 int32_t check_inputs(const anyattn_call &call, const Dtypes &dtypes, Role out) {
     const Shape q = shape_q(call), k = shape_k(call);
     const int64_t heads = call.nheads, heads_kv = call.nheads_kv, d = call.head_dim, d_v = call.head_dim_v;
-    const unsigned bias = dtypes.same | bit(ANYATTN_FLOAT32);
+    const unsigned bias = dtypes.same | bit(ANYATTN_FLOAT32), stored = dtypes.same | (out == kOutput ? kQuantised : 0);
     // lse is stored as (batch, nheads, row), without a fourth axis.
     const Role lse = out == kOutput ? kOptionalOutput : kInput;
     const Field lists = {
@@ -142,8 +168,8 @@ int32_t check_inputs(const anyattn_call &call, const Dtypes &dtypes, Role out) {
     return check_fields(
         call,
         {{"q", call.q, kInput, dtypes.same, {q.batch, q.rows, heads, d}},
-         {"k", call.k, kInput, dtypes.same, {k.batch, k.rows, heads_kv, d}},
-         {"v", call.v, kInput, dtypes.same, {k.batch, k.rows, heads_kv, d_v}},
+         {"k", call.k, kInput, stored, {k.batch, k.rows, heads_kv, d}},
+         {"v", call.v, kInput, stored, {k.batch, k.rows, heads_kv, d_v}},
          {"out", call.out, out, dtypes.wide, {q.batch, q.rows, heads, d_v}},
          {"lse", call.lse, lse, dtypes.stats, {q.batch, heads, q.rows, 1}, 2},
          {"bias", call.bias, kOptional, bias, {call.batch, heads, call.seqlen_q, call.seqlen_k}, 3, true},
@@ -218,10 +244,12 @@ int32_t check_append(const anyattn_call &call, const Dtypes &dtypes) {
     const unsigned angles = dtypes.same | bit(ANYATTN_FLOAT32);
     int32_t status = ANYATTN_SUCCESS;
     if (fresh > 0) {
-        status = check_fields(call, {{"k", call.k, kOutput, dtypes.same, {k.batch, k.rows, heads_kv, d}},
-                                     {"v", call.v, kOutput, dtypes.same, {k.batch, k.rows, heads_kv, d_v}},
+        const unsigned stored = dtypes.same | kQuantised;
+        status = check_fields(call, {{"k", call.k, kOutput, stored, {k.batch, k.rows, heads_kv, d}},
+                                     {"v", call.v, kOutput, stored, {k.batch, k.rows, heads_kv, d_v}},
                                      {"new_k", call.new_k, kInput, dtypes.same, {call.batch, fresh, heads_kv, d}},
                                      {"new_v", call.new_v, kInput, dtypes.same, {call.batch, fresh, heads_kv, d_v}}});
+        if (!status) status = check_scales(call, kOutput);
     }
     if (!status && call.q.data) {
         status = check_fields(call, {{"q", call.q, kInput, dtypes.same, {q.batch, q.rows, heads, d}},
@@ -239,12 +267,22 @@ int32_t check_arrays(const anyattn_call &call, int32_t pass) {
     const bool append = pass == ANYATTN_APPEND;
     const bool from_k = append && call.seqlen_new > 0;
     if (append && !from_k && !call.q.data) return ANYATTN_SUCCESS;
-    const Field base = {from_k ? "k" : "q", from_k ? call.k : call.q, kInput, kInputs, {0, 0, 0, 0}};
+    const bool quantised = from_k && is_quantised(call.k.dtype);
+    const Field base = {quantised ? "new_k"
+                        : from_k  ? "k"
+                                  : "q",
+                        quantised ? call.new_k
+                        : from_k  ? call.k
+                                  : call.q,
+                        kInput,
+                        kInputs,
+                        {0, 0, 0, 0}};
     if (const int32_t status = check_dtype(call, base)) return status;
     const Dtypes dtypes(base.array.dtype);
     if (append) return check_append(call, dtypes);
     int32_t status = check_inputs(call, dtypes, pass == ANYATTN_FORWARD ? kOutput : kInput);
     if (!status && call.score_program) status = check_functions(call, dtypes);
+    if (!status) status = check_scales(call, kInput);
     if (!status && has_gradients(pass)) status = check_gradients(call, dtypes);
     if (!status && (pass == ANYATTN_TANGENT || pass == ANYATTN_SECOND)) status = check_tangents(call, dtypes);
     return status;

@@ -182,6 +182,36 @@ TEST(refusals) {
     CHECK(anyattn_append(&call) == ANYATTN_NULL_POINTER);  // no cos
 }
 
+// A row of a quantised cache: max |x| / 127 is the scale, ties go to the even code.
+TEST(quantised_cache) {
+    Config config;
+    config.seqlen_k = 4;
+    Fixture f(config);
+    anyattn_call &call = f.call;
+    const float row[8] = {254, -254, 1, 3, -5, 0, 2, 254};
+    const int8_t want[8] = {127, -127, 0, 2, -2, 0, 1, 127};
+    int8_t k[4 * 8] = {}, v[4 * 8] = {};
+    float scales[2][4] = {};
+    int32_t length = 2;
+    call.seqlen_new = 1;
+    call.cache_seqlens = &length;
+    call.q.data = nullptr;
+    call.k = anyattn_contiguous(k, ANYATTN_INT8, 4, 1, 8);
+    call.v = anyattn_contiguous(v, ANYATTN_INT8, 4, 1, 8);
+    call.new_k = call.new_v = anyattn_contiguous(row, ANYATTN_FLOAT32, 1, 1, 8);
+    CHECK(anyattn_append(&call) == ANYATTN_NULL_POINTER);  // no scales
+    call.k_scale = anyattn_contiguous(scales[0], ANYATTN_FLOAT32, 4, 1, 1);
+    call.v_scale = anyattn_contiguous(scales[1], ANYATTN_FLOAT32, 4, 1, 1);
+    CHECK(anyattn_append(&call) == ANYATTN_SUCCESS);
+    for (int i = 0; i < 8; ++i) {
+        CHECK(k[2 * 8 + i] == want[i]);
+        CHECK(v[2 * 8 + i] == want[i]);
+    }
+    for (int j = 0; j < 4; ++j) CHECK(scales[0][j] == (j == 2 ? 2.0f : 0.0f));
+    call.k_scale.stride[1] = 0;
+    CHECK(anyattn_append(&call) == ANYATTN_INVALID_DIMENSION);  // slots that share a scale
+}
+
 TEST(halves_round_to_nearest_even) {
     using namespace anyattn;
     for (uint32_t bits = 0; bits < 0x10000; ++bits) {

@@ -76,6 +76,19 @@ TEST(strides) {
     check_forward(bad, "last stride of bias", [](anyattn_call &c) { c.bias.stride[3] = -1; }, bias);
 }
 
+TEST(quantised_keys) {
+    const auto quantised = [](anyattn_call &c) { c.k.dtype = c.v.dtype = ANYATTN_INT8; };
+    check_forward(ANYATTN_NULL_POINTER, "k_scale", quantised);
+    check_forward(ANYATTN_INVALID_DTYPE, "k has dtype int8 and v float32",
+                  [](anyattn_call &c) { c.k.dtype = ANYATTN_INT8; });
+    check_forward(ANYATTN_INVALID_VALUE, "v_scale is given", [](anyattn_call &c) { c.v_scale = c.q; });
+    check_forward(ANYATTN_INVALID_DTYPE, "k_scale has dtype none", [&](anyattn_call &c) {
+        quantised(c);
+        c.k_scale.data = c.q.data;
+    });
+    check_refused(ANYATTN_BACKWARD, ANYATTN_INVALID_DTYPE, "k has dtype int8 (7); accepted here: float32", quantised);
+}
+
 TEST(pointers) {
     const int32_t bad = ANYATTN_NULL_POINTER;
     CHECK(anyattn_forward(nullptr) == bad);

@@ -44,6 +44,8 @@ def attention(
     seqused_k: Table | None = None,
     leftpad_k: Table | None = None,
     kv_indices: Array | None = None,
+    k_scale: float | Array | None = None,
+    v_scale: float | Array | None = None,
     score_mod: ScoreFunction | None = None,
     mask_mod: ScoreFunction | None = None,
     dropout_p: float = 0.0,
@@ -75,7 +77,8 @@ def attention(
     Args:
         q: (batch, seqlen_q, nheads, head_dim), float32, float16, bfloat16 or float64. Any strides are accepted, and a
             copy is made only if the last dimension is not contiguous.
-        k: (batch, seqlen_k, nheads_kv, head_dim), of q's dtype; nheads is a multiple of nheads_kv.
+        k: (batch, seqlen_k, nheads_kv, head_dim), of q's dtype, or int8, float8_e4m3fn or float8_e5m2 with scales;
+            nheads is a multiple of nheads_kv.
         v: (batch, seqlen_k, nheads_kv, head_dim_v).
         causal: each query attends only to keys at or before its own position.
         window: (left, right), inclusive: number of keys before and after its position that a query attends to. None in
@@ -97,6 +100,9 @@ def attention(
         kv_indices: integers (batch, seqlen_q, n), or (batch, nheads_kv, seqlen_q, n): each query attends only to the
             key slots in its list that the other masks leave visible. -1 means no key. A slot that is listed twice
             counts once. On the CPU backend, the work grows with n instead of seqlen_k.
+        k_scale: factor of quantised keys, float32: the keys are k_scale * k. A number, (nheads_kv,), (batch,
+            nheads_kv), or one per slot: (batch, seqlen_k, nheads_kv). Only q, bias and sink then have gradients.
+        v_scale: factor of quantised values, like k_scale.
         score_mod: a function (score, b, h, q_idx, kv_idx) -> score, as in FlexAttention. `score` is the scaled score.
             The indices count batch entries, query heads, and the queries and keys of the sequence. The function is
             called once with symbols. It computes with operators, functions of torch or NumPy, and reads of captured
@@ -138,11 +144,12 @@ def attention(
     extras = NO_EXTRAS
     if not (
         bias is mask is alibi_slopes is sink is seqused_q is seqused_k is leftpad_k is offset is None
-        and kv_indices is rng_state is None
+        and kv_indices is rng_state is k_scale is v_scale is None
     ):
         extras = Extras(
             bias=bias, mask=mask, alibi_slopes=alibi_slopes, sink=sink, seqused_q=seqused_q, seqused_k=seqused_k,
-            leftpad_k=leftpad_k, offset=offset, kv_indices=kv_indices, rng_state=rng_state,
+            leftpad_k=leftpad_k, offset=offset, kv_indices=kv_indices, rng_state=rng_state, k_scale=k_scale,
+            v_scale=v_scale,
         )  # fmt: skip
     if score_mod is not None or mask_mod is not None:
         options, extras = with_functions(q, score_mod, mask_mod, options, extras)
@@ -212,6 +219,8 @@ def attention_varlen(
     seqused_k: Table | None = None,
     leftpad_k: Table | None = None,
     kv_indices: Array | None = None,
+    k_scale: float | Array | None = None,
+    v_scale: float | Array | None = None,
     score_mod: ScoreFunction | None = None,
     mask_mod: ScoreFunction | None = None,
     dropout_p: float = 0.0,
@@ -250,6 +259,9 @@ def attention_varlen(
         seqused_k: (batch,), number of keys in use.
         leftpad_k: (batch,), first key slot in use.
         kv_indices: (total_q, n), or (nheads_kv, total_q, n): key slots of each query's own sequence.
+        k_scale: factor of quantised keys: a number, (nheads_kv,), (batch, nheads_kv), or one per slot: (1, total_k,
+            nheads_kv), with block_table (num_pages, page_size, nheads_kv).
+        v_scale: factor of quantised values, like k_scale.
         score_mod: a function (score, b, h, q_idx, kv_idx) -> score. b counts sequences; q_idx and kv_idx count within
             the sequence.
         mask_mod: a function (b, h, q_idx, kv_idx) -> bool.
@@ -285,7 +297,7 @@ def attention_varlen(
     extras = Extras(
         alibi_slopes=alibi_slopes, sink=sink, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
         seqused_q=seqused_q, seqused_k=seqused_k, leftpad_k=leftpad_k, offset=offset, block_table=block_table,
-        kv_indices=kv_indices, rng_state=rng_state,
+        kv_indices=kv_indices, rng_state=rng_state, k_scale=k_scale, v_scale=v_scale,
     )  # fmt: skip
     if score_mod is not None or mask_mod is not None:
         options, extras = with_functions(q, score_mod, mask_mod, options, extras)

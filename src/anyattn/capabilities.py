@@ -75,6 +75,8 @@ FEATURES: dict[str, Description] = {
     "packed sequences, pages": SMALL._replace(packed=True, page_size=4),
     "cache_batch_idx": _small("cache_batch_idx"),
     "kv_indices": _small("kv_indices"),
+    "int8 k and v": SMALL._replace(stored="int8"),
+    "float8 k and v": SMALL._replace(stored="float8_e4m3fn"),
     "gradient of lse": SMALL._replace(dlse=True),
     "deterministic": _small(deterministic=True),
     "batch_invariant": _small(batch_invariant=True),

@@ -57,6 +57,8 @@ def attention_with_kvcache(
     seqused_q: Table | None = None,
     leftpad_k: Table | None = None,
     kv_indices: Array | None = None,
+    k_scale: float | Array | None = None,
+    v_scale: float | Array | None = None,
     score_mod: ScoreFunction | None = None,
     mask_mod: ScoreFunction | None = None,
     batch_invariant: bool = False,
@@ -69,7 +71,8 @@ def attention_with_kvcache(
 
     Args:
         q: (batch, seqlen_q, nheads, head_dim).
-        k_cache: (entries, slots, nheads_kv, head_dim); with block_table (num_pages, page_size, nheads_kv, head_dim).
+        k_cache: (entries, slots, nheads_kv, head_dim); with block_table (num_pages, page_size, nheads_kv, head_dim). Of
+            q's dtype, or int8, float8_e4m3fn or float8_e5m2 with scales.
         v_cache: like k_cache, with head_dim_v.
         k: (batch, seqlen_new, nheads_kv, head_dim), new keys; key t is rotated and written to slot cache_seqlens + t.
         v: (batch, seqlen_new, nheads_kv, head_dim_v), new values, written unchanged.
@@ -95,6 +98,10 @@ def attention_with_kvcache(
         seqused_q: (batch,), number of queries in use.
         leftpad_k: (batch,), first key slot in use.
         kv_indices: (batch, seqlen_q, n) or (batch, nheads_kv, seqlen_q, n), key slots of each query.
+        k_scale: factor of quantised keys, float32: a number, (nheads_kv,), (batch, nheads_kv), or one per slot, in
+            k_cache's shape without head_dim. New keys and values are quantised, which needs one per slot, and their
+            scales are written: max |x| / 127 for int8, max |x| / the largest number of a float8.
+        v_scale: factor of quantised values, like k_scale.
         score_mod: a function (score, b, h, q_idx, kv_idx) -> score. kv_idx is the slot; q_idx counts the queries.
         mask_mod: a function (b, h, q_idx, kv_idx) -> bool.
         batch_invariant: guarantee that the result of a sequence does not depend on the rest of the batch.
@@ -118,26 +125,28 @@ def attention_with_kvcache(
     if integer("num_splits", num_splits) < 0:
         raise ValueError(f"num_splits must be >= 0 (0: automatic), got {num_splits}.")
     interval = bounds(causal, window)
-    options = make_options(
-        interval, scale=scale, softcap=softcap, chunk=chunk, alignment=alignment, batch_invariant=batch_invariant
-    )
+    options = make_options(interval, scale=scale, softcap=softcap, chunk=chunk, alignment=alignment,
+                           batch_invariant=batch_invariant)  # fmt: skip
     extras = Extras(
         bias=bias, mask=mask, alibi_slopes=alibi_slopes, sink=sink, seqused_q=seqused_q, leftpad_k=leftpad_k,
         offset=offset, block_table=block_table, cache_batch_idx=cache_batch_idx, kv_indices=kv_indices,
+        k_scale=k_scale, v_scale=v_scale,
     )  # fmt: skip
     if score_mod is not None or mask_mod is not None:
         options, extras = with_functions(q, score_mod, mask_mod, options, extras)
     framework = framework_of(q)
-
-    def check(seqused_k: Table | None) -> None:
-        framework.check(Inputs(q, k_cache, v_cache, replace_extras(extras, seqused_k=seqused_k)), options, backend)
-
+    arrays = Appended(
+        q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, block_table, k_scale, v_scale
+    )  # fmt: skip
+    rotation = Rotation(interleaved=flag("rotary_interleaved", rotary_interleaved), by_row=interval != (None, None))
     rotated, seqused_k = framework.append(
-        Appended(q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, block_table),
-        Rotation(interleaved=flag("rotary_interleaved", rotary_interleaved), by_row=interval != (None, None)),
-        backend,
-        check=check,
-    )
-    inputs = Inputs(rotated, k_cache, v_cache, replace_extras(extras, seqused_k=seqused_k))
+        arrays, rotation, backend,
+        check=lambda x: framework.check(_inputs(q, k_cache, v_cache, extras, x), options, backend),
+    )  # fmt: skip
+    inputs = _inputs(rotated, k_cache, v_cache, extras, seqused_k)
     out, lse = framework.attention(inputs, options, None, return_lse, backend)
     return (out, lse) if return_lse else out
+
+
+def _inputs(q: Array, k: Array, v: Array, extras: Extras, seqused_k: Table | None) -> Inputs:
+    return Inputs(q, k, v, replace_extras(extras, seqused_k=seqused_k))

@@ -26,6 +26,8 @@ class SharedArguments(TypedDict, total=False):
     seqused_q: Table | None
     leftpad_k: Table | None
     kv_indices: Array | None
+    k_scale: float | Array | None
+    v_scale: float | Array | None
     score_mod: ScoreFunction | None
     mask_mod: ScoreFunction | None
     batch_invariant: bool

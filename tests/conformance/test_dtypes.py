@@ -1,4 +1,4 @@
-"""Rounding to and from 16 bits, against ml_dtypes and NumPy."""
+"""Rounding to and from 16 and 8 bits, against ml_dtypes and NumPy."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from anyattn.definition.dtypes import narrow, raw, widen
+from anyattn.definition.dtypes import FLOAT8, narrow, raw, widen
 
 EVERY = np.arange(2**16, dtype=np.uint16)
 
@@ -46,3 +46,28 @@ def test_raw_returns_a_view_for_any_layout() -> None:
     array = np.zeros((4, 6), ml_dtypes.bfloat16)[::2, ::-2]
     raw(array, "bfloat16")[...] = narrow(np.full(array.shape, 1.5), "bfloat16")
     assert (array == 1.5).all()
+
+
+@pytest.mark.parametrize("dtype", FLOAT8)
+def test_widen_every_float8(dtype: str) -> None:
+    codes = np.arange(256, dtype=np.uint8)
+    values = codes.view(getattr(ml_dtypes, dtype))
+    for array in (codes, values):
+        np.testing.assert_array_equal(widen(array, dtype), values.astype(np.float64))
+
+
+@pytest.mark.parametrize("dtype", FLOAT8)
+def test_narrow_every_float8_and_what_lies_between(dtype: str) -> None:
+    """Each value, the midpoint to its neighbour, one float32 step to either side of it, and what is too large."""
+    kind = getattr(ml_dtypes, dtype)
+    values = np.arange(256, dtype=np.uint8).view(kind).astype(np.float32)
+    finite = np.unique(values[np.isfinite(values)])
+    middle = (finite[1:] + finite[:-1]) / 2
+    beyond = np.array([460, 464, 465, 6e4, 6.2e4, 1e9, -1e9, np.inf, -np.inf, np.nan, 1e-9, -0.0], np.float32)
+    steps = [np.nextafter(middle, np.float32(end)) for end in (-np.inf, np.inf)]
+    for x in (finite, middle, *steps, beyond):
+        with np.errstate(over="ignore", invalid="ignore"):
+            want = x.astype(kind)
+        np.testing.assert_array_equal(widen(narrow(x, dtype), dtype), want.astype(np.float64))
+        number = ~np.isnan(x)
+        np.testing.assert_array_equal(narrow(x, dtype)[number], want[number].view(np.uint8))

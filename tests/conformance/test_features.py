@@ -6,16 +6,16 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 
 import anyattn
-from anyattn import capabilities
+from anyattn import capabilities, testing
 from anyattn.cli import explain
 from anyattn.definition.describe import Description, describe
 from anyattn.definition.passes import BACKWARD, FORWARD
 from anyattn.definition.problem import Array, Problem
+from anyattn.definition.quantised import SCALES_OF
 from anyattn.runtime import dispatch
 from harness.backends import Engine
 from harness.selection import every_backend
@@ -77,14 +77,15 @@ def given(problem: Problem) -> Iterator[tuple[str, Array]]:
 def make(name: str, described: Array, problem: Problem) -> np.ndarray:
     """Tables of a whole, valid call; everything else is random."""
     rows = {"cu_seqlens_q": problem.seqlen_q, "cu_seqlens_k": problem.seqlen_k}
-    kind = ml_dtypes.bfloat16 if described.dtype == "bfloat16" else described.dtype
+    kind = testing.numpy_dtype(described.dtype)
     if name in rows:
         return np.arange(problem.batch + 1, dtype=kind) * rows[name]
     if name in ("block_table", "cache_batch_idx"):
         return np.arange(np.prod(described.shape), dtype=kind).reshape(described.shape)
     if described.dtype in ("int32", "int64"):
         return np.ones(described.shape, kind)
-    return np.random.default_rng(0).standard_normal(described.shape).astype(kind)
+    values = np.asarray(np.random.default_rng(0).standard_normal(described.shape))
+    return (np.abs(values) if name in SCALES_OF.values() else values).astype(kind)
 
 
 def test_every_feature_of_a_problem_is_in_the_table(found: list[capabilities.Feature]) -> None:
@@ -102,7 +103,7 @@ def test_every_feature_of_a_problem_is_in_the_table(found: list[capabilities.Fea
 def flag_changes(action: argparse.Action) -> set[str]:
     """Return what a flag of `anyattn explain` changes in the description."""
     parser = explain.add_parser(argparse.ArgumentParser().add_subparsers())
-    values = {"--window": ["1", "1"], "--alignment": ["top-left"]}
+    values = {"--window": ["1", "1"], "--alignment": ["top-left"], "--stored": ["int8"]}
     given = values.get(action.option_strings[0], [] if action.nargs == 0 else ["0.5" if action.type is float else "3"])
     found = set(changes(explain.parse(parser.parse_args([action.option_strings[0], *given])), Description()))
     assert found

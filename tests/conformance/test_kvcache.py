@@ -11,7 +11,7 @@ import torch
 import anyattn
 from anyattn import testing
 from anyattn.testing import Case, make_inputs
-from anyattn.testing.cases import DTYPES
+from anyattn.testing.cases import DTYPES, STORED
 from harness.backends import Engine
 from harness.kvcache_cases import AppendCase, problems_of
 from harness.selection import every_backend
@@ -38,6 +38,17 @@ SETUPS = [
     AppendCase(leftpad=True, window=(7, None), rows_used=True),
     AppendCase(causal=False, window=(9, 4), rotary_dim=24),
 ]  # fmt: skip
+QUANTISED = [
+    *[AppendCase(dtype=dtype, stored="int8", rotary_dim=8) for dtype in DTYPES],
+    *[AppendCase(stored=stored, seed=1) for stored in STORED],
+    *[AppendCase(stored=stored, dtype="bfloat16", page_size=5, rotary_dim=24) for stored in STORED],
+    AppendCase(stored="float8_e4m3fn", page_size=1, new=1, rows=1, group=8),
+    AppendCase(stored="float8_e4m3fn", dtype="float16", entries=True, rotary_dim=16, interleaved=False),
+    AppendCase(stored="int8", new=1, rows=1, group=4, head_dim=128, head_dim_v=128),
+    AppendCase(stored="int8", leftpad=True, window=(7, None), rows_used=True),
+    AppendCase(stored="float8_e5m2", new=40, slots=40, batch=2, head_dim=3, head_dim_v=5),
+    AppendCase(stored="int8", page_size=16, rows=9, new=70, slots=90, rotary_dim=24),
+]
 
 
 @pytest.mark.parametrize("setup", SETUPS, ids=str)
@@ -49,6 +60,14 @@ def test_append_and_attention(setup: AppendCase, engine: Engine) -> None:
 @pytest.mark.parametrize("setup", SETUPS, ids=str)
 def test_arrays_laid_out_at_random(setup: AppendCase, seed: int, engine: Engine) -> None:
     assert not problems_of(replace(setup, scattered=True, seed=setup.seed + 100 * seed), engine.backend)
+
+
+@every_backend(interpreter=True, only=("cpu", "numpy"))
+@pytest.mark.parametrize("scattered", [False, True])
+@pytest.mark.parametrize("setup", QUANTISED, ids=str)
+def test_append_to_a_quantised_cache(setup: AppendCase, scattered: bool, engine: Engine) -> None:
+    """Codes and scales have the bits of the definition on every backend."""
+    assert not problems_of(replace(setup, scattered=scattered), engine.backend)
 
 
 def is_slow(engine: Engine, dtype: str, page_size: int) -> bool:

@@ -90,6 +90,11 @@ def test_traced_scalars_are_refused_by_name() -> None:
         jax.jit(lambda scale: anyattn.attention(Q, K, V, scale=scale))(0.5)
 
 
+def test_quantised_keys_are_refused() -> None:
+    with pytest.raises(NotImplementedError, match="k_scale must be None for JAX arrays"):
+        anyattn.attention(Q, K.astype(jnp.int8), V.astype(jnp.int8), k_scale=1.0, v_scale=1.0)
+
+
 def test_scalars_may_be_arrays_of_one_element() -> None:
     want = anyattn.attention(Q, K, V, scale=0.25, softcap=2.0, causal=True)
     got = anyattn.attention(Q, K, V, scale=jnp.float32(0.25), softcap=jnp.asarray([2.0]), causal=jnp.asarray(True))

@@ -30,8 +30,8 @@ class MayRefuse:
 
 # Written here, and not read from `supports`: a refusal that nobody has decided on must fail a test.
 MAY_REFUSE = {
-    "triton": MayRefuse(512, ("float64",), ("kv_indices",)),
-    "vulkan": MayRefuse(256, ("float64",), ("kv_indices",)),
+    "triton": MayRefuse(512, ("float64",), ("kv_indices", "k_scale")),
+    "vulkan": MayRefuse(256, ("float64",), ("kv_indices", "k_scale")),
 }
 
 
@@ -56,6 +56,8 @@ class Engine:
             return True
         if problem.pass_ in (BACKWARD, SECOND) and (problem.paged or problem.cache_batch_idx is not None):
             return self.backend != "numpy"
+        if problem.pass_ is BACKWARD and problem.quantised and self.backend != "numpy":
+            return True
         if problem.score and self.backend not in ("cpu", "numpy"):
             return True
         limits = MAY_REFUSE.get(self.backend)

@@ -191,6 +191,33 @@ NAMED = [
     Case("indices_masks", kv_indices="shared", mask="h1", bias="full", group=2, softcap=3.0, dlse=True, seed=12),
     Case("indices_rows", kv_indices="heads", mask="row", bias="column", dtype="bfloat16", seed=13),
     Case("indices_any_layout", kv_indices="heads", layout="any", bias="b1", lengths="both", dlse=True, seed=14),
+    # Quantised keys and values.
+    Case("int8", stored="int8", dlse=True, seed=21),
+    Case("int8_f64", stored="int8", dtype="float64", scales="heads", dlse=True, seed=22),
+    Case("int8_bf16", stored="int8", dtype="bfloat16", head_dim=64, head_dim_v=64, causal=True, group=4, seed=23),
+    Case("int8_of_sequences", stored="int8", scales="sequences", batch=3, lengths="both", causal=True, seed=24),
+    Case("int8_decode", stored="int8", seqlen_q=1, seqlen_k=517, group=4, causal=True, seed=25),
+    Case("int8_decode_paged", stored="int8", seqlen_q=1, seqlen_k=300, group=8, lengths="paged", page_size=16, seed=26),
+    Case(
+        "int8_decode_f16", stored="int8", scales="one", seqlen_q=1, seqlen_k=90, dtype="float16", head_dim=128, seed=27
+    ),
+    Case("int8_decode_f64", stored="int8", seqlen_q=2, seqlen_k=90, dtype="float64", causal=True, seed=28),
+    Case("int8_varlen", stored="int8", lengths="varlen", batch=4, window=(20, 3), sink=True, dlse=True, seed=29),
+    Case("int8_page_of_one", stored="int8", lengths="paged", page_size=1, batch=3, causal=True, alibi="bh", seed=30),
+    Case("int8_indices", stored="int8", kv_indices="heads", group=2, dropout_p=0.2, seed=31),
+    Case("int8_any_layout", stored="int8", layout="any", bias="full", mask="h1", softcap=3.0, dlse=True, seed=32),
+    Case("e4m3", stored="float8_e4m3fn", causal=True, group=2, dlse=True, seed=33),
+    Case("e4m3_bf16_heads", stored="float8_e4m3fn", scales="heads", dtype="bfloat16", seqlen_q=3, group=2, seed=34),
+    Case(
+        "e4m3_decode", stored="float8_e4m3fn", seqlen_q=1, seqlen_k=130, group=8, head_dim=128, head_dim_v=72, seed=35
+    ),
+    Case(
+        "e4m3_any_layout", stored="float8_e4m3fn", layout="any", lengths="paged_varlen", batch=3, scales="one", seed=36
+    ),
+    Case("e4m3_packed_layout", stored="float8_e4m3fn", layout="packed", dtype="float16", seed=37),
+    Case("e5m2", stored="float8_e5m2", window=(30, 0), dlse=True, seed=38),
+    Case("e5m2_decode_f16", stored="float8_e5m2", seqlen_q=1, seqlen_k=200, dtype="float16", causal=True, seed=39),
+    Case("e5m2_expanded", stored="float8_e5m2", layout="expanded", scales="sequences", seqlen_q=9, seed=40),
     # Broadcast bias and mask.
     Case("bias_of_rank_two", bias="rank2", dlse=True),
     Case("bias_of_rank_one", bias="rank1", group=4),
@@ -212,6 +239,7 @@ NAMED = [
 
 PAIRWISE = pairwise()
 ALL = [*NAMED, *PAIRWISE]
+DIFFERENTIABLE = [case for case in ALL if not case.stored]  # the passes of tangents have no quantised keys
 
 
 def named(name: str) -> Case:

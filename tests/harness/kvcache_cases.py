@@ -11,10 +11,12 @@ import anyattn
 from anyattn import testing
 from anyattn.definition import accuracy
 from anyattn.definition.dtypes import DTYPES
+from anyattn.definition.quantised import quantise
 from anyattn.testing import Case, make_inputs, numpy_dtype
 from anyattn.testing.layouts import around, scattered
 
 Buffers = dict[str, np.ndarray]
+WRITTEN = ("k_cache", "v_cache", "k_scale", "v_scale")
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class AppendCase:
     window: tuple[int | None, int | None] | None = None
     leftpad: bool = False
     rows_used: bool = False  # seqused_q
+    stored: str = ""  # dtype of a quantised cache
     scattered: bool = False  # every array is laid out at random, the caches with contiguous rows
     seed: int = 0
 
@@ -66,6 +69,9 @@ class AppendCase:
             given["block_table"] = order.reshape(self.batch, columns).astype(np.int32)
         given["k_cache"] = normal(*lead, self.nheads_kv, self.head_dim)
         given["v_cache"] = normal(*lead, self.nheads_kv, self.head_dim_v)
+        for name in ("k", "v") if self.stored else ():
+            codes, scale = quantise(given[f"{name}_cache"], self.stored)
+            given[f"{name}_cache"], given[f"{name}_scale"] = codes.view(numpy_dtype(self.stored)), scale
         given["k"] = normal(self.batch, self.new, self.nheads_kv, self.head_dim)
         given["v"] = normal(self.batch, self.new, self.nheads_kv, self.head_dim_v)
         given["cache_seqlens"] = lengths.astype(np.int32)
@@ -88,7 +94,7 @@ class AppendCase:
         buffers: Buffers = {}
         for name, x in given.items() if self.scattered else ():
             if isinstance(x, np.ndarray):
-                given[name], buffers[name] = scattered(x, rng, rows=name in ("k_cache", "v_cache"))
+                given[name], buffers[name] = scattered(x, rng, rows=name in WRITTEN)
         return given, buffers
 
 
@@ -118,7 +124,7 @@ def rotate(x: np.ndarray, position: int, given: dict[str, Any]) -> np.ndarray:
 def problems_of(setup: AppendCase, backend: str) -> list[str]:
     """[] or a line for everything that is wrong about this call."""
     given, buffers = setup.place()
-    before = {name: given[name].copy() for name in ("k_cache", "v_cache")}
+    before = {name: given[name].copy() for name in WRITTEN if name in given}
     beside = {name: around(given[name], buffer) for name, buffer in buffers.items()}
     inputs = {name: given[name].tobytes() for name in buffers if name not in before}
     out, lse = anyattn.attention_with_kvcache(**given, return_lse=True, backend=backend)
@@ -141,6 +147,11 @@ def _appended(setup: AppendCase, given: dict[str, Any], before: dict[str, np.nda
             where = place(given, b, slot)
             want = rotate(given["k"][b, t], slot, given)
             got = given["k_cache"][where].astype(np.float64)
+            if setup.stored:
+                wrong += _quantised(setup, given, where, (b, t), want)
+                for name, old in before.items():
+                    old[where] = given[name][where]
+                continue
             near = np.abs(got - want) <= tolerance * np.abs(want).max() * (rotated > 0)
             if not near.all() or not np.array_equal(got[:, rotated:], want[:, rotated:]):
                 wrong.append(f"key {t} of sequence {b} is wrong in the cache")
@@ -151,6 +162,20 @@ def _appended(setup: AppendCase, given: dict[str, Any], before: dict[str, np.nda
     return wrong + [
         f"another slot of {name} was written" for name, old in before.items() if not _same(given[name], old)
     ]
+
+
+def _quantised(
+    setup: AppendCase, given: dict[str, Any], where: tuple[int, int], token: tuple[int, int], want_k: np.ndarray
+) -> list[str]:
+    """Codes and scales, bit by bit, of the key and value of a slot."""
+    b, t = token
+    wrong = []
+    for name, want in (("k", want_k), ("v", given["v"][b, t].astype(np.float64))):
+        codes, scale = quantise(want, setup.stored)
+        got = given[f"{name}_cache"][where], given[f"{name}_scale"][where]
+        if got[0].tobytes() != codes.tobytes() or got[1].tobytes() != scale.tobytes():
+            wrong.append(f"{name} {t} of sequence {b} is wrong in the cache")
+    return wrong
 
 
 def _same(a: np.ndarray, b: np.ndarray) -> bool:
@@ -170,7 +195,10 @@ def _attended(setup: AppendCase, given: dict[str, Any], out: np.ndarray, lse: np
         v = np.array([given["v_cache"][where] for where in places]).reshape(1, -1, setup.nheads_kv, setup.head_dim_v)
         rows = [rotate(given["q"][b, i], length + (i if setup.by_row else 0), given) for i in range(n_q)]
         q = np.array(rows).reshape(1, n_q, *given["q"].shape[2:]).astype(given["q"].dtype)
-        want = _budgets(setup, q, k.astype(q.dtype), v.astype(q.dtype))
+        stored = {"k": k.astype(given["k_cache"].dtype), "v": v.astype(given["v_cache"].dtype)}
+        for name in ("k_scale", "v_scale") if setup.stored else ():
+            stored[name] = np.array([given[name][where] for where in places]).reshape(1, -1, setup.nheads_kv)
+        want = _budgets(setup, q, stored)
         # A rotated q may round the other way: one unit in the last place of q is one more eps on every score.
         extra = DTYPES[setup.dtype].eps * (setup.rotary_dim > 0)
         for name, got in (("out", out[b : b + 1, :n_q]), ("lse", lse[b : b + 1, :, :n_q])):
@@ -180,7 +208,7 @@ def _attended(setup: AppendCase, given: dict[str, Any], out: np.ndarray, lse: np
     return wrong
 
 
-def _budgets(setup: AppendCase, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> dict[str, accuracy.Expected]:
+def _budgets(setup: AppendCase, q: np.ndarray, stored: dict[str, np.ndarray]) -> dict[str, accuracy.Expected]:
     inputs = make_inputs(Case("gathered", batch=1, seqlen_q=1, seqlen_k=1, nheads_kv=1, head_dim=1, head_dim_v=1))
-    inputs.arguments = {"q": q, "k": k, "v": v, "causal": setup.causal, "window": setup.window}
+    inputs.arguments = {"q": q, **stored, "causal": setup.causal, "window": setup.window}
     return testing.expected(inputs)

@@ -51,6 +51,8 @@ def attention(inputs: CaseInputs) -> dict[str, np.ndarray | None]:
     out, lse, loss = _attention(inputs, leaves, _leaf(inputs.dout), _leaf(inputs.dlse))
     loss.backward()
     grads = {f"d{name}": _grad(leaf) for name, leaf in leaves.items()}
+    if inputs.case.stored:  # quantised keys and values have no gradients
+        grads.update(dk=None, dv=None)
     return {"out": out, "lse": lse, **grads}
 
 
@@ -115,6 +117,11 @@ def _head(inputs: CaseInputs, leaves: dict[str, Any], span: Span, h: int) -> tup
         *first, slots = _pair(span.slots)
         place = (*first, np.arange(slots.start, slots.stop)[used])
     k, v = leaves["k"][(*place, h // case.group)], leaves["v"][(*place, h // case.group)]
+    if case.stored:
+        k, v = (
+            k * _stored_scale(inputs, "k_scale", span, place, h),
+            v * _stored_scale(inputs, "v_scale", span, place, h),
+        )
     scale = case.head_dim**-0.5 if case.scale is None else case.scale
     s = scale * (q @ k.T)
     if case.softcap:
@@ -145,6 +152,20 @@ def _head(inputs: CaseInputs, leaves: dict[str, Any], span: Span, h: int) -> tup
         kept = philox.keep(inputs.rng_state, case.dropout_p, head, np.arange(span.n_q), used)
         p = p * torch.from_numpy(kept / (1 - round(case.dropout_p * 65536) / 65536))
     return p @ v, line, live
+
+
+def _stored_scale(inputs: CaseInputs, name: str, span: Span, place: Any, h: int) -> Any:
+    """(used, 1) or (1, 1): the scales of quantised keys or values, each shape by its own rule."""
+    import torch
+
+    scale, h_kv = np.asarray(inputs.arguments[name], np.float64), h // inputs.case.group
+    if inputs.case.scales == "slots":
+        found = (scale[0] if inputs.case.lengths.startswith("varlen") else scale)[(*place, h_kv)]
+    elif inputs.case.scales == "sequences":
+        found = scale[span.index, h_kv]
+    else:
+        found = scale[h_kv] if inputs.case.scales == "heads" else scale
+    return torch.from_numpy(np.array(found)).reshape(-1, 1)
 
 
 def _part(array: Any, inputs: CaseInputs, span: Span, h: int, used: np.ndarray) -> Any:

@@ -43,19 +43,35 @@ ANYATTN_NOINLINE void few_scores(const char *const *keys, const C *Q, int64_t st
     constexpr int width = lanes<C>, K = width / R, size = dtype_size(T);
     V acc[width];
     const int64_t whole = dim / width * width;
-    // Key by key: memory is read in order.
+    // Two keys for each load of Q, in order: memory is read as it lies.
     ANYATTN_UNROLL
-    for (int i = 0; i < K; ++i) {
+    for (int i = 0; i < K; i += 2) {
         ahead.fetch();
-        V sum[R] = {};
-        const auto add = [&](V k, int64_t d) {
+        ahead.fetch();
+        V sum[2][R];
+        clear<C>(sum);
+        const auto add = [&](V k0, V k1, int64_t d) {
             ANYATTN_UNROLL
-            for (int r = 0; r < R; ++r) sum[r] = k * load<V>(Q + r * stride + d) + sum[r];
+            for (int r = 0; r < R; ++r) {
+                V q = load<V>(Q + r * stride + d);
+                in_register(q);
+                sum[0][r] = k0 * q + sum[0][r];
+                sum[1][r] = k1 * q + sum[1][r];
+            }
         };
-        for (int64_t d = 0; d < whole; d += width) add(load_whole(keys[i] + d * size, T, C()), d);
-        if (whole < dim) add(load_part<C>(keys[i] + whole * size, T, dim - whole), whole);
+        const char *first = keys[i], *second = keys[i + 1];
+        for (int64_t d = 0; d < whole; d += width) {
+            add(load_whole(first + d * size, T, C()), load_whole(second + d * size, T, C()), d);
+        }
+        if (whole < dim) {
+            const int64_t at = whole * size, left = dim - whole;
+            add(load_part<C>(first + at, T, left), load_part<C>(second + at, T, left), whole);
+        }
         ANYATTN_UNROLL
-        for (int r = 0; r < R; ++r) acc[i * R + r] = sum[r];
+        for (int r = 0; r < R; ++r) {
+            acc[i * R + r] = sum[0][r];
+            acc[(i + 1) * R + r] = sum[1][r];
+        }
     }
     store_sums<C, R>(S, acc);
 }
@@ -128,6 +144,16 @@ struct Few {
         }
     }
 
+    // Quantised keys of float64 queries are computed by Plain, see with_rows.
+    template <class Body>
+    static ANYATTN_INLINE void with_few_dtype(int32_t dtype, const Body &body) {
+        if constexpr (sizeof(C) == 8) {
+            with_dtype<C>(dtype, body);
+        } else {
+            with_key_dtype<C>(dtype, body);
+        }
+    }
+
     static int64_t packed_size(int64_t dim) { return kFewRows<C> * round_up(dim, lanes<C>); }
     static void pack(C *packed, const char *const *rows, int32_t dtype, int64_t n, int64_t dim, C factor) {
         const int64_t stride = round_up(dim, lanes<C>), size = dtype_size(dtype);
@@ -157,7 +183,7 @@ struct Few {
                        TileAhead &ahead) {
         const char *const *rows = keys.rows + first;
         for_rows(count, [&](auto r) {
-            with_dtype<C>(keys.dtype, [&](auto t) {
+            with_few_dtype(keys.dtype, [&](auto t) {
                 constexpr int R = decltype(r)::value;
                 for (int64_t j = 0; j < n; j += lanes<C> / R) {
                     few_scores<C, decltype(t)::value, R>(rows + j, q, round_up(dim, lanes<C>), dim, S + j * panel,
@@ -181,7 +207,7 @@ struct Few {
         constexpr int width = lanes<C>;
         const int64_t stride = round_up(dim, width);
         for_rows(count, [&](auto r) {
-            with_dtype<C>(keys.dtype, [&](auto t) {
+            with_few_dtype(keys.dtype, [&](auto t) {
                 constexpr int R = decltype(r)::value, T = decltype(t)::value, N = kFewSums / R;
                 const int64_t every = max64(1, dim / (N * width));
                 const auto add = [&](auto vectors, auto whole, int64_t d) {

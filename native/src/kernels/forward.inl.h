@@ -53,7 +53,8 @@ struct ForwardScratch {
     using C = typename M::C;
     C *S, *P, *added, *keep, *registers, *alpha;  // see SoftmaxRows
     char *k, *v;
-    KeyRows *k_rows, *v_rows;
+    C *k_scale, *v_scale;  // of the tile's keys; null: not quantised
+    KeyRows *k_rows, *v_rows, *k_scale_rows, *v_scale_rows;
     Block<M> *blocks;
     ForwardState<M> *states;
 
@@ -68,8 +69,12 @@ struct ForwardScratch {
         const int64_t keys = M::tile_keys(call);
         k = arena.take<char>(M::key_buffer(call.head_dim, kSumDim, keys));
         v = arena.take<char>(M::key_buffer(call.head_dim_v, kSumKeys, keys));
+        k_scale = is_quantised(call) ? arena.take<C>(keys) : nullptr;
+        v_scale = is_quantised(call) ? arena.take<C>(keys) : nullptr;
         k_rows = arena.take<KeyRows>(count);
         v_rows = arena.take<KeyRows>(count);
+        k_scale_rows = arena.take<KeyRows>(is_quantised(call) ? count : 0);
+        v_scale_rows = arena.take<KeyRows>(is_quantised(call) ? count : 0);
         blocks = arena.take<Block<M>>(count);
         states = arena.take<ForwardState<M>>(count);
         for (int64_t i = 0; i < count; ++i) {
@@ -139,7 +144,8 @@ template <class M>
 void attend(const Block<M> &block, const ForwardState<M> &state, const ForwardScratch<M> &w,
             const typename M::Keys &keys, const typename M::Keys &values, int64_t j0, int64_t j1, TileAhead &next) {
     const anyattn_call &call = block.call;
-    const SoftmaxRows<M> softmax{w.S, w.P, w.added, w.keep, w.registers, state.m, state.l, w.alpha};
+    const SoftmaxRows<M> softmax{w.S,     w.P,     w.added, w.keep,    w.registers,
+                                 state.m, state.l, w.alpha, w.k_scale, w.v_scale};
     for (int p = 0; p < block.panels; ++p) {
         for (int64_t j = j0; j < j1; j += M::score_keys) {
             const int64_t first = block.panel_begin(p, j, M::key_step);
@@ -197,6 +203,9 @@ void forward_blocks(const anyattn_call &call, const BlockSet &set, int64_t begin
         const Block<M> &block = w.blocks[g * set.shared()];
         w.k_rows[g] = block.keys(call.k);
         w.v_rows[g] = block.keys(call.v);
+        if (!is_quantised(call)) continue;
+        w.k_scale_rows[g] = scale_rows(call.k_scale, call, block.s, block.h_kv, block.slots);
+        w.v_scale_rows[g] = scale_rows(call.v_scale, call, block.s, block.h_kv, block.slots);
     }
     M::clean(w.S);
     const int64_t tile_keys = M::tile_keys(call);
@@ -211,6 +220,10 @@ void forward_blocks(const anyattn_call &call, const BlockSet &set, int64_t begin
             }
             const auto keys = M::load_keys(w.k_rows[g], j0, j1 - j0, call.head_dim, kSumDim, w.k);
             const auto values = M::load_keys(w.v_rows[g], j0, j1 - j0, call.head_dim_v, kSumKeys, w.v);
+            if (is_quantised(call)) {
+                load_scales(w.k_scale, w.k_scale_rows[g], j0, j1 - j0);
+                load_scales(w.v_scale, w.v_scale_rows[g], j0, j1 - j0);
+            }
             for (; i < (g + 1) * set.shared(); ++i) attend<M>(w.blocks[i], w.states[i], w, keys, values, j0, j1, next);
         }
     }

@@ -1,6 +1,6 @@
 // Rows of the caller's arrays as vectors of the compute type, whatever their dtype; nothing past their ends is touched.
 #pragma once
-#include "vector.inl.h"
+#include "float8.inl.h"
 #include "anyattn.h"
 #include "geometry.h"
 
@@ -8,7 +8,8 @@ namespace anyattn {
 namespace {
 
 constexpr int64_t dtype_size(int32_t dtype) {
-    return dtype == ANYATTN_FLOAT64 ? 8 : dtype == ANYATTN_BOOL ? 1 : dtype == ANYATTN_FLOAT32 ? 4 : 2;
+    if (dtype >= ANYATTN_INT8 || dtype == ANYATTN_BOOL) return 1;
+    return dtype == ANYATTN_FLOAT64 ? 8 : dtype == ANYATTN_FLOAT32 ? 4 : 2;
 }
 
 template <class C>
@@ -30,26 +31,12 @@ ANYATTN_INLINE void narrow_bfloat16(char *p, F32 x) {
 }
 
 #if defined(__AVX512F__)
-ANYATTN_INLINE F32 widen_float16(const char *p) { return (F32)_mm512_cvtph_ps(load<__m256i>(p)); }
 ANYATTN_INLINE void narrow_float16(char *p, F32 x) { store(p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT)); }
 #elif defined(__F16C__) && ANYATTN_VECTOR_BYTES == 32
-ANYATTN_INLINE F32 widen_float16(const char *p) { return (F32)_mm256_cvtph_ps(load<__m128i>(p)); }
 ANYATTN_INLINE void narrow_float16(char *p, F32 x) { store(p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT)); }
 #elif defined(__aarch64__) && ANYATTN_VECTOR_BYTES == 16
-ANYATTN_INLINE F32 widen_float16(const char *p) { return (F32)vcvt_f32_f16(load<float16x4_t>(p)); }
 ANYATTN_INLINE void narrow_float16(char *p, F32 x) { store(p, vcvt_f16_f32((float32x4_t)x)); }
 #else
-ANYATTN_INLINE F32 widen_float16(const char *p) {
-    const U32 half = __builtin_convertvector(load<Lanes<float>::Half>(p), U32);
-    const U32 size = half & splat(UINT32_C(0x7fff)), exponent = half & splat(UINT32_C(0x7c00));
-    const U32 rebased = (size << 13) + splat(UINT32_C(112) << 23);
-    const U32 special = (size << 13) | splat(UINT32_C(0x7f800000));
-    const F32 subnormal = __builtin_convertvector((Lanes<float>::I)size, F32) * splat(0x1p-24f);
-    const U32 finite = exponent == splat(UINT32_C(0)) ? (U32)subnormal : rebased;
-    const U32 bits = exponent == splat(UINT32_C(0x7c00)) ? special : finite;
-    return (F32)(bits | (half & splat(UINT32_C(0x8000))) << 16);
-}
-
 ANYATTN_INLINE void narrow_float16(char *p, F32 x) {
     const U32 bits = (U32)x, size = bits & splat(UINT32_C(0x7fffffff));
     const U32 sign = bits >> 16 & splat(UINT32_C(0x8000));
@@ -76,12 +63,18 @@ ANYATTN_INLINE F32 load_whole(const char *p, int32_t dtype, float) {
     if (dtype == ANYATTN_FLOAT32) return load<F32>(p);
     if (dtype == ANYATTN_BFLOAT16) return widen_bfloat16(p);
     if (dtype == ANYATTN_FLOAT16) return widen_float16(p);
+    if (dtype == ANYATTN_INT8) return widen_int8(p);
+    if (dtype == ANYATTN_FLOAT8_E4M3FN) return widen_float8_e4m3(p);
+    if (dtype == ANYATTN_FLOAT8_E5M2) return widen_float8_e5m2(p);
     return widen_bytes<float>(p);
 }
 
 ANYATTN_INLINE F64 load_whole(const char *p, int32_t dtype, double) {
     if (dtype == ANYATTN_FLOAT64) return load<F64>(p);
     if (dtype == ANYATTN_FLOAT32) return __builtin_convertvector(load<Lanes<double>::Single>(p), F64);
+    if (dtype == ANYATTN_INT8) return widen_int8_double(p);
+    if (dtype == ANYATTN_FLOAT8_E4M3FN) return widen_float8<3, 7>(p);
+    if (dtype == ANYATTN_FLOAT8_E5M2) return widen_float8<2, 15>(p);
     return widen_bytes<double>(p);
 }
 
@@ -222,6 +215,15 @@ ANYATTN_INLINE void with_dtype([[maybe_unused]] int32_t dtype, const Body &body)
     }
 }
 
+// The same for keys and values as they are stored: also quantised.
+template <class C, class Body>
+ANYATTN_INLINE void with_key_dtype(int32_t dtype, const Body &body) {
+    if (dtype == ANYATTN_INT8) return body(Int<ANYATTN_INT8>());
+    if (dtype == ANYATTN_FLOAT8_E4M3FN) return body(Int<ANYATTN_FLOAT8_E4M3FN>());
+    if (dtype == ANYATTN_FLOAT8_E5M2) return body(Int<ANYATTN_FLOAT8_E5M2>());
+    with_dtype<C>(dtype, body);
+}
+
 // Rows of the tile of keys (or values) that comes next, asked for one by one while this tile is multiplied: never many at
 // once, since the loads of the multiplication would wait behind them; and in the order in which they lie in memory if heads
 // lie side by side, since in that order the processor reads ahead on its own.
@@ -259,7 +261,7 @@ ANYATTN_INLINE void copy_row(C *to, const char *from, int64_t n) {
 
 template <class C>
 ANYATTN_NOINLINE void copy_keys(C *to, int64_t stride, const KeyRows &keys, int64_t j, int64_t n, int64_t dim) {
-    with_dtype<C>(keys.rows.dtype, [&](auto t) {
+    with_key_dtype<C>(keys.rows.dtype, [&](auto t) {
         for (int64_t i = 0; i < n; ++i) copy_row<C, decltype(t)::value>(to + i * stride, keys.row(j + i), dim);
     });
 }

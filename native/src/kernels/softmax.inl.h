@@ -1,6 +1,7 @@
 // Online softmax: the weights of a tile of keys relative to the largest score so far.
 // Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018).
 #pragma once
+#include "scales.inl.h"
 #include "score_tile.inl.h"
 
 namespace anyattn {
@@ -98,6 +99,7 @@ struct SoftmaxRows {
     C *S, *P, *added, *keep;  // P: S itself, if M stores weights there; keep: null, or the dropout factors
     C *registers;  // of a score program, or null
     C *m, *l, *alpha;
+    const C *k_scale = nullptr, *v_scale = nullptr;  // of the tile's keys; null: not quantised
 
     // Adds keys [j, j + n) of the tile that begins at j0 to the rows of panel p; leaves their weights in P. q: the packed panel.
     void add_keys(const Block<M> &block, int p, const typename M::Keys &keys, int64_t j0, int64_t j, int64_t n,
@@ -105,10 +107,14 @@ struct SoftmaxRows {
         typename M::V top[kPanelVectors];
         for (auto &x : top) x = splat(-infinity(C()));
         M::scores(keys, j - j0, n, block.call.head_dim, q, block.panel_rows(p), S, top, next);
+        if (k_scale) scale_tile<C, M::panel>(S, k_scale + (j - j0), n, block.panel_vectors(p), top);
         score_tile(block, p, j, n, use, added, (C *)nullptr, {registers, nullptr}, S, top);
         if (keep) keep_tile(keep, block, p, j, n);
         const int64_t row = p * M::panel;
         softmax_pass<M>(S, P, n, block.panel_vectors(p), block.units.factor, top, keep, m + row, l + row, alpha + row);
+        if constexpr (M::weights_in_scores) {
+            if (v_scale) scale_tile<C, M::panel>(P, v_scale + (j - j0), n, block.panel_vectors(p), nullptr);
+        }
     }
 };
 

@@ -25,6 +25,7 @@ double peak(int32_t dtype, int64_t n, volatile double *sink) {
 template <class Body>
 auto with_mma(const anyattn_call &call, [[maybe_unused]] int32_t pass, const Body &body) {
     if (call.q.dtype == ANYATTN_FLOAT64) return body(Float64());
+    if (is_quantised(call)) return body(Float32());
     if constexpr (!std::is_same<Bfloat16, Float32>::value) {
         // A float32 dout keeps its precision: the backward pass then multiplies float32 numbers.
         const bool reads_dout = pass == ANYATTN_BACKWARD;
@@ -87,7 +88,8 @@ template <class Body>
 auto with_rows(const anyattn_call &call, int64_t rows, const Body &body) {
     return with_mma(call, ANYATTN_FORWARD, [&](auto m) {
         using M = decltype(m);
-        return rows <= kFewRows<typename M::C> ? body(typename M::Few()) : body(m);
+        const bool few = sizeof(typename M::C) == 4 || !is_quantised(call);
+        return few && rows <= kFewRows<typename M::C> ? body(typename M::Few()) : body(m);
     });
 }
 

@@ -76,6 +76,17 @@ ANYATTN_INLINE V load(const void *p) {
     return x;
 }
 
+// Keeps a vector that is used twice from being loaded twice.
+#if defined(__AVX512F__)
+template <class V>
+ANYATTN_INLINE void in_register(V &x) {
+    asm("" : "+v"(x));
+}
+#else
+template <class V>
+ANYATTN_INLINE void in_register(V &) {}
+#endif
+
 template <class V>
 ANYATTN_INLINE void store(void *p, V x) {
     __builtin_memcpy(p, &x, sizeof x);

@@ -122,6 +122,8 @@ def without_starts(problem: Problem) -> list[str]:
 
 def without_cache_gradients(problem: Problem) -> list[str]:
     """Return why the backward pass of a KV cache is not supported, or []. Only the NumPy backend supports it."""
+    if problem.dout is not None and problem.quantised:
+        return ["has no backward pass for quantised keys and values"]
     if problem.dout is not None and (problem.paged or problem.cache_batch_idx is not None):
         return ["has no backward through a KV cache (block_table, cache_batch_idx)"]
     return []

@@ -8,16 +8,20 @@ import sys
 from typing import Any
 
 from ..definition.describe import Description, describe
-from ..definition.dtypes import ATTENTION_DTYPES
+from ..definition.dtypes import ATTENTION_DTYPES, QUANTISED
 from ..definition.inputs import FIELDS
 from ..definition.options import ALIGNMENTS, Options
 from ..definition.passes import BACKWARD, FORWARD
+from ..definition.quantised import SCALES_OF
 from ..runtime import dispatch
 
 # Flags of optional arrays that differ from the array's name
 FLAGS = {"alibi_slopes": "alibi", "seqused_q": "seqused", "seqused_k": "seqused", "leftpad_k": "leftpad"}
-# Optional arrays without a flag, because --varlen, --paged, --dropout and score functions add them
-ADDED = ("cu_seqlens_q", "cu_seqlens_k", "block_table", "rng_state", "captured", "captured_indices")
+# Optional arrays without a flag, because --varlen, --paged, --dropout, --stored and score functions add them
+ADDED = (
+    *("cu_seqlens_q", "cu_seqlens_k", "block_table", "rng_state", "captured", "captured_indices"),
+    *SCALES_OF.values(),
+)
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -58,6 +62,7 @@ def add_features(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{flag}", action="store_true", help=f"pass {' and '.join(names)} of shape {shape}")
     parser.add_argument("--varlen", action="store_true", help="packed sequences")
     parser.add_argument("--paged", type=_size, default=0, metavar="PAGE_SIZE", help="k and v in pages")
+    parser.add_argument("--stored", default="", choices=QUANTISED, help="dtype of quantised k and v, with scales")
     parser.add_argument("--backward", action="store_true", help="the backward pass instead of the forward pass")
     parser.add_argument("--dlse", action="store_true", help="with a gradient of lse (needs --backward)")
     parser.add_argument("--deterministic", action="store_true")
@@ -100,6 +105,7 @@ def parse(a: argparse.Namespace) -> Description:
         seqlen_k=a.seqlen_k,
         head_dim=a.head_dim,
         head_dim_v=a.head_dim_v,
+        stored=a.stored,
         packed=a.varlen,
         page_size=a.paged,
         extras=frozenset(given),

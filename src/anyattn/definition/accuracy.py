@@ -102,7 +102,9 @@ def expected_backward(
     random: the inputs and dout are independent random numbers.
     """
     shapes = reference.gradient_shapes(problem)
-    sums = Sums(problem, shapes if parts is None else {name: shapes[name] for name in ("dq", "dk", "dv")}, random)
+    if parts is not None:
+        shapes = {name: shape for name, shape in shapes.items() if name in ("dq", "dk", "dv")}
+    sums = Sums(problem, shapes, random)
     largest = 0.0
     for head in reference.heads(problem, arrays, parts):
         do = dout[head.rows_q]

@@ -11,6 +11,7 @@ from .inputs import FIELDS, Tangents, accepted_shapes
 from .options import Options
 from .passes import FORWARD, Pass
 from .problem import Array, Problem, contiguous
+from .quantised import SCALES_OF
 from .score.graph import Graph, parse
 from .validate import make_problem
 
@@ -30,6 +31,7 @@ class Description(NamedTuple):
     seqlen_k: int | None = None  # None: seqlen_q
     head_dim: int = 64
     head_dim_v: int | None = None  # None: head_dim
+    stored: str = ""  # dtype of quantised k and v; "": dtype
     packed: bool = False
     page_size: int = 0  # 0: k and v are not paged
     extras: frozenset[str] = frozenset()
@@ -76,8 +78,8 @@ def _arrays(d: Description) -> dict[str, Array]:
     sizes |= {"n_values": functions.sizes(floats=True), "n_integers": functions.sizes(floats=False)}
     found = {
         "q": ((*rows_q, d.nheads, d.head_dim), "q"),
-        "k": ((*rows_k, d.nheads_kv, d.head_dim), "q"),
-        "v": ((*rows_k, d.nheads_kv, d.head_dim_v), "q"),
+        "k": ((*rows_k, d.nheads_kv, d.head_dim), d.stored or "q"),
+        "v": ((*rows_k, d.nheads_kv, d.head_dim_v), d.stored or "q"),
     }
     names = {*d.extras, *_implied(d)}
     for name, field in FIELDS.items():
@@ -94,11 +96,13 @@ def _arrays(d: Description) -> dict[str, Array]:
 
 
 def _implied(d: Description) -> Iterable[str]:
-    """Yield the optional arrays that packed sequences, pages and dropout need."""
+    """Yield the optional arrays that packed sequences, pages, quantised keys and dropout need."""
     if d.packed:
         yield from ("cu_seqlens_q",) if d.page_size else ("cu_seqlens_q", "cu_seqlens_k")
     if d.page_size:
         yield from ("block_table", "seqused_k")
+    if d.stored:
+        yield from SCALES_OF.values()
     if d.options.dropout_p:
         yield "rng_state"
     functions = _functions(d)

@@ -32,6 +32,8 @@ class Extras(NamedTuple):
     rng_state: Any = None
     captured: Any = None
     captured_indices: Any = None
+    k_scale: Any = None
+    v_scale: Any = None
 
 
 NO_EXTRAS = Extras()  # `inputs.extras is NO_EXTRAS` means that a call has no optional arrays
@@ -103,7 +105,8 @@ AnyGradients = TypeVar("AnyGradients", Gradients, SecondGradients)
 class Appended(NamedTuple):
     """Arrays of an append to a KV cache: the cache (k, v), the new keys and values, and their slots.
 
-    q is rotated like the keys. A call without new keys only reads `cache_seqlens`.
+    q is rotated like the keys. A call without new keys only reads `cache_seqlens`. A quantised cache has scales, which
+    are written too.
     """
 
     q: Any
@@ -116,6 +119,8 @@ class Appended(NamedTuple):
     cache_seqlens: Any = None
     cache_batch_idx: Any = None
     block_table: Any = None
+    k_scale: Any = None
+    v_scale: Any = None
 
 
 # Kinds of optional arrays. Frameworks prepare each kind in one way, and vmap folds each kind in one way.
@@ -124,6 +129,7 @@ HEADS = "heads"  # one number per head, in the compute dtype
 TABLE = "table"  # int32 lengths and positions; values in host memory are checked
 STATE = "state"  # state of the random generator
 CAPTURED = "captured"  # arrays that score_mod and mask_mod read, flat
+SCALES = "scales"  # factors of quantised keys or values, for all, per head, per sequence and head, or per slot and head
 
 
 class Field(NamedTuple):
@@ -144,6 +150,7 @@ _SELECTIONS = (
     *(("batch", "seqlen_q", "n"), ("batch", "nheads_kv", "seqlen_q", "n")),
     *(("total_q", "n"), ("nheads_kv", "total_q", "n")),
 )
+_SCALES = ((), ("nheads_kv",), ("batch", "nheads_kv"), ("entries", "slots", "nheads_kv"))
 FIELDS: dict[str, Field] = {
     "bias": Field(SCORES, _SCORES, ("q", "compute"), gradient=True),
     "mask": Field(SCORES, _SCORES, ("bool",)),
@@ -161,6 +168,8 @@ FIELDS: dict[str, Field] = {
     "rng_state": Field(STATE, (("2",),), ("int64",), note="seed and offset"),
     "captured": Field(CAPTURED, (("n_values",),), ("compute",), gradient=True),
     "captured_indices": Field(CAPTURED, (("n_integers",),), ("int32",)),
+    "k_scale": Field(SCALES, _SCALES, ("float32",)),
+    "v_scale": Field(SCALES, _SCALES, ("float32",)),
 }
 TABLES = tuple(name for name, field in FIELDS.items() if field.kind == TABLE)
 GRADIENTS = tuple(name for name, field in FIELDS.items() if field.gradient)  # in addition to dq, dk and dv

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from .dtypes import ATTENTION_DTYPES
+from . import quantised
+from .dtypes import ATTENTION_DTYPES, QUANTISED
 from .errors import CacheOverflow
 from .problem import Array
 from .sequences import Tables, check_pages
@@ -21,6 +22,7 @@ def check_arrays(given: Given) -> None:
             label = LABELS.get(name, name)
             raise ValueError(f"{label} must be an array, got None. An append needs k, v and cache_seqlens.")
     _check_shapes(given)
+    quantised.check_appendable(given)
     _check_tables(given)
     _check_memory(given)
     _check_rotary(given)
@@ -28,9 +30,16 @@ def check_arrays(given: Given) -> None:
 
 def _check_shapes(given: Given) -> None:
     q, cache, cache_v, new_k, new_v = large = [given[name] for name in ("q", "k", "v", "new_k", "new_v")]
-    if q.dtype not in ATTENTION_DTYPES or any(x.dtype != q.dtype for x in large):
+    stored = {cache.dtype, cache_v.dtype}
+    if q.dtype not in ATTENTION_DTYPES or not (stored == {q.dtype} or (len(stored) == 1 and stored <= {*QUANTISED})):
         found, accepted = ", ".join(x.dtype for x in large), ", ".join(ATTENTION_DTYPES)
-        raise TypeError(f"q, k_cache, v_cache, k and v must have one dtype of {accepted}, got {found}.")
+        raise TypeError(
+            f"q, k_cache, v_cache, k and v must have one dtype of {accepted}, or k_cache and v_cache one of "
+            f"{', '.join(QUANTISED)}, got {found}."
+        )
+    if any(x.dtype != q.dtype for x in (new_k, new_v)):
+        raise TypeError(f"k and v must have q's dtype {q.dtype}, got {new_k.dtype}, {new_v.dtype}.")
+    quantised.check_given(given)
     if any(len(x.shape) != 4 for x in large):
         raise ValueError(
             f"k and v must be (batch, seqlen_new, nheads_kv, head_dim), got k {new_k.shape}, v {new_v.shape}."
@@ -57,14 +66,16 @@ def _check_tables(given: Given) -> None:
 
 
 def _check_memory(given: Given) -> None:
-    for name in ("k", "v"):
+    for name in ("k", "v", "k_scale", "v_scale"):
+        if name not in given:
+            continue
         cache = given[name]
         axes = [
             axis for axis, (n, step) in enumerate(zip(cache.shape, cache.strides, strict=True)) if n > 1 and not step
         ]
         if axes and 0 not in cache.shape:
             raise ValueError(
-                f"{LABELS[name]} must not be expanded, because new entries would overwrite each other, "
+                f"{LABELS.get(name, name)} must not be expanded, because new entries would overwrite each other, "
                 f"got strides {cache.strides} for {cache.shape}. Pass a copy."
             )
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from . import philox
-from .dtypes import DTYPES
+from .dtypes import DTYPES, QUANTISED
 from .inputs import TABLES
 from .mask import Mask
 from .options import Rotation
@@ -129,6 +129,11 @@ class Problem(NamedTuple):
         return self.q.device
 
     @property
+    def quantised(self) -> bool:
+        """Return whether k and v are stored with scales."""
+        return self.k.dtype in QUANTISED
+
+    @property
     def nheads(self) -> int:
         return self.q.shape[-2]
 
@@ -175,7 +180,9 @@ class Problem(NamedTuple):
     @property
     def has_tables(self) -> bool:
         """Return whether a call has values that are checked before it is computed."""
-        return bool(self.score) or "cache_seqlens" in self.arrays or any(name in self.arrays for name in TABLES)
+        if self.score or self.quantised:
+            return True
+        return "cache_seqlens" in self.arrays or any(name in self.arrays for name in TABLES)
 
     @property
     def out_shape(self) -> tuple[int, ...]:
@@ -201,7 +208,7 @@ class Problem(NamedTuple):
         if name in ("lse", "tlse", "ddlse"):
             return contiguous(self.lse_shape, self.compute_dtype, self.device)
         array = self.arrays.get(name.removeprefix("d"))  # the output is a gradient
-        if array is None:
+        if array is None or array.dtype in QUANTISED:  # quantised keys and values have no gradients
             return None
         return contiguous(array.shape, self.compute_dtype if self.partial else array.dtype, self.device)
 
@@ -225,6 +232,7 @@ class Problem(NamedTuple):
             "mask_mod": self.functions.mask is not None,
             "dropout": self.dropout_threshold > 0,
             "rotary": self.rotary_dim > 0,
+            "quantised": self.quantised,
             "partial": self.result_dtype != self.dtype,
         }
         names = tuple(name for name, on in features.items() if on)

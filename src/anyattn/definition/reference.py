@@ -20,6 +20,7 @@ from . import philox
 from .dtypes import LOWEST_SCORE, narrow, raw, widen
 from .inputs import GRADIENTS, TABLES
 from .problem import Problem
+from .quantised import SCALES_OF, quantise, scales, slot_index
 from .score.evaluate import Functions, Place
 from .sequences import Sequence, is_listed, selected_keys, sequences
 
@@ -33,8 +34,8 @@ class Gradients:
     """Gradients in float64, in the shapes of the inputs."""
 
     dq: Float
-    dk: Float
-    dv: Float
+    dk: Float | None  # None for quantised keys and values
+    dv: Float | None
     dbias: Float | None
     dsink: Float | None
     dcaptured: Float | None = None
@@ -99,12 +100,13 @@ def backward(problem: Problem, arrays: Arrays, dout: Float, dlse: Float | None =
     for head in heads(problem, arrays):
         dl = np.zeros_like(head.lse) if dlse is None else dlse[rows_lse(problem, head)]
         add_gradients(grads, head, head_gradients(problem, head, dout[head.rows_q], dl))
-    return Gradients(grads["dq"], grads["dk"], grads["dv"], *[grads.get(f"d{name}") for name in GRADIENTS])
+    return Gradients(grads["dq"], grads.get("dk"), grads.get("dv"), *[grads.get(f"d{name}") for name in GRADIENTS])
 
 
 def gradient_shapes(problem: Problem) -> dict[str, tuple[int, ...]]:
     """Return the shape of every gradient that the problem has."""
-    return {f"d{x}": problem.arrays[x].shape for x in ("q", "k", "v", *GRADIENTS) if x in problem.arrays}
+    names = ("q", *(() if problem.quantised else ("k", "v")), *GRADIENTS)
+    return {f"d{x}": problem.arrays[x].shape for x in names if x in problem.arrays}
 
 
 def head_gradients(problem: Problem, head: Head, do: Float, dl: Float) -> dict[str, Any]:
@@ -154,9 +156,12 @@ def heads(problem: Problem, arrays: Arrays, parts: Iterable[Part] | None = None)
 
 def _head(problem: Problem, arrays: Arrays, sequence: Sequence, h: int, rows: Ints) -> Head:
     rows_q = _rows_q(problem, sequence, h, rows)
-    rows_k = _rows_k(problem, sequence, h // problem.group, arrays.get("block_table"))
+    slots = slot_index(problem, sequence, np.arange(sequence.n_k), arrays.get("block_table"))
+    rows_k = (*slots, h // problem.group)
     places = (("q", rows_q), ("k", rows_k), ("v", rows_k))
-    q, k, v = (widen(np.asarray(arrays[name])[place], problem.dtype) for name, place in places)
+    q, k, v = (widen(np.asarray(arrays[name])[place], problem.arrays[name].dtype) for name, place in places)
+    if problem.quantised:
+        k, v = (_scaled(problem, arrays, sequence, rows_k, name, x) for name, x in (("k", k), ("v", v)))
     keys = np.arange(sequence.n_k)
     lo, hi = problem.interval.bounds(sequence.positions()[rows], sequence.n_k, sequence.leftpad)
     seen = np.asarray((lo[:, None] <= keys) & (keys < hi[:, None]))
@@ -189,6 +194,14 @@ def _head(problem: Problem, arrays: Arrays, sequence: Sequence, h: int, rows: In
         functions=functions,
         place=place,
     )
+
+
+def _scaled(problem: Problem, arrays: Arrays, sequence: Sequence, place: Any, name: str, stored: Float) -> Float:
+    """Return the stored keys or values of one head times their scales."""
+    *index, h_kv = place
+    scale = np.asarray(arrays[SCALES_OF[name]], np.float64)
+    found: Float = stored * scales(problem, sequence, scale, tuple(index), slice(h_kv, h_kv + 1))
+    return found
 
 
 def _score_terms(problem: Problem, arrays: Arrays, sequence: Sequence, h: int, rows: Ints) -> Float | float:
@@ -251,19 +264,13 @@ def rows_lse(problem: Problem, head: Head) -> tuple[Any, ...]:
     return (head.h, s.row_q + head.rows) if problem.packed_q else (s.number, head.h, head.rows)
 
 
-def _rows_k(problem: Problem, sequence: Sequence, h_kv: int, block_table: Any) -> tuple[Any, ...]:
-    slots = np.arange(sequence.n_k)
-    if problem.paged:
-        return (block_table[sequence.number][slots // problem.page_size], slots % problem.page_size, h_kv)
-    if problem.packed_k:
-        return (sequence.row_k + slots, h_kv)
-    return (sequence.batch_k, slots, h_kv)
-
-
 def append(problem: Problem, arrays: Arrays) -> Float | None:
-    """Write new_k (rotated) and new_v into k and v in place; return the rotated q (float64), or None without rotary."""
+    """Write new_k (rotated) and new_v into k and v in place; return the rotated q (float64), or None without rotary.
+
+    A quantised cache gets stored values and scales.
+    """
     dtype = problem.q.dtype
-    k, v, new_k, new_v = (raw(arrays[name], dtype) for name in ("k", "v", "new_k", "new_v"))
+    new_k, new_v = (raw(arrays[name], dtype) for name in ("new_k", "new_v"))
     lengths = np.asarray(arrays["cache_seqlens"]).astype(np.int64)
     rows = np.arange(problem.q.shape[1]) if problem.rotation.by_row else np.zeros(problem.q.shape[1], np.int64)
     q = np.zeros(problem.q.shape) if problem.rotary_dim else None
@@ -273,13 +280,23 @@ def append(problem: Problem, arrays: Arrays) -> Float | None:
             where: tuple[Any, ...] = (arrays["block_table"][b][slots // problem.page_size], slots % problem.page_size)
         else:
             where = (b if problem.cache_batch_idx is None else arrays["cache_batch_idx"][b], slots)
-        v[where] = new_v[b]
+        _write(problem, arrays, "v", where, new_v[b])
         if q is None:
-            k[where] = new_k[b]
+            _write(problem, arrays, "k", where, new_k[b])
         else:
-            k[where] = narrow(rotate(problem, arrays, widen(new_k[b], dtype), slots), dtype)
+            _write(problem, arrays, "k", where, rotate(problem, arrays, widen(new_k[b], dtype), slots))
             q[b] = rotate(problem, arrays, widen(arrays["q"][b], dtype), lengths[b] + rows)
     return q
+
+
+def _write(problem: Problem, arrays: Arrays, name: str, where: Any, values: npt.NDArray[Any]) -> None:
+    """Write new keys or values, in float64 or as raw values of q's dtype, into the cache."""
+    cache, dtype, given = problem.arrays[name], problem.dtype, values.dtype == np.float64
+    to = raw(arrays[name], cache.dtype)
+    if problem.quantised:
+        to[where], arrays[SCALES_OF[name]][where] = quantise(values if given else widen(values, dtype), cache.dtype)
+    else:
+        to[where] = narrow(values, dtype) if given else values
 
 
 def rotate(problem: Problem, arrays: Arrays, x: Float, positions: npt.NDArray[np.int64]) -> Float:

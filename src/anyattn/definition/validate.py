@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from . import kvcache, philox
-from .dtypes import ATTENTION_DTYPES, DTYPES, key_dtypes
+from . import kvcache, philox, quantised
+from .dtypes import ATTENTION_DTYPES, DTYPES, QUANTISED, key_dtypes
 from .inputs import CAPTURED, FIELDS, SCORES, Field, Saved, Tangents, accepted_shapes
 from .mask import Mask
 from .options import ALIGNMENTS, Options, Rotation
-from .passes import APPEND, BACKWARD, FORWARD, Pass
+from .passes import APPEND, BACKWARD, FORWARD, SECOND, TANGENT, Pass
 from .problem import Array, Problem
 from .score.graph import Graph, parse
 
@@ -76,6 +76,8 @@ def _attention_problem(given: Given, options: Options, pass_: Pass) -> Problem:
     )
     if options.partial and pass_ not in (FORWARD, BACKWARD):
         raise ValueError(f"partial must be False in the {pass_} pass, got True.")
+    if pass_ in (TANGENT, SECOND) and problem.quantised:
+        raise ValueError(f"k and v must have q's dtype {q.dtype} in the {pass_} pass, got {problem.k.dtype}.")
     if options.score and (options.query_start or options.key_start):
         raise ValueError("score_mod and mask_mod cannot be combined with query_start and key_start.")
     _check_saved(problem)
@@ -173,7 +175,11 @@ def _check_dtypes(given: Given) -> None:
     if q.dtype not in ATTENTION_DTYPES:
         raise TypeError(f"q must be one of {', '.join(ATTENTION_DTYPES)}, got {q.dtype}.")
     if k.dtype != v.dtype or k.dtype not in key_dtypes(q.dtype):
-        raise TypeError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}. Convert them first.")
+        raise TypeError(
+            f"q, k and v must have one dtype, or k and v one of {', '.join(QUANTISED)}, "
+            f"got {q.dtype}, {k.dtype}, {v.dtype}. Convert them first."
+        )
+    quantised.check_given(given)
     names = {**{name: given[name].dtype for name in given}, "compute": DTYPES[q.dtype].compute}
     accepted = {**{name: field.dtypes for name, field in FIELDS.items()}, **_SAVED, **_TANGENTS}
     for name, array in given.items():
@@ -220,6 +226,7 @@ def _check_shapes(given: Given, sizes: Sizes, functions: Graph) -> None:
     q, packed_q = given["q"], "cu_seqlens_q" in given
     named = {"batch": batch, "batch + 1": batch + 1, "nheads": q.shape[-2], "nheads_kv": given["k"].shape[-2], "2": 2}
     # `update`, because Dynamo of torch 2.6 does not trace `|=` of dicts.
+    named.update(quantised.sizes(given["k"]))
     named.update({"seqlen_q": seqlen_q, "seqlen_k": seqlen_k, "total_q": q.shape[0]})
     named.update({"n_values": functions.sizes(floats=True), "n_integers": functions.sizes(floats=False)})
     for name, field in FIELDS.items():

@@ -79,6 +79,8 @@ def check_local(inputs: Inputs, options: Options, ranks: Ranks, keys: int | None
     for name, x in absent.items():
         if x is not None:
             raise NotImplementedError(f"{name} must be None, got an array. A KV cache is not divided over processes.")
+    if extras.k_scale is not None or extras.v_scale is not None:
+        raise NotImplementedError("k_scale and v_scale must be None, got an array. Pass keys and values of q's dtype.")
     if extras.kv_indices is not None and extras.cu_seqlens_q is not None:
         raise NotImplementedError("kv_indices must be None for packed documents, got an array. Use attention.")
     if options.batch_invariant:

@@ -17,6 +17,7 @@ from ..definition.inputs import (
     FIELDS,
     HEADS,
     NO_EXTRAS,
+    SCALES,
     SCORES,
     STATE,
     TABLE,
@@ -71,7 +72,7 @@ class NumpyAdapter:
         return array.ctypes.data
 
     def numpy(self, array: NDArray) -> NDArray:
-        return array.view(np.uint16) if _name(array.dtype) == "bfloat16" else array
+        return raw(array, _name(array.dtype))
 
     def tables_on_host(self, device: str) -> bool:
         return True
@@ -157,10 +158,11 @@ def append(
         check_no_new_keys(arrays)
         return q, lengths
     prepared = {name: None if x is None else _prepare_appended(name, x) for name, x in arrays._asdict().items()}
-    for name in ("k", "v"):  # written in place, so a copy would be lost
-        cache = _array(LABELS[name], getattr(arrays, name))
-        if prepared[name] is not cache or not cache.flags.writeable:
-            raise ValueError(f"{name}_cache must be writeable, aligned and contiguous in its last dimension.")
+    written = ("k", "v") if arrays.k_scale is None and arrays.v_scale is None else ("k", "v", "k_scale", "v_scale")
+    for name in written:  # in place, so a copy would be lost
+        label, cache = LABELS.get(name, name), getattr(arrays, name)
+        if prepared[name] is not _array(label, cache) or not cache.flags.writeable:
+            raise ValueError(f"{label} must be writeable, aligned and contiguous in its last dimension.")
     prepared["cache_seqlens"] = lengths
     used = keys_in_use(lengths, new_k)
     rotated = execute.append(adapter, Appended(**prepared), rotation, backend, check=lambda: check(used))
@@ -170,7 +172,7 @@ def append(
 def _prepare_appended(name: str, x: Any) -> Any:
     if name == "cache_seqlens":
         return x
-    return table(name, x) if name in FIELDS else _rows(LABELS.get(name, name), x)
+    return table(name, x) if name in ("cache_batch_idx", "block_table") else _rows(LABELS.get(name, name), x)
 
 
 def check_no_new_keys(arrays: Appended) -> None:
@@ -294,13 +296,16 @@ def _prepare_state(name: str, x: Any, inputs: Inputs) -> NDArray:
     return _contiguous(_array(name, x))
 
 
-_PREPARE = {
-    SCORES: _prepare_scores,
-    HEADS: _prepare_heads,
-    TABLE: _prepare_table,
-    STATE: _prepare_state,
-    CAPTURED: _prepare_state,
-}
+def _prepare_scales(name: str, x: Any, inputs: Inputs) -> NDArray:
+    """Return float32 from an array or a number."""
+    array = _array(name, np.asarray(x, np.float32) if isinstance(x, (int, float, np.floating)) else x)
+    if array.dtype.kind != "f":
+        raise TypeError(f"{name} must be floating point, got {array.dtype.name}.")
+    return _rows(name, array.astype(np.float32, copy=False))
+
+
+_PREPARE = {SCORES: _prepare_scores, HEADS: _prepare_heads, TABLE: _prepare_table, SCALES: _prepare_scales}
+_PREPARE |= {STATE: _prepare_state, CAPTURED: _prepare_state}
 _FITS = tuple((name, _PREPARE[field.kind]) for name, field in FIELDS.items())  # in the order of Extras
 
 

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
-from ..definition.dtypes import DTYPES
+from ..definition.dtypes import DTYPES, QUANTISED
 from ..definition.inputs import Extras, Inputs
 from ..definition.mask import Mask
 from ..definition.options import Options
@@ -73,8 +73,10 @@ def check(given: Mapping[str, Array], options: Options, lse: Array | None) -> Sc
     Raises:
         ValueError, TypeError: an array or a scalar is wrong; the message names it.
     """
-    batch, seqlen_q, seqlen_k = check_attention({**given, "v": given["k"]}, options)
-    q = given["q"]
+    q, k = given["q"], given["k"]
+    if k.dtype in QUANTISED:
+        raise TypeError(f"k must have q's dtype {q.dtype}, got {k.dtype}. Multiply it by its scales first.")
+    batch, seqlen_q, seqlen_k = check_attention({**given, "v": k}, options)
     if lse is not None:
         _check_lse(lse, q)
     return Scores(

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..backends.base import Adapter, Call
 from ..config import settings
-from ..definition import kvcache
+from ..definition import kvcache, quantised
 from ..definition.inputs import TABLES, Appended, Gradients, Inputs, Saved, SecondGradients, Tangents, flatten
 from ..definition.options import Options, Rotation
 from ..definition.passes import APPEND, BACKWARD, FORWARD, SECOND, TANGENT, Pass
@@ -201,6 +201,9 @@ def _check_values(adapter: Adapter, problem: Problem, given: Mapping[str, Any]) 
         kvcache.check_append(kvcache.append_limits(problem.arrays, by_row=problem.rotation.by_row), tables)
     else:
         check_tables(problem, tables)
+        if problem.quantised:
+            scales = {name: adapter.numpy(given[name]) for name in quantised.SCALES_OF.values()}
+            quantised.check_values(problem, tables, scales, slots=settings.current().check)
         if problem.score:
             indices = given.get("captured_indices")
             check_reads(problem, tables, None if indices is None else adapter.numpy(indices))

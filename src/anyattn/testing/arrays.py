@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from ..arguments import bounds
 from ..definition.mask import Mask
+from ..definition.quantised import quantise
 from ..definition.sequences import is_listed
 from .cases import BROADCASTS, Case
 from .inputs import Array, CaseInputs, Span, numpy_dtype
@@ -58,7 +59,11 @@ class _Builder:
         self.kv_indices = self._draw_kv_indices() if case.kv_indices else None
         stale = (np.nan, 1e3, np.inf)[case.seed % 3]
         q, k, v = self._draw_qkv(stale)
-        given: dict[str, Any] = dict(zip(("q", "k", "v"), self._place(q, k, v), strict=True))
+        given: dict[str, Any] = {}
+        if case.stored:
+            k, given["k_scale"] = self._quantise(k)
+            v, given["v_scale"] = self._quantise(v)
+        given |= dict(zip(("q", "k", "v"), self._place(q, k, v), strict=True))
         given |= self._scalars() | self.tables
         if case.bias:
             given["bias"] = self._bias(stale)
@@ -223,6 +228,18 @@ class _Builder:
             v[span.slots] = np.where(seen, self.rng.standard_normal((span.n_k, case.nheads_kv, case.head_dim_v)), stale)
         return q, k, v
 
+    def _quantise(self, x: Array) -> tuple[Array, Any]:
+        """Return the stored values and the scales of keys or values. The scales of stale slots are NaN."""
+        stored, scale = quantise(x, self.case.stored)
+        if self.case.scales != "slots":
+            heads = (self.case.nheads_kv,)
+            shape = {"one": (), "heads": heads, "sequences": (self.case.batch, *heads)}[self.case.scales]
+            largest = scale[np.isfinite(scale)].max(initial=0.0)
+            scale = np.asarray(largest * self.rng.uniform(0.5, 1.0, shape), np.float32)
+            return stored.view(numpy_dtype(self.case.stored)), float(scale) if shape == () else self._aside(scale)
+        scale = scale[None] if self.case.packed and not self.case.paged else scale
+        return stored.view(numpy_dtype(self.case.stored)), self._aside(scale)
+
     def _queries(self, shape: tuple[int, ...]) -> Array:
         values = self.rng.standard_normal(shape)
         if self.case.content == "huge":
@@ -246,26 +263,29 @@ class _Builder:
         return values
 
     def _place(self, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
+        kind = numpy_dtype(self.case.stored or self.case.dtype)
         if self.case.layout == "packed":
-            if q.shape[:-2] == k.shape[:-2] and q.shape[-1] == v.shape[-1]:
+            if not self.case.stored and q.shape[:-2] == k.shape[:-2] and q.shape[-1] == v.shape[-1]:
                 whole = self.embed(np.concatenate([q, k, v], axis=-2).astype(self.dtype), "bshd")
                 n, n_kv = q.shape[-2], k.shape[-2]
                 return whole[..., :n, :], whole[..., n : n + n_kv, :], whole[..., n + n_kv :, :]
-            pair = self.embed(np.concatenate([k, v], axis=-1).astype(self.dtype), "bshd")
+            pair = self.embed(np.concatenate([k, v], axis=-1).astype(kind), "bshd")
             return self.embed(q.astype(self.dtype), "bshd"), pair[..., : k.shape[-1]], pair[..., k.shape[-1] :]
         if self.case.layout == "any":
-            return self._any(q), self._any(k), self._any(v)
+            return self._any(q), self._any(k, kind), self._any(v, kind)
         if self.case.layout == "expanded":
-            k, v = (np.broadcast_to(self.embed(x[..., :1, :].astype(self.dtype), "bshd"), x.shape) for x in (k, v))
+            k, v = (np.broadcast_to(self.embed(x[..., :1, :].astype(kind), "bshd"), x.shape) for x in (k, v))
             return self.embed(q.astype(self.dtype), "bshd"), k, v
-        q, k, v = (self.embed(x.astype(self.dtype), self.case.layout) for x in (q, k, v))
+        q = self.embed(q.astype(self.dtype), self.case.layout)
+        k, v = (self.embed(x.astype(kind), self.case.layout) for x in (k, v))
         return q, k, v
 
-    def _any(self, x: Array) -> Array:
+    def _any(self, x: Array, kind: Any = None) -> Array:
         """Lay an array out randomly. Sometimes all heads share memory."""
+        x = x.astype(kind or self.dtype)
         if self.rng.random() < 0.2:
-            return np.broadcast_to(self.embed(x[..., :1, :].astype(self.dtype), "any"), x.shape)
-        return self.embed(x.astype(self.dtype), "any")
+            return np.broadcast_to(self.embed(x[..., :1, :], "any"), x.shape)
+        return self.embed(x, "any")
 
     def embed(self, values: Array, layout: str) -> Array:
         """Return a view with these values inside a larger buffer, and keep the buffer."""

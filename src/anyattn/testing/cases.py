@@ -11,6 +11,8 @@ from typing import Any
 
 # Choices for each field of a Case. A choice that is listed twice is sampled twice as often.
 DTYPES = ("float64", "float32", "float16", "bfloat16")
+STORED = ("int8", "float8_e4m3fn", "float8_e5m2")  # dtypes of quantised keys and values
+SCALES = ("one", "heads", "sequences", "slots")  # shapes of their scales
 LENGTHS = ("full", "full", "seqused", "leftpad", "both", "varlen", "varlen_seqused", "paged", "paged_varlen")
 LAYOUTS = ("bshd", "bhsd", "packed", "last", "reversed", "expanded", "slices", "any")
 # Cases may have further contents: see arrays.py.
@@ -66,6 +68,8 @@ class Case:
     dlse: bool = False  # the backward pass has a gradient of lse
     content: str = "normal"  # one of CONTENTS, the kind of values
     page_size: int = 0  # 0: sampled
+    stored: str = ""  # one of STORED, the dtype of quantised keys and values; "": q's dtype
+    scales: str = "slots"  # one of SCALES, the shape of their scales
     seed: int = 0
 
     def __str__(self) -> str:
@@ -103,6 +107,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "varlen": {"lengths": "varlen", "causal": True},
     "paged": {"lengths": "paged", "causal": True},
     "kv_indices": {"kv_indices": "shared", "causal": True},
+    "quantised": {"stored": "int8", "causal": True},
     "decode": {"seqlen_q": 1, "seqlen_k": 300, "group": 4, "causal": True},
     "everything": {
         "causal": True, "window": (50, None), "chunk": 80, "softcap": 4.0, "bias": "b1", "mask": "h1",
@@ -169,6 +174,8 @@ def random_case(rng: random.Random, limits: Limits = Limits(), name: str = "rand
         page_size=rng.choice((0, 1, 16, rng.randint(1, 300))),
         seed=rng.getrandbits(32),
         kv_indices=rng.choice(("", "", "", "", "shared", "heads")),
+        stored=rng.choice(("", "", "", "", *STORED)),
+        scales=rng.choice(SCALES),
     )
 
 

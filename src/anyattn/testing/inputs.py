@@ -126,17 +126,17 @@ def _with_axes_of_bias(tangents: dict[str, Array]) -> dict[str, Array]:
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
-    """Return NumPy's dtype of that name; bfloat16 is ml_dtypes.bfloat16."""
-    if name != "bfloat16":
+    """Return NumPy's dtype of that name; bfloat16 and float8 are dtypes of ml_dtypes."""
+    if name != "bfloat16" and not name.startswith("float8"):
         return np.dtype(name)
     import ml_dtypes
 
-    found: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+    found: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
     return found
 
 
 def has_dtype(name: str) -> bool:
-    """Return whether NumPy arrays of this dtype are available; bfloat16 needs ml_dtypes."""
+    """Return whether NumPy arrays of this dtype are available; bfloat16 and float8 need ml_dtypes."""
     try:
         numpy_dtype(name)
     except ImportError:

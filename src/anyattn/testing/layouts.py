@@ -13,7 +13,7 @@ STEPS = (1, 1, 1, 2, 3, -1, -2)
 
 
 def embedded(values: Array, layout: str) -> tuple[Array, Array]:
-    """Return a view with these values and the buffer around it, of NaN or of True. `layout` is one of a Case's."""
+    """Return a view with these values and the buffer around it, of NaN, True or integers. `layout` is a Case's."""
     order = list(range(values.ndim))
     if layout == "bhsd" and values.ndim >= 3:
         order[-3], order[-2] = order[-2], order[-3]
@@ -24,7 +24,7 @@ def embedded(values: Array, layout: str) -> tuple[Array, Array]:
     if layout == "slices":
         step[-3] = 2
     size = [n * s + 2 for n, s in zip(moved.shape, step, strict=True)]
-    buffer = np.full(size, True if values.dtype == bool else np.nan, values.dtype)
+    buffer = np.full(size, _outside(values.dtype), values.dtype)
     view = buffer[tuple(slice(1, 1 + n * s, s) for n, s in zip(moved.shape, step, strict=True))]
     if layout == "reversed":
         view = view[..., ::-1, ::-1, :]
@@ -68,12 +68,16 @@ def _filled(sizes: Array, dtype: np.dtype[Any], rng: np.random.Generator, *, ali
     shift = 0 if aligned or dtype.itemsize == 1 else 1
     buffer = np.empty((lead + count) * dtype.itemsize + shift, np.uint8)
     elements = buffer[shift:].view(dtype)
-    if dtype.kind in "iu":
-        elements[:] = np.iinfo(dtype).max
-    else:
-        elements[:] = True if dtype.kind == "b" else np.nan
+    elements[:] = _outside(dtype)
     buffer[:shift] = 0xFF
     return buffer, elements[lead:].reshape(sizes)
+
+
+def _outside(dtype: np.dtype[Any]) -> Any:
+    """Return the value of memory outside a view."""
+    if dtype.kind in "iu":
+        return np.iinfo(dtype).max
+    return True if dtype.kind == "b" else np.nan
 
 
 def around(view: Array, buffer: Array) -> bytes:

@@ -252,7 +252,8 @@ def _append_values(problem: Problem) -> Values:
 def _array(name: str, array: Array, *, packed_q: bool) -> Values:
     """Return the strides for the C struct. bias and mask broadcast by stride 0; statistics are (batch, nheads, row).
 
-    Lists of selected keys are (batch, nheads_kv, row, entry), with stride 0 if KV heads share them.
+    Lists of selected keys are (batch, nheads_kv, row, entry), with stride 0 if KV heads share them. Scales are (entry,
+    slot, head, sequence).
     """
     strides: tuple[int, ...] = array.strides
     if name in ("bias", "mask", "dbias", "tbias"):
@@ -262,9 +263,19 @@ def _array(name: str, array: Array, *, packed_q: bool) -> Values:
     elif name == "kv_indices":
         *entry, row, last = strides if packed_q else strides[1:]
         strides = (0 if packed_q else strides[0], *(entry or (0,)), row, last)
+    elif name in ("k_scale", "v_scale"):
+        strides = _scale_strides(strides)
     elif len(array.shape) > 1 and not name.startswith("rotary"):
         strides = array.strides4()
     padded = (*strides, *[0] * (4 - len(strides)))
     field = layout.field_of(name)
     values: Values = {f"{field}.stride{axis}": stride for axis, stride in enumerate(padded)}
     return values | {f"{field}.dtype": DTYPES[array.dtype].code}
+
+
+def _scale_strides(strides: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the strides of scales for all keys, per head, per sequence and head, or per slot and head."""
+    if len(strides) == 3:
+        return (*strides, 0)
+    *sequence, head = strides or (0,)
+    return (0, 0, head, *(sequence or (0,)))

@@ -11,8 +11,9 @@ _FIRST_ARRAYS = (
     "new_k", "new_v", "rotary_cos", "rotary_sin",
 )  # fmt: skip
 _TANGENTS = ("tq", "tk", "tv", "tbias", "tsink", "tout", "tlse")
+_SCALES = ("k_scale", "v_scale")
 _CAPTURED = ("captured", "captured_indices", "dcaptured")
-ARRAYS = (*_FIRST_ARRAYS, "kv_indices", *_TANGENTS, *_CAPTURED)
+ARRAYS = (*_FIRST_ARRAYS, "kv_indices", *_TANGENTS, *_CAPTURED, *_SCALES)
 # Results of the second pass that the struct names like results of the tangent pass.
 _SAME = {"ddout": "tout", "ddlse": "tlse"}
 TABLES = (
@@ -43,6 +44,7 @@ FIELDS: tuple[tuple[str, str], ...] = (
     *(("score_program", POINTER), ("score_words", "q"), ("num_captured", "q"), ("num_captured_indices", "q")),
     *((f"{array}.{name}", kind) for array in (*_CAPTURED, "mask_blocks") for name, kind in _ARRAY),
     *(("mask_block_q", "q"), ("mask_block_k", "q")),
+    *((f"{array}.{name}", kind) for array in _SCALES for name, kind in _ARRAY),
 )
 # Native byte order and alignment. The order above aligns every field, in C and here.
 STRUCT = struct.Struct("@" + "".join(kind for _, kind in FIELDS))

@@ -89,7 +89,7 @@ def _visit(arrays: Arrays, rows: Rows, keys: Keys, q: Floats, m: Floats, l: Floa
 
 
 def backward(arrays: Arrays) -> None:
-    """Write dq, dk, dv and, if the call has them, dbias and dsink."""
+    """Write dq and, if the call has them, dk, dv, dbias and dsink."""
     arrays.view("dq")[...] = 0
     sums = {
         name: Sum(arrays, name) for name in ("dk", "dv", "dbias", "dsink", "dcaptured") if arrays.view(name) is not None
@@ -112,12 +112,12 @@ def _backward_rows(arrays: Arrays, rows: Rows, sums: dict[str, Sum]) -> None:
         s -= base[..., None]
         p = np.exp(np.subtract(s, rest[..., None], out=s), out=s)
         dp = unstack(do @ transpose(v), rows)
-        if problem.dropout_threshold:
-            factors = dropout(arrays, rows, keys)
+        factors = dropout(arrays, rows, keys) if problem.dropout_threshold else None
+        if factors is not None:
             dp *= factors
-            sums["dv"].add_keys(rows, keys, transpose(stack(p * factors)) @ do)
-        else:
-            sums["dv"].add_keys(rows, keys, transpose(stack(p)) @ do)
+        if "dv" in sums:
+            weights = p if factors is None else p * factors
+            sums["dv"].add_keys(rows, keys, transpose(stack(weights)) @ do)
         dp -= delta[..., None]
         ds = np.multiply(p, dp, out=dp)
         if "dbias" in sums:
@@ -130,7 +130,8 @@ def _backward_rows(arrays: Arrays, rows: Rows, sums: dict[str, Sum]) -> None:
         ds *= arrays.number(problem.scale)
         dt = stack(ds)
         dq += dt @ k
-        sums["dk"].add_keys(rows, keys, transpose(dt) @ q)
+        if "dk" in sums:
+            sums["dk"].add_keys(rows, keys, transpose(dt) @ q)
     arrays.write_rows("dq", rows, dq)
     if "dsink" in sums:
         sink = arrays.of_heads("sink", rows)

@@ -17,7 +17,7 @@ EVIDENCE = {"tested": ("anything with NumPy",)}
 EXTRAS = (
     *("bias", "mask", "alibi_slopes", "sink", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"),
     *("leftpad_k", "offset", "block_table", "cache_batch_idx", "kv_indices", "rng_state"),
-    *("captured", "captured_indices"),
+    *("captured", "captured_indices", "k_scale", "v_scale"),
 )
 COMPUTE = {FORWARD: forward, BACKWARD: backward, TANGENT: tangent, SECOND: second}
 

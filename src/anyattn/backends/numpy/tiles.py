@@ -16,6 +16,7 @@ import numpy.typing as npt
 from ...definition.dtypes import narrow, raw, widen
 from ...definition.inputs import TABLES
 from ...definition.problem import Array, Problem
+from ...definition.quantised import SCALES_OF, scales
 from ...definition.score.evaluate import Functions, Place
 from ...definition.score.intervals import Extremes, Interval, Range, bounds
 from ...definition.sequences import Sequence, selected_keys, sequences
@@ -194,7 +195,12 @@ class Arrays:
 
     def read_keys(self, name: str, rows: Rows, keys: Keys) -> Floats:
         """Read (heads_kv, keys, dim) of k or v. Keys that no query of the tile attends to may be NaN and become 0."""
-        tile = widen(self.view(name)[self.key_index(rows, keys)], self.problem.dtype, self.kind)
+        index = self.key_index(rows, keys)
+        tile = widen(self.view(name)[index], self.problem.arrays[name].dtype, self.kind)
+        if self.problem.quantised:
+            *slots, heads = index
+            scale = self.view(SCALES_OF[name])
+            tile = tile * scales(self.problem, rows.sequence, scale, tuple(slots), heads)[..., None]
         tile = np.array(tile.swapaxes(0, 1), order="C")
         if keys.visible is not None:
             used = np.asarray(keys.visible.any(axis=(1, 2)))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ...definition.dtypes import DTYPES
-from ...definition.inputs import FIELDS, HEADS, NO_EXTRAS, SCORES, STATE, TABLE, Extras, Inputs, replace_extras
+from ...definition.inputs import FIELDS, HEADS, NO_EXTRAS, SCALES, SCORES, STATE, TABLE, Extras, Inputs, replace_extras
 from ...definition.problem import Array, contiguous
 
 ELSEWHERE = (
@@ -93,7 +93,11 @@ def _fit_state(name: str, x: Any, q: Any, batch: int) -> Any:
     )
 
 
-_FITS = {SCORES: _fit_scores, HEADS: _fit_heads, TABLE: _fit_table, STATE: _fit_state}
+def _refuse(name: str, x: Any, q: Any, batch: int) -> Any:
+    raise NotImplementedError(f"{name} must be None for JAX arrays, which have no quantised keys and values yet.")
+
+
+_FITS = {SCORES: _fit_scores, HEADS: _fit_heads, TABLE: _fit_table, STATE: _fit_state, SCALES: _refuse}
 
 
 def table(name: str, given: Any) -> jax.Array:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ...definition.dtypes import DTYPES
+from ...definition.dtypes import DTYPES, FLOAT8
 from ...definition.problem import Array
 from . import tracing
 
@@ -56,7 +56,9 @@ class TorchAdapter:
 
     def numpy(self, array: Tensor) -> npt.NDArray[Any]:
         array = array.detach().cpu()
-        return array.view(torch.uint16).numpy() if array.dtype is torch.bfloat16 else array.numpy()
+        if array.dtype is torch.bfloat16:
+            return array.view(torch.uint16).numpy()
+        return array.view(torch.uint8).numpy() if NAMES.get(array.dtype) in FLOAT8 else array.numpy()
 
     def tables_on_host(self, device: str) -> bool:
         return device == "cpu"

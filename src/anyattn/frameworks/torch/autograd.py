@@ -125,8 +125,17 @@ def _gradients(saved: Saved, inputs: Inputs, static: Static, wants: tuple[bool, 
         absent = () if inputs.extras is NO_EXTRAS else ops.absent(wants)
         return execute.backward(adapter, saved, inputs, static.options, static.backend, metadata, absent=absent)
     if create_graph:
-        return derivatives.gradients(saved, inputs, Static(static.options, static.backend, static.lse_gradient), wants)
-    return ops.call_backward(saved, inputs, static.options, static.backend, wants)
+        plain = Static(static.options, static.backend, static.lse_gradient)
+        found = derivatives.gradients(saved, inputs, plain, wants)
+    else:
+        found = ops.call_backward(saved, inputs, static.options, static.backend, wants)
+    return found if inputs.extras.k_scale is None else without_keys(found)
+
+
+def without_keys(grads: Gradients) -> Gradients:
+    """Return the gradients without those of k and v, which the operator returns empty for quantised keys and values."""
+    given = dict(zip(Gradients._fields, grads, strict=True))
+    return Gradients(**{**given, "dk": None, "dv": None})
 
 
 _direct = fastpath.base_apply(DirectAttention)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...definition.inputs import FIELDS, HEADS, SCORES, STATE
+from ...definition.inputs import FIELDS, HEADS, SCALES, SCORES, STATE
 from ...definition.passes import BACKWARD, FORWARD, Pass
 from . import ops
 
@@ -50,12 +50,12 @@ def _is_shared(name: str) -> bool:
 
 
 def _needs_loop(name: str, differs: bool) -> bool:
-    """Return whether an array prevents one call: cumulative lengths, a dropout state, or one value per head."""
+    """Return whether an array prevents one call: lengths in one table, a dropout state, scales, or a value per head."""
     if name not in FIELDS:
         return False
     field = FIELDS[name]
     packed = any("batch + 1" in shape for shape in field.shapes)
-    return packed or field.kind == STATE or (_is_shared(name) and differs)
+    return packed or field.kind in (STATE, SCALES) or (_is_shared(name) and differs)
 
 
 def _fold_score(samples: int, batch: int, x: Tensor, dim: int | None, *, per_sample: bool) -> Tensor | None:

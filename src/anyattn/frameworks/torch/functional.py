@@ -18,6 +18,7 @@ from ...definition.inputs import (
     FIELDS,
     HEADS,
     NO_EXTRAS,
+    SCALES,
     SCORES,
     STATE,
     TABLE,
@@ -87,6 +88,7 @@ def backward(saved: Saved, inputs: Inputs, options: Options, seed: int | None, b
         grads = execute.backward(adapter, saved, prepared, options, backend, metadata)
     else:
         grads = ops.call_backward(saved, prepared, options, backend or "")
+        grads = grads if prepared.extras.k_scale is None else autograd.without_keys(grads)
     return reshape_gradients(grads, inputs.extras)
 
 
@@ -160,9 +162,11 @@ def append(
             "q, k, v and the caches must not require a gradient, because none flows through a KV cache. "
             "Append under torch.no_grad(), or detach them."
         )
-    if _autocast_dtype(q) is not None:
-        for name in ("q", "new_k", "new_v"):  # the dtype of the cache is fixed
-            given[name] = given[name].to(given["k"].dtype) if given[name].dtype in _CASTABLE else given[name]
+    low = _autocast_dtype(q)
+    if low is not None:
+        low = low if given["k_scale"] is not None else given["k"].dtype  # the dtype of the cache is fixed
+        for name in ("q", "new_k", "new_v"):
+            given[name] = given[name].to(low) if given[name].dtype in _CASTABLE else given[name]
     used = None if lengths is None else lengths + sum(given["new_k"].shape[1:2])  # a wrong rank is reported later
     return kvcache.append(Appended(**given), rotation, backend, check=lambda: check(used)), used
 
@@ -209,6 +213,8 @@ def prepare(inputs: Inputs, seed: int | None, *, draw: bool = False) -> Inputs:
     low = _autocast_dtype(q)
     if low is not None:
         q, k, v = (x.to(low) if x.dtype in _CASTABLE else x for x in (q, k, v))
+    if extras.k_scale is not None:
+        _check_stored(k, v)
     changes: dict[str, Any] = {}
     for (name, fit), x in zip(_FITS, extras):  # noqa: B905 (a keyword takes time in every call)
         if x is not None:
@@ -222,6 +228,13 @@ def prepare(inputs: Inputs, seed: int | None, *, draw: bool = False) -> Inputs:
     if seed is not None or draw:
         extras = replace_extras(extras, rng_state=random_state(q, seed, extras.rng_state))
     return Inputs(q, k, v, extras)
+
+
+def _check_stored(k: Tensor, v: Tensor) -> None:
+    """Raise if quantised keys or values require a gradient."""
+    for name, x in (("k", k), ("v", v)):
+        if x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} must not require a gradient if it is quantised. Pass {name}.detach().")
 
 
 def _cast_scores(extras: Extras, low: torch.dtype) -> Extras:
@@ -276,12 +289,25 @@ def _prepare_state(name: str, array: Any, q: Tensor, cu_seqlens_q: Any) -> Tenso
     return dense(name, array).contiguous()
 
 
+def _prepare_scales(name: str, array: Any, q: Tensor, cu_seqlens_q: Any) -> Tensor:
+    """Return float32. A number is accepted for all heads."""
+    if isinstance(array, (int, float, np.floating)):
+        return torch.full((1,), float(array), dtype=torch.float32, device=q.device)[0]
+    x = dense(name, array)
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {x.dtype}.")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} must not require a gradient here. Pass {name}.detach().")
+    return x.to(torch.float32)
+
+
 _PREPARE = {
     SCORES: _prepare_scores,
     HEADS: _prepare_heads,
     TABLE: _prepare_table,
     STATE: _prepare_state,
     CAPTURED: _prepare_state,
+    SCALES: _prepare_scales,
 }
 _FITS = tuple((name, _PREPARE[field.kind]) for name, field in FIELDS.items())  # in the order of Extras
 

@@ -27,15 +27,17 @@ TABLES = ("cache_seqlens", "cache_batch_idx", "block_table")
 
 def append(arrays: Appended, rotation: Rotation, backend: str | None, *, check: Callable[[], None]) -> Tensor:
     """Write new_k (rotated) and new_v into the caches k and v; return the rotated q. Tables are int32."""
-    for name, cache in (("k", arrays.k), ("v", arrays.v)):  # attention would copy the whole cache at every step
+    for name in ("k", "v", "k_scale", "v_scale"):  # attention would copy the whole cache at every step
+        cache = getattr(arrays, name)
         if cache is not None and cache.ndim and cache.stride(-1) != 1 and cache.shape[-1] != 1:
-            raise ValueError(f"{name}_cache must be contiguous in its last dimension, got strides {cache.stride()}.")
+            label = kvcache.LABELS.get(name, name)
+            raise ValueError(f"{label} must be contiguous in its last dimension, got strides {cache.stride()}.")
     if not fastpath.can_skip_operator(arrays):
         return _traced(arrays, rotation)
     prepared = [x if x is None or name in TABLES else to_unit_stride(name, x) for name, x in arrays._asdict().items()]
     q: Tensor = execute.append(adapter, Appended(*prepared), rotation, backend, check=check)
-    for cache in (arrays.k, arrays.v):
-        if not cache.is_inference():
+    for cache in (arrays.k, arrays.v, arrays.k_scale, arrays.v_scale):
+        if cache is not None and not cache.is_inference():
             torch.autograd.graph.increment_version(cache)
     return q
 
@@ -43,6 +45,11 @@ def append(arrays: Appended, rotation: Rotation, backend: str | None, *, check: 
 def _traced(arrays: Appended, rotation: Rotation) -> Tensor:
     given = described(Appended._fields, arrays, adapter.describe)
     kvcache.check_arrays(given)
+    if arrays.k_scale is not None:
+        raise NotImplementedError(
+            "k and v must be None for a quantised cache under torch.compile, export and other observers of operators. "
+            "Append outside the compiled function."
+        )
     if tracing.active():  # the sizes of AppendLimits are constants of a trace
         for name in ("k", "new_k", *(("rotary_cos",) if arrays.rotary_cos is not None else ())):
             tracing.fix_shape(kvcache.LABELS.get(name, name), getattr(arrays, name))

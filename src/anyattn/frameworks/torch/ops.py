@@ -273,8 +273,9 @@ def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
     _check_devices(BACKWARD, flatten(inputs, saved), q)
     optional = [getattr(extras, name) if want else None for name, want in zip(GRADIENTS, wants, strict=True)]
     wide = compute_dtype(q) if options.partial else None
+    stored = (None, None) if extras.k_scale is not None else (k, v)  # quantised keys and values have no gradients
     return tuple(
-        q.new_empty(0) if x is None else x.new_empty(x.shape, dtype=wide or x.dtype) for x in (q, k, v, *optional)
+        q.new_empty(0) if x is None else x.new_empty(x.shape, dtype=wide or x.dtype) for x in (q, *stored, *optional)
     )
 
 
