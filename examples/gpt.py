@@ -15,7 +15,8 @@ from torch import Tensor, nn
 import anyattn
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
-Cache = list[tuple[Tensor, Tensor]]  # k, v of each layer: (batch, context, nheads_kv, head_dim)
+# k and v of each layer: (batch, context, nheads_kv, head_dim), and their scales if the cache is quantised
+Cache = list[tuple[Tensor, ...]]
 
 
 def anyattn_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -48,16 +49,24 @@ class SelfAttention(nn.Module):
         self.kv = nn.Linear(config.width, 2 * config.nheads_kv * config.head_dim, bias=False)
         self.out = nn.Linear(config.nheads * config.head_dim, config.width, bias=False)
 
-    def forward(self, x: Tensor, angles: Tensor, cache: tuple[Tensor, Tensor] | None, position: int) -> Tensor:
+    def forward(self, x: Tensor, angles: Tensor, cache: tuple[Tensor, ...] | None, position: int) -> Tensor:
         c = self.config
         q = self.q(x).unflatten(-1, (c.nheads, c.head_dim))  # (batch, seqlen, nheads, head_dim)
         k, v = self.kv(x).unflatten(-1, (2, c.nheads_kv, c.head_dim)).unbind(2)
         q, k = rotate(q, angles), rotate(k, angles)
-        if cache is None:
-            out = self.attention(q, k, v)
-        else:  # write k and v to the cache after `position` and attend to all of it
-            out = anyattn.attention_with_kvcache(q, *cache, k=k, v=v, cache_seqlens=position, causal=True)
+        out = self.attention(q, k, v) if cache is None else attend_to_cache(q, k, v, cache, position)
         return self.out(out.flatten(2))
+
+
+def attend_to_cache(q: Tensor, k: Tensor, v: Tensor, cache: tuple[Tensor, ...], position: int) -> Tensor:
+    """Write k and v to the cache after `position` and attend to all of it, in the cache's dtype or with its scales."""
+    k_cache, v_cache, *scales = cache
+    options = dict(zip(("k_scale", "v_scale"), scales, strict=False))
+    dtype = q.dtype
+    if not scales:
+        q, k, v = (x.to(k_cache.dtype) for x in (q, k, v))
+    out = anyattn.attention_with_kvcache(q, k_cache, v_cache, k=k, v=v, cache_seqlens=position, causal=True, **options)
+    return out.to(dtype)
 
 
 class Block(nn.Module):
@@ -69,7 +78,7 @@ class Block(nn.Module):
         self.up = nn.Linear(config.width, 4 * config.width, bias=False)
         self.down = nn.Linear(4 * config.width, config.width, bias=False)
 
-    def forward(self, x: Tensor, angles: Tensor, cache: tuple[Tensor, Tensor] | None, position: int) -> Tensor:
+    def forward(self, x: Tensor, angles: Tensor, cache: tuple[Tensor, ...] | None, position: int) -> Tensor:
         x = x + self.attention(self.norm_attention(x), angles, cache, position)
         return x + self.down(F.gelu(self.up(self.norm_mlp(x))))
 

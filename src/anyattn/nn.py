@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from . import api, decoding
 from .arguments import Window
+from .definition.dtypes import QUANTISED
 from .frameworks.torch_tools import rotary
 
 
@@ -27,17 +28,22 @@ class KVCache:
         head_dim: size of a key head.
         head_dim_v: size of a value head; default head_dim.
         device: device of the layer's activations.
-        dtype: dtype of the layer's activations.
+        dtype: dtype of the layer's activations; or "int8", "float8_e4m3fn" or "float8_e5m2" (or the dtype of torch) for
+            a quantised cache, which takes half or a quarter of the memory.
 
     Attributes:
         k: (batch, slots, nheads_kv, head_dim), rotated if the layer has rotary positions.
         v: (batch, slots, nheads_kv, head_dim_v).
+        k_scale: float32 (batch, slots, nheads_kv), scales of a quantised cache; otherwise None.
+        v_scale: like k_scale.
         seqlens: int32 (batch,), tokens in use. Lower an entry to drop tokens, or set it to 0 to start a new sequence.
 
     >>> import torch, anyattn.nn
     >>> cache = KVCache(batch=2, slots=64, nheads_kv=2, head_dim=8)
     >>> cache.k.shape, cache.seqlens.tolist()
     (torch.Size([2, 64, 2, 8]), [0, 0])
+    >>> KVCache(batch=2, slots=64, nheads_kv=2, head_dim=8, dtype="int8").k_scale.shape
+    torch.Size([2, 64, 2])
     """
 
     def __init__(
@@ -49,10 +55,16 @@ class KVCache:
         head_dim_v: int | None = None,
         *,
         device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
     ) -> None:
-        self.k = torch.zeros(batch, slots, nheads_kv, head_dim, device=device, dtype=dtype)
-        self.v = torch.zeros(batch, slots, nheads_kv, head_dim_v or head_dim, device=device, dtype=dtype)
+        kind = _dtype(dtype)
+        sizes = batch, slots, nheads_kv
+        self.k = torch.zeros(*sizes, head_dim, device=device, dtype=kind)
+        self.v = torch.zeros(*sizes, head_dim_v or head_dim, device=device, dtype=kind)
+        self.k_scale: Tensor | None = None
+        self.v_scale: Tensor | None = None
+        if kind is not None and kind.itemsize == 1:
+            self.k_scale, self.v_scale = (torch.zeros(*sizes, device=device) for _ in range(2))
         self.seqlens = torch.zeros(batch, dtype=torch.int32, device=device)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
@@ -69,10 +81,28 @@ class KVCache:
                 `torch.no_grad()`.
         """
         out: Tensor = decoding.attention_with_kvcache(
-            q, self.k, self.v, k=k, v=v, cache_seqlens=self.seqlens, **options
+            q,
+            self.k,
+            self.v,
+            k=k,
+            v=v,
+            cache_seqlens=self.seqlens,
+            k_scale=self.k_scale,
+            v_scale=self.v_scale,
+            **options,
         )
         self.seqlens = self.seqlens + k.shape[1]
         return out
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """Return the dtype of torch for a dtype or a name of `QUANTISED`."""
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    found = getattr(torch, dtype, None) if dtype in QUANTISED else None
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"dtype must be a torch.dtype or one of {', '.join(QUANTISED)}, got {dtype!r}.")
+    return found
 
 
 class Attention(nn.Module):
@@ -170,13 +200,14 @@ class Attention(nn.Module):
         if not 0 <= self.dropout_p < 1:
             raise ValueError(f"dropout_p must be in [0, 1), got {self.dropout_p}.")
 
-    def cache(self, batch: int, slots: int, dtype: torch.dtype | None = None) -> KVCache:
+    def cache(self, batch: int, slots: int, dtype: torch.dtype | str | None = None) -> KVCache:
         """Return an empty cache with the sizes of this layer.
 
         Args:
             batch: number of sequences.
             slots: number of tokens that each sequence can hold.
-            dtype: dtype of the activations; default: the dtype of the parameters.
+            dtype: dtype of the activations, or of a quantised cache as for `KVCache`; default: the dtype of the
+                parameters.
         """
         weight = self.k.weight
         sizes = (batch, slots, self.nheads_kv, self.head_dim, self.head_dim_v)

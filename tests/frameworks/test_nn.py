@@ -213,6 +213,19 @@ def test_compiled_equals_eager() -> None:
         close(one, other)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", torch.float8_e5m2])
+def test_quantised_cache(dtype: Any) -> None:
+    """Steps with a quantised cache differ from the whole by no more than the quantisation of keys and values."""
+    made, x = layer("rotary").eval(), normal(2, ROWS, WIDTH)
+    with torch.no_grad():
+        want = made(x)
+        cache = made.cache(2, ROWS + 3, dtype)
+        got = torch.cat([made(part, cache=cache) for part in x.split((3, 1, ROWS - 4), dim=1)], dim=1)
+    assert cache.k.dtype.itemsize == 1
+    relative = {"int8": 0.02, "float8_e4m3fn": 0.1}.get(dtype, 0.2)
+    assert 0 < float((got - want).abs().max()) <= relative * float(want.abs().max())
+
+
 X, CU = torch.zeros(1, 4, WIDTH), torch.tensor([0, 4])
 ROTARY = Attention(WIDTH, 4, rotary_dim=4, causal=True, dropout_p=0.5)
 CACHE = KVCache(1, 8, 4, 6)
@@ -227,6 +240,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "not causal": (lambda: Attention(WIDTH, 4)(X, cache=CACHE), "causal"),
     "training": (lambda: ROTARY(X, cache=CACHE), "eval"),
     "gradient": (lambda: Attention(WIDTH, 4, causal=True)(X, cache=CACHE), "no_grad"),
+    "cache": (lambda: KVCache(1, 8, 4, 6, dtype="int4"), "dtype must be"),
     "backend": (lambda: Attention(WIDTH, 4, backend="abacus")(X), "abacus"),
 }
 

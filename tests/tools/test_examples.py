@@ -39,6 +39,13 @@ def test_server_refuses_a_request_that_never_fits() -> None:
         importlib.import_module("server").main(requests=1, num_pages=1, context=64)
 
 
+def test_perplexity_with_quantised_caches(capsys: pytest.CaptureFixture[str]) -> None:
+    found = importlib.import_module("quantised_cache").main(steps=3, context=48)
+    exact = found.pop("float32")
+    assert all(0 < abs(value / exact - 1) < 0.01 for value in found.values())
+    assert "int8" in capsys.readouterr().out
+
+
 def test_packed_training_equals_padded_training(capsys: pytest.CaptureFixture[str]) -> None:
     importlib.import_module("packed").main(steps=3, count=4, longest=48)
     assert "largest difference of the losses" in capsys.readouterr().out

@@ -11,6 +11,8 @@ functions, and every function under torch.compile, become the mask of eager atte
 Sequences are packed if transformers says so: `position_ids` that restart, without attention_mask and without a cache
 (use_cache=False), or `cu_seq_lens_q` and `cu_seq_lens_k`.
 
+`QuantisedCache("int8")` is a KV cache of half the size: model.generate(..., past_key_values=QuantisedCache("int8")).
+
 A model that computes attention itself (Bloom, GPT-J and others) raises ValueError when the name is chosen for it. For
 models that are hard-wired to "flash_attention_2", use `install_flash_attention_2`.
 """
@@ -21,11 +23,13 @@ from .attention import attention
 from .flash_attention_2 import install_flash_attention_2, uninstall_flash_attention_2
 from .lazy_mask import LazyMask, Pattern
 from .masks import mask
+from .quantised_cache import QuantisedCache
 from .refuse import NAME, refuse_unsupported_models
 
 __all__ = [
     "LazyMask",
     "Pattern",
+    "QuantisedCache",
     "attention",
     "install_flash_attention_2",
     "mask",

@@ -14,6 +14,7 @@ from transformers.utils.generic import TransformersKwargs
 from ... import api
 from ...weights import attention_weights
 from .lazy_mask import LazyMask, Pattern
+from .quantised_cache import scale_of
 from .selected_keys import key_mask, selected_keys
 
 USE_EAGER = "Use attn_implementation='eager' or 'sdpa' for this model."
@@ -59,7 +60,7 @@ def attention(
     Args:
         module: the attention module that calls this function.
         query: (batch, nheads, seqlen_q, head_dim).
-        key: (batch, nheads_kv, seqlen_k, head_dim).
+        key: (batch, nheads_kv, seqlen_k, head_dim), or what a `QuantisedCache` returns.
         value: (batch, nheads_kv, seqlen_k, head_dim_v).
         attention_mask: a `LazyMask`; a boolean mask (True: visible) with four dimensions; or a floating-point mask,
             which is added to the scores and broadcast.
@@ -88,11 +89,14 @@ def attention(
     _refuse_unknown(module, kwargs)
     _warn_of_positions(module, attention_mask, kwargs.get("position_ids"), cu_seq_lens_q)
     batch = max(x.shape[0] for x in (query, key, value))
+    scales = {"k_scale": scale_of(key), "v_scale": scale_of(value)}
     q, k, v = (_expanded(x, batch).transpose(1, 2) for x in (query, key, value))
     wants_weights = bool(output_attentions) or _weights_are_recorded()
     dropout_p = dropout if getattr(module, "training", True) else 0.0
     if wants_weights and dropout_p:
         raise ValueError(f"output_attentions=True cannot be combined with dropout, got {dropout}. Call model.eval().")
+    if wants_weights and scales["k_scale"] is not None:
+        raise ValueError("output_attentions must be False with a QuantisedCache, got True. Use another cache.")
     chosen = selected_keys(module, indices, block_indices, k)
     as_mask_alone = wants_weights or any(x is not None for x in (position_bias, sinks, chosen))
     visible = _visible(attention_mask, (q.shape[1], k.shape[1]), cu_seq_lens_q, cu_seq_lens_k, as_mask_alone)
@@ -105,6 +109,8 @@ def attention(
         options["mask"] = key_mask(chosen, q.shape[2], k.shape[1], visible.mask)
     elif chosen is not None:
         options["kv_indices"] = chosen
+    if scales["k_scale"] is not None:
+        options |= scales
     if sinks is None and not wants_weights:
         return api.attention(q, k, v, dropout_p=dropout_p, **options), None
     return _with_lse(q, k, v, sinks, wants_weights, dropout_p, options)
