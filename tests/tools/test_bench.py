@@ -57,7 +57,7 @@ def features(workload: Workload) -> tuple[object, ...]:
     same = (workload.seqlen_q == workload.seqlen_k, workload.head_dim == workload.head_dim_v)
     counts = (workload.group > 1, workload.seqlen_q == 1, bool(workload.lengths), bool(workload.page_size))
     scores = (bool(workload.softcap), bool(workload.dropout_p), workload.bias, workload.mask, workload.alibi)
-    names = (workload.dtype, workload.causal, workload.sink, workload.cache, workload.backward)
+    names = (workload.dtype, workload.causal, workload.sink, workload.cache, workload.stored, workload.backward)
     return (window, *same, *counts, *scores, *names)
 
 
@@ -114,7 +114,19 @@ def test_suites_are_distinct_and_cover_every_feature() -> None:
             assert workload.flops > 0
             assert workload.nheads % workload.nheads_kv == 0
             assert 2 * workload.kv_bytes < 4 * 2**30
-    features = ("causal", "window", "softcap", "alibi", "sink", "dropout_p", "bias", "mask", "lengths", "page_size")
+    features = (
+        "causal",
+        "window",
+        "softcap",
+        "alibi",
+        "sink",
+        "dropout_p",
+        "bias",
+        "mask",
+        "lengths",
+        "page_size",
+        "stored",
+    )
     assert all(any(getattr(workload, name) for workload in EVERY) for name in features)
     decode = [workload for workload in suites.bars() if workload.cache and not workload.page_size]
     assert {workload.dtype for workload in decode} == {"float32", "bfloat16"}

@@ -175,6 +175,8 @@ def _decode(view: View) -> Iterator[Goal]:
         for size in (1, 16, 256):
             paged = view.seconds(name=f"decode pages of {size}", dtype=dtype)
             yield Goal(f"decode {dtype}, pages of {size}", "of contiguous", _by(whole, paged), 0.9, 0.97)
+        if dtype == "bfloat16":
+            yield from _stored(view)
         dense = view.rate(name=f"{(1, 16, 2048, 128)}", dtype=dtype, causal=False)
         block = _by(view.rate(name="32 rows", dtype=dtype), dense)
         yield Goal(f"32 query rows {dtype}", "of the dense rate", block, 0.7)
@@ -182,6 +184,18 @@ def _decode(view: View) -> Iterator[Goal]:
         rows = (2, 4, 8, 16, 32, 48)
         speed = _least(one * n / t for n in rows if one and (t := view.seconds(name=f"{n} rows", dtype=dtype)))
         yield Goal(f"2 to 48 query rows {dtype}", "of decode, per row", speed, 1.0)
+
+
+def _stored(view: View) -> Iterator[Goal]:
+    """Yield the goals of quantised caches, against the same cache in bfloat16."""
+    keys = max((row["seqlen_k"] for row in view.rows(name="decode B=8", dtype="bfloat16")), default=0)
+    whole = view.seconds(name="decode B=8", dtype="bfloat16", seqlen_k=keys)
+    for stored, faster in (("int8", 1.7), ("float8_e4m3fn", 1.5)):
+        wanted: Row = {"name": f"decode {stored}"}
+        yield Goal(f"decode {stored}", "of stream read", view.read(**wanted), 0.85)
+        yield Goal(f"decode {stored}", "of bfloat16", _by(whole, view.seconds(**wanted)), faster)
+    paged = view.seconds(name="decode int8, pages of 16")
+    yield Goal("decode int8, pages of 16", "of contiguous", _by(view.seconds(name="decode int8"), paged), 0.92)
 
 
 def _shapes(view: View) -> Iterator[Goal]:

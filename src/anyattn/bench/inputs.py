@@ -38,6 +38,12 @@ class Inputs:
         self.dtype: torch.dtype = getattr(torch, workload.dtype)
         self._generator = torch.Generator().manual_seed(seed)
         self.q, self.k, self.v, self.dout = arrays or (self._normal(shape) for shape in _shapes(workload))
+        self.scales: dict[str, Tensor] = {}
+        if workload.stored:
+            from ..frameworks.torch_tools import quantise
+
+            self.k, self.scales["k_scale"] = quantise(self.k, workload.stored)
+            self.v, self.scales["v_scale"] = quantise(self.v, workload.stored)
         self._heads_first: dict[str, Tensor] = {}
 
     def _normal(self, shape: tuple[int, ...]) -> Tensor:
@@ -73,7 +79,7 @@ class Inputs:
         }
         scores = {"bias": self.bias, "mask": self.mask, "alibi_slopes": self.alibi_slopes, "sink": self.sink}
         arrays = {"q": self.q, "k": self.k, "v": self.v}
-        return {**arrays, **tables, **scores, **options, "seed": SEED if workload.dropout_p else None}
+        return {**arrays, **self.scales, **tables, **scores, **options, "seed": SEED if workload.dropout_p else None}
 
     @cached_property
     def parts(self) -> list[Inputs]:
@@ -135,8 +141,8 @@ class Inputs:
         return order.to(torch.int32).reshape(self.workload.batch, pages)
 
     @cached_property
-    def pages(self) -> tuple[Tensor, Tensor]:
-        """Return k and v as (num_pages, page_size, nheads_kv, head_dim), arranged by the block table."""
+    def pages(self) -> dict[str, Tensor]:
+        """Return k, v and scales as (num_pages, page_size, nheads_kv, head_dim), arranged by the block table."""
         workload, table = self.workload, self.block_table.flatten().long()
 
         def spread(x: Tensor) -> Tensor:
@@ -146,7 +152,7 @@ class Inputs:
             pages[table] = padded.reshape(pages.shape)
             return pages
 
-        return spread(self.k), spread(self.v)
+        return {name: spread(x) for name, x in {"k": self.k, "v": self.v, **self.scales}.items()}
 
     @cached_property
     def visible(self) -> Tensor | None:

@@ -91,6 +91,9 @@ def run_workload(
     refused: dict[str, str] = {}
     wrong: dict[str, str] = {}
     for provider in providers:
+        if workload.stored and provider.package != "anyattn":
+            refused[provider.name] = "no quantised cache"
+            continue
         try:
             prepared = provider.prepare(inputs, threads)
             problem = None if prepared is None else check(expected, prepared)

@@ -98,7 +98,11 @@ def _decode(dtype: str) -> list[Workload]:
         Workload(f"decode B={b}", b, 32, 1, 128, seqlen_k=keys // b * n, nheads_kv=8, cache=True, dtype=dtype)
         for b, n in ((1, 1), (8, 1), (8, 2))
     ]
-    return plain + [replace(plain[1], name=f"decode pages of {size}", page_size=size) for size in (1, 16, 256)]
+    paged = [replace(plain[1], name=f"decode pages of {size}", page_size=size) for size in (1, 16, 256)]
+    if dtype == "float32":
+        return plain + paged
+    stored = [replace(plain[2], name=f"decode {stored}", stored=stored) for stored in ("int8", "float8_e4m3fn")]
+    return [*plain, *paged, *stored, replace(stored[0], name="decode int8, pages of 16", page_size=16)]
 
 
 def _blocks() -> list[Workload]:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from ..definition.mask import Mask
 
-ITEMSIZE = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+ITEMSIZE = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "float8_e4m3fn": 1, "float8_e5m2": 1}
 BIASES = ("", "full", "key")  # (1, nheads, seqlen_q, seqlen_k) or (1, 1, 1, seqlen_k)
 # Keys beyond 3/4 of a sequence masked; four documents that attend only to themselves.
 MASKS = ("", "padding", "documents")
@@ -27,7 +27,8 @@ class Workload:
     head_dim.
 
     lengths: packed sequences, with as many keys as queries, instead of batch and seqlen_q. cache: k and v are a KV
-    cache, in pages of `page_size` unless it is 0. backward: gradients of q, k and v after a saved forward pass.
+    cache, in pages of `page_size` unless it is 0. stored: dtype of a quantised cache, with a scale per slot and head.
+    backward: gradients of q, k and v after a saved forward pass.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Workload:
     lengths: tuple[int, ...] = ()
     cache: bool = False
     page_size: int = 0
+    stored: str = ""
     backward: bool = False
     suite: str = ""
 
@@ -129,7 +131,9 @@ class Workload:
         for n_q, n_k in self.sequences():
             lo, hi = self.bounds(n_q, n_k)
             keys += int(hi.max(initial=0) - lo.min(initial=0))
-        return float(keys * self.nheads_kv * (self.head_dim + self.head_dim_v) * ITEMSIZE[self.dtype])
+        scales = 8 if self.stored else 0
+        key = (self.head_dim + self.head_dim_v) * ITEMSIZE[self.stored or self.dtype] + scales
+        return float(keys * self.nheads_kv * key)
 
     @property
     def bytes(self) -> float:
@@ -182,6 +186,7 @@ class Workload:
             f"mask {self.mask}": self.mask,
             "cache": self.cache and not self.page_size,
             f"pages of {self.page_size}": self.page_size,
+            self.stored: self.stored,
         }
         words = [f"({self.batch}, {heads}, {lengths}, {dims})", self.dtype, *(text for text, on in flags.items() if on)]
         return " ".join([*words, "backward" if self.backward else "forward"])

@@ -49,7 +49,9 @@ class Anyattn:
         from ... import attention_with_kvcache
 
         workload, options = inputs.workload, _options(inputs, self.backend)
-        k, v = inputs.pages if workload.page_size else (inputs.k, inputs.v)
+        arrays = inputs.pages if workload.page_size else {"k": inputs.k, "v": inputs.v, **inputs.scales}
+        k, v = arrays["k"], arrays["v"]
+        options |= {name: arrays[name] for name in inputs.scales}
         options["block_table"] = inputs.block_table if workload.page_size else None
         options["cache_seqlens"] = torch.full((workload.batch,), workload.seqlen_k, dtype=torch.int32)
         return lambda: attention_with_kvcache(inputs.q, k, v, **options)

@@ -163,7 +163,7 @@ def _check(workload: Workload) -> None:
 
 def _gathered(inputs: Inputs, attend: Callable[..., Any]) -> Callable[[], Any]:
     """Return a call that gathers the pages each time, because SDPA has no block table."""
-    workload, (k_pages, v_pages) = inputs.workload, inputs.pages
+    workload, k_pages, v_pages = inputs.workload, inputs.pages["k"], inputs.pages["v"]
     q, table = inputs.heads_first("q"), inputs.block_table.long()
 
     def gather(pages: Tensor) -> Tensor:
