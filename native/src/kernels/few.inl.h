@@ -43,34 +43,31 @@ ANYATTN_NOINLINE void few_scores(const char *const *keys, const C *Q, int64_t st
     constexpr int width = lanes<C>, K = width / R, size = dtype_size(T);
     V acc[width];
     const int64_t whole = dim / width * width;
-    // Two keys for each load of Q, in order: memory is read as it lies.
+    // Several keys for each load of Q. Memory is read in order, key by key.
+    constexpr int G = kVectorBytes < 64 || K == 2 ? 2 : R == 1 ? 8 : 4;
     ANYATTN_UNROLL
-    for (int i = 0; i < K; i += 2) {
-        ahead.fetch();
-        ahead.fetch();
-        V sum[2][R];
+    for (int i = 0; i < K; i += G) {
+        ahead.fetch(G);
+        V sum[G][R];
         clear<C>(sum);
-        const auto add = [&](V k0, V k1, int64_t d) {
+        const auto add = [&](int64_t d, const auto &load_key) {
+            V k[G];
+            ANYATTN_UNROLL
+            for (int g = 0; g < G; ++g) k[g] = load_key(keys[i + g] + d * size);
             ANYATTN_UNROLL
             for (int r = 0; r < R; ++r) {
                 V q = load<V>(Q + r * stride + d);
                 in_register(q);
-                sum[0][r] = k0 * q + sum[0][r];
-                sum[1][r] = k1 * q + sum[1][r];
+                ANYATTN_UNROLL
+                for (int g = 0; g < G; ++g) sum[g][r] = k[g] * q + sum[g][r];
             }
         };
-        const char *first = keys[i], *second = keys[i + 1];
-        for (int64_t d = 0; d < whole; d += width) {
-            add(load_whole(first + d * size, T, C()), load_whole(second + d * size, T, C()), d);
-        }
-        if (whole < dim) {
-            const int64_t at = whole * size, left = dim - whole;
-            add(load_part<C>(first + at, T, left), load_part<C>(second + at, T, left), whole);
-        }
+        for (int64_t d = 0; d < whole; d += width) add(d, [](const char *at) { return load_whole(at, T, C()); });
+        if (whole < dim) add(whole, [&](const char *at) { return load_part<C>(at, T, dim - whole); });
         ANYATTN_UNROLL
-        for (int r = 0; r < R; ++r) {
-            acc[i * R + r] = sum[0][r];
-            acc[(i + 1) * R + r] = sum[1][r];
+        for (int g = 0; g < G; ++g) {
+            ANYATTN_UNROLL
+            for (int r = 0; r < R; ++r) acc[(i + g) * R + r] = sum[g][r];
         }
     }
     store_sums<C, R>(S, acc);
