@@ -32,7 +32,11 @@ VARIABLES = {
         "",
         "folder of compiled shaders and of values measured by `anyattn tune`; empty: the user's cache folder",
     ),
-    "check": ("ANYATTN_CHECK", "0", "1: also check values in device memory, which costs a synchronisation"),
+    "check": (
+        "ANYATTN_CHECK",
+        "0",
+        "1: also check the scales of slots, and values in device memory, with a synchronisation",
+    ),
     "hopper": ("ANYATTN_HOPPER", "0", "1: use the Triton backend's kernels for Hopper (sm_90), not yet run on a GPU"),
 }
 MOST_THREADS = 4096  # of the CPU engine
