@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from harness.distributed_jobs import Case, joined, whole
+from harness.distributed_jobs import Case, all_kept_entries, joined, sharding_of, whole
 from harness.ranks import Ranks
 
 CAUSAL = {"causal": True}
@@ -34,6 +35,7 @@ OPTIONS = {
     "kv_indices": Case(CAUSAL, ("kv_indices",)),
     "grouped heads": Case(CAUSAL, nheads=12, nheads_kv=6),
     "queries without keys": Case(CAUSAL, queries=60, keys=20),
+    "score functions": Case(CAUSAL, ("table",)),
     "dropout": Case(CAUSAL | DROPOUT),
     "dropout, mask": Case(DROPOUT, ("mask", "bias")),
     "everything": Case(
@@ -48,6 +50,7 @@ VARLEN = {
     "sink": Case(CAUSAL, ("sink", "alibi_slopes"), cu_seqlens=PACKED),
     "dropout": Case(CAUSAL | DROPOUT, cu_seqlens=PACKED),
     "chunk": Case(CAUSAL | {"chunk": 4}, cu_seqlens=PACKED),
+    "score functions": Case(CAUSAL, ("table", "sink"), cu_seqlens=PACKED),
 }
 STRIPED = ("alibi", "chunk", "chunk both ways", "lengths", "dropout", "dropout, mask", "everything", "causal")
 
@@ -120,6 +123,27 @@ def test_fewer_heads_than_ranks_use_the_ring(ranks: Ranks) -> None:
 def test_empty_batches_and_sequences_equal_one_process(ranks: Ranks) -> None:
     assert_equal(Case(CAUSAL, batch=0), ranks)
     assert_equal(Case(CAUSAL, queries=0, keys=0), ranks)
+
+
+DROPPED = {
+    "contiguous ring": Case(DROPOUT),
+    "zigzag ring": Case(CAUSAL | DROPOUT, sharding="zigzag"),
+    "gathered keys": Case(CAUSAL | DROPOUT, sharding="zigzag", schedule="gather"),
+    "exchanged heads": Case(DROPOUT, nheads=12, nheads_kv=12, schedule="ulysses"),
+    "striped rows, exchanged heads": Case(DROPOUT, nheads=12, nheads_kv=12, sharding="striped", schedule="ulysses"),
+    "packed ring": Case(DROPOUT, cu_seqlens=PACKED, sharding="zigzag"),
+    "packed, exchanged heads": Case(DROPOUT, cu_seqlens=PACKED, nheads=12, nheads_kv=12, schedule="ulysses"),
+}
+
+
+@pytest.mark.parametrize("name", DROPPED)
+def test_dropped_entries_are_those_of_one_process(name: str, ranks: Ranks) -> None:
+    case = DROPPED[name]
+    want, axis = all_kept_entries(case), 0 if case.cu_seqlens else 1
+    parts = [torch.from_numpy(one) for one in ranks.results("kept_entries", case)]
+    got = sharding_of(case, case.queries, ranks.size).unshard(parts, axis).numpy()
+    assert want.any() and not want.all()
+    assert np.array_equal(got, want)
 
 
 @pytest.mark.parametrize("sharding", ["contiguous", "zigzag", "striped"])

@@ -33,7 +33,7 @@ class Case(NamedTuple):
     dlse: bool = True
 
 
-GRADIENTS = ("q", "k", "v", "bias", "sink")
+GRADIENTS = ("q", "k", "v", "bias", "sink", "table")
 SHARED = ("sink", "bias_row")
 
 
@@ -59,6 +59,7 @@ def arrays(case: Case) -> dict[str, Tensor]:
         "sink": lambda: random(h).to(wide),
         "kv_indices": lambda: torch.from_numpy(rng.integers(-1, m, (*lead, n, 9))).to(torch.int32),
         "seqused": lambda: torch.tensor([m - 5, m], dtype=torch.int32)[:b],
+        "table": lambda: random(max(b, len(case.cu_seqlens)), h, n + m),
     }
     return found | {name: extra[name]() for name in case.arrays}
 
@@ -69,9 +70,20 @@ def keywords(case: Case, given: dict[str, Tensor]) -> dict[str, Any]:
     for name in case.arrays:
         if name == "seqused":
             found |= {"seqused_q": given[name], "seqused_k": given[name], "leftpad_k": torch.ones_like(given[name])}
+        elif name == "table":
+            found |= {"score_mod": relative(given[name], case.keys), "mask_mod": dilated}
         else:
             found["bias" if name.startswith("bias") else name] = given[name]
     return found
+
+
+def relative(table: Tensor, keys: int) -> Any:
+    """Return a score function that reads a table (batch, nheads, distances)."""
+    return lambda score, b, h, q_idx, kv_idx: score + table[b, h, q_idx - kv_idx + keys]
+
+
+def dilated(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+    return ((q_idx + 2 * kv_idx + h + b) % 5 != 0) & (q_idx - kv_idx < 30)
 
 
 def differentiate(case: Case, given: dict[str, Tensor], call: Any) -> dict[str, np.ndarray]:
@@ -89,6 +101,11 @@ def differentiate(case: Case, given: dict[str, Tensor], call: Any) -> dict[str, 
 
 def whole(case: Case) -> dict[str, np.ndarray]:
     """Compute a case in one process."""
+    return differentiate(case, arrays(case), undivided(case))
+
+
+def undivided(case: Case) -> Any:
+    """Return the function that computes a case in one process."""
 
     def call(q: Tensor, k: Tensor, v: Tensor, **flags: Any) -> Any:
         if not case.cu_seqlens:
@@ -96,7 +113,29 @@ def whole(case: Case) -> dict[str, np.ndarray]:
         table = torch.tensor(case.cu_seqlens, dtype=torch.int32)
         return anyattn.attention_varlen(q, k, v, table, table, **flags)
 
-    return differentiate(case, arrays(case), call)
+    return call
+
+
+def entries(case: Case) -> dict[str, Tensor]:
+    """Return arrays for which out[..., i, h, j] is the weight of key j for query i: equal scores, and v = identity."""
+    given = arrays(case)
+    identity = torch.eye(case.keys, dtype=given["v"].dtype)[:, None].expand(-1, case.nheads_kv, -1)
+    v = identity if case.cu_seqlens else identity.expand(case.batch, -1, -1, -1)
+    return given | {"q": torch.zeros_like(given["q"]), "v": v}
+
+
+def kept_entries(case: Case) -> np.ndarray:
+    """Return which entries of the rank's queries dropout keeps, (batch, rows, nheads, keys)."""
+    given = divide(case, entries(case), dist.get_rank(), dist.get_world_size())
+    out: Tensor = divided(case)(given["q"], given["k"], given["v"], **keywords(case, given))
+    return (out != 0).numpy()
+
+
+def all_kept_entries(case: Case) -> np.ndarray:
+    """Return which entries dropout keeps in one process."""
+    given = entries(case)
+    out: Tensor = undivided(case)(given["q"], given["k"], given["v"], **keywords(case, given))
+    return (out != 0).numpy()
 
 
 def sharding_of(case: Case, length: int, size: int) -> Sharding:
@@ -124,7 +163,12 @@ def divide(case: Case, given: dict[str, Tensor], rank: int, size: int) -> dict[s
 def part(case: Case) -> dict[str, np.ndarray]:
     """Compute the rank's part of a case."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    group = None
+    return differentiate(case, divide(case, arrays(case), rank, size), divided(case))
+
+
+def divided(case: Case) -> Any:
+    """Return the function that computes a case over the ranks."""
+    size, group = dist.get_world_size(), None
     if case.mesh:
         from torch.distributed.device_mesh import init_device_mesh
 
@@ -138,7 +182,7 @@ def part(case: Case) -> dict[str, np.ndarray]:
         table = torch.tensor(case.cu_seqlens, dtype=torch.int32)
         return distributed.attention_varlen(q, k, v, table, table, **flags, **rest)
 
-    return differentiate(case, divide(case, arrays(case), rank, size), call)
+    return call
 
 
 def joined(case: Case, parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -243,3 +287,21 @@ def wait_for_lost_peer() -> None:
         os._exit(1)
     x = torch.ones(1, 4, 2, 8)
     distributed.attention(x, x, x, schedule="ring")
+
+
+def measure_memory(case: Case) -> tuple[int, int, int]:
+    """Return the bytes of the rank's q, and the peak and the remaining bytes of a call, forward and backward."""
+    from anyattn.bench.allocations import allocated_bytes
+
+    rank, size = dist.get_rank(), dist.get_world_size()
+    given = divide(case, arrays(case), rank, size)
+    q, k, v = (given[name].requires_grad_() for name in ("q", "k", "v"))
+    flags = {"sharding": sharding_of(case, case.queries, size), "schedule": case.schedule}
+
+    def work() -> None:
+        distributed.attention(q, k, v, **flags, **keywords(case, given)).backward(given["dout"])
+
+    work()  # plans and tables are made once
+    for x in (q, k, v):
+        x.grad = None
+    return q.nbytes, *allocated_bytes(work)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..arguments import explicit
-from ..definition.inputs import Extras, Inputs, replace_extras
+from ..definition.inputs import Extras, Gradients, Inputs, Saved, replace_extras
 from ..definition.options import Options
 from ..frameworks.torch import functional
 from ..runtime import dispatch
@@ -19,6 +19,8 @@ from .partial import Arrays, Heads, Sequences, Static
 from .plan import Layout, make_plan
 from .request import Ranks
 from .ring import Ring, attend
+from .ring import backward as ring_backward
+from .score_functions import with_starts
 from .sharding import Sharding
 from .ulysses import Exchange, exchange_for_heads, exchange_for_rows
 
@@ -250,6 +252,38 @@ def _ulysses_elements(layout: Layout, inputs: Inputs, size: int) -> int:
 
 def _compute(call: Call) -> tuple[Tensor, Tensor]:
     """Return (out, lse) of the rank's rows."""
+    ring, arrays, inputs, exchange = _prepare(call)
+    q, k, v, extras = inputs
+    out, lse = attend(ring, arrays, q, k, v, extras.bias, extras.sink, extras.captured)
+    if exchange is not None:
+        out = exchange_for_rows(exchange, out)
+        if call.return_lse:
+            lse = exchange_for_rows(exchange, lse, 2)
+    return out, lse
+
+
+def plain_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, group: Any, sharding: Any,
+    **arguments: Any,
+) -> Gradients:  # fmt: skip
+    """Return dq, dk and dv of an `attention` call without optional arrays, from its results, outside autograd."""
+    call = _agreed(q, k, v, group, sharding, None, "ring", False, arguments, "attention")
+    ring, arrays, inputs, _ = _prepare(call)
+    grads = ring_backward(ring, arrays, *inputs[:3], Saved(out, lse, dout))
+    return Gradients(grads.dq.to(q.dtype), grads.dk.to(k.dtype), grads.dv.to(v.dtype))
+
+
+class Prepared(NamedTuple):
+    """Arguments of the ring of a call, and the exchange of heads around it."""
+
+    ring: Ring
+    arrays: Arrays
+    inputs: Inputs
+    exchange: Exchange | None
+
+
+def _prepare(call: Call) -> Prepared:
+    """Return the arguments of the ring, after the exchange of rows for heads."""
     ranks, options = call.ranks, call.options
     q, k, v, extras = call.inputs
     layout, parts = call.layout, ranks.heads_size
@@ -261,19 +295,19 @@ def _compute(call: Call) -> tuple[Tensor, Tensor]:
         extras = _exchanged(extras, exchange, ranks, call.shared_rows)
         layout = layout._replace(queries=layout.queries.group(parts), keys=layout.keys.group(parts))
     plan = make_plan(layout, ranks.ring_rank, gather=call.gather)
+    score = with_starts(options.score) if options.score else ""
     static = Static(
-        options._replace(left=None, right=None, chunk=0, alignment="bottom-right", max_seqlen_q=0, max_seqlen_k=0),
+        options._replace(
+            left=None, right=None, chunk=0, alignment="bottom-right", max_seqlen_q=0, max_seqlen_k=0, score=score
+        ),
         layout.band, call.sequences, extras.cu_seqlens_q is not None, Heads(ranks.heads_rank, parts), call.backend,
     )  # fmt: skip
     used = None if extras.sink is None else request.used_queries(layout, ranks.ring_rank, call.sequences, q)
-    arrays = Arrays(None, extras.mask, extras.alibi_slopes, extras.kv_indices, extras.rng_state, used)
+    arrays = Arrays(
+        None, extras.mask, extras.alibi_slopes, extras.kv_indices, extras.rng_state, used, None, extras.captured_indices
+    )
     ring = Ring(ranks.ring if ranks.ring_size > 1 else None, plan, static, call.return_lse)
-    out, lse = attend(ring, arrays, q, k, v, extras.bias, extras.sink)
-    if exchange is not None:
-        out = exchange_for_rows(exchange, out)
-        if call.return_lse:
-            lse = exchange_for_rows(exchange, lse, 2)
-    return out, lse
+    return Prepared(ring, arrays, Inputs(q, k, v, extras), exchange)
 
 
 def _exchange(ranks: Ranks, sharding: Sharding, first: int) -> Exchange:

@@ -12,6 +12,7 @@ from ..definition.inputs import Extras, Gradients, Inputs, Saved
 from ..definition.options import Options
 from ..frameworks.torch import functional
 from .pairs import UNBOUNDED, Band, Pair, Piece
+from .score_functions import Starts, captured_indices
 
 
 class Sequences(NamedTuple):
@@ -33,7 +34,7 @@ class Heads(NamedTuple):
 class Static(NamedTuple):
     """Constants of a call, equal for all pairs."""
 
-    options: Options  # scale, softcap, dropout_p, deterministic
+    options: Options  # scale, softcap, dropout_p, deterministic, score with starts
     band: Band
     sequences: Sequences
     packed: bool  # each document is one sequence
@@ -50,6 +51,8 @@ class Arrays(NamedTuple):
     kv_indices: Tensor | None = None
     rng_state: Tensor | None = None
     used: Tensor | None = None  # (batch or 1, rows): queries in use
+    captured: Tensor | None = None  # what score functions read
+    captured_indices: Tensor | None = None
 
 
 class Place(NamedTuple):
@@ -137,6 +140,11 @@ def _calls(
         options = options._replace(query_start=0, key_start=0)
     q, k, v = q[:, _slice(pair.queries)], k[:, _slice(pair.keys)], v[:, _slice(pair.keys)]
     extras = _extras(pair, arrays)
+    if options.score:
+        b, h = pair.queries.document if static.packed else 0, static.heads.rank * q.shape[2]
+        starts = Starts(b, h, pair.queries.start, pair.keys.start, pair.queries.step, pair.keys.step)
+        extras["captured"] = arrays.captured
+        extras["captured_indices"] = captured_indices(arrays.captured_indices, starts, q.device)
     if not _is_numbered(static):
         for name in ("offset", "seqused_q", "seqused_k", "leftpad_k"):
             extras[name] = _table(getattr(found, name), q)

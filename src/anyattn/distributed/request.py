@@ -83,6 +83,10 @@ def check_local(inputs: Inputs, options: Options, ranks: Ranks, keys: int | None
         raise NotImplementedError("k_scale and v_scale must be None, got an array. Pass keys and values of q's dtype.")
     if extras.kv_indices is not None and extras.cu_seqlens_q is not None:
         raise NotImplementedError("kv_indices must be None for packed documents, got an array. Use attention.")
+    if options.score and options.dropout_p:
+        raise NotImplementedError(
+            f"dropout_p must be 0 with score_mod or mask_mod, got {options.dropout_p}. Use one process."
+        )
     if options.batch_invariant:
         raise NotImplementedError("batch_invariant must be False, got True. Use deterministic=True.")
     arrays: dict[str, Array] = described(("q", "k", "v", *Extras._fields), (*inputs[:3], *extras), adapter.describe)

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..definition.inputs import Saved
+from ..definition.inputs import Gradients, Saved
 from . import partial, transfers
 from .pairs import Pair
 from .partial import Arrays, Static, scores_view
@@ -38,9 +38,10 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, ring: Ring, arrays: Arrays, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sink: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        arrays = arrays._replace(bias=bias)
+        ctx: Any, ring: Ring, arrays: Arrays, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None,
+        sink: Tensor | None, captured: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        arrays = arrays._replace(bias=bias, captured=captured)
         out, lse = _forward(ring, arrays, q, k, v)
         if sink is not None:
             whole = torch.logaddexp(lse, sink[:, None])
@@ -50,7 +51,7 @@ class Attention(torch.autograd.Function):
             lse = whole
         out = out.to(q.dtype)
         ctx.ring = ring
-        ctx.save_for_backward(q, k, v, bias, sink, out, lse, *arrays._replace(bias=None))
+        ctx.save_for_backward(q, k, v, sink, out, lse, *arrays)
         ctx.set_materialize_grads(False)
         if not ring.lse_gradient:
             ctx.mark_non_differentiable(lse)
@@ -59,16 +60,14 @@ class Attention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, bias, sink, out, lse, *rest = ctx.saved_tensors
-        arrays = Arrays(*rest)._replace(bias=bias)
+        q, k, v, sink, out, lse, *rest = ctx.saved_tensors
+        arrays = Arrays(*rest)
         dout = torch.zeros_like(out) if dout is None else dout
         saved = Saved(out, lse, dout, dlse if ctx.ring.lse_gradient else None)
-        dq, dk, dv, dbias = _backward(ctx.ring, arrays, q, k, v, saved)
-        return (
-            None, None, dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype),
-            None if dbias is None or bias is None else dbias.to(bias.dtype),
-            None if sink is None else sink_gradient(sink, saved),
-        )  # fmt: skip
+        grads = backward(ctx.ring, arrays, q, k, v, saved)
+        given = (q, k, v, arrays.bias), (grads.dq, grads.dk, grads.dv, grads.dbias)
+        rounded = [None if x is None else gradient.to(x.dtype) for x, gradient in zip(*given, strict=True)]
+        return None, None, *rounded, None if sink is None else sink_gradient(sink, saved), grads.dcaptured
 
 
 attend: Callable[..., tuple[Tensor, Tensor]] = Attention.apply
@@ -101,13 +100,12 @@ def _rows(x: Tensor) -> Tensor:
     return x.transpose(1, 2).unsqueeze(-1)
 
 
-def _backward(
-    ring: Ring, arrays: Arrays, q: Tensor, k: Tensor, v: Tensor, saved: Saved
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def backward(ring: Ring, arrays: Arrays, q: Tensor, k: Tensor, v: Tensor, saved: Saved) -> Gradients:
+    """Return the gradients of the rank's arrays without the sink, in the compute dtype."""
     wide = saved.lse.dtype
     dq, dk, dv = (x.new_zeros(x.shape, dtype=wide) for x in (q, k, v))
-    bias = arrays.bias
-    dbias = None if bias is None else bias.new_zeros(bias.shape, dtype=wide)
+    shared = arrays.bias, arrays.captured
+    dbias, dcaptured = (None if x is None else x.new_zeros(x.shape, dtype=wide) for x in shared)
     returns = transfers.Returns(ring.group, dk, dv)
     for stage, keys, values in transfers.stages(ring.group, ring.plan.stages, k, v):
         if keys is None or values is None:
@@ -122,9 +120,12 @@ def _backward(
             dvalues[:, columns] += grads.dv
             if dbias is not None:
                 _add_bias(dbias, pair, grads.dbias)
+            if dcaptured is not None:
+                dcaptured += grads.dcaptured
+            del grads  # before buffers for messages are allocated
         returns.add(stage, dkeys, dvalues)
     returns.finish()
-    return dq, dk, dv, dbias
+    return Gradients(dq, dk, dv, dbias, None, dcaptured)
 
 
 def _add_bias(dbias: Tensor, pair: Pair, gradient: Tensor) -> None:

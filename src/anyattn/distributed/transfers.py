@@ -118,10 +118,9 @@ class Returns:
         self._pending: tuple[Stage, Exchange] | None = None
 
     def add(self, stage: Stage, dk: Tensor | None, dv: Tensor | None) -> None:
-        """Start to return a stage's gradients, and add those of the stage before."""
-        exchange = Exchange(self._group, GRADIENTS, self._messages(stage, dk, dv), self._buffers(stage))
+        """Add the gradients of the stage before, which releases its buffers, and start to return those of a stage."""
         self.finish()
-        self._pending = stage, exchange
+        self._pending = stage, Exchange(self._group, GRADIENTS, self._messages(stage, dk, dv), self._buffers(stage))
 
     def finish(self) -> None:
         """Add the gradients that the other ranks return."""
