@@ -1,7 +1,11 @@
-"""Processes that form a gloo group, kept alive between tests. Jobs are functions of `harness.distributed_jobs`."""
+"""Processes that form a gloo group, kept alive between tests.
+
+A job is a function of `harness.distributed_jobs`, or "module.function" of another module of `harness`.
+"""
 
 from __future__ import annotations
 
+import importlib
 import os
 import traceback
 from datetime import timedelta
@@ -65,8 +69,6 @@ def serve(rank: int, size: int, store: str, pipe: Any, timeout: float) -> None:
     import torch
     import torch.distributed as dist
 
-    from harness import distributed_jobs
-
     torch.set_num_threads(1)
     limit = timedelta(seconds=timeout)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=limit)
@@ -76,7 +78,9 @@ def serve(rank: int, size: int, store: str, pipe: Any, timeout: float) -> None:
         except EOFError:
             return
         try:
-            result = getattr(distributed_jobs, job)(*arguments)
+            module, _, name = job.rpartition(".")
+            jobs = importlib.import_module(f"harness.{module or 'distributed_jobs'}")
+            result = getattr(jobs, name)(*arguments)
         except Exception as error:
             error.add_note(traceback.format_exc()) if hasattr(error, "add_note") else None
             result = error
