@@ -23,6 +23,7 @@ from .attention import attention
 from .flash_attention_2 import install_flash_attention_2, uninstall_flash_attention_2
 from .lazy_mask import LazyMask, Pattern
 from .masks import mask
+from .parallel import context_parallel
 from .quantised_cache import QuantisedCache
 from .refuse import NAME, refuse_unsupported_models
 
@@ -31,6 +32,7 @@ __all__ = [
     "Pattern",
     "QuantisedCache",
     "attention",
+    "context_parallel",
     "install_flash_attention_2",
     "mask",
     "register",

@@ -13,6 +13,7 @@ from transformers.utils.generic import TransformersKwargs
 
 from ... import api
 from ...weights import attention_weights
+from . import parallel
 from .lazy_mask import LazyMask, Pattern
 from .quantised_cache import scale_of
 from .selected_keys import key_mask, selected_keys
@@ -87,7 +88,9 @@ def attention(
         ValueError: a mask or a combination of arguments that eager attention does not define.
     """
     _refuse_unknown(module, kwargs)
-    _warn_of_positions(module, attention_mask, kwargs.get("position_ids"), cu_seq_lens_q)
+    context = parallel.active()
+    if context is None:
+        _warn_of_positions(module, attention_mask, kwargs.get("position_ids"), cu_seq_lens_q)
     batch = max(x.shape[0] for x in (query, key, value))
     scales = {"k_scale": scale_of(key), "v_scale": scale_of(value)}
     q, k, v = (_expanded(x, batch).transpose(1, 2) for x in (query, key, value))
@@ -97,10 +100,16 @@ def attention(
         raise ValueError(f"output_attentions=True cannot be combined with dropout, got {dropout}. Call model.eval().")
     if wants_weights and scales["k_scale"] is not None:
         raise ValueError("output_attentions must be False with a QuantisedCache, got True. Use another cache.")
+    options: dict[str, Any] = {"scale": scaling, "softcap": softcap or 0.0, "sink": s_aux}
+    if context is not None:
+        refused: dict[str, Any] = {"position_bias": position_bias, "sinks": sinks, "indices": indices}
+        refused |= {"block_indices": block_indices, "cu_seq_lens_q": cu_seq_lens_q, "output_attentions": wants_weights}
+        refused |= scales
+        options["dropout_p"] = dropout_p
+        return parallel.attend(context, q, k, v, attention_mask, options, refused), None
     chosen = selected_keys(module, indices, block_indices, k)
     as_mask_alone = wants_weights or any(x is not None for x in (position_bias, sinks, chosen))
     visible = _visible(attention_mask, (q.shape[1], k.shape[1]), cu_seq_lens_q, cu_seq_lens_k, as_mask_alone)
-    options: dict[str, Any] = {"scale": scaling, "softcap": softcap or 0.0, "sink": s_aux}
     if visible.cu_seqlens_q is not None:
         return _packed(q, k, v, visible, {**options, "dropout_p": dropout_p}), None
     options |= {"window": visible.window, "offset": visible.offset, "mask": visible.mask}
@@ -195,7 +204,7 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, visible: Visible, options: dict[str
 
 # Arguments of whole models and of generate that reach attention and do not change the result of eager attention.
 NEUTRAL = {"cache_position", "deterministic", "grid_thw", "input_ids", "logits_to_keep", "position_embeddings"}
-NEUTRAL |= {"return_dict", "token_type_ids", "use_cache", *GenerationConfig().to_dict()}
+NEUTRAL |= {"return_dict", "shift_labels", "token_type_ids", "use_cache", *GenerationConfig().to_dict()}
 NEUTRAL |= TransformersKwargs.__optional_keys__ | TransformersKwargs.__required_keys__
 
 

@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 from transformers import masking_utils
 from transformers.utils.import_utils import is_tracing
 
+from . import parallel
 from .lazy_mask import LazyMask, Pattern
 
 MaskFunction = Callable[..., Any]
@@ -46,6 +47,7 @@ def mask(
     needs an array (`allow_is_causal_skip=False` for a cache of fixed size, whose decoding is compiled).
     """
     function = masking_utils.causal_mask_function if mask_function is None else mask_function
+    divided = parallel.active() is not None
     tracing = is_tracing(attention_mask)
     if not tracing:  # a static cache changes its tensor in place, but a LazyMask may be read later
         q_offset = int(q_offset)
@@ -67,6 +69,14 @@ def mask(
         )
 
     shape = None if tracing else _recognize(function)
+    if divided:
+        if shape is None or attention_mask is not None or q_length != kv_length:
+            raise NotImplementedError(
+                "the mask of a model must be causal, bidirectional or a sliding window in context_parallel, without a "
+                "cache and outside torch.compile. Use one process."
+            )
+        pattern = Pattern(shape.left, shape.right)  # positions and documents are those of the whole sequence
+        return LazyMask((batch_size, 1, q_length, kv_length), dtype, device, pattern, compute)
     lazy_is_wanted = allow_is_causal_skip or allow_is_bidirectional_skip
     if shape is None or not (lazy_is_wanted or shape.segments is not None):
         dense: Tensor | None = compute()
