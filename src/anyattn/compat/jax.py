@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ..arguments import JaxArray
     from ..keywords import CacheArguments
 
-__all__ = ["attention_with_kvcache", "dot_product_attention", "tokamax_implementation"]
+__all__ = ["attention_with_kvcache", "dot_product_attention", "export_checks", "tokamax_implementation"]
 
 APPENDED = ("k", "v", "rotary_cos", "rotary_sin", "rotary_interleaved", "cache_seqlens")
 
@@ -201,6 +201,26 @@ def _four_dimensions(x: Any, lead: tuple[int, ...]) -> Any:
     if x.ndim <= 3 or all(size == 1 for size in x.shape[:-3]):
         return x.reshape((1,) * (4 - min(x.ndim, 3)) + x.shape[-3:])
     return jnp.broadcast_to(x, (*lead, *x.shape[-3:])).reshape(-1, *x.shape[-3:])
+
+
+def export_checks() -> list[Any]:
+    """Return the values of `disabled_checks` with which `jax.export.export` accepts programs that call anyattn.
+
+    A process that loads an exported program calls this function too, before it runs the program, because it registers
+    the custom calls of the program with XLA. Both processes need the same version of anyattn. JAX needs the package
+    flatbuffers to write and read programs.
+
+    >>> import jax, jax.numpy as jnp, anyattn
+    >>> from anyattn.compat.jax import export_checks
+    >>> x = jnp.ones((1, 16, 2, 8))
+    >>> program = jax.export.export(jax.jit(anyattn.attention), disabled_checks=export_checks())(x, x, x)
+    >>> jax.export.deserialize(program.serialize()).call(x, x, x).shape
+    (1, 16, 2, 8)
+    """
+    import jax.export
+
+    framework: Any = loaded.jax
+    return [jax.export.DisabledSafetyCheck.custom_call(name) for name in framework.custom_calls()]
 
 
 def attention_with_kvcache(

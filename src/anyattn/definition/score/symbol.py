@@ -126,8 +126,8 @@ class Symbol:
     def _number(self, *arguments: Any) -> NoReturn:
         refuse(
             "a traced value has no Python number",
-            "Compute with operators and functions of torch or numpy. To read a NumPy array at traced indices, write "
-            "anyattn.captured(array)[...].",
+            "Compute with operators and functions of torch or numpy. To read an array of NumPy or JAX at traced "
+            "indices, write anyattn.captured(array)[...].",
             TypeError,
         )
 

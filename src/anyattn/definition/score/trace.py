@@ -24,8 +24,8 @@ class Traced(NamedTuple):
 def captured(array: Any) -> Any:
     """Return the array in a form that a score function can read at traced indices.
 
-    torch tensors need no wrapper: `bias[h, q_idx]` works on them. NumPy refuses such an index, so a NumPy array is
-    wrapped once, outside the function.
+    torch tensors need no wrapper: `bias[h, q_idx]` works on them. NumPy and JAX refuse such an index, so their arrays
+    are wrapped once, outside the function.
 
     >>> import numpy as np, anyattn
     >>> slopes = anyattn.captured(np.array([0.5, 0.25], np.float32))
@@ -36,7 +36,7 @@ def captured(array: Any) -> Any:
     (1, 4, 2, 8)
     """
     if not (hasattr(array, "shape") and hasattr(array, "dtype")):
-        raise TypeError(f"array must be a NumPy array or a torch tensor, got {type(array).__name__}.")
+        raise TypeError(f"array must be a NumPy array, a torch tensor or a JAX array, got {type(array).__name__}.")
     return Partial(array)
 
 

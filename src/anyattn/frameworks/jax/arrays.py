@@ -10,7 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from ...definition.dtypes import DTYPES
-from ...definition.inputs import FIELDS, HEADS, NO_EXTRAS, SCALES, SCORES, STATE, TABLE, Extras, Inputs, replace_extras
+from ...definition.inputs import (
+    CAPTURED,
+    FIELDS,
+    HEADS,
+    NO_EXTRAS,
+    SCALES,
+    SCORES,
+    STATE,
+    TABLE,
+    Extras,
+    Inputs,
+    replace_extras,
+)
 from ...definition.problem import Array, contiguous
 
 ELSEWHERE = (
@@ -97,7 +109,18 @@ def _refuse(name: str, x: Any, q: Any, batch: int) -> Any:
     raise NotImplementedError(f"{name} must be None for JAX arrays, which have no quantised keys and values yet.")
 
 
-_FITS = {SCORES: _fit_scores, HEADS: _fit_heads, TABLE: _fit_table, STATE: _fit_state, SCALES: _refuse}
+def _fit_captured(name: str, x: Any, q: Any, batch: int) -> Any:
+    return check(name, x)
+
+
+_FITS = {
+    SCORES: _fit_scores,
+    HEADS: _fit_heads,
+    TABLE: _fit_table,
+    STATE: _fit_state,
+    CAPTURED: _fit_captured,
+    SCALES: _refuse,
+}
 
 
 def table(name: str, given: Any) -> jax.Array:
@@ -111,7 +134,15 @@ def table(name: str, given: Any) -> jax.Array:
     values = np.asarray(given)
     if values.dtype.kind not in "iu" and values.size:
         raise TypeError(f"{name} must hold integers, got {values.dtype.name}.")
-    if values.size and (values.min() < -(2**31) or values.max() >= 2**31):
+    return integers(name, values)
+
+
+def integers(name: str, given: Any) -> jax.Array:
+    """Return integers or booleans as an int32 array. Values that are known are checked."""
+    if isinstance(given, jax.Array) and (given.dtype == jnp.int32 or not is_concrete(given)):
+        return given.astype(jnp.int32)
+    values = np.asarray(given)
+    if values.dtype.kind != "b" and values.size and (values.min() < -(2**31) or values.max() >= 2**31):
         raise ValueError(f"{name} must fit in int32, got {values.min()} to {values.max()}.")
     return jnp.asarray(values.astype(np.int32))
 

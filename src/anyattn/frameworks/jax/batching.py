@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.interpreters import batching
 
 from ...definition.inputs import FIELDS, GRADIENTS, HEADS, SCORES, STATE
+from ...definition.options import Options
 from ...definition.passes import APPEND, BACKWARD, FORWARD
 from .calls import Static
 from .primitives import PRIMITIVES, bind_static
@@ -88,7 +89,9 @@ def _flat(x: Any) -> Any:
 def _rule(arrays: Sequence[Any], dims: Sequence[Any], *, static: Static) -> tuple[list[Any], list[int]]:
     dims = [dim if isinstance(dim, int) else None for dim in dims]
     samples = next(x.shape[dim] for x, dim in zip(arrays, dims, strict=True) if dim is not None)
-    folded = fold(samples, dict(zip(static.names, zip(arrays, dims, strict=True), strict=True)), static.pass_)
+    folded = None
+    if not (isinstance(static.options, Options) and static.options.score):  # score functions count the batch's entries
+        folded = fold(samples, dict(zip(static.names, zip(arrays, dims, strict=True), strict=True)), static.pass_)
     if folded is None:
         found = _loop(arrays, dims, static)
     else:

@@ -21,6 +21,7 @@ from ...definition.inputs import TABLES
 from ...definition.options import Options, Rotation
 from ...definition.passes import APPEND, PASSES, SECOND, TANGENT
 from ...definition.problem import Problem
+from ...definition.reads import check_reads
 from ...definition.sequences import check_tables
 from ...definition.validate import make_problem
 from ...runtime import dispatch
@@ -55,12 +56,18 @@ def named(backend: str | None) -> str:
 
 
 def find(static: Static, arrays: Sequence[Any]) -> dispatch.Ready:
-    """Return the problem of arrays, tracers or their types, and its plan.
-
-    Without a named backend, the CPU engine computes. The NumPy backend computes derivatives that the engine does not.
-    """
-    backend = static.backend or ("cpu,numpy" if static.pass_ in (TANGENT.name, SECOND.name) else "cpu")
+    """Return the problem of arrays, tracers or their types, and its plan."""
+    backend = static.backend or ",".join(backends_of(static.pass_, static.options))
     return dispatch.lookup(("jax", static, _types(arrays)), backend, lambda: problem(static, arrays))
+
+
+def backends_of(pass_: str, options: Options | Rotation) -> tuple[str, ...]:
+    """Return the backends of a call that names none.
+
+    The CPU engine computes. The NumPy backend computes derivatives that the engine does not, and score functions.
+    """
+    others = pass_ in (TANGENT.name, SECOND.name) or (isinstance(options, Options) and options.score)
+    return ("cpu", "numpy") if others else ("cpu",)
 
 
 def problem(static: Static, arrays: Sequence[Any]) -> Problem:
@@ -143,10 +150,13 @@ def _on_host(static: Static, wanted: Sequence[Result], operands: Sequence[Any]) 
 
 
 def check_values(problem: Problem, given: Mapping[str, Any]) -> None:
-    """Check the values of tables, which are NumPy arrays here."""
+    """Check the values of tables, and the reads of score functions. Arrays are NumPy arrays here."""
     if problem.pass_ is APPEND:
         names = ("cache_seqlens", "cache_batch_idx", "block_table")
         limits = kvcache.append_limits(problem.arrays, by_row=problem.rotation.by_row)
         kvcache.check_append(limits, {name: given[name] for name in names if name in given})
     elif problem.has_tables:
-        check_tables(problem, {name: given[name] for name in TABLES if name in given})
+        tables = {name: given[name] for name in TABLES if name in given}
+        check_tables(problem, tables)
+        if problem.score:
+            check_reads(problem, tables, given.get("captured_indices"))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ...definition.dtypes import DTYPES
 from ...definition.inputs import (
     TABLES,
     Appended,
@@ -21,15 +22,16 @@ from ...definition.inputs import (
     reshape_gradients,
 )
 from ...definition.options import Options, Rotation
-from ...definition.passes import BACKWARD, FORWARD, SECOND, TANGENT, Pass
+from ...definition.passes import BACKWARD, FORWARD, PASSES, SECOND, TANGENT, Pass
 from ...definition.problem import Problem, described
+from ...definition.score.trace import trace as trace_functions
 from ...runtime import dispatch
-from ..score_functions import Packed
+from ..score_functions import Packed, pack
 from ..scores import Stage
 from . import arrays as conversion
-from . import batching, derivatives, kvcache  # noqa: F401 (the rules of the primitives, and for compat.jax)
+from . import batching, calls, derivatives, kvcache  # noqa: F401 (rules of the primitives, and for compat.jax)
 from . import scores as formulas
-from .calls import Static, check_values, find, named, problem
+from .calls import Static, backends_of, check_values, find, named, problem
 from .primitives import bind
 
 
@@ -105,7 +107,9 @@ def explain(inputs: Inputs, options: Options, seed: int | None, backend: str | N
     prepared = _prepare(inputs, options, seed)
     given = described(FORWARD.inputs, flatten(prepared), lambda x: x)
     metadata = {name: conversion.describe(name, x.shape, x.dtype) for name, x in given.items()}
-    return dispatch.explain(make_problem(metadata, options), dispatch.named(backend) or ("cpu",))
+    return dispatch.explain(
+        make_problem(metadata, options), dispatch.named(backend) or backends_of(FORWARD.name, options)
+    )
 
 
 def warmup(inputs: Inputs, options: Options, seed: int | None, backend: str | None, *, backward: bool) -> None:
@@ -165,8 +169,8 @@ def _static(inputs: Inputs, options: Options, backend: str | None) -> tuple[Stat
 
 def _check_known(call: Problem, given: Mapping[str, Any]) -> None:
     """Check the values of tables if all of them are known now. Otherwise the program checks them."""
-    tables = {name: given[name] for name in TABLES if name in given}
-    if tables and all(conversion.is_concrete(x) for x in tables.values()):
+    tables = {name: given[name] for name in (*TABLES, "captured_indices") if name in given}
+    if (tables or call.score) and all(conversion.is_concrete(x) for x in tables.values()):
         check_values(call, {name: np.asarray(x) for name, x in tables.items()})
 
 
@@ -183,4 +187,35 @@ def _along(tangents: Tangents) -> dict[str, Any]:
 
 
 def trace(score_mod: Any, mask_mod: Any, q: Any) -> Packed:
-    raise NotImplementedError("score_mod and mask_mod are not supported for JAX arrays. Pass NumPy arrays.")
+    """Return the text of the functions' graph and the arrays that they read, differentiable in these arrays."""
+    known = DTYPES.get(conversion.check("q", q).dtype.name)
+    compute = known.compute if known and known.compute else "float32"
+
+    def join(arrays: Sequence[Any], floats: bool) -> jax.Array:
+        if floats:
+            return jnp.concatenate([jnp.asarray(x, compute).reshape(-1) for x in arrays])
+        return jnp.concatenate([conversion.integers("a captured array", x).reshape(-1) for x in arrays])
+
+    try:
+        return pack(trace_functions(score_mod, mask_mod), join)
+    except (IndexError, TypeError) as error:  # JAX's own errors do not name the remedy
+        for sign, text in _REFUSED_BY_JAX.items():
+            if sign in str(error):
+                raise TypeError(text) from error
+        raise
+
+
+_REFUSED_BY_JAX = {
+    "are valid indices. Got <traced": (
+        "a JAX array must be wrapped to be read at traced indices. Write anyattn.captured(array)[...]."
+    ),
+    "anyattn.definition.score.symbol": (
+        "a score function must call functions of numpy, because those of jax.numpy take no traced values. "
+        "Write numpy.tanh instead of jax.numpy.tanh, for example."
+    ),
+}
+
+
+def custom_calls() -> list[str]:
+    """Register the handlers of XLA's custom calls for every pass; return the names of their targets."""
+    return [calls.register(pass_.name) for pass_ in PASSES]

@@ -81,9 +81,10 @@ def labels(call: Problem, name: str, shape: Sequence[int]) -> list[str | None]:
 def _is_divisible(call: Problem, label: str | None) -> bool:
     """Return whether a call can be computed in parts along an axis.
 
-    Dropped entries depend on the place in the whole batch. Devices that share a cache would write to it or sum it.
+    Dropped entries and score functions depend on the place in the whole batch.
+    Devices that share a cache would write to it or sum it.
     """
-    if call.rng_state is not None:
+    if call.rng_state is not None or call.score:
         return False
     shared = call.paged or call.cache_batch_idx is not None
     whole = call.packed_q or call.packed_k or (shared and call.pass_ is not FORWARD)
