@@ -18,7 +18,10 @@ pytest.importorskip("matplotlib")
 import notebooks
 
 FOLDER = demo.script().parent
-SHORT = ("server.py", "packed.py", "transformers_model.py", "long_context.py", "cpp/generate.cpp")
+SHORT = (
+    *("server.py", "packed.py", "transformers_model.py", "long_context.py", "several_processes.py"),
+    "cpp/generate.cpp",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +62,12 @@ def test_ring_of_pages_equals_one_call_in_constant_memory(
     monkeypatch.setattr(example, "PAGE_SIZE", 8)
     example.main(length=1024, checked=120)
     assert "1,024" in capsys.readouterr().out
+
+
+def test_training_over_processes_equals_training_in_one(capsys: pytest.CaptureFixture[str]) -> None:
+    importlib.import_module("several_processes").main(context=512, processes=2, steps=2)
+    printed = capsys.readouterr().out
+    assert "2 processes" in printed and "step 2" in printed
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="transformers has left Python 3.10 behind")
