@@ -13,6 +13,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jvp, linearize, v
 
 import anyattn
 from anyattn.compat.flash_attn import flash_attn_func
+from anyattn.runtime import execute
 
 Function = Callable[..., Tensor]
 TOLERANCE = {"rtol": 0, "atol": 1e-10}
@@ -190,3 +191,78 @@ def test_a_tangent_of_an_array_without_derivative_raises() -> None:
     slopes = torch.ones(4, dtype=torch.float64)
     with pytest.raises(NotImplementedError, match="alibi_slopes must not have a tangent"):
         jvp(lambda slopes: anyattn.attention(q, k, v, alibi_slopes=slopes), (slopes,), (slopes,))
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Number of calls of each pass."""
+    found: dict[str, int] = {}
+
+    def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            found[name] = found.get(name, 0) + 1
+            return function(*arguments, **options)
+
+        return call
+
+    for name in ("forward", "backward", "tangent", "second"):
+        monkeypatch.setattr(execute, name, counted(name, getattr(execute, name)))
+    return found
+
+
+def check(got: Any, want: Any) -> None:
+    for a, b in zip(tensors(got), tensors(want), strict=True):
+        torch.testing.assert_close(a, b, **TOLERANCE)
+
+
+FOLDED: dict[str, tuple[Callable[[Function], Any], dict[str, int]]] = {
+    "jacfwd of q": (WAYS["jacfwd"], {"forward": 1, "tangent": 1}),
+    "jacfwd of v": (lambda f: jacfwd(lambda v: f(*ARRAYS[:2], v)[0, 2])(ARRAYS[2]), {"forward": 1, "tangent": 1}),
+    "jacfwd of bias": (
+        lambda f: jacfwd(lambda bias: f(*ARRAYS[:3], bias)[0, 2])(ARRAYS[3]),
+        {"forward": 1, "tangent": 1},
+    ),
+    "jacfwd of one bias": (
+        lambda f: jacfwd(lambda bias: f(*ARRAYS[:3], bias)[0, 2])(ARRAYS[3][:1]),
+        {"forward": 1, "tangent": 1},
+    ),
+    "hessian": (WAYS["hessian"], {"forward": 1, "tangent": 1, "backward": 2, "second": 1}),
+    "vmap of jvp": (WAYS["vmap of jvp"], {"forward": 1, "tangent": 1}),
+    "jacfwd of sink": (
+        lambda f: jacfwd(lambda sink: f(*ARRAYS[:4], sink)[0, 2])(ARRAYS[4]),
+        {"forward": 1, "tangent": len(ARRAYS[4])},
+    ),
+}
+
+
+@pytest.mark.parametrize("way", FOLDED)
+def test_samples_of_a_derivative_are_one_call(way: str, calls: dict[str, int]) -> None:
+    """A sink is one number per head for the whole batch, so each sample needs a call of its own."""
+    compute, want = FOLDED[way]
+    check(compute(ours), compute(plain))
+    assert calls == want
+
+
+def test_gradients_of_gradients_do_not_pass_through_out_and_lse(calls: dict[str, int]) -> None:
+    leaves = [x.clone().requires_grad_() for x in ARRAYS]
+    first = torch.autograd.grad(ours(*leaves).sum(), leaves, create_graph=True)
+    torch.autograd.grad(sum((x**2).sum() for x in first), leaves)
+    assert calls == {"forward": 1, "backward": 1, "second": 1}
+
+
+def test_explicit_functions_under_vmap(calls: dict[str, int]) -> None:
+    q, k, v, *_ = ARRAYS
+    out, lse = anyattn.attention_forward(q, k, v)
+    samples = torch.stack([q, ALONG[0], ARRAYS[0] + 1])
+
+    def tangent(tq: Tensor) -> tuple[Tensor, Tensor]:
+        return anyattn.attention_tangent(q, k, v, out, lse, tq=tq)
+
+    def second(tq: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x for x in anyattn.attention_second(out, q, k, v, out, lse, tq=tq) if x is not None)
+
+    calls.clear()
+    for function in (tangent, second):
+        got, want = vmap(function)(samples), [function(tq) for tq in samples]
+        check(got, [torch.stack(parts) for parts in zip(*want, strict=True)])
+    assert calls == {"tangent": 1 + len(samples), "second": 1 + len(samples)}

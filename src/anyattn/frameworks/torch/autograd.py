@@ -14,7 +14,7 @@ from ...definition.inputs import GRADIENTS, NO_EXTRAS, Extras, Gradients, Inputs
 from ...definition.options import Options
 from ...definition.passes import FORWARD
 from ...runtime import dispatch, execute
-from . import batching, derivatives, fastpath, ops
+from . import derivatives, fastpath, ops
 from .adapter import adapter
 from .derivatives import Static
 
@@ -51,10 +51,7 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], static: Static, *arrays: Any) -> tuple[Any, Any]:
         _, *dims = in_dims
-        return batching.forward(
-            *(info.batch_size, dims, arrays, lambda *xs: Attention.apply(static, *xs)),
-            separate=static.options.score != "",
-        )
+        return derivatives.batched(FORWARD, info, dims, static, arrays, lambda *xs: Attention.apply(static, *xs))
 
 
 # Dynamo counts the parameters. With only *arrays it would take the first one for the context.
@@ -103,9 +100,8 @@ class AttentionWithTangents(Attention):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], static: Static, *arrays: Any) -> tuple[Any, Any]:
         _, *dims = in_dims
-        return batching.forward(
-            *(info.batch_size, dims, arrays, lambda *xs: AttentionWithTangents.apply(static, *xs)),
-            separate=static.options.score != "",
+        return derivatives.batched(
+            FORWARD, info, dims, static, arrays, lambda *xs: AttentionWithTangents.apply(static, *xs)
         )
 
 
@@ -161,10 +157,9 @@ def attention(
         named = backend or ",".join(dispatch.named(None))
         out, lse = _direct(Static(options, named, lse_gradient, metadata), *flatten(inputs))
         return out, lse
-    fastpath.break_inside_transforms()
-    function = AttentionWithTangents if fastpath.is_forward_mode() else Attention
+    apply = fastpath.apply_outside_graphs(AttentionWithTangents if fastpath.is_forward_mode() else Attention)
     q, k, v, extras = inputs
-    out, lse = function.apply(Static(options, backend, lse_gradient), *fastpath.distinct((q, k, v, *extras)))
+    out, lse = apply(Static(options, backend, lse_gradient), *fastpath.distinct((q, k, v, *extras)))
     return out, lse
 
 

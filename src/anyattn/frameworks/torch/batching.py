@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...definition.inputs import FIELDS, HEADS, SCALES, SCORES, STATE
-from ...definition.passes import BACKWARD, FORWARD, Pass
+from ...definition.inputs import FIELDS, HEADS, SCALES, SCORES, STATE, Tangents
+from ...definition.options import Options
+from ...definition.passes import BACKWARD, FORWARD, SECOND, TANGENT, Pass
 from . import ops
 
 Dims = Sequence["int | None"]
@@ -22,8 +23,8 @@ def fold(samples: int, given: Mapped, *, gradients: bool = False) -> dict[str, T
 
     `gradients`: the results hold one gradient per sample for every array, including arrays that all samples share.
     """
-    mapped = {name for name, (_, dim) in given.items() if dim is not None}
-    if any(_needs_loop(name, name in mapped or gradients) for name in given):
+    mapped = {_primal(name) for name, (_, dim) in given.items() if dim is not None}
+    if any(_needs_loop(_primal(name), _primal(name) in mapped or gradients) for name in given):
         return None
     paged = bool(given.keys() & {"block_table", "cache_batch_idx"})
     if paged and (gradients or mapped & {"k", "v"}):
@@ -31,17 +32,25 @@ def fold(samples: int, given: Mapped, *, gradients: bool = False) -> dict[str, T
     q = _front(samples, *given["q"])
     folded: dict[str, Tensor] = {}
     for name, (x, dim) in given.items():
-        if name in FIELDS and FIELDS[name].kind in (SCORES, HEADS) and not _is_shared(name):
-            per_sample = gradients and FIELDS[name].gradient
-            score = _fold_score(samples, q.shape[1], x, dim, per_sample=per_sample)
+        primal = _primal(name)
+        if _is_shared(primal) or (paged and primal in ("k", "v")):
+            folded[name] = x
+        elif primal in FIELDS and FIELDS[primal].kind in (SCORES, HEADS):
+            per_sample = gradients and FIELDS[primal].gradient
+            score = _fold_score(
+                samples, q.shape[1], x, dim, differs=primal in mapped or per_sample, per_sample=per_sample
+            )
             if score is None:
                 return None
             folded[name] = score
-        elif _is_shared(name) or (paged and name in ("k", "v")):
-            folded[name] = x
         else:
             folded[name] = _front(samples, x, dim).flatten(0, 1)
     return folded
+
+
+def _primal(name: str) -> str:
+    """Return the array whose shape an array has: a tangent's input, otherwise the array itself."""
+    return name[1:] if name in Tangents._fields else name
 
 
 def _is_shared(name: str) -> bool:
@@ -58,9 +67,14 @@ def _needs_loop(name: str, differs: bool) -> bool:
     return packed or field.kind in (STATE, SCALES) or (_is_shared(name) and differs)
 
 
-def _fold_score(samples: int, batch: int, x: Tensor, dim: int | None, *, per_sample: bool) -> Tensor | None:
-    """Return bias or mask (1 or batch, ...), or slopes (nheads,) or (batch, nheads), for samples * batch entries."""
-    if dim is None and not per_sample and (x.ndim == 1 or x.shape[0] == 1):
+def _fold_score(
+    samples: int, batch: int, x: Tensor, dim: int | None, *, differs: bool, per_sample: bool
+) -> Tensor | None:
+    """Return bias or mask (1 or batch, ...), or slopes (nheads,) or (batch, nheads), for samples * batch entries.
+
+    differs: the array or its tangent differs between samples, and both must have one shape.
+    """
+    if not differs and (x.ndim == 1 or x.shape[0] == 1):
         return x
     x = _front(samples, x, dim)
     if x.ndim == 2:
@@ -91,66 +105,50 @@ def loop(samples: int, dims: Dims, inputs: Sequence[Any], call: Callable[..., Se
     return tuple(torch.stack(parts) for parts in zip(*results, strict=True))
 
 
-def forward(
-    samples: int, dims: Dims, arrays: Sequence[Any], call: Callable[..., Results], *, separate: bool = False
-) -> tuple[Results, tuple[int, int]]:
-    """Return (results, their dims) of the forward pass `call(*arrays)`, in one call or one call per sample.
+def apply(
+    pass_: Pass,
+    samples: int,
+    dims: Dims,
+    arrays: Sequence[Any],
+    call: Callable[..., Results],
+    *,
+    separate: bool = False,
+) -> tuple[Results, tuple[int, ...]]:
+    """Return (results, their dims) of the pass `call(*arrays)`, in one call or one call per sample.
 
-    separate: one call per sample, because a score function counts the entries of the batch.
+    A pass that returns gradients returns one gradient per sample of every array. separate: one call per sample, because
+    a score function counts the entries of the batch.
     """
-    folded = None if separate else fold(samples, _given(FORWARD.inputs, arrays, dims))
+    folded = None
+    if not separate:
+        folded = fold(samples, _given(pass_.inputs, arrays, dims), gradients=pass_ in (BACKWARD, SECOND))
     if folded is None:
-        return loop(samples, dims, arrays, call), (0, 0)
-    return unfold(samples, call(*[folded.get(name) for name in FORWARD.inputs])), (0, 0)
-
-
-def backward(
-    samples: int, dims: Dims, arrays: Sequence[Any], call: Callable[..., Results], *, separate: bool = False
-) -> tuple[Results, tuple[int, ...]]:
-    """Return (results, their dims) of the backward pass: one gradient per sample of every array."""
-    given = _given(BACKWARD.inputs, arrays, dims)
-    folded = None if separate else fold(samples, given, gradients=True)
-    if folded is None:
-        return loop(samples, dims, arrays, call), tuple(0 for _ in BACKWARD.outputs)
-    results = unfold(samples, call(*[folded.get(name) for name in BACKWARD.inputs]))
-    return results, tuple(0 for _ in BACKWARD.outputs)
-
-
-def derivative(
-    pass_: Pass, samples: int, dims: Dims, arrays: Sequence[Any], call: Callable[..., Results]
-) -> tuple[Results, tuple[int, ...]]:
-    """Return the same for the inputs of a pass of tangents: one call per sample."""
-    return loop(samples, [*dims], arrays, call), tuple(0 for _ in pass_.outputs)
+        results = loop(samples, dims, arrays, call)
+    else:
+        results = unfold(samples, call(*[folded.get(name) for name in pass_.inputs]))
+    return results, tuple(0 for _ in pass_.outputs)
 
 
 def _given(names: Sequence[str], arrays: Sequence[Any], dims: Dims) -> Mapped:
-    """Return the arrays that are not None. The dispatcher may have removed the dims of trailing defaults."""
-    padded = (*dims, *(None for _ in arrays))
-    return {name: (x, dim) for name, x, dim in zip(names, arrays, padded, strict=False) if x is not None}
+    """Return the arrays that are not None."""
+    return {name: (x, dim) for name, x, dim in zip(names, arrays, dims, strict=True) if x is not None}
 
 
-@torch.library.register_vmap(f"{ops.NAMESPACE}::forward", lib=ops.library)
-def _forward(info: Any, in_dims: Dims, *arguments: Any) -> tuple[Results, tuple[int, int]]:
-    inputs, options, backend = ops.forward_arguments(arguments)
-    q, k, v, extras = inputs
-    dims = _array_dims(in_dims, FORWARD.inputs)
-    return forward(
-        *(info.batch_size, dims, (q, k, v, *extras), lambda *xs: ops.forward(*xs, *options, backend)),
-        separate=options.score != "",
-    )
+_SCORE = Options._fields.index("score")
 
 
-@torch.library.register_vmap(f"{ops.NAMESPACE}::backward", lib=ops.library)
-def _backward(info: Any, in_dims: Dims, *arguments: Any) -> tuple[Results, tuple[int, ...]]:
-    saved, inputs, options, backend, wants = ops.backward_arguments(arguments)
-    q, k, v, extras = inputs
-    arrays, dims = (q, k, v, *saved, *extras), _array_dims(in_dims, BACKWARD.inputs)
-    return backward(
-        *(info.batch_size, dims, arrays, lambda *xs: ops.backward(*xs, *options, backend, *wants)),
-        separate=options.score != "",
-    )
+def _register(pass_: Pass) -> None:
+    """Register the rule of a pass's operator. The dispatcher may have removed trailing arguments and their dims."""
+    operator, count = getattr(ops.operators, pass_.name).default, len(pass_.inputs)
+    padding = (None,) * count
+
+    @torch.library.register_vmap(f"{ops.NAMESPACE}::{pass_}", lib=ops.library)
+    def rule(info: Any, in_dims: Dims, *arguments: Any) -> tuple[Results, tuple[int, ...]]:
+        dims, arrays = ((*given, *padding)[:count] for given in (in_dims[:count], arguments[:count]))
+        scalars = arguments[count:]
+        separate = scalars[_SCORE : _SCORE + 1] not in ((), ("",))
+        return apply(pass_, info.batch_size, dims, arrays, lambda *xs: operator(*xs, *scalars), separate=separate)
 
 
-def _array_dims(in_dims: Dims, names: Sequence[str]) -> Dims:
-    """Return one dimension per array. Dims of options are dropped, and removed trailing dims are None."""
-    return [dim for _, dim in zip(names, (*in_dims, *(None for _ in names)), strict=False)]
+for _pass in (FORWARD, BACKWARD, TANGENT, SECOND):
+    _register(_pass)

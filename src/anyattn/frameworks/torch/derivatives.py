@@ -7,7 +7,7 @@ tangent of the backward. Derivatives of third order raise.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...definition.inputs import GRADIENTS, Extras, Gradients, Inputs, Saved, SecondGradients, Tangents, make_inputs
 from ...definition.options import Options
-from ...definition.passes import SECOND, TANGENT
+from ...definition.passes import BACKWARD, SECOND, TANGENT, Pass
 from . import batching, fastpath, ops
 
 THIRD = "anyattn has no third derivative, so a second derivative cannot be differentiated."
@@ -46,14 +46,22 @@ def tangent(
 def gradients(saved: Saved, inputs: Inputs, static: Static, wants: tuple[bool, ...]) -> Gradients:
     """Return the gradients, which can be differentiated once more."""
     q, k, v, extras = inputs
+    arrays = _without_gradient((q, k, v, *saved, *extras), (3, 4))
     function = AttentionGradientsWithTangents if fastpath.is_forward_mode() else AttentionGradients
-    return Gradients(*function.apply(static, wants, q, k, v, *saved, *extras))
+    return Gradients(*function.apply(static, wants, *arrays))
 
 
 def second(saved: Saved, tangents: Tangents, inputs: Inputs, static: Static) -> SecondGradients:
     """Return the gradients of <dout, tout> + <dlse, tlse>, whose derivatives raise."""
     q, k, v, extras = inputs
     return SecondGradients(*AttentionSecond.apply(static, q, k, v, *saved, *tangents, *extras))
+
+
+def batched(
+    pass_: Pass, info: Any, dims: Sequence[Any], static: Static, arrays: Sequence[Any], call: Callable[..., Any]
+) -> tuple[Any, Any]:
+    """Return the results of all samples, from one call if the samples can be its batch."""
+    return batching.apply(pass_, info.batch_size, dims, arrays, call, separate=static.options.score != "")
 
 
 class AttentionTangent(torch.autograd.Function):
@@ -91,9 +99,7 @@ class AttentionTangent(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], static: Static, *arrays: Any) -> tuple[Any, Any]:
         _, *dims = in_dims
-        return batching.derivative(
-            TANGENT, info.batch_size, dims, arrays, lambda *xs: AttentionTangent.apply(static, *xs)
-        )
+        return batched(TANGENT, info, dims, static, arrays, lambda *xs: AttentionTangent.apply(static, *xs))
 
 
 class AttentionGradients(torch.autograd.Function):
@@ -137,10 +143,7 @@ class AttentionGradients(torch.autograd.Function):
         info: Any, in_dims: tuple[Any, ...], static: Static, wants: tuple[bool, ...], *arrays: Any
     ) -> tuple[Any, Any]:
         _, _, *dims = in_dims
-        return batching.backward(
-            *(info.batch_size, dims, arrays, lambda *xs: AttentionGradients.apply(static, wants, *xs)),
-            separate=static.options.score != "",
-        )
+        return batched(BACKWARD, info, dims, static, arrays, lambda *xs: AttentionGradients.apply(static, wants, *xs))
 
 
 class AttentionGradientsWithTangents(AttentionGradients):
@@ -177,9 +180,8 @@ class AttentionGradientsWithTangents(AttentionGradients):
         info: Any, in_dims: tuple[Any, ...], static: Static, wants: tuple[bool, ...], *arrays: Any
     ) -> tuple[Any, Any]:
         _, _, *dims = in_dims
-        return batching.backward(
-            *(info.batch_size, dims, arrays, lambda *xs: AttentionGradientsWithTangents.apply(static, wants, *xs)),
-            separate=static.options.score != "",
+        return batched(
+            BACKWARD, info, dims, static, arrays, lambda *xs: AttentionGradientsWithTangents.apply(static, wants, *xs)
         )
 
 
@@ -206,9 +208,7 @@ class AttentionSecond(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], static: Static, *arrays: Any) -> tuple[Any, Any]:
         _, *dims = in_dims
-        return batching.derivative(
-            SECOND, info.batch_size, dims, arrays, lambda *xs: AttentionSecond.apply(static, *xs)
-        )
+        return batched(SECOND, info, dims, static, arrays, lambda *xs: AttentionSecond.apply(static, *xs))
 
 
 def _tangents(given: Sequence[Any], extras: Sequence[Any], like: Sequence[Tensor]) -> Tangents:

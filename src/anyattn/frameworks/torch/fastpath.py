@@ -77,7 +77,7 @@ def _needs_dispatcher(x: Any) -> bool:
 
 def is_forward_mode() -> bool:
     """Return whether tensors may carry tangents."""
-    return not torch.compiler.is_compiling() and getattr(forward_ad, "_current_level", 0) >= 0
+    return getattr(forward_ad, "_current_level", 0) >= 0
 
 
 def may_autocast() -> bool:
@@ -85,15 +85,22 @@ def may_autocast() -> bool:
     return _is_compiling() or _any_autocast is None or _any_autocast()
 
 
-def break_inside_transforms() -> None:
-    """Break the graph inside torch.func transforms.
+def apply_outside_graphs(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """Return `function.apply`, which breaks the graph of torch.compile where Dynamo would lose derivatives.
 
-    Dynamo traces an autograd.Function inside a transform as if it had no backward (seen with torch 2.13). After a graph
-    break the function runs eagerly, which is right; with fullgraph=True the break raises. Eager execution is not
-    affected.
+    Dynamo traces an autograd.Function without its derivatives inside transforms of torch.func that differentiate, and
+    where tensors carry tangents (seen with torch 2.13). After a graph break the function runs eagerly, which is right.
+    With fullgraph=True the break raises. Eager execution is not affected.
     """
-    if torch.compiler.is_compiling() and torch.is_grad_enabled() and torch._C._are_functorch_transforms_active():
+    apply: Callable[..., Any] = function.apply
+    if not torch.compiler.is_compiling():
+        return apply
+    if is_forward_mode():
+        outside: Callable[..., Any] = torch._dynamo.disable(apply)
+        return outside
+    if torch.is_grad_enabled() and torch._C._are_functorch_transforms_active():
         torch._dynamo.graph_break()
+    return apply
 
 
 def distinct(arrays: tuple[Any, ...]) -> tuple[Any, ...]:
