@@ -12,6 +12,7 @@ import pytest
 
 from anyattn.cli import demo
 from harness.paths import ROOT
+from harness.processes import run_python
 
 pytest.importorskip("torch")
 pytest.importorskip("matplotlib")
@@ -68,6 +69,20 @@ def test_training_over_processes_equals_training_in_one(capsys: pytest.CaptureFi
     importlib.import_module("several_processes").main(context=512, processes=2, steps=2)
     printed = capsys.readouterr().out
     assert "2 processes" in printed and "step 2" in printed
+
+
+def test_meanflow_step_equals_the_math_path_in_double_precision() -> None:
+    import torch
+
+    importlib.import_module("meanflow").compare(tokens=100, dtype=torch.float64)
+
+
+def test_meanflow_step_needs_a_tenth_of_the_math_paths_memory() -> None:
+    """In a process of its own, because freed memory of other tests would be reused and not counted."""
+    done = run_python(FOLDER / "meanflow.py", "--tokens", "1024", "--steps", "2")
+    assert done.returncode == 0, done.stderr
+    ours, theirs = (float(x) for x in re.findall(r"([\d.]+) MiB", done.stdout))
+    assert 10 * ours <= theirs
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="transformers has left Python 3.10 behind")
