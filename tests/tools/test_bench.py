@@ -18,7 +18,20 @@ import torch
 
 import anyattn
 from anyattn import cli
-from anyattn.bench import gate, goals, markdown, memory, overhead, plots, precision, providers, report, run, suites
+from anyattn.bench import (
+    derivatives,
+    gate,
+    goals,
+    markdown,
+    memory,
+    overhead,
+    plots,
+    precision,
+    providers,
+    report,
+    run,
+    suites,
+)
 from anyattn.bench.inputs import Inputs
 from anyattn.bench.providers import Prepared, Refused, jax_arrays
 from anyattn.bench.timing import measure
@@ -308,6 +321,8 @@ def measured() -> dict[str, Any]:
     """Some of everything, as it comes back from JSON."""
     patch = pytest.MonkeyPatch()
     patch.setattr(precision, "SEEDS", 2)
+    patch.setattr(derivatives, "QUICK_SHAPE", (1, 2, 32, 8))
+    patch.setattr(derivatives, "peak", lambda *_: 1.0)
     lengths = [
         replace(small(LARGE), name=f"length {n}", seqlen_q=n, seqlen_k=n, backward=b) for n in (8, 16) for b in (0, 1)
     ]
@@ -385,6 +400,7 @@ def imagined(target: str) -> dict[str, Any]:
         "features": {dtype: timings(features) for dtype in ("float32", "bfloat16")},
         "small_calls": {str(shape): timings(calls) for shape in overhead.SMALL},
         "citizen": timings(("attention", "attention after", "mm", "mm after")),
+        "derivatives": [{"name": name, "seconds": timings(())} for name in derivatives.PASSES],
         "memory": [
             asdict(workload) | {"label": workload.label, "mib": {"anyattn": 100.0}} for workload in memory.workloads()
         ],

@@ -84,6 +84,7 @@ class View:
 def goals(results: dict[str, Any]) -> list[Goal]:
     view = View(results)
     parts: list[Callable[[View], Iterator[Goal]]] = [_forward, _backward, _dims, _decode, _shapes, _scores, _calls]
+    parts.append(_derivatives)
     if results["machine"]["cpu_target"] == "avx2":
         parts = [_avx2]
     return [goal for part in parts for goal in part(view)]
@@ -251,6 +252,13 @@ def _calls(view: View) -> Iterator[Goal]:
             one = row["batch"] * row["seqlen_k"] * row["nheads_kv"] * row["head_dim_v"] * size / MIB
             limit = threads * 0.25 + copies * one
             yield Goal(f"extra memory {row['label']}", "MiB", row["mib"][OURS], limit, at_most=True)
+
+
+def _derivatives(view: View) -> Iterator[Goal]:
+    rows = {row["name"]: row["seconds"].get(OURS, {}).get("median") for row in view.results.get("derivatives", [])}
+    tangents, second = (_by(rows.get(a), rows.get(b)) for a, b in (("tangents", "forward"), ("second", "backward")))
+    yield Goal("forward and tangent along tq, tk and tv", "time by the forward's", tangents, 2.6, at_most=True)
+    yield Goal("second derivatives", "time by the backward's", second, 3.5, at_most=True)
 
 
 def _avx2(view: View) -> Iterator[Goal]:

@@ -97,26 +97,26 @@ def _measured(provider: Provider, workload: Workload, threads: int) -> float | s
         inputs = Inputs(workload)
         for array in ("q", "k", "v", "dout"):
             inputs.heads_first(array)
-        before = _reset()
+        before = reset_peak()
         prepared = provider.prepare(inputs, threads)
         assert prepared is not None
         kept = prepared.run()
-        used = _peak() - before
+        used = read_peak() - before
         del kept
     except (Refused, NotImplementedError) as error:
         return str(error)
     return used - results_mib(workload)
 
 
-def _reset() -> float:
+def reset_peak() -> float:
     """Return the resident MiB; reset the peak to this value if Linux allows it."""
     if not STATUS.exists():
-        return _peak()
+        return read_peak()
     Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS")
 
 
-def _peak() -> float:
+def read_peak() -> float:
     """Return the peak resident MiB. Except on Linux it may be the parent process's peak, which may be higher."""
     if STATUS.exists():
         return _status("VmHWM")

@@ -179,6 +179,17 @@ def _memory(section: Any) -> Iterator[Table]:
     yield Table("peak MiB beyond inputs and results", ("case", *names), rows)
 
 
+def _derivatives(section: list[Results]) -> Iterator[Table]:
+    rows = []
+    for row in section:
+        for provider, used in row["mib"].items():
+            seconds = row["seconds"].get(provider)
+            time = "wrong" if row["wrong"] else f"{seconds['median'] * 1e3:.1f}"
+            rows.append((row["description"], provider, time, f"{used:.1f}"))
+    shape = tuple(section[0]["shape"])
+    yield Table(f"derivatives, {shape} float32", ("pass", "provider", "ms", "extra MiB"), rows)
+
+
 def _accuracy(section: list[Results]) -> Iterator[Table]:
     names = list(section[0]["errors"])
     rows = [(row["dtype"], *(f"{row['errors'][name]:.1e}" for name in names)) for row in section]
@@ -191,6 +202,7 @@ _SECTIONS = {
     "first_call": _first,
     "citizen": _interleaving,
     "memory": _memory,
+    "derivatives": _derivatives,
     "accuracy": _accuracy,
 }
 
