@@ -31,11 +31,10 @@ from triton.backends.compiler import GPUTarget
 from anyattn.backends.triton.append import append_kernels
 from anyattn.backends.triton.device import largest_head_dim, refusal
 from anyattn.backends.triton.launch import Kernel
-from anyattn.backends.triton.plan_backward import backward_kernels
-from anyattn.backends.triton.plan_forward import forward_kernels
+from anyattn.backends.triton.plan import build
 from anyattn.backends.triton.tuning import has_tf32
 from anyattn.definition.options import Options, Rotation
-from anyattn.definition.passes import APPEND, BACKWARD, FORWARD
+from anyattn.definition.passes import APPEND, FORWARD, PASSES, Pass
 from anyattn.definition.problem import Array, Problem
 from anyattn.definition.validate import make_problem
 
@@ -77,7 +76,8 @@ FEATURES: dict[str, dict[str, Any]] = {
     },
 }
 PRECISIONS = {"tf32x3": "high", "tf32": "medium"}  # features of float32 -> torch's names
-DIRECTIONS = ("forward", "backward", "append")
+DERIVATIVES = ("tangent", "second")  # compiled for two architectures, one head size and two sets of features
+DIRECTIONS = ("forward", "backward", *DERIVATIVES, "append")
 SHAPES = (
     *(("bfloat16", size) for size in (32, 64, 80, 96, 128, 192, 256, 512)),
     *(("float16", size) for size in (64, 128)),
@@ -98,7 +98,13 @@ MAY_SPILL = {
     "/dropout/": "the words of Philox next to the scores",
     "/everything/": "all of these together",
 }
-WITH_PRODUCTS = tuple(f"attention_{part}" for part in ("forward", "backward_dkv", "backward_dq", "backward_dbias"))
+WITH_PRODUCTS = tuple(
+    f"attention_{part}"
+    for part in (
+        *("forward", "backward_dkv", "backward_dq", "backward_dbias"),
+        *("tangent", "second_dkv", "second_dq", "second_dbias"),
+    )
+)
 SUBSET_FEATURES = ("causal", "decode", "everything")
 
 Numbers = dict[str, int]
@@ -166,18 +172,27 @@ def variants(*, every: bool) -> list[str]:
 
 def _exists(arch: str, dtype: str, size: int, feature: str, direction: str) -> bool:
     if feature in PRECISIONS:
-        return (dtype, size) == ("float32", 128) and has_tf32(arch) and direction != "append"
-    paged = FEATURES[feature].get("paged", False)
+        return (dtype, size) == ("float32", 128) and has_tf32(arch) and direction in ("forward", "backward")
+    paged, usual = FEATURES[feature].get("paged", False), (dtype, size) == ("bfloat16", 128)
     if direction == "append":
-        return paged and feature != "decode" and (dtype, size) == ("bfloat16", 128)
-    backward = direction == "backward"
-    if (backward and (paged or feature == "few")) or size > largest_head_dim(arch, dtype, backward=backward):
+        return paged and feature != "decode" and usual
+    if direction != "forward" and (paged or feature == "few"):
         return False
-    return feature in ("causal", "decode", "few") or (dtype, size) == ("bfloat16", 128)
+    if size > largest_head_dim(arch, dtype, pass_named(direction)):
+        return False
+    if direction in DERIVATIVES:
+        return usual and arch in ("sm_90", "gfx942") and feature in ("causal", "everything")
+    return feature in ("causal", "decode", "few") or usual
+
+
+def pass_named(direction: str) -> Pass:
+    return next(one for one in PASSES if one.name == direction)
 
 
 def _in_subset(name: str) -> bool:
     arch, dtype, size, feature, direction = name.split("/")
+    if direction in DERIVATIVES:
+        return True
     if arch in ("sm_90", "gfx942"):
         wide = (dtype, size) == ("bfloat16", "128") and feature in SUBSET_FEATURES
         return wide or (size, feature) == ("64", "causal") or direction == "append"
@@ -202,8 +217,7 @@ def kernels_of(name: str) -> list[Kernel]:
     if direction == "append":
         return append_kernels(describe_append(arch, dtype, int(size)))
     given = FEATURES.get(feature, FEATURES["causal"])
-    problem = describe(arch, dtype, int(size), backward=direction == "backward", **given)
-    return (backward_kernels(problem) if direction == "backward" else forward_kernels(problem))[0]
+    return build(describe(arch, dtype, int(size), pass_named(direction), **given))[0]
 
 
 def target_of(arch: str) -> GPUTarget:
@@ -226,7 +240,7 @@ def describe_append(device: str, dtype: str, size: int) -> Problem:
 
 
 def describe(
-    arch: str, dtype: str, size: int, *, backward: bool, seqlen_q: int = 1024, varlen: bool = False,
+    arch: str, dtype: str, size: int, pass_: Pass = FORWARD, *, seqlen_q: int = 1024, varlen: bool = False,
     paged: bool = False, tables: bool = False, bias: bool = False, mask: bool = False, alibi: bool = False,
     sink: bool = False, **options: Any,
 ) -> Problem:  # fmt: skip
@@ -249,12 +263,13 @@ def describe(
         **dict.fromkeys(("seqused_q", "leftpad_k", "offset"), tables and ((2,), "int32")),
         "seqused_k": (paged or tables) and ((2,), "int32"),
         "rng_state": options.get("dropout_p") and ((2,), "int64"),
-        "out": backward and (out, dtype),
-        "dout": backward and (out, dtype),
-        "lse": backward and (lse, "float32"),
+        "out": (out, dtype),
+        "dout": (out, dtype),
+        "lse": (lse, "float32"),
     }
-    arrays = {name: array(*what, arch) for name, what in given.items() if what}
-    return make_problem(arrays, Options(**options), BACKWARD if backward else FORWARD)
+    given |= {f"t{name}": given[name] for name in ("q", "k", "v", "bias", "sink")}
+    arrays = {name: array(*what, arch) for name, what in given.items() if what and name in pass_.inputs}
+    return make_problem(arrays, Options(**options), pass_)
 
 
 def array(shape: tuple[int, ...], dtype: str, device: str) -> Array:

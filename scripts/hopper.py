@@ -82,7 +82,7 @@ def variants(only: str) -> Iterator[tuple[str, Any]]:
                 name = f"{dtype}/{size}/{mask}"
                 if only not in name:
                     continue
-                problem = describe(ARCH, dtype, size, backward=False, **options)
+                problem = describe(ARCH, dtype, size, **options)
                 kernel = plan.forward_kernel(problem, None)
                 source = kernel.template.source(kernel.function, True)
                 built = triton.compile(source, target=GPUTarget("cuda", int(ARCH[3:]), 32), options=kernel.options)

@@ -12,7 +12,7 @@ from anyattn import testing
 from anyattn.definition import derivatives
 from anyattn.testing import Case, make_inputs
 from harness import oracle
-from harness.backends import COMPUTES, Engine
+from harness.backends import DERIVES, Engine
 from harness.cases import DIFFERENTIABLE, SMALL, named
 from harness.checks import refused, run
 from harness.selection import every_backend
@@ -38,22 +38,13 @@ def test_definition_equals_double_autograd(case: Case) -> None:
 @every_backend(refusals=True)
 @pytest.mark.parametrize("direction", testing.DERIVATIVES)
 def test_backends_without_the_pass_refuse_it(direction: str, engine: Engine) -> None:
-    assert refused(make_inputs(named("plain")), direction, engine) == (engine.backend not in COMPUTES[direction])
+    assert refused(make_inputs(named("plain")), direction, engine) == (engine.backend not in DERIVES)
 
 
-@every_backend(only=COMPUTES["tangent"])
+@every_backend(interpreter=True, refusals=True, only=DERIVES)
+@pytest.mark.parametrize("direction", testing.DERIVATIVES)
 @pytest.mark.parametrize("case", DIFFERENTIABLE, ids=str)
-def test_tangent_equals_definition(case: Case, engine: Engine) -> None:
-    check_against_definition(case, "tangent", engine)
-
-
-@every_backend(only=COMPUTES["second"])
-@pytest.mark.parametrize("case", DIFFERENTIABLE, ids=str)
-def test_second_derivatives_equal_definition(case: Case, engine: Engine) -> None:
-    check_against_definition(case, "second", engine)
-
-
-def check_against_definition(case: Case, direction: str, engine: Engine) -> None:
+def test_derivatives_equal_definition(case: Case, direction: str, engine: Engine) -> None:
     inputs = make_inputs(case)
     if refused(inputs, direction, engine):
         return
@@ -63,7 +54,7 @@ def check_against_definition(case: Case, direction: str, engine: Engine) -> None
     assert not testing.compare(testing.expected(inputs, direction), got)
 
 
-@every_backend(only=COMPUTES["tangent"])
+@every_backend(only=DERIVES)
 @pytest.mark.parametrize("direction", testing.DERIVATIVES)
 @pytest.mark.parametrize("case", SHORT, ids=str)
 def test_absent_tangents_are_zeros(case: Case, direction: str, engine: Engine) -> None:

@@ -35,7 +35,7 @@ MAY_REFUSE = {
 }
 
 
-COMPUTES = {"tangent": ("cpu", "numpy"), "second": ("cpu", "numpy")}  # backends of passes that others lack
+DERIVES = ("cpu", "numpy", "triton")  # backends of tangents and second derivatives
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Engine:
 
     def may_refuse(self, problem: Problem) -> bool:
         """Return whether the tests accept that this backend refuses the problem."""
-        if problem.pass_ in (TANGENT, SECOND) and self.backend not in COMPUTES[problem.pass_.name]:
+        if problem.pass_ in (TANGENT, SECOND) and self.backend not in DERIVES:
             return True
         if problem.pass_ in (BACKWARD, SECOND) and (problem.paged or problem.cache_batch_idx is not None):
             return self.backend != "numpy"

@@ -217,7 +217,7 @@ def _run(problem: Problem) -> Found:
 
 def alignment() -> Found:
     """Three aligned calls of two equal plans, then one with q off by an element."""
-    problem = aot.describe("cuda:0", "float16", 64, backward=False, right=0)
+    problem = aot.describe("cuda:0", "float16", 64, right=0)
     plan, before = TritonPlan(problem), len(launches)
     call = _call(problem, plan)
     loads.clear()
@@ -236,17 +236,17 @@ def streams() -> Found:
     found = []
     for stream in (77, 88):
         driver.stream = stream
-        found += [_run(aot.describe(f"cuda:{number}", "float16", 64, backward=False, right=0)) for number in (0, 1)]
+        found += [_run(aot.describe(f"cuda:{number}", "float16", 64, right=0)) for number in (0, 1)]
     driver.stream = 77
     return {"launches": [launch for part in found for launch in part["launches"]], "current": driver.device}
 
 
 def training() -> Found:
-    return _run(aot.describe("cuda:0", "float16", 64, backward=True, right=0, sink=True))
+    return _run(aot.describe("cuda:0", "float16", 64, aot.BACKWARD, right=0, sink=True))
 
 
 def decoding() -> Found:
-    return _run(aot.describe("cuda:0", "float16", 64, backward=False, right=0, seqlen_q=1, paged=True))
+    return _run(aot.describe("cuda:0", "float16", 64, right=0, seqlen_q=1, paged=True))
 
 
 def append() -> Found:
@@ -260,7 +260,7 @@ def append() -> Found:
 
 def precision() -> Found:
     """The kernels that float32 gets by torch's setting."""
-    plan = TritonPlan(aot.describe("cuda:0", "float32", 32, backward=False, right=0))
+    plan = TritonPlan(aot.describe("cuda:0", "float32", 32, right=0))
     call, found = _call(plan._problem, plan), []
     for setting in ("highest", "high", "highest"):
         torch.set_float32_matmul_precision(setting)
@@ -278,7 +278,7 @@ def refusal() -> Found:
 
     kept, triton.compile = triton.compile, compile
     try:
-        TritonPlan(aot.describe("cuda:0", "float16", 128, backward=False, right=0))
+        TritonPlan(aot.describe("cuda:0", "float16", 128, right=0))
     except CompilationError as error:
         return {"error": str(error)}
     finally:

@@ -41,7 +41,7 @@ def launched(hopper: str, shift: int = 0, **changes: Any) -> Found:
     """Return the launches of one forward pass and the addresses of its arrays. `shift` moves q by elements."""
     os.environ["ANYATTN_HOPPER"] = hopper
     settings.reload()
-    problem = fake_gpu.aot.describe("cuda:0", "float16", 64, backward=False, right=0, seqlen_q=1000)
+    problem = fake_gpu.aot.describe("cuda:0", "float16", 64, right=0, seqlen_q=1000)
     arrays = {name: change for name, change in changes.items() if isinstance(change, Array)}
     scalars = {name: change for name, change in changes.items() if name not in arrays}
     problem = problem.with_arrays(**arrays)._replace(**scalars)

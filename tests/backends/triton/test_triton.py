@@ -12,7 +12,7 @@ import torch
 import anyattn
 from anyattn.backends.triton import backend, device, tuning
 from anyattn.backends.triton.device import INTERPRETER, interpreted
-from anyattn.definition.passes import BACKWARD
+from anyattn.definition.passes import BACKWARD, SECOND
 from anyattn.frameworks.torch.adapter import adapter
 from anyattn.runtime import dispatch, execute
 from anyattn.testing import Case, make_inputs
@@ -57,7 +57,10 @@ def test_gradients_whose_tiles_exceed_shared_memory_are_refused(monkeypatch: pyt
     backward, _ = make_inputs(Case("wide", seqlen_q=4, seqlen_k=4, head_dim=160)).describe(BACKWARD)
     supports = dispatch.get("triton").supports
     assert supports(forward) == []
-    assert supports(backward) == ["supports head_dim and head_dim_v up to 128 for float32 gradients on sm_75, got 160"]
+    second, _ = make_inputs(Case("wide", seqlen_q=4, seqlen_k=4, head_dim=160)).describe(SECOND)
+    for problem, what in ((backward, "gradients"), (second, "second derivatives")):
+        reason = f"supports head_dim and head_dim_v up to 128 for float32 {what} on sm_75, got 160"
+        assert supports(problem) == [reason]
 
 
 @pytest.mark.parametrize("config", [(16, 16), (32, 128), (128, 32)], ids=str)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from ...definition.passes import APPEND, BACKWARD, FORWARD, Pass
+from ...definition.passes import APPEND, BACKWARD, FORWARD, SECOND, TANGENT, Pass
 from ...definition.problem import Problem
 from ..base import without_cache_gradients, without_starts
 from .device import DEVICES, LARGEST_HEAD_DIM, cards, installed, interpreted, largest_head_dim, refusal
@@ -34,7 +34,7 @@ class TritonBackend:
     """Backend for NVIDIA, AMD and Intel GPUs."""
 
     name = "triton"
-    passes = frozenset((FORWARD, BACKWARD, APPEND))
+    passes = frozenset((FORWARD, BACKWARD, TANGENT, SECOND, APPEND))
     score_functions = frozenset[Pass]()
     extras = frozenset(EXTRAS)
     may_fail = False
@@ -99,12 +99,13 @@ def _misplaced(where: str) -> list[str]:
 
 def _too_wide(problem: Problem) -> list[str]:
     arch = next((arch for name, _, arch in cards() if name == problem.device), "")
-    largest = largest_head_dim(arch, problem.dtype, backward=problem.pass_ is BACKWARD)
+    largest = largest_head_dim(arch, problem.dtype, problem.pass_)
     width = max(problem.head_dim, problem.head_dim_v)
     if width <= largest:
         return []
-    what = "" if largest == LARGEST_HEAD_DIM else f" for {problem.dtype} gradients on {arch}"
-    return [f"supports head_dim and head_dim_v up to {largest}{what}, got {width}"]
+    what = "second derivatives" if problem.pass_ is SECOND else "gradients"
+    where = "" if largest == LARGEST_HEAD_DIM else f" for {problem.dtype} {what} on {arch}"
+    return [f"supports head_dim and head_dim_v up to {largest}{where}, got {width}"]
 
 
 def _without(dtype: str) -> list[str]:

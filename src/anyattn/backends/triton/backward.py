@@ -212,7 +212,7 @@ def visit_rows(
         q1 = load(q_rows, used, EDGE, D0, D1, HEAD_DIM)
         s = dot(k1, tl.trans(q1), s, PRECISION)
     top = row_lse(rows_at(lse, seq.index, h, first, r), used, EDGE)
-    p, slope = probabilities(s, top[None, :], row, j[:, None], start, seq.index, terms, EDGE, LOWER)
+    p, slope, _curvature = probabilities(s, top[None, :], row, j[:, None], start, seq.index, terms, EDGE, LOWER)
     keep = p > 0
     dropped = p
     if terms.dropout is not None:
@@ -246,17 +246,19 @@ def row_lse(pointers, used, EDGE: tl.constexpr):
 
 @triton.jit
 def probabilities(s, lse, row, j, start, b, terms, EDGE: tl.constexpr, LOWER: tl.constexpr):
-    """Return P for a tile of products, and the derivative of the softcap."""
+    """Return P for a tile of products, and the first and second derivatives of the softcap."""
     PLAIN: tl.constexpr = (
         terms.scalars.softcap is None and terms.bias is None and terms.heads.slopes is None and terms.mask is None
     )
-    slope = 1.0
+    slope, curvature = 1.0, 0.0
     if PLAIN and not EDGE:
         x = s * (terms.scalars.scale * LOG2E)
     else:
         t, slope = capped(s, terms.scalars)
+        if terms.scalars.softcap is not None:
+            curvature = t * slope * (-2.0 / (terms.scalars.softcap * terms.scalars.softcap))
         x = scores(t, row, j, start, b, terms.bias, terms.mask, terms.heads, EDGE, LOWER)
-    return tl.exp2(x - lse), slope
+    return tl.exp2(x - lse), slope, curvature
 
 
 @triton.jit
@@ -384,7 +386,7 @@ def tile_gradient(
     if D1 > 0:
         k1 = load(k_rows, keys, EDGE, D0, D1, HEAD_DIM)
         s = dot(own.q1, tl.trans(k1), s, PRECISION)
-    p, slope = probabilities(s, own.lse, own.row, j[None, :], start, seq.index, terms, EDGE, LOWER)
+    p, slope, _curvature = probabilities(s, own.lse, own.row, j[None, :], start, seq.index, terms, EDGE, LOWER)
     dp = dot(own.do0, tl.trans(load(v_rows, keys, EDGE, 0, E0, HEAD_DIM_V)), zero, PRECISION)
     if E1 > 0:
         dp = dot(own.do1, tl.trans(load(v_rows, keys, EDGE, E0, E1, HEAD_DIM_V)), dp, PRECISION)

@@ -41,24 +41,16 @@ def attention_backward_dbias(
     E1: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr, TOP_LEFT: tl.constexpr, LOWER: tl.constexpr,
     HOLES: tl.constexpr, PRECISION: tl.constexpr, ADD_ROWS: tl.constexpr, ADD_KEYS: tl.constexpr,
 ):  # fmt: skip
-    program, part = tl.program_id(0), tl.program_id(1)
-    own_key, own_row = program % reduction.keys, program // reduction.keys % reduction.rows
-    own_head = program // (reduction.keys * reduction.rows) % reduction.heads
-    own_batch = program // (reduction.keys * reduction.rows * reduction.heads)
     terms = Terms(bias, mask, heads, sizes, scalars, dropout)
     total = tl.zeros([TILE_Q, TILE_K], tl.float32)
     count = reduction.add_batch * reduction.add_heads * reduction.add_rows * reduction.add_keys
     share = tl.cdiv(count, reduction.parts)
+    part = tl.program_id(1)
     for n in range(part * share, tl.minimum(part * share + share, count)):
-        start = (own_key + n % reduction.add_keys) * TILE_K
-        start_q = (own_row + n // reduction.add_keys % reduction.add_rows) * TILE_Q
-        head = own_head + n // (reduction.add_keys * reduction.add_rows) % reduction.add_heads
-        b = own_batch + n // (reduction.add_keys * reduction.add_rows * reduction.add_heads)
+        start, start_q, head, b = reduction_term(n, reduction, TILE_Q, TILE_K)
         seq = sequence(b, b * 0, sizes.seqlen_q, tables, sizes, TOP_LEFT)
-        last = tl.minimum(start_q + TILE_Q, seq.n_q) - 1
-        low, _high = bounds(start_q, seq, interval)
-        _low, high = bounds(last, seq, interval)
-        if (start_q <= last) & (start < high) & (start + TILE_K > low):
+        hit, low, high = overlaps(start, start_q, seq, interval, TILE_Q, TILE_K)
+        if hit:
             own = load_query_tile(
                 start_q, q, dout, lse, delta, head, seq, sizes, interval, HEAD_DIM, HEAD_DIM_V, D0, D1, E0, E1, TILE_Q
             )
@@ -67,6 +59,44 @@ def attention_backward_dbias(
                 HEAD_DIM, HEAD_DIM_V, D0, D1, E0, E1, TILE_K, True, LOWER, HOLES, PRECISION,
             )  # fmt: skip
             total += ds
+    store_total(total, dbias, sizes, reduction, TILE_Q, TILE_K, ADD_ROWS, ADD_KEYS)
+
+
+@triton.jit
+def own_tile(reduction):
+    """Return the tile of dbias that the program owns: (batch entry, head, tile of queries, tile of keys)."""
+    program = tl.program_id(0)
+    key, row = program % reduction.keys, program // reduction.keys % reduction.rows
+    head = program // (reduction.keys * reduction.rows) % reduction.heads
+    return program // (reduction.keys * reduction.rows * reduction.heads), head, row, key
+
+
+@triton.jit
+def reduction_term(n, reduction, TILE_Q: tl.constexpr, TILE_K: tl.constexpr):
+    """Return the n-th tile of scores that the program adds: (first key, first query, head, batch entry)."""
+    own_batch, own_head, own_row, own_key = own_tile(reduction)
+    start = (own_key + n % reduction.add_keys) * TILE_K
+    start_q = (own_row + n // reduction.add_keys % reduction.add_rows) * TILE_Q
+    head = own_head + n // (reduction.add_keys * reduction.add_rows) % reduction.add_heads
+    return start, start_q, head, own_batch + n // (reduction.add_keys * reduction.add_rows * reduction.add_heads)
+
+
+@triton.jit
+def overlaps(start, start_q, seq, interval, TILE_Q: tl.constexpr, TILE_K: tl.constexpr):
+    """Return (whether a query of the tile attends to a key of the tile, first and one-past-last visible key)."""
+    last = tl.minimum(start_q + TILE_Q, seq.n_q) - 1
+    low, _high = bounds(start_q, seq, interval)
+    _low, high = bounds(last, seq, interval)
+    return (start_q <= last) & (start < high) & (start + TILE_K > low), low, high
+
+
+@triton.jit
+def store_total(
+    total, dbias, sizes, reduction, TILE_Q: tl.constexpr, TILE_K: tl.constexpr, ADD_ROWS: tl.constexpr,
+    ADD_KEYS: tl.constexpr,
+):  # fmt: skip
+    """Write the program's part of dbias, after the sum over its rows and keys where the bias is broadcast."""
+    own_batch, own_head, own_row, own_key = own_tile(reduction)
     i, j = own_row * TILE_Q + tl.arange(0, TILE_Q), own_key * TILE_K + tl.arange(0, TILE_K)
     keep = (i < sizes.seqlen_q)[:, None] & (j < sizes.seqlen_k)[None, :]
     i, j = i[:, None].to(tl.int64), j[None, :].to(tl.int64)
@@ -77,7 +107,7 @@ def attention_backward_dbias(
         total, j = tl.sum(total, 1, keep_dims=True), tl.zeros([1, 1], tl.int64)
         keep = i < (1 if ADD_ROWS else sizes.seqlen_q)
     place = dbias.pointer + own_batch.to(tl.int64) * dbias.batch + own_head.to(tl.int64) * dbias.head
-    place += part.to(tl.int64) * reduction.elements + i * dbias.row + j * dbias.key
+    place += tl.program_id(1).to(tl.int64) * reduction.elements + i * dbias.row + j * dbias.key
     tl.store(place, narrow(total, dbias.pointer.dtype.element_ty), mask=keep)
 
 

@@ -9,6 +9,8 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from ...definition.passes import FORWARD, SECOND, Pass
+
 INTERPRETER = "interpreter"
 DEVICES = ("cuda", "xpu")  # torch's names; AMD's GPUs are "cuda" too
 DISTRIBUTIONS = ("triton", "pytorch-triton-rocm", "triton-rocm", "pytorch-triton-xpu", "triton-xpu", "triton-windows")
@@ -18,6 +20,13 @@ LARGEST_HEAD_DIM = 512
 LARGEST_WITH_GRADIENTS = {
     ("sm_70", "float32"): 256, ("sm_75", "float32"): 128, ("sm_75", "float16"): 256, ("sm_75", "bfloat16"): 256,
 }  # fmt: skip
+# ... with second derivatives, which hold tiles of seven arrays
+_SMALL, _LARGE = ("sm_70", "sm_75", "sm_86", "sm_89", "sm_120"), ("sm_80", "sm_90", "sm_100")
+LARGEST_WITH_SECOND = {
+    **{(arch, dtype): 256 for arch in _SMALL for dtype in ("float16", "bfloat16")},
+    **{(arch, "float32"): 128 for arch in _SMALL},
+    **{(arch, "float32"): 256 for arch in _LARGE},
+}
 NEWEST_FOR_GFX103 = (3, 6)
 
 
@@ -49,9 +58,12 @@ def refusal(arch: str) -> str | None:
     return None
 
 
-def largest_head_dim(arch: str, dtype: str, *, backward: bool) -> int:
+def largest_head_dim(arch: str, dtype: str, pass_: Pass) -> int:
     """Return the largest supported head_dim and head_dim_v."""
-    return LARGEST_WITH_GRADIENTS.get((arch, dtype), LARGEST_HEAD_DIM) if backward else LARGEST_HEAD_DIM
+    if pass_ is FORWARD:
+        return LARGEST_HEAD_DIM
+    table = LARGEST_WITH_SECOND if pass_ is SECOND else LARGEST_WITH_GRADIENTS
+    return table.get((arch, dtype), LARGEST_HEAD_DIM)
 
 
 def cards() -> list[tuple[str, str, str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...definition.passes import APPEND, BACKWARD, FORWARD
+from ...definition.passes import APPEND, BACKWARD, FORWARD, TANGENT
 from ...definition.problem import Problem
 from ..base import Call
 from .arguments import precision
@@ -53,6 +53,10 @@ def build(problem: Problem) -> tuple[list[Kernel], int]:
         from .append import append_kernels
 
         return append_kernels(problem), 0
-    from .plan_backward import backward_kernels
+    if problem.pass_ is BACKWARD:
+        from .plan_backward import backward_kernels
 
-    return backward_kernels(problem)
+        return backward_kernels(problem)
+    from .plan_derivatives import second_kernels, tangent_kernels
+
+    return tangent_kernels(problem) if problem.pass_ is TANGENT else second_kernels(problem)

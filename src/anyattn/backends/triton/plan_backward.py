@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ...definition.problem import Array, Problem, contiguous
 from . import tuning
@@ -28,7 +28,9 @@ def backward_kernels(problem: Problem) -> tuple[list[Kernel], int]:
     used = BYTES * max(math.prod(problem.lse_shape), 1)
     if problem.bias is not None:
         reduction = plan_bias(problem, problem.bias, tuning.bias(gpu.arch, problem.dtype, width), gpu)
-        kernels += bias_kernels(problem, problem.bias, reduction, used)
+        kernels += bias_kernels(
+            problem, problem.bias, reduction, used, Biases(attention_backward_dbias, inputs(problem))
+        )
         used += reduction.bytes
     if problem.sink is not None:
         kernels.append(sink_kernel(problem))
@@ -94,6 +96,13 @@ def dq_kernel(problem: Problem, config: Config) -> Kernel:
     return Kernel(attention_backward_dq, Template(arguments, constants), (programs, 1), options(config))
 
 
+class Biases(NamedTuple):
+    """Kernel that computes dbias, and its first arguments."""
+
+    function: Any
+    arrays: tuple[Any, ...]
+
+
 class BiasPlan(NamedTuple):
     """Division of dbias:
 
@@ -122,7 +131,7 @@ def plan_bias(problem: Problem, bias: Array, config: Config, gpu: Device) -> Bia
     return BiasPlan(config, own, add, parts, math.prod(bias.shape))
 
 
-def bias_kernels(problem: Problem, bias: Array, reduction: BiasPlan, used: int) -> list[Kernel]:
+def bias_kernels(problem: Problem, bias: Array, reduction: BiasPlan, used: int, biases: Biases) -> list[Kernel]:
     """Return the kernels of dbias. used: bytes of workspace before the parts."""
     dtype = problem.compute_dtype if problem.partial else bias.dtype
     result, config = Address("dbias", dtype), reduction.config
@@ -136,8 +145,8 @@ def bias_kernels(problem: Problem, bias: Array, reduction: BiasPlan, used: int) 
     constants = {**dims(problem), "TILE_Q": config.tile_q, "TILE_K": config.tile_k}
     constants |= {name: flags(problem)[name] for name in ("TOP_LEFT", "LOWER", "HOLES", "PRECISION")}
     constants |= {"ADD_ROWS": bias.shape[2] == 1, "ADD_KEYS": bias.shape[3] == 1}
-    template = Template((*inputs(problem), target, *common(problem), counts), constants)
-    kernels = [Kernel(attention_backward_dbias, template, (math.prod(reduction.own), reduction.parts), options(config))]
+    template = Template((*biases.arrays, target, *common(problem), counts), constants)
+    kernels = [Kernel(biases.function, template, (math.prod(reduction.own), reduction.parts), options(config))]
     if reduction.parts > 1:
         template = Template(
             (parts, result, i32(reduction.parts), i64(reduction.elements)), {"TILE": tuning.SUM_ELEMENTS}

@@ -211,6 +211,44 @@ def _backward(arch: str, dtype: str, width: int) -> tuple[Config, Config]:
     return _row(BACKWARD_FLOAT32 if dtype == "float32" else BACKWARD, arch, width)
 
 
+# Tangents, and second derivatives (all their kernels), whose programs read twice as many arrays as gradients. Tiles are
+# small, so that registers suffice.
+TANGENT: Table[Config] = {
+    "sm_7": ((64, Config(32, 16, 4, 1)), (512, Config(16, 16, 4, 1))),
+    "sm_9": ((64, Config(64, 64, 4, 1)), (128, Config(64, 32, 4, 1)), (512, Config(16, 16, 8, 1))),
+    "sm_10": ((64, Config(64, 32, 4, 1)), (128, Config(64, 32, 8, 1)), (512, Config(16, 16, 8, 1))),
+    "sm_": ((64, Config(64, 32, 4, 1)), (128, Config(32, 32, 8, 1)), (512, Config(16, 16, 8, 1))),
+    "gfx9": ((64, Config(64, 64, 4, 1)), (128, Config(64, 32, 4, 1)), (512, Config(16, 16, 8, 1))),
+    "": ((64, Config(32, 16, 4, 1)), (512, Config(16, 16, 4, 1))),
+}
+SECOND: Table[Config] = {
+    "sm_7": ((512, Config(16, 16, 4, 1)),),
+    "sm_": ((64, Config(32, 32, 4, 1)), (128, Config(32, 32, 8, 1)), (512, Config(16, 16, 8, 1))),
+    "gfx9": ((64, Config(32, 32, 4, 1)), (128, Config(16, 16, 4, 1)), (512, Config(16, 16, 8, 1))),
+    "": ((512, Config(16, 16, 4, 1)),),
+}
+DERIVATIVES_FLOAT32: Table[Config] = {
+    "sm_7": ((512, Config(16, 16, 4, 1)),),
+    "": ((64, Config(16, 32, 8, 1)), (512, Config(16, 16, 8, 1))),
+}
+
+
+def tangent(arch: str, dtype: str, width: int) -> Config:
+    """Return the configuration of tangents, whose program owns tile_q queries."""
+    return _derivative(TANGENT, arch, dtype, width)
+
+
+def second(arch: str, dtype: str, width: int) -> Config:
+    """Return the configuration of second derivatives, whose programs own tile_k keys or tile_q queries."""
+    return _derivative(SECOND, arch, dtype, width)
+
+
+def _derivative(table: Table[Config], arch: str, dtype: str, width: int) -> Config:
+    if arch == INTERPRETER:
+        return Config(64, 64)
+    return _row(DERIVATIVES_FLOAT32 if dtype == "float32" else table, arch, width)
+
+
 def bias(arch: str, dtype: str, width: int) -> Config:
     """Return the configuration of dbias, whose program owns a tile of scores."""
     _, dq = backward(arch, dtype, width)
