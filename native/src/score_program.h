@@ -18,11 +18,11 @@ enum ScoreOperation : int32_t {
     kScoreOperations
 };
 
-// How often instructions run: once for a tile; for the queries of its panel; for its keys; once for pairs, to make
-// registers of pairs from those before; and for some keys of the tile at a time.
+// When instructions run: once for a tile; for the queries of its panel; for its keys; once for pairs, to make registers of
+// pairs from earlier registers; and for some keys of the tile at a time.
 enum ScoreStage { kOnce, kOfLanes, kOfKeys, kSetup, kOfPairs, kScoreStages };
 
-// What sections compute: score and mask; the same and the derivative by the score; the gradients of captured arrays.
+// Results of the sections: score and mask; these and the derivative by the score; the gradients of captured arrays.
 enum ScoreUse { kScoreForward, kScoreBackward, kScoreCapture, kScoreSections };
 
 struct ScoreHeader {
@@ -78,7 +78,7 @@ inline bool has_mask_function(const anyattn_call &call) {
     return call.score_program && score_section(call, kScoreForward).mask >= 0;
 }
 
-// Whether the backward pass adds up gradients of captured arrays.
+// Returns whether the backward pass sums gradients of captured arrays.
 inline bool has_captured_gradients(const anyattn_call &call) { return call.score_program && call.dcaptured.data; }
 
 }  // namespace

@@ -109,6 +109,24 @@ def test_functions_combine_with_every_other_argument(engine: Engine) -> None:
     check(arguments, dout, engine)
 
 
+@every_backend(only=("cpu",))
+def test_gradients_of_captured_arrays_do_not_depend_on_threads(engine: Engine) -> None:
+    entry = gallery()["mixed"]
+    q, k, v, dout = (x.repeat(1, 4, 1, 1) for x in arrays(torch.float32))  # enough work for several threads
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            engine.use(threads)
+            functions = {"score_mod": entry.score_mod, "mask_mod": entry.mask_mod, "backend": "cpu"}
+            out, lse = anyattn.attention_forward(q, k, v, **functions)  # type: ignore[arg-type]
+            grads = anyattn.attention_backward(dout, q, k, v, out, lse, **functions)  # type: ignore[arg-type]
+            results.append((grads.dcaptured, grads.dq, grads.dk))
+    finally:
+        engine.use()
+    for other in results[1:]:
+        assert all(torch.equal(got, want) for got, want in zip(other, results[0], strict=True))
+
+
 def check(arguments: dict[str, Any], dout: torch.Tensor, engine: Engine) -> None:
     """Compare both passes with the reference, within the budgets of `accuracy`."""
     problem, given = testing.describe(arguments)

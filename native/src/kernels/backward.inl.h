@@ -82,11 +82,8 @@ Range fill_gradients(const Block<M> &block, const BackwardRows<M> &of_block, con
     using C = typename M::C;
     using V = typename M::V;
     const anyattn_call &call = block.call;
-    const int64_t first = block.panel_begin(p, j0, M::key_step);
-    const int64_t keys_in_sight = max64(0, block.panel_end(p, j1) - first);
-    const MaskUse use = mask_use(block, p, first, keys_in_sight);
-    const int64_t n = use == kSeesNone ? 0 : keys_in_sight;
-    const Range range{n > 0 ? first - j0 : 0, n};
+    const auto [first, n, use] = visible_keys(block, p, j0, j1, M::key_step);
+    const Range range{first - j0, n};
     Out::clear(gradients, 0, range.first);
     Out::clear(gradients, range.first + round_up(n, 2), j1 - j0);
     if (n == 0) return range;

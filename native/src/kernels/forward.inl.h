@@ -148,10 +148,8 @@ void attend(const Block<M> &block, const ForwardState<M> &state, const ForwardSc
                                  state.m, state.l, w.alpha, w.k_scale, w.v_scale};
     for (int p = 0; p < block.panels; ++p) {
         for (int64_t j = j0; j < j1; j += M::score_keys) {
-            const int64_t first = block.panel_begin(p, j, M::key_step);
-            const int64_t n = block.panel_end(p, min64(j + M::score_keys, j1)) - first;
-            const MaskUse use = n > 0 ? mask_use(block, p, first, n) : kSeesNone;
-            if (use == kSeesNone) continue;
+            const auto [first, n, use] = visible_keys(block, p, j, min64(j + M::score_keys, j1), M::key_step);
+            if (n == 0) continue;
             softmax.add_keys(block, p, keys, j0, first, n, use, state.q + p * state.q_size(call), next);
             M::accumulate(values, first - j0, n, call.head_dim_v, w.P, block.panel_rows(p),
                           state.out + p * state.out_size(call), w.alpha + p * M::panel, next);

@@ -122,11 +122,29 @@ ANYATTN_INLINE F64 logarithm(F64 x) {
     return each(x, [](double a) { return __builtin_log(a); });
 }
 
-// Cephes: x = j pi/2 + f, |f| <= pi/4. In double, because j pi/2 must be exact to the last digit of a float; beyond 10^5
-// the library computes it.
+// The sine or the cosine. Cephes: x = j pi/2 + f, |f| <= pi/4; f in double, because the difference cancels.
 template <bool cosine>
 ANYATTN_INLINE F32 wave(F32 x) {
-    return each(x, [](float a) { return cosine ? __builtin_cosf(a) : __builtin_sinf(a); });
+    typedef double Wide __attribute__((vector_size(2 * kVectorBytes)));
+    if (any_exceeds(magnitude(x), splat(1e5f))) {
+        return each(x, [](float a) { return cosine ? __builtin_cosf(a) : __builtin_sinf(a); });
+    }
+    const Wide wide = __builtin_convertvector(x, Wide), magic = Wide{} + 6755399441055744.0;
+    const Wide j = (wide * (Wide{} + 0.63661977236758134308) + magic) - magic;
+    const Wide rest = (wide - j * (Wide{} + 1.57079632679489655800)) - j * (Wide{} + 6.1232339957367660359e-17);
+    const F32 f = __builtin_convertvector(rest, F32), z = f * f;
+    const I32 quarter = __builtin_convertvector(j, I32) + splat(INT32_C(1)) * (cosine ? 1 : 0);
+    F32 p = splat(-1.9515295891e-4f);
+    p = p * z + splat(8.3321608736e-3f);
+    p = p * z + splat(-1.6666654611e-1f);
+    const F32 sine = p * z * f + f;
+    F32 q = splat(2.443315711809948e-5f);
+    q = q * z + splat(-1.388731625493765e-3f);
+    q = q * z + splat(4.166664568298827e-2f);
+    const F32 other = q * z * z - splat(0.5f) * z + splat(1.0f);
+    const I32 one = splat(INT32_C(1)), two = splat(INT32_C(2));
+    const F32 size = (quarter & one) == one ? other : sine;
+    return (quarter & two) == two ? -size : size;
 }
 
 template <bool cosine>

@@ -11,7 +11,7 @@ namespace {
 // Elements of a register: pairs of a panel and some keys, the lanes of a panel, or the keys of a tile.
 constexpr int64_t kScoreElements = 512;
 
-// What programs read of a tile.
+// Values of a tile that programs read.
 template <class C>
 struct ScoreInputs {
     const anyattn_call &call;
@@ -49,7 +49,7 @@ struct ElementIndex {
         const I low = index < none ? none : index;
         at = low > last ? last : low;
     }
-    // Whether lane x has index at[0] + x.
+    // Returns whether lane x has index at[0] + x.
     bool consecutive() const {
         I expected{};
         for (int x = 0; x < lanes<C>; ++x) expected[x] = x;

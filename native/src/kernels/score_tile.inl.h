@@ -6,7 +6,7 @@
 namespace anyattn {
 namespace {
 
-// What the block mask of a mask function says of a tile.
+// Returns what the block mask of a mask function does to a tile.
 template <class C, int P>
 MaskUse function_use(const ScoreBlock<C, P> &block, int p, int64_t j, int64_t n) {
     const anyattn_call &call = block.call;
@@ -28,7 +28,7 @@ MaskUse function_use(const ScoreBlock<C, P> &block, int p, int64_t j, int64_t n)
     return all ? kSeesAll : some ? kSeesSome : kSeesNone;
 }
 
-// What all masks do to a tile, n > 0.
+// Returns what all masks do to a tile, n > 0.
 template <class C, int P>
 ANYATTN_INLINE MaskUse mask_use(const ScoreBlock<C, P> &block, int p, int64_t j, int64_t n) {
     const MaskUse by_function = function_use(block, p, j, n);
@@ -37,7 +37,36 @@ ANYATTN_INLINE MaskUse mask_use(const ScoreBlock<C, P> &block, int p, int64_t j,
     return use == kSeesAll ? by_function : use;
 }
 
-// Whether a block mask says that no row of the block sees a key of [j0, j1).
+// Keys of a tile that some row of a panel attends to, and what masks do to them. n is 0 without such keys.
+struct VisibleKeys {
+    int64_t first, n;
+    MaskUse use;
+};
+
+// Returns the visible keys among [j0, j1), without those that the block mask excludes at both ends. `first` is j0 plus a
+// multiple of `step`.
+template <class C, int P>
+ANYATTN_NOINLINE VisibleKeys visible_keys(const ScoreBlock<C, P> &block, int p, int64_t j0, int64_t j1, int64_t step) {
+    int64_t first = block.panel_begin(p, j0, step), end = block.panel_end(p, j1);
+    if (block.call.mask_blocks.data && !block.slots) {
+        const int64_t size = block.call.mask_block_k;
+        const auto excluded = [&](int64_t a, int64_t b) { return function_use(block, p, a, b - a) == kSeesNone; };
+        for (int64_t next = 0; first < end; first = next) {
+            next = min64(end, (first / size + 1) * size);
+            if (!excluded(first, next)) break;
+        }
+        for (int64_t last = 0; first < end; end = last) {
+            last = max64(first, (end - 1) / size * size);
+            if (!excluded(last, end)) break;
+        }
+        first = j0 + (first - j0) / step * step;
+    }
+    if (first >= end) return {j0, 0, kSeesNone};
+    const MaskUse use = mask_use(block, p, first, end - first);
+    return {first, use == kSeesNone ? 0 : end - first, use};
+}
+
+// Returns whether the block mask excludes all keys of [j0, j1) for every row of a block.
 template <class C, int P>
 bool hidden_by_function(const ScoreBlock<C, P> &block, int64_t j0, int64_t j1) {
     if (!block.call.mask_blocks.data) return false;
@@ -47,7 +76,7 @@ bool hidden_by_function(const ScoreBlock<C, P> &block, int64_t j0, int64_t j1) {
     return true;
 }
 
-// Whether none of `count` blocks sees a key of [j0, j1).
+// Returns whether the block mask excludes all keys of [j0, j1) for `count` blocks.
 template <class M>
 bool all_hidden(const Block<M> *blocks, int64_t count, int64_t j0, int64_t j1) {
     for (int64_t i = 0; i < count; ++i) {
@@ -56,7 +85,7 @@ bool all_hidden(const Block<M> *blocks, int64_t count, int64_t j0, int64_t j1) {
     return true;
 }
 
-// Whether tiles have terms or masks to add, see fill_added.
+// Returns whether tiles have terms or masks to add, see fill_added.
 inline bool has_added(const anyattn_call &call) { return call.bias.data || call.mask.data || has_mask_function(call); }
 
 template <class C>
@@ -144,7 +173,7 @@ ANYATTN_NOINLINE void function_pass(const ScoreBlock<C, P> &block, int p, int64_
     });
 }
 
-// Scores before score_mod, in place of products.
+// Replaces products by the scores that score_mod gets.
 template <class C, int P>
 ANYATTN_NOINLINE void cap_pass(const Capped<C> &first, int64_t n, C *S) {
     using V = typename Lanes<C>::V;
@@ -243,22 +272,32 @@ ANYATTN_NOINLINE void capture_pass(const ScoreBlock<C, P> &block, int p, int64_t
     using I = typename Lanes<C>::I;
     const int64_t vectors = block.panel_vectors(p);  // dS has no others
     TileProgram<C, P> program(block, kScoreCapture, p, j, n, registers);
-    const ScoreSection &section = program.section;
-    for (int32_t i = 0; i < section.terms; ++i) {
-        const ScoreTerm &term = section.term()[i];
-        const ScoreArray &array = score_arrays(block.call)[term.array];
-        double *sums = captured + array.offset;
-        V of_lanes[P / lanes<C>] = {};
+    constexpr int32_t at_once = 4;  // terms
+    const int32_t terms = program.section.terms;
+    for (int32_t begin = 0; begin < terms; begin += at_once) {
+        const int32_t end = begin + at_once < terms ? begin + at_once : terms;
+        V of_lanes[at_once][P / lanes<C>] = {};
+        const auto for_terms = [&](const auto &body) {
+            for (int32_t i = begin; i < end; ++i) {
+                const ScoreTerm &term = program.section.term()[i];
+                const ScoreArray &array = score_arrays(block.call)[term.array];
+                body(term, array, captured + array.offset, of_lanes[i - begin]);
+            }
+        };
         program.for_pairs(t, [&](int64_t r, int64_t count) {
-            const C *adjoint = term.adjoint < 0 ? nullptr : program.pairs(term.adjoint, t, r);
-            add_terms<C, P>(term, array, program.machine[term.index], ds + r * P, adjoint, r, count, vectors, sums,
-                            of_lanes);
+            for_terms([&](const ScoreTerm &term, const ScoreArray &array, double *sums, V *lane_sums) {
+                const C *adjoint = term.adjoint < 0 ? nullptr : program.pairs(term.adjoint, t, r);
+                const C *index = program.machine[term.index];
+                add_terms<C, P>(term, array, index, ds + r * P, adjoint, r, count, vectors, sums, lane_sums);
+            });
         });
-        if (term.stage != kOnce && term.stage != kOfLanes) continue;
-        for (int64_t c = 0; c < vectors; ++c) {
-            const C *index = program.machine[term.index] + (term.stage == kOnce ? 0 : c * lanes<C>);
-            scatter<C>(sums, ElementIndex<C>(load<I>(index), array.size), of_lanes[c]);
-        }
+        for_terms([&](const ScoreTerm &term, const ScoreArray &array, double *sums, const V *lane_sums) {
+            if (term.stage != kOnce && term.stage != kOfLanes) return;
+            for (int64_t c = 0; c < vectors; ++c) {
+                const C *index = program.machine[term.index] + (term.stage == kOnce ? 0 : c * lanes<C>);
+                scatter<C>(sums, ElementIndex<C>(load<I>(index), array.size), lane_sums[c]);
+            }
+        });
     }
 }
 

@@ -135,9 +135,8 @@ ANYATTN_NOINLINE void sum_rows(const Block<M> &block, const QueryRows<M> &of_blo
         const int64_t j1 = min64(j0 + M::score_keys, block.end);
         const auto keys = M::load_keys(k, j0, j1 - j0, call.head_dim, kSumDim, w.k);
         for (int p = 0; p < block.panels; ++p) {
-            const int64_t first = block.panel_begin(p, j0, M::key_step), n = block.panel_end(p, j1) - first;
-            const MaskUse use = n > 0 ? mask_use(block, p, first, n) : kSeesNone;
-            if (use == kSeesNone) continue;
+            const auto [first, n, use] = visible_keys(block, p, j0, j1, M::key_step);
+            if (n == 0) continue;
             softmax.add_keys(block, p, keys, j0, first, n, use, of_block.q + p * of_block.q_size, none);
         }
     }
