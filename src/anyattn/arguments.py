@@ -117,14 +117,31 @@ def make_options(
     )  # fmt: skip
 
 
-def with_functions(q: Any, score_mod: Any, mask_mod: Any, options: Options, extras: Extras) -> tuple[Options, Extras]:
-    """Return the options and extras of a call with score_mod and mask_mod."""
-    packed = framework_of(q).trace(score_mod, mask_mod, q)
+def with_functions(
+    q: Any, score_mod: Any, mask_mod: Any, options: Options, extras: Extras, *, simplify: bool = True
+) -> tuple[Options, Extras]:
+    """Return the options and extras of a call with score_mod and mask_mod.
+
+    simplify: causal masks, windows, chunks and ALiBi become built-in arguments, unless the call has such arguments.
+    """
+    packed, simple = framework_of(q).trace(score_mod, mask_mod, q)
     arrays = {"captured": packed.captured, "captured_indices": packed.captured_indices}
-    if any(x is not None for x in arrays.values()):
+    changes: dict[str, Any] = {"score": packed.score}
+    if simple is not None and simplify and _has_no_positions(options, extras):
+        changes = {"score": simple.score, "left": simple.left, "right": simple.right, "chunk": simple.chunk}
+        changes["alignment"] = "top-left"
+        arrays = {**(arrays if simple.score else {}), "alibi_slopes": simple.slopes}
+    arrays = {name: x for name, x in arrays.items() if x is not None}
+    if arrays:
         extras = replace_extras(extras, **arrays)
     given: dict[str, Any] = dict(zip(Options._fields, options, strict=True))
-    return Options(**{**given, "score": packed.score}), extras
+    return Options(**{**given, **changes}), extras
+
+
+def _has_no_positions(options: Options, extras: Extras) -> bool:
+    """Return whether nothing in a call depends on the positions of queries and keys."""
+    without_interval = options.left is None and options.right is None and options.chunk == 0
+    return without_interval and extras.alibi_slopes is None and extras.offset is None and extras.leftpad_k is None
 
 
 def check_parts(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> None:
@@ -184,7 +201,8 @@ def make_request(
 ) -> Request:
     """Return the request for the interval (left, right). Other keywords are fields of Extras and Options."""
     if score_mod is not None or mask_mod is not None:
-        arguments |= framework_of(q).trace(score_mod, mask_mod, q)._asdict()
+        packed, _ = framework_of(q).trace(score_mod, mask_mod, q)
+        arguments |= packed._asdict()
     cu_seqlens_k, seqused_k = arguments.get("cu_seqlens_k"), arguments.get("seqused_k")
     cu_seqlens_k, seqused_k = paged_lengths(arguments.get("block_table"), cu_seqlens_k, seqused_k)
     given = {**arguments, "cu_seqlens_k": cu_seqlens_k, "seqused_k": seqused_k}

@@ -133,7 +133,7 @@ def attention_with_kvcache(
         k_scale=k_scale, v_scale=v_scale,
     )  # fmt: skip
     if score_mod is not None or mask_mod is not None:
-        options, extras = with_functions(q, score_mod, mask_mod, options, extras)
+        options, extras = with_functions(q, score_mod, mask_mod, options, extras, simplify=False)
     framework = framework_of(q)
     arrays = Appended(
         q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, block_table, k_scale, v_scale

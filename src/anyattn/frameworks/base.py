@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ..definition.inputs import Appended, Gradients, Inputs, Saved, SecondGradients, Tangents
 from ..definition.options import Options, Rotation
-from .score_functions import Packed
+from .score_functions import Packed, Simplified
 from .scores import Stage
 
 if TYPE_CHECKING:
@@ -94,8 +94,8 @@ class Framework(Protocol):
         `inputs.v` is not read. The stage "weights" needs lse. queries: None (all), a slice, or indices.
         """
 
-    def trace(self, score_mod: Any, mask_mod: Any, q: Any) -> Packed:
-        """Return the graph of score_mod and mask_mod as text, and the arrays that they read."""
+    def trace(self, score_mod: Any, mask_mod: Any, q: Any) -> tuple[Packed, Simplified | None]:
+        """Return the graph of score_mod and mask_mod as text with its arrays, and the simplified functions or None."""
 
     def merge(self, out_a: Any, lse_a: Any, out_b: Any, lse_b: Any) -> tuple[Any, Any]:
         """Return (out, lse) over the union of two disjoint sets of keys."""

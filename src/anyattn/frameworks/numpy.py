@@ -36,7 +36,7 @@ from ..definition.options import Options, Rotation
 from ..definition.problem import Array
 from ..runtime import dispatch, execute
 from . import scores as formulas
-from .score_functions import Packed, trace_numpy
+from .score_functions import Packed, Simplified, trace_numpy
 
 logger = logging.getLogger("anyattn")
 
@@ -196,7 +196,7 @@ def cache_lengths(lengths: Any, batch: int) -> npt.NDArray[np.int32] | None:
     return table("cache_seqlens", lengths)
 
 
-def trace(score_mod: Any, mask_mod: Any, q: NDArray) -> Packed:
+def trace(score_mod: Any, mask_mod: Any, q: NDArray) -> tuple[Packed, Simplified | None]:
     return trace_numpy(score_mod, mask_mod, q)
 
 

@@ -26,7 +26,7 @@ from ...definition.passes import BACKWARD, FORWARD, PASSES, SECOND, TANGENT, Pas
 from ...definition.problem import Problem, described
 from ...definition.score.trace import trace as trace_functions
 from ...runtime import dispatch
-from ..score_functions import Packed, pack
+from ..score_functions import Packed, Simplified, pack
 from ..scores import Stage
 from . import arrays as conversion
 from . import batching, calls, derivatives, kvcache  # noqa: F401 (rules of the primitives, and for compat.jax)
@@ -186,7 +186,7 @@ def _along(tangents: Tangents) -> dict[str, Any]:
     return found
 
 
-def trace(score_mod: Any, mask_mod: Any, q: Any) -> Packed:
+def trace(score_mod: Any, mask_mod: Any, q: Any) -> tuple[Packed, Simplified | None]:
     """Return the text of the functions' graph and the arrays that they read, differentiable in these arrays."""
     known = DTYPES.get(conversion.check("q", q).dtype.name)
     compute = known.compute if known and known.compute else "float32"
@@ -197,7 +197,8 @@ def trace(score_mod: Any, mask_mod: Any, q: Any) -> Packed:
         return jnp.concatenate([conversion.integers("a captured array", x).reshape(-1) for x in arrays])
 
     try:
-        return pack(trace_functions(score_mod, mask_mod), join)
+        packed, _ = pack(trace_functions(score_mod, mask_mod), q.shape[-2], join)
+        return packed, None  # slopes may be differentiated by a transformation that is not known here
     except (IndexError, TypeError) as error:  # JAX's own errors do not name the remedy
         for sign, text in _REFUSED_BY_JAX.items():
             if sign in str(error):

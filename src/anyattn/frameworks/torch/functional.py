@@ -36,7 +36,7 @@ from ...definition.inputs import (
 from ...definition.kvcache import LABELS
 from ...definition.options import Options, Rotation
 from ...runtime import dispatch, execute
-from ..score_functions import Packed
+from ..score_functions import Packed, Simplified
 from ..scores import Stage
 from . import autograd, fastpath, kvcache, ops
 from . import scores as torch_scores
@@ -180,12 +180,12 @@ def scores(inputs: Inputs, options: Options, queries: Any, stage: Stage, lse: An
         return torch_scores.scores(prepared, options, queries, stage, lse)
 
 
-def trace(score_mod: Any, mask_mod: Any, q: Any) -> Packed:
+def trace(score_mod: Any, mask_mod: Any, q: Any) -> tuple[Packed, Simplified | None]:
     """Return the graph of score_mod and mask_mod as text, and the tensors that they read."""
     from . import score_functions
 
-    packed: Packed = score_functions.trace(score_mod, mask_mod, q)
-    return packed
+    found: tuple[Packed, Simplified | None] = score_functions.trace(score_mod, mask_mod, q)
+    return found
 
 
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from ...definition.score.symbol import Partial, Symbol, Trace
 from ...definition.score.trace import Traced
 from ...definition.score.trace import trace as trace_functions
-from ..score_functions import Packed, pack
+from ..score_functions import Packed, Simplified, pack
 from . import ops
 from .kinds import dense
 
@@ -40,7 +40,7 @@ def _is_traced(index: Any) -> bool:
 
 
 @torch.compiler.disable  # the functions are called with symbols, which Dynamo does not know
-def trace(score_mod: Any, mask_mod: Any, q: Any) -> Packed:
+def trace(score_mod: Any, mask_mod: Any, q: Any) -> tuple[Packed, Simplified | None]:
     """Return the text of the functions' graph and their tensors, differentiable in the captured tensors."""
     q = dense("q", q)
     found = traced(score_mod, mask_mod)
@@ -54,7 +54,7 @@ def trace(score_mod: Any, mask_mod: Any, q: Any) -> Packed:
             return torch.cat([x.to(ops.compute_dtype(q)).reshape(-1) for x in ready])
         return torch.cat([_integers(x).reshape(-1) for x in ready])
 
-    return pack(found, join)
+    return pack(found, q.shape[-2], join)
 
 
 def traced(score_mod: Any, mask_mod: Any) -> Traced:
