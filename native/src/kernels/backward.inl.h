@@ -317,6 +317,7 @@ void backward_blocks(const BackwardScratch<M> &w, int64_t count, const Partial &
         int64_t seen = 0;
         for (int64_t i = 0; i < count; ++i) {
             if (w.visits[i].begin >= j1 || w.visits[i].end <= j0) continue;
+            if (hidden_by_function(w.blocks[i], j0, j1)) continue;
             attend_backward<M>(w.blocks[i], w.states[i], w.tiles, keys, values, j0, j1, w.weighted + i, next);
             if (w.weighted[i].panels) w.seen[seen++] = w.weighted[i];
         }
