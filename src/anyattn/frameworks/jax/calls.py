@@ -64,7 +64,7 @@ def find(static: Static, arrays: Sequence[Any]) -> dispatch.Ready:
 def backends_of(pass_: str, options: Options | Rotation) -> tuple[str, ...]:
     """Return the backends of a call that names none.
 
-    The CPU engine computes. The NumPy backend computes derivatives that the engine does not, and score functions.
+    The CPU engine computes. The NumPy backend computes what the engine does not: some derivatives and score functions.
     """
     others = pass_ in (TANGENT.name, SECOND.name) or (isinstance(options, Options) and options.score)
     return ("cpu", "numpy") if others else ("cpu",)
@@ -98,7 +98,8 @@ def compute(static: Static, *arrays: Any) -> list[jax.Array]:
     """Compute the results of a pass."""
     ready = find(static, arrays)
     wanted = results(static, arrays)
-    if isinstance(ready.plan, CpuPlan):
+    # The struct of a score function has addresses in this process, which a compiled program must not keep.
+    if isinstance(ready.plan, CpuPlan) and not ready.problem.score:
         return _custom_call(static, ready.plan, wanted, arrays)
     types = [jax.ShapeDtypeStruct(one.shape, one.dtype) for one in wanted]
     found: list[jax.Array] = jax.pure_callback(lambda *xs: _on_host(static, wanted, xs), types, *arrays)
