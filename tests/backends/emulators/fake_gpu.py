@@ -242,7 +242,7 @@ def streams() -> Found:
 
 
 def training() -> Found:
-    return _run(aot.describe("cuda:0", "float16", 64, aot.BACKWARD, right=0, sink=True))
+    return _run(aot.describe("cuda:0", "float16", 64, aot.pass_named("backward"), right=0, sink=True))
 
 
 def decoding() -> Found:
