@@ -51,7 +51,7 @@ class Anyattn:
         workload, options = inputs.workload, _options(inputs, self.backend)
         arrays = inputs.pages if workload.page_size else {"k": inputs.k, "v": inputs.v, **inputs.scales}
         k, v = arrays["k"], arrays["v"]
-        options |= {name: arrays[name] for name in inputs.scales}
+        options |= {name: arrays[name] for name in inputs.scales}  # in pages like k and v
         options["block_table"] = inputs.block_table if workload.page_size else None
         options["cache_seqlens"] = torch.full((workload.batch,), workload.seqlen_k, dtype=torch.int32)
         return lambda: attention_with_kvcache(inputs.q, k, v, **options)
@@ -68,6 +68,7 @@ def _options(inputs: Inputs, backend: str | None) -> dict[str, Any]:
         "mask": inputs.mask,
         "alibi_slopes": inputs.alibi_slopes,
         "sink": inputs.sink,
+        **inputs.scales,
         "backend": backend,
     }
     return {name: value for name, value in given.items() if value is not None}
