@@ -139,7 +139,7 @@ int32_t check_scales(const anyattn_call &call, Role role) {
         {"k_scale", call.k_scale, role, bit(ANYATTN_FLOAT32), {k.batch, k.rows, call.nheads_kv, sequences}, -1},
         {"v_scale", call.v_scale, role, bit(ANYATTN_FLOAT32), {k.batch, k.rows, call.nheads_kv, sequences}, -1}};
     const bool quantised = is_quantised(call.k.dtype);
-    if (quantised && call.k.dtype != call.v.dtype) {
+    if ((quantised || is_quantised(call.v.dtype)) && call.k.dtype != call.v.dtype) {
         return refuse(call, ANYATTN_INVALID_DTYPE, "k has dtype %s and v %s; accepted: one dtype",
                       dtype_name(call.k.dtype), dtype_name(call.v.dtype));
     }
