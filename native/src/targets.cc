@@ -38,7 +38,7 @@ unsigned saved_state() {
 
 bool system_saves(unsigned state) { return all(saved_state(), state); }
 
-Vendor vendor() {
+Vendor read_vendor() {
     constexpr unsigned genu = 0x756e6547, auth = 0x68747541;  // GenuineIntel, AuthenticAMD
     const unsigned name = cpuid(0, 0).ebx;
     return name == genu ? Vendor::kIntel : name == auth ? Vendor::kAmd : Vendor::kOther;
@@ -92,9 +92,15 @@ Vendor vendor() {
 
 #else
 
-Vendor vendor() { return Vendor::kOther; }
+Vendor read_vendor() { return Vendor::kOther; }
 
 #endif
+
+// Read once, because the cpuid instruction takes microseconds in a virtual machine.
+Vendor vendor() {
+    static const Vendor known = read_vendor();
+    return known;
+}
 
 [[maybe_unused]] constexpr const char *missing_nothing() { return nullptr; }
 
