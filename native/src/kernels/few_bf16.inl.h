@@ -14,23 +14,32 @@ ANYATTN_INLINE F32 multiply_vectors(__m512i a, __m512i b, F32 acc) {
 template <int R>
 ANYATTN_NOINLINE void few_score_pairs(const char *const *keys, const Pair *Q, int64_t stride, int64_t dim, float *S,
                                       Ahead &ahead) {
-    constexpr int K = 16 / R;
+    constexpr int K = 16 / R, G = K == 2 ? 2 : R == 1 ? 8 : 4;  // several keys for each load of Q, see few_scores
     F32 acc[16];
     const int64_t whole = dim / 32 * 32;
     ANYATTN_UNROLL
-    for (int i = 0; i < K; ++i) {
-        ahead.fetch();
-        F32 sum[R] = {};
-        const auto add = [&](__m512i k, int64_t d) {
+    for (int i = 0; i < K; i += G) {
+        ahead.fetch(G);
+        F32 sum[G][R];
+        clear<float>(sum);
+        const auto add = [&](int64_t d, const auto &load_key) {
+            __m512i k[G];
+            ANYATTN_UNROLL
+            for (int g = 0; g < G; ++g) k[g] = load_key(keys[i + g] + 2 * d);
             ANYATTN_UNROLL
             for (int r = 0; r < R; ++r) {
-                sum[r] = multiply_vectors(k, _mm512_loadu_si512(Q + r * stride + d / 2), sum[r]);
+                const __m512i q = _mm512_loadu_si512(Q + r * stride + d / 2);
+                ANYATTN_UNROLL
+                for (int g = 0; g < G; ++g) sum[g][r] = multiply_vectors(k[g], q, sum[g][r]);
             }
         };
-        for (int64_t d = 0; d < whole; d += 32) add(_mm512_loadu_si512(keys[i] + 2 * d), d);
-        if (whole < dim) add(load_pairs(keys[i] + 2 * whole, dim - whole), whole);
+        for (int64_t d = 0; d < whole; d += 32) add(d, [](const char *at) { return _mm512_loadu_si512(at); });
+        if (whole < dim) add(whole, [&](const char *at) { return load_pairs(at, dim - whole); });
         ANYATTN_UNROLL
-        for (int r = 0; r < R; ++r) acc[i * R + r] = sum[r];
+        for (int g = 0; g < G; ++g) {
+            ANYATTN_UNROLL
+            for (int r = 0; r < R; ++r) acc[(i + g) * R + r] = sum[g][r];
+        }
     }
     store_sums<float, R>(S, acc);
 }
