@@ -200,5 +200,6 @@ def test_registered_backend_takes_its_place_in_the_order(monkeypatch: pytest.Mon
 def test_register_refuses_unknown_arguments() -> None:
     with pytest.raises(ValueError, match="after must be one of cpu, triton, vulkan, numpy, got 'cuda'"):
         dispatch.register("echo", Echo, after="cuda")
-    with pytest.raises(ValueError, match="added by register"):
-        dispatch.unregister("cpu")
+    for name in ("cpu", "unknown"):
+        with pytest.raises(ValueError, match="added by register"):
+            dispatch.unregister(name)

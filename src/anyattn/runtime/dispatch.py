@@ -92,7 +92,7 @@ def register(name: str, load: Callable[[], Backend], *, after: str | None = None
 
 def unregister(name: str) -> None:
     """Remove a backend that `register` added."""
-    if name in {row.name for row in ROWS}:
+    if name not in _rows or name in {row.name for row in ROWS}:
         raise ValueError(f"name must be a backend added by register(), got {name!r}.")
     _rows.pop(name)
     forget()
