@@ -13,7 +13,6 @@ from harness import jax_arrays
 from harness.cases import ALL, SMALL
 from harness.checks import bits
 
-
 WITHOUT_SCALES = [case for case in SMALL if not case.stored]
 
 

@@ -42,9 +42,7 @@ NONSENSE = {
     "num_threads": (-1, -(2**31)),
     "target": (-1, 99, 2**31 - 1),
     "dropout_threshold": (65536, 2**32 - 1),
-    **{
-        f"{name}.dtype": (0, 7, 10, -1, 2**31 - 1) for name in ("q", "k", "v", "out", "lse", "bias", "mask", "sink", "dout")
-    },
+    **{f"{name}.dtype": (0, 7, 10, -1) for name in ("q", "k", "v", "out", "lse", "bias", "mask", "sink", "dout")},
     **{f"{name}.data": (0,) for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv")},
     **{f"{name}.reserved": (1, -1) for name in ("q", "v", "lse")},
 }
