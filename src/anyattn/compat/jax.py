@@ -210,7 +210,7 @@ def export_checks() -> list[Any]:
     the custom calls of the program with XLA. Both processes need the same version of anyattn. JAX needs the package
     flatbuffers to write and read programs.
 
-    >>> import jax, jax.numpy as jnp, anyattn
+    >>> import jax, jax.export, jax.numpy as jnp, anyattn
     >>> from anyattn.compat.jax import export_checks
     >>> x = jnp.ones((1, 16, 2, 8))
     >>> program = jax.export.export(jax.jit(anyattn.attention), disabled_checks=export_checks())(x, x, x)

@@ -207,7 +207,7 @@ def trace(score_mod: Any, mask_mod: Any, q: Any) -> tuple[Packed, Simplified | N
 
 
 _REFUSED_BY_JAX = {
-    "are valid indices. Got <traced": (
+    "<traced ": (
         "a JAX array must be wrapped to be read at traced indices. Write anyattn.captured(array)[...]."
     ),
     "anyattn.definition.score.symbol": (
