@@ -31,6 +31,7 @@ OPTIONS = {
     "bias of all heads": Case(CAUSAL, ("bias_heads",)),
     "bias of one row": Case({}, ("bias_row",)),
     "mask": Case({}, ("mask",)),
+    "shard without visible keys": Case({}, ("mask_shard", "sink")),
     "lengths": Case(CAUSAL, ("seqused",)),
     "kv_indices": Case(CAUSAL, ("kv_indices",)),
     "grouped heads": Case(CAUSAL, nheads=12, nheads_kv=6),

@@ -55,6 +55,7 @@ def arrays(case: Case) -> dict[str, Tensor]:
         "bias_heads": lambda: random(b, 1, n, m),
         "bias_row": lambda: random(1, h, 1, m),
         "mask": lambda: torch.from_numpy(rng.random((b, 1, n, m)) < 0.7),
+        "mask_shard": lambda: (torch.arange(m) > m // 2).expand(b, 1, n, m).clone(),  # hides the first ranks' keys
         "alibi_slopes": lambda: random(h).abs().to(wide),
         "sink": lambda: random(h).to(wide),
         "kv_indices": lambda: torch.from_numpy(rng.integers(-1, m, (*lead, n, 9))).to(torch.int32),
@@ -73,7 +74,7 @@ def keywords(case: Case, given: dict[str, Tensor]) -> dict[str, Any]:
         elif name == "table":
             found |= {"score_mod": relative(given[name], case.keys), "mask_mod": dilated}
         else:
-            found["bias" if name.startswith("bias") else name] = given[name]
+            found[name.split("_")[0] if name.startswith(("bias", "mask")) else name] = given[name]
     return found
 
 
@@ -151,6 +152,7 @@ def divide(case: Case, given: dict[str, Tensor], rank: int, size: int) -> dict[s
     queries, keys = (sharding_of(case, n, size) for n in (case.queries, case.keys))
     first = 0 if case.cu_seqlens else 1
     axes = {"q": first, "dout": first, "dlse": first + 1, "bias": 2, "bias_heads": 2, "mask": 2, "kv_indices": first}
+    axes["mask_shard"] = 2
     found = dict(given)
     for name, x in given.items():
         if name in axes:
