@@ -114,6 +114,14 @@ def test_empty_and_uneven_shards_equal_one_process(schedule: str, ranks: Ranks) 
     assert_equal(Case(CAUSAL, ("sink",), lengths=lengths, schedule=schedule), ranks)
 
 
+@pytest.mark.parametrize("schedule", ["ring", "gather", "ulysses"])
+def test_buffers_of_an_earlier_call_change_nothing(schedule: str, ranks: Ranks) -> None:
+    case = Case(CAUSAL, nheads=12, nheads_kv=12, schedule=schedule)
+    for part in ranks.run("part", case._replace(arrays=("nan",))):
+        assert np.isnan(part["out"]).any()
+    assert_equal(case, ranks)
+
+
 def test_fewer_heads_than_ranks_use_the_ring(ranks: Ranks) -> None:
     """ "auto" takes the ring, and "ulysses" is refused on every rank."""
     assert_equal(Case(CAUSAL, nheads=1, nheads_kv=1, schedule="auto"), ranks)

@@ -60,6 +60,7 @@ def arrays(case: Case) -> dict[str, Tensor]:
         "sink": lambda: random(h).to(wide),
         "kv_indices": lambda: torch.from_numpy(rng.integers(-1, m, (*lead, n, 9))).to(torch.int32),
         "seqused": lambda: torch.tensor([m - 5, m], dtype=torch.int32)[:b],
+        "nan": lambda: found["k"].fill_(float("nan")),  # every key, and so every buffer of a message
         "table": lambda: random(max(b, len(case.cu_seqlens)), h, n + m),
     }
     return found | {name: extra[name]() for name in case.arrays}
@@ -73,7 +74,7 @@ def keywords(case: Case, given: dict[str, Tensor]) -> dict[str, Any]:
             found |= {"seqused_q": given[name], "seqused_k": given[name], "leftpad_k": torch.ones_like(given[name])}
         elif name == "table":
             found |= {"score_mod": relative(given[name], case.keys), "mask_mod": dilated}
-        else:
+        elif name != "nan":
             found[name.split("_")[0] if name.startswith(("bias", "mask")) else name] = given[name]
     return found
 
