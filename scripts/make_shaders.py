@@ -1,7 +1,7 @@
 """Compile shaders/*.comp to src/anyattn/backends/vulkan/binaries, with a manifest of the sources of each binary.
 
 python scripts/make_shaders.py            compiles changed shaders (needs glslangValidator; 16 or later for matrices)
-python scripts/make_shaders.py --check    fails if a binary is older than its source; needs no compiler
+python scripts/make_shaders.py --check    fails if a binary is older than the code of its source; needs no compiler
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ BINARIES = ROOT / "src/anyattn/backends/vulkan/binaries"
 MANIFEST = BINARIES / "manifest.json"
 COMPILER = os.environ.get("GLSLANG", "glslangValidator")
 OPTIONS = ("-V", "-g0", "--target-env", "vulkan1.1")
+COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
 INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
 # Suffixes of a shader's name, and what they define
 SCALAR = {"f32": (), "16": ("STORAGE_16",)}
@@ -38,9 +39,10 @@ def variants() -> dict[str, tuple[Path, tuple[str, ...]]]:
 
 
 def everything(source: Path) -> str:
-    """Return the source, followed by the files that it includes."""
-    text = source.read_text(encoding="utf-8")
-    return text + "".join(everything(SHADERS / name) for name in INCLUDE.findall(text))
+    """Return the code of a shader without comments and blank lines, followed by the files that it includes."""
+    text = COMMENT.sub("", source.read_text(encoding="utf-8"))
+    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
+    return "\n".join(lines) + "".join(everything(SHADERS / name) for name in INCLUDE.findall(text))
 
 
 def digest(source: Path, definitions: tuple[str, ...]) -> str:

@@ -1,8 +1,9 @@
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #extension GL_EXT_control_flow_attributes : require
-// Moves rows into a KV cache, rotated by the angles of their positions (rotary embedding); one invocation per vector.
-// A row of the table of sequences holds: rows, first slot, position of row 0, whether the position moves with the row.
+// Append new keys or values to a KV cache, after the rotary embedding of their positions; one invocation per vector. A
+// row of the sequence table holds: number of rows, first slot, position of row 0, whether the position grows with the
+// row.
 #include "include/tables.glsl"
 #include "include/storage.glsl"
 
@@ -13,7 +14,7 @@ layout(std430, binding = 5) readonly buffer Sin { float sines[]; };
 
 float element(uint at, uint x) { return load4(source_memory[at + x / 4])[x % 4]; }
 
-// Element x of the row at `at`, rotated.
+// Return element x of the row at `at` after the rotary embedding.
 float rotated(uint at, uint x, uint angles) {
     uint size = uint(t.rotary_dim) / 2;
     bool interleaved = t.interleaved != 0;
@@ -31,7 +32,7 @@ void main() {
     if (row >= uint(s.n_q)) return;
     uint source = rows_at(s, h, t.q_head, t.q_batch, t.q_row) + row * t.q_row;
     uint target = key_at(s, keys_at(s, h, t.k_head, t.k_batch, t.k_row), t.k_batch, t.k_row, s.n_k + int(row)) + vector;
-    if (4 * vector >= uint(t.rotary_dim)) {  // bit by bit
+    if (4 * vector >= uint(t.rotary_dim)) {  // not rotated: copied bit by bit
         target_memory[target] = source_memory[source + vector];
         return;
     }

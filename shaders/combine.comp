@@ -1,7 +1,7 @@
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #extension GL_EXT_control_flow_attributes : require
-// Puts the partial results of split keys together: out = sum w out_s / sum w with w = exp(lse_s - max lse).
+// Combine the partial results of split keys: out = sum w out_s / sum w with w = exp(lse_s - max lse).
 // One invocation per vector of out.
 #include "include/tables.glsl"
 #include "include/storage.glsl"

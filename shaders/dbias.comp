@@ -3,9 +3,10 @@
 #extension GL_EXT_control_flow_attributes : require
 // dbias += ds, summed over the axes along which the bias is broadcast.
 //
-// An invocation owns a tile of ROWS rows and KEYS keys of one head and sequence of the bias. Where all heads, sequences,
-// rows or keys share a bias, it takes its turn with each of them: turns [part * part_size, (part + 1) * part_size) of
-// launch.parts. Of shared rows and keys it takes every row_tiles-th and key_tiles-th tile; sum.comp adds these up.
+// One invocation computes a tile of ROWS rows and KEYS keys of one head and batch entry of the bias. Where the bias is
+// broadcast over heads, batch entries, rows or keys, the invocation loops over them: steps [part * part_size, (part +
+// 1) * part_size) of launch.parts. Of broadcast rows and keys it takes every row_tiles-th and key_tiles-th tile;
+// sum.comp adds the results.
 #include "include/tables.glsl"
 #include "include/storage.glsl"
 #include "include/mask.glsl"
@@ -23,7 +24,7 @@ layout(std430, binding = 10) buffer Dbias { float dbias_memory[]; };
 
 float sum[ROWS][KEYS];
 
-// The tile of rows [i, i + ROWS) and keys [j, j + KEYS), of which at least the first are there.
+// Add the tile of rows [i, i + ROWS) and keys [j, j + KEYS). Row i and key j exist; the others may lie past the end.
 void add_tile(Sequence s, uint h, int i, int j) {
     Row rows[ROWS];
     uint q_at[ROWS], dout_at[ROWS], k_at[KEYS], v_at[KEYS];
@@ -67,7 +68,7 @@ void add_tile(Sequence s, uint h, int i, int j) {
     }
 }
 
-// Tiles that one invocation visits along an axis.
+// Return the number of tiles that one invocation computes along an axis.
 int visits(int length, uint tile, int tiles, bool shared_axis) {
     return shared_axis ? (length + int(tile) * tiles - 1) / (int(tile) * tiles) : 1;
 }

@@ -1,8 +1,8 @@
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #extension GL_EXT_control_flow_attributes : require
-// What the backward needs of every row: lse in log2 units and delta = <dout, out> - dlse; with SINK also the row's part
-// of the sink's gradient, -exp(sink - lse) delta. One invocation per packed row.
+// Compute the row statistics that the backward pass reads: lse in log2 units and delta = <dout, out> - dlse; with SINK
+// also the row's term of the sink's gradient, -exp(sink - lse) delta. One invocation per packed row.
 #include "include/tables.glsl"
 #include "include/storage.glsl"
 #include "include/lanes.glsl"

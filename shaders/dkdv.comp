@@ -4,10 +4,11 @@
 #ifdef SHUFFLE
 #extension GL_KHR_shader_subgroup_shuffle : require
 #endif
-// dk_j += scale sum dt_ij q_i and dv_j += sum P_ij D_ij dout_i, over the rows of all query heads that read the key.
+// dk_j += scale sum dt_ij q_i and dv_j += sum P_ij D_ij dout_i, over the rows of all query heads of the KV head.
 //
-// A workgroup takes WORKGROUP / LANES * KEYS keys of one KV head and loops over the packed rows
-// [part * part_size, (part + 1) * part_size) that see them: it alone adds to its keys, always in the same order.
+// A workgroup computes WORKGROUP / LANES * KEYS keys of one KV head and loops over the packed rows
+// [part * part_size, (part + 1) * part_size) that may see them. No other workgroup adds to these keys, so the order of
+// additions is fixed.
 #include "include/tables.glsl"
 #include "include/storage.glsl"
 #include "include/mask.glsl"
@@ -26,7 +27,7 @@ layout(std430, binding = 11) buffer Dv { vec4 dv_memory[]; };
 
 vec4 k[KEYS][OWN], v[KEYS][OWN_V], dk[KEYS][OWN], dv[KEYS][OWN_V];
 
-// A key slot of this invocation; behind the last, the last.
+// Return the n-th key slot of this invocation; slots past the end become the last one.
 int key_slot(Sequence s, int first, uint c) { return min(first + int(c * SLOTS + slot()), s.n_k - 1); }
 
 uint dk_at(Sequence s, uint h_kv, int j) { return keys_at(s, h_kv, t.dk_head, t.dk_batch, t.dk_row) + j * t.dk_row + lane(); }

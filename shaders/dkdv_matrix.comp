@@ -11,7 +11,7 @@
 #extension GL_EXT_shader_explicit_arithmetic_types_float16 : require
 #endif
 // dkdv.comp with cooperative matrices: dk_j += scale sum dt_ij q_i and dv_j += sum P_ij D_ij dout_i.
-// What a workgroup owns are keys, so scores lie in shared memory as (key, row).
+// A workgroup owns keys, so scores are stored in shared memory as (key, row).
 #include "include/tables.glsl"
 #include "include/storage.glsl"
 #include "include/mask.glsl"
@@ -51,7 +51,7 @@ void weigh(Sequence s, uint n, int j) {
         [[unroll]] for (uint i = 0; i < 4; ++i) {
             uint at = score_at(n) + c + i, r = lane() * SHARE + c + i;
             Gradient g = differentiate(s, rows[r], stats[r], j, scores[at], dp[at]);
-            // the scale of dropout could lift a weight out of the range of 16 bits
+            // without the factor of dropout, with which a weight could exceed the 16-bit range
             p[i] = has(DROPOUT) ? g.p / t.keep_scale : g.p;
             dt[i] = g.dt;
         }

@@ -4,8 +4,8 @@
 #ifdef SHUFFLE
 #extension GL_KHR_shader_subgroup_shuffle : require
 #endif
-// dq_i += scale sum_j dt_ij k_j. Rows lie in workgroups and lanes as in forward.comp; a workgroup loops over the keys
-// [part * part_size, (part + 1) * part_size) that its rows see.
+// dq_i += scale sum_j dt_ij k_j. Rows are assigned to workgroups and lanes as in forward.comp; a workgroup loops over
+// the keys [part * part_size, (part + 1) * part_size) that its rows may see.
 #include "include/tables.glsl"
 #include "include/storage.glsl"
 #include "include/mask.glsl"

@@ -27,7 +27,7 @@ layout(std430, binding = 4) readonly buffer V { STORED v_memory[]; };
 layout(std430, binding = 5) readonly buffer Dout { STORED dout_memory[]; };
 layout(std430, binding = 10) buffer Dq { vec4 dq_memory[]; };
 
-shared STORED tile[STEP * TILE_STRIDE];  // rows of q and of dout, then values and keys in turn
+shared STORED tile[STEP * TILE_STRIDE];  // rows of q and of dout, then values and keys alternately
 shared float scores[OWNED * SCORE_STRIDE], dp[OWNED * SCORE_STRIDE];
 shared STORED weights[OWNED * WEIGHT_STRIDE];
 

@@ -4,12 +4,12 @@
 #ifdef SHUFFLE
 #extension GL_KHR_shader_subgroup_shuffle : require
 #endif
-// The forward pass: an online softmax over the keys that a block of rows sees (Dao, FlashAttention-2, algorithm 1).
+// Forward pass: online softmax over the keys that a block of rows may see (Dao, FlashAttention-2, algorithm 1).
 //
-// A workgroup computes WORKGROUP / LANES * ROWS rows of one KV head: rows of all query heads that read it, those of one
-// query position next to each other, so that decoding fills a workgroup too. LANES invocations share a row: each keeps
-// every LANES-th vector of q and of the sum. With SPLIT a workgroup takes part_size keys of its rows,
-// and combine.comp puts the results together.
+// A workgroup computes WORKGROUP / LANES * ROWS packed rows of one KV head: rows of all its query heads, with the rows
+// of one query position next to each other, so that decoding fills a workgroup too. LANES invocations share a row: each
+// holds every LANES-th vector of q and of the accumulator. With SPLIT a workgroup reads part_size keys, and
+// combine.comp combines the partial results.
 #include "include/tables.glsl"
 #include "include/storage.glsl"
 #include "include/mask.glsl"
@@ -23,7 +23,7 @@ layout(std430, binding = 3) readonly buffer K { STORED k_memory[]; };
 layout(std430, binding = 4) readonly buffer V { STORED v_memory[]; };
 layout(std430, binding = 5) writeonly buffer Out { STORED out_memory[]; };
 layout(std430, binding = 6) writeonly buffer Lse { float lse_memory[]; };
-layout(std430, binding = 9) writeonly buffer Partial { vec4 partial_memory[]; };  // with SPLIT, instead of out
+layout(std430, binding = 9) writeonly buffer Partial { vec4 partial_memory[]; };  // replaces out with SPLIT
 
 Row rows[ROWS];
 vec4 q[ROWS][OWN], acc[ROWS][OWN_V];
@@ -49,7 +49,7 @@ void load_rows(Sequence s, uint h_kv, uint first, uint count) {
     }
 }
 
-// Products of the rows with KEYS keys.
+// Compute the products of the rows with KEYS keys.
 void products(uint at[KEYS], out float x[ROWS][KEYS]) {
     vec4 sum[ROWS][KEYS];
     [[unroll]] for (uint n = 0; n < ROWS; ++n) [[unroll]] for (uint c = 0; c < KEYS; ++c) sum[n][c] = vec4(0);
@@ -62,7 +62,7 @@ void products(uint at[KEYS], out float x[ROWS][KEYS]) {
     sum_lanes(sum, x);
 }
 
-// Products become weights exp(s - m); m and l follow. Returns by what the sum so far must be multiplied.
+// Replace products by weights exp(s - m) and update m and l. Return the rescale factors of the accumulator.
 float softmax_step(Sequence s, uint n, int j, bool edge, inout float x[ROWS][KEYS]) {
     float top = m[n];
     [[unroll]] for (uint c = 0; c < KEYS; ++c) {
@@ -88,7 +88,7 @@ float softmax_step(Sequence s, uint n, int j, bool edge, inout float x[ROWS][KEY
     return rescale;
 }
 
-// The values of a step are added up before the sum of all, which rounds less often.
+// Each step sums its values first, then adds them to the accumulator: fewer rounding errors.
 void add_values(uint at[KEYS], float rescale[ROWS], float x[ROWS][KEYS]) {
     [[dont_unroll]] for (uint i = 0; i < OWN_V; ++i) {
         vec4 sum[ROWS];

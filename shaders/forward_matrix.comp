@@ -10,8 +10,8 @@
 #else
 #extension GL_EXT_shader_explicit_arithmetic_types_float16 : require
 #endif
-// The forward pass of forward.comp with cooperative matrices for both products. The sum so far is rescaled by a matrix
-// whose rows are the rescale factors.
+// The forward pass of forward.comp with cooperative matrices for both products. The accumulator is rescaled by a matrix
+// whose rows hold the rescale factors.
 #include "include/tables.glsl"
 #include "include/storage.glsl"
 #include "include/mask.glsl"
@@ -26,14 +26,14 @@ layout(std430, binding = 3) readonly buffer Keys { STORED k_memory[]; };
 layout(std430, binding = 4) readonly buffer V { STORED v_memory[]; };
 layout(std430, binding = 5) writeonly buffer Out { STORED out_memory[]; };
 layout(std430, binding = 6) writeonly buffer Lse { float lse_memory[]; };
-layout(std430, binding = 9) writeonly buffer Partial { vec4 partial_memory[]; };  // with SPLIT, instead of out
+layout(std430, binding = 9) writeonly buffer Partial { vec4 partial_memory[]; };  // replaces out with SPLIT
 
-shared STORED tile[STEP * TILE_STRIDE];  // rows of q, then keys and values in turn
+shared STORED tile[STEP * TILE_STRIDE];  // rows of q, then keys and values alternately
 shared float scores[OWNED * SCORE_STRIDE];
 shared STORED weights[OWNED * WEIGHT_STRIDE];
 
 Row rows[ROWS];
-float m[ROWS], l[ROWS];  // l: of this invocation's keys
+float m[ROWS], l[ROWS];  // l sums this invocation's keys only
 uint write_at[ROWS];
 float write_scale[ROWS];
 
@@ -52,7 +52,7 @@ void load_rows(Sequence s, uint h_kv, uint first, uint count) {
     }
 }
 
-// Products become weights exp(s - m); m and l follow. What held the products then holds the rescale factor.
+// Replace products by weights exp(s - m) and update m and l. The memory of the products then holds the rescale factors.
 void softmax_step(Sequence s, uint n, int j, bool edge) {
     uint at = score_at(n);
     int own = j + int(lane() * SHARE);
@@ -85,7 +85,7 @@ void softmax_step(Sequence s, uint n, int j, bool edge) {
 
 void write_lse(Sequence s, uint n) {
     float sum = sum_lanes(l[n]);
-    // the scale of dropout is left out of the weights, which it could lift out of the range of 16 bits
+    // weights without the factor of dropout, with which they could exceed the 16-bit range
     write_scale[n] = sum == 0.0 ? 0.0 : (has(DROPOUT) ? t.keep_scale : 1.0) / sum;
     int i = rows[n].line.i;
     uint h = rows[n].h, lse = lse_at(s, h) + i;

@@ -1,6 +1,6 @@
 #version 450
 #extension GL_GOOGLE_include_directive : require
-// Rounds launch.parts vectors of float32 to the type in which they are stored.
+// Round launch.parts vectors of float32 to the stored dtype.
 #include "include/tables.glsl"
 #include "include/storage.glsl"
 

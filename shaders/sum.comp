@@ -1,8 +1,8 @@
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #extension GL_EXT_control_flow_attributes : require
-// sums[o] += terms [part * part_size, (part + 1) * part_size) of the launch.parts that belong to it, in float32 and in a
-// fixed order. A workgroup per sum, from launch.first_head on.
+// sums[o] += its terms [part * part_size, (part + 1) * part_size) of launch.parts, in float32 and in a fixed order.
+// One workgroup per sum, starting at launch.first_head.
 #include "include/tables.glsl"
 
 layout(std430, binding = 10) readonly buffer Terms { float terms[]; };

@@ -1,15 +1,15 @@
-// The derivative of one score, from what the forward pass left of its row.
+// The gradient of one score, from the row statistics of the forward pass.
 
 layout(std430, binding = 6) readonly buffer Stats { vec2 stats_memory[]; };  // lse in log2 units, delta
 
-// What multiplies: dout_i in dv_j; nothing, in the bias's gradient; scale k_j in dq_i and scale q_i in dk_j.
+// The factors of one pair: of dout_i in dv_j, of 1 in dbias, and of scale k_j in dq_i and scale q_i in dk_j.
 struct Gradient {
     float p, ds, dt;
 };
 
 vec2 row_stats(Sequence s, Row row) { return stats_memory[lse_at(s, row.h) + row.line.i]; }
 
-// Of row and key j, from <q_i, k_j> and <dout_i, v_j>: 0 where the row does not see the key, whatever these are.
+// Return the gradient of row and key j from <q_i, k_j> and <dout_i, v_j>: 0 for a masked pair, even if these are NaN.
 Gradient differentiate(Sequence s, Row row, vec2 stats, int j, float product, float dp) {
     const Gradient none = Gradient(0.0, 0.0, 0.0);
     if (!row.used || j < row.begin || j >= row.end) return none;

@@ -1,7 +1,7 @@
-// LANES neighbouring invocations share a row or a key: each keeps every LANES-th vector of it.
+// LANES adjacent invocations share a row or a key: each holds every LANES-th vector of it.
 
-const uint OWN = DIM / LANES, OWN_V = DIM_V / LANES;  // vectors of an invocation
-const uint SLOTS = WORKGROUP / LANES;                 // rows or keys side by side
+const uint OWN = DIM / LANES, OWN_V = DIM_V / LANES;  // vectors of one invocation
+const uint SLOTS = WORKGROUP / LANES;                 // rows or keys that are computed side by side
 
 uint lane() { return gl_LocalInvocationID.x % LANES; }
 uint slot() { return gl_LocalInvocationID.x / LANES; }
@@ -17,7 +17,7 @@ float sum_lanes(float x) {
 shared float sums[LANES == 1 ? 1 : WORKGROUP * ROWS * KEYS];
 #endif
 
-// Sums of the vectors' parts over the lanes; each lane gets them. For all invocations of a workgroup together.
+// Sum over the lanes; every lane gets the result. All invocations of a workgroup must call it together.
 void sum_lanes(vec4 x[ROWS][KEYS], out float total[ROWS][KEYS]) {
     [[unroll]] for (uint n = 0; n < ROWS; ++n) [[unroll]] for (uint c = 0; c < KEYS; ++c) total[n][c] = sum4(x[n][c]);
     if (LANES == 1) return;

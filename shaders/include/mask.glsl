@@ -1,8 +1,8 @@
-// Which keys a row may see: one interval per row. See docs of Mask; floor_div rounds down for negative positions.
+// The keys that a row may see form one interval. See the class Mask; floor_div rounds down for negative positions.
 
 int floor_div(int a, int b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
 
-// First key slot that row i may see.
+// Return the first key slot that row i may see.
 int key_begin(Sequence s, int i) {
     int p = i + s.offset, c = 0;
     if (has(LEFT)) c = max(c, p - t.left);
@@ -10,7 +10,7 @@ int key_begin(Sequence s, int i) {
     return s.leftpad + c;
 }
 
-// One past the last; at or before key_begin where the row sees none.
+// Return one past the last such slot; not above key_begin if the row sees no key.
 int key_end(Sequence s, int i) {
     int p = i + s.offset, end = s.n_k;
     if (has(RIGHT)) end = min(end, s.leftpad + p + t.right + 1);
@@ -18,7 +18,7 @@ int key_end(Sequence s, int i) {
     return end;
 }
 
-// First row that may see key slot j, and one past the last.
+// Return the first row that may see key slot j, and one past the last.
 int row_begin(Sequence s, int j) {
     int c = j - s.leftpad, begin = 0;
     if (has(RIGHT)) begin = max(begin, c - t.right - s.offset);

@@ -1,8 +1,8 @@
-// Cooperative matrices: tiles that a subgroup multiplies together, in shapes that the driver offers.
+// Cooperative matrices: tiles that the invocations of a subgroup multiply together, in shapes that the driver offers.
 //
-// A workgroup owns OWNED rows (in dkdv_matrix.comp: keys), M for each subgroup, and takes STEP of what they meet at a
-// time. Those are staged in shared memory. Which invocation holds which entry of a matrix is not defined, so products go
-// through shared memory to the LANES invocations of their row, and come back from there as 16-bit weights.
+// A workgroup owns OWNED rows (in dkdv_matrix.comp: keys), M per subgroup, and loops over keys (rows) in steps of STEP,
+// which are staged in shared memory. Vulkan does not define which invocation holds which entry of a matrix. So products
+// are written to shared memory for the LANES invocations of their row, which write them back as 16-bit weights.
 
 #ifdef BFLOAT
 #define ELEMENT bfloat16_t
@@ -21,13 +21,13 @@ layout(constant_id = 10) const uint K = 16;
 #define BY_COLUMNS gl_CooperativeMatrixLayoutColumnMajor
 
 const uint OWNED = SLOTS * ROWS, STEP = KEYS, SHARE = STEP / LANES;
-const uint K_VECTORS = K / 4, N_VECTORS = N / 4;  // STORED is a vector of four
-// 16 bytes more than a row: its neighbors then lie in other banks
+const uint K_VECTORS = K / 4, N_VECTORS = N / 4;  // STORED holds four elements
+// 16 bytes longer than a row, so that adjacent rows use different banks of shared memory
 const uint TILE_STRIDE = (DIM > DIM_V ? DIM : DIM_V) + 2, SCORE_STRIDE = STEP + 4, WEIGHT_STRIDE = STEP / 4 + 2;
 
 uint own_row() { return gl_SubgroupID * M; }
 
-// Where the scores of this invocation's n-th row and of its share of a step begin, and where the weights do.
+// Return where the scores, and the weights, of this invocation's n-th row and of its keys of a step begin.
 uint score_at(uint n) { return (n * SLOTS + slot()) * SCORE_STRIDE + lane() * SHARE; }
 uint weight_at(uint n) { return (n * SLOTS + slot()) * WEIGHT_STRIDE + lane() * SHARE / 4; }
 
@@ -36,17 +36,17 @@ float max_lanes(float x) {
     return x;
 }
 
-// GLSL passes neither buffers nor arrays of matrices to functions. All of these are for a whole workgroup.
+// Macros, because GLSL functions take neither buffers nor arrays of matrices. A whole workgroup must run them together.
 
-// STEP rows of `width` vectors into `tile`, zeros for those not used. `used` and `address` in `memory` are expressions of
-// the row's number r.
+// Load STEP rows of `width` vectors into `tile`, zeros for rows that are not used. `used` and `address` (in `memory`)
+// are expressions of the row number r.
 #define STAGE(tile, memory, width, used, address)                                                       \
     [[dont_unroll]] for (uint x = gl_LocalInvocationID.x; x < STEP * width; x += WORKGROUP) {           \
         uint r = x / width;                                                                             \
         tile[r * TILE_STRIDE + x % width] = (used) ? memory[(address) + x % width] : STORED(0);         \
     }
 
-// The subgroups' own rows, all OWNED of them by way of `tile`; `address` is an expression of base + r.
+// Load the OWNED rows of all subgroups through `tile`; `address` is an expression of base + r.
 #define LOAD_OWN(left, tile, memory, width, address)                                                    \
     [[dont_unroll]] for (uint base = 0; base < OWNED; base += STEP) {                                   \
         STAGE(tile, memory, width, true, address)                                                       \
@@ -60,7 +60,7 @@ float max_lanes(float x) {
         barrier();                                                                                      \
     }
 
-// Products of the subgroup's rows with those of `tile`.
+// Multiply the subgroup's rows by the rows of `tile`.
 #define MULTIPLY(scores, left, tile, width)                                                             \
     [[dont_unroll]] for (uint c = 0; c < STEP; c += N) {                                                \
         SUM_TILE sum = SUM_TILE(0.0);                                                                   \
@@ -72,7 +72,7 @@ float max_lanes(float x) {
         coopMatStore(sum, scores, own_row() * SCORE_STRIDE + c, SCORE_STRIDE, BY_ROWS);                 \
     }
 
-// Adds the rows of `tile` times their weights to the subgroup's sums.
+// Add the rows of `tile` times their weights to the subgroup's accumulators.
 #define ADD_WEIGHTED(sums, weights, tile, width)                                                        \
     [[dont_unroll]] for (uint c = 0; c < STEP; c += K) {                                                \
         LEFT_TILE weight;                                                                               \
@@ -86,7 +86,7 @@ float max_lanes(float x) {
 
 #define CLEAR(sums, width) [[dont_unroll]] for (uint i = 0; i < width / N_VECTORS; ++i) sums[i] = SUM_TILE(0.0);
 
-// Calls write(n, i, vector i of the sums) for this invocation's part of each of its rows; the sums go through `scores`.
+// Call write(n, i, vector i of the accumulator) for this invocation's vectors of its rows; uses the memory of `scores`.
 #define WRITE_SUMS(sums, width, write)                                                                  \
     [[dont_unroll]] for (uint first = 0; first < width; first += STEP / 4) {                            \
         barrier();                                                                                      \

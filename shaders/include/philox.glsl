@@ -12,12 +12,12 @@ uvec4 philox(uvec4 counter) {
     return counter;
 }
 
-// The random words of row i of head h and of the eight keys around j.
+// Return the random words of row i of head h for the group of eight keys that contains j.
 uvec4 dropout_words(Sequence s, int i, uint h, int j) {
     return philox(uvec4(uint(j) / 8u, uint(i), uint(s.index * t.nheads) + h, t.rng_offset));
 }
 
-// Whether key j is kept.
+// Return true if dropout keeps key j.
 bool kept(uvec4 words, int j) {
     uint word = words[(uint(j) >> 1) & 3u];
     return ((j & 1) != 0 ? word >> 16 : word & 0xffffu) >= t.threshold;

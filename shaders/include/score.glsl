@@ -1,13 +1,13 @@
-// From the product <q_i, k_j> to the score in log2 units; UNSEEN where the row does not see the key.
+// Compute the score in log2 units from the product <q_i, k_j>; UNSEEN for a masked pair.
 
 layout(std430, binding = 7) readonly buffer Bias { uint bias_words[]; };
 layout(std430, binding = 8) readonly buffer Mask { uint mask_words[]; };
 
-const float UNSEEN = -3.0e38, SEEN = -1.0e38;  // what is above SEEN is a score
+const float UNSEEN = -3.0e38, SEEN = -1.0e38;  // a value above SEEN is a score
 const float LOG2E = 1.4426950408889634, LN2 = 0.6931471805599453;
 #define MINUS_INFINITY uintBitsToFloat(0xff800000u)
 
-// The builtin one may lose all bits of small values.
+// tanh(x). The built-in function may lose all bits of small values.
 float accurate_tanh(float x) {
     float a = abs(x);
     float square = x * x;
@@ -16,7 +16,7 @@ float accurate_tanh(float x) {
     return a < 0.25 ? small : sign(x) * large;
 }
 
-// The row of a score: query row, query head, slope in log2 units, and where its line begins in bias and mask.
+// The row of a score: query row, query head, ALiBi slope in log2 units, and the addresses of its rows in bias and mask.
 struct ScoreRow {
     int i;
     float slope;
@@ -36,9 +36,9 @@ float bias_value(uint at) {
 
 bool mask_value(uint at) { return (mask_words[at >> 2] >> (8u * (at & 3u)) & 0xffu) != 0u; }
 
-// Score of an entry that the interval lets the row see. `tanh_value`: t / softcap.
+// Return the score of a pair inside the row's interval. `tanh_value` becomes score / softcap.
 float score(Sequence s, ScoreRow row, int j, float product, out float tanh_value) {
-    precise float x = product * t.scale;  // the same bits whatever else a module can do
+    precise float x = product * t.scale;  // `precise`: the same bits with every set of features
     tanh_value = 0.0;
     if (has(SOFTCAP)) {
         tanh_value = accurate_tanh(x / t.softcap);

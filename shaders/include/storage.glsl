@@ -1,4 +1,4 @@
-// Vectors of four values as they lie in memory: float32, or float16 and bfloat16 as pairs in 32-bit words.
+// Vectors of four elements as stored: float32, or float16 and bfloat16 in pairs in 32-bit words.
 
 #ifdef STORAGE_16
 #define STORED uvec2
@@ -8,7 +8,7 @@ vec4 load4(uvec2 x) {
     return vec4(unpackHalf2x16(x.x), unpackHalf2x16(x.y));
 }
 
-// To nearest, ties to even; NaN stays NaN.
+// Round to nearest, ties to even; NaN stays NaN.
 uint to_bfloat16(float x) {
     uint bits = floatBitsToUint(x);
     if ((bits & 0x7fffffffu) > 0x7f800000u) return (bits >> 16) | 0x40u;
