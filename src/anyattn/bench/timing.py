@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from statistics import median, quantiles
 from typing import Any
 
-PAUSE = 0.004  # seconds, because other runtimes' threads spin for a while after their turn
+PAUSE = 0.004  # seconds between two looks at what the threads of this process do
+QUIET = 0.2  # seconds; other runtimes' threads spin for a while after their turn (OpenBLAS's for about 20 ms)
 WARM = 0.02  # seconds; a shorter call runs once untimed at the start of its turn
 CALLS = 32  # calls in one turn, at most
 SLOW = 0.2
@@ -40,12 +41,22 @@ def measure(functions: Mapping[str, Callable[[], Any]], seconds: float, rounds: 
         for name, function in functions.items():
             if turn >= 2 and once[name] > seconds:
                 continue
-            time.sleep(PAUSE)
+            _wait_until_quiet()
             if once[name] < WARM:
                 function()
             samples[name].extend(_time(function) for _ in range(calls[name]))
         turn += 1
     return {name: summary(times) for name, times in samples.items()}
+
+
+def _wait_until_quiet() -> None:
+    """Wait until the threads of this process use less than a tenth of a processor, at most QUIET seconds."""
+    end = time.perf_counter() + QUIET
+    used = PAUSE
+    while used > PAUSE / 10 and time.perf_counter() < end:
+        before = time.process_time()
+        time.sleep(PAUSE)
+        used = time.process_time() - before
 
 
 def _once(function: Callable[[], Any]) -> float:
