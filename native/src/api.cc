@@ -67,16 +67,19 @@ void clear_absent(anyattn_call *call) {
     }
 }
 
-int32_t choose_target(const anyattn_call &call, const Kernels **kernels) {
+int32_t choose_target(const anyattn_call &call, int32_t pass, const Kernels **kernels) {
     const int32_t named = call.target > 0 ? call.target - 1 : -1;
     *kernels = target(call.target == 0 ? target_for(call.q.dtype) : named);
     if (!*kernels) {
         return refuse(call, ANYATTN_UNSUPPORTED, "target is %d; accepted: 0, or 1 + an index of anyattn_target_name",
                       call.target);
     }
-    if (call.target == 0 || target_available(named)) return ANYATTN_SUCCESS;
-    return refuse(call, ANYATTN_UNSUPPORTED, "target %d (%s) does not run on this machine", call.target,
-                  (*kernels)->name);
+    if (call.target != 0 && !target_available(named)) {
+        return refuse(call, ANYATTN_UNSUPPORTED, "target %d (%s) does not run on this machine", call.target,
+                      (*kernels)->name);
+    }
+    if (pass != ANYATTN_APPEND) *kernels = &kernels_for(**kernels, call, pass);
+    return ANYATTN_SUCCESS;
 }
 
 int32_t out_of_memory(const anyattn_call &call, const char *what, int64_t bytes) {
@@ -153,7 +156,7 @@ int64_t scratch_of(const anyattn_call &call, const Kernels &kernels, int32_t pas
 
 int32_t run_kernels(const anyattn_call &call, int32_t pass) {
     const Kernels *kernels;
-    if (const int32_t status = choose_target(call, &kernels)) return status;
+    if (const int32_t status = choose_target(call, pass, &kernels)) return status;
     const int64_t needed = workspace_bytes(call, *kernels, pass);
     if (needed < 0) return refuse(call, ANYATTN_OUT_OF_MEMORY, "the workspace would have more than 2^63 bytes");
     if (call.workspace) {
@@ -216,7 +219,7 @@ int64_t workspace_of(const anyattn_call *from, int32_t pass) {
     const Kernels *kernels;
     int32_t status;
     if ((status = copy_call(from, &call)) || (status = check_sizes(call, pass)) ||
-        (status = choose_target(call, &kernels))) {
+        (status = choose_target(call, pass, &kernels))) {
         return -status;
     }
     const int64_t bytes = workspace_bytes(call, *kernels, pass);

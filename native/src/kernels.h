@@ -45,6 +45,8 @@ struct BackwardPart {
 // Calls are validated before they reach a kernel. forward.cc and backward.cc choose the sequences, heads and blocks.
 struct Kernels {
     const char *name;
+    const Kernels *base;  // computes the calls that `computes` rejects; null: none
+    bool (*computes)(const anyattn_call &, int32_t pass);
     // Bytes of scratch that one worker needs, 64-byte aligned.
     int64_t (*scratch)(const anyattn_call &, int32_t pass);
     // Row length (in compute values) of a dK or dV partial for this head size: padded to whole vectors.
@@ -79,6 +81,13 @@ struct Kernels {
     // Runs n rounds of the register-only loop for this dtype; returns their floating-point operations.
     double (*peak)(int32_t dtype, int64_t n, volatile double *sink);
 };
+
+// Returns the table that computes a pass of a call on a target.
+inline const Kernels &kernels_for(const Kernels &target, const anyattn_call &call, int32_t pass) {
+    const Kernels *kernels = &target;
+    while (!kernels->computes(call, pass)) kernels = kernels->base;
+    return *kernels;
+}
 
 #define ANYATTN_TARGET(name, ...) extern const Kernels kernels_##name;
 #include "targets.def"

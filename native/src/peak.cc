@@ -29,11 +29,12 @@ extern "C" double anyattn_peak_flops(int32_t index, int32_t dtype, int32_t num_t
     const Kernels *kernels = target(index == 0 ? target_for(dtype) : index - 1);
     if (!kernels || index < 0 || num_threads < 0 || num_threads > kMaxThreads) return 0;
     if (index > 0 && !target_available(index - 1)) return 0;
-    const anyattn_call call{};
+    anyattn_call call{};
+    call.q.dtype = dtype;
     const int32_t threads = num_threads ? num_threads : default_threads();
-    Work work{*kernels, dtype};
+    Work work{kernels_for(*kernels, call, ANYATTN_FORWARD), dtype};
     volatile double sink = 0;
-    const double flops = kernels->peak(dtype, kRounds, &sink) * double(kTasks * threads);
+    const double flops = work.kernels.peak(dtype, kRounds, &sink) * double(kTasks * threads);
     const auto start = std::chrono::steady_clock::now();
     parallel_for(call, kTasks * threads, threads, run_loop, &work);
     return flops / std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();

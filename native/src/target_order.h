@@ -16,8 +16,8 @@ constexpr const char *never_slow(Vendor, int32_t) { return nullptr; }
 
 // vdpbf16ps has twice the rate of float32 FMA on AMD Zen 4 and Zen 5, and half of it on Intel Sapphire and Emerald Rapids.
 constexpr const char *slow_pairs(Vendor vendor, int32_t dtype) {
-    const bool slow = vendor == Vendor::kIntel && dtype == ANYATTN_BFLOAT16;
-    return slow ? "vdpbf16ps has half the rate of float32 FMA on Intel processors" : nullptr;
+    if (dtype != ANYATTN_BFLOAT16) return "vdpbf16ps multiplies bfloat16 alone";
+    return vendor == Vendor::kIntel ? "vdpbf16ps has half the rate of float32 FMA on Intel processors" : nullptr;
 }
 
 // Tiles multiply only bfloat16. Other dtypes use the row avx512bf16.

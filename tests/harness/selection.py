@@ -102,7 +102,7 @@ def is_expensive(engine: Engine, **parameters: Any) -> bool:
         return False
     if engine.interpreted:
         return programs(case, direction) > INTERPRETED_PROGRAMS
-    # AVX-512 BF16 has code of its own for bfloat16 alone: of other dtypes a few cases run on it all the same.
+    # AVX-512 BF16 computes bfloat16 alone. Its base computes other dtypes: a few cases show that it does.
     return engine.target == "avx512bf16" and parameters.get("dtype", case.dtype) != "bfloat16" and case not in _SMALL
 
 

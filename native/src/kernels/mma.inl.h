@@ -370,6 +370,11 @@ struct Plain : GradientTiles<Compute, panel<Compute>> {
     static double peak(int64_t n, volatile double *sink) { return peak_rounds<C>(n, sink); }
 };
 
+template <class M>
+constexpr bool is_plain = false;
+template <class C>
+constexpr bool is_plain<Plain<C>> = true;
+
 // The products M that compute a dtype. An instruction set with faster products for a dtype specializes this.
 template <int32_t dtype>
 struct Products {

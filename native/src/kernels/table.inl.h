@@ -12,32 +12,69 @@
 namespace anyattn {
 namespace {
 
-using Float64 = Products<ANYATTN_FLOAT64>::M;
-using Float32 = Products<ANYATTN_FLOAT32>::M;
-using Bfloat16 = Products<ANYATTN_BFLOAT16>::M;
+// Whether this instruction set computes a dtype. If it has a base, the base computes those dtypes that have no products of
+// their own here.
+template <int32_t dtype>
+constexpr bool is_own = !kHasBase || !is_plain<typename Products<dtype>::M>;
 
-double peak(int32_t dtype, int64_t n, volatile double *sink) {
-    if (dtype == ANYATTN_BFLOAT16) return Bfloat16::peak(n, sink);
-    return dtype == ANYATTN_FLOAT64 ? Float64::peak(n, sink) : Float32::peak(n, sink);
+// The dtype whose products compute a pass. A float32 dout keeps its precision: the backward pass then multiplies float32
+// numbers.
+int32_t product_dtype(const anyattn_call &call, int32_t pass) {
+    const int32_t dtype = call.q.dtype;
+    if (dtype == ANYATTN_FLOAT64) return dtype;
+    const bool wide_dout = pass == ANYATTN_BACKWARD && call.dout.dtype == ANYATTN_FLOAT32;
+    return wide_dout || is_quantised(call) ? ANYATTN_FLOAT32 : dtype;
+}
+
+// Calls body(M()) with the products M of a dtype that is_own.
+template <class Body>
+auto with_products(int32_t dtype, const Body &body) {
+    if constexpr (is_own<ANYATTN_FLOAT64>) {
+        if (dtype == ANYATTN_FLOAT64) return body(Products<ANYATTN_FLOAT64>::M());
+    }
+    if constexpr (is_own<ANYATTN_FLOAT16>) {
+        if (dtype == ANYATTN_FLOAT16) return body(Products<ANYATTN_FLOAT16>::M());
+    }
+    if constexpr (is_own<ANYATTN_FLOAT32>) {
+        if (dtype == ANYATTN_FLOAT32) return body(Products<ANYATTN_FLOAT32>::M());
+    }
+    return body(Products<ANYATTN_BFLOAT16>::M());
 }
 
 // Calls body(M()) with the products M of this pass.
 template <class Body>
-auto with_mma(const anyattn_call &call, [[maybe_unused]] int32_t pass, const Body &body) {
-    if (call.q.dtype == ANYATTN_FLOAT64) return body(Float64());
-    if (is_quantised(call)) return body(Float32());
-    if constexpr (!std::is_same<Bfloat16, Float32>::value) {
-        // A float32 dout keeps its precision: the backward pass then multiplies float32 numbers.
-        const bool reads_dout = pass == ANYATTN_BACKWARD;
-        const bool all_bfloat16 = !reads_dout || call.dout.dtype == ANYATTN_BFLOAT16;
-        if (call.q.dtype == ANYATTN_BFLOAT16 && all_bfloat16) return body(Bfloat16());
-    }
-    return body(Float32());
+auto with_mma(const anyattn_call &call, int32_t pass, const Body &body) {
+    return with_products(product_dtype(call, pass), body);
 }
 
-// The products of the tangent pass for a call that computes others with M: its kernel stores weights in place of scores.
+// Whether the kernels of the tangent pass can use the products M: they store weights in place of scores.
 template <class M>
-using TangentProducts = std::conditional_t<M::weights_in_scores, M, Plain<typename M::C>>;
+constexpr bool has_tangents = M::weights_in_scores;
+
+bool computes_dtype(int32_t dtype) {
+    switch (dtype) {
+        case ANYATTN_FLOAT64:
+            return is_own<ANYATTN_FLOAT64>;
+        case ANYATTN_FLOAT32:
+            return is_own<ANYATTN_FLOAT32>;
+        case ANYATTN_FLOAT16:
+            return is_own<ANYATTN_FLOAT16>;
+        default:
+            return is_own<ANYATTN_BFLOAT16>;
+    }
+}
+
+// Whether this table computes a pass of a call. Otherwise the base does.
+bool computes(const anyattn_call &call, int32_t pass) {
+    if (!kHasBase) return true;
+    const int32_t dtype = product_dtype(call, pass);
+    if (is_quantised(call) || pass == ANYATTN_SECOND || !computes_dtype(dtype)) return false;
+    return pass != ANYATTN_TANGENT || with_products(dtype, [](auto m) { return has_tangents<decltype(m)>; });
+}
+
+double peak(int32_t dtype, int64_t n, volatile double *sink) {
+    return with_products(dtype, [&](auto m) { return decltype(m)::peak(n, sink); });
+}
 
 int64_t lanes_of(const anyattn_call &call) { return call.q.dtype == ANYATTN_FLOAT64 ? lanes<double> : lanes<float>; }
 
@@ -52,16 +89,19 @@ int64_t scratch(const anyattn_call &call, int32_t pass) {
             ForwardScratch<F>(call, most_groups<F>(call), few);
             return max64(arena.used, few.used);
         }
-        if (pass == ANYATTN_TANGENT) {
-            TangentScratch<TangentProducts<M>>(call, kTangentBlocks, arena);
-            return arena.used;
+        if constexpr (has_tangents<M>) {
+            if (pass == ANYATTN_TANGENT) {
+                TangentScratch<M>(call, kTangentBlocks, arena);
+                return arena.used;
+            }
         }
         Arena dbias{nullptr, 0};
-        if (pass == ANYATTN_SECOND) {
-            using F = Plain<typename M::C>;
-            SecondScratch<F>(call, arena);
-            if (call.dbias.data) SecondDbias<F>(call, dbias);
-            return max64(arena.used, dbias.used);
+        if constexpr (!kHasBase) {
+            if (pass == ANYATTN_SECOND) {
+                SecondScratch<M>(call, arena);
+                if (call.dbias.data) SecondDbias<M>(call, dbias);
+                return max64(arena.used, dbias.used);
+            }
         }
         BackwardScratch<M>(call, backward_blocks_at_once<M>(call), arena);
         if (call.dbias.data) DbiasScratch<M>(call, dbias);
@@ -134,13 +174,13 @@ int64_t partial_row_bytes(const anyattn_call &call) {
 
 void backward(const anyattn_call &call, int32_t pass, const BackwardPart &part, const Partial &partial,
               double *sink_partial, void *statistics, void *memory) {
-    if (pass == ANYATTN_SECOND) {
-        return with_compute(call, [&](auto c) {
-            second_group<Plain<decltype(c)>>(call, part, partial, sink_partial, statistics, memory);
-        });
-    }
-    with_mma(call, ANYATTN_BACKWARD, [&](auto m) {
+    with_mma(call, pass, [&](auto m) {
         using M = decltype(m);
+        if constexpr (!kHasBase) {
+            if (pass == ANYATTN_SECOND) {
+                return second_group<M>(call, part, partial, sink_partial, statistics, memory);
+            }
+        }
         [[maybe_unused]] const typename M::Task task;
         backward_group<M>(call, part, partial, sink_partial, statistics, memory);
     });
@@ -154,22 +194,20 @@ void reduce(const anyattn_call &call, int64_t b, int64_t h_kv, int64_t row0, int
 
 void dbias(const anyattn_call &call, int32_t pass, int64_t bias_b, int64_t bias_h, int64_t block_q, int64_t block_k,
            void *statistics, void *memory) {
-    if (pass == ANYATTN_SECOND) {
-        return with_compute(call, [&](auto c) {
-            using M = Plain<decltype(c)>;
-            dbias_tile<M, SecondDbias<M>>(call, bias_b, bias_h, block_q, block_k, statistics, memory);
-        });
-    }
-    with_mma(call, ANYATTN_BACKWARD, [&](auto m) {
+    with_mma(call, pass, [&](auto m) {
         using M = decltype(m);
+        if constexpr (!kHasBase) {
+            if (pass == ANYATTN_SECOND) {
+                return dbias_tile<M, SecondDbias<M>>(call, bias_b, bias_h, block_q, block_k, statistics, memory);
+            }
+        }
         [[maybe_unused]] const typename M::Task task;
         dbias_tile<M, DbiasScratch<M>>(call, bias_b, bias_h, block_q, block_k, statistics, memory);
     });
 }
 
 int64_t dbias_block_k(const anyattn_call &call, int32_t pass) {
-    if (pass == ANYATTN_SECOND) return kKeys;
-    return with_mma(call, ANYATTN_BACKWARD, [](auto m) { return int64_t(decltype(m)::score_keys); });
+    return with_mma(call, pass, [](auto m) { return int64_t(decltype(m)::score_keys); });
 }
 
 int64_t statistics_bytes(const anyattn_call &call) {
@@ -177,13 +215,17 @@ int64_t statistics_bytes(const anyattn_call &call) {
 }
 
 void tangent(const anyattn_call &call, const BlockSet &set, void *memory) {
-    with_mma(call, ANYATTN_TANGENT, [&](auto m) { tangent_blocks<TangentProducts<decltype(m)>>(call, set, memory); });
+    with_mma(call, ANYATTN_TANGENT, [&](auto m) {
+        using M = decltype(m);
+        if constexpr (has_tangents<M>) tangent_blocks<M>(call, set, memory);
+    });
 }
 
-constexpr Kernels table(const char *name) {
-    return {name,           scratch,       partial_stride,   partial_in_place,  forward,  blocks_at_once,
-            groups_at_once, merge,         finish,           partial_row_bytes, backward, reduce,
-            dbias,          dbias_block_k, statistics_bytes, tangent,           peak};
+constexpr Kernels table(const char *name, const Kernels *base) {
+    return {name,     base,           computes,       scratch,       partial_stride,   partial_in_place,
+            forward,  blocks_at_once, groups_at_once, merge,         finish,           partial_row_bytes,
+            backward, reduce,         dbias,          dbias_block_k, statistics_bytes, tangent,
+            peak};
 }
 
 }  // namespace
