@@ -42,7 +42,7 @@ typename T::Value angle(const anyattn_array &table, int64_t position, int64_t in
     return reinterpret_cast<const float *>(row)[index];
 }
 
-// One head of one row, rotated at `position`; `from` and `to` may be the same memory.
+// Rotates one head of one row at `position`; `from` and `to` may be the same memory.
 template <class T>
 void rotate(const anyattn_call &call, int32_t dtype, const char *from, char *to, int64_t position) {
     const auto *in = reinterpret_cast<const typename T::Storage *>(from);
@@ -77,7 +77,8 @@ Rotate rotation(int32_t dtype) {
     }
 }
 
-// One head of one row in float32, rotated at `position` in float64, which rounds the same way on every processor.
+// Rotates one head of one row at `position`. The rotation is computed in float64, which rounds the same way on every
+// processor, and the result is float32.
 template <class T>
 void rotate_wide(const anyattn_call &call, int32_t dtype, const char *from, int64_t dim, int64_t rotary_dim,
                  int64_t position, float *to) {
@@ -90,7 +91,7 @@ void rotate_wide(const anyattn_call &call, int32_t dtype, const char *from, int6
         const double x = T::load(in[first]), y = T::load(in[second]);
         const double cos = angle<T>(call.rotary_cos, position, d, own_cos);
         const double sin = angle<T>(call.rotary_sin, position, d, own_sin);
-        // volatile: a fused multiply-add would round otherwise.
+        // volatile, because a fused multiply-add would round differently.
         const volatile double x_cos = x * cos, y_sin = y * sin, x_sin = x * sin, y_cos = y * cos;
         to[first] = static_cast<float>(x_cos - y_sin);
         to[second] = static_cast<float>(x_sin + y_cos);
@@ -113,7 +114,7 @@ RotateWide wide_rotation(int32_t dtype) {
     }
 }
 
-// A row of new_k and new_v into quantised k and v, with a scale for each head. values: room for one head.
+// Quantises one row of new_k and new_v into k and v, with one scale per head. values: memory for one head.
 void quantise_row(const anyattn_call &call, int64_t b, int64_t t, int64_t entry, int64_t row, int64_t slot,
                   float *values) {
     const int32_t dtype = call.new_k.dtype;
@@ -129,7 +130,8 @@ void quantise_row(const anyattn_call &call, int64_t b, int64_t t, int64_t entry,
     }
 }
 
-// Row t of new_k and new_v of sequence b. Where cache_batch_idx or block_table names a slot twice, one of them stays.
+// Appends row t of new_k and new_v of sequence b. If cache_batch_idx or block_table names a slot twice, one of the rows
+// remains.
 void append_row(const anyattn_call &call, Rotate rotate_row, int64_t b, int64_t t, float *values) {
     const int64_t slot = call.cache_seqlens[b] + t;
     int64_t entry = sequence(call, b).batch_k, row = slot;

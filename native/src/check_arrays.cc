@@ -97,7 +97,7 @@ int32_t check_field(const anyattn_call &call, const Field &field) {
                       field.array.data, (long long)dtype_bytes(field.array.dtype));
     }
     if (!empty) return check_strides(call, field);
-    Field nothing = field;  // its strides are multiplied anyway
+    Field nothing = field;  // strides of an empty array must be valid too, because addresses are computed with them
     for (int64_t &dim : nothing.dims) dim = 1;
     return check_strides(call, nothing);
 }

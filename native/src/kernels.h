@@ -25,20 +25,22 @@ struct BlockSet {
     int64_t count() const { return groups * shared(); }
 };
 
-// Where the backward of one (sequence, KV head, split) accumulates: rows of `stride` values in the compute type.
+// Sums of dK and dV of one (sequence, KV head, split): rows of `stride` values in the compute type.
 struct Partial {
     void *dk, *dv;
     int64_t dk_stride, dv_stride;
 };
 
-// What one task of the backward pass computes: query blocks {first, first + step, ...} below `end` of the heads of a KV
-// head, counted h-major, and the keys of each in [key_begin, key_end). Of a call with key lists: these blocks of queries,
-// with all heads and keys.
+// Work of one task of the backward pass: query blocks first, first + step, ... below `end`, with their keys in
+// [key_begin, key_end). Blocks count through the heads of a KV head, all blocks of one head first. In a call with key
+// lists, a block stands for its queries in all these heads, with all keys.
 struct BackwardPart {
     int64_t b, h_kv;
     int64_t first, end, step;
     int64_t key_begin, key_end;
-    void *dq;  // sums that parts with other keys continue, kBlockQ partial_stride(head_dim) per block; null: all keys
+    // Sums of dq that parts with other keys continue, kBlockQ * partial_stride(head_dim) values per block. Null: the
+    // part has all keys.
+    void *dq;
     double *captured = nullptr;  // sums of the gradients of captured arrays
 };
 
@@ -47,35 +49,36 @@ struct Kernels {
     const char *name;
     const Kernels *base;  // computes the calls that `computes` rejects; null: none
     bool (*computes)(const anyattn_call &, int32_t pass);
-    // Bytes of scratch that one worker needs, 64-byte aligned.
+    // Returns the bytes of scratch memory that one worker needs, 64-byte aligned.
     int64_t (*scratch)(const anyattn_call &, int32_t pass);
-    // Row length (in compute values) of a dK or dV partial for this head size: padded to whole vectors.
+    // Returns the row length of a dK or dV partial for this head size, in compute values, rounded up to whole vectors.
     int64_t (*partial_stride)(const anyattn_call &, int64_t dim);
-    // True if dk and dv themselves can be the partial (compute type, whole vectors, no accumulate).
+    // Returns whether dk and dv can serve as the partial: compute type, whole vectors, no accumulation.
     bool (*partial_in_place)(const anyattn_call &);
-    // Computes out and lse of a set of blocks whose visible keys are all in [begin, end). With a partial: writes the
+    // Computes out and lse of a set of blocks whose visible keys are all in [begin, end). With a partial, writes the
     // contribution of these keys instead, row by row, one head after another.
     void (*forward)(const anyattn_call &, const BlockSet &, int64_t begin, int64_t end, void *partial, void *scratch);
-    // Most blocks, of so many rows each, and most KV heads that are faster in one task than in separate tasks.
+    // Return the largest number of blocks (of `rows` rows) and of KV heads that are faster in one task than in separate
+    // tasks.
     int64_t (*most_blocks)(const anyattn_call &, int64_t rows);
     int64_t (*most_groups)(const anyattn_call &, int64_t rows);
-    // Adds a partial result of the same block, in place. Writes out and lse from the sum of all.
+    // merge adds a partial result of the same block, in place. finish writes out and lse from the sum of all partials.
     void (*merge)(const anyattn_call &, const QueryBlock &, void *into, const void *from);
     void (*finish)(const anyattn_call &, const QueryBlock &, const void *partial);
-    int64_t (*partial_row_bytes)(const anyattn_call &);  // of a partial
-    // dq written, dk and dv accumulated into the zeroed partial, sink_partial[h * blocks + block] += its part of dsink
-    // (may be null). statistics: null, or takes what dbias needs of every row.
-    // In the second pass: the gradients of <dout, tout> + <dlse, tlse>, given tout and tlse.
+    int64_t (*partial_row_bytes)(const anyattn_call &);  // bytes of one row of a partial
+    // Writes dq, adds dk and dv to the partial, which was set to 0, and adds each block's contribution to dsink to
+    // sink_partial[h * blocks + block] (may be null). statistics: null, or receives the row statistics for dbias.
+    // In the second pass: computes the gradients of <dout, tout> + <dlse, tlse> from tout and tlse.
     void (*backward)(const anyattn_call &, int32_t pass, const BackwardPart &, const Partial &, double *sink_partial,
                      void *statistics, void *scratch);
     // Adds the partials of all splits in order and writes rows [row0, row1) of dk and dv of sequence b.
     void (*reduce)(const anyattn_call &, int64_t b, int64_t h_kv, int64_t row0, int64_t row1, const Partial *,
                    int64_t splits);
-    // One (kBlockQ x key block) tile of dbias, summed over its broadcast axes.
+    // Writes one tile of dbias (kBlockQ rows by a block of keys), summed over its broadcast axes.
     void (*dbias)(const anyattn_call &, int32_t pass, int64_t bias_b, int64_t bias_h, int64_t block_q, int64_t block_k,
                   void *statistics, void *scratch);
     int64_t (*dbias_block_k)(const anyattn_call &, int32_t pass);
-    int64_t (*statistics_bytes)(const anyattn_call &);  // of a row; a head has seqlen_q rows
+    int64_t (*statistics_bytes)(const anyattn_call &);  // bytes of one row; a head has seqlen_q rows
     // Computes tout and tlse of at most kTangentBlocks blocks, which begin at the same key and share a KV head.
     void (*tangent)(const anyattn_call &, const BlockSet &, void *scratch);
     // Runs n rounds of the register-only loop for this dtype; returns their floating-point operations.

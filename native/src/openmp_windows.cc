@@ -86,7 +86,7 @@ void search() {
 
 }  // namespace
 
-// A tick has 10 to 16 ms.
+// Searches at most once per tick, which lasts 10 to 16 ms.
 const OpenMp *find_openmp() {
     const std::lock_guard<std::mutex> lock(search_mutex);
     const ULONGLONG tick = GetTickCount64();

@@ -73,7 +73,7 @@ int32_t quota_of(const char *folder) {
 
 int32_t smaller(int32_t a, int32_t b) { return a == 0 ? b : b == 0 || a < b ? a : b; }
 
-// Returns the lowest quota of a group and its parents. In a container the own group may appear as the root.
+// Returns the lowest quota of a group and its parents. In a container, the group of the process may appear as the root.
 int32_t quota_above(const char *root, const char *mount, const char *group) {
     char folder[kPath];
     const int start = std::snprintf(folder, sizeof folder, "%s%s", root, mount);

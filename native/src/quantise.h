@@ -8,13 +8,13 @@
 
 namespace anyattn {
 
-// The code of the float8 next to `value`, which is no larger than the largest, ties to even.
+// Returns the code of the float8 nearest to `value`, ties to even. |value| must not exceed the largest float8.
 template <int Fraction, int Bias>
 uint8_t float8_from_float(float value) {
     constexpr int shift = 23 - Fraction;
     const uint32_t bits = bits_of_float(value), size = bits & 0x7fffffff, sign = bits >> 24 & 0x80;
     if (size < (uint32_t(128 - Bias) << 23)) {
-        // Below the normal range: this addition rounds to multiples of the smallest number.
+        // Below the normal range, the addition rounds to multiples of the smallest number.
         constexpr uint32_t unit = uint32_t(127 + 24 - Bias - Fraction) << 23;
         return static_cast<uint8_t>(sign | (bits_of_float(float_from_bits(size) + float_from_bits(unit)) - unit));
     }
@@ -34,8 +34,9 @@ inline float largest_stored(int32_t dtype) {
     return dtype == ANYATTN_INT8 ? 127.0f : dtype == ANYATTN_FLOAT8_E4M3FN ? 448.0f : 57344.0f;
 }
 
-// Writes n values as `dtype`, and their scale: max |x| / the largest number. A scale below the smallest normal number
-// becomes 0, and with NaN or infinity among the values NaN; both with zeros.
+// Writes n values as `dtype`, and their scale, max |x| / the largest number of the dtype. If the scale is below the
+// smallest normal float32, it becomes 0. If a value is NaN or infinite, the scale is NaN. In both cases every stored
+// value is 0.
 inline void quantise(const float *values, int64_t n, int32_t dtype, char *to, float *scale) {
     const float largest = largest_stored(dtype);
     float top = 0;

@@ -26,8 +26,9 @@ bool run_tasks(const anyattn_call &call, int32_t threads, int64_t tasks, const B
 
 constexpr int64_t blocks_of(int64_t rows) { return (rows + kBlockQ - 1) / kBlockQ; }
 
-// Blocks of kBlockQ allocated rows of all sequences. A block never crosses a sequence. No table is needed: a packed
-// sequence b that starts r rows after the first one begins at block r / kBlockQ + b, which leaves enough numbers.
+// Blocks of kBlockQ allocated rows of all sequences. No block contains rows of two sequences. Block numbers need no
+// table: if packed sequence b starts r rows after the first sequence, its first block is r / kBlockQ + b. Some numbers
+// then stand for no rows.
 struct AllocatedRows {
     const int32_t *cu;
     int64_t batch, seqlen, total;
@@ -48,7 +49,7 @@ struct AllocatedRows {
         return low;
     }
 
-    // Packed rows before the first and after the last sequence.
+    // Returns the number of packed rows before the first and after the last sequence.
     int64_t outside() const { return cu ? cu[0] + total - cu[batch] : 0; }
     int64_t outside_row(int64_t index) const { return index < cu[0] ? index : cu[batch] + index - cu[0]; }
 };
@@ -66,7 +67,7 @@ inline char *element(const anyattn_array &array, int64_t i, int64_t j, int64_t k
     return static_cast<char *>(array.data) + offset * dtype_bytes(array.dtype);
 }
 
-// Zeros `dim` values in each of `heads` heads of one row. Packed arrays: entry 0.
+// Sets `dim` values of each of `heads` heads of one row to 0. Packed arrays have only entry 0.
 inline void clear_row(const anyattn_array &array, int64_t entry, int64_t row, int64_t head0, int64_t heads,
                       int64_t dim) {
     if (!array.data) return;
@@ -74,7 +75,7 @@ inline void clear_row(const anyattn_array &array, int64_t entry, int64_t row, in
     for (int64_t h = head0; h < head0 + heads; ++h) std::memset(element(array, entry, row, h), 0, bytes);
 }
 
-// Allocated rows of q that belong to no sequence.
+// Returns the number of allocated rows of q that no sequence uses.
 inline int64_t unused_rows(const anyattn_call &call) {
     if (!call.seqused_q && !call.cu_seqlens_q) return 0;
     const AllocatedRows rows = rows_q(call);
@@ -83,7 +84,7 @@ inline int64_t unused_rows(const anyattn_call &call) {
     return unused;
 }
 
-// body(entry, row, h) for each of them.
+// Calls body(entry, row, h) for every head of each unused row.
 template <class Body>
 bool for_unused_rows(const anyattn_call &call, int32_t threads, const Body &body) {
     constexpr int64_t few = 1 << 16;  // values that one thread clears faster than it wakes another

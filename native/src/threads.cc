@@ -47,14 +47,14 @@ Pool *pool() {
 // Without an OpenMP runtime, OMP_NUM_THREADS is used. It is read when the library is loaded, as a runtime does.
 const int32_t wanted_threads = omp_num_threads(std::getenv("OMP_NUM_THREADS"));
 
-std::atomic<int32_t> chosen_threads{0};  // 0: nobody has chosen
+std::atomic<int32_t> chosen_threads{0};  // 0: not chosen
 
 int32_t own_threads() { return wanted_threads > 0 ? wanted_threads : processors(); }
 
 std::atomic<int32_t> chosen_pool{ANYATTN_POOL_AUTOMATIC};
 Crowd crowd;
 
-// Whether a loaded OpenMP runtime runs the next region.
+// Returns whether a loaded OpenMP runtime runs the next region.
 bool prefers_openmp() {
     const int32_t choice = chosen_pool.load(std::memory_order_relaxed);
     return choice == ANYATTN_POOL_OPENMP || (choice == ANYATTN_POOL_AUTOMATIC && !crowd.crowded());
@@ -63,7 +63,7 @@ bool prefers_openmp() {
 struct OpenMpRegion {
     Region region;
     const OpenMp &runtime;
-    std::atomic<int64_t> last_task{0};  // when it ended
+    std::atomic<int64_t> last_task{0};  // time at which the last task ended
 };
 
 void openmp_body(void *context) {

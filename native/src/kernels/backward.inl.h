@@ -1,5 +1,5 @@
-// Gradients: P again from the saved lse, five matrix products per tile, no atomics.
-// Dao, "FlashAttention-2" (2023), algorithm 2; queries outside, keys inside.
+// Gradients. P is computed again from the saved lse. A tile takes five matrix products, and nothing is atomic.
+// Dao, "FlashAttention-2" (2023), algorithm 2, with queries in the outer loop and keys in the inner loop.
 #pragma once
 #include <new>
 
@@ -8,18 +8,18 @@
 namespace anyattn {
 namespace {
 
-// What a task keeps of the blocks whose gradients it sums together, to be in L2.
+// Most bytes of state of the blocks whose gradients a task sums together. The state should fit in L2.
 constexpr int64_t kBackwardBytes = 1024 * 1024;
 
-// What the gradient of score_mod needs of a tile: null, or its derivative; null, or where dS goes.
+// Arrays of a tile for the gradient of score_mod. slopes: its derivative, or null. ds: receives dS, or null.
 template <class C>
 struct FunctionGradients {
     const C *slopes;
     C *ds;
 };
 
-// S and T hold the products of a panel and n keys; P (with dropout) and dS times scale go where Out keeps them.
-// Works on pairs of keys and, where a panel has several, of vectors.
+// Computes P (with dropout) and dS times scale of a panel and n keys, and stores both through Out. S holds the scores,
+// T the products of dout and values. The loop takes keys in pairs, and vectors in pairs if a panel has more than one.
 template <class M, class Out>
 ANYATTN_NOINLINE void gradient_pass(typename M::C *S, typename M::C *T, int64_t n, int vectors, typename M::C factor,
                                     typename M::C scale, typename M::C *tanhs,
@@ -73,8 +73,9 @@ struct Range {
     int64_t first, n;
 };
 
-// P and dS (times scale) of panel p and keys [j0, j1), stored by Out; the rest of the tile is zero. With `capped`, dS is
-// the gradient before the softcap. Returns the keys that the panel may see.
+// Computes P and dS (times scale) of panel p and keys [j0, j1), and stores both through Out. Entries of masked keys are
+// set to 0. With `capped`, dS is the gradient of the scores before the softcap. Returns the keys that are visible to
+// the panel.
 template <class M, class Out>
 Range fill_gradients(const Block<M> &block, const BackwardRows<M> &of_block, const TileScratch<M> &w,
                      const typename M::Keys &keys, const typename M::Keys &values, int p, int64_t j0, int64_t j1,
@@ -104,14 +105,15 @@ Range fill_gradients(const Block<M> &block, const BackwardRows<M> &of_block, con
     return range;
 }
 
-// Keys of a block that one call of backward_blocks visits. `sums` is where dq is kept between the visits.
+// Keys of a block that one call of backward_blocks visits. `sums` holds dq between two visits.
 struct Visit {
     int64_t begin, end;
     bool first, last;
     void *sums;
 };
 
-// Block `at` of a part. Keys before the first of the block count as visited by the part that has the first keys.
+// Returns the visit of block `at` in a part. It is the first visit if the part's keys begin at or before the first
+// visible key of the block.
 template <class M>
 Visit visit_of(const Block<M> &block, const BackwardPart &part, int64_t at) {
     using C = typename M::C;
@@ -120,7 +122,7 @@ Visit visit_of(const Block<M> &block, const BackwardPart &part, int64_t at) {
             block.end <= part.key_end, part.dq ? static_cast<C *>(part.dq) + at * size : nullptr};
 }
 
-// What a block of rows needs beside the tiles: its packed rows, its dQ, and its weights of a tile of keys.
+// State of a block in addition to the tiles: its packed rows, its dQ, and its P and dS of one tile of keys.
 template <class M>
 struct BackwardState {
     using C = typename M::C;
@@ -138,16 +140,16 @@ struct BackwardState {
     }
 };
 
-// P and dS of a block for a tile of keys, and the rows that they weight in dV and dK.
+// P and dS of a block for a tile of keys, and the rows of q and dout that they multiply in the sums dK and dV.
 template <class M>
 struct WeightedRows {
     typename M::Gradients gradients;
     typename M::Rows q, dout;
     int64_t rows;
-    unsigned panels;  // bit p: panel p has weights that are not zero
+    unsigned panels;  // bit p is set if panel p has weights other than 0
 };
 
-// Blocks whose dK and dV are summed together, for a tile of keys.
+// Returns the number of blocks whose contributions to dK and dV are summed together, tile by tile.
 template <class M>
 int64_t backward_blocks_at_once(const anyattn_call &call) {
     if (has_key_lists(call)) return 1;
@@ -165,8 +167,8 @@ struct BackwardScratch {
     Block<M> *blocks;
     Visit *visits;
     BackwardState<M> *states;
-    WeightedRows<M> *weighted, *seen;  // of all blocks; of those that see a key of the tile
-    Partial tile{};  // dk and dv of a tile of selected keys, before they are added to rows anywhere
+    WeightedRows<M> *weighted, *seen;  // weighted: of all blocks; seen: of blocks with a visible key in the tile
+    Partial tile{};  // dk and dv of a tile of selected keys, before they are added to the rows of their slots
 
     BackwardScratch(const anyattn_call &call, int64_t blocks_at_once, Arena &arena)
         : tiles(call, arena), most(blocks_at_once) {
@@ -187,7 +189,7 @@ struct BackwardScratch {
     }
 };
 
-// Where a tile of keys adds its gradients: rows of the partial, or for selected keys a tile of zeros.
+// Returns the sums that a tile of keys adds to: rows of the partial or, for selected keys, a tile that is set to 0.
 template <class M>
 Partial sums_of_tile(const Block<M> &block, const BackwardScratch<M> &w, const Partial &partial, int64_t j0,
                      int64_t n) {
@@ -213,7 +215,7 @@ ANYATTN_NOINLINE void add_to_slots(void *to, int64_t to_stride, const void *tile
     }
 }
 
-// Adds the parts of dsink of a block's heads, `step` apart.
+// Adds the contributions of a block to dsink, one sum per head. The sums are `step` numbers apart.
 template <class C, int P>
 void add_sink_gradients(const ScoreBlock<C, P> &block, const RowStatistics<C> &rows, double *sums, int64_t step) {
     for (int i = 0; i < block.rows; ++i) {
@@ -221,7 +223,8 @@ void add_sink_gradients(const ScoreBlock<C, P> &block, const RowStatistics<C> &r
     }
 }
 
-// What a block is told of its rows' statistics: where its part of dsink and what dbias needs of them go, or null.
+// Outputs of a block's row statistics. sink_sums: sums for dsink, or null. statistics: receives the rows for dbias, or
+// null.
 struct RowOutputs {
     double *sink_sums;
     int64_t sink_step;
@@ -233,7 +236,7 @@ int64_t dq_bytes(const Block<M> &block, const BackwardState<M> &state) {
     return block.panels * state.dq_size * (int64_t)sizeof(typename M::C);
 }
 
-// Sets dQ of a block to the sums of the visit before this one.
+// Sets dQ of a block to the sums of its previous visit, or to 0 at its first visit.
 template <class M>
 void start_dq(const Block<M> &block, const BackwardState<M> &state, const Visit &visit) {
     if (visit.first) {
@@ -243,7 +246,7 @@ void start_dq(const Block<M> &block, const BackwardState<M> &state, const Visit 
     }
 }
 
-// Packs the rows of a block that w has at `index`, and their dQ as the visit before this one left it.
+// Prepares block `index` of w for a visit: packs its rows, computes their statistics and initialises its dQ.
 template <class M>
 void start_block(const BackwardScratch<M> &w, int64_t index, const Visit &visit, const RowOutputs &outputs) {
     const Block<M> &block = w.blocks[index];
@@ -262,7 +265,7 @@ void start_block(const BackwardScratch<M> &w, int64_t index, const Visit &visit,
     start_dq<M>(block, state, visit);
 }
 
-// Adds keys [j0, j1) to dQ of a block and leaves their P and dS in `weighted`.
+// Adds keys [j0, j1) to dQ of a block and stores their P and dS in `weighted`.
 template <class M>
 void attend_backward(const Block<M> &block, const BackwardState<M> &state, const TileScratch<M> &tiles,
                      const typename M::Keys &keys, const typename M::Keys &values, int64_t j0, int64_t j1,
@@ -280,7 +283,7 @@ void attend_backward(const Block<M> &block, const BackwardState<M> &state, const
     }
 }
 
-// Writes dQ of a block whose last keys were visited, and keeps it for the next visit otherwise.
+// Writes dQ of a block after its last visit. After other visits, saves it for the next one.
 template <class M>
 void finish_block(const Block<M> &block, const BackwardState<M> &state, const Visit &visit) {
     const anyattn_call &call = block.call;
@@ -296,7 +299,7 @@ void finish_block(const Block<M> &block, const BackwardState<M> &state, const Vi
     }
 }
 
-// The first `count` blocks of w, of one KV head, which have been started.
+// Computes the first `count` blocks of w, after start_block. They belong to one KV head.
 template <class M>
 void backward_blocks(const BackwardScratch<M> &w, int64_t count, const Partial &partial) {
     using C = typename M::C;
@@ -338,7 +341,7 @@ const Block<M> &place_block(const anyattn_call &call, const QueryBlock &rows, co
     return *new (w.blocks + index) Block<M>(call, rows, M::score_factor(call.scale));
 }
 
-// The rows of a block of queries, one query and the heads that share its keys at a time.
+// Computes a block of queries with key lists: one query and the heads that share its keys at a time.
 template <class M>
 void backward_rows(const anyattn_call &call, const Sequence &s, int64_t h_kv, int64_t block, const Partial &partial,
                    double *sink_sums, void *statistics, const BackwardScratch<M> &w) {
@@ -380,7 +383,7 @@ void backward_group(const anyattn_call &call, const BackwardPart &part, const Pa
     }
 }
 
-// Rows [row0, row1) of dk or dv: the partials of all splits, in order.
+// Adds the partials of all splits, in order, and writes rows [row0, row1) of dk or dv.
 template <class C>
 void reduce_rows(const KeyRows &target, bool add, int64_t row0, int64_t row1, int64_t dim, const Partial *partials,
                  int64_t splits, void *Partial::*data, int64_t Partial::*stride) {

@@ -1,5 +1,5 @@
-// The gradient of the bias, tile by tile. dS is recomputed and summed over the broadcast axes of the bias, in a fixed
-// order and in double.
+// Gradient of the bias, tile by tile. dS is computed again and summed over the broadcast axes of the bias, in double
+// and in a fixed order.
 #pragma once
 #include "backward.inl.h"
 
@@ -11,14 +11,14 @@ struct DbiasScratch {
     using C = typename M::C;
     TileScratch<M> tiles;
     BackwardRows<M> packed;
-    double *sum;  // [key][row], one of each where broadcast
+    double *sum;  // [key][row]; one key or one row if that axis is broadcast
 
     DbiasScratch(const anyattn_call &call, Arena &arena) : tiles(call, arena), packed(call, arena) {
         sum = arena.take<double>(M::score_keys * kBlockQ);
     }
 };
 
-// The tile of dbias that one task owns. An axis of stride 0 has one element, which is a sum over the whole axis.
+// Tile of dbias that one task owns. An axis of stride 0 has one element, the sum over the whole axis.
 struct DbiasTile {
     const anyattn_call &call;
     int64_t b, h, i0, j0;
@@ -40,7 +40,7 @@ ANYATTN_NOINLINE void sum_tile(double *sum, const C *ds, int64_t n, int64_t rows
     }
 }
 
-// Adds dS of panel p and keys [j, j + n), which the tile owns.
+// Adds dS of panel p and keys [j, j + n) to the sums of the tile.
 template <class C, int P>
 void add_panel(double *sums, const DbiasTile &tile, const ScoreBlock<C, P> &block, int p, int64_t j, int64_t n,
                const C *ds) {
@@ -51,7 +51,7 @@ void add_panel(double *sums, const DbiasTile &tile, const ScoreBlock<C, P> &bloc
     });
 }
 
-// Adds dS of a block and keys [begin, end).
+// Adds dS of a block and keys [begin, end) to the sums of the tile.
 template <class M>
 void add_dbias(const Block<M> &block, const DbiasTile &tile, const DbiasScratch<M> &w, int64_t begin, int64_t end,
                const void *statistics) {
@@ -67,7 +67,7 @@ void add_dbias(const Block<M> &block, const DbiasTile &tile, const DbiasScratch<
         const auto keys = M::load_keys(k, j0, n, call.head_dim, kSumDim, w.tiles.k);
         const auto values = M::load_keys(v, j0, n, call.head_dim_v, kSumDim, w.tiles.v);
         for (int p = 0; p < block.panels; ++p) {
-            const typename Out::Gradients ds{w.tiles.S, w.tiles.T};  // in place of the products
+            const typename Out::Gradients ds{w.tiles.S, w.tiles.T};  // overwrites the products
             const Range r =
                 fill_gradients<M, Out>(block, w.packed, w.tiles, keys, values, p, j0, j0 + n, C(1), false, ds, none);
             add_panel(w.sum, tile, block, p, j0 + r.first, r.n, Out::from(ds, r.first).ds);
@@ -91,7 +91,7 @@ void write_dbias(const DbiasTile &tile, const double *sum) {
     }
 }
 
-// Scratch memory in which add_dbias computes dS.
+// Computes and writes one tile of dbias. Scratch: memory in which add_dbias computes dS.
 template <class M, class Scratch>
 void dbias_tile(const anyattn_call &call, int64_t bias_b, int64_t bias_h, int64_t block_q, int64_t block_k,
                 void *statistics, void *memory) {

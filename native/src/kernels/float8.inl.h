@@ -1,4 +1,4 @@
-// float16, int8 and float8 in memory as vectors of the compute type.
+// Conversion of float16, int8 and float8 in memory to vectors of the compute type.
 #pragma once
 #include "vector.inl.h"
 
@@ -28,7 +28,7 @@ ANYATTN_INLINE F32 widen_half(Half bits) {
 
 ANYATTN_INLINE F32 widen_float16(const char *p) { return widen_half(load<Half>(p)); }
 
-// Bytes with their sign, by intrinsics: compilers make single conversions of a vector's.
+// Sign-extends bytes. Intrinsics are used because compilers split a vector conversion into one conversion per element.
 #if defined(__AVX512F__)
 ANYATTN_INLINE Half signed_halves(const char *p) { return (Half)_mm256_cvtepi8_epi16(load<__m128i>(p)); }
 ANYATTN_INLINE Lanes<float>::I signed_words(const char *p) {
@@ -70,18 +70,19 @@ ANYATTN_INLINE F64 widen_int8_double(const char *p) {
     return __builtin_convertvector(__builtin_convertvector(load<Lanes<double>::Bytes>(p), Lanes<double>::I), F64);
 }
 
-// Sign and exponent are where those of float16 are.
+// A float8_e5m2 is the upper byte of a float16.
 ANYATTN_INLINE F32 widen_float8_e5m2(const char *p) { return widen_half(signed_halves(p) << 8); }
 
-// As a float16 whose exponent is less by 8. No float32 is subnormal on the way: a processor may flush these to 0.
+// Widens a float16 whose exponent is smaller by 8, then multiplies by 256. No float32 in between is subnormal, because
+// a processor may flush subnormal numbers to 0.
 ANYATTN_INLINE F32 widen_float8_e4m3(const char *p) {
-    const Half signs = signed_halves(p);  // copies of the sign above
+    const Half signs = signed_halves(p);  // the upper byte repeats the sign
     const Half size = signs & 0x7f;
     const Half nan = (Half)(size == 0x7f) & 0x7e00;
     return widen_half(((signs << 7) & 0xbf80) | nan) * splat(256.0f);
 }
 
-// A float8 of so many bits of fraction: an integer times a power of two, both exact.
+// Widens a float8 with this number of fraction bits: an integer times a power of two, both exact.
 template <int Fraction, int Bias>
 ANYATTN_INLINE F64 widen_float8(const char *p) {
     using I = Lanes<double>::I;

@@ -1,4 +1,4 @@
-// Statistics of rows that the backward pass computes before it visits keys: the terms that turn scores into P, and delta.
+// Row statistics that the backward pass computes before it visits keys: the terms that turn scores into P, and delta.
 #pragma once
 #include "few.inl.h"
 #include "softmax.inl.h"
@@ -6,12 +6,13 @@
 namespace anyattn {
 namespace {
 
-// P = exp(s - lse) is wrong by the rounding of lse, half a unit in its last place. Rows whose |lse| is larger than this
-// are summed again, so that their P add up to 1. Calls in 16 bits tolerate more, because they round P itself.
+// Returns the largest |lse| from which P = exp(s - lse) is exact enough. The rounding of lse, half a unit in its last
+// place, becomes a relative error of P. Rows with a larger |lse| are summed again, so that their P adds up to 1. 16-bit
+// calls tolerate a larger error, because they round P itself.
 inline double largest_trusted_lse(const anyattn_call &call) { return dtype_size(call.q.dtype) == 2 ? 1024 : 128; }
 
-// Per row of a block: P_ij = 2^(factor (S_ij - base_i) - rest_i), and what dP_ij is compared with. base is close to the
-// largest S_ij, so that their difference is exact, or inf if the row has no visible key.
+// For each row of a block: P_ij = 2^(factor (S_ij - base_i) - rest_i) and dS_ij = P_ij (dP_ij - delta_i). base is close
+// to the largest S_ij, so that their difference is exact. It is inf if the row has no visible key.
 template <class C>
 struct RowStatistics {
     static constexpr int64_t size = 4 * kBlockQ;
@@ -55,8 +56,8 @@ struct TileScratch {
     using C = typename M::C;
     static constexpr int64_t tile = kTileKeys * M::panel;
     C *S, *T, *P, *added, *tanhs, *keep;  // of one panel; tanhs: see score_tile
-    C *registers, *t, *ds;  // of a score program; where gradients of captured arrays are wanted, scores and dS
-    double *captured = nullptr;  // sums of these gradients
+    C *registers, *t, *ds;  // of a score program; t and ds: scores and dS for the gradients of captured arrays
+    double *captured = nullptr;  // sums of the gradients of captured arrays
     C *m, *l, *alpha;  // per row, see SoftmaxRows
     char *k, *v;
 
@@ -78,7 +79,7 @@ struct TileScratch {
     }
 };
 
-// products_i = <a_i, b_i> of a block's rows of two arrays shaped like out; 0 beyond the rows.
+// Computes products_i = <a_i, b_i> for the rows of a block, where a and b have the shape of out; 0 after the last row.
 template <class C, int P>
 ANYATTN_NOINLINE void fill_products(const ScoreBlock<C, P> &block, const anyattn_array &first,
                                     const anyattn_array &second, C *products) {
@@ -94,7 +95,7 @@ ANYATTN_NOINLINE void fill_products(const ScoreBlock<C, P> &block, const anyattn
     }
 }
 
-// delta_i = <dout_i, out_i> - dlse_i of a block's rows.
+// Computes delta_i = <dout_i, out_i> - dlse_i for the rows of a block.
 template <class C, int P>
 void fill_delta(const ScoreBlock<C, P> &block, C *delta) {
     const StridedRows dlse = block.strided_values(block.call.dlse);
@@ -102,7 +103,7 @@ void fill_delta(const ScoreBlock<C, P> &block, C *delta) {
     for (int i = 0; dlse.data && i < block.rows; ++i) delta[i] -= load<C>(dlse.row(i));
 }
 
-// The rows' statistics from the saved lse. Returns the largest |lse|.
+// Computes the row statistics from the saved lse. Returns the largest |lse|.
 template <class C, int P>
 ANYATTN_NOINLINE double read_lse(const ScoreBlock<C, P> &block, const RowStatistics<C> &rows) {
     const StridedRows lse = block.strided_values(block.call.lse);
@@ -123,7 +124,7 @@ ANYATTN_NOINLINE double read_lse(const ScoreBlock<C, P> &block, const RowStatist
     return largest;
 }
 
-// The maximum and the sum of weights of every row of a block, as in the forward pass.
+// Computes the maximum and the sum of weights of every row of a block, as in the forward pass.
 template <class M>
 ANYATTN_NOINLINE void sum_rows(const Block<M> &block, const QueryRows<M> &of_block, const TileScratch<M> &w) {
     const anyattn_call &call = block.call;
@@ -142,9 +143,9 @@ ANYATTN_NOINLINE void sum_rows(const Block<M> &block, const QueryRows<M> &of_blo
     }
 }
 
-// Recomputes the statistics of rows whose lse is large from their maximum and sum. If the saved lse exceeds the new one
-// by more than rounding, it belongs to more keys, as in one rank's share of a sequence. P then sums to less than 1, and
-// the saved lse is kept.
+// Replaces the statistics of rows with a large lse by those of their maximum and sum. If the saved lse exceeds the new
+// one by more than rounding, it includes other keys, as in ring attention. Then the saved lse is used, and P adds up to
+// less than 1.
 template <class M>
 ANYATTN_NOINLINE void refine_statistics(const Block<M> &block, const QueryRows<M> &of_block, const TileScratch<M> &w) {
     using C = typename M::C;
@@ -195,8 +196,8 @@ void fill_statistics(const Block<M> &block, const BackwardRows<M> &of_block, con
     if (read_lse(block, rows) > largest_trusted_lse(block.call)) refine_statistics(block, of_block, w);
 }
 
-// Statistics of a row that dbias needs. The backward pass stores them in the workspace for every row of every head,
-// because a task of dbias visits rows of many blocks and would have to recompute them.
+// Row statistics that dbias reads. The backward pass stores them in the workspace for every row of every head, because
+// a task of dbias visits rows of many blocks and would have to compute them again.
 template <class C>
 struct StoredRow {
     C base, rest, delta;
