@@ -1,4 +1,4 @@
-// out and lse of one block of query rows: online softmax over tiles of keys.
+// Forward pass of a block of query rows: online softmax over tiles of keys.
 // Dao, "FlashAttention-2" (2023), algorithm 1.
 #pragma once
 #include <new>
@@ -8,8 +8,8 @@
 namespace anyattn {
 namespace {
 
-// A task reads about this many contiguous bytes before it moves to another address. The second limit keeps the data of
-// each head in L2.
+// A task reads about kRunBytes contiguous bytes before it moves to another address. kStateBytes keeps the state of a
+// task's blocks in L2.
 constexpr int64_t kRunBytes = 4096, kStateBytes = 256 * 1024;
 
 // Intermediate results of one block.
@@ -84,11 +84,11 @@ struct ForwardScratch {
     }
 };
 
-// Partial results of a block's rows over some of its keys: sums of values, maximum, sum of weights, row by row.
+// Partial results of a block over some of its keys. Each row stores its sums of values, maximum and sum of weights.
 template <class C>
 struct ForwardPartial {
     C *data;
-    int64_t dim;  // whole vectors
+    int64_t dim;  // head_dim_v rounded up to whole vectors
 
     ForwardPartial(const anyattn_call &call, const void *memory)
         : data(static_cast<C *>(const_cast<void *>(memory))), dim(round_up(call.head_dim_v, lanes<C>)) {}

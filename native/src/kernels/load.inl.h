@@ -1,4 +1,5 @@
-// Rows of the caller's arrays as vectors of the compute type, whatever their dtype; nothing past their ends is touched.
+// Loads and stores rows of the caller's arrays, of any dtype, as vectors of the compute type. Memory after the end of a
+// row is neither read nor written.
 #pragma once
 #include "float8.inl.h"
 #include "anyattn.h"
@@ -21,7 +22,7 @@ ANYATTN_INLINE F32 widen_bfloat16(const char *p) {
     return (F32)(__builtin_convertvector(load<Lanes<float>::Half>(p), U32) << 16);
 }
 
-// To nearest even; NaN stays NaN.
+// Rounds to nearest even; NaN stays NaN.
 ANYATTN_INLINE void narrow_bfloat16(char *p, F32 x) {
     const U32 bits = (U32)x;
     const U32 rounded = (bits + splat(UINT32_C(0x7fff)) + (bits >> 16 & splat(UINT32_C(1)))) >> 16;
@@ -58,7 +59,7 @@ ANYATTN_INLINE typename Lanes<C>::V widen_bytes(const char *p) {
     return wide != 0 ? zero + C(1) : zero;
 }
 
-// One whole vector. The tag chooses the compute type; bytes (masks) become 0 and 1.
+// Loads one whole vector. The last argument chooses the compute type. Bytes of a mask become 0 or 1.
 ANYATTN_INLINE F32 load_whole(const char *p, int32_t dtype, float) {
     if (dtype == ANYATTN_FLOAT32) return load<F32>(p);
     if (dtype == ANYATTN_BFLOAT16) return widen_bfloat16(p);
@@ -89,7 +90,7 @@ ANYATTN_INLINE void store_whole(char *p, int32_t dtype, F64 x) {
     store(p, __builtin_convertvector(x, Lanes<double>::Single));
 }
 
-// The first n bytes, then zeros; n bytes back.
+// load_bytes copies n bytes and fills the rest of the buffer with zeros. store_bytes copies n bytes back.
 #if defined(__AVX512BW__)
 ANYATTN_INLINE void load_bytes(char *buffer, const char *p, int64_t n) {
     _mm512_storeu_si512(buffer, _mm512_maskz_loadu_epi8((UINT64_C(1) << n) - 1, p));
@@ -105,7 +106,7 @@ ANYATTN_INLINE void load_bytes(char *buffer, const char *p, int64_t n) {
 ANYATTN_INLINE void store_bytes(char *p, const char *buffer, int64_t n) { __builtin_memcpy(p, buffer, (size_t)n); }
 #endif
 
-// The first n elements at p, then zeros.
+// Loads the first n elements at p, followed by zeros.
 template <class C>
 ANYATTN_INLINE typename Lanes<C>::V load_part(const char *p, int32_t dtype, int64_t n) {
     if (n >= lanes<C>) return load_whole(p, dtype, C());
@@ -128,10 +129,10 @@ ANYATTN_INLINE C load_scalar(const char *p, int32_t dtype) {
     return load_part<C>(p, dtype, 1)[0];
 }
 
-// The rows of one head of q, out, dout or dq, or its values in lse or dlse: `stride` bytes apart.
+// Rows of one head of q, out, dout or dq, or its values in lse or dlse, at a fixed distance.
 struct StridedRows {
     char *data;
-    int64_t stride;  // bytes
+    int64_t stride;  // bytes from one row to the next
     int32_t dtype;
 
     char *row(int64_t i) const { return data + i * stride; }
@@ -146,7 +147,7 @@ inline StridedRows query_rows(const anyattn_array &array, const anyattn_call &ca
     return {static_cast<char *>(array.data) + offset * size, array.stride[1] * size, array.dtype};
 }
 
-// lse or dlse of row i0 and, `stride` bytes on, the rows after it.
+// Returns the values of lse or dlse from row i0 on.
 inline StridedRows row_values(const anyattn_array &array, const anyattn_call &call, const Sequence &s, int64_t h,
                               int64_t i0) {
     const int64_t entry = call.cu_seqlens_q ? 0 : s.index * array.stride[0];
@@ -155,17 +156,17 @@ inline StridedRows row_values(const anyattn_array &array, const anyattn_call &ca
     return {static_cast<char *>(array.data) + offset * size, array.stride[2] * size, array.dtype};
 }
 
-// The keys (or values) of one KV head of one sequence, wherever they lie.
+// Keys (or values) of one KV head of one sequence: in order, in pages, or selected by a list.
 struct KeyRows {
     StridedRows rows;
     const int32_t *pages;  // null: not paged
     int64_t page_size, page_stride;
-    const int32_t *slots = nullptr;  // of the rows that are selected; null: all, in order
+    const int32_t *slots = nullptr;  // key slots of the selected rows; null: all rows, in order
 
-    // Whether row j lies `stride` bytes behind row j - 1.
+    // Returns whether every row j is stored `rows.stride` bytes after row j - 1.
     bool in_order() const { return !pages && !slots; }
 
-    // Of row j, from the first row: the same for every head.
+    // Returns the bytes from rows.data to row j. They are equal for all heads.
     int64_t offset(int64_t j) const {
         if (slots) j = slots[j];
         if (!pages) return j * rows.stride;
@@ -173,7 +174,7 @@ struct KeyRows {
     }
     const char *row(int64_t j) const { return rows.data + offset(j); }
 
-    // body(i, row j + i) for n rows, with one division in all.
+    // Calls body(i, row j + i) for n rows. Pages take one division in total, because divisions are slow.
     template <class Body>
     ANYATTN_INLINE void for_each(int64_t j, int64_t n, const Body &body) const {
         if (!pages || slots) {
@@ -203,7 +204,7 @@ struct Int {
     static constexpr int value = N;
 };
 
-// body(Int<T>()) for the dtype T of keys and values, which the compute type follows from.
+// Calls body(Int<T>()), where T is a dtype of q, k and v whose compute type is C.
 template <class C, class Body>
 ANYATTN_INLINE void with_dtype([[maybe_unused]] int32_t dtype, const Body &body) {
     if constexpr (sizeof(C) == 8) {
@@ -215,7 +216,7 @@ ANYATTN_INLINE void with_dtype([[maybe_unused]] int32_t dtype, const Body &body)
     }
 }
 
-// The same for keys and values as they are stored: also quantised.
+// Calls body(Int<T>()), where T is a dtype of stored keys and values, quantised ones included.
 template <class C, class Body>
 ANYATTN_INLINE void with_key_dtype(int32_t dtype, const Body &body) {
     if (dtype == ANYATTN_INT8) return body(Int<ANYATTN_INT8>());
@@ -224,9 +225,9 @@ ANYATTN_INLINE void with_key_dtype(int32_t dtype, const Body &body) {
     with_dtype<C>(dtype, body);
 }
 
-// Rows of the tile of keys (or values) that comes next, asked for one by one while this tile is multiplied: never many at
-// once, since the loads of the multiplication would wait behind them; and in the order in which they lie in memory if heads
-// lie side by side, since in that order the processor reads ahead on its own.
+// Prefetches the next tile of keys (or values), one row at a time, while the current tile is multiplied. Many
+// prefetches at once would delay the loads of the multiplication. Heads that are adjacent in memory are prefetched in
+// memory order, because the processor's own prefetcher follows that order.
 struct Ahead {
     const KeyRows *rows;  // of each head
     int64_t heads, j, end, bytes;
@@ -251,7 +252,7 @@ struct TileAhead {
     Ahead k, v;
 };
 
-// n values to the compute type, and zeros up to a whole vector.
+// Converts n values to the compute type, and fills the last vector with zeros.
 template <class C, int T>
 ANYATTN_INLINE void copy_row(C *to, const char *from, int64_t n) {
     int64_t d = 0;
@@ -273,8 +274,8 @@ ANYATTN_NOINLINE void copy_rows(C *to, int64_t stride, const StridedRows &rows, 
     });
 }
 
-// `left` elements (at most a vector) from `offset` bytes on of `count` rows. Not inlined: that would copy it for every
-// row.
+// Loads `left` elements (at most a vector) at `offset` bytes of each of `count` rows. The function is not inlined,
+// because the compiler would repeat its code for every row of a vector.
 template <class C>
 ANYATTN_NOINLINE void load_tile(typename Lanes<C>::V *r, const char *const *rows, int64_t offset, int32_t dtype,
                                 int64_t count, int64_t left) {
@@ -291,13 +292,13 @@ ANYATTN_NOINLINE void store_tile(char *const *rows, int64_t offset, int32_t dtyp
     }
 }
 
-// The rows of a block in q, out, dout or dq: those of several heads lie wherever they lie.
+// Addresses of the rows of a block in q, out, dout or dq. Rows of several heads are at no fixed distance.
 struct RowTable {
     char *row[kBlockQ];
     int32_t dtype;
 };
 
-// n rows times factor as columns: packed[d][lane], zero in the lanes beyond n.
+// Packs n rows, times factor, as columns: packed[d][lane]. Lanes from n on are 0.
 template <class C>
 ANYATTN_NOINLINE void pack_panel(C *packed, const char *const *rows, int32_t dtype, int64_t n, int64_t dim, C factor) {
     using V = typename Lanes<C>::V;
@@ -324,7 +325,8 @@ ANYATTN_NOINLINE void pack_panel(C *packed, const char *const *rows, int32_t dty
     }
 }
 
-// The way back: columns of P lanes times one factor per lane (null: 1) into n rows, added to what is there if `add`.
+// Unpacks columns of P lanes into n rows, times one factor per lane (null: 1). `add` adds to the rows instead of
+// overwriting them.
 template <class C, int P>
 ANYATTN_NOINLINE void unpack_panel(char *const *rows, int32_t dtype, const C *packed, int64_t n, int64_t dim,
                                    const C *factors, bool add) {
@@ -349,7 +351,7 @@ ANYATTN_NOINLINE void unpack_panel(char *const *rows, int32_t dtype, const C *pa
     }
 }
 
-// Scratch memory handed out in order; without a base it only counts.
+// Allocates scratch memory in order. Without a base, it only counts bytes.
 struct Arena {
     char *base;
     int64_t used;

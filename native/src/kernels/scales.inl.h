@@ -1,4 +1,4 @@
-// Scales of quantised keys and values: those of keys multiply the products, those of values the weights.
+// Scales of quantised keys and values. The scale of a key multiplies its products, the scale of a value its weights.
 #pragma once
 #include "load.inl.h"
 
@@ -7,7 +7,7 @@ namespace {
 
 inline bool is_quantised(const anyattn_call &call) { return call.k.dtype >= ANYATTN_INT8; }
 
-// Where the scales of the keys (or values) of one KV head of one sequence lie. slots: see KeyRows.
+// Returns the scales of the keys (or values) of one KV head of one sequence. slots: see KeyRows.
 inline KeyRows scale_rows(const anyattn_array &array, const anyattn_call &call, const Sequence &s, int64_t h_kv,
                           const int32_t *slots) {
     KeyRows rows = key_rows(array, call, s, h_kv);
@@ -21,7 +21,7 @@ ANYATTN_NOINLINE void load_scales(C *to, const KeyRows &rows, int64_t j, int64_t
     rows.for_each(j, n, [&](int64_t i, const char *scale) { to[i] = C(load<float>(scale)); });
 }
 
-// The rows of a tile of P lanes times a factor each; `top`: the largest of each lane anew, if it is asked for.
+// Multiplies each row of a tile of P lanes by its scale. If `top` is not null, writes the largest value of each lane.
 template <class C, int P>
 ANYATTN_NOINLINE void scale_tile(C *S, const C *scale, int64_t n, int vectors, typename Lanes<C>::V *top) {
     using V = typename Lanes<C>::V;

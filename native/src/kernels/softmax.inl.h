@@ -7,7 +7,7 @@
 namespace anyattn {
 namespace {
 
-// Weights of n keys in vector c of a panel, relative to `base`, into P. Returns their sum, before dropout.
+// Stores the weights of n keys in vector c of a panel, relative to `base`, in P. Returns their sum before dropout.
 template <class M>
 ANYATTN_INLINE typename M::V weigh(const typename M::C *S, typename M::C *P, int64_t n, int c, typename M::V scale,
                                    typename M::V base, const typename M::C *keep) {
@@ -29,10 +29,10 @@ ANYATTN_INLINE typename M::V weigh(const typename M::C *S, typename M::C *P, int
     return sum0 + sum1;
 }
 
-// A sum of weights beyond which the base rises: all smaller sums and weights are far from overflow.
+// Largest sum of weights for which the base stays. Such a sum and its weights are far from overflow.
 constexpr float kLargestSum = 256;
 
-// A new base, larger than the one before in the lanes where the sum of weights is large, infinite or NaN.
+// Returns the base, increased in the lanes whose sum of weights is large, infinite or NaN.
 template <class M>
 ANYATTN_NOINLINE typename M::V risen_base(const typename M::C *S, int64_t n, int c, typename M::V before,
                                           typename M::V sum) {
@@ -82,7 +82,7 @@ ANYATTN_NOINLINE void softmax_pass(typename M::C *S, typename M::C *P, int64_t n
     }
 }
 
-// Rows without visible keys so far.
+// Resets the maxima and sums to those of rows without visible keys.
 template <class C>
 void clear_sums(C *m, C *l) {
     for (int i = 0; i < kBlockQ; ++i) {
@@ -91,8 +91,8 @@ void clear_sums(C *m, C *l) {
     }
 }
 
-// Memory for the softmax of a block: a tile of one panel, and for each row its maximum, its sum of weights and the factor
-// of its sums of values after a tile.
+// Memory for the softmax of a block: a tile of one panel, and for each row its maximum, its sum of weights, and alpha,
+// the factor that rescales its sums of values after a tile.
 template <class M>
 struct SoftmaxRows {
     using C = typename M::C;
@@ -101,7 +101,8 @@ struct SoftmaxRows {
     C *m, *l, *alpha;
     const C *k_scale = nullptr, *v_scale = nullptr;  // of the tile's keys; null: not quantised
 
-    // Adds keys [j, j + n) of the tile that begins at j0 to the rows of panel p; leaves their weights in P. q: the packed panel.
+    // Adds keys [j, j + n) of the tile that begins at j0 to the rows of panel p, and stores their weights in P. q: the
+    // packed panel.
     void add_keys(const Block<M> &block, int p, const typename M::Keys &keys, int64_t j0, int64_t j, int64_t n,
                   MaskUse use, const typename M::Packed *q, TileAhead &next) const {
         typename M::V top[kPanelVectors];
