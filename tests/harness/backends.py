@@ -1,6 +1,6 @@
-"""The backends of this machine, the CPU's once per instruction set, and what each of them may refuse.
+"""Backends of this machine, the CPU engine once per instruction set, and the problems that each may refuse.
 
-An `Engine` is a backend or, on the CPU, a backend with an instruction set.
+An `Engine` is a backend and, for the `cpu` backend, an instruction set.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from anyattn.runtime import dispatch
 class MayRefuse:
     """Limits of a backend that the tests accept."""
 
-    head_dim: int  # and head_dim_v: larger ones
+    head_dim: int  # a larger head_dim or head_dim_v may be refused
     dtypes: tuple[str, ...]
     extras: tuple[str, ...] = ()
 
 
-# Written here, and not read from `supports`: a refusal that nobody has decided on must fail a test.
+# Written down here instead of read from `supports`, so that an unintended refusal fails a test.
 MAY_REFUSE = {
     "triton": MayRefuse(512, ("float64",), ("kv_indices", "k_scale")),
     "vulkan": MayRefuse(256, ("float64",), ("kv_indices", "k_scale")),
@@ -40,7 +40,7 @@ DERIVES = ("cpu", "numpy", "triton")  # backends of tangents and second derivati
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """A backend, and the instruction set of the CPU's."""
+    """Backend and, for the `cpu` backend, its instruction set."""
 
     backend: str
     target: str = ""
@@ -74,7 +74,7 @@ class Engine:
         return f"{self.backend}-{self.target}" if self.target else self.backend
 
     def use(self, threads: int = 0) -> None:
-        """Set this engine's environment variables; plans are forgotten only where something changes."""
+        """Set this engine's environment variables. Cached plans are discarded only if a variable changes."""
         wanted = {"ANYATTN_CPU_TARGET": self.target, "ANYATTN_NUM_THREADS": str(threads)}
         if any(os.environ.get(name, "") != value for name, value in wanted.items()):
             os.environ.update(wanted)
@@ -83,7 +83,7 @@ class Engine:
 
 @cache
 def engines() -> tuple[Engine, ...]:
-    """A backend that ANYATTN_REQUIRE names and that is not there is an error, never a shorter list."""
+    """Return the engines of this machine. Raise RuntimeError if a backend that ANYATTN_REQUIRE names is missing."""
     found = []
     for name in dispatch.names():
         missing = dispatch.get(name).available(named=True)
@@ -95,14 +95,14 @@ def engines() -> tuple[Engine, ...]:
 
 
 def skip_module_without(backend: str) -> None:
-    """Skips the module that calls this where the backend is missing or too old, unless ANYATTN_REQUIRE names it."""
+    """Skip the calling module if the backend is missing or too old, unless ANYATTN_REQUIRE names the backend."""
     missing = dispatch.get(backend).available(named=True)
     if missing and backend not in settings.current().require:
         pytest.skip(f"{missing}, and ANYATTN_REQUIRE does not ask for it", allow_module_level=True)
 
 
 def cpu_targets() -> list[str]:
-    """Instruction sets of the native library that this machine runs, best first."""
+    """Return the instruction sets of the native library that this machine supports, best first."""
     from anyattn.backends.cpu import library
 
     return library.load().targets()

@@ -1,4 +1,4 @@
-"""Cases of the tests: a table in which every pair of features occurs, and one named case for each corner.
+"""Cases of the tests: a table in which every pair of features occurs, and a named case for each corner case.
 
 `scripts/make_cases.py` writes the table; `anyattn.testing` makes the arrays of a case.
 """
@@ -38,7 +38,7 @@ def _table() -> list[dict[str, str]]:
 
 
 def pairwise() -> list[Case]:
-    """The committed table, as cases."""
+    """Return the committed table as cases."""
     return [_from_row(i, row) for i, row in enumerate(_table())]
 
 
@@ -82,7 +82,7 @@ _EVERYTHING: dict[str, Any] = {
     **{"bias": "full", "mask": "b1", "alibi": "bh", "softcap": 3.0, "sink": True, "dlse": True},
 }
 NAMED = [
-    # Rows, keys and sequences that are not there.
+    # No queries, no keys, no sequences, no visible keys.
     Case("plain"),
     Case("rows_without_keys", causal=True, seqlen_q=111, seqlen_k=63, dlse=True),
     Case("rows_without_keys_sink", causal=True, seqlen_q=70, seqlen_k=5, sink=True, dlse=True),
@@ -94,7 +94,7 @@ NAMED = [
     Case("empty_sequences", lengths="varlen", batch=5, content="empty_sequences", dlse=True),
     Case("lengths_zero", lengths="both", batch=3, content="empty_sequences", causal=True, sink=True, dlse=True),
     Case("no_rows_no_keys", seqlen_q=0, seqlen_k=0, bias="h1", sink=True),
-    # One key, one row, and just past a tile.
+    # One key, one query, and sizes just above a tile.
     Case("row_sees_one_key", window=(0, 0)),
     Case("one_key", seqlen_k=1, dlse=True),
     Case("decode", seqlen_q=1, seqlen_k=517, group=4, causal=True),
@@ -239,16 +239,16 @@ NAMED = [
 
 PAIRWISE = pairwise()
 ALL = [*NAMED, *PAIRWISE]
-DIFFERENTIABLE = [case for case in ALL if not case.stored]  # the passes of tangents have no quantised keys
+DIFFERENTIABLE = [case for case in ALL if not case.stored]  # tangents do not support quantised keys
 
 
 def named(name: str) -> Case:
-    """The named case of that name."""
+    """Return the named case with this name."""
     return next(case for case in NAMED if case.name == name)
 
 
 def small(cases: list[Case], entries: int) -> list[Case]:
-    """Return the cases with at most `entries` scores, for slow engines."""
+    """Return the cases with at most `entries` scores, for slow backends."""
     return [c for c in cases if c.batch * c.nheads_kv * c.group * c.seqlen_q * c.seqlen_k <= entries]
 
 

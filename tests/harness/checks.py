@@ -1,4 +1,4 @@
-"""Calls of a backend on the arrays of a case, and the comparison with float64; what a backend refuses."""
+"""Calls of a backend on the arrays of a case, the comparison with float64, and the check of refusals."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def wrong(inputs: testing.CaseInputs, direction: str, engine: Engine) -> list[st
 
 
 def refused(inputs: testing.CaseInputs, direction: str, engine: Engine) -> bool:
-    """Return True if the backend says that it does not compute this, after a check that the call raises its reasons."""
+    """Return whether the backend refuses the problem. If it does, check that the call raises these reasons."""
     backend, (problem, _) = dispatch.get(engine.backend), inputs.describe(PASSES[direction])
     reasons = dispatch.refuse(backend, problem)
     if not reasons:
@@ -35,7 +35,7 @@ def refused(inputs: testing.CaseInputs, direction: str, engine: Engine) -> bool:
     assert engine.may_refuse(problem), f"{engine} must compute this: {reasons}"
     with pytest.raises(anyattn.UnsupportedProblem) as caught:
         run(inputs, direction, engine)
-    # a forward that is refused comes first, with its own reasons
+    # The call first computes the forward pass, so a refused forward pass raises its own reasons.
     reported, reasons = (
         caught.value.refusals[engine.backend],
         [*reasons, *dispatch.refuse(backend, inputs.describe()[0])],
@@ -45,5 +45,5 @@ def refused(inputs: testing.CaseInputs, direction: str, engine: Engine) -> bool:
 
 
 def bits(array: np.ndarray) -> np.ndarray:
-    """Return a view of the array's bytes: NaN equals NaN there, and 0 differs from -0."""
+    """Return a view of the array's bytes, in which NaN equals NaN and 0 differs from -0."""
     return array.view(np.uint8)

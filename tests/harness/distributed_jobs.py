@@ -1,4 +1,4 @@
-"""Jobs of the processes in `harness.ranks`. Every rank makes the whole sequence from a seed and takes its own part."""
+"""Jobs of the processes in `harness.ranks`. Every rank creates the whole sequence from a seed and takes its part."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def arrays(case: Case) -> dict[str, Tensor]:
         "bias_heads": lambda: random(b, 1, n, m),
         "bias_row": lambda: random(1, h, 1, m),
         "mask": lambda: torch.from_numpy(rng.random((b, 1, n, m)) < 0.7),
-        "mask_shard": lambda: (torch.arange(m) > m // 2).expand(b, 1, n, m).clone(),  # hides the first ranks' keys
+        "mask_shard": lambda: (torch.arange(m) > m // 2).expand(b, 1, n, m).clone(),  # masks the first ranks' keys
         "alibi_slopes": lambda: random(h).abs().to(wide),
         "sink": lambda: random(h).to(wide),
         "kv_indices": lambda: torch.from_numpy(rng.integers(-1, m, (*lead, n, 9))).to(torch.int32),
@@ -189,7 +189,7 @@ def divided(case: Case) -> Any:
 
 
 def joined(case: Case, parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Return the whole results from those of every rank."""
+    """Return the whole results from the results of every rank."""
     size = len(parts)
     queries, keys = (sharding_of(case, n, size) for n in (case.queries, case.keys))
     first = 0 if case.cu_seqlens else 1
@@ -283,7 +283,7 @@ def seedless_dropout() -> bool:
 
 
 def wait_for_lost_peer() -> None:
-    """End the last rank; the others must not wait forever."""
+    """End the process of the last rank. The other ranks must not wait forever."""
     import os
 
     if dist.get_rank() == dist.get_world_size() - 1:
@@ -304,7 +304,7 @@ def measure_memory(case: Case) -> tuple[int, int, int]:
     def work() -> None:
         distributed.attention(q, k, v, **flags, **keywords(case, given)).backward(given["dout"])
 
-    work()  # plans and tables are made once
+    work()  # creates plans and tables, which later calls use
     for x in (q, k, v):
         x.grad = None
     return q.nbytes, *allocated_bytes(work)

@@ -1,4 +1,4 @@
-"""Unusual but legal forms of arguments: each stands for the same value as the plain one."""
+"""Unusual forms of valid arguments. Each form has the value of the usual one."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor
 
 
 class Label(Tensor):
-    """A subclass of Tensor that adds a name and nothing else."""
+    """Subclass of Tensor that only adds a name."""
 
 
 class Meaning(Tensor):
-    """A subclass that defines its own functions, so that its memory need not be its value."""
+    """Subclass that defines its own functions, so that its memory may not hold its values."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -79,7 +79,7 @@ def tables(value: Tensor) -> Forms:
 
 
 def layouts(value: Tensor) -> Forms:
-    """Yield tensors of the same values in other memory, with NaN around it where it is floating-point."""
+    """Yield tensors with the same values in other layouts. Floating-point values are surrounded by NaN."""
     filling = torch.nan if value.is_floating_point() else 1
     doubled = value.new_full([2 * size for size in value.shape], filling)
     every_other = doubled[tuple(slice(None, None, 2) for _ in value.shape)]
@@ -97,7 +97,7 @@ def layouts(value: Tensor) -> Forms:
 
 
 def aliases(value: Tensor) -> Forms:
-    """Yield tensors of other values whose elements share memory: expanded along each axis, and overlapping rows."""
+    """Yield tensors of the same shape whose elements share memory: expanded along each axis, and overlapping rows."""
     for axis, size in enumerate(value.shape):
         if size > 1:
             yield f"expanded along {axis}", value.narrow(axis, 0, 1).expand(value.shape)
@@ -109,7 +109,7 @@ def aliases(value: Tensor) -> Forms:
 
 
 def refused(value: Tensor) -> Forms:
-    """Yield tensors that are not what their memory holds."""
+    """Yield tensors whose memory does not hold their values."""
     yield "functions of its own", value.clone().as_subclass(Meaning)
     yield "sparse", value.to_sparse()
     if value.ndim > 1:

@@ -1,4 +1,4 @@
-"""Problems for the Hopper kernels: arrays that the copy engine takes, inside larger buffers of NaN."""
+"""Problems for the Hopper kernels: arrays whose alignment the copy engine accepts, inside larger buffers of NaN."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MARGIN = 8  # elements: 16 bytes
 
 
 def aligned(case: Case) -> CaseInputs:
-    """The case's values; strides and addresses are multiples of 16 bytes, relative to the buffer."""
+    """Return the case's inputs with strides and addresses that are multiples of 16 bytes, relative to the buffer."""
     inputs = make_inputs(case)
     for name in "qkv":
         inputs.arguments[name] = embed(np.array(inputs.arguments[name]), case.layout)
@@ -31,7 +31,7 @@ def embed(values: np.ndarray, layout: str) -> np.ndarray:
 
 
 def drawn(seed: int, longest: int) -> Case:
-    """A random problem of the hot subset."""
+    """Return a random problem that the Hopper kernels support."""
     rng = random.Random(seed)
     choices: dict[str, Any] = {
         "batch": rng.choice((1, 2, 3)),

@@ -1,4 +1,4 @@
-"""Calls with a KV cache, and everything that must hold after one: what was written, what was not, the results."""
+"""Calls with a KV cache, and the checks after each: slots that were written, slots that were not, and results."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ WRITTEN = ("k_cache", "v_cache", "k_scale", "v_scale")
 
 @dataclass(frozen=True)
 class AppendCase:
-    """One call with an append; every array of it is drawn from the seed.
+    """Call with an append, whose arrays are sampled from the seed.
 
-    It is no `testing.Case`: its choices are places in a cache, new keys and a rotation, and what it wrote is checked.
+    It is not a `testing.Case`, because it has slots of a cache, new keys and a rotation, and its writes are checked.
     """
 
     dtype: str = "float32"
@@ -44,16 +44,16 @@ class AppendCase:
     leftpad: bool = False
     rows_used: bool = False  # seqused_q
     stored: str = ""  # dtype of a quantised cache
-    scattered: bool = False  # every array is laid out at random, the caches with contiguous rows
+    scattered: bool = False  # every array has a random layout; rows of the caches stay contiguous
     seed: int = 0
 
     @property
     def by_row(self) -> bool:
-        """Whether rotary turns each row of q by its own angle."""
+        """Return whether rotary rotates each query at its own position."""
         return self.causal or self.window not in (None, (None, None))
 
     def draw(self) -> dict[str, Any]:
-        """Arguments of attention_with_kvcache."""
+        """Return arguments of attention_with_kvcache."""
         rng = np.random.default_rng(self.seed)
 
         def normal(*shape: int) -> np.ndarray:
@@ -89,7 +89,7 @@ class AppendCase:
         return given | {"causal": self.causal, "window": self.window}
 
     def place(self) -> tuple[dict[str, Any], Buffers]:
-        """The same, laid out at random if asked for, and the buffers around those arrays."""
+        """Return the arguments, with random layouts if `scattered` is set, and the buffers around the arrays."""
         given, rng = self.draw(), np.random.default_rng(self.seed)
         buffers: Buffers = {}
         for name, x in given.items() if self.scattered else ():
@@ -99,7 +99,7 @@ class AppendCase:
 
 
 def place(given: dict[str, Any], b: int, slot: int) -> tuple[int, int]:
-    """Where a logical slot of a sequence lies in the cache."""
+    """Return the index in the cache of a logical slot of a sequence."""
     if "block_table" in given:
         size = given["k_cache"].shape[1]
         return int(given["block_table"][b, slot // size]), slot % size
@@ -107,7 +107,7 @@ def place(given: dict[str, Any], b: int, slot: int) -> tuple[int, int]:
 
 
 def rotate(x: np.ndarray, position: int, given: dict[str, Any]) -> np.ndarray:
-    """Each pair turned by its angle, as complex numbers, in float64. x: (nheads, head_dim)."""
+    """Return x (nheads, head_dim) with each pair rotated by its angle, as complex numbers, in float64."""
     if "rotary_cos" not in given:
         return x.astype(np.float64)
     cos, sin = given["rotary_cos"][position].astype(np.float64), given["rotary_sin"][position].astype(np.float64)
@@ -122,7 +122,7 @@ def rotate(x: np.ndarray, position: int, given: dict[str, Any]) -> np.ndarray:
 
 
 def problems_of(setup: AppendCase, backend: str) -> list[str]:
-    """[] or a line for everything that is wrong about this call."""
+    """Return a line for each fault of the call."""
     given, buffers = setup.place()
     before = {name: given[name].copy() for name in WRITTEN if name in given}
     beside = {name: around(given[name], buffer) for name, buffer in buffers.items()}
@@ -137,7 +137,7 @@ def problems_of(setup: AppendCase, backend: str) -> list[str]:
 
 
 def _appended(setup: AppendCase, given: dict[str, Any], before: dict[str, np.ndarray]) -> list[str]:
-    """The new slots hold k, rotated, and v; all others what they held."""
+    """Return faults of the cache: new slots must hold the rotated k and v, and other slots must not change."""
     tolerance = DTYPES[setup.dtype].eps / 2 + 2 * DTYPES["float64" if setup.dtype == "float64" else "float32"].eps
     rotated = setup.rotary_dim
     wrong = []
@@ -167,7 +167,7 @@ def _appended(setup: AppendCase, given: dict[str, Any], before: dict[str, np.nda
 def _quantised(
     setup: AppendCase, given: dict[str, Any], where: tuple[int, int], token: tuple[int, int], want_k: np.ndarray
 ) -> list[str]:
-    """Codes and scales, bit by bit, of the key and value of a slot."""
+    """Return faults of the codes and scales of a slot, which are compared bit by bit."""
     b, t = token
     wrong = []
     for name, want in (("k", want_k), ("v", given["v"][b, t].astype(np.float64))):
@@ -179,12 +179,12 @@ def _quantised(
 
 
 def _same(a: np.ndarray, b: np.ndarray) -> bool:
-    """Bit by bit: slots beyond the lengths may hold NaN."""
+    """Return whether two arrays have the same bits. Slots that are not in use may hold NaN."""
     return a.tobytes() == b.tobytes()
 
 
 def _attended(setup: AppendCase, given: dict[str, Any], out: np.ndarray, lse: np.ndarray) -> list[str]:
-    """The same as rotating q, gathering every sequence's keys and attending to each sequence alone."""
+    """Return faults of out and lse, compared with attention over the gathered keys of each sequence alone."""
     wrong = []
     for b in range(setup.batch):
         length = int(given["cache_seqlens"][b])
@@ -199,7 +199,7 @@ def _attended(setup: AppendCase, given: dict[str, Any], out: np.ndarray, lse: np
         for name in ("k_scale", "v_scale") if setup.stored else ():
             stored[name] = np.array([given[name][where] for where in places]).reshape(1, -1, setup.nheads_kv)
         want = _budgets(setup, q, stored)
-        # A rotated q may round the other way: one unit in the last place of q is one more eps on every score.
+        # A rotated q may be rounded differently. One unit in its last place adds one eps to the error of every score.
         extra = DTYPES[setup.dtype].eps * (setup.rotary_dim > 0)
         for name, got in (("out", out[b : b + 1, :n_q]), ("lse", lse[b : b + 1, :, :n_q])):
             limit = want[name].budget + extra * want["lse"].magnitude.max(initial=0.0)

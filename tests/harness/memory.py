@@ -1,4 +1,4 @@
-"""Guarded memory for results and workspaces: a write past either end is an error, and what nobody writes stays NaN."""
+"""Guarded memory for results and workspaces. Writes outside of them are detected, and unwritten values stay NaN."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ GUARD = 256
 
 
 class Memory:
-    """Buffers full of 0xFF (NaN in every float type) between guards that nobody may write."""
+    """Buffers filled with 0xFF (NaN in every floating-point type), between guards that must not be written."""
 
     def __init__(self) -> None:
         self.blocks: list[tuple[np.ndarray, int, int]] = []
@@ -29,7 +29,7 @@ class Memory:
         return raw[start : start + size].view(dtype).reshape(shape)
 
     def check(self) -> None:
-        """Raise AssertionError if a guard of any buffer since the last check was written."""
+        """Raise AssertionError if a guard of a buffer was written since the last check."""
         blocks, self.blocks = self.blocks, []
         for raw, start, size in blocks:
             assert (raw[:start] == 0xFF).all(), "a backend wrote before the beginning of a result or workspace"

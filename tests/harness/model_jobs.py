@@ -29,7 +29,7 @@ def batch(form: str) -> dict[str, Any]:
 
 
 def differences(name: str, form: str, sharding: str, schedule: str) -> tuple[float, float]:
-    """Return how much loss and gradients, relative to the largest of a parameter, differ from those of one process."""
+    """Return the differences of loss and gradients from one process, relative to a parameter's largest gradient."""
     from anyattn.compat.transformers import context_parallel
 
     model, given = models.built(name), batch(form)
@@ -55,7 +55,7 @@ def differences(name: str, form: str, sharding: str, schedule: str) -> tuple[flo
 
 
 def refused(what: str) -> None:
-    """Make a call that must be refused."""
+    """Make a call that must raise an error."""
     from anyattn.compat.transformers import context_parallel
 
     names = {"encoder": "bert", "encoder-decoder": "t5"}

@@ -1,6 +1,6 @@
-"""An independent definition, for the reference: each rule of the mask as a predicate, gradients by torch's autograd.
+"""Second definition, which tests the reference: each rule of the mask is a predicate, torch computes gradients.
 
-Shares nothing with the package but the dropout bits (which test_philox checks against published vectors).
+It shares only the dropout bits with the package. test_philox compares these bits with published vectors.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LEAVES = ("q", "k", "v", "bias", "sink")
 
 
 def visible(case: Case, span: Span) -> np.ndarray:
-    """Return booleans (n_q, n_k): the keys in the interval of each row, rule by rule."""
+    """Return the keys in the interval of each query, rule by rule: booleans (n_q, n_k)."""
     p = np.arange(span.n_q)[:, None] + span.offset
     c = np.arange(span.n_k)[None, :] - span.leftpad
     seen = np.broadcast_to(c >= 0, (span.n_q, span.n_k)).copy()
@@ -36,7 +36,7 @@ def visible(case: Case, span: Span) -> np.ndarray:
 
 
 def listed(inputs: CaseInputs, span: Span, h_kv: int) -> np.ndarray:
-    """(n_q, n_k): which keys are in each row's list, key by key."""
+    """Return the keys in the list of each query, key by key: booleans (n_q, n_k)."""
     lists = np.asarray(inputs.arguments["kv_indices"])
     if inputs.case.kv_indices == "heads":
         lists = lists[h_kv] if inputs.packed else lists[:, h_kv]
@@ -46,7 +46,7 @@ def listed(inputs: CaseInputs, span: Span, h_kv: int) -> np.ndarray:
 
 
 def attention(inputs: CaseInputs) -> dict[str, np.ndarray | None]:
-    """out, lse and, for the case's dout and dlse, every gradient; float64."""
+    """Return out, lse and every gradient for the case's dout and dlse, in float64."""
     leaves = {name: _leaf(inputs.arguments.get(name)) for name in LEAVES}
     out, lse, loss = _attention(inputs, leaves, _leaf(inputs.dout), _leaf(inputs.dlse))
     loss.backward()
@@ -57,7 +57,7 @@ def attention(inputs: CaseInputs) -> dict[str, np.ndarray | None]:
 
 
 def second(inputs: CaseInputs) -> dict[str, np.ndarray | None]:
-    """Differentiate <gradients, tangents> of every array: the tangent is the derivative by dout and dlse; float64."""
+    """Differentiate <gradients, tangents> of all arrays, in float64. The derivative by dout and dlse is the tangent."""
     import torch
 
     leaves = {name: _leaf(inputs.arguments.get(name)) for name in LEAVES}
@@ -155,7 +155,7 @@ def _head(inputs: CaseInputs, leaves: dict[str, Any], span: Span, h: int) -> tup
 
 
 def _stored_scale(inputs: CaseInputs, name: str, span: Span, place: Any, h: int) -> Any:
-    """(used, 1) or (1, 1): the scales of quantised keys or values, each shape by its own rule."""
+    """Return the scales of quantised keys or values, (used, 1) or (1, 1), by a separate rule for each shape."""
     import torch
 
     scale, h_kv = np.asarray(inputs.arguments[name], np.float64), h // inputs.case.group
@@ -169,7 +169,7 @@ def _stored_scale(inputs: CaseInputs, name: str, span: Span, place: Any, h: int)
 
 
 def _part(array: Any, inputs: CaseInputs, span: Span, h: int, used: np.ndarray) -> Any:
-    """(n_q, used) entries of a dense bias or mask."""
+    """Return the entries (n_q, used) of a dense bias or mask."""
     sizes = (inputs.case.batch, inputs.case.nheads_kv * inputs.case.group, inputs.rows, inputs.slots)
     shape = (1,) * (4 - array.ndim) + tuple(array.shape)
     full = array.reshape(shape)

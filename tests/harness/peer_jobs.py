@@ -61,7 +61,7 @@ def call(function: Any, **arguments: Any) -> Any:
 
 
 class Ring:
-    """Exchange with both neighbours, posted before a step and waited for after it."""
+    """Exchange with both neighbours, started before a step and completed after it."""
 
     sent = 0  # bytes
 

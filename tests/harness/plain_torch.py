@@ -1,6 +1,6 @@
-"""Attention in torch operations with every score in memory: frameworks and foreign APIs are tested against it.
+"""Attention in torch operations, with all scores in memory. Frameworks and other packages' APIs are compared with it.
 
-It is no third definition: test_torch_gradients holds it to the package, which test_reference holds to the oracle.
+test_torch_gradients compares it with the package, and test_reference compares the package with the oracle.
 """
 
 from __future__ import annotations

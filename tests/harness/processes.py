@@ -1,4 +1,4 @@
-"""New Python processes, for what this process can no longer show: first imports, settings, crashes."""
+"""New Python processes, for tests of first imports, settings and crashes, which need a fresh process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def run_python(
 ) -> subprocess.CompletedProcess[str]:
     """Run Python in a process that can import the harness.
 
-    without: prefixes of environment variables that the process does not get; variables: those that it gets besides.
+    without: prefixes of environment variables that the process does not inherit. variables: additional variables.
     """
     environment = {name: value for name, value in os.environ.items() if not name.startswith(without)}
     environment |= {"PYTHONPATH": python_path(), **variables}
@@ -24,5 +24,5 @@ def run_python(
 
 
 def fresh(code: str) -> subprocess.CompletedProcess[str]:
-    """Run code in a process where warnings are errors and none of this project's settings is set."""
+    """Run code in a process in which warnings are errors and no setting of anyattn is set."""
     return run_python("-W", "error", "-c", code, without=("ANYATTN_",))

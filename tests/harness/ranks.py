@@ -18,7 +18,7 @@ TIMEOUT = 60.0  # seconds that a rank waits for another, and that a test waits f
 
 
 class Ranks:
-    """Gloo group of `size` processes, one thread each."""
+    """Gloo group of `size` processes with one thread each."""
 
     def __init__(self, size: int, timeout: float = TIMEOUT) -> None:
         self.size = size
@@ -35,7 +35,7 @@ class Ranks:
             self.processes.append(process)
 
     def run(self, job: str, *arguments: Any) -> list[Any]:
-        """Run a job on every rank and return the results. An exception of a rank is its result."""
+        """Run a job on every rank and return the results. If a rank raises, its result is the exception."""
         for pipe in self._pipes:
             pipe.send((job, arguments))
         return [self._receive(rank) for rank in range(self.size)]
@@ -49,7 +49,7 @@ class Ranks:
             return RuntimeError("the process has ended")
 
     def results(self, job: str, *arguments: Any) -> list[Any]:
-        """Run a job and raise the first exception."""
+        """Run a job on every rank and return the results. Raise the first exception."""
         found = self.run(job, *arguments)
         for rank, result in enumerate(found):
             if isinstance(result, BaseException):

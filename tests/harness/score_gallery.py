@@ -1,4 +1,4 @@
-"""Score functions and mask functions that people write, as pairs (score_mod, mask_mod) with their captured tensors.
+"""Common score functions and mask functions, as pairs (score_mod, mask_mod) with their captured tensors.
 
 Every function is written for torch, and runs both on traced values and on index tensors that broadcast.
 """
@@ -14,7 +14,7 @@ N_Q, N_K, HEADS, BATCH = 75, 83, 4, 2
 
 
 class Entry(NamedTuple):
-    """A score function, a mask function, and the captured tensors that have a gradient."""
+    """Score function, mask function, and the captured tensors that have a gradient."""
 
     score_mod: Callable[..., Any] | None = None
     mask_mod: Callable[..., Any] | None = None

@@ -1,6 +1,7 @@
-"""Selection of the tests that run on every backend: which combinations run, and which of them only in `make full`.
+"""Selection of tests and backends: the combinations that run, and those that run only in `make full`.
 
-A test that takes an `engine` says so with `every_backend`. Combinations are marked before pytest deselects by `-m`.
+A test with an `engine` argument is marked with `every_backend`. Combinations are marked before pytest deselects by
+`-m`.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from anyattn.testing import Case
 from harness.backends import Engine, engines
 from harness.cases import SMALL, small
 
-INTERPRETED_SCORES = 30_000  # of a case on Triton's interpreter; a larger case needs a GPU
-# The interpreter's time is nearly proportional to the number of programs, whatever these have to do.
+INTERPRETED_SCORES = 30_000  # scores of a case on Triton's interpreter; a larger case needs a GPU
+# The interpreter's time is nearly proportional to the number of programs, whatever they compute.
 INTERPRETED_PROGRAMS = 40
 INTERPRETED_TILE = 64
 _SMALL = frozenset(SMALL)
@@ -30,18 +31,19 @@ def every_backend(
     full_if: Condition | None = None,
     only: tuple[str, ...] = (),
 ) -> pytest.MarkDecorator:
-    """Mark a test, or all tests of a module, that take an `engine`: run them on every backend of this machine.
+    """Mark a test with an `engine` argument, or a module of such tests, to run on every backend of this machine.
 
-    interpreter: on Triton's interpreter too, for tests of the formula and not of size or speed.
-    refusals: the test expects a refusal where a backend does not compute a dtype; other tests are left out there.
-    full_if: a function of the engine and the test's other parameters; if it is true, only `make full` runs the test.
-    only: the backends that make the promise, if not all do.
+    interpreter: also run on Triton's interpreter. Set it for tests of results, not of size or speed.
+    refusals: the test expects a refusal if a backend does not compute a dtype. Other tests are then deselected.
+    full_if: a function of the engine and the test's other parameters. If it returns True, only `make full` runs the
+        test.
+    only: the backends that the test is for; empty: all.
     """
     return pytest.mark.every_backend(interpreter=interpreter, refusals=refusals, full_if=full_if, only=only)
 
 
 def parametrize(metafunc: pytest.Metafunc) -> None:
-    """Give a test its engines, which vary fastest: what a case expects is computed once for all of them."""
+    """Parametrize a test by its engines. They vary fastest, so that expected results are computed once per case."""
     if "engine" in metafunc.fixturenames:
         wanted = _options(metafunc.definition)
         found = [engine for engine in engines() if wanted["interpreter"] or not engine.interpreted]
@@ -50,7 +52,7 @@ def parametrize(metafunc: pytest.Metafunc) -> None:
 
 
 def select(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out tests in which a backend does not take part, and mark those that are for `make full` alone."""
+    """Deselect combinations in which a backend does not take part, and mark those that only `make full` runs."""
     quick, kept = config.getoption("--check"), []
     for item in items:
         parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
@@ -76,7 +78,7 @@ def _options(node: Any) -> dict[str, Any]:
 
 
 def takes_part(engine: Engine, *, refusals: bool = True, **parameters: Any) -> bool:
-    """Return whether a test makes sense with the engine."""
+    """Return whether the engine takes part in a test."""
     case = parameters.get("case")
     if engine.interpreted and isinstance(case, Case) and not small([case], INTERPRETED_SCORES):
         return False
@@ -85,29 +87,29 @@ def takes_part(engine: Engine, *, refusals: bool = True, **parameters: Any) -> b
 
 
 def is_quick(engine: Engine, **parameters: Any) -> bool:
-    """Return whether `make check` runs a test: small cases, on NumPy and on the CPU's best instruction set."""
+    """Return whether `make check` runs a test: small cases, on NumPy and on the best instruction set of the CPU."""
     case = parameters.get("case")
     return engine in (Engine("numpy"), best_target()) and (not isinstance(case, Case) or case in _SMALL)
 
 
 def best_target() -> Engine | None:
-    """Return the CPU backend with the instruction set that it takes by itself; None where there is no CPU backend."""
+    """Return the CPU backend with the instruction set that it chooses by default; None without a CPU backend."""
     return next((engine for engine in engines() if engine.backend == "cpu"), None)
 
 
 def is_expensive(engine: Engine, **parameters: Any) -> bool:
-    """Return whether a test of a case costs more than it adds to those that run every time."""
+    """Return whether a test of a case takes too long for `make test`, so that only `make full` runs it."""
     case, direction = parameters.get("case"), parameters.get("direction", "forward")
     if not isinstance(case, Case):
         return False
     if engine.interpreted:
         return programs(case, direction) > INTERPRETED_PROGRAMS
-    # AVX-512 BF16 computes bfloat16 alone. Its base computes other dtypes: a few cases show that it does.
+    # AVX-512 BF16 has its own code only for bfloat16. A few cases show that its base computes the other dtypes.
     return engine.target == "avx512bf16" and parameters.get("dtype", case.dtype) != "bfloat16" and case not in _SMALL
 
 
 def programs(case: Case, direction: str) -> int:
-    """Return how many programs Triton's interpreter runs for a case."""
+    """Return the number of programs that Triton's interpreter runs for a case."""
     nheads, extra = case.nheads_kv * case.group, case.batch + 2 if "varlen" in case.lengths else 0
     rows, keys = (case.batch * -(-n // INTERPRETED_TILE) + extra for n in (case.seqlen_q, case.seqlen_k))
     # Kernels by tiles of queries: forward, then delta and dq, and the tangent. Kernels by tiles of keys: dk and dv.
