@@ -2,11 +2,11 @@
 
     python scripts/aot.py                        a subset, compared with the committed table
     python scripts/aot.py --all                  every feature and every head size, for every architecture
-    python scripts/aot.py --all --write          ... and written to the table
+    python scripts/aot.py --all --write          the same, and writes the table
 
-Fails if a kernel does not compile, needs more shared memory than available, uses no matrix instructions on 16-bit
-inputs although there are some, or spills inside a loop without an entry in MAY_SPILL. With the versions of Triton in
-the table, it also fails if a kernel spills more than the table says.
+Fails if a kernel does not compile, needs more shared memory than the GPU has, spills inside a loop without an entry in
+MAY_SPILL, or uses no matrix instructions on 16-bit inputs although the GPU has them. For versions of Triton in the
+table, it also fails if a kernel spills more than the table allows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)  # read when the kernels are imported
-os.environ["ANYATTN_CACHE"] = os.devnull  # the tiles of the package, not tuned ones
+os.environ["ANYATTN_CACHE"] = os.devnull  # use the tiles of the package, not tuned ones
 
 import torch
 import triton
@@ -41,7 +41,7 @@ from anyattn.definition.validate import make_problem
 TABLE = Path(__file__).resolve().parent.parent / "tests" / "backends" / "triton" / "aot.json"
 NVIDIA = ("sm_70", "sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 AMD = ("gfx908", "gfx90a", "gfx942", "gfx950", "gfx1030", "gfx1100", "gfx1201")
-NO_MATRIX = ("sm_70", "sm_75", "gfx1030")  # Triton uses none, or the architecture has none
+NO_MATRIX = ("sm_70", "sm_75", "gfx1030")  # Triton uses no matrix instructions, or the architecture has none
 # Bytes of shared memory that one program may take.
 SHARED = {"sm_70": 98304, "sm_75": 65536, "sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx950": 163840}
 SHARED |= dict.fromkeys(("sm_86", "sm_89", "sm_120"), 101376)
@@ -280,7 +280,7 @@ def array(shape: tuple[int, ...], dtype: str, device: str) -> Array:
 
 
 def faults(found: dict[str, Kernels]) -> Iterator[str]:
-    """Yield faults that are wrong in every table."""
+    """Yield faults that no table may contain."""
     for name, kernels in found.items():
         arch, dtype, *_ = name.split("/")
         for kernel, numbers in kernels.items():

@@ -1,8 +1,9 @@
-"""Unpack a Python for 64-bit Arm, with what the tests need, and run it on another machine by qemu.
+"""Unpack a Python for 64-bit Arm and the packages that the tests need. qemu runs it on another processor.
 
-python scripts/arm64_python.py [FOLDER]   into FOLDER (build/arm64-python); needs apt-get, dpkg, qemu-aarch64, PyPI
+python scripts/arm64_python.py [FOLDER]   unpacks to FOLDER (build/arm64-python)
 
-FOLDER/python COMMAND... runs it. Child processes of sys.executable do not run: the system has no loader for them.
+Needs apt-get, dpkg, qemu-aarch64 and access to PyPI. FOLDER/python COMMAND... runs the Python. It cannot start child
+processes with sys.executable, because this system has no loader for arm64 programs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The build backend: scikit-build-core, and a wheel without the native library where no compiler makes it.
+"""Build backend: scikit-build-core, with a wheel without the native library if no compiler can build it.
 
-scikit-build-core's own way to do that (`if.failed` in pyproject.toml) takes its metadata hooks away. A resolver that
-asks for metadata alone would then call the compiler.
+scikit-build-core has a setting for this (`if.failed` in pyproject.toml), but the setting disables its metadata hooks. A
+resolver that only needs metadata would then run the compiler.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ Settings = dict[str, Any] | None
 
 
 def build_wheel(directory: str, settings: Settings = None, metadata_directory: str | None = None) -> str:
-    """Build a wheel of the package and its native library; without the library if the compiler fails."""
+    """Build a wheel of the package. It contains the native library unless the compiler fails."""
     return _build(build.build_wheel, directory, settings, metadata_directory)
 
 
 def build_editable(directory: str, settings: Settings = None, metadata_directory: str | None = None) -> str:
-    """Build an editable wheel; without the native library if the compiler fails."""
+    """Build an editable wheel. It contains the native library unless the compiler fails."""
     return _build(build.build_editable, directory, settings, metadata_directory)
 
 
@@ -39,6 +39,7 @@ def _build(hook: Callable[..., str], directory: str, settings: Settings, metadat
     except SystemExit as failure:
         if failure.code != COMPILER_FAILED:
             raise
-    wheel = hook(directory, {**(settings or {}), **WITHOUT_COMPILER}, None)  # the tag differs from the metadata's
+    # The tag of this wheel differs from the tag in metadata_directory, so that folder is not passed.
+    wheel = hook(directory, {**(settings or {}), **WITHOUT_COMPILER}, None)
     print(NOTE)
     return wheel

@@ -1,7 +1,7 @@
-"""Fail if a function or a file exceeds the size at which people stop reading it.
+"""Fail if a function or a file has more lines than a reader can follow.
 
-Lengths are in lines. lizard counts C, C++ and shaders. For Python, docstrings are not counted in the length of a
-function, and a nested function is counted in its parent too, which lizard does not support.
+lizard counts the lines of C, C++ and shaders. This file counts those of Python itself, because the docstring of a
+function does not count, and a nested function counts in its parent too, which lizard does not support.
 """
 
 from __future__ import annotations

@@ -24,27 +24,28 @@ INSTALLED = (
     "lib/cmake/anyattn/anyattnConfig.cmake",
     "lib/cmake/anyattn/anyattnConfigVersion.cmake",
 )
-# Libraries of every system of the kind. An OpenMP runtime or a C++ library in the wheel would be the process's second.
+# Libraries that every such system has. An OpenMP runtime or a C++ library in the wheel would be a second one in the
+# process.
 SYSTEM = {
     "manylinux": r"(libc|libm|libdl|libpthread|librt)\.so\.\d+|ld-linux-[\w-]+\.so\.\d+",
-    "musllinux": r"libc\.so",  # musl's loader takes this name for itself
+    "musllinux": r"libc\.so",  # the name by which musl's loader knows itself
     "macosx": r"/usr/lib/libSystem\.B\.dylib",
     "win": r"(?i)(kernel32|ntdll|api-ms-win-crt-[\w-]+)\.dll",
 }
-# Functions that musl 1.2.0 lacks: those of later versions, and glibc's own.
+# Functions that musl 1.2.0 lacks: functions of later versions, and functions of glibc.
 NOT_IN_MUSL = (
     r"_Fork|preadv2|pwritev2|qsort_r|reallocarray|statx|tcgetwinsize|tcsetwinsize|renameat2|strptime_l"
     r"|__\w+_chk|__isoc(99|23)_\w+|__cxa_thread_atexit_impl|secure_getenv|qsort_s|gnu_\w+|\w+64"
 )
 MACHINES = {"x86_64": "x86_64", "amd64": "x86_64", "aarch64": "arm64", "arm64": "arm64"}
-# zig's linker cannot hide these on macOS: its own two, and the operators that C++ lets any library replace.
+# Symbols that zig's linker cannot hide on macOS: two of its own, and the operators that any C++ library may replace.
 UNHIDDEN = r"_mh_dylib_header|__dso_handle|_Z(n[aw]m|d[al]Pv)\w*"
 
-lief.logging.disable()  # every format is tried, and the wrong ones would log errors
+lief.logging.disable()  # `parse` tries every format, and the wrong ones would log errors
 
 
 class Library(NamedTuple):
-    """Shared library of any format. floor: the oldest system that it loads on, if its format says so."""
+    """Shared library of any format. floor: oldest version of the system on which it loads, if the format states it."""
 
     machine: str
     exports: set[str]
@@ -55,7 +56,7 @@ class Library(NamedTuple):
 
 
 def check(wheel: Path, source: Path) -> Iterator[str]:
-    """Yield faults of the wheel of these sources."""
+    """Yield the faults of a wheel that was built from these sources."""
     tag = wheel.stem.split("-")[-1]
     system = re.match("[a-z]+", tag).group()
     if wheel.stat().st_size > MEGABYTES * 1e6:
@@ -120,7 +121,7 @@ def _check_library(library: Library, tag: str, declared: set[str]) -> Iterator[s
 
 
 def _check_musl(library: Library) -> Iterator[str]:
-    """musl gives its functions no versions: the names say what an older one lacks."""
+    """Yield functions that musl 1.2.0 lacks. They are found by name, because musl does not version its functions."""
     if library.floor:
         yield f"its library needs glibc {library.floor}"
     newer = sorted(name for name in library.imports if re.fullmatch(NOT_IN_MUSL, name))
@@ -167,7 +168,7 @@ def _pe(binary: lief.PE.Binary) -> Library:
 
 
 def check_objects(objects: Iterable[Path], tag: str, source: Path) -> Iterator[str]:
-    """Yield a message unless each instruction set has an object that exports its table of kernels alone.
+    """Yield a message unless each instruction set has an object that exports only its table of kernels.
 
     The linker keeps one copy of a template or an inline function that two objects export. The baseline could then run
     AVX-512 code.

@@ -1,6 +1,6 @@
 """Print words and openings of docstrings that readers of this project find hard. The reminder never fails.
 
-    python scripts/check_words.py          a line per word, with its number and some places
+    python scripts/check_words.py          a line per word, with the number of its places and some of them
     python scripts/check_words.py --all    every place
 
 Each entry of WORDS has a suggestion. A sentence that reads well may keep its word.

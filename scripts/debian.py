@@ -1,4 +1,4 @@
-"""Unpack Debian's packages for another suite or another architecture into a folder; the system stays as it is."""
+"""Unpack Debian packages of another suite or architecture into a folder. The system does not change."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ SOURCES = ("/etc/apt/sources.list.d/debian.sources", "/etc/apt/sources.list")
 def unpack(
     root: Path, suites: Iterable[str], packages: Iterable[str], alone: Iterable[str] = (), architecture: str = ""
 ) -> None:
-    """Unpack `packages` with everything that they need, and those of `alone` without.
+    """Unpack `packages` with their dependencies, and the packages in `alone` without dependencies.
 
-    The last suite is preferred. Without an architecture, packages are for this machine's.
+    The last suite is preferred. Default of architecture: the architecture of this machine.
     """
     suites, state = list(suites), root.parent / "apt"
     shutil.rmtree(state, ignore_errors=True)
@@ -33,7 +33,7 @@ def unpack(
 
 
 def only(folder: Path, pattern: str) -> Path:
-    """Return the first path in the folder that fits the pattern; FileNotFoundError if none does."""
+    """Return the first path in the folder that matches the pattern. Raise FileNotFoundError without a match."""
     found = sorted(folder.glob(pattern))
     if not found:
         raise FileNotFoundError(f"the packages have no {pattern}")
@@ -41,7 +41,7 @@ def only(folder: Path, pattern: str) -> Path:
 
 
 def command(*arguments: str | Path, folder: Path | None = None) -> None:
-    """Run a command; RuntimeError with the end of its messages if it fails."""
+    """Run a command. If it fails, raise RuntimeError with the end of its messages."""
     result = subprocess.run(arguments, cwd=folder, capture_output=True, text=True, check=False)
     if result.returncode:
         raise RuntimeError(f"{arguments[0]} {arguments[-1]}: {result.stderr.strip()[-1000:]}")
@@ -57,7 +57,7 @@ def _prepare(state: Path, suites: Iterable[str]) -> None:
 
 
 def _mirror() -> str:
-    """Return the mirror that the system uses, if it is a Debian."""
+    """Return the mirror that a Debian system uses, otherwise the default."""
     for path in map(Path, SOURCES):
         found = re.search(r"^(?:URIs:|deb) +(https?://\S+/debian/?)\s", path.read_text() if path.exists() else "", re.M)
         if found:

@@ -3,11 +3,11 @@
 python scripts/drivers.py [FOLDER]   unpacks them to FOLDER (build/drivers); needs apt-get, dpkg and a Debian mirror
 
 FOLDER/mesa COMMAND...          runs a command with Mesa 26.1 or later: cooperative matrices, newer validation layer
-FOLDER/swiftshader COMMAND...   with SwiftShader, a minimal device: subgroups of 4, no 16-bit types
+FOLDER/swiftshader COMMAND...   runs it with SwiftShader, a minimal device: subgroups of 4, no 16-bit types
 
-The packages come from Debian suites newer than the tests' own. They need their own C library, and COMMAND runs with it.
-Child processes of COMMAND do not, and find no driver. COMMAND may be a tool of the packages (glslangValidator,
-spirv-val).
+The packages come from newer Debian suites and need their C library, with which COMMAND runs. Child processes of COMMAND
+run with the system's C library and find no driver. COMMAND may be a tool of the packages, for example glslangValidator
+or spirv-val.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from debian import only, unpack
 FOLDER = Path(__file__).resolve().parent.parent / "build" / "drivers"
 SUITES = ("trixie", "trixie-backports")
 PACKAGES = ("libvulkan1", "mesa-vulkan-drivers", "vulkan-validationlayers", "glslang-tools", "spirv-tools")
-SWIFTSHADER = "chromium-common"  # contains it, and does not need the package's dependencies
+SWIFTSHADER = "chromium-common"  # contains SwiftShader, which does not need the package's dependencies
 SCRIPT = """#!/bin/sh
 # made by scripts/drivers.py
 export VK_DRIVER_FILES='{driver}' VK_ICD_FILENAMES='{driver}' VK_LAYER_PATH='{layers}'

@@ -4,7 +4,7 @@
         [--part cases|claims|hopper|speed|decode|latency|memory|training|peers|tune]
 
 Needs torch 2.11 or later with a GPU, Triton 3.6 or later and NumPy. Each part takes less than ten minutes. Claims are
-compared with the CPU engine (ANYATTN_LIBRARY names its library). Status 1: something is wrong; 2: there is no GPU.
+compared with the CPU engine (ANYATTN_LIBRARY names its library). Exit status 1: a result is wrong; 2: there is no GPU.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ instructions of the inner loop so that the tensor cores wait for the exponential
     mbwait            a spin loop, which prevents ptxas from moving the next wait up
     WAIT0             the other product
 
-and "fence BAR store" at the end, without which the copy engine might not see the results that it stores.
+It also fails without "fence BAR store" at the end, because the copy engine could then store stale results.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ NAMES = {
 
 
 class Run(NamedTuple):
-    """Number of consecutive instructions of a kind, ignoring instructions of no interest."""
+    """Number of consecutive instructions of one kind; instructions for which `kind` returns None do not count."""
 
     name: str
     count: int

@@ -1,4 +1,4 @@
-"""Write tests/harness/pairwise.txt: a table in which every pair of values of two factors occurs in some row.
+"""Write tests/harness/pairwise.txt: a table in which every pair of values of two columns occurs in some row.
 
     python scripts/make_cases.py
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from covertable import make
 from covertable.shortcuts import Constraint
 
-SEED = 11  # among the first 16 seeds, one of those whose rows hold most triples of values
+SEED = 11  # of the first 16 seeds, one whose rows contain the most triples of values
 TABLE = Path(__file__).parent.parent / "tests" / "harness" / "pairwise.txt"
 FACTORS: dict[str, tuple[str, ...]] = {
     "seqlen_q": ("0", "1", "63", "111", "129", "517"),
@@ -43,7 +43,7 @@ Row = dict[str, str]
 
 
 def is_possible(row: Row) -> bool:
-    """Return whether a call can have the mask and the bias. Packed sequences have no dense bias."""
+    """Return whether a call can combine the mask with the bias. Packed sequences have no dense bias."""
     return not row["mask"].startswith("varlen") or row["bias"] == "no"
 
 

@@ -1,7 +1,8 @@
 """Build the sdist and one wheel per platform into dist/, and check them.
 
-Each wheel serves every Python and is built from the contents of the sdist alone. PyPI's ziglang compiles for every
-platform on any machine. Arguments are platform tags, or --this-machine for its own; without any, all are built.
+Each wheel works with every version of Python and is built only from the contents of the sdist. The package ziglang
+cross-compiles for every platform. Arguments are platform tags, or --this-machine. Without arguments, all wheels are
+built.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DIST = ROOT / "dist"
 WORK = ROOT / "build" / "wheels"
 ZIG = Path(sys.executable).parent / "python-zig"
-# The tag of a wheel says the oldest system that it runs on; the target of zig says what it is linked against.
+# Tag of a wheel, which states the oldest system that it runs on, and the target of zig, with which it is linked.
 PLATFORMS = {
     "manylinux_2_17_x86_64": "x86_64-linux-gnu.2.17",
     "manylinux_2_17_aarch64": "aarch64-linux-gnu.2.17",
@@ -59,14 +60,14 @@ def main(*tags: str) -> int:
 
 
 def tag_of_this_machine() -> str:
-    """Return the tag of `PLATFORMS` that fits this machine."""
+    """Return the tag in `PLATFORMS` of this machine."""
     machine = MACHINES[platform.machine().lower()]
     system = SYSTEMS[platform.system()]
     return next(tag for tag in PLATFORMS if tag.startswith(system) and machine_of(tag) == machine)
 
 
 def make_source() -> Path:
-    """Build and unpack the sdist; return its folder. Wheels are built from it, so that missing files are noticed."""
+    """Build and unpack the sdist, and return its folder. Building wheels from it reveals missing files."""
     shutil.rmtree(DIST, ignore_errors=True)
     build("--sdist", ROOT)
     (sdist,) = DIST.glob("*.tar.gz")
@@ -81,7 +82,7 @@ def make_source() -> Path:
 
 def make_wheel(source: Path, tag: str) -> Path:
     folder = WORK / tag
-    # Nothing of an older build: zig remembers by itself what it compiled from the same text.
+    # No file of an earlier build is used. zig has its own cache of what it compiled.
     shutil.rmtree(folder, ignore_errors=True)
     settings = {
         "build-dir": folder,
@@ -115,7 +116,7 @@ def build(what: str, source: Path, *settings: str, log: Path | None = None) -> N
 
 
 def problems_of(wheel: Path, tag: str) -> Iterator[str]:
-    # An install goes on without the native library where that does not compile; the log says why it did not.
+    # If the native library does not compile, the build succeeds without it. The log has the reason.
     failed = False
     for problem in check(wheel, ROOT):
         failed = failed or "lib/" in problem

@@ -1,4 +1,4 @@
-"""Run the notebooks of examples/notebooks and write what their cells print and draw into them.
+"""Run the notebooks of examples/notebooks and store their printed output and figures in them.
 
 python scripts/notebooks.py       `make notebooks` runs this file.
 """
@@ -23,7 +23,7 @@ Json = dict[str, Any]
 
 
 def run(notebook: Json) -> Iterator[tuple[Json, list[Json]]]:
-    """Yield each code cell and its outputs; a cell that raises ends the run with its exception."""
+    """Yield each code cell and its outputs. An exception in a cell ends the run."""
     namespace: Json = {"__name__": "__main__"}
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":
@@ -36,10 +36,10 @@ def run(notebook: Json) -> Iterator[tuple[Json, list[Json]]]:
 
 
 def pictures() -> Iterator[Json]:
-    """Yield every figure that is open as an output, and close it."""
+    """Yield every open figure as an output, and close it."""
     for number in pyplot.get_fignums():
         data = io.BytesIO()
-        # Without matplotlib's name and version, so that a new version alone changes no file.
+        # Without matplotlib's name and version, so that a new version does not change the file.
         pyplot.figure(number).savefig(data, format="png", dpi=80, metadata={"Software": None})
         pyplot.close(number)
         image = base64.b64encode(data.getvalue()).decode()

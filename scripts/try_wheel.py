@@ -1,6 +1,6 @@
-"""Install this machine's wheel from dist/ into a new environment with only NumPy, and verify every number there.
+"""Install this machine's wheel from dist/ in a new environment with only NumPy, and run `anyattn verify` there.
 
-Needs only Python, so that the wheels of other systems can be tried on those systems.
+This script needs only Python, so that it can try the wheels of other systems on those systems.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def main(site: Path) -> int:
 
 
 def wrong(path: Path) -> Iterator[str]:
-    """Yield what one page loads from the network, and lists that Python-Markdown takes for text."""
+    """Yield the addresses that one page loads from the network, and the lists that Python-Markdown reads as text."""
     html = path.read_text(encoding="utf-8")
     yield from (f"loads {url}" for url in LOADED.findall(html))
     yield from (

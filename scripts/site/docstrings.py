@@ -1,4 +1,4 @@
-"""Turn examples in docstrings into blocks of code, which mkdocstrings does only under a heading of their own."""
+"""Turn examples in docstrings into code blocks. mkdocstrings does so only for examples under their own heading."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import reference
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File
 
-# Pages whose tables need the room of the table of contents.
+# Pages whose tables are so wide that they replace the table of contents.
 WIDE = {"features.md", "use-with/transformers-models.md"}
 OUTSIDE = re.compile(r"\[([^\]]+)\]\(((?:\.\./)+[^)]+)\)")
 

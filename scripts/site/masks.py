@@ -104,7 +104,7 @@ def visible(rows: int = 0, keys: int = 0, cu_seqlens: list[int] | None = None, *
 
 
 def svg(cells: np.ndarray, sink: bool) -> tuple[str, int, int]:
-    """Return one square per query and key, width and height; a sink is a column of its own."""
+    """Return a square for each query and key, and the width and height. A sink is a separate column."""
     rows, keys = cells.shape
     left = MARGIN + (CELL + 6 if sink else 0)
     width, height = left + keys * CELL + 1, MARGIN + rows * CELL + 1
