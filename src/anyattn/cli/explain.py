@@ -26,47 +26,57 @@ ADDED = (
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = subparsers.add_parser(
-        "explain", help="show the backend of a problem, and why not the others"
+        "explain",
+        help="show the backend of a problem, and why not the others",
+        description="Shows which backend would compute a call with these sizes and arguments, and why the others would "
+        "not. Nothing is computed. The exit status is 1 if no backend computes the call, and 2 if the call is invalid.",
     )
     add_sizes(parser)
     add_features(parser)
-    parser.add_argument("--backend", help="as for a call that names this backend")
+    parser.add_argument("--backend", help="name this backend in the call (default: automatic choice)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
 
 def add_sizes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="float32", help=f"{', '.join(ATTENTION_DTYPES)} (default: %(default)s)")
-    parser.add_argument("--batch", type=_size, default=1)
+    parser.add_argument("--batch", type=_size, default=1, help="sequences (default: %(default)s)")
     parser.add_argument("--heads", type=_size, default=8, help="query heads (default: %(default)s)")
-    parser.add_argument("--kv-heads", type=_size, help="default: as many as query heads")
-    parser.add_argument("--head-dim", type=_size, default=64)
-    parser.add_argument("--head-dim-v", type=_size, help="default: --head-dim")
-    parser.add_argument("--seqlen-q", type=_size, default=1024)
-    parser.add_argument("--seqlen-k", type=_size, help="default: --seqlen-q")
+    parser.add_argument("--kv-heads", type=_size, help="heads of k and v (default: as many as query heads)")
+    parser.add_argument("--head-dim", type=_size, default=64, help="size of a head of q and k (default: %(default)s)")
+    parser.add_argument("--head-dim-v", type=_size, help="size of a head of v (default: --head-dim)")
+    parser.add_argument("--seqlen-q", type=_size, default=1024, help="queries of a sequence (default: %(default)s)")
+    parser.add_argument("--seqlen-k", type=_size, help="keys of a sequence (default: --seqlen-q)")
     parser.add_argument("--device", default="cpu", help="torch's name of the device (default: %(default)s)")
 
 
 def add_features(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--causal", action="store_true")
+    parser.add_argument("--causal", action="store_true", help="attend only to keys up to the query's position")
     parser.add_argument(
-        "--window", nargs=2, type=_bound, default=(None, None), metavar=("LEFT", "RIGHT"), help="keys, or none"
+        "--window",
+        nargs=2,
+        type=_bound,
+        default=(None, None),
+        metavar=("LEFT", "RIGHT"),
+        help="keys before and after the query's position; none: no limit",
     )
-    parser.add_argument("--chunk", type=_size, default=0)
-    parser.add_argument("--alignment", choices=ALIGNMENTS, default=ALIGNMENTS[0])
-    parser.add_argument("--scale", type=float)
-    parser.add_argument("--softcap", type=float, default=0.0)
-    parser.add_argument("--dropout", type=float, default=0.0, metavar="P")
+    parser.add_argument("--chunk", type=_size, default=0, help="positions of a chunk (default: no chunks)")
+    parser.add_argument(
+        "--alignment", choices=ALIGNMENTS, default=ALIGNMENTS[0], help="of causal and window (default: %(default)s)"
+    )
+    parser.add_argument("--scale", type=float, help="factor of the scores (default: head_dim ** -0.5)")
+    parser.add_argument("--softcap", type=float, default=0.0, help="bound of the scores (default: off)")
+    parser.add_argument("--dropout", type=float, default=0.0, metavar="P", help="dropout_p (default: %(default)s)")
     for flag, names in extras_by_flag().items():
         shape = f"({', '.join(FIELDS[names[0]].shapes[0])})"
         parser.add_argument(f"--{flag}", action="store_true", help=f"pass {' and '.join(names)} of shape {shape}")
-    parser.add_argument("--varlen", action="store_true", help="packed sequences")
-    parser.add_argument("--paged", type=_size, default=0, metavar="PAGE_SIZE", help="k and v in pages")
-    parser.add_argument("--stored", default="", choices=QUANTISED, help="dtype of quantised k and v, with scales")
-    parser.add_argument("--backward", action="store_true", help="the backward pass instead of the forward pass")
+    parser.add_argument("--varlen", action="store_true", help="packed sequences, as in attention_varlen")
+    parser.add_argument("--paged", type=_size, default=0, metavar="PAGE_SIZE", help="k and v in pages of this size")
+    parser.add_argument("--stored", default="", choices=QUANTISED, help="dtype of quantised k and v")
+    parser.add_argument("--backward", action="store_true", help="explain the backward pass instead of the forward pass")
     parser.add_argument("--dlse", action="store_true", help="with a gradient of lse (needs --backward)")
-    parser.add_argument("--deterministic", action="store_true")
-    parser.add_argument("--batch-invariant", action="store_true")
+    parser.add_argument("--deterministic", action="store_true", help="require the same bits in every run")
+    parser.add_argument("--batch-invariant", action="store_true", help="require independence of the rest of the batch")
 
 
 def extras_by_flag() -> dict[str, list[str]]:

@@ -29,7 +29,10 @@ PACKAGES = ("numpy", "torch", "ml_dtypes", "triton")
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = subparsers.add_parser(
-        "info", help="show backends, instruction sets, threads, versions and settings"
+        "info",
+        help="show backends, instruction sets, threads, versions and settings",
+        description="Shows which backends this machine has, and why others are missing, the instruction set of each "
+        "dtype, threads, versions and active settings. A bug report needs the output of `anyattn info --json`.",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(

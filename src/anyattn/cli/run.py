@@ -14,10 +14,11 @@ from ..compat import children, installation
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "run",
-        help="run a program with anyattn as flash_attn",
+        help="run a program that imports flash_attn or a similar package, with anyattn in its place",
         usage="anyattn run [--as NAME] [--force] (script.py | -m module) [argument ...]",
-        description="Runs a Python program as `python` would, after anyattn.compat.install. Python processes that it "
-        "starts (multiprocessing, torchrun, sys.executable) find the names too, unless they ignore PYTHONPATH.",
+        description="Runs a Python program as `python` would. Imports of flash_attn and similar packages find anyattn, "
+        "also in Python processes that the program starts (multiprocessing, torchrun, sys.executable), unless they "
+        "ignore PYTHONPATH.",
     )
     parser.add_argument(
         "--as",
@@ -25,10 +26,10 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         action="append",
         choices=list(installation.NAMES),
         metavar="NAME",
-        help=f"install only this import name (may be repeated): {', '.join(installation.NAMES)}. "
-        "Default: flash_attn, and the others that are not importable",
+        help=f"provide only this import name (may be repeated): {', '.join(installation.NAMES)}. "
+        "Default: flash_attn, and each other name that no installed package has",
     )
-    parser.add_argument("--force", action="store_true", help="also if a package of that name can be imported")
+    parser.add_argument("--force", action="store_true", help="hide an installed package of that name")
     parser.add_argument("-m", dest="module", action="store_true", help="the program is a module, as with `python -m`")
     parser.add_argument("program", nargs=argparse.REMAINDER, help="script or module, and its arguments")
     return parser

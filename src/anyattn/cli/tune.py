@@ -28,7 +28,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "minutes, and should run on an otherwise idle machine.",
     )
     parser.add_argument("--backend", choices=tuple(NEEDS), help="tune one backend (default: all that are available)")
-    parser.add_argument("--seconds", type=_seconds, default=SECONDS, help="for each measurement (default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=_seconds, default=SECONDS, help="seconds of each measurement (default: %(default)s)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 

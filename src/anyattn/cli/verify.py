@@ -14,7 +14,10 @@ from .table import table
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = subparsers.add_parser(
-        "verify", help="compare every backend of this machine with float64"
+        "verify",
+        help="compare every backend of this machine with float64",
+        description="Compares every available backend with float64, feature by feature, forward and backward, in about "
+        "a minute. The exit status is 1 if a result is wrong.",
     )
     parser.add_argument("--backend", choices=dispatch.names(), help="only this backend, which must be available")
     parser.add_argument("--seed", type=int, default=0, help="seed of sizes and values (default: %(default)s)")

@@ -15,11 +15,12 @@ VARIABLES = {
     "backend": ("ANYATTN_BACKEND", "", "backends to use, in order, separated by commas; empty: automatic choice"),
     "require": ("ANYATTN_REQUIRE", "", "backends that must be available: a missing backend raises at the first call"),
     "cpu_target": ("ANYATTN_CPU_TARGET", "", "instruction set of the CPU engine; empty: the fastest for each dtype"),
-    "num_threads": ("ANYATTN_NUM_THREADS", "0", "threads of the CPU engine; 0: those of OpenMP, or all cores"),
+    "num_threads": ("ANYATTN_NUM_THREADS", "0", "threads of the CPU engine; 0: as many as OpenMP uses, or all cores"),
     "thread_pool": (
         "ANYATTN_THREAD_POOL",
         "",
-        "openmp, own: threads that the CPU engine uses; empty: OpenMP's, or its own while OpenMP's are kept waiting",
+        "openmp or own: threads of the CPU engine; empty: OpenMP's, or its own while other processes keep OpenMP's "
+        "waiting",
     ),
     "omp_num_threads": ("OMP_NUM_THREADS", "", "OpenMP's threads at each nesting level; anyattn uses the first"),
     "library": ("ANYATTN_LIBRARY", "", "path of the native library; empty: the one installed with the package"),
@@ -35,7 +36,7 @@ VARIABLES = {
     "check": (
         "ANYATTN_CHECK",
         "0",
-        "1: also check the scales of slots, and values in device memory, with a synchronisation",
+        "1: also check scales per slot, and tables in device memory, which synchronises the device",
     ),
     "hopper": ("ANYATTN_HOPPER", "0", "1: use the Triton backend's kernels for Hopper (sm_90), not yet run on a GPU"),
 }
