@@ -155,7 +155,8 @@ def check_parts(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> None:
     if len(shape) < 3 or out_b.shape != shape or lse_a.shape != want or lse_b.shape != want:
         shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in parts.items())
         raise ValueError(
-            f"merge takes two out (..., seqlen, nheads, head_dim_v) and two lse (..., nheads, seqlen), got {shapes}."
+            f"out_a and out_b must be (..., seqlen, nheads, head_dim_v), and lse_a and lse_b (..., nheads, seqlen), "
+            f"got {shapes}."
         )
 
 

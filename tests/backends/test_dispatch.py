@@ -12,7 +12,7 @@ import anyattn
 from anyattn.backends.base import Backend, Plan
 from anyattn.config import settings
 from anyattn.definition.errors import CompilationError
-from anyattn.definition.passes import FORWARD
+from anyattn.definition.passes import FORWARD, Pass
 from anyattn.definition.problem import Problem
 from anyattn.runtime import dispatch
 
@@ -157,6 +157,7 @@ class Echo:
 
     name = "echo"
     passes = frozenset((FORWARD,))
+    score_functions = frozenset[Pass]()
     extras = frozenset(("bias",))
     may_fail = False
 
@@ -191,6 +192,8 @@ def test_registered_backend_takes_its_place_in_the_order(monkeypatch: pytest.Mon
     assert anyattn.explain(X, X, X).chosen == "echo", "it survives a reload of the settings"
     with pytest.raises(anyattn.UnsupportedProblem, match="echo: has no backward pass"):
         anyattn.attention_backward(X, X, X, X, X, np.zeros((1, 2, X.shape[1]), X.dtype))
+    with pytest.raises(anyattn.UnsupportedProblem, match="backend echo does not compute float32 attention"):
+        anyattn.attention(X, X, X, mask=np.ones((4, 4), bool))
     with pytest.raises(anyattn.UnsupportedProblem, match="echo: does not support mask"):
         anyattn.attention(X, X, X, mask=np.ones((4, 4), bool))
     dispatch.register("echo", Echo)
@@ -200,6 +203,8 @@ def test_registered_backend_takes_its_place_in_the_order(monkeypatch: pytest.Mon
 def test_register_refuses_unknown_arguments() -> None:
     with pytest.raises(ValueError, match="after must be one of cpu, triton, vulkan, numpy, got 'cuda'"):
         dispatch.register("echo", Echo, after="cuda")
+    with pytest.raises(ValueError, match="after must be one of triton, vulkan, numpy, got 'cpu'"):
+        dispatch.register("cpu", Echo, after="cpu")
     for name in ("cpu", "unknown"):
-        with pytest.raises(ValueError, match="added by register"):
+        with pytest.raises(ValueError, match=rf"name must be a backend added by register\(\) \(none\), got '{name}'"):
             dispatch.unregister(name)

@@ -326,7 +326,7 @@ def test_maximum_lengths_are_checked_and_may_be_tensors(kind: str, name: str) ->
     want = call.out(call.tensors(), {})
     for value in (torch.tensor(9), ints(7)):
         assert torch.equal(call.out(call.tensors(), {name: value}), want)
-    with pytest.raises(ValueError, match="must have at most max_seqlen"):
+    with pytest.raises(ValueError, match=r"max_seqlen_[qk] must be at least \d+, the longest length in cu_seqlens"):
         call.out(call.tensors(), {name: 4})
     with pytest.raises(TypeError, match=name):
         call.out(call.tensors(), {name: 7.5})

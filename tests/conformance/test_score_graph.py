@@ -169,7 +169,7 @@ REFUSED: dict[str, tuple[Callable[..., Any], type[Exception], str]] = {
     "and": (lambda s, b, h, q, k: q > k and s, TypeError, "must not branch on a traced value"),
     "builtin_max": (lambda s, b, h, q, k: max(q, k), TypeError, "minimum and maximum"),
     "numpy_index": (lambda s, b, h, q, k: VALUES[q], TypeError, "anyattn.captured(array)[...]"),
-    "float": (lambda s, b, h, q, k: float(s), TypeError, "has no Python number"),
+    "float": (lambda s, b, h, q, k: float(s), TypeError, "cannot become a Python number"),
     "unknown_function": (lambda s, b, h, q, k: np.cumsum(s), NotImplementedError, "cumsum is not supported"),
     "reduction": (lambda s, b, h, q, k: np.add.reduce(s), NotImplementedError, "numpy.add.reduce"),
     "attribute": (lambda s, b, h, q, k: s.item(), AttributeError, "no attribute 'item'"),

@@ -58,7 +58,8 @@ def attention(
     """
     unknown = kwargs.keys() - _IGNORED
     if unknown:
-        raise TypeError(f"unsupported arguments {sorted(unknown)}. anyattn would ignore them, so it refuses the call.")
+        names = ", ".join(sorted(unknown))
+        raise TypeError(f"{names} must not be passed, because anyattn would ignore it. Use ComfyUI's own attention.")
     q, k, v = dense("q", q), dense("k", k), dense("v", v)
     if not skip_reshape:
         heads = integer("heads", heads)

@@ -28,7 +28,9 @@ class UnsupportedProblem(NotImplementedError):
         self.problem = problem
         self.refusals = {name: tuple(reasons) for name, reasons in refusals.items()}
         lines = [f"  {name}: {'; '.join(reasons)}" for name, reasons in self.refusals.items()]
-        super().__init__("\n".join([f"no backend computes {problem}", *lines]))
+        names = tuple(self.refusals)
+        head = f"backend {names[0]} does not compute" if len(names) == 1 else "no backend computes"
+        super().__init__("\n".join([f"{head} {problem}", *lines]))
 
     def __reduce__(self) -> tuple[type[UnsupportedProblem], tuple[str, dict[str, tuple[str, ...]]]]:
         """Pickle the arguments, so that a process pool can pass the exception on."""

@@ -20,7 +20,8 @@ def check_arrays(given: Given) -> None:
     for name in ("q", "k", "v", "new_k", "new_v", "cache_seqlens"):
         if name not in given:
             label = LABELS.get(name, name)
-            raise ValueError(f"{label} must be an array, got None. An append needs k, v and cache_seqlens.")
+            accepted = "an int or an array" if name == "cache_seqlens" else "an array"
+            raise ValueError(f"{label} must be {accepted}, got None. An append needs k, v and cache_seqlens.")
     _check_shapes(given)
     quantised.check_appendable(given)
     _check_tables(given)

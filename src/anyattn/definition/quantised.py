@@ -26,10 +26,10 @@ def check_given(given: Mapping[str, Array]) -> None:
     stored = given["k"].dtype
     for name in SCALES_OF.values():
         if stored in QUANTISED and name not in given:
-            raise ValueError(f"{name} must be an array for k and v of {stored}, got None.")
+            raise ValueError(f"{name} must be a number or an array for k and v of {stored}, got None.")
         if stored not in QUANTISED and name in given:
             accepted = ", ".join(QUANTISED)
-            raise ValueError(f"{name} must be None for k and v of {stored}. Only {accepted} have scales.")
+            raise ValueError(f"{name} must be None for k and v of {stored}, got scales. Only {accepted} have scales.")
 
 
 def check_appendable(given: Mapping[str, Array]) -> None:

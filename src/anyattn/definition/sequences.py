@@ -135,8 +135,8 @@ def _check_cumulative(name: str, tables: Tables, total: int, longest: int) -> Le
     if table[0] < 0 or table[-1] > total:
         raise ValueError(f"{name} must be from 0 to {total} (rows of the packed array), got {table[0]} to {table[-1]}.")
     if lengths.size and lengths.max() > longest:
-        b = int(np.argmax(lengths))
-        raise ValueError(f"{name}: sequence {b} must have at most max_seqlen = {longest} rows, got {lengths[b]}.")
+        limit = name.replace("cu_seqlens", "max_seqlen")
+        raise ValueError(f"{limit} must be at least {lengths.max()}, the longest length in {name}, got {longest}.")
     return lengths
 
 
@@ -163,4 +163,5 @@ def check_pages(pages: Table, used: Lengths, page_size: int, num_pages: int) -> 
     bad = in_use & ((pages < 0) | (pages >= num_pages))
     if bad.any():
         b, entry = (int(x) for x in np.argwhere(bad)[0])
-        raise ValueError(f"block_table[{b}, {entry}] must be from 0 to {num_pages - 1}, got {pages[b, entry]}.")
+        accepted = f"a page from 0 to {num_pages - 1}"
+        raise ValueError(f"block_table[{b}, {entry}] must be {accepted}, got {pages[b, entry]}.")

@@ -78,12 +78,13 @@ def register(name: str, load: Callable[[], Backend], *, after: str | None = None
             problems that it does not avoid.
 
     Raises:
-        ValueError: no backend is named `after`.
+        ValueError: no other backend is named `after`.
     """
-    if after is not None and after not in _rows:
-        raise ValueError(f"after must be one of {', '.join(_rows)}, got {after!r}.")
     rows = [row for row in _rows.values() if row.name != name]
-    place = len(rows) if after is None else 1 + [row.name for row in rows].index(after)
+    others = [row.name for row in rows]
+    if after is not None and after not in others:
+        raise ValueError(f"after must be one of {', '.join(others)}, got {after!r}.")
+    place = len(rows) if after is None else 1 + others.index(after)
     rows.insert(place, Row(name, load, offloads))
     _rows.clear()
     _rows.update((row.name, row) for row in rows)
@@ -91,9 +92,14 @@ def register(name: str, load: Callable[[], Backend], *, after: str | None = None
 
 
 def unregister(name: str) -> None:
-    """Remove a backend that `register` added."""
+    """Remove a backend that `register` added. Every cached plan is discarded.
+
+    Raises:
+        ValueError: `register` did not add the backend. The backends of anyattn cannot be removed.
+    """
     if name not in _rows or name in {row.name for row in ROWS}:
-        raise ValueError(f"name must be a backend added by register(), got {name!r}.")
+        added = [row for row in _rows if row not in {row.name for row in ROWS}]
+        raise ValueError(f"name must be a backend added by register() ({', '.join(added) or 'none'}), got {name!r}.")
     _rows.pop(name)
     forget()
 

@@ -88,7 +88,7 @@ def block_mask(name: str, tensors: Any, sizes: Sizes, *, by_keys: bool = False) 
     if tensors.cu_total_m_blocks is not None or tensors.mask_block_cnt.ndim == 2:
         raise NotImplementedError(f"{name} of packed sequences is not supported, because a mask has no packed layout.")
     if tensors.block_size is None:
-        raise NotImplementedError(f"{name} must have a block_size, got None. Only a GPU's kernel chooses one.")
+        raise NotImplementedError(f"{name} must have a block_size, got None. Pass block_size=(queries, keys).")
     queries, keys = (integer("block_size", size) for size in pair("block_size", tensors.block_size))
     if queries < 1 or keys < 1:
         raise ValueError(f"{name} must have a block_size of positive numbers, got {tensors.block_size}.")
@@ -110,7 +110,7 @@ def block_mask(name: str, tensors: Any, sizes: Sizes, *, by_keys: bool = False) 
 def _listed(name: str, count: Any, index: Any, counts: Sizes) -> Tensor:
     """Return which blocks are listed, (batch or 1, nheads or 1, lists, blocks)."""
     if count is None or index is None:
-        raise ValueError(f"{name}_cnt and {name}_idx must be passed together.")
+        raise ValueError(f"{name}_cnt and {name}_idx must be passed together, got one of them.")
     *lead, blocks = counts
     fits = index.ndim == 4 and index.shape[-1] <= blocks and count.ndim == 3 and count.shape[2] == lead[2]
     if (
@@ -134,9 +134,11 @@ def _listed(name: str, count: Any, index: Any, counts: Sizes) -> Tensor:
 
 def _check(name: str, count: Tensor, index: Tensor, listed: Tensor, blocks: int) -> None:
     if bool(((count < 0) | (count > index.shape[-1])).any()):
-        raise ValueError(f"{name}_cnt must be 0 to {index.shape[-1]}, the length of a list.")
+        found = f"{int(count.min())} to {int(count.max())}"
+        raise ValueError(f"{name}_cnt must be 0 to {index.shape[-1]}, the length of a list, got {found}.")
     if bool((listed & ((index < 0) | (index >= blocks))).any()):
-        raise ValueError(f"{name}_idx must be 0 to {blocks - 1}, the blocks of the other side.")
+        low, high = (int(bound) for bound in index[listed].aminmax())
+        raise ValueError(f"{name}_idx must be 0 to {blocks - 1}, the numbers of the blocks, got {low} to {high}.")
     ordered = index.sort(-1).values
     if bool(((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] < blocks)).any()):
-        raise ValueError(f"{name}_idx must list each block once.")
+        raise ValueError(f"{name}_idx must list each block once, got a block that is listed twice.")

@@ -75,13 +75,13 @@ def refuse(what: str, remedy: str, error: type[Exception] = NotImplementedError)
 
 
 def _line() -> str:
-    """Return " at file:line" of the innermost frame outside this package, torch and NumPy."""
+    """Return " (file:line)" of the innermost frame outside this package, torch and NumPy."""
     frame = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
         inside = name.startswith((_PACKAGE, "<__array_function__")) or any(part in name for part in _LIBRARIES)
         if not inside:
-            return f" at {name}:{frame.f_lineno}"
+            return f" ({name}:{frame.f_lineno})"
         frame = frame.f_back  # type: ignore[assignment]
     return ""
 
@@ -118,14 +118,15 @@ class Symbol:
 
     def __bool__(self) -> NoReturn:  # noqa: PLE0304
         refuse(
-            "a score function must not branch on a traced value: if, and, or, min and max decide once for all pairs",
-            "Use where(condition, a, b) of torch or numpy; &, | and ~ for and, or, not; minimum and maximum.",
+            "a score function must not branch on a traced value",
+            "if, and, or, min and max decide once for all pairs. Use where(condition, a, b) of torch or numpy; "
+            "&, | and ~ instead of and, or and not; minimum and maximum instead of min and max.",
             TypeError,
         )
 
     def _number(self, *arguments: Any) -> NoReturn:
         refuse(
-            "a traced value has no Python number",
+            "a traced value cannot become a Python number",
             "Compute with operators and functions of torch or numpy. To read an array of NumPy or JAX at traced "
             "indices, write anyattn.captured(array)[...].",
             TypeError,
