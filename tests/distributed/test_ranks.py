@@ -116,6 +116,11 @@ def test_unsupported_arguments_raise(arguments: dict[str, object], text: str, ra
         assert isinstance(error, (ValueError, TypeError, NotImplementedError)) and text in str(error), error
 
 
+def test_second_derivatives_are_refused(ranks: Ranks) -> None:
+    for error in ranks.run("gradient_of_gradient"):
+        assert isinstance(error, NotImplementedError) and "create_graph must be False" in str(error), error
+
+
 def test_unmodified_model_trains_over_the_ranks(ranks: Ranks) -> None:
     for out, gradients in ranks.results("train_model"):
         assert out < 1e-12 and gradients < 1e-12

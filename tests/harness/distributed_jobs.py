@@ -242,6 +242,13 @@ def call_with(changes: dict[int, dict[str, Any]], shapes: dict[int, tuple[int, .
     distributed.attention(x, x, x, **changes.get(rank, {}))
 
 
+def gradient_of_gradient() -> None:
+    """Differentiate a loss that contains the gradient of attention."""
+    x = torch.ones(1, 4, 2, 8, requires_grad=True)
+    (gradient,) = torch.autograd.grad(distributed.attention(x, x, x).sum(), x, create_graph=True)
+    (x.sum() + gradient.square().sum()).backward()
+
+
 def train_model() -> tuple[float, float]:
     """Return the largest differences of out and gradients between a model over the ranks and in one process."""
     torch.manual_seed(0)

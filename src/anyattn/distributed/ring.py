@@ -58,8 +58,14 @@ class Attention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        # Autograd records a backward pass only for create_graph=True. once_differentiable would not raise for a dout
+        # without a gradient, and the second derivative would lack the term of attention.
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                "create_graph must be False for anyattn.distributed, which has no second derivatives, got True. "
+                "Use one process."
+            )
         q, k, v, sink, out, lse, *rest = ctx.saved_tensors
         arrays = Arrays(*rest)
         dout = torch.zeros_like(out) if dout is None else dout
