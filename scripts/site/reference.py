@@ -16,6 +16,7 @@ NAMES = tuple(f"anyattn.{name}" for name in anyattn.__all__)
 MODULES = (
     "anyattn.nn",
     "anyattn.distributed",
+    "anyattn.errors",
     "anyattn.settings",
     "anyattn.keywords",
     "anyattn.testing",

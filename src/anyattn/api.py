@@ -92,7 +92,7 @@ def attention(
         bias: added to the scaled scores; broadcastable to (batch, nheads, seqlen_q, seqlen_k), in q's dtype or float32.
             -inf masks a key. bias has a gradient.
         mask: boolean, broadcastable like bias. False masks a key.
-        alibi_slopes: (nheads,) or (batch, nheads).
+        alibi_slopes: (nheads,) or (batch, nheads). slope * |p - c| is subtracted from scores. They have no gradient.
         sink: (nheads,), one additional logit in each softmax denominator. sink has a gradient.
         seqused_q: (batch,), number of queries in use; unused queries give 0.
         seqused_k: (batch,), number of keys in use.

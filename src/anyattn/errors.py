@@ -1,4 +1,4 @@
-"""Exceptions of anyattn: the public name of `anyattn.definition.errors`."""
+"""Exceptions of anyattn in addition to ValueError and TypeError, which wrong arguments raise."""
 
 from .definition.errors import CacheOverflow, CompilationError, DeviceError, DeviceMemoryError, UnsupportedProblem
 

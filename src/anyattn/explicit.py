@@ -66,6 +66,17 @@ def attention_backward(
     Returns:
         Gradients (dq, dk, dv, dbias, dsink, dcaptured). The last three are None without bias, sink, or score_mod
         that reads floating-point arrays.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong; the message names it.
+        UnsupportedProblem: no backend has this backward pass.
+
+    >>> import numpy as np, anyattn
+    >>> q, k, v, dout = np.random.default_rng(0).standard_normal((4, 1, 6, 2, 8), np.float32)
+    >>> out, lse = anyattn.attention_forward(q, k, v)
+    >>> grads = anyattn.attention_backward(dout, q, k, v, out, lse)
+    >>> bool(np.allclose((grads.dv * v).sum(), (dout * out).sum(), atol=1e-4))  # out is linear in v
+    True
     """
     inputs, options, seed, backend = explicit(q, k, v, arguments, "attention_backward")
     return framework_of(q).backward(Saved(out, lse, dout, dlse), inputs, options, seed, backend)

@@ -24,6 +24,13 @@ def explain(q: A, k: A, v: A, **arguments: Unpack[ExplicitArguments]) -> dispatc
         v: as for `attention` or `attention_varlen`.
         **arguments: keywords of `attention_forward`.
 
+    Returns:
+        Explanation (problem, chosen, reasons): a description of the call, the name of the backend (None: no backend
+        computes the call), and for each backend the reasons against it. Printing it shows all three.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong; the message names it.
+
     >>> import numpy as np, anyattn
     >>> x = np.ones((1, 4, 2, 8), np.float32)
     >>> anyattn.explain(x, x, x, causal=True).chosen in anyattn.get_available_backends()
@@ -37,7 +44,7 @@ def warmup(q: A, k: A, v: A, *, backward: bool = False, **arguments: Unpack[Expl
     """Compile the kernels of a call before its first use. Nothing is computed.
 
     GPU kernels are compiled once per dtype, head size and set of features, for any lengths, and are stored on disk.
-    The CPU backend has nothing to compile.
+    The CPU and NumPy backends have nothing to compile.
 
     Args:
         q: (batch, seqlen_q, nheads, head_dim), or (total_q, nheads, head_dim) with cu_seqlens_q.

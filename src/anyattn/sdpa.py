@@ -77,6 +77,17 @@ def flash_attention(query: A, key: A, value: A, causal: bool = True, scale: floa
         causal: each query attends only to keys at or before its own position, aligned to the bottom right.
         scale: default head_dim ** -0.5.
 
+    Returns:
+        (batch, nheads, seqlen_q, head_dim_v) in query's dtype, a view of a contiguous (batch, seqlen_q, nheads,
+        head_dim_v) array. A query without visible keys gives 0.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong; the message names it.
+        UnsupportedProblem: no backend supports the call.
+
+    `anyattn.attention` has masks, windows, dropout and all other arguments, in the layout (batch, seqlen, nheads,
+    head_dim).
+
     >>> import numpy as np, anyattn
     >>> x = np.ones((1, 2, 4, 8), np.float32)
     >>> anyattn.flash_attention(x, x, x).shape

@@ -40,7 +40,8 @@ def attention_weights(
         P_ij = exp(s_ij - lse_i) where query i attends to key j, else 0
 
     with the scores s of `attention`. Dropout is not applied. A query without keys gives zeros, and with a
-    sink the weights of a query sum to less than 1.
+    sink the weights of a query sum to less than 1. Score functions, packed sequences, pages and quantised keys are not
+    supported.
 
     In addition to the result, the call needs memory for one tile of scores (16 MiB and a few copies of it). Where torch
     records gradients, traces or transforms the call, all scores of the selected queries are stored, in float32. The

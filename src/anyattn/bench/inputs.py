@@ -26,9 +26,9 @@ class Sequence(NamedTuple):
 
 
 class Inputs:
-    """q, k, v and dout of a workload, unit normal:
+    """Unit normal q, k, v and dout of a workload.
 
-    (batch, seqlen, nheads, head_dim), packed (total, nheads, head_dim).
+    Their shape is (batch, seqlen, nheads, head_dim) or, for packed sequences, (total, nheads, head_dim).
     """
 
     def __init__(self, workload: Workload, seed: int = 0, arrays: Sequence | None = None) -> None:

@@ -1,7 +1,4 @@
-"""Threads of two libraries in one process:
-
-attention right after a torch operation, and the operation after attention.
-"""
+"""Threads of two libraries in one process: attention directly after a torch operation, and the reverse."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Tuning of the Triton kernels:
-
-measure the fastest tiles on the current card, by hill climbing from the active tiles.
-"""
+"""Tuning of the Triton kernels: the fastest tiles on this card, found by hill climbing from the active tiles."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""`anyattn info`:
+"""`anyattn info`: features of this installation, and reasons for missing ones.
 
-features of this installation, and reasons for missing ones. A failing part does not stop the rest.
+A part that fails does not stop the rest.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..definition.dtypes import ATTENTION_DTYPES
 from ..runtime import dispatch
 from .table import table
 
-# The library's reason for targets behind the one that computes a dtype.
+# The library's reason for targets after the one that computes a dtype.
 AFTER = "a target before it computes this dtype"
 PACKAGES = ("numpy", "torch", "ml_dtypes", "triton")
 

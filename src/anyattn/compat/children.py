@@ -1,4 +1,4 @@
-"""Names of other packages in processes that a program starts anew: spawn, forkserver, torchrun, `sys.executable`."""
+"""Names of other packages in new processes that a program starts: spawn, forkserver, torchrun, `sys.executable`."""
 
 from __future__ import annotations
 

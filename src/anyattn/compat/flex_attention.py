@@ -191,7 +191,7 @@ def create_block_mask(
         device: of the BlockMask; default: the accelerator, or the CPU.
         BLOCK_SIZE: pairs in a block, one number or (queries, keys).
         _compile: has no effect.
-        separate_full_blocks: list full blocks apart, so that the function is not computed on them.
+        separate_full_blocks: list full blocks separately, so that the function is not computed on them.
         compute_dq_write_order: a hint for GPUs, which has no effect.
         dq_kv_order: a hint for GPUs, which has no effect.
 

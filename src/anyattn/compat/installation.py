@@ -1,7 +1,7 @@
 """Installation of anyattn's modules under the import names of other packages, in this process and until it is undone.
 
 `import flash_attn` then returns anyattn's module. Nothing is imported before that, and nothing on disk changes. A
-forked process keeps the installation. A process that is started anew has it if it calls `install` itself, or below
+forked process keeps the installation. A new process has it if the process calls `install`, or if its program runs below
 `anyattn run`.
 """
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 
 class CacheOverflow(ValueError, RuntimeError):
-    """KV cache without space for the new keys of a call; nothing was written. A RuntimeError too, as in flash_attn."""
+    """KV cache without space for the new keys of a call. Nothing was written. A RuntimeError too, as in flash_attn."""
 
 
 class CompilationError(RuntimeError):
@@ -22,7 +22,12 @@ class DeviceMemoryError(DeviceError, MemoryError):
 
 
 class UnsupportedProblem(NotImplementedError):
-    """Valid call that no backend computes; the message lists the reasons of each backend."""
+    """Valid call that no backend computes, or that the named backend does not compute. The message lists the reasons.
+
+    Attributes:
+        problem: description of the call.
+        refusals: reasons by name of the backend.
+    """
 
     def __init__(self, problem: str, refusals: Mapping[str, Sequence[str]]) -> None:
         self.problem = problem

@@ -22,10 +22,7 @@ Index = Any  # of some rows: a slice, or a tuple of indices
 
 @dataclass(frozen=True)
 class Span:
-    """Sequence of a case:
-
-    queries and keys in use, left padding, position of query 0, indices of its rows and key slots.
-    """
+    """Sequence of a case: lengths in use, left padding, position of query 0, and indices of its rows and slots."""
 
     index: int
     n_q: int

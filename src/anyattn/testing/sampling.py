@@ -56,10 +56,7 @@ def sample(problem: Problem, arrays: Mapping[str, Any], *, backward: bool) -> li
 
 
 def _rows(problem: Problem, found: list[Sequence]) -> Iterator[Part]:
-    """Return parts of the first, a middle and the last head of as many sequences:
-
-    first and last query, and some others.
-    """
+    """Yield some queries, the first and the last included, of three heads of three sequences."""
     rng = np.random.default_rng(0)
     for b in _some(len(found)):
         n_q = found[b].n_q

@@ -22,14 +22,14 @@ MESSAGE_BYTES = 512
 EVIDENCE = {
     "tested": (
         "x86-64 with AVX-512 and bfloat16 instructions",
-        "the same machine limited to AVX-512, to AVX2 with FMA, or to any x86-64",
-        "emulated: arm64 (qemu), the native tests and a sample of the Python tests",
-        "emulated: Windows on x86-64 (wine), the native tests",
-        "emulated: AMX, the conformance tests",
-        "musl on x86-64, the native tests",
+        "the same machine restricted to AVX-512, to AVX2 with FMA, and to the instructions of every x86-64",
+        "AMX on emulated tiles (conformance tests)",
+        "arm64 under qemu (native tests, a sample of the Python tests)",
+        "Windows on x86-64 under wine (native tests)",
+        "musl on x86-64 (native tests)",
     ),
     "compiled": ("Windows on arm64", "macOS on x86-64 and arm64"),
-    "expected": ("others",),
+    "expected": ("other processors",),
 }
 
 Values = dict[str, float]

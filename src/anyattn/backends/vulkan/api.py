@@ -1,7 +1,4 @@
-"""Subset of Vulkan's C API that the backend calls through ctypes:
-
-structures, function lookup, results as exceptions.
-"""
+"""Vulkan's C API through ctypes, as far as the backend uses it: structures, functions, and results as exceptions."""
 
 from __future__ import annotations
 
@@ -49,10 +46,7 @@ class VulkanError(DeviceError):
 
 
 class DeviceLost(VulkanError):
-    """Loss of the device:
-
-    it failed, or was abandoned because it did not answer in time. The next call opens a new one.
-    """
+    """Loss of the device, which failed or did not answer in time. The next call opens the device again."""
 
 
 def struct(name: str, *fields: tuple[str, Any]) -> Any:

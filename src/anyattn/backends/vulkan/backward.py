@@ -61,9 +61,9 @@ def dbias_region(shape: tuple[int, ...], terms: int) -> Region:
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """Shader that adds to sums:
+    """Shader that adds to sums.
 
-    its outputs, the workgroups of a launch, and the keys, rows or turns of each dispatch.
+    It has outputs, the workgroups of a launch, and the keys, rows or turns of each dispatch.
     """
 
     shader: str

@@ -90,7 +90,7 @@ class DeviceArray:
         """Raise DeviceLost if the device of this array is no longer in use."""
         if self.engine is not job.engine or self.engine.device.lost:
             raise DeviceLost(
-                f"this array was on {self.engine.device.info.name}, which was lost or abandoned. Make it anew."
+                f"this array was on {self.engine.device.info.name}, which was lost or abandoned. Create it again."
             )
 
     def describe(self) -> Array:

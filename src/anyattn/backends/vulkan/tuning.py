@@ -211,9 +211,9 @@ def part_sizes(info: DeviceInfo, configs: Mapping[str, Config]) -> dict[str, int
 
 
 def bias_tiles(problem: Problem, config: Config) -> tuple[int, int]:
-    """Return the tiles of queries and keys next to each other in dbias.comp:
+    """Return the numbers of adjacent tiles of queries and of keys in dbias.comp.
 
-    all, or some if rows (keys) share a bias.
+    They are all tiles, or some of them if queries (keys) share a bias.
     """
     assert problem.bias is not None
     rows, keys = problem.bias.shape[2:]

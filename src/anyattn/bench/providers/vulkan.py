@@ -41,10 +41,7 @@ class AnyattnVulkan(Anyattn):
 
 
 class Aule:
-    """aule-attention:
-
-    its forward pass as called by its `flash_attention`, and its backward pass from a separate module.
-    """
+    """aule-attention, with the forward pass of its `flash_attention` and the backward pass of a separate module."""
 
     name = "aule-attention Vulkan"
     package = "aule-attention"

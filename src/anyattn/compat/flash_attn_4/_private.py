@@ -1,7 +1,4 @@
-"""Implementation of flash_attn 4's functions:
-
-refusals, and `_flash_attn_fwd`, `_flash_attn_bwd`, which torch imports.
-"""
+"""Implementation of flash_attn 4's functions, and `_flash_attn_fwd` and `_flash_attn_bwd`, which torch imports."""
 
 from __future__ import annotations
 

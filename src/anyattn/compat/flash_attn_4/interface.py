@@ -9,9 +9,8 @@ They differ from flash_attn 2 and 3 (see their modules) as follows:
 * num_splits, pack_gqa, min_seqlen_k, scheduler_metadata, seqlen_k_per_split and disable_scheduler_metadata are accepted
   and do not affect results.
 * gather_kv_indices: each query attends only to the key slots of its own sequence that are in its list and that the
-other
-  masks leave visible. An entry outside the sequence is no key, and a slot that is listed twice counts once. It works
-  with or without qv, for any number of heads and entries, with gradients. With page_table it raises
+  other masks leave visible. An entry outside the sequence is no key, and a slot that is listed twice counts once. It
+  works with or without qv, for any number of heads and entries, with gradients. With page_table it raises
   NotImplementedError.
 * block_sparse_tensors: a query attends to the keys of the listed blocks, as far as causal and window_size allow. The
   lists need a block_size. They become a boolean mask with one byte per pair of query and key (for one head, if the

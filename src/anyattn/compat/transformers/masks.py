@@ -104,10 +104,7 @@ def _padding(
 
 
 def _cumulative(starts: Tensor) -> Tensor:
-    """Return cu_seqlens from (batch, seqlen - 1) booleans:
-
-    True if the next token starts a sequence. Each row starts one.
-    """
+    """Return cu_seqlens. starts (batch, seqlen - 1): True if the next token starts a sequence. Each row starts one."""
     begins = pad(starts, (1, 0), value=True).flatten().nonzero().flatten()
     return pad(begins, (0, 1), value=starts.shape[0] * (starts.shape[1] + 1)).int()
 
