@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from .definition.inputs import NO_EXTRAS, Extras, Inputs, replace_extras
+from .definition.inputs import NO_EXTRAS, Extras, Inputs
 from .definition.options import Options
 from .frameworks import framework_of
+from .frameworks.score_arguments import EXPLICIT, Call, Use
 from .frameworks.score_functions import Packed
 from .scalars import flag, integer, real
 
@@ -40,12 +41,13 @@ Interval = tuple["int | None", "int | None"]
 
 
 class Request(NamedTuple):
-    """Call in the form that every framework takes."""
+    """Call in the form that every framework takes. functions: how results and gradients come back, or None."""
 
     inputs: Inputs
     options: Options
     seed: int | None
     backend: str | None
+    functions: Call | None = None
 
 
 def bounds(causal: Any, window: Any) -> Interval:
@@ -117,33 +119,6 @@ def make_options(
     )  # fmt: skip
 
 
-def with_functions(
-    q: Any, score_mod: Any, mask_mod: Any, options: Options, extras: Extras, *, simplify: bool = True
-) -> tuple[Options, Extras]:
-    """Return the options and extras of a call with score_mod and mask_mod.
-
-    simplify: causal masks, windows, chunks and ALiBi become built-in arguments, unless the call has such arguments.
-    """
-    packed, simple = framework_of(q).trace(score_mod, mask_mod, q)
-    arrays = {"captured": packed.captured, "captured_indices": packed.captured_indices}
-    changes: dict[str, Any] = {"score": packed.score}
-    if simple is not None and simplify and _has_no_positions(options, extras):
-        changes = {"score": simple.score, "left": simple.left, "right": simple.right, "chunk": simple.chunk}
-        changes["alignment"] = "top-left"
-        arrays = {**(arrays if simple.score else {}), "alibi_slopes": simple.slopes}
-    arrays = {name: x for name, x in arrays.items() if x is not None}
-    if arrays:
-        extras = replace_extras(extras, **arrays)
-    given: dict[str, Any] = dict(zip(Options._fields, options, strict=True))
-    return Options(**{**given, **changes}), extras
-
-
-def _has_no_positions(options: Options, extras: Extras) -> bool:
-    """Return whether nothing in a call depends on the positions of queries and keys."""
-    without_interval = options.left is None and options.right is None and options.chunk == 0
-    return without_interval and extras.alibi_slopes is None and extras.offset is None and extras.leftpad_k is None
-
-
 def check_parts(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> None:
     """Raise unless the arrays are two results over disjoint sets of keys. Nothing is broadcast."""
     parts = {"out_a": out_a, "lse_a": lse_a, "out_b": out_b, "lse_b": lse_b}
@@ -174,7 +149,7 @@ _KEYWORDS = {*Extras._fields, *Options._fields, "causal", "window", "seed", "bac
 _KEYWORDS -= {"left", "right", *Packed._fields}
 
 
-def explicit(q: Array, k: Array, v: Array, arguments: Mapping[str, Any], caller: str) -> Request:
+def explicit(q: Array, k: Array, v: Array, arguments: Mapping[str, Any], caller: str, use: Use = EXPLICIT) -> Request:
     """Return the request of an explicit call from its keywords (`keywords.ExplicitArguments`).
 
     Raises:
@@ -185,7 +160,7 @@ def explicit(q: Array, k: Array, v: Array, arguments: Mapping[str, Any], caller:
             raise TypeError(f"{caller}() got an unexpected keyword argument {name!r}")
     interval = bounds(arguments.get("causal", False), arguments.get("window"))
     rest = {name: x for name, x in arguments.items() if name not in ("causal", "window")}
-    return make_request(q, k, v, interval, **rest)
+    return make_request(q, k, v, interval, use=use, **rest)
 
 
 def make_request(
@@ -198,15 +173,17 @@ def make_request(
     backend: str | None = None,
     score_mod: Any = None,
     mask_mod: Any = None,
+    use: Use = EXPLICIT,
     **arguments: Any,
 ) -> Request:
     """Return the request for the interval (left, right). Other keywords are fields of Extras and Options."""
-    if score_mod is not None or mask_mod is not None:
-        packed, _ = framework_of(q).trace(score_mod, mask_mod, q)
-        arguments |= packed._asdict()
     cu_seqlens_k, seqused_k = arguments.get("cu_seqlens_k"), arguments.get("seqused_k")
     cu_seqlens_k, seqused_k = paged_lengths(arguments.get("block_table"), cu_seqlens_k, seqused_k)
     given = {**arguments, "cu_seqlens_k": cu_seqlens_k, "seqused_k": seqused_k}
     extras = {name: given[name] for name in Extras._fields if given.get(name) is not None}
     options = make_options(interval, **{name: x for name, x in given.items() if name not in Extras._fields})
-    return Request(Inputs(q, k, v, Extras(**extras) if extras else NO_EXTRAS), options, seed, backend)
+    inputs = Inputs(q, k, v, Extras(**extras) if extras else NO_EXTRAS)
+    if score_mod is None and mask_mod is None:
+        return Request(inputs, options, seed, backend)
+    call = framework_of(q).with_functions(inputs, options, score_mod, mask_mod, use)
+    return Request(call.inputs, call.options, seed, backend, call)

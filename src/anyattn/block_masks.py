@@ -14,6 +14,8 @@ from .definition.score.symbol import Partial
 from .definition.score.trace import Traced, trace
 from .scalars import integer
 
+EXAMINED = 2**16  # blocks of an explicit mask that are compared with its function
+
 
 class BlockMask:
     """Mask function that skips blocks. It is itself a mask function: pass it as `mask_mod`.
@@ -88,6 +90,25 @@ def block_mask(
     traced = trace_mask(mask_mod)
     kinds = classify(traced.graph, [_host(x) for x in traced.arrays], sizes, given)
     return BlockMask(kinds.astype(np.int32), given, mask_mod)
+
+
+def is_redundant(mask: BlockMask, sizes: tuple[int, ...]) -> bool:
+    """Return whether the blocks of a mask certainly say what its function says. Masks of many blocks are not examined.
+
+    sizes: batch, nheads, seqlen_q and seqlen_k of the call.
+    """
+    kinds = _host(mask.kinds)
+    if mask.mask_mod is None or kinds.size > EXAMINED:
+        return False
+    traced = trace_mask(mask.mask_mod)
+    read = {node.operation for node in traced.graph.nodes}
+    if any(name in read and sizes[axis] != kinds.shape[axis] for axis, name in enumerate("bh")):
+        return False
+    given = Sizes(*kinds.shape[:2], *sizes[2:])
+    ours = classify(traced.graph, [_host(x) for x in traced.arrays], given, mask.block_size)
+    theirs = kinds[..., : ours.shape[2], : ours.shape[3]]
+    mixed = (ours == MIXED) & (theirs == MIXED)
+    return bool((mixed | ((ours == EMPTY) & (theirs != FULL)) | ((ours == FULL) & (theirs != EMPTY))).all())
 
 
 def trace_mask(mask_mod: Callable[..., Any]) -> Traced:

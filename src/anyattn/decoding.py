@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
-from .arguments import A, Array, ScoreFunction, Table, Window, bounds, make_options, with_functions
+from .arguments import A, Array, ScoreFunction, Table, Window, bounds, make_options
 from .definition.inputs import Appended, Extras, Inputs, replace_extras
-from .definition.options import Rotation
+from .definition.options import Options, Rotation
 from .frameworks import framework_of
+from .frameworks.score_arguments import CACHE
 from .scalars import flag, integer
 
 if TYPE_CHECKING:
@@ -132,9 +133,9 @@ def attention_with_kvcache(
         offset=offset, block_table=block_table, cache_batch_idx=cache_batch_idx, kv_indices=kv_indices,
         k_scale=k_scale, v_scale=v_scale,
     )  # fmt: skip
-    if score_mod is not None or mask_mod is not None:
-        options, extras = with_functions(q, score_mod, mask_mod, options, extras, simplify=False)
     framework = framework_of(q)
+    if score_mod is not None or mask_mod is not None:
+        options, extras = _with_functions(Inputs(q, k_cache, v_cache, extras), options, score_mod, mask_mod)
     arrays = Appended(
         q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, block_table, k_scale, v_scale
     )  # fmt: skip
@@ -146,6 +147,12 @@ def attention_with_kvcache(
     inputs = _inputs(rotated, k_cache, v_cache, extras, seqused_k)
     out, lse = framework.attention(inputs, options, None, return_lse, backend)
     return (out, lse) if return_lse else out
+
+
+def _with_functions(inputs: Inputs, options: Options, score_mod: Any, mask_mod: Any) -> tuple[Options, Extras]:
+    """Return the options and extras of a call with functions. The append reads q and the cache as they are."""
+    found = framework_of(inputs.q).with_functions(inputs, options, score_mod, mask_mod, CACHE)
+    return found.options, found.inputs.extras
 
 
 def _inputs(q: Array, k: Array, v: Array, extras: Extras, seqused_k: Table | None) -> Inputs:

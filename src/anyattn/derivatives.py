@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from .arguments import A, explicit
 from .definition.inputs import Saved, SecondGradients, Tangents
 from .frameworks import framework_of
+from .frameworks.score_arguments import DESCRIPTION
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -62,7 +63,7 @@ def attention_tangent(
     >>> bool(np.allclose(tout, anyattn.attention(q, k, tv, causal=True), atol=1e-6))  # out is linear in v
     True
     """
-    inputs, options, seed, backend = explicit(q, k, v, arguments, "attention_tangent")
+    inputs, options, seed, backend, _ = explicit(q, k, v, arguments, "attention_tangent", DESCRIPTION)
     tangents = Tangents(tq, tk, tv, tbias, tsink)
     return framework_of(q).tangent(out, lse, tangents, inputs, options, seed, backend)
 
@@ -121,6 +122,6 @@ def attention_second(
     >>> bool(np.allclose(found.dq, difference, atol=1e-8))
     True
     """
-    inputs, options, seed, backend = explicit(q, k, v, arguments, "attention_second")
+    inputs, options, seed, backend, _ = explicit(q, k, v, arguments, "attention_second", DESCRIPTION)
     tangents = Tangents(tq, tk, tv, tbias, tsink)
     return framework_of(q).second(Saved(out, lse, dout, dlse), tangents, inputs, options, seed, backend)

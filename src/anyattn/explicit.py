@@ -37,8 +37,9 @@ def attention_forward(q: A, k: A, v: A, **arguments: Unpack[ExplicitArguments]) 
     >>> grads.dv.shape, grads.dbias is None
     ((1, 4, 2, 8), True)
     """
-    inputs, options, seed, backend = explicit(q, k, v, arguments, "attention_forward")
-    return framework_of(q).forward(inputs, options, seed, backend)
+    inputs, options, seed, backend, functions = explicit(q, k, v, arguments, "attention_forward")
+    out, lse = framework_of(q).forward(inputs, options, seed, backend)
+    return (out, lse) if functions is None else functions.results(out, lse)
 
 
 def attention_backward(
@@ -78,8 +79,11 @@ def attention_backward(
     >>> bool(np.allclose((grads.dv * v).sum(), (dout * out).sum(), atol=1e-4))  # out is linear in v
     True
     """
-    inputs, options, seed, backend = explicit(q, k, v, arguments, "attention_backward")
-    return framework_of(q).backward(Saved(out, lse, dout, dlse), inputs, options, seed, backend)
+    inputs, options, seed, backend, functions = explicit(q, k, v, arguments, "attention_backward")
+    saved = Saved(out, lse, dout, dlse)
+    if functions is None:
+        return framework_of(q).backward(saved, inputs, options, seed, backend)
+    return functions.gradients(framework_of(q).backward(functions.saved(saved), inputs, options, seed, backend))
 
 
 def merge(out_a: A, lse_a: A, out_b: A, lse_b: A) -> tuple[A, A]:

@@ -36,7 +36,7 @@ def explain(q: A, k: A, v: A, **arguments: Unpack[ExplicitArguments]) -> dispatc
     >>> anyattn.explain(x, x, x, causal=True).chosen in anyattn.get_available_backends()
     True
     """
-    inputs, options, seed, backend = explicit(q, k, v, arguments, "explain")
+    inputs, options, seed, backend, _ = explicit(q, k, v, arguments, "explain")
     return framework_of(q).explain(inputs, options, seed, backend)
 
 
@@ -57,7 +57,7 @@ def warmup(q: A, k: A, v: A, *, backward: bool = False, **arguments: Unpack[Expl
     >>> x = np.ones((1, 4, 2, 8), np.float32)
     >>> anyattn.warmup(x, x, x, causal=True, backward=True)
     """
-    inputs, options, seed, backend = explicit(q, k, v, arguments, "warmup")
+    inputs, options, seed, backend, _ = explicit(q, k, v, arguments, "warmup")
     framework_of(q).warmup(inputs, options, seed, backend, backward=backward)
 
 

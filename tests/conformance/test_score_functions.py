@@ -175,10 +175,22 @@ def test_integers_beyond_int32_raise() -> None:
 
 def test_second_derivatives_are_refused_by_name() -> None:
     q, k, v, _ = (x.requires_grad_() for x in arrays())
-    out = anyattn.attention(q, k, v, score_mod=lambda s, b, h, i, j: torch.tanh(s))
+    out = anyattn.attention(q, k, v, score_mod=lambda s, b, h, i, j: torch.sin(s))
     (grad,) = torch.autograd.grad(out.sum(), q, create_graph=True)
     with pytest.raises(NotImplementedError, match="no second pass with score_mod"):
         grad.sum().backward()
+
+
+def test_recognized_functions_have_second_derivatives() -> None:
+    q, k, v, _ = arrays()
+    results = []
+    capped = {"score_mod": lambda s, b, h, i, j: 2 * torch.tanh(s / 2)}
+    for arguments in (capped, {"softcap": 2.0}):
+        leaf = q.clone().requires_grad_()
+        out = anyattn.attention(leaf, k, v, **arguments)  # type: ignore[arg-type]
+        (grad,) = torch.autograd.grad(out.square().sum(), leaf, create_graph=True)
+        results.append(torch.autograd.grad(grad.square().sum(), leaf)[0])
+    assert torch.equal(*results)
 
 
 def test_samples_of_vmap_count_their_own_batch() -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import anyattn
+from anyattn.definition.score.documents import boundaries
 from anyattn.definition.score.graph import SCORE
-from anyattn.definition.score.patterns import Recognized, recognize
+from anyattn.definition.score.patterns import Lengths, Recognized, recognize
+from anyattn.definition.score.score_patterns import Operand, Scored
 from anyattn.frameworks.torch.score_functions import traced
 from harness.backends import Engine
 from harness.selection import every_backend
@@ -42,6 +45,7 @@ OTHERS: dict[str, Function] = {
     "scaled": lambda b, h, q, kv: 2 * q >= kv,
     "chunks of two sizes": lambda b, h, q, kv: q // 16 == kv // 8,
     "one index": lambda b, h, q, kv: q // 16 == q // 16 + 0 * kv,
+    "lengths of queries": lambda b, h, q, kv: q < LENGTHS[b],
 }
 
 
@@ -77,19 +81,68 @@ def test_a_call_has_one_chunk() -> None:
 
 
 def test_alibi_is_recognized_unless_its_slopes_have_a_gradient() -> None:
-    assert found(alibi, None).slopes == 0
+    assert found(alibi, None).score.slopes == 0
     learned = SLOPES.clone().requires_grad_()
-    assert found(lambda s, b, h, q, kv: s - learned[h] * torch.abs(q - kv), None).slopes is None
+    assert found(lambda s, b, h, q, kv: s - learned[h] * torch.abs(q - kv), None).score.slopes is None
     others: list[Function] = [
         lambda s, b, h, q, kv: s + SLOPES[h] * torch.abs(q - kv),
         lambda s, b, h, q, kv: s - SLOPES[h] * (q - kv),
         lambda s, b, h, q, kv: s - SLOPES[b] * torch.abs(q - kv),
-        lambda s, b, h, q, kv: 2 * s - SLOPES[h] * torch.abs(q - kv),
+        lambda s, b, h, q, kv: SLOPES[h] * torch.abs(q - kv) - s,
     ]
     for other in others:
         recognized = found(other, None)
-        assert recognized.slopes is None
+        assert recognized.score.slopes is None
         assert any(node.operation == SCORE for node in recognized.graph.nodes)
+
+
+FULL_BIAS, HEAD_BIAS = torch.zeros(2, 2, 40, 51), torch.zeros(2, 51)
+KEYS, LENGTHS = torch.ones(2, 51) > 0, torch.ones(2)
+SCORES: dict[str, tuple[Function, Scored]] = {
+    "unchanged": (lambda s, b, h, q, kv: s, Scored()),
+    "scale": (lambda s, b, h, q, kv: 3 * s / 2, Scored(scale=1.5)),
+    "softcap": (lambda s, b, h, q, kv: 20.0 * torch.tanh(s / 20.0), Scored(softcap=20.0)),
+    "scale and softcap": (lambda s, b, h, q, kv: torch.tanh(s * 0.5) * 2, Scored(1.0, 2.0)),
+    "bias": (lambda s, b, h, q, kv: s + FULL_BIAS[b, h, q, kv], Scored(bias=Operand(0, (0, 1, 2, 3)))),
+    "bias of heads": (lambda s, b, h, q, kv: HEAD_BIAS[h, kv] + 2 * s, Scored(2.0, bias=Operand(0, (1, 3)))),
+    "every part": (
+        lambda s, b, h, q, kv: 5 * torch.tanh(s / 5) + HEAD_BIAS[h, kv] - SLOPES[h] * torch.abs(q - kv),
+        Scored(1.0, 5.0, Operand(0, (1, 3)), 1),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_scale_softcap_bias_and_alibi_are_arguments(name: str) -> None:
+    function, arguments = SCORES[name]
+    recognized = found(function, None)
+    assert recognized.score == arguments
+    assert recognized.graph.nodes == ()
+
+
+def test_other_scores_stay_functions() -> None:
+    others: list[Function] = [
+        lambda s, b, h, q, kv: -2 * s,
+        lambda s, b, h, q, kv: torch.tanh(s + 1),
+        lambda s, b, h, q, kv: s + FULL_BIAS[h, b, q, kv],
+        lambda s, b, h, q, kv: s * s,
+    ]
+    for function in others:
+        assert found(function, None) == Recognized(traced(function, None).graph)
+
+
+def test_lengths_and_captured_masks_are_arguments() -> None:
+    lengths = torch.tensor([3, 40])
+    recognized = found(None, lambda b, h, q, kv: (kv < lengths[b]) & KEYS[b, kv] & (kv <= lengths[b] - 2) & (q >= kv))
+    assert (recognized.lengths, recognized.mask, recognized.right) == (Lengths(0, 0), Operand(1, (0, 3)), 0)
+    assert recognized.graph.nodes == traced(None, lambda b, h, q, kv: kv <= lengths[b] - 2).graph.nodes  # one table
+
+
+def test_documents_are_found_by_their_places() -> None:
+    assert boundaries(np.array([0, 0, 1, 1, 1, 7]), 1).tolist() == [0, 2, 5, 6]
+    assert boundaries(np.array([5, 5, 2]), 2).tolist() == [0, 2, 3, 5, 6]
+    assert boundaries(np.array([[0, 0, 1], [3, 1, 2]]), 2).tolist() == [0, 2, 3, 4, 5, 6]
+    assert boundaries(np.array([[0, 0, 1], [3, 1, 3]]), 2) is None
 
 
 def tensors() -> tuple[torch.Tensor, ...]:
@@ -124,3 +177,163 @@ def test_a_call_with_an_interval_keeps_its_functions() -> None:
     distance = torch.arange(40)[:, None] - torch.arange(51)[None, :]
     expected = anyattn.attention(q, k, v, mask=(distance >= 0) & (distance + 11 <= 5))
     torch.testing.assert_close(one, expected)
+
+
+def results(arguments: dict[str, Any], inputs: tuple[torch.Tensor, ...], *leaves: torch.Tensor) -> list[torch.Tensor]:
+    """Return out, lse and the gradients of a call."""
+    out, lse = anyattn.attention(*inputs, **arguments, return_lse=True)
+    loss = out.square().sum() + lse[lse > -torch.inf].sum()
+    return [out, lse, *torch.autograd.grad(loss, (*inputs, *leaves))]
+
+
+LIMITS = torch.tensor([51, 17])
+BIAS = torch.randn(HEADS, 60, generator=torch.Generator().manual_seed(1)).requires_grad_()
+ARGUMENTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "scale": ({"score_mod": lambda s, b, h, q, kv: s * 3}, {"scale": 16**-0.5 * 3}),
+    "softcap": ({"score_mod": lambda s, b, h, q, kv: 2 * torch.tanh(s / 2)}, {"softcap": 2.0}),
+    "bias": (
+        {"score_mod": lambda s, b, h, q, kv: s + BIAS[h, kv], "mask_mod": causal},
+        {"bias": BIAS[None, :, None, :51], "causal": True, "alignment": "top-left"},
+    ),
+    "lengths": (
+        {"mask_mod": lambda b, h, q, kv: (kv <= LIMITS[b] - 2) & causal(b, h, q, kv)},
+        {"seqused_k": LIMITS - 1, "causal": True, "alignment": "top-left"},
+    ),
+    "mask": ({"mask_mod": lambda b, h, q, kv: PADDING[b, kv]}, {"mask": torch.arange(51)[None, None, None] < 30}),
+}
+PADDING = (torch.arange(60) < 30).expand(3, 60)
+
+
+@every_backend(interpreter=True)
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_recognized_arguments_have_the_bits_of_the_argument(name: str, engine: Engine) -> None:
+    functions, given = ARGUMENTS[name]
+    leaves = (BIAS,) if name == "bias" else ()
+    inputs = tensors()
+    both = [results({**one, "backend": engine.backend}, inputs, *leaves) for one in (functions, given)]
+    for got, want in zip(*both, strict=True):
+        assert torch.equal(got, want)
+
+
+DOCUMENTS = torch.tensor([0] * 9 + [4] * 17 + [2] * 14), torch.tensor([1] * 40)
+BATCH_DOCUMENTS = torch.stack([DOCUMENTS[0], torch.arange(40) // 13])
+STARTS = torch.tensor([0, 0, 26, 0, 9])  # of each document in DOCUMENTS[0]
+TABLE = torch.randn(HEADS, 80, generator=torch.Generator().manual_seed(2)).requires_grad_()
+
+
+def in_document(b: Any, h: Any, q: Any, kv: Any) -> Any:
+    return DOCUMENTS[0][q] == DOCUMENTS[0][kv]
+
+
+MASKS_OF_DOCUMENTS: dict[str, dict[str, Any]] = {
+    "documents": {"mask_mod": in_document},
+    "one document": {"mask_mod": lambda b, h, q, kv: DOCUMENTS[1][kv] == DOCUMENTS[1][q]},
+    "of each entry": {"mask_mod": lambda b, h, q, kv: (q >= kv) & (BATCH_DOCUMENTS[b, q] == BATCH_DOCUMENTS[b, kv])},
+    "window": {"mask_mod": lambda b, h, q, kv: in_document(b, h, q, kv) & (q >= kv) & (q - kv < 6)},
+    "dilated": {"mask_mod": lambda b, h, q, kv: in_document(b, h, q, kv) & ((q - kv) % 3 == 0)},
+    "relative": {
+        "mask_mod": lambda b, h, q, kv: in_document(b, h, q, kv) & (q >= kv),
+        "score_mod": lambda s, b, h, q, kv: torch.tanh(s) + TABLE[h, q - kv + 40],
+    },
+    "by position in a document": {
+        "mask_mod": lambda b, h, q, kv: (
+            in_document(b, h, q, kv) & (q - STARTS[DOCUMENTS[0][q]] >= kv - STARTS[DOCUMENTS[0][kv]])
+        ),
+    },
+}
+
+
+def square_tensors() -> tuple[torch.Tensor, ...]:
+    return tuple(x[:, :40].detach().requires_grad_() for x in tensors())
+
+
+def packed_calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Return a list that takes the boundaries of every call, None for a call without packed sequences."""
+    from anyattn.frameworks.torch import functional
+
+    found: list[Any] = []
+    attention = functional.attention
+
+    def recorded(inputs: Any, *arguments: Any, **keywords: Any) -> Any:
+        found.append(inputs.extras.cu_seqlens_q)
+        return attention(inputs, *arguments, **keywords)
+
+    monkeypatch.setattr(functional, "attention", recorded)
+    return found
+
+
+@every_backend(only=("cpu", "numpy"))
+@pytest.mark.parametrize("name", MASKS_OF_DOCUMENTS)
+def test_documents_are_packed_sequences(name: str, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    functions = MASKS_OF_DOCUMENTS[name]
+    mask = functions["mask_mod"](*torch.meshgrid(*(torch.arange(n) for n in (2, HEADS, 40, 40)), indexing="ij"))
+    leaves = (TABLE,) if name == "relative" else ()
+    inputs, calls = square_tensors(), packed_calls(monkeypatch)
+    got = results({**functions, "backend": engine.backend}, inputs, *leaves)
+    assert calls[0][-1] == 2 * 40  # rows of both entries of the batch
+    dense = {"mask": mask, "backend": "numpy"}
+    doubles = tuple(x.detach().double().requires_grad_() for x in inputs)
+    if leaves:
+        dense["score_mod"] = functions["score_mod"]
+    for one, want in zip(got, results(dense, doubles, *leaves), strict=True):
+        assert one.shape == want.shape
+        assert one.is_contiguous()
+        torch.testing.assert_close(one, want.to(one.dtype), rtol=2e-5, atol=2e-5)
+
+
+def test_documents_equal_packed_sequences_bit_by_bit() -> None:
+    q, k, v = square_tensors()
+    boundaries_of = torch.tensor([0, 9, 26, 40, 49, 66, 80])
+    out = anyattn.attention(q, k, v, mask_mod=in_document)
+    rows = [x.reshape(80, HEADS, 16) for x in (q, k, v)]
+    assert torch.equal(out.reshape(80, HEADS, 16), anyattn.attention_varlen(*rows, boundaries_of, boundaries_of))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"dropout_p": 0.5, "seed": 1},
+        {"bias": torch.zeros(40, 40)},
+        {"seqused_k": torch.tensor([40, 3])},
+        {"score_mod": lambda s, b, h, q, kv: s * b},
+        {"score_mod": lambda s, b, h, q, kv: s + q},
+        {"mask_mod": lambda b, h, q, kv: in_document(b, h, q, kv) & (q % 3 == kv % 3)},
+        {"mask_mod": lambda b, h, q, kv: in_document(b, h, q, kv) | (q == kv)},
+        {"mask_mod": lambda b, h, q, kv: torch.arange(40)[q] % 2 == torch.arange(40)[kv] % 2},
+        {"mask_mod": lambda b, h, q, kv: SCATTERED[q] == SCATTERED[kv]},
+    ],
+)
+def test_documents_that_depend_on_their_place_stay_functions(
+    arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = packed_calls(monkeypatch)
+    anyattn.attention(*square_tensors(), **{"mask_mod": in_document, **arguments})
+    assert calls == [None]
+
+
+SCATTERED = torch.tensor([0, 1] * 20)
+
+
+def test_explicit_passes_recognize_documents_and_alibi() -> None:
+    q, k, v = (x.detach() for x in square_tensors())
+    functions: dict[str, Any] = {"mask_mod": MASKS_OF_DOCUMENTS["of each entry"]["mask_mod"], "score_mod": alibi}
+    out, lse = anyattn.attention_forward(q, k, v, **functions)
+    grads = anyattn.attention_backward(2 * out, q, k, v, out, lse, dlse=torch.ones_like(lse), **functions)
+    want = results(functions, tuple(x.requires_grad_() for x in (q, k, v)))
+    for got, one in zip((out, lse, *grads[:3]), want, strict=True):
+        assert torch.equal(got, one)
+    assert grads.dcaptured is not None
+    assert grads.dcaptured.tolist() == [0, 0]  # slopes without requires_grad
+
+
+@every_backend(only=("cpu", "numpy"))
+def test_a_cache_recognizes_functions(engine: Engine) -> None:
+    q, k, v = (x.detach() for x in tensors())
+    functions: dict[str, Any] = {"mask_mod": causal, "score_mod": alibi}
+    given: dict[str, Any] = {"causal": True, "alignment": "top-left", "alibi_slopes": SLOPES}
+    shared = {"cache_seqlens": torch.tensor([30, 41]), "backend": engine.backend}
+    one, other = (anyattn.attention_with_kvcache(q, k, v, **shared, **x) for x in (functions, given))
+    assert torch.equal(one, other)
+    both = (anyattn.attention_with_kvcache(q, k, v, backend=engine.backend, **x) for x in
+            ({"mask_mod": lambda b, h, q, kv: kv < LIMITS[b]}, {"cache_seqlens": LIMITS}))  # fmt: skip
+    torch.testing.assert_close(*both)

@@ -132,8 +132,11 @@ def _check(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
         )
 
 
-def as_mask(block_mask: Any, query: Tensor, key: Tensor) -> block_masks.BlockMask:
-    """Return torch's BlockMask as a mask function of anyattn. Blocks that it does not list are skipped."""
+def as_mask(block_mask: Any, query: Tensor, key: Tensor) -> Callable[..., Any]:
+    """Return torch's BlockMask as a mask function of anyattn. Blocks that it does not list are skipped.
+
+    If its blocks are certainly those of its mask function, this is the function itself, which may be recognized.
+    """
     if not isinstance(block_mask, BlockMask):
         raise TypeError(f"block_mask must be a BlockMask or None, got {type(block_mask).__name__}.")
     lengths, given = (query.shape[2], key.shape[2]), tuple(block_mask.seq_lengths)
@@ -148,7 +151,11 @@ def as_mask(block_mask: Any, query: Tensor, key: Tensor) -> block_masks.BlockMas
     if block_mask.full_kv_num_blocks is not None:
         _mark(kinds, block_mask.full_kv_num_blocks, block_mask.full_kv_indices, FULL)
     queries, keys = block_mask.BLOCK_SIZE
-    return block_masks.BlockMask(kinds, (queries, keys), block_mask.mask_mod)
+    ours = block_masks.BlockMask(kinds, (queries, keys), block_mask.mask_mod)
+    if block_masks.is_redundant(ours, (*query.shape[:3], key.shape[2])):
+        function: Callable[..., Any] = block_mask.mask_mod
+        return function
+    return ours
 
 
 def _blocks(block_mask: Any) -> tuple[int, ...]:

@@ -104,7 +104,7 @@ def attention(
     outputs = Y, k.swapaxes(1, 2), v.swapaxes(1, 2)
     if qk_matmul_output_mode is None:
         return outputs
-    inputs, options, _, _ = explicit(query, key, value, arguments, "attention")
+    inputs, options, *_ = explicit(query, key, value, arguments, "attention")
     scores = framework_of(query).scores(inputs, options, None, STAGES[qk_matmul_output_mode], lse)
     return *outputs, scores.astype(q.dtype, copy=False)
 

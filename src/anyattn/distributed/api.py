@@ -11,6 +11,7 @@ from torch import Tensor
 from ..arguments import explicit
 from ..definition.inputs import Extras, Gradients, Inputs, Saved, replace_extras
 from ..definition.options import Options
+from ..frameworks.score_arguments import DESCRIPTION
 from ..frameworks.torch import functional
 from ..runtime import dispatch
 from . import request
@@ -159,7 +160,7 @@ def _agreed(
         if name in arguments:
             error = TypeError(f"{caller}() got an unexpected keyword argument {name!r}")
     try:
-        inputs, options, seed, backend = explicit(q, k, v, arguments, caller)
+        inputs, options, seed, backend, _ = explicit(q, k, v, arguments, caller, DESCRIPTION)
         inputs = functional.prepare(inputs, seed, draw=options.dropout_p != 0)
     except (ValueError, TypeError, NotImplementedError) as found:
         error = found

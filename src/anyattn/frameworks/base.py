@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ..definition.inputs import Appended, Gradients, Inputs, Saved, SecondGradients, Tangents
 from ..definition.options import Options, Rotation
-from .score_functions import Packed, Simplified
+from .score_arguments import Call, Use
 from .scores import Stage
 
 if TYPE_CHECKING:
@@ -94,8 +94,8 @@ class Framework(Protocol):
         `inputs.v` is not read. The stage "weights" needs lse. queries: None (all), a slice, or indices.
         """
 
-    def trace(self, score_mod: Any, mask_mod: Any, q: Any) -> tuple[Packed, Simplified | None]:
-        """Return the graph of score_mod and mask_mod as text with its arrays, and the simplified functions or None."""
+    def with_functions(self, inputs: Inputs, options: Options, score_mod: Any, mask_mod: Any, use: Use) -> Call:
+        """Return a call with score_mod and mask_mod, whose parts become built-in arguments as far as `use` allows."""
 
     def merge(self, out_a: Any, lse_a: Any, out_b: Any, lse_b: Any) -> tuple[Any, Any]:
         """Return (out, lse) over the union of two disjoint sets of keys."""
@@ -112,6 +112,6 @@ FUNCTIONS = (
     "explain",
     "warmup",
     "scores",
-    "trace",
+    "with_functions",
     "merge",
 )

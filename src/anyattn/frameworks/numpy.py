@@ -36,7 +36,8 @@ from ..definition.options import Options, Rotation
 from ..definition.problem import Array
 from ..runtime import dispatch, execute
 from . import scores as formulas
-from .score_functions import Packed, Simplified, trace_numpy
+from .score_arguments import Call, Use, with_traced
+from .score_functions import trace_numpy
 
 logger = logging.getLogger("anyattn")
 
@@ -196,8 +197,9 @@ def cache_lengths(lengths: Any, batch: int) -> npt.NDArray[np.int32] | None:
     return table("cache_seqlens", lengths)
 
 
-def trace(score_mod: Any, mask_mod: Any, q: NDArray) -> tuple[Packed, Simplified | None]:
-    return trace_numpy(score_mod, mask_mod, q)
+def with_functions(inputs: Inputs, options: Options, score_mod: Any, mask_mod: Any, use: Use) -> Call:
+    functions = trace_numpy(score_mod, mask_mod, inputs.q, gradients=use.captured_gradients)
+    return with_traced(functions, inputs, options, use)
 
 
 def merge(out_a: NDArray, lse_a: NDArray, out_b: NDArray, lse_b: NDArray) -> tuple[NDArray, NDArray]:

@@ -1,4 +1,4 @@
-"""Score functions of a call: the text of their graph, and their captured arrays as two flat arrays."""
+"""Score functions of a call: their graph, and their captured arrays as the framework reads and converts them."""
 
 from __future__ import annotations
 
@@ -6,69 +6,79 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from ..definition.dtypes import DTYPES, widen
-from ..definition.score.graph import FLOAT
-from ..definition.score.patterns import recognize
+from ..definition.score.builder import without_unread_arrays
+from ..definition.score.graph import FLOAT, Graph
 from ..definition.score.trace import Traced, trace
-
-
-class Simplified(NamedTuple):
-    """Functions of a call whose causal masks, windows, chunks and ALiBi are built-in arguments.
-
-    Query i is at position i, and key j at position j: the alignment is "top-left".
-    """
-
-    score: str  # the rest; "" if nothing is left
-    left: int | None
-    right: int | None
-    chunk: int
-    slopes: Any  # (nheads,), in the compute dtype; None: no ALiBi
 
 
 class Packed(NamedTuple):
     """Fields of Options and Extras that carry score_mod and mask_mod."""
 
-    score: str
-    captured: Any  # floating-point arrays, concatenated, in the compute dtype; None: none
-    captured_indices: Any  # other arrays, concatenated, int32; None: none
+    score: str = ""
+    captured: Any = None  # floating-point arrays, concatenated, in the compute dtype; None: none
+    captured_indices: Any = None  # other arrays, concatenated, int32; None: none
 
 
-def pack(traced: Traced, nheads: int, join: Callable[[Sequence[Any], bool], Any]) -> tuple[Packed, Simplified | None]:
-    """Return the fields of a traced call, and the simplified functions, or None if nothing is recognized.
+class Functions(NamedTuple):
+    """Traced functions of a call, and what the framework does with captured arrays.
 
-    join: concatenates arrays; True: floating-point, False: others.
+    Attributes:
+        graph: the functions.
+        arrays: captured arrays, in the order of `graph.arrays`.
+        join: returns arrays as one flat array; True: in the compute dtype, False: int32.
+        convert: returns an array in its own shape; True: in the compute dtype, False: unchanged.
+        host: returns the values of an array, or None if they are not known now.
     """
-    arrays = list(zip(traced.graph.arrays, traced.arrays, strict=True))
-    groups = {floats: [x for known, x in arrays if (known.kind == FLOAT) == floats] for floats in (True, False)}
-    values, indices = (join(group, floats) if group else None for floats, group in groups.items())
-    found = recognize(traced.graph, nheads)
-    packed = Packed(traced.graph.text, values, indices)
-    if found.left is found.right is found.slopes is None and found.chunk == 0:
-        return packed, None
-    graph = found.graph
-    text = "" if graph.score is graph.mask is None else graph.text
-    slopes = None
-    if found.slopes is not None and values is not None:
-        start = sum(array.size for array in graph.arrays[: found.slopes] if array.kind == FLOAT)
-        slopes = values[start : start + nheads]
-    return packed, Simplified(text, found.left, found.right, found.chunk, slopes)
+
+    graph: Graph
+    arrays: tuple[Any, ...]
+    join: Callable[[Sequence[Any], bool], Any]
+    convert: Callable[[Any, bool], Any]
+    host: Callable[[Any], npt.NDArray[Any] | None]
+
+    def zeros(self, size: int) -> Any:
+        """Return zeros in the compute dtype."""
+        return self.join([np.zeros(size)], True)
+
+    def packed(self, graph: Graph, *, every_array: bool) -> Packed:
+        """Return the fields of a graph of these arrays. every_array: also those that the graph does not read."""
+        if graph.score is graph.mask is None:
+            return Packed()
+        numbers: Sequence[int] = range(len(self.arrays))
+        if not every_array:
+            graph, numbers = without_unread_arrays(graph)
+        known = [(one, self.arrays[number]) for one, number in zip(graph.arrays, numbers, strict=True)]
+        groups = {floats: [x for one, x in known if (one.kind == FLOAT) == floats] for floats in (True, False)}
+        values, indices = (self.join(group, floats) if group else None for floats, group in groups.items())
+        return Packed(graph.text, values, indices)
 
 
-def trace_numpy(score_mod: Any, mask_mod: Any, q: Any) -> tuple[Packed, Simplified | None]:
-    """Return the fields of functions that read NumPy arrays."""
+def trace_numpy(score_mod: Any, mask_mod: Any, q: Any, *, gradients: bool) -> Functions:
+    """Return functions that read NumPy arrays. gradients: the gradients of captured arrays are wanted."""
     known = DTYPES.get(str(q.dtype.name))
     compute = known.compute if known and known.compute else "float32"
 
-    def join(arrays: Sequence[Any], floats: bool) -> Any:
-        for x in arrays:
-            if not isinstance(x, np.ndarray):
-                raise TypeError(f"a captured array must be a NumPy array like q, got {type(x).__name__}.")
-        if floats:
-            return np.concatenate([widen(x, str(x.dtype.name), compute).reshape(-1) for x in arrays])
-        return np.concatenate([_integers(x).reshape(-1) for x in arrays])
+    def convert(x: Any, floats: bool) -> Any:
+        if not isinstance(x, np.ndarray):
+            raise TypeError(f"a captured array must be a NumPy array like q, got {type(x).__name__}.")
+        return widen(x, str(x.dtype.name), compute) if floats else x
 
-    return pack(trace(score_mod, mask_mod), q.shape[-2], join)
+    def join(arrays: Sequence[Any], floats: bool) -> Any:
+        ready = [convert(x, floats) for x in arrays]
+        return np.concatenate([(x if floats else _integers(x)).reshape(-1) for x in ready])
+
+    traced = with_gradients(trace(score_mod, mask_mod), lambda x: gradients)
+    return Functions(*traced, join, convert, lambda x: convert(x, False))
+
+
+def with_gradients(traced: Traced, wanted: Callable[[Any], bool]) -> Traced:
+    """Return the functions with the gradients of those floating-point arrays that are wanted."""
+    known = zip(traced.graph.arrays, traced.arrays, strict=True)
+    arrays = tuple([one._replace(gradient=one.kind == FLOAT and wanted(x)) for one, x in known])
+    return traced._replace(graph=traced.graph._replace(arrays=arrays))
 
 
 def _integers(x: Any) -> Any:

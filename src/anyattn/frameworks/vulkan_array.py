@@ -16,7 +16,8 @@ from ..definition.passes import FORWARD
 from ..definition.problem import Array
 from ..runtime import dispatch, execute
 from . import numpy as numpy_arrays
-from .score_functions import Packed, Simplified
+from .score_arguments import Call as ReplacedCall
+from .score_arguments import Use
 from .scores import Stage
 
 NDArray = npt.NDArray[Any]
@@ -151,7 +152,7 @@ def merge(out_a: DeviceArray, lse_a: NDArray, out_b: DeviceArray, lse_b: NDArray
     return DeviceArray(out), lse
 
 
-def trace(score_mod: Any, mask_mod: Any, q: DeviceArray) -> tuple[Packed, Simplified | None]:
+def with_functions(inputs: Inputs, options: Options, score_mod: Any, mask_mod: Any, use: Use) -> ReplacedCall:
     raise NotImplementedError(
         "score_mod and mask_mod are not supported for Vulkan device arrays. Pass NumPy arrays or torch tensors."
     )

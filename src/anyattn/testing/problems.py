@@ -13,6 +13,7 @@ from ..definition.passes import BACKWARD, FORWARD, Pass
 from ..definition.problem import Problem, described
 from ..definition.validate import make_problem
 from ..frameworks import framework_of
+from ..frameworks.score_arguments import DESCRIPTION
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -29,7 +30,7 @@ def describe(
     """
     given = dict(arguments)
     q, k, v = (given.pop(name) for name in ("q", "k", "v"))
-    inputs, options, seed, _ = explicit(q, k, v, given, "describe")
+    inputs, options, seed, *_ = explicit(q, k, v, given, "describe", DESCRIPTION)
     framework: Any = framework_of(q)  # the functions used below are not part of the protocol
     prepared = described(FORWARD.inputs, flatten(framework.prepare(inputs, seed)), lambda x: x)
     metadata = {name: framework.adapter.describe(x) for name, x in {**prepared, **(saved or {})}.items()}

@@ -23,7 +23,7 @@ def attend(
 
     `bounds` replace causal and window. Unlike these they may be negative, which is meaningful in flash_attn 4.
     """
-    inputs, options, seed, backend = make_request(q, k, v, bounds, **arguments)
+    inputs, options, seed, backend, _ = make_request(q, k, v, bounds, **arguments)
     return framework_of(q).attention(inputs, options, seed, return_lse, backend, want_lse=True)
 
 
@@ -43,7 +43,7 @@ def gradients(
 
     lse may be +inf for queries without keys.
     """
-    inputs, options, seed, backend = make_request(q, k, v, bounds, **arguments)
+    inputs, options, seed, backend, _ = make_request(q, k, v, bounds, **arguments)
     lse = dense("lse", lse).masked_fill(lse == torch.inf, -torch.inf)
     return framework_of(q).backward(Saved(out, lse, dout, dlse), inputs, options, seed, backend)
 

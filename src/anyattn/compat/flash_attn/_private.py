@@ -52,7 +52,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scores: Scores, return_softmax: boo
     if not (return_softmax and drops):
         return out, lse, q.new_empty(0), rng_state
     interval = arguments.pop("bounds")
-    return out, lse, dropped_scores(*make_request(q, k, v, interval, **arguments)), rng_state
+    return out, lse, dropped_scores(*make_request(q, k, v, interval, **arguments)[:4]), rng_state
 
 
 def _flash_attn_forward(

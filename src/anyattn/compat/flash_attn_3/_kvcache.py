@@ -89,7 +89,7 @@ def _append(arrays: tuple[Tensor, ...], sequence: Tensor, slots: Tensor, options
     framework = framework_of(q)
 
     def check(used: Tensor | None) -> None:
-        inputs, chosen, _, backend = make_request(q, k_cache, v_cache, (None, None), **options)
+        inputs, chosen, _, backend, _ = make_request(q, k_cache, v_cache, (None, None), **options)
         framework.check(inputs, chosen, backend)
 
     appended = Appended(

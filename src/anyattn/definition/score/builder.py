@@ -115,6 +115,14 @@ class Builder:
         return self.add(Node(name, kind, arguments))
 
 
+def without_unread_arrays(graph: Graph) -> tuple[Graph, list[int]]:
+    """Return the graph with those arrays alone that it reads, and their numbers before."""
+    kept = sorted({int(graph.nodes[number].value or 0) for number in graph.reads})
+    place = {number: position for position, number in enumerate(kept)}
+    nodes = tuple([n._replace(value=place[int(n.value or 0)]) if n.operation == READ else n for n in graph.nodes])
+    return graph._replace(nodes=nodes, arrays=tuple([graph.arrays[number] for number in kept])), kept
+
+
 class KindError(TypeError):
     """Operation on values of a kind that it does not accept."""
 

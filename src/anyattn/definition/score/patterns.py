@@ -1,68 +1,110 @@
-"""Parts of a graph that built-in arguments express: causal masks, windows, chunks and ALiBi.
+"""Parts of a graph that built-in arguments express.
 
-A mask function is a conjunction of terms. The terms that compare only the query's index with the key's become an
-interval, which every backend computes fast. Query i is then at position i (alignment "top-left"), and key j at j.
+A mask function is a conjunction of terms. Terms that compare only the query's index with the key's become an interval,
+which every backend computes fast. Query i is then at position i (alignment "top-left"), and key j at j. Other terms are
+a captured boolean array, and the lengths of sequences.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 from .builder import Builder
-from .graph import BOOL, FLOAT, INT, READ, SCORE, Graph, Node
+from .graph import BOOL, INT, Graph
+from .linear import Linear, combine, is_distance, linear
+from .score_patterns import SCORE_ARGUMENTS, Operand, Scored, operand, peel
+
+# Arguments that functions may become. A call allows those that it does not use otherwise.
+INTERVAL, LENGTHS, MASK = "interval", "lengths", "mask"
+EVERY = frozenset((INTERVAL, LENGTHS, MASK)) | SCORE_ARGUMENTS
+
+
+class Lengths(NamedTuple):
+    """Number of visible keys of each sequence: element b of a captured array, plus a constant."""
+
+    array: int
+    added: int
 
 
 class Recognized(NamedTuple):
-    """Rest of a graph, the interval of visible keys, and the slopes of ALiBi.
-
-    slopes: number of a captured array (nheads,) without a gradient, or None.
-    """
+    """Rest of a graph, and the built-in arguments of the other parts."""
 
     graph: Graph
     left: int | None = None
     right: int | None = None
     chunk: int = 0
-    slopes: int | None = None
+    lengths: Lengths | None = None
+    mask: Operand | None = None
+    score: Scored = Scored()
+
+    @property
+    def is_nothing(self) -> bool:
+        return self[1:] == (None, None, 0, None, None, Scored())
 
 
-class Linear(NamedTuple):
-    """Integer q * q_idx + kv * kv_idx + constant."""
-
-    q: int
-    kv: int
-    constant: int
-
-
-def recognize(graph: Graph, nheads: int) -> Recognized:
-    """Return the built-in arguments of a graph, and the graph of the rest."""
-    sides: dict[str, int] = {}
-    rest = []
-    for term in () if graph.mask is None else _terms(graph, graph.mask):
-        found = _bounds(graph, term)
-        if not found:
-            rest.append(term)
-        elif sides.get("chunk", found.get("chunk")) != found.get("chunk", sides.get("chunk")):
-            rest.append(term)  # a call has one chunk
-        else:
-            sides |= {name: min(bound, sides.get(name, bound)) for name, bound in found.items()}
-    slopes = _slopes(graph, nheads)
+def recognize(graph: Graph, nheads: int, allowed: Collection[str] = EVERY) -> Recognized:
+    """Return the allowed built-in arguments of a graph, and the graph of the rest."""
+    found = _Terms(graph, allowed)
+    score, number = Scored(), graph.score
+    if number is not None:
+        score, number = peel(graph, number, nheads, allowed)
     build = Builder(graph)
     mask = None
-    for term in rest:
+    for term in found.rest:
         mask = term if mask is None else build.apply("and", mask, term)
-    score = graph.score if slopes is None else None
-    return Recognized(build.graph(score, mask, graph.arrays), slopes=slopes, **sides)
+    rest = build.graph(number, mask, graph.arrays)
+    return Recognized(rest, **found.interval, lengths=found.lengths, mask=found.mask, score=score)
 
 
-def _terms(graph: Graph, number: int) -> Iterator[int]:
+class _Terms:
+    """Terms of a mask function by the argument that each becomes."""
+
+    def __init__(self, graph: Graph, allowed: Collection[str]) -> None:
+        self.interval: dict[str, int] = {}
+        self.lengths: Lengths | None = None
+        self.mask: Operand | None = None
+        self.rest: list[int] = []
+        for term in () if graph.mask is None else terms(graph, graph.mask):
+            bounds = _bounds(graph, term) if INTERVAL in allowed else {}
+            lengths = _lengths(graph, term) if LENGTHS in allowed else None
+            mask = operand(graph, term) if MASK in allowed else None
+            chunk = self.interval.get("chunk")
+            if bounds and (chunk is None or bounds.get("chunk", chunk) == chunk):
+                self.interval |= {name: min(bound, self.interval.get(name, bound)) for name, bound in bounds.items()}
+            elif lengths and self.lengths is None:
+                self.lengths = lengths
+            elif mask and self.mask is None:
+                self.mask = mask
+            else:
+                self.rest.append(term)  # a call has one chunk, one mask and one table of lengths
+
+
+def terms(graph: Graph, number: int) -> Iterator[int]:
     """Yield the terms of a conjunction of booleans."""
     node = graph.nodes[number]
     if node.operation == "and" and node.kind == BOOL:
         for argument in node.arguments:
-            yield from _terms(graph, argument)
+            yield from terms(graph, argument)
     else:
         yield number
+
+
+def _lengths(graph: Graph, term: int) -> Lengths | None:
+    """Return the lengths of kv_idx < lengths[b] + constant, or None."""
+    node = graph.nodes[term]
+    if node.operation not in ("le", "lt"):
+        return None
+    a, b = (linear(graph, one) for one in node.arguments)
+    if a is None or b is None:
+        return None
+    difference = combine(b, a, -1)  # lengths[b] + constant - kv_idx
+    if difference[:2] != (0, -1) or len(difference.others) != 1 or difference.others[0][1] != 1:
+        return None
+    found = operand(graph, difference.others[0][0])
+    if found is None or found.axes != (0,):
+        return None
+    return Lengths(found.array, difference.constant + int(node.operation == "le"))
 
 
 def _bounds(graph: Graph, term: int) -> dict[str, int]:
@@ -75,25 +117,24 @@ def _bounds(graph: Graph, term: int) -> dict[str, int]:
     small, large = node.arguments
     strict = int(node.operation == "lt")
     if graph.nodes[small].operation == "abs":
-        distance, limit = _linear(graph, graph.nodes[small].arguments[0]), _linear(graph, large)
-        if distance and limit and _is_distance(distance) and (limit.q, limit.kv) == (0, 0):
+        distance, limit = linear(graph, graph.nodes[small].arguments[0]), linear(graph, large)
+        if limit and is_distance(distance) and limit.is_constant:
             return _nonnegative(left=limit.constant - strict, right=limit.constant - strict)
         return {}
-    a, b = _linear(graph, small), _linear(graph, large)
+    a, b = linear(graph, small), linear(graph, large)
     if a is None or b is None:
         return {}
-    difference = Linear(b.q - a.q, b.kv - a.kv, b.constant - a.constant - strict)  # >= 0
+    difference = combine(b, a, -1)
+    limit = Linear(0, 0, difference.constant - strict)  # difference >= 0
+    if difference.others:
+        return {}
     if difference[:2] == (1, -1):
-        return _nonnegative(right=difference.constant)
-    return _nonnegative(left=difference.constant) if difference[:2] == (-1, 1) else {}
+        return _nonnegative(right=limit.constant)
+    return _nonnegative(left=limit.constant) if difference[:2] == (-1, 1) else {}
 
 
 def _nonnegative(**bounds: int) -> dict[str, int]:
     return bounds if min(bounds.values()) >= 0 else {}
-
-
-def _is_distance(x: Linear) -> bool:
-    return x in (Linear(1, -1, 0), Linear(-1, 1, 0))
 
 
 def _chunk(graph: Graph, a: int, b: int) -> dict[str, int]:
@@ -102,62 +143,9 @@ def _chunk(graph: Graph, a: int, b: int) -> dict[str, int]:
     names = set()
     for number in (a, b):
         node = graph.nodes[number]
-        divisor = _linear(graph, node.arguments[1]) if node.operation == "floordiv" and node.kind == INT else None
-        if divisor is None or divisor[:2] != (0, 0) or divisor.constant < 1:
+        divisor = linear(graph, node.arguments[1]) if node.operation == "floordiv" and node.kind == INT else None
+        if divisor is None or not divisor.is_constant or divisor.constant < 1:
             return {}
         sizes.add(divisor.constant)
         names.add(graph.nodes[node.arguments[0]].operation)
     return {"chunk": sizes.pop()} if len(sizes) == 1 and names == {"q_idx", "kv_idx"} else {}
-
-
-def _linear(graph: Graph, number: int) -> Linear | None:
-    """Return an integer as a linear function of q_idx and kv_idx, or None."""
-    node = graph.nodes[number]
-    if node.kind != INT:
-        return None
-    if node.operation == "constant":
-        return Linear(0, 0, int(node.value or 0))
-    if node.operation in ("q_idx", "kv_idx"):
-        return Linear(1, 0, 0) if node.operation == "q_idx" else Linear(0, 1, 0)
-    parts = [_linear(graph, one) for one in node.arguments] if node.operation in ("add", "sub", "neg") else [None]
-    known = [one for one in parts if one is not None]
-    if len(known) < len(parts):
-        return None
-    if node.operation == "neg":
-        return Linear(*(-x for x in known[0]))
-    sign = 1 if node.operation == "add" else -1
-    return Linear(*(x + sign * y for x, y in zip(*known, strict=True)))
-
-
-def _slopes(graph: Graph, nheads: int) -> int | None:
-    """Return the array of score - array[h] * abs(q_idx - kv_idx), or None."""
-    if graph.score is None:
-        return None
-    root = graph.nodes[graph.score]
-    if root.operation != "sub" or graph.nodes[root.arguments[0]].operation != SCORE:
-        return None
-    product = graph.nodes[root.arguments[1]]
-    if product.operation != "mul":
-        return None
-    for slope, distance in (product.arguments, product.arguments[::-1]):
-        read = graph.nodes[slope]
-        if _is_slope(graph, read, nheads) and _is_absolute_distance(graph, distance):
-            return int(read.value or 0)
-    return None
-
-
-def _is_slope(graph: Graph, node: Node, nheads: int) -> bool:
-    if node.operation != READ or node.kind != FLOAT or len(node.arguments) != 1:
-        return False
-    array = graph.arrays[int(node.value or 0)]
-    return graph.nodes[node.arguments[0]].operation == "h" and array.shape == (nheads,) and not array.gradient
-
-
-def _is_absolute_distance(graph: Graph, number: int) -> bool:
-    """Return whether a node is abs(q_idx - kv_idx) as a floating-point number."""
-    operations = set()
-    while graph.nodes[number].operation in ("abs", "to_float"):
-        operations.add(graph.nodes[number].operation)
-        number = graph.nodes[number].arguments[0]
-    distance = _linear(graph, number)
-    return operations == {"abs", "to_float"} and distance is not None and _is_distance(distance)

@@ -26,7 +26,8 @@ from ...definition.passes import BACKWARD, FORWARD, PASSES, SECOND, TANGENT, Pas
 from ...definition.problem import Problem, described
 from ...definition.score.trace import trace as trace_functions
 from ...runtime import dispatch
-from ..score_functions import Packed, Simplified, pack
+from ..score_arguments import Call, Use, with_traced
+from ..score_functions import Functions, with_gradients
 from ..scores import Stage
 from . import arrays as conversion
 from . import batching, calls, derivatives, kvcache  # noqa: F401 (rules of the primitives, and for compat.jax)
@@ -186,19 +187,28 @@ def _along(tangents: Tangents) -> dict[str, Any]:
     return found
 
 
-def trace(score_mod: Any, mask_mod: Any, q: Any) -> tuple[Packed, Simplified | None]:
-    """Return the text of the functions' graph and the arrays that they read, differentiable in these arrays."""
-    known = DTYPES.get(conversion.check("q", q).dtype.name)
+def with_functions(inputs: Inputs, options: Options, score_mod: Any, mask_mod: Any, use: Use) -> Call:
+    """Return a call with score_mod and mask_mod, differentiable in the arrays that they read.
+
+    An array whose values are known now is a constant of every transformation.
+    """
+    known = DTYPES.get(conversion.check("q", inputs.q).dtype.name)
     compute = known.compute if known and known.compute else "float32"
+
+    def convert(x: Any, floats: bool) -> Any:
+        return jnp.asarray(x, compute) if floats else jnp.asarray(x)
 
     def join(arrays: Sequence[Any], floats: bool) -> jax.Array:
         if floats:
-            return jnp.concatenate([jnp.asarray(x, compute).reshape(-1) for x in arrays])
+            return jnp.concatenate([convert(x, True).reshape(-1) for x in arrays])
         return jnp.concatenate([conversion.integers("a captured array", x).reshape(-1) for x in arrays])
 
     try:
-        packed, _ = pack(trace_functions(score_mod, mask_mod), q.shape[-2], join)
-        return packed, None  # slopes may be differentiated by a transformation that is not known here
+        traced = trace_functions(score_mod, mask_mod)
+        if not use.captured_gradients:
+            traced = with_gradients(traced, lambda x: not conversion.is_concrete(x))
+        functions = Functions(*traced, join, convert, lambda x: np.asarray(x) if conversion.is_concrete(x) else None)
+        return with_traced(functions, inputs, options, use)
     except (IndexError, TypeError) as error:  # JAX's own errors do not name the remedy
         for sign, text in _REFUSED_BY_JAX.items():
             if sign in str(error):

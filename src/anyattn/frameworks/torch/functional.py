@@ -36,7 +36,7 @@ from ...definition.inputs import (
 from ...definition.kvcache import LABELS
 from ...definition.options import Options, Rotation
 from ...runtime import dispatch, execute
-from ..score_functions import Packed, Simplified
+from ..score_arguments import Call, Use
 from ..scores import Stage
 from . import autograd, fastpath, kvcache, ops
 from . import scores as torch_scores
@@ -180,11 +180,11 @@ def scores(inputs: Inputs, options: Options, queries: Any, stage: Stage, lse: An
         return torch_scores.scores(prepared, options, queries, stage, lse)
 
 
-def trace(score_mod: Any, mask_mod: Any, q: Any) -> tuple[Packed, Simplified | None]:
-    """Return the graph of score_mod and mask_mod as text, and the tensors that they read."""
+def with_functions(inputs: Inputs, options: Options, score_mod: Any, mask_mod: Any, use: Use) -> Call:
+    """Return a call with score_mod and mask_mod; see Framework.with_functions."""
     from . import score_functions
 
-    found: tuple[Packed, Simplified | None] = score_functions.trace(score_mod, mask_mod, q)
+    found: Call = score_functions.with_functions(inputs, options, score_mod, mask_mod, use)
     return found
 
 

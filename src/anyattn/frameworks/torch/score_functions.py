@@ -9,15 +9,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ...definition.inputs import Inputs
+from ...definition.options import Options
 from ...definition.score.symbol import Partial, Symbol, Trace
 from ...definition.score.trace import Traced
 from ...definition.score.trace import trace as trace_functions
-from ..score_functions import Packed, Simplified, pack
-from . import ops
+from ..score_arguments import Call, Use, with_traced
+from ..score_functions import Functions, with_gradients
+from . import fastpath, ops
 from .kinds import dense
 
 
@@ -40,21 +44,32 @@ def _is_traced(index: Any) -> bool:
 
 
 @torch.compiler.disable  # the functions are called with symbols, which Dynamo does not know
-def trace(score_mod: Any, mask_mod: Any, q: Any) -> tuple[Packed, Simplified | None]:
-    """Return the text of the functions' graph and their tensors, differentiable in the captured tensors."""
-    q = dense("q", q)
+def with_functions(inputs: Inputs, options: Options, score_mod: Any, mask_mod: Any, use: Use) -> Call:
+    """Return a call with score_mod and mask_mod, differentiable in the tensors that they read."""
+    q = dense("q", inputs.q)
     found = traced(score_mod, mask_mod)
-    if not torch.is_grad_enabled():
-        arrays = tuple([array._replace(gradient=False) for array in found.graph.arrays])
-        found = found._replace(graph=found.graph._replace(arrays=arrays))
+    if not use.captured_gradients and not torch.is_grad_enabled():
+        found = with_gradients(found, lambda x: False)
+
+    def convert(x: Any, floats: bool) -> Tensor:
+        ready = _tensor(x, q)
+        return ready.to(ops.compute_dtype(q)) if floats else ready
 
     def join(tensors: Sequence[Any], floats: bool) -> Tensor:
-        ready = [_tensor(x, q) for x in tensors]
-        if floats:
-            return torch.cat([x.to(ops.compute_dtype(q)).reshape(-1) for x in ready])
-        return torch.cat([_integers(x).reshape(-1) for x in ready])
+        ready = [convert(x, floats) for x in tensors]
+        return torch.cat([(x if floats else _integers(x)).reshape(-1) for x in ready])
 
-    return pack(found, q.shape[-2], join)
+    functions = Functions(*found, join, convert, _host)
+    return with_traced(functions, inputs, options, use)
+
+
+def _host(x: Any) -> Any:
+    """Return the values of a tensor in host memory, None for others."""
+    if not isinstance(x, Tensor):
+        return np.asarray(x)
+    if x.device.type != "cpu" or not fastpath.can_skip_operator((x,)):
+        return None
+    return x.detach().numpy()
 
 
 def traced(score_mod: Any, mask_mod: Any) -> Traced:

@@ -1,0 +1,53 @@
+"""Integers of a graph as linear functions of the indices of the query and of the key."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from .graph import INT, Graph
+
+
+class Linear(NamedTuple):
+    """Integer q * q_idx + kv * kv_idx + constant, plus multiples of other nodes as pairs (node, factor)."""
+
+    q: int
+    kv: int
+    constant: int
+    others: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def is_constant(self) -> bool:
+        return self.q == self.kv == 0 and not self.others
+
+
+def linear(graph: Graph, number: int) -> Linear | None:
+    """Return an integer as a linear function, or None for another kind."""
+    node = graph.nodes[number]
+    if node.kind != INT:
+        return None
+    if node.operation == "constant":
+        return Linear(0, 0, int(node.value or 0))
+    if node.operation in ("q_idx", "kv_idx"):
+        return Linear(1, 0, 0) if node.operation == "q_idx" else Linear(0, 1, 0)
+    if node.operation not in ("add", "sub", "neg"):
+        return Linear(0, 0, 0, ((number, 1),))
+    first, last = linear(graph, node.arguments[0]), linear(graph, node.arguments[-1])
+    if first is None or last is None:
+        return None
+    if node.operation == "neg":
+        return combine(Linear(0, 0, 0), first, -1)
+    return combine(first, last, 1 if node.operation == "add" else -1)
+
+
+def combine(a: Linear, b: Linear, factor: int) -> Linear:
+    """Return a + factor * b."""
+    others = dict(a.others)
+    for node, times in b.others:
+        others[node] = others.get(node, 0) + factor * times
+    kept = tuple(sorted((node, times) for node, times in others.items() if times))
+    return Linear(a.q + factor * b.q, a.kv + factor * b.kv, a.constant + factor * b.constant, kept)
+
+
+def is_distance(x: Linear | None) -> bool:
+    """Return whether a number is q_idx - kv_idx or kv_idx - q_idx."""
+    return x in (Linear(1, -1, 0), Linear(-1, 1, 0))
