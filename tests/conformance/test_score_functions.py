@@ -11,7 +11,7 @@ import torch
 import anyattn
 from anyattn import testing
 from anyattn.definition import accuracy
-from harness.backends import Engine
+from harness.backends import COMPUTES_FUNCTIONS, Engine
 from harness.score_gallery import BATCH, HEADS, N_K, N_Q, Entry, gallery
 from harness.selection import every_backend
 
@@ -73,17 +73,17 @@ def test_results_and_gradients_are_those_of_the_whole_matrix(name: str) -> None:
         torch.testing.assert_close(got, one, rtol=0, atol=float(64 * eps * (1 + one.abs().max())))
 
 
-@every_backend(only=("cpu", "numpy"))
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@every_backend(interpreter=True, only=COMPUTES_FUNCTIONS)
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 @pytest.mark.parametrize("name", NAMES)
-def test_the_gallery_is_computed_within_its_error_budgets(name: str, dtype: torch.dtype, engine: Engine) -> None:
+def test_the_gallery_is_computed_within_its_error_budgets(name: str, dtype: str, engine: Engine) -> None:
     entry = gallery()[name]
-    q, k, v, dout = arrays(dtype)
+    q, k, v, dout = arrays(getattr(torch, dtype))
     arguments: dict[str, Any] = {"q": q, "k": k, "v": v, "score_mod": entry.score_mod, "mask_mod": entry.mask_mod}
     check(arguments, dout, engine)
 
 
-@every_backend(only=("cpu", "numpy"))
+@every_backend(interpreter=True, only=COMPUTES_FUNCTIONS)
 @pytest.mark.parametrize("name", ["causal", "documents", "relative_clamped", "mixed", "per_head", "temperature"])
 def test_packed_sequences_count_from_their_own_start(name: str, engine: Engine) -> None:
     entry = gallery()[name]
@@ -96,7 +96,7 @@ def test_packed_sequences_count_from_their_own_start(name: str, engine: Engine) 
     check(arguments, dout, engine)
 
 
-@every_backend(only=("cpu", "numpy"))
+@every_backend(interpreter=True, only=COMPUTES_FUNCTIONS)
 def test_functions_combine_with_every_other_argument(engine: Engine) -> None:
     entry = gallery()["mixed"]
     q, k, v, dout = arrays(torch.float32)

@@ -35,6 +35,7 @@ MAY_REFUSE = {
 }
 
 
+COMPUTES_FUNCTIONS = ("cpu", "numpy", "triton")  # backends of score_mod and mask_mod
 DERIVES = ("cpu", "numpy", "triton")  # backends of tangents and second derivatives
 
 
@@ -58,7 +59,7 @@ class Engine:
             return self.backend != "numpy"
         if problem.pass_ is BACKWARD and problem.quantised and self.backend != "numpy":
             return True
-        if problem.score and self.backend not in ("cpu", "numpy"):
+        if problem.score and self.backend not in COMPUTES_FUNCTIONS:
             return True
         limits = MAY_REFUSE.get(self.backend)
         if limits is None:

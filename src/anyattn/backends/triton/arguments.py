@@ -6,23 +6,23 @@ from typing import Any
 
 from ...definition import philox
 from ...definition.problem import Array, Problem
-from . import tuning
+from . import score_arguments, tuning
 from .device import device
 from .launch import Address, f32, i32, i64, stride
+from .score_arguments import Lists
 from .tuning import Config, chunks
-from .views import Dense, Dropout, Heads, Interval, Scalars, Sizes, Tables, View
+from .views import Dense, Dropout, Heads, Interval, Sizes, Tables, View
 
 # torch's precision of float32 products -> Triton's name
 PRECISIONS = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
 
 
-def common(problem: Problem) -> tuple[Any, ...]:
+def common(problem: Problem, lists: Lists | None = None) -> tuple[Any, ...]:
     """Return bias, mask, heads, tables, sizes, interval, scalars and dropout in the kernels' parameter order."""
     interval = problem.interval
     left, right, chunk = (
         None if bound is None else i64(bound) for bound in (interval.left, interval.right, interval.chunk or None)
     )
-    softcap = f32(problem.softcap) if problem.softcap > 0 else None
     dropout = None
     if problem.dropout_threshold:
         factor = philox.keep_scale(problem.dropout_p)
@@ -34,7 +34,7 @@ def common(problem: Problem) -> tuple[Any, ...]:
         tables(problem),
         sizes(problem),
         Interval(left, right, chunk),
-        Scalars(f32(problem.scale), softcap),
+        score_arguments.scalars(problem, lists),
         dropout,
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from ...definition.passes import APPEND, BACKWARD, FORWARD, SECOND, TANGENT, Pass
+from ...definition.passes import APPEND, BACKWARD, FORWARD, SECOND, TANGENT
 from ...definition.problem import Problem
 from ..base import without_cache_gradients, without_starts
 from .device import DEVICES, LARGEST_HEAD_DIM, cards, installed, interpreted, largest_head_dim, refusal
@@ -18,6 +18,7 @@ OLDEST = (3, 6)
 EXTRAS = (
     *("bias", "mask", "alibi_slopes", "sink", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"),
     *("leftpad_k", "offset", "block_table", "cache_batch_idx", "rng_state"),
+    *("captured", "captured_indices"),
 )
 # Evidence for each card, for `anyattn info`. Compiled: see the tests' aot.json. Expected: no known failure.
 EVIDENCE = {
@@ -35,7 +36,7 @@ class TritonBackend:
 
     name = "triton"
     passes = frozenset((FORWARD, BACKWARD, TANGENT, SECOND, APPEND))
-    score_functions = frozenset[Pass]()
+    score_functions = frozenset((FORWARD, BACKWARD))
     extras = frozenset(EXTRAS)
     may_fail = False
 

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from .forward import place, rows_of
+from .tile_lists import count_edges, edge_tile, listed_tile, walk_tiles
 from .tiles import (
     LOG2E,
     Rows,
@@ -37,7 +38,10 @@ from .views import Sizes, Tables
 
 
 class Terms(NamedTuple):
-    """Parameters that turn a product into a score and its gradient, except positions."""
+    """Parameters that turn a product into a score and its gradient, except positions.
+
+    Kernels make it in the call that takes it, because Triton assigns no tuple that contains a function to a name.
+    """
 
     bias: Any
     mask: Any
@@ -118,18 +122,21 @@ def attention_backward_dkv(
     dk1 = tl.zeros([TILE_K, D1 if D1 > 0 else 1], tl.float32)
     dv0 = tl.zeros([TILE_K, E0], tl.float32)
     dv1 = tl.zeros([TILE_K, E1 if E1 > 0 else 1], tl.float32)
-    terms = Terms(bias, mask, heads, sizes, scalars, dropout)
     for g in range(0, sizes.group):
         h = kv_head * sizes.group + g
-        for t in range(full, edge):
+        walk = walk_tiles(begin, full, edge, end, b, h, tile, scalars)
+        for n in range(walk.full, walk.edge):
+            t = listed_tile(n, walk, scalars)
             dk0, dk1, dv0, dv1 = visit_rows(
-                t * TILE_Q, h, dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, dout, lse, delta, j, start, seq, interval, terms,
+                t * TILE_Q, h, dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, dout, lse, delta, j, start, seq, interval,
+                Terms(bias, mask, heads, sizes, scalars, dropout),
                 HEAD_DIM, HEAD_DIM_V, D0, D1, E0, E1, TILE_Q, TILE_K, False, LOWER, PRECISION,
             )  # fmt: skip
-        for n in range(0, full - begin + end - edge):
-            t = tl.where(n < full - begin, begin + n, edge + n - (full - begin))
+        for n in range(0, count_edges(walk)):
+            t = edge_tile(n, walk, scalars)
             dk0, dk1, dv0, dv1 = visit_rows(
-                t * TILE_Q, h, dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, dout, lse, delta, j, start, seq, interval, terms,
+                t * TILE_Q, h, dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, dout, lse, delta, j, start, seq, interval,
+                Terms(bias, mask, heads, sizes, scalars, dropout),
                 HEAD_DIM, HEAD_DIM_V, D0, D1, E0, E1, TILE_Q, TILE_K, True, LOWER, PRECISION,
             )  # fmt: skip
     dk_rows, dv_rows = rows_at(dk, b, kv_head, row_k + start, r), rows_at(dv, b, kv_head, row_k + start, r)
@@ -228,7 +235,8 @@ def visit_rows(
         dv1 = dot(dropped, do1, dv1, PRECISION)
         dp = dot(v1, tl.trans(do1), dp, PRECISION)
     shift = tl.load(rows_at(delta, seq.index, h, first, r), mask=used, other=0.0)
-    dt = narrow(score_gradient(p, dp, shift[None, :], keep, terms) * slope, k0.dtype)
+    dt = product_gradient(score_gradient(p, dp, shift[None, :], keep, terms), slope, terms.scalars)
+    dt = narrow(dt, k0.dtype)
     dk0 = dot(dt, q0, dk0, PRECISION)
     if D1 > 0:
         dk1 = dot(dt, q1, dk1, PRECISION)
@@ -246,10 +254,10 @@ def row_lse(pointers, used, EDGE: tl.constexpr):
 
 @triton.jit
 def probabilities(s, lse, row, j, start, b, terms, EDGE: tl.constexpr, LOWER: tl.constexpr):
-    """Return P for a tile of products, and the first and second derivatives of the softcap."""
-    PLAIN: tl.constexpr = (
-        terms.scalars.softcap is None and terms.bias is None and terms.heads.slopes is None and terms.mask is None
-    )
+    """Return P for a tile of products, the derivative of softcap and score_mod, and the second one of the softcap."""
+    UNMASKED: tl.constexpr = terms.mask is None and (terms.scalars.mask is None or terms.scalars.lists is not None)
+    UNCHANGED: tl.constexpr = terms.scalars.softcap is None and terms.scalars.score is None
+    PLAIN: tl.constexpr = UNMASKED and UNCHANGED and terms.bias is None and terms.heads.slopes is None
     slope, curvature = 1.0, 0.0
     if PLAIN and not EDGE:
         x = s * (terms.scalars.scale * LOG2E)
@@ -257,7 +265,9 @@ def probabilities(s, lse, row, j, start, b, terms, EDGE: tl.constexpr, LOWER: tl
         t, slope = capped(s, terms.scalars)
         if terms.scalars.softcap is not None:
             curvature = t * slope * (-2.0 / (terms.scalars.softcap * terms.scalars.softcap))
-        x = scores(t, row, j, start, b, terms.bias, terms.mask, terms.heads, EDGE, LOWER)
+        x = scores(t, row, j, start, b, terms.bias, terms.mask, terms.heads, terms.scalars, EDGE, LOWER)
+        if terms.scalars.slope is not None:
+            slope = slope * terms.scalars.slope(t, b, row.head, row.index, j, terms.scalars)
     return tl.exp2(x - lse), slope, curvature
 
 
@@ -267,6 +277,15 @@ def score_gradient(p, dp, delta, keep, terms):
     if terms.dropout is not None:
         dp = tl.where(keep, dp * terms.dropout.factor, 0.0)
     return p * (dp - delta)
+
+
+@triton.jit
+def product_gradient(ds, slope, scalars):
+    """Return dT = dS times the derivative; 0 where dS is 0, even if the derivative of score_mod is infinite or NaN."""
+    dt = ds * slope
+    if scalars.slope is not None:
+        dt = tl.where(ds == 0.0, 0.0, dt)
+    return dt
 
 
 @triton.jit
@@ -288,16 +307,19 @@ def attention_backward_dq(
     )
     dq0 = tl.zeros([TILE_Q, D0], tl.float32)
     dq1 = tl.zeros([TILE_Q, D1 if D1 > 0 else 1], tl.float32)
-    terms = Terms(bias, mask, heads, sizes, scalars, dropout)
-    for t in range(full, edge):
+    walk = walk_tiles(begin, full, edge, end, b, head, tile, scalars)
+    for n in range(walk.full, walk.edge):
+        t = listed_tile(n, walk, scalars)
         dq0, dq1 = visit_keys(
-            t * TILE_K, dq0, dq1, own, k, v, low, high, seq, interval, terms,
+            t * TILE_K, dq0, dq1, own, k, v, low, high, seq, interval,
+            Terms(bias, mask, heads, sizes, scalars, dropout),
             HEAD_DIM, HEAD_DIM_V, D0, D1, E0, E1, TILE_K, False, LOWER, HOLES, PRECISION,
         )  # fmt: skip
-    for n in range(0, full - begin + end - edge):
-        t = tl.where(n < full - begin, begin + n, edge + n - (full - begin))
+    for n in range(0, count_edges(walk)):
+        t = edge_tile(n, walk, scalars)
         dq0, dq1 = visit_keys(
-            t * TILE_K, dq0, dq1, own, k, v, low, high, seq, interval, terms,
+            t * TILE_K, dq0, dq1, own, k, v, low, high, seq, interval,
+            Terms(bias, mask, heads, sizes, scalars, dropout),
             HEAD_DIM, HEAD_DIM_V, D0, D1, E0, E1, TILE_K, True, LOWER, HOLES, PRECISION,
         )  # fmt: skip
     r = tl.arange(0, TILE_Q)
@@ -349,11 +371,11 @@ def visit_keys(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add one tile of keys."""
-    ds, slope, k0, k1 = tile_gradient(
+    ds, slope, k0, k1, _s = tile_gradient(
         start, own, k, v, low, high, seq, interval, terms,
         HEAD_DIM, HEAD_DIM_V, D0, D1, E0, E1, TILE_K, EDGE, LOWER, HOLES, PRECISION,
     )  # fmt: skip
-    dt = narrow(ds * slope, k0.dtype)
+    dt = narrow(product_gradient(ds, slope, terms.scalars), k0.dtype)
     dq0 = dot(dt, k0, dq0, PRECISION)
     if D1 > 0:
         dq1 = dot(dt, k1, dq1, PRECISION)
@@ -367,7 +389,7 @@ def tile_gradient(
     E1: tl.constexpr, TILE_K: tl.constexpr, EDGE: tl.constexpr, LOWER: tl.constexpr, HOLES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return dS of a tile (tile_q, tile_k), the derivative of the softcap, and the keys that were read."""
+    """Return dS of a tile (tile_q, tile_k), the derivative of softcap and score_mod, the keys, and the products."""
     r = tl.arange(0, TILE_K)
     j = start + r
     keys = (j >= low) & (j < high)  # outside this range, memory may hold NaN
@@ -393,4 +415,4 @@ def tile_gradient(
     keep = p > 0
     if terms.dropout is not None:
         keep = kept(terms.dropout, own.row, start, seq.index, terms.sizes, TILE_K)
-    return score_gradient(p, dp, own.delta, keep, terms), slope, k0, k1
+    return score_gradient(p, dp, own.delta, keep, terms), slope, k0, k1, s

@@ -41,7 +41,6 @@ def attention_backward_dbias(
     E1: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr, TOP_LEFT: tl.constexpr, LOWER: tl.constexpr,
     HOLES: tl.constexpr, PRECISION: tl.constexpr, ADD_ROWS: tl.constexpr, ADD_KEYS: tl.constexpr,
 ):  # fmt: skip
-    terms = Terms(bias, mask, heads, sizes, scalars, dropout)
     total = tl.zeros([TILE_Q, TILE_K], tl.float32)
     count = reduction.add_batch * reduction.add_heads * reduction.add_rows * reduction.add_keys
     share = tl.cdiv(count, reduction.parts)
@@ -54,8 +53,8 @@ def attention_backward_dbias(
             own = load_query_tile(
                 start_q, q, dout, lse, delta, head, seq, sizes, interval, HEAD_DIM, HEAD_DIM_V, D0, D1, E0, E1, TILE_Q
             )
-            ds, _slope, _k0, _k1 = tile_gradient(
-                start, own, k, v, low, high, seq, interval, terms,
+            ds, _slope, _k0, _k1, _s = tile_gradient(
+                start, own, k, v, low, high, seq, interval, Terms(bias, mask, heads, sizes, scalars, dropout),
                 HEAD_DIM, HEAD_DIM_V, D0, D1, E0, E1, TILE_K, True, LOWER, HOLES, PRECISION,
             )  # fmt: skip
             total += ds

@@ -16,6 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .tile_lists import count_edges, edge_tile, listed_tile, walk_tiles
 from .tiles import (
     LN2,
     LOG2E,
@@ -67,13 +68,15 @@ def attention_forward(
     m, l = start_row(heads, h, split, SPLIT, TILE_Q)
     acc0 = tl.zeros([TILE_Q, E0], tl.float32)
     acc1 = tl.zeros([TILE_Q, E1 if E1 > 0 else 1], tl.float32)
-    for t in range(full, edge):
+    walk = walk_tiles(begin, full, edge, end, b, head, tile, scalars)
+    for n in range(walk.full, walk.edge):
+        t = listed_tile(n, walk, scalars)
         m, l, acc0, acc1 = visit(
             t * TILE_K, m, l, acc0, acc1, q0, q1, k, v, row, seq, low, high, kv_head, bias, mask, heads, tables, sizes,
             scalars, dropout, HEAD_DIM, HEAD_DIM_V, D0, D1, E0, E1, TILE_K, False, LOWER, HOLES, NEGATIVE, PRECISION,
         )  # fmt: skip
-    for n in tl.range(0, full - begin + end - edge, num_stages=EDGE_STAGES):
-        t = tl.where(n < full - begin, begin + n, edge + n - (full - begin))
+    for n in tl.range(0, count_edges(walk), num_stages=EDGE_STAGES):
+        t = edge_tile(n, walk, scalars)
         m, l, acc0, acc1 = visit(
             t * TILE_K, m, l, acc0, acc1, q0, q1, k, v, row, seq, low, high, kv_head, bias, mask, heads, tables, sizes,
             scalars, dropout, HEAD_DIM, HEAD_DIM_V, D0, D1, E0, E1, TILE_K, True, LOWER, HOLES, NEGATIVE, PRECISION,
@@ -141,14 +144,16 @@ def visit(
     s = dot(q0, tl.trans(load(k_rows, keys, EDGE, 0, D0, HEAD_DIM)), s, PRECISION)
     if D1 > 0:
         s = dot(q1, tl.trans(load(k_rows, keys, EDGE, D0, D1, HEAD_DIM)), s, PRECISION)
-    PLAIN: tl.constexpr = scalars.softcap is None and bias is None and heads.slopes is None and mask is None
+    UNMASKED: tl.constexpr = mask is None and (scalars.mask is None or scalars.lists is not None)
+    UNCHANGED: tl.constexpr = scalars.softcap is None and scalars.score is None
+    PLAIN: tl.constexpr = UNMASKED and UNCHANGED and bias is None and heads.slopes is None
     if PLAIN and not EDGE and not NEGATIVE:
         m_new = tl.maximum(m, tl.max(s, 1) * (scalars.scale * LOG2E))
         finite = m_new
         p = tl.exp2(s * (scalars.scale * LOG2E) - m_new[:, None])
     else:
         t, _ = capped(s, scalars)
-        x = scores(t, row, j[None, :], start, seq.index, bias, mask, heads, EDGE, LOWER)
+        x = scores(t, row, j[None, :], start, seq.index, bias, mask, heads, scalars, EDGE, LOWER)
         if HOLES and EDGE:
             keys = keys & (tl.max((x > float("-inf")).to(tl.int32), 0) > 0)
         m_new = tl.maximum(m, tl.max(x, 1))

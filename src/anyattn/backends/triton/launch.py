@@ -43,7 +43,13 @@ class Address(NamedTuple):
     offset: int = 0
 
 
-Leaf = Number | Address | None
+class Function(NamedTuple):
+    """Function of Triton that a kernel calls. It is a constant of the compiled kernel."""
+
+    function: Any
+
+
+Leaf = Number | Address | Function | None
 
 
 def i32(value: int) -> Number:
@@ -76,7 +82,8 @@ class Template:
         self.divisor = math.gcd(ALIGNMENT, *strides)
         self.addresses = [leaf for part in self._parts for leaf in part.leaves if isinstance(leaf, Address)]
         self.names = {leaf.name for leaf in self.addresses}
-        self.key = (tuple(part.signature() for part in self._parts), tuple(constants.items()), self.divisor)
+        functions = tuple([leaf for part in self._parts for leaf in part.leaves if isinstance(leaf, Function)])
+        self.key = (tuple(part.signature() for part in self._parts), tuple(constants.items()), self.divisor, functions)
         self._values = [part.value for part in self._parts] + list(constants.values())
         self._open: list[tuple[int, _Part, list[int]]] = []  # index of a part, and indices of its addresses among all
         first = 0
@@ -102,8 +109,8 @@ class Template:
             signature[names[index]] = part.signature()
             for position, leaf in enumerate(part.leaves):
                 path = (index, position) if part.nested else (index,)
-                if leaf is None:
-                    constants[path] = None
+                if leaf is None or isinstance(leaf, Function):
+                    constants[path] = leaf and leaf.function
                 elif aligned and (isinstance(leaf, Address) or leaf.stride):
                     divisor = ALIGNMENT if isinstance(leaf, Address) else self.divisor
                     attributes[path] = [["tt.divisibility", divisor]]
@@ -117,11 +124,11 @@ class _Part:
     """Parameter of a kernel: a leaf or a named tuple of leaves, with names for kernels that run in Python."""
 
     def __init__(self, argument: Any) -> None:
-        self.nested = isinstance(argument, tuple) and not isinstance(argument, Number | Address)
+        self.nested = isinstance(argument, tuple) and not isinstance(argument, Number | Address | Function)
         self.kind = type(argument) if self.nested else None
         self.leaves: tuple[Leaf, ...] = tuple(argument) if self.nested else (argument,)
         self.slots = [at for at, leaf in enumerate(self.leaves) if isinstance(leaf, Address)]
-        self._values = [leaf.value if isinstance(leaf, Number) else None for leaf in self.leaves]
+        self._values = [_value(leaf) for leaf in self.leaves]
         self._make: Any = self.kind._make if self.kind and INTERPRETED else tuple
         self.value = self._make(self._values) if self.nested else self._values[0]
         # Everything after the first address is constant, as in a View; this is the most common case.
@@ -141,8 +148,15 @@ class _Part:
         return self.kind._make(kinds) if self.kind else kinds[0]
 
 
+def _value(leaf: Leaf) -> Any:
+    """Return the launcher's argument of a leaf; None for an address, which each call fills in, and for a constant."""
+    if isinstance(leaf, Function):
+        return leaf.function if INTERPRETED else None
+    return leaf.value if isinstance(leaf, Number) else None
+
+
 def _kind(leaf: Leaf) -> str:
-    if leaf is None:
+    if leaf is None or isinstance(leaf, Function):
         return "constexpr"
     return leaf.kind if isinstance(leaf, Number) else "*" + DTYPES[leaf.dtype].triton
 

@@ -8,7 +8,7 @@ from ..base import Call
 from .arguments import precision
 from .launch import Kernel, run_all, warmup_all
 
-OPTIONAL = frozenset(("dbias", "dsink"))  # outputs that may be absent from a call
+OPTIONAL = frozenset(("dbias", "dsink", "dcaptured"))  # outputs that may be absent from a call
 
 
 class TritonPlan:

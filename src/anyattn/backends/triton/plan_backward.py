@@ -12,6 +12,9 @@ from .backward import attention_backward_delta, attention_backward_dkv, attentio
 from .dbias import BiasReduction, attention_backward_dbias, attention_backward_dsink, sum_parts
 from .device import Device, device
 from .launch import Address, Kernel, Template, i32, i64
+from .plan_captured import captured_kernels
+from .plan_score import list_kernels, plan_lists, total_bytes
+from .score_arguments import Lists, Tiles
 from .tuning import Config
 from .views import Dense, Schedule, View
 
@@ -23,9 +26,14 @@ def backward_kernels(problem: Problem) -> tuple[list[Kernel], int]:
     width = max(sum(tuning.chunks(problem.head_dim)), sum(tuning.chunks(problem.head_dim_v)))
     gpu = device(problem.device)
     dkv, dq = tuning.backward(gpu.arch, problem.dtype, width)
-    kernels = [delta_kernel(problem), dkv_kernel(problem, dkv), dq_kernel(problem, dq)]
     # For delta; at least one, because an empty workspace has no address.
     used = BYTES * max(math.prod(problem.lse_shape), 1)
+    by_key = plan_lists(problem, Tiles(dkv.tile_q, dkv.tile_k, by_key=True), used)
+    used = total_bytes(used, by_key)
+    by_row = plan_lists(problem, Tiles(dq.tile_q, dq.tile_k), used)
+    used = total_bytes(used, by_row)
+    kernels = [*list_kernels(problem, by_key), *list_kernels(problem, by_row), delta_kernel(problem)]
+    kernels += [dkv_kernel(problem, dkv, by_key), dq_kernel(problem, dq, by_row)]
     if problem.bias is not None:
         reduction = plan_bias(problem, problem.bias, tuning.bias(gpu.arch, problem.dtype, width), gpu)
         kernels += bias_kernels(
@@ -34,6 +42,10 @@ def backward_kernels(problem: Problem) -> tuple[list[Kernel], int]:
         used += reduction.bytes
     if problem.sink is not None:
         kernels.append(sink_kernel(problem))
+    if problem.captured is not None:
+        order = row_schedule(problem, dq.tile_q)
+        more, used = captured_kernels(problem, inputs(problem), by_row, dq, order, used)
+        kernels += more
     return kernels, used
 
 
@@ -77,19 +89,19 @@ def delta_kernel(problem: Problem) -> Kernel:
     return Kernel(attention_backward_delta, Template(arguments, constants), (programs, 1), {})
 
 
-def dkv_kernel(problem: Problem, config: Config) -> Kernel:
+def dkv_kernel(problem: Problem, config: Config, lists: Lists | None = None) -> Kernel:
     order, programs = key_schedule(problem, config.tile_k)
     results = [view(f"d{name}", contiguous(getattr(problem, name).shape, problem.result_dtype)) for name in ("k", "v")]
-    arguments = (*inputs(problem), *results, *common(problem), order)
+    arguments = (*inputs(problem), *results, *common(problem, lists), order)
     constants = {**dims(problem), "TILE_Q": config.tile_q, "TILE_K": config.tile_k}
     constants |= {name: flags(problem)[name] for name in ("TOP_LEFT", "LOWER", "PRECISION")}
     return Kernel(attention_backward_dkv, Template(arguments, constants), (programs, 1), options(config))
 
 
-def dq_kernel(problem: Problem, config: Config) -> Kernel:
+def dq_kernel(problem: Problem, config: Config, lists: Lists | None = None) -> Kernel:
     order, programs = row_schedule(problem, config.tile_q)
     dq = view("dq", contiguous(problem.q.shape, problem.result_dtype))
-    arguments = (*inputs(problem), dq, *common(problem), order)
+    arguments = (*inputs(problem), dq, *common(problem, lists), order)
     constants = {**dims(problem), "TILE_Q": config.tile_q, "TILE_K": config.tile_k}
     constants |= {name: flags(problem)[name] for name in ("TOP_LEFT", "LOWER", "HOLES", "PRECISION")}
     constants["LAST_FIRST"] = problem.interval.right is not None

@@ -11,6 +11,8 @@ from .decode import combine_splits
 from .device import Device, device
 from .forward import attention_forward
 from .launch import Address, Kernel, Template, i32, i64
+from .plan_score import list_kernels, plan_lists, total_bytes
+from .score_arguments import Lists, Tiles
 from .tuning import Config, chunks
 from .views import Schedule, View
 
@@ -30,17 +32,27 @@ def forward_kernels(problem: Problem) -> tuple[list[Kernel], int]:
     """Return (kernels, bytes of workspace)."""
     shape = forward_shape(problem, device(problem.device))
     if shape.splits == 1:
-        kernel = forward_kernel(problem, shape)
-        return [kernel if shape.pack else sm90.replace_portable(kernel, problem)], 0
+        lists = mask_lists(problem, shape, 0)
+        kernel = forward_kernel(problem, shape, lists=lists)
+        kernel = kernel if shape.pack else sm90.replace_portable(kernel, problem)
+        return [*list_kernels(problem, lists), kernel], total_bytes(0, lists)
     count = 1
     for size in problem.out_shape[:-1]:
         count *= size
     out_bytes = 4 * shape.splits * count * problem.head_dim_v
     parts = (Address("workspace", "float32"), Address("workspace", "float32", out_bytes))
+    used = out_bytes + 4 * shape.splits * count
+    lists = mask_lists(problem, shape, used)
     return [
-        forward_kernel(problem, shape, parts),
+        *list_kernels(problem, lists),
+        forward_kernel(problem, shape, parts, lists),
         combine_kernel(problem, shape, parts, count),
-    ], out_bytes + 4 * shape.splits * count
+    ], total_bytes(used, lists)
+
+
+def mask_lists(problem: Problem, shape: Shape, used: int) -> Lists | None:
+    """Return the lists of tiles that mask_mod does not exclude. used: bytes of workspace before them."""
+    return plan_lists(problem, Tiles(shape.config.tile_q, shape.config.tile_k, shape.pack), used)
 
 
 def forward_shape(problem: Problem, gpu: Device) -> Shape:
@@ -73,7 +85,9 @@ def tiles_and_pairs(problem: Problem, config: Config, pack: bool) -> tuple[int, 
     return -(-problem.seqlen_q * packed // config.tile_q), heads * problem.batch
 
 
-def forward_kernel(problem: Problem, shape: Shape, parts: tuple[Address, Address] | None = None) -> Kernel:
+def forward_kernel(
+    problem: Problem, shape: Shape, parts: tuple[Address, Address] | None = None, lists: Lists | None = None
+) -> Kernel:
     """Return the kernel. parts: addresses at which splits write out and lse."""
     config = shape.config
     tiles, pairs = tiles_and_pairs(problem, config, shape.pack)
@@ -87,7 +101,7 @@ def forward_kernel(problem: Problem, shape: Shape, parts: tuple[Address, Address
     section = tuning.section(pairs, key_bytes(problem), device(problem.device).l2_bytes)
     schedule = Schedule(i32(tiles), i32(section), i32(shape.splits), *(i64(step) for step in steps))
     inputs = [view(name, getattr(problem, name)) for name in ("q", "k", "v")]
-    arguments = (*inputs, out, lse, *common(problem), schedule)
+    arguments = (*inputs, out, lse, *common(problem, lists), schedule)
     constants = {
         **dims(problem),
         **{"TILE_Q": config.tile_q, "TILE_K": config.tile_k, "PACK": shape.pack, "SPLIT": shape.splits > 1},

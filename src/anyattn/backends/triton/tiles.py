@@ -243,11 +243,13 @@ def capped(s, scalars):
 
 
 @triton.jit
-def scores(t, row, j, start, b, bias, mask, heads, EDGE: tl.constexpr, LOWER: tl.constexpr):
+def scores(t, row, j, start, b, bias, mask, heads, scalars, EDGE: tl.constexpr, LOWER: tl.constexpr):
     """Return scores times log2(e), -inf for masked keys. t: scaled and capped products; start: a key at most j."""
     keep = row.used
     if EDGE:
         keep = is_visible(row, j, EDGE, LOWER)
+    if scalars.score is not None:
+        t = scalars.score(t, b, row.head, row.index, j, scalars)
     if bias is not None:
         t += tl.load(dense(bias, b, row, j), mask=keep, other=0.0).to(tl.float32)
     if heads.slopes is not None:
@@ -255,8 +257,10 @@ def scores(t, row, j, start, b, bias, mask, heads, EDGE: tl.constexpr, LOWER: tl
         distance = (row.position - start).to(tl.float32) - (j - start).to(tl.float32)
         t -= slope * tl.abs(distance)
     x = t * LOG2E
-    if EDGE:
+    if EDGE or scalars.score is not None:
         x = tl.where(keep, x, float("-inf"))
+    if scalars.mask is not None and (EDGE or scalars.lists is None):
+        x = tl.where(scalars.mask(b, row.head, row.index, j, scalars), x, float("-inf"))
     if mask is not None:
         x = tl.where(tl.load(dense(mask, b, row, j), mask=keep, other=0) != 0, x, float("-inf"))
     return x
