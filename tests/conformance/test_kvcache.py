@@ -62,7 +62,7 @@ def test_arrays_laid_out_at_random(setup: AppendCase, seed: int, engine: Engine)
     assert not problems_of(replace(setup, scattered=True, seed=setup.seed + 100 * seed), engine.backend)
 
 
-@every_backend(interpreter=True, only=("cpu", "numpy"))
+@every_backend(interpreter=True, only=("cpu", "numpy", "triton"))
 @pytest.mark.parametrize("scattered", [False, True])
 @pytest.mark.parametrize("setup", QUANTISED, ids=str)
 def test_append_to_a_quantised_cache(setup: AppendCase, scattered: bool, engine: Engine) -> None:

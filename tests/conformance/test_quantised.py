@@ -64,7 +64,7 @@ def test_special_rows(stored: str) -> None:
     np.testing.assert_array_equal(scale, np.array([0, 0, np.nan, np.nan], np.float32))
 
 
-@every_backend(only=("cpu", "numpy"))
+@every_backend(interpreter=True, only=("cpu", "numpy", "triton"))
 @pytest.mark.parametrize("stored", QUANTISED)
 def test_special_rows_on_every_backend(stored: str, engine: Engine) -> None:
     cache = np.zeros((1, 4, 1, 3), numpy_dtype(stored))
@@ -78,6 +78,39 @@ def test_special_rows_on_every_backend(stored: str, engine: Engine) -> None:
         codes, scale = quantise(given[name], stored)
         assert array.tobytes() == codes.tobytes()
         assert given[f"{name}_scale"].tobytes() == scale.tobytes()
+
+
+@every_backend(interpreter=True, only=("cpu", "numpy", "triton"))
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("stored", QUANTISED)
+def test_every_code_is_read_exactly(stored: str, dtype: str, engine: Engine) -> None:
+    """The output of one key is its value; lse is its score. Infinity and NaN are codes of values too."""
+    codes, one = np.arange(256, dtype=np.uint8).view(numpy_dtype(stored)), np.ones((), np.float32)
+    values = widen(codes, stored, "float32")
+    given: dict[str, Any] = {"k_scale": one, "v_scale": one, "backend": engine.backend}
+    finite = np.isfinite(values)
+    k, q = codes[finite].reshape(1, -1, 1, 1), np.ones((1, finite.sum(), 1, 1), numpy_dtype(dtype))
+    mask = np.eye(finite.sum(), dtype=np.bool_)[None, None]
+    _, lse = anyattn.attention(q, k, k, mask=mask, return_lse=True, **given)
+    np.testing.assert_allclose(lse.ravel(), values[finite], rtol=1e-6)  # a score times log2(e) is rounded
+    out = anyattn.attention(q[:, :1], k[:, :1], codes.reshape(1, 1, 1, 256), **given)
+    np.testing.assert_array_equal(out.ravel().astype(np.float32), values)
+
+
+@every_backend(interpreter=True, only=("cpu", "numpy", "triton"))
+@pytest.mark.parametrize("stored", QUANTISED)
+def test_float16_results_of_small_and_of_uneven_scales(stored: str, engine: Engine) -> None:
+    """Scales of values may be below the numbers of float16, and far apart."""
+    rng = np.random.default_rng(0)
+    q = rng.standard_normal((1, 70, 2, 16)).astype(np.float16)
+    k = rng.standard_normal((1, 90, 1, 16)).astype(np.float32)
+    v = rng.standard_normal((1, 90, 1, 16)).astype(np.float32) * 2.0 ** rng.integers(-20, 3, (1, 90, 1, 1))
+    (k_stored, k_scale), (v_stored, v_scale) = quantise(k, stored), quantise(v, stored)
+    given = {"k": k_stored.view(numpy_dtype(stored)), "v": v_stored.view(numpy_dtype(stored))}
+    out = anyattn.attention(q, **given, k_scale=k_scale, v_scale=v_scale, backend=engine.backend)
+    plain = (widen(x, stored) * scale[..., None] for x, scale in ((k_stored, k_scale), (v_stored, v_scale)))
+    want = anyattn.attention(q.astype(np.float64), *plain, backend="numpy")
+    assert np.abs(out - want).max() <= 4 * 2.0**-10 * np.abs(want).max()
 
 
 @pytest.mark.parametrize("stored", QUANTISED)
@@ -115,10 +148,9 @@ def test_gradients_of_the_cache_are_refused() -> None:
         anyattn.attention_backward(saved["out"], **arrays, **saved, backend="cpu")
 
 
-@pytest.mark.parametrize("backend", ["triton", "vulkan"])
-def test_other_backends_refuse_by_name(backend: str) -> None:
+def test_vulkan_refuses_by_name() -> None:
     with pytest.raises(anyattn.UnsupportedProblem, match="k_scale"):
-        anyattn.attention(**quantised(), backend=backend)
+        anyattn.attention(**quantised(), backend="vulkan")
 
 
 def test_compiled_call_equals_eager() -> None:
@@ -176,6 +208,20 @@ def test_values_of_slots_are_checked_on_request(monkeypatch: pytest.MonkeyPatch)
     finally:
         monkeypatch.undo()
         settings.reload()
+
+
+@every_backend(interpreter=True, only=("cpu", "numpy", "triton"))
+@pytest.mark.parametrize("rows", [1, ROWS])
+@pytest.mark.parametrize("name", ["k_scale", "v_scale"])
+def test_a_scale_of_nan_reaches_the_output(name: str, rows: int, engine: Engine) -> None:
+    """Slots are not checked, so that a scale that is not a number must show. Another head is not affected."""
+    given = quantised()
+    given["q"] = given["q"][:, :rows]
+    given[name][1, KEYS - 1, 0] = np.nan
+    out = anyattn.attention(**given, causal=True, backend=engine.backend)
+    group = HEADS // HEADS_KV
+    assert np.isnan(out[1, -1, :group]).all()
+    assert np.isfinite(out[1, :, group:]).all() and np.isfinite(out[0]).all()
 
 
 @pytest.mark.parametrize("change", ["heads", "float64", "missing", "read-only"])

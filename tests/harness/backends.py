@@ -30,7 +30,7 @@ class MayRefuse:
 
 # Written down here instead of read from `supports`, so that an unintended refusal fails a test.
 MAY_REFUSE = {
-    "triton": MayRefuse(512, ("float64",), ("kv_indices", "k_scale")),
+    "triton": MayRefuse(512, ("float64",), ("kv_indices",)),
     "vulkan": MayRefuse(256, ("float64",), ("kv_indices", "k_scale")),
 }
 
@@ -57,7 +57,7 @@ class Engine:
             return True
         if problem.pass_ in (BACKWARD, SECOND) and (problem.paged or problem.cache_batch_idx is not None):
             return self.backend != "numpy"
-        if problem.pass_ is BACKWARD and problem.quantised and self.backend != "numpy":
+        if problem.pass_ is BACKWARD and problem.quantised and self.backend not in ("numpy", "triton"):
             return True
         if problem.score and self.backend not in COMPUTES_FUNCTIONS:
             return True

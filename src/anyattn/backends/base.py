@@ -121,9 +121,14 @@ def without_starts(problem: Problem) -> list[str]:
 
 
 def without_cache_gradients(problem: Problem) -> list[str]:
-    """Return why the backward pass of a KV cache is not supported, or []. Only the NumPy backend supports it."""
+    """Return why the backward pass of a quantised or paged KV cache is not supported, or []."""
     if problem.dout is not None and problem.quantised:
         return ["has no backward pass for quantised keys and values"]
+    return without_paged_gradients(problem)
+
+
+def without_paged_gradients(problem: Problem) -> list[str]:
+    """Return why the backward pass of a paged KV cache is not supported, or []. Only the NumPy backend supports it."""
     if problem.dout is not None and (problem.paged or problem.cache_batch_idx is not None):
         return ["has no backward through a KV cache (block_table, cache_batch_idx)"]
     return []

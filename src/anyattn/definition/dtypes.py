@@ -37,10 +37,10 @@ DTYPES = {
     "bool": Dtype(1, 5, triton="u8"),
     "int32": Dtype(4, 6, triton="i32"),
     "int64": Dtype(8, 0, triton="i64"),
-    "uint8": Dtype(1, 0),
-    "int8": Dtype(1, 7, largest=127.0),
-    "float8_e4m3fn": Dtype(1, 8, largest=448.0, mantissa=3, lowest_exponent=-6),
-    "float8_e5m2": Dtype(1, 9, largest=57344.0, mantissa=2, lowest_exponent=-14),
+    "uint8": Dtype(1, 0, triton="u8"),
+    "int8": Dtype(1, 7, triton="i8", largest=127.0),
+    "float8_e4m3fn": Dtype(1, 8, triton="fp8e4nv", largest=448.0, mantissa=3, lowest_exponent=-6),
+    "float8_e5m2": Dtype(1, 9, triton="fp8e5", largest=57344.0, mantissa=2, lowest_exponent=-14),
 }
 ATTENTION_DTYPES = tuple(name for name, dtype in DTYPES.items() if dtype.compute)  # of q
 QUANTISED = tuple(name for name, dtype in DTYPES.items() if dtype.largest)  # of k and v with k_scale and v_scale

@@ -93,6 +93,24 @@ def test_results_do_not_depend_on_the_number_of_splits(
     assert not wrong(inputs, "forward", TRITON)
 
 
+@pytest.mark.parametrize("stored", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_splits_of_quantised_keys(dtype: str, stored: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "splits", lambda *_: 3)
+    case = Case("splits", seqlen_q=2, seqlen_k=300, group=4, causal=True, lengths="paged", stored=stored, dtype=dtype)
+    assert not wrong(make_inputs(case), "forward", TRITON)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_conversion_of_float8_that_some_gpus_have(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter emulates it; the other tests convert by bits."""
+    monkeypatch.setattr(tuning, "has_float8", lambda _: True)
+    case = Case("float8", seqlen_q=70, seqlen_k=90, stored="float8_e4m3fn", dtype=dtype, seed=5)
+    inputs = make_inputs(case)
+    assert not wrong(inputs, "forward", TRITON)
+    assert not wrong(inputs, "backward", TRITON)
+
+
 @pytest.mark.parametrize("seqlen_q", [1, 70])
 def test_batch_invariant_results_equal_those_of_each_sequence_alone(seqlen_q: int) -> None:
     """Each sequence alone and in a batch: the same bits."""

@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from ...definition import philox
+from ...definition.dtypes import DTYPES
 from ...definition.problem import Array, Problem
+from ...definition.quantised import SCALES_OF
 from . import score_arguments, tuning
 from .device import device
 from .launch import Address, f32, i32, i64, stride
 from .score_arguments import Lists
 from .tuning import Config, chunks
-from .views import Dense, Dropout, Heads, Interval, Sizes, Tables, View
+from .views import Dense, Dropout, Heads, Interval, Sizes, Stored, Tables, View
 
 # torch's precision of float32 products -> Triton's name
 PRECISIONS = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
@@ -42,6 +44,23 @@ def common(problem: Problem, lists: Lists | None = None) -> tuple[Any, ...]:
 def view(name: str, array: Array) -> View:
     batch, row, head, _ = array.strides4()
     return View(Address(name, array.dtype), *(stride(x) for x in (batch, row, head)))
+
+
+def stored(problem: Problem, name: str) -> Stored:
+    """Return k or v, with the scales of quantised ones.
+
+    The pointer has the stored dtype. uint8 means float8_e4m3fn that must be converted by its bits.
+    """
+    array = problem.arrays[name]
+    plain = view(name, array)
+    if not problem.quantised:
+        return Stored(*plain)
+    by_bits = array.dtype == "float8_e4m3fn" and not tuning.has_float8(device(problem.device).arch)
+    address = Address(name, "uint8" if by_bits else array.dtype)
+    scale = problem.arrays[SCALES_OF[name]]
+    *lead, head = scale.strides or (0,)
+    batch, row = i64(lead[0] if lead else 0), i64(lead[1]) if len(lead) == 2 else None
+    return Stored(address, *plain[1:], Address(SCALES_OF[name], "float32"), batch, row, i64(head))
 
 
 def statistics(name: str, array: Array) -> View:
@@ -85,7 +104,7 @@ def sizes(problem: Problem) -> Sizes:
 
 def key_bytes(problem: Problem) -> int:
     """Return the bytes of k and v for one KV head of one sequence."""
-    return problem.seqlen_k * (problem.head_dim + problem.head_dim_v) * (4 if problem.dtype == "float32" else 2)
+    return problem.seqlen_k * (problem.head_dim + problem.head_dim_v) * DTYPES[problem.k.dtype].itemsize
 
 
 def dims(problem: Problem) -> dict[str, int]:

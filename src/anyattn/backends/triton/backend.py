@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ...definition.passes import APPEND, BACKWARD, FORWARD, SECOND, TANGENT
 from ...definition.problem import Problem
-from ..base import without_cache_gradients, without_starts
+from ..base import without_paged_gradients, without_starts
 from .device import DEVICES, LARGEST_HEAD_DIM, cards, installed, interpreted, largest_head_dim, refusal
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ OLDEST = (3, 6)
 EXTRAS = (
     *("bias", "mask", "alibi_slopes", "sink", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"),
     *("leftpad_k", "offset", "block_table", "cache_batch_idx", "rng_state"),
-    *("captured", "captured_indices"),
+    *("captured", "captured_indices", "k_scale", "v_scale"),
 )
 # Evidence for each card, for `anyattn info`. Compiled: see the tests' aot.json. Expected: no known failure.
 EVIDENCE = {
@@ -67,7 +67,7 @@ class TritonBackend:
         reasons = _misplaced(problem.device) + _without(problem.dtype)
         if problem.pass_ is APPEND:
             return reasons
-        return (reasons or _too_wide(problem)) + without_cache_gradients(problem) + without_starts(problem)
+        return (reasons or _too_wide(problem)) + without_paged_gradients(problem) + without_starts(problem)
 
     def avoids(self, problem: Problem) -> list[str]:
         return []

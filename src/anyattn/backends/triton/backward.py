@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from .forward import place, rows_of
+from .stored import add_product, load_stored, scales, weigh
 from .tile_lists import count_edges, edge_tile, listed_tile, walk_tiles
 from .tiles import (
     LOG2E,
@@ -371,14 +372,17 @@ def visit_keys(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add one tile of keys."""
-    ds, slope, k0, k1, _s = tile_gradient(
+    ds, slope, k0, k1, _s, of_k = tile_gradient(
         start, own, k, v, low, high, seq, interval, terms,
         HEAD_DIM, HEAD_DIM_V, D0, D1, E0, E1, TILE_K, EDGE, LOWER, HOLES, PRECISION,
     )  # fmt: skip
-    dt = narrow(product_gradient(ds, slope, terms.scalars), k0.dtype)
-    dq0 = dot(dt, k0, dq0, PRECISION)
+    dt, top = product_gradient(ds, slope, terms.scalars), 1.0
+    if k.scale is not None:
+        dt, top = weigh(dt, of_k, k, k0.dtype)
+    dt = narrow(dt, k0.dtype)
+    dq0 = add_product(dt, k0, dq0, k, top, PRECISION)
     if D1 > 0:
-        dq1 = dot(dt, k1, dq1, PRECISION)
+        dq1 = add_product(dt, k1, dq1, k, top, PRECISION)
     return dq0, dq1
 
 
@@ -389,7 +393,7 @@ def tile_gradient(
     E1: tl.constexpr, TILE_K: tl.constexpr, EDGE: tl.constexpr, LOWER: tl.constexpr, HOLES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return dS of a tile (tile_q, tile_k), the derivative of softcap and score_mod, the keys, and the products."""
+    """Return dS of a tile (tile_q, tile_k), the derivative of softcap and score_mod, the keys, products, and scales."""
     r = tl.arange(0, TILE_K)
     j = start + r
     keys = (j >= low) & (j < high)  # outside this range, memory may hold NaN
@@ -401,18 +405,25 @@ def tile_gradient(
         rows_at(k, seq.index, kv_head, seq.row_k + start, r),
         rows_at(v, seq.index, kv_head, seq.row_k + start, r),
     )
-    k0 = load(k_rows, keys, EDGE, 0, D0, HEAD_DIM)
+    k0 = load_stored(k_rows, keys, own.q0.dtype, EDGE, 0, D0, HEAD_DIM)
     zero = tl.zeros([own.q0.shape[0], TILE_K], tl.float32)
     s = dot(own.q0, tl.trans(k0), zero, PRECISION)
     k1 = k0
     if D1 > 0:
-        k1 = load(k_rows, keys, EDGE, D0, D1, HEAD_DIM)
+        k1 = load_stored(k_rows, keys, own.q0.dtype, EDGE, D0, D1, HEAD_DIM)
         s = dot(own.q1, tl.trans(k1), s, PRECISION)
+    of_k = 1.0
+    if k.scale is not None:
+        of_k = scales(k, seq.entry_k, seq.row_k.to(tl.int64) + j, kv_head, keys, seq)
+        s = s * of_k
     p, slope, _curvature = probabilities(s, own.lse, own.row, j[None, :], start, seq.index, terms, EDGE, LOWER)
-    dp = dot(own.do0, tl.trans(load(v_rows, keys, EDGE, 0, E0, HEAD_DIM_V)), zero, PRECISION)
+    dp = dot(own.do0, tl.trans(load_stored(v_rows, keys, own.q0.dtype, EDGE, 0, E0, HEAD_DIM_V)), zero, PRECISION)
     if E1 > 0:
-        dp = dot(own.do1, tl.trans(load(v_rows, keys, EDGE, E0, E1, HEAD_DIM_V)), dp, PRECISION)
+        v1 = load_stored(v_rows, keys, own.q0.dtype, EDGE, E0, E1, HEAD_DIM_V)
+        dp = dot(own.do1, tl.trans(v1), dp, PRECISION)
+    if v.scale is not None:
+        dp = dp * scales(v, seq.entry_k, seq.row_k.to(tl.int64) + j, kv_head, keys, seq)
     keep = p > 0
     if terms.dropout is not None:
         keep = kept(terms.dropout, own.row, start, seq.index, terms.sizes, TILE_K)
-    return score_gradient(p, dp, own.delta, keep, terms), slope, k0, k1, s
+    return score_gradient(p, dp, own.delta, keep, terms), slope, k0, k1, s, of_k

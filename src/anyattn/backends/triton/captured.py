@@ -56,7 +56,7 @@ def attention_backward_dcaptured(
     for n in range(0, inner + count_edges(walk)):
         at = tl.where(n < inner, walk.full + n, edge_place(n - inner, walk, scalars))
         start = listed_tile(at, walk, scalars) * TILE_K
-        ds, _slope, _k0, _k1, s = tile_gradient(
+        ds, _slope, _k0, _k1, s, _scales = tile_gradient(
             start, own, k, v, low, high, seq, interval, Terms(bias, mask, heads, sizes, scalars, dropout),
             HEAD_DIM, HEAD_DIM_V, D0, D1, E0, E1, TILE_K, True, LOWER, HOLES, PRECISION,
         )  # fmt: skip

@@ -53,7 +53,7 @@ def attention_backward_dbias(
             own = load_query_tile(
                 start_q, q, dout, lse, delta, head, seq, sizes, interval, HEAD_DIM, HEAD_DIM_V, D0, D1, E0, E1, TILE_Q
             )
-            ds, _slope, _k0, _k1, _s = tile_gradient(
+            ds, _slope, _k0, _k1, _s, _scales = tile_gradient(
                 start, own, k, v, low, high, seq, interval, Terms(bias, mask, heads, sizes, scalars, dropout),
                 HEAD_DIM, HEAD_DIM_V, D0, D1, E0, E1, TILE_K, True, LOWER, HOLES, PRECISION,
             )  # fmt: skip

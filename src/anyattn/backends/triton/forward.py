@@ -16,6 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .stored import add_product, load_stored, scales, weigh
 from .tile_lists import count_edges, edge_tile, listed_tile, walk_tiles
 from .tiles import (
     LN2,
@@ -141,9 +142,11 @@ def visit(
     k_rows = k.pointer + place_k * k.batch + slot_k * k.row + kv_head * k.head
     v_rows = v.pointer + place_k * v.batch + slot_k * v.row + kv_head * v.head
     s = tl.zeros([q0.shape[0], TILE_K], tl.float32)
-    s = dot(q0, tl.trans(load(k_rows, keys, EDGE, 0, D0, HEAD_DIM)), s, PRECISION)
+    s = dot(q0, tl.trans(load_stored(k_rows, keys, q0.dtype, EDGE, 0, D0, HEAD_DIM)), s, PRECISION)
     if D1 > 0:
-        s = dot(q1, tl.trans(load(k_rows, keys, EDGE, D0, D1, HEAD_DIM)), s, PRECISION)
+        s = dot(q1, tl.trans(load_stored(k_rows, keys, q0.dtype, EDGE, D0, D1, HEAD_DIM)), s, PRECISION)
+    if k.scale is not None:
+        s = s * scales(k, place_k, slot_k, kv_head, keys, seq)
     UNMASKED: tl.constexpr = mask is None and (scalars.mask is None or scalars.lists is not None)
     UNCHANGED: tl.constexpr = scalars.softcap is None and scalars.score is None
     PLAIN: tl.constexpr = UNMASKED and UNCHANGED and bias is None and heads.slopes is None
@@ -163,10 +166,15 @@ def visit(
     l = l * rescale + tl.sum(p, 1)
     if dropout is not None:
         p = tl.where(kept(dropout, row, start, seq.index, sizes, TILE_K), p, 0.0)
-    p = narrow(p, v.pointer.dtype.element_ty)
-    acc0 = dot(p, load(v_rows, keys, EDGE, 0, E0, HEAD_DIM_V), acc0 * rescale[:, None], PRECISION)
+    top = 1.0
+    if v.scale is not None:
+        p, top = weigh(p, scales(v, place_k, slot_k, kv_head, keys, seq), v, q0.dtype)
+    p = narrow(p, q0.dtype)
+    v0 = load_stored(v_rows, keys, q0.dtype, EDGE, 0, E0, HEAD_DIM_V)
+    acc0 = add_product(p, v0, acc0 * rescale[:, None], v, top, PRECISION)
     if E1 > 0:
-        acc1 = dot(p, load(v_rows, keys, EDGE, E0, E1, HEAD_DIM_V), acc1 * rescale[:, None], PRECISION)
+        v1 = load_stored(v_rows, keys, q0.dtype, EDGE, E0, E1, HEAD_DIM_V)
+        acc1 = add_product(p, v1, acc1 * rescale[:, None], v, top, PRECISION)
     return m_new, l, acc0, acc1
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from ...definition.problem import Array, Problem, contiguous
 from . import tuning
-from .arguments import common, dense, dims, flags, options, sizes, statistics, tables, view
+from .arguments import common, dense, dims, flags, options, sizes, statistics, stored, tables, view
 from .backward import attention_backward_delta, attention_backward_dkv, attention_backward_dq
 from .dbias import BiasReduction, attention_backward_dbias, attention_backward_dsink, sum_parts
 from .device import Device, device
@@ -16,7 +16,7 @@ from .plan_captured import captured_kernels
 from .plan_score import list_kernels, plan_lists, total_bytes
 from .score_arguments import Lists, Tiles
 from .tuning import Config
-from .views import Dense, Schedule, View
+from .views import Dense, Schedule, Stored, View
 
 BYTES = 4  # size of a float32
 
@@ -28,12 +28,14 @@ def backward_kernels(problem: Problem) -> tuple[list[Kernel], int]:
     dkv, dq = tuning.backward(gpu.arch, problem.dtype, width)
     # For delta; at least one, because an empty workspace has no address.
     used = BYTES * max(math.prod(problem.lse_shape), 1)
-    by_key = plan_lists(problem, Tiles(dkv.tile_q, dkv.tile_k, by_key=True), used)
-    used = total_bytes(used, by_key)
+    kernels = []
+    if not problem.quantised:
+        by_key = plan_lists(problem, Tiles(dkv.tile_q, dkv.tile_k, by_key=True), used)
+        used = total_bytes(used, by_key)
+        kernels += [*list_kernels(problem, by_key), dkv_kernel(problem, dkv, by_key)]
     by_row = plan_lists(problem, Tiles(dq.tile_q, dq.tile_k), used)
     used = total_bytes(used, by_row)
-    kernels = [*list_kernels(problem, by_key), *list_kernels(problem, by_row), delta_kernel(problem)]
-    kernels += [dkv_kernel(problem, dkv, by_key), dq_kernel(problem, dq, by_row)]
+    kernels = [delta_kernel(problem), *kernels, *list_kernels(problem, by_row), dq_kernel(problem, dq, by_row)]
     if problem.bias is not None:
         reduction = plan_bias(problem, problem.bias, tuning.bias(gpu.arch, problem.dtype, width), gpu)
         kernels += bias_kernels(
@@ -179,8 +181,8 @@ def sink_kernel(problem: Problem) -> Kernel:
     return Kernel(attention_backward_dsink, template, (problem.nheads, 1), {})
 
 
-def inputs(problem: Problem) -> tuple[View, ...]:
+def inputs(problem: Problem) -> tuple[View | Stored, ...]:
     """Return q, k, v, dout, lse and delta in the parameter order of every kernel except delta's."""
     assert problem.dout is not None and problem.lse is not None
-    arrays = [view(name, getattr(problem, name)) for name in ("q", "k", "v", "dout")]
+    arrays = (view("q", problem.q), stored(problem, "k"), stored(problem, "v"), view("dout", problem.dout))
     return (*arrays, statistics("lse", problem.lse), delta_view(problem))

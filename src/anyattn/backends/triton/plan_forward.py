@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from ...definition.problem import Problem, contiguous
 from . import sm90, tuning
-from .arguments import common, dims, flags, key_bytes, options, statistics, view
+from .arguments import common, dims, flags, key_bytes, options, statistics, stored, view
 from .decode import combine_splits
 from .device import Device, device
 from .forward import attention_forward
@@ -59,7 +59,7 @@ def forward_shape(problem: Problem, gpu: Device) -> Shape:
     """Return the launch shape, from sizes only. For batch_invariant, other sequences do not affect it."""
     width = max(sum(chunks(problem.head_dim)), sum(chunks(problem.head_dim_v)))
     dense = problem.bias is not None or problem.mask is not None
-    heavy = dense or problem.packed_q or problem.dropout_threshold > 0
+    heavy = dense or problem.packed_q or problem.dropout_threshold > 0 or problem.quantised
     config = tuning.forward(gpu.arch, problem.dtype, width, heavy=heavy)
     if problem.batch_invariant:
         return Shape(config, False, 1)
@@ -100,7 +100,7 @@ def forward_kernel(
         steps = (count * problem.head_dim_v, count)
     section = tuning.section(pairs, key_bytes(problem), device(problem.device).l2_bytes)
     schedule = Schedule(i32(tiles), i32(section), i32(shape.splits), *(i64(step) for step in steps))
-    inputs = [view(name, getattr(problem, name)) for name in ("q", "k", "v")]
+    inputs = (view("q", problem.q), stored(problem, "k"), stored(problem, "v"))
     arguments = (*inputs, out, lse, *common(problem, lists), schedule)
     constants = {
         **dims(problem),

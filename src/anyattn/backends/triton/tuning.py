@@ -114,7 +114,8 @@ def chunks(size: int) -> tuple[int, int]:
 def forward(arch: str, dtype: str, width: int, *, heavy: bool = False) -> Config:
     """Return the configuration of the forward kernel; width: the larger of the padded head_dim and head_dim_v.
 
-    heavy: a bias, a mask, dropout or packed sequences, which need more registers, so tiles have half the keys.
+    heavy: a bias, a mask, dropout, packed sequences or quantised keys, which need more registers, so tiles have half
+    the keys.
     """
     config = _tuned("forward", arch, dtype, width) or _forward(arch, dtype, width)
     if heavy and arch != INTERPRETER:
@@ -268,6 +269,11 @@ def _tuned(phase: str, arch: str, dtype: str, width: int) -> Config | None:
 def has_tf32(arch: str) -> bool:
     """Return whether the architecture can multiply float32 with fewer bits (TF32)."""
     return arch in (INTERPRETER, "xpu") or (arch.startswith("sm_") and not arch.startswith("sm_7"))
+
+
+def has_float8(arch: str) -> bool:
+    """Return whether the architecture converts float8_e4m3fn by an instruction, according to Triton's compiler."""
+    return arch.startswith(("sm_89", "sm_9", "sm_10", "sm_12", "gfx950", "gfx12"))
 
 
 def fill(rows: int, tile: int) -> float:

@@ -16,6 +16,22 @@ class View(NamedTuple):
     head: Any
 
 
+class Stored(NamedTuple):
+    """Keys or values: a View, and the scales of quantised ones. scale is None for others.
+
+    scale_batch: between sequences or, for scales of slots, between entries; scale_row: None without slots.
+    """
+
+    pointer: Any
+    batch: Any
+    row: Any
+    head: Any
+    scale: Any = None
+    scale_batch: Any = None
+    scale_row: Any = None
+    scale_head: Any = None
+
+
 class Dense(NamedTuple):
     """Bias or mask (batch, head, row, key); stride 0 along broadcast axes."""
 
