@@ -20,6 +20,7 @@ from ...definition.problem import described
 from ...runtime import execute
 from . import fastpath, ops, tracing
 from .adapter import adapter, to_unit_stride
+from .quantised import quantise
 from .rotary import rotate
 
 TABLES = ("cache_seqlens", "cache_batch_idx", "block_table")
@@ -45,11 +46,6 @@ def append(arrays: Appended, rotation: Rotation, backend: str | None, *, check: 
 def _traced(arrays: Appended, rotation: Rotation) -> Tensor:
     given = described(Appended._fields, arrays, adapter.describe)
     kvcache.check_arrays(given)
-    if arrays.k_scale is not None:
-        raise NotImplementedError(
-            "k and v must be None for a quantised cache under torch.compile, export and other observers of operators. "
-            "Append outside the compiled function."
-        )
     if tracing.active():  # the sizes of AppendLimits are constants of a trace
         for name in ("k", "new_k", *(("rotary_cos",) if arrays.rotary_cos is not None else ())):
             tracing.fix_shape(kvcache.LABELS.get(name, name), getattr(arrays, name))
@@ -64,10 +60,19 @@ def _traced(arrays: Appended, rotation: Rotation) -> Tensor:
         positions = first + torch.arange(q.shape[1], device=q.device) if rotation.by_row else first
         q = rotate(q, *angles, positions, rotation.interleaved)
         new_positions = first + torch.arange(new_k.shape[1], device=q.device)
-        new_k = rotate(new_k, *angles, new_positions, rotation.interleaved)
-    arrays.k.index_put_((entry, row), new_k)
-    arrays.v.index_put_((entry, row), arrays.new_v)
+        exact = new_k if arrays.k_scale is None else new_k.double()  # the definition rotates before it quantises
+        new_k = rotate(exact, *angles, new_positions, rotation.interleaved)
+    _put(arrays.k, arrays.k_scale, (entry, row), new_k)
+    _put(arrays.v, arrays.v_scale, (entry, row), arrays.new_v)
     return q
+
+
+def _put(cache: Tensor, scale: Tensor | None, where: tuple[Tensor, Tensor], values: Tensor) -> None:
+    """Write values into slots of the cache and, for a quantised one, their scales."""
+    if scale is not None:
+        values, scales = quantise(values, adapter.describe(cache).dtype)
+        scale.index_put_(where, scales)
+    cache.index_put_(where, values)
 
 
 ops.library.define(
