@@ -28,8 +28,7 @@ def attend_extended(
     """Compute (out, lse) of `attend` with scores scale * (q k^T + qv v^T), or with values x * descale.
 
     The descales of q, k and v are (batch, nheads_kv). Scores and out are linear in them, so they multiply q and out,
-    and k and v are not changed. fp8 is computed in float32 and gives a bfloat16 out; on CPUs, k and v are read as they
-    are stored.
+    and k and v are not changed. fp8 keys and values are read as they are stored, and out is bfloat16.
     """
     arguments.update({"scale": scale, "cu_seqlens_q": cu_seqlens_q})
     if qv is not None:
@@ -41,29 +40,26 @@ def attend_extended(
     if dtype is FP8:
         if not dtype == k.dtype == v.dtype:
             raise TypeError(f"q, k and v must have one dtype, got {dtype}, {k.dtype}, {v.dtype}. Convert them first.")
-        if q.device.type == "cpu":
-            return _attend_quantised(q.float(), k, v, descales, cu_seqlens_q, arguments)
-        q, k, v = q.float(), k.float(), v.float()
+        return _attend_quantised(q, k, v, descales, cu_seqlens_q, arguments)
     for name, descale in zip(("q_descale", "k_descale"), descales[:2], strict=True):
         if descale is not None:
             q = (q * _per_row(name, descale, q, k.shape[-2], cu_seqlens_q)).to(q.dtype)
     out, lse = attend(q, k, v, **arguments)
     if descales[2] is not None:
         out = out * _per_row("v_descale", descales[2], out, k.shape[-2], cu_seqlens_q)
-    return out.to(torch.bfloat16 if dtype is FP8 else dtype), lse
+    return out.to(dtype), lse
 
 
 def _attend_quantised(
     q: Tensor, k: Tensor, v: Tensor, descales: Descales, cu_seqlens_q: Tensor | None, arguments: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
-    """Compute fp8 attention with the descales of k and v as scales."""
-    nheads_kv = k.shape[-2]
+    """Compute fp8 attention with the descales as scales. q is exact in both dtypes."""
     for name, descale in zip(("q_descale", "k_descale", "v_descale"), descales, strict=True):
         if descale is not None:
-            factors = _per_row(name, descale, q, nheads_kv, cu_seqlens_q)
-            q = q * factors if name == "q_descale" else q
-    scales = [1.0 if x is None else x for x in descales[1:]]
-    out, lse = attend(q, k, v, k_scale=scales[0], v_scale=scales[1], **arguments)
+            _per_row(name, descale, q, k.shape[-2], cu_seqlens_q)
+    of_q, of_k, of_v = (1.0 if x is None else x for x in descales)
+    wide = torch.float32 if q.device.type == "cpu" else torch.bfloat16
+    out, lse = attend(q.to(wide), k, v, k_scale=of_q * of_k, v_scale=of_v, **arguments)
     return out.to(torch.bfloat16), lse
 
 
