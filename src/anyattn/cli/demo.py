@@ -20,7 +20,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         add_help=False,
         help="train a small GPT with anyattn and with PyTorch's attention, and compare them",
         description="Trains a small GPT twice, with anyattn and with PyTorch's own attention, and compares losses, "
-        "speed and memory. Needs torch, rich and matplotlib. `anyattn demo --help` lists the options.",
+        "speed and memory. Needs torch, rich and matplotlib. With --help it lists its options.",
     )
     return parser
 
