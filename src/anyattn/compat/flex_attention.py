@@ -6,7 +6,7 @@ torch's own BlockMask is accepted and returned. `create_block_mask` bounds the m
 looking at every pair. `use_anyattn` replaces `flex_attention` inside torch for a `with` block.
 
 score_mod and mask_mod are traced (docs/score-functions.md): functions that branch on values, write, or reduce raise an
-error that names the line. Only tensors on a CPU are computed until another backend supports score functions.
+error that names the line. Tensors on a GPU use the Triton backend, which has not been run on a real GPU yet.
 """
 
 from __future__ import annotations

@@ -217,7 +217,7 @@ def with_functions(inputs: Inputs, options: Options, score_mod: Any, mask_mod: A
 
 
 _REFUSED_BY_JAX = {
-    "<traced ": ("a JAX array must be wrapped to be read at traced indices. Write anyattn.captured(array)[...]."),
+    "<traced ": "a JAX array must be wrapped to be read at traced indices. Write anyattn.captured(array)[...].",
     "anyattn.definition.score.symbol": (
         "a score function must call functions of numpy, because those of jax.numpy take no traced values. "
         "Write numpy.tanh instead of jax.numpy.tanh, for example."
