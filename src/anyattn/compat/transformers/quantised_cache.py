@@ -19,7 +19,7 @@ class QuantisedCache(Cache):  # type: ignore[misc]
     """KV cache of int8 or float8 with one scale per token and head, for `model.generate(past_key_values=...)`.
 
     Attention reads the cache as it is stored. The cache takes (head_dim + 4) / (2 head_dim) of the memory of a bfloat16
-    cache. The model must have attn_implementation="anyattn"; others fail, because they compute with no int8 tensor.
+    cache. The model must have attn_implementation="anyattn", because other implementations cannot read the cache.
 
     Args:
         dtype: "int8", "float8_e4m3fn" or "float8_e5m2".
