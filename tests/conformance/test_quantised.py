@@ -211,6 +211,19 @@ def test_values_of_slots_are_checked_on_request(monkeypatch: pytest.MonkeyPatch)
 
 
 @every_backend(interpreter=True, only=("cpu", "numpy", "triton"))
+def test_score_functions_take_the_scores_of_scaled_keys(engine: Engine) -> None:
+    given = quantised("float8_e4m3fn")
+    plain = {name: widen(given[name], "float8_e4m3fn") * given[f"{name}_scale"][..., None] for name in "kv"}
+    options: dict[str, Any] = {
+        "score_mod": lambda score, b, h, q_idx, kv_idx: score * score - 0.25 * kv_idx,
+        "mask_mod": lambda b, h, q_idx, kv_idx: (q_idx + kv_idx) % 3 != 1,
+    }
+    out = anyattn.attention(**given, **options, backend=engine.backend)
+    want = anyattn.attention(given["q"].astype(np.float64), **plain, **options, backend="numpy")
+    np.testing.assert_allclose(out, want, rtol=1e-5, atol=1e-6)
+
+
+@every_backend(interpreter=True, only=("cpu", "numpy", "triton"))
 @pytest.mark.parametrize("rows", [1, ROWS])
 @pytest.mark.parametrize("name", ["k_scale", "v_scale"])
 def test_a_scale_of_nan_reaches_the_output(name: str, rows: int, engine: Engine) -> None:
