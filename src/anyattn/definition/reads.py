@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from .problem import Problem
 from .score import intervals
-from .score.graph import FLOAT, split
+from .score.graph import FLOAT, READ, parse, split
 from .score.intervals import Interval, Range
 from .sequences import Tables, sequences
 
@@ -31,6 +32,27 @@ def check_reads(problem: Problem, tables: Tables, captured_indices: Any) -> None
     arrays = split(graph, values, np.zeros(0, np.int32) if captured_indices is None else captured_indices)
     known = [None if array.kind == FLOAT else x for array, x in zip(graph.arrays, arrays, strict=True)]
     intervals.check(graph, ranges, known)
+
+
+@lru_cache(256)
+def check_sizes(text: str, sizes: tuple[int, int, int, int]) -> None:
+    """Raise for the reads whose indices do not depend on values of captured arrays, which are on a device.
+
+    Args:
+        text: of the graph.
+        sizes: batch, query heads, queries and keys, which all exist.
+
+    Raises:
+        ValueError: like `check_reads`.
+    """
+    graph = parse(text)
+    if 0 in sizes:
+        return
+    unknown: set[int] = set()
+    for number, node in enumerate(graph.nodes):
+        if node.operation == READ or not unknown.isdisjoint(node.arguments):
+            unknown.add(number)
+    intervals.check(graph, Range(*map(_upto, sizes)), [None] * len(graph.arrays), unknown)
 
 
 def _upto(size: int) -> Interval:

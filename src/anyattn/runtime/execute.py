@@ -17,7 +17,7 @@ from ..definition.inputs import TABLES, Appended, Gradients, Inputs, Saved, Seco
 from ..definition.options import Options, Rotation
 from ..definition.passes import APPEND, BACKWARD, FORWARD, SECOND, TANGENT, Pass
 from ..definition.problem import Problem, described
-from ..definition.reads import check_reads
+from ..definition.reads import check_reads, check_sizes
 from ..definition.sequences import check_tables
 from ..definition.validate import make_problem
 from . import dispatch
@@ -194,6 +194,8 @@ def _workspace(adapter: Adapter, size: int, like: Any) -> Any:
 def _check_values(adapter: Adapter, problem: Problem, given: Mapping[str, Any]) -> None:
     """Check tables in host memory before any computation, and tables on a device only if ANYATTN_CHECK is set."""
     if not (adapter.tables_on_host(problem.device) or settings.current().check):
+        if problem.score and not any(name in problem.arrays for name in TABLES):
+            check_sizes(problem.score, (problem.batch, problem.nheads, problem.seqlen_q, problem.seqlen_k))
         return
     names = _APPEND_TABLES if problem.pass_ is APPEND else TABLES
     tables = {name: adapter.numpy(given[name]) for name in names if given.get(name) is not None}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ...definition.passes import APPEND, BACKWARD, FORWARD, SECOND, TANGENT
 from ...definition.problem import Problem
-from ..base import without_paged_gradients, without_starts
+    *("captured", "captured_indices", "k_scale", "v_scale"),
 from .device import DEVICES, LARGEST_HEAD_DIM, cards, installed, interpreted, largest_head_dim, refusal
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class TritonBackend:
         reasons = _misplaced(problem.device) + _without(problem.dtype)
         if problem.pass_ is APPEND:
             return reasons
-        return (reasons or _too_wide(problem)) + without_paged_gradients(problem) + without_starts(problem)
+    *("captured", "captured_indices", "k_scale", "v_scale"),
 
     def avoids(self, problem: Problem) -> list[str]:
         return []

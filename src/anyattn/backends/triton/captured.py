@@ -15,7 +15,7 @@ import triton.language as tl
 from .backward import Terms, load_query_tile, tile_gradient
 from .forward import place
 from .tile_lists import count_edges, edge_place, listed_tile, walk_tiles
-from .tiles import capped, key_tiles, sequence
+from .tiles import INTERPRETED, capped, is_visible, key_tiles, sequence
 
 POSITIVE, NEGATIVE, UNDEFINED = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)  # infinite terms, and NaN
 
@@ -62,6 +62,7 @@ def attention_backward_dcaptured(
         )  # fmt: skip
         score, _slope = capped(s, scalars)
         j = (start + tl.arange(0, TILE_K))[None, :]
+        ds = tl.where(is_visible(own.row, j, True, LOWER), ds, 0.0)  # dP may be infinite
         ADD(ds, score, b, head, own.row.index, j, scalars, sums, MEASURE)
 
 
@@ -75,8 +76,12 @@ def add_terms(
     """
     if not BY_QUERY:
         term = tl.sum(term, 0, keep_dims=True)
+        if INTERPRETED:  # score_math.spread has made a tensor of the index
+            index = tl.max(index, 0, keep_dims=True)
     if not BY_KEY:
         term = tl.sum(term, 1, keep_dims=True)
+        if INTERPRETED:
+            index = tl.max(index, 1, keep_dims=True)
     index = tl.broadcast_to(index, term.shape)
     size = tl.abs(term)
     finite = size < float("inf")

@@ -14,9 +14,14 @@ ALIGNMENT = 16  # bytes, of addresses in the workspace
 
 
 def plan_lists(problem: Problem, tiles: Tiles, used: int) -> Lists | None:
-    """Return the lists of a kernel, or None if it has to visit every tile. used: bytes of workspace before them."""
+    """Return the lists of a kernel, or None if it has to visit every tile. used: bytes of workspace before them.
+
+    Lists change the order of sums, so calls with batch_invariant have none, because other sequences affect this choice.
+    """
     graph = problem.functions
-    if graph.mask is None or problem.seqlen_q <= tuning.DECODE_ROWS or _is_sparse(problem):
+    if graph.mask is None or problem.batch_invariant:
+        return None
+    if problem.seqlen_q <= tuning.DECODE_ROWS or _is_sparse(problem):
         return None
     names = {graph.nodes[number].operation for number in graph.reachable((graph.mask,))}
     packed = problem.group if tiles.pack else 1

@@ -20,7 +20,7 @@ class Tiles(NamedTuple):
 
 
 class Lists(NamedTuple):
-    """Lists of tiles in the workspace: their address, and how many lists there are."""
+    """Lists of tiles in the workspace: their address and their numbers."""
 
     tiles: Tiles
     address: Address
@@ -30,9 +30,14 @@ class Lists(NamedTuple):
     heads: int  # 1 if it does not depend on the head
 
     @property
+    def lists(self) -> int:
+        """Return the number of lists."""
+        return self.batch * self.heads * self.own
+
+    @property
     def bytes(self) -> int:
         """Return the bytes of all lists."""
-        return 4 * self.batch * self.heads * self.own * (2 * self.other + 2)
+        return 4 * self.lists * (2 * self.other + 2)
 
 
 def scalars(problem: Problem, lists: Lists | None = None) -> Any:
@@ -50,7 +55,7 @@ def scalars(problem: Problem, lists: Lists | None = None) -> Any:
 
 def _steps(lists: Lists | None) -> tuple[Any, ...]:
     if lists is None:
-        return (None,) * 4
+        return (None,) * 5
     batch = lists.own * lists.heads if lists.batch > 1 else 0
     head = lists.own if lists.heads > 1 else 0
-    return (lists.address, i64(batch), i64(head), i32(lists.other))
+    return (lists.address, i64(batch), i64(head), i32(lists.other), i64(lists.lists))

@@ -13,6 +13,14 @@ from .tiles import INTERPRETED
 
 
 @triton.jit
+def spread(x, q_idx):
+    """Return a number as it is; in the interpreter, which gives comparisons of scalars a wrong type, as a tensor."""
+    if INTERPRETED:
+        x = q_idx * 0 + x
+    return x
+
+
+@triton.jit
 def read(pointer, index, size):
     """Return pointer[index]; 0 for an index outside the array, which only pairs outside the sequence have."""
     return tl.load(pointer + index, mask=(index >= 0) & (index < size), other=0)
@@ -111,6 +119,16 @@ def power(a, b):
 
 # Functions that the generated source calls by name.
 FUNCTIONS = (
-    *("read", "place", "floor_divide", "modulo", "floor_divide_float", "modulo_float", "round_even", "truncate"),
+    *(
+        "spread",
+        "read",
+        "place",
+        "floor_divide",
+        "modulo",
+        "floor_divide_float",
+        "modulo_float",
+        "round_even",
+        "truncate",
+    ),
     *("sign", "sign_int", "sigmoid", "power", "chain"),
 )

@@ -27,7 +27,6 @@ COMPILED = (0.0, 1.0, -1.0, 2.0, 0.5, float("inf"), float("-inf"))
 PARAMETERS = "b, h, q_idx, kv_idx, scalars"
 RESULT = "tl.broadcast_to(v{0}, t.shape)"
 PRODUCTS = {2.0: "{0} * {0}", 3.0: "{0} * {0} * {0}", 4.0: "({0} * {0}) * ({0} * {0})", -1.0: "1.0 / {0}"}  # powers
-LARGEST = 2**31 - 1
 
 _COMMON = {
     **{name: f"tl.{name}({{0}})" for name in ("abs", "floor", "exp", "log", "sin", "cos")},
@@ -172,11 +171,12 @@ class _Source:
         node = graph.nodes[number]
         operands = [f"v{one}" for one in node.arguments]
         if node.operation == CONSTANT:
-            return self._value(node, compiled=number in known)
+            value = f"spread({self._value(node, compiled=number in known)}, q_idx)"
+            return value if node.kind in (FLOAT, INT) else f"{value} != 0"
         if node.operation == SCORE:
             return "t"
         if node.operation in INDICES:
-            return node.operation
+            return node.operation if node.operation.endswith("_idx") else f"spread({node.operation}, q_idx)"
         if node.operation == READ:
             array = self.arrays[int(node.value or 0)]
             table = "captured" if node.kind == FLOAT else "captured_indices"
@@ -196,14 +196,12 @@ class _Source:
                 return f'tl.full([], float("{value}"), tl.float32)'
             return self._constant(f32(value))
         value = int(node.value or 0)
-        if node.kind != INT:
-            return f"tl.full([], {value}, tl.int1)"
         return f"tl.full([], {value}, tl.int32)" if compiled else self._constant(i32(value))
 
     def flat_index(self, graph: Graph, node: Node) -> str:
         """Return the expression of the index of a read in the flat array."""
         if not node.arguments:
-            return "tl.full([], 0, tl.int32)"
+            return "spread(tl.full([], 0, tl.int32), q_idx)"
         sizes = self.arrays[int(node.value or 0)].sizes
         text = f"v{node.arguments[0]}"
         for argument, size in zip(node.arguments[1:], sizes[1:], strict=True):
@@ -230,15 +228,3 @@ def _compile(name: str, text: str) -> Any:
     names |= {one: getattr(score_math, one) for one in score_math.FUNCTIONS}
     exec(compile(text, file, "exec"), names)  # a text of names, numbers and operations only
     return triton.jit(names[name])
-
-
-def limits(graph: Graph) -> list[str]:
-    """Return why no functions can be generated for a graph, or []."""
-    reasons = []
-    sizes = [graph.sizes(floats=floats) for floats in (True, False)]
-    if max(sizes) > LARGEST:
-        reasons.append(f"supports captured arrays of up to 2^31 - 1 elements in all, got {max(sizes)}")
-    values = [node.value or 0 for node in graph.nodes if node.operation == CONSTANT and node.kind == INT]
-    if any(not -LARGEST - 1 <= value <= LARGEST for value in values):
-        reasons.append("supports integers of a score function that fit in int32. Convert them to floating point")
-    return reasons

@@ -73,6 +73,7 @@ def walk_tiles(begin, full, edge, end, b, head, tile, scalars):
     base, mixed, mixed_end = begin.to(tl.int64) * 0, begin * 0, begin * 0
     if scalars.lists is not None:
         row = b.to(tl.int64) * scalars.list_batch + head.to(tl.int64) * scalars.list_head + tile
+        row = tl.minimum(row, scalars.list_count - 1)  # rows outside every sequence have no list
         base = row * (2 * scalars.list_tiles + 2)
         start = scalars.lists + base
         count, first = tl.load(start), 2 + scalars.list_tiles

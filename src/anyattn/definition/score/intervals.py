@@ -7,7 +7,7 @@ by more than the rounding of the compute dtype, and a value that may be NaN has 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -112,10 +112,14 @@ def _doubled(blocks: Values, extreme: np.ufunc) -> Values:
     return np.stack(levels)
 
 
-def check(graph: Graph, ranges: Range, indices: Sequence[Any]) -> None:
+def check(graph: Graph, ranges: Range, indices: Sequence[Any], unknown: Container[int] = ()) -> None:
     """Raise if a read may leave its array, or an integer the range of int32, for indices in these ranges.
 
-    indices: the values of captured arrays of integers and booleans; others are not looked at.
+    Args:
+        graph: the functions.
+        ranges: of the indices.
+        indices: the values of captured arrays of integers and booleans; others are not looked at.
+        unknown: nodes that are not checked.
 
     Raises:
         ValueError: the message names the array and the range of the index.
@@ -125,8 +129,8 @@ def check(graph: Graph, ranges: Range, indices: Sequence[Any]) -> None:
     every = bounds(graph, results, ranges, arrays)
     for number, found in every.items():
         node = graph.nodes[number]
-        if node.kind == INT and (np.min(found.low) < -(2.0**31) or np.max(found.high) >= 2.0**31):
-            low, high = np.min(found.low), np.max(found.high)
+        low, high = np.min(found.low), np.max(found.high)
+        if node.kind == INT and number not in unknown and (low < -(2.0**31) or high >= 2.0**31):
             raise ValueError(
                 f"integers in a score function must fit in int32, got {node.operation} from {low:.0f} to {high:.0f}. "
                 "Convert them to floating point first."
@@ -135,7 +139,7 @@ def check(graph: Graph, ranges: Range, indices: Sequence[Any]) -> None:
         node = graph.nodes[number]
         array = graph.arrays[int(node.value or 0)]
         for axis, (argument, size) in enumerate(zip(node.arguments, array.shape, strict=True)):
-            if argument in every:
+            if argument in every and argument not in unknown:
                 _check_index(every[argument], axis, size, array.shape)
 
 
