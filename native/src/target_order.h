@@ -20,9 +20,9 @@ constexpr const char *slow_pairs(Vendor vendor, int32_t dtype) {
     return vendor == Vendor::kIntel ? "vdpbf16ps has half the rate of float32 FMA on Intel processors" : nullptr;
 }
 
-// Tiles multiply only bfloat16. Other dtypes use the row avx512bf16.
-constexpr const char *bfloat16_only(Vendor, int32_t dtype) {
-    return dtype == ANYATTN_BFLOAT16 ? nullptr : "its tiles multiply bfloat16 alone";
+// Tiles multiply bfloat16 numbers: also the parts of float32 and float16 numbers, but parts of float64 would be too many.
+constexpr const char *no_float64(Vendor, int32_t dtype) {
+    return dtype == ANYATTN_FLOAT64 ? "its tiles do not multiply float64" : nullptr;
 }
 
 constexpr const char *only_named(Vendor, int32_t) { return "it emulates AMX, for tests"; }

@@ -60,15 +60,15 @@ TEST(a_slow_row_is_not_asked_what_it_lacks) {
     CHECK(!reason_against(row, Vendor::kAmd, ANYATTN_BFLOAT16) && asked == 1);
 }
 
-TEST(tiles_compute_bfloat16_alone) {
+TEST(tiles_compute_all_dtypes_but_float64) {
     const TargetRow rows[] = {
-        {"avx512amx", nothing, bfloat16_only}, {"avx512bf16", nothing, slow_pairs}, {"avx512", nothing, never_slow}};
-    CHECK(chooses(rows, Vendor::kIntel, ANYATTN_BFLOAT16, "avx512amx"));
-    for (int32_t dtype : {ANYATTN_FLOAT32, ANYATTN_FLOAT16, ANYATTN_FLOAT64}) {
-        CHECK(chooses(rows, Vendor::kIntel, dtype, "avx512"));
+        {"avx512amx", nothing, no_float64}, {"avx512bf16", nothing, slow_pairs}, {"avx512", nothing, never_slow}};
+    for (int32_t dtype : {ANYATTN_BFLOAT16, ANYATTN_FLOAT32, ANYATTN_FLOAT16}) {
+        CHECK(chooses(rows, Vendor::kIntel, dtype, "avx512amx"));
     }
+    CHECK(chooses(rows, Vendor::kIntel, ANYATTN_FLOAT64, "avx512"));
     const TargetRow refused[] = {
-        {"avx512amx", everything, bfloat16_only}, {"avx512bf16", nothing, slow_pairs}, {"avx512", nothing, never_slow}};
+        {"avx512amx", everything, no_float64}, {"avx512bf16", nothing, slow_pairs}, {"avx512", nothing, never_slow}};
     CHECK(chooses(refused, Vendor::kIntel, ANYATTN_BFLOAT16, "avx512"));
 }
 

@@ -61,7 +61,7 @@ struct ForwardScratch {
     ForwardScratch(const anyattn_call &call, int64_t count, Arena &arena) {
         const int64_t tile = kTileKeys * M::panel;
         S = arena.take<C>(tile);
-        P = M::weights_in_scores ? S : arena.take<C>(tile / 2);
+        P = M::weights_in_scores ? S : arena.take<C>(tile);
         added = has_added(call) ? arena.take<C>(tile) : nullptr;
         registers = take_registers<C>(call, arena);
         keep = call.dropout_threshold ? arena.take<C>(tile) : nullptr;

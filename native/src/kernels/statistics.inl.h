@@ -64,7 +64,7 @@ struct TileScratch {
     TileScratch(const anyattn_call &call, Arena &arena) {
         S = arena.take<C>(tile);
         T = arena.take<C>(tile);
-        P = M::weights_in_scores ? S : arena.take<C>(tile / 2);
+        P = M::weights_in_scores ? S : arena.take<C>(tile);
         added = has_added(call) ? arena.take<C>(tile) : nullptr;
         tanhs = call.softcap > 0 || has_score_function(call) ? arena.take<C>(tile) : nullptr;
         keep = call.dropout_threshold ? arena.take<C>(tile) : nullptr;
