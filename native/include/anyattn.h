@@ -75,7 +75,8 @@ typedef enum anyattn_flag {
     ANYATTN_ROTARY_INTERLEAVED = 8, /* append: pairs (0,1), (2,3), ... instead of halves */
     ANYATTN_ACCUMULATE = 16,        /* backward adds to dq, dk, dv instead of overwriting them */
     ANYATTN_BATCH_INVARIANT = 32,   /* a sequence's gradients do not depend on the other sequences */
-    ANYATTN_HAS_KV_INDICES = 64     /* each query attends only to the key slots in its list, kv_indices */
+    ANYATTN_HAS_KV_INDICES = 64,    /* each query attends only to the key slots in its list, kv_indices */
+    ANYATTN_FAST = 128 /* float32 products may use 16 of the 24 bits of each number, where this is faster */
 } anyattn_flag;
 
 /* Strides are in elements. The last dimension is contiguous (a bias or mask may also have stride 0 there).

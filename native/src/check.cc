@@ -13,7 +13,7 @@ constexpr int64_t kMaxCount = INT32_MAX;          // batch entries and heads: th
 constexpr int64_t kMaxHeadDim = int64_t(1) << 20;
 constexpr int64_t kMaxElements = int64_t(1) << 59;  // an array of float64 still has 63 bits of bytes
 constexpr uint32_t kKnownFlags = ANYATTN_HAS_LEFT | ANYATTN_HAS_RIGHT | ANYATTN_TOP_LEFT | ANYATTN_ROTARY_INTERLEAVED |
-                                 ANYATTN_ACCUMULATE | ANYATTN_BATCH_INVARIANT | ANYATTN_HAS_KV_INDICES;
+                                 ANYATTN_ACCUMULATE | ANYATTN_BATCH_INVARIANT | ANYATTN_HAS_KV_INDICES | ANYATTN_FAST;
 
 using Call = anyattn_call;
 

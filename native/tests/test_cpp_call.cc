@@ -74,6 +74,7 @@ void set_options(const anyattn_call &from, anyattn::Call *to) {
     to->top_left = from.flags & ANYATTN_TOP_LEFT;
     to->accumulate = from.flags & ANYATTN_ACCUMULATE;
     to->batch_invariant = from.flags & ANYATTN_BATCH_INVARIANT;
+    to->fast = from.flags & ANYATTN_FAST;
     to->chunk = from.chunk;
     to->dropout_p = from.dropout_threshold / 65536.0;
     if (from.rng_state) std::copy_n(from.rng_state, 2, to->rng_state);
@@ -162,7 +163,7 @@ TEST(features) {
         Config config = medium(seed);
         config.flags = (seed % 2 ? ANYATTN_HAS_RIGHT : 0) | (seed % 3 ? ANYATTN_HAS_LEFT : 0) |
                        (seed % 5 ? 0 : ANYATTN_TOP_LEFT) | (seed % 7 ? 0 : ANYATTN_ACCUMULATE) |
-                       (seed % 4 ? 0 : ANYATTN_BATCH_INVARIANT);
+                       (seed % 4 ? 0 : ANYATTN_BATCH_INVARIANT) | (seed % 5 ? 0 : ANYATTN_FAST);
         config.left = 20;
         config.right = 3;
         config.chunk = seed % 6 ? 0 : 25;

@@ -54,6 +54,7 @@ def attention(
     rng_state: Array | None = None,
     deterministic: bool = False,
     batch_invariant: bool = False,
+    precision: str | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> A | tuple[A, A]:
@@ -114,6 +115,9 @@ def attention(
         rng_state: int64 array (seed, offset), an alternative to `seed`.
         deterministic: guarantee identical results from run to run, or raise. The CPU backend is always deterministic.
         batch_invariant: guarantee that the result of a sequence does not depend on the rest of the batch.
+        precision: "exact", or "fast": float32 products may use 16 of the 24 bits of each number where this is faster,
+            which is on AMX tiles. Elsewhere, and for other dtypes, both give the same bits. Default: the setting
+            ANYATTN_PRECISION, or else "exact".
         return_lse: also return lse. Gradients then flow through lse too.
         backend: "cpu", "triton", "vulkan" or "numpy". A named backend never falls back to another one. Default: the
             first backend that supports the call.
@@ -140,7 +144,7 @@ def attention(
     """
     options = make_options(
         bounds(causal, window), scale=scale, softcap=softcap, chunk=chunk, alignment=alignment, dropout_p=dropout_p,
-        deterministic=deterministic, batch_invariant=batch_invariant,
+        deterministic=deterministic, batch_invariant=batch_invariant, precision=precision,
     )  # fmt: skip
     extras = NO_EXTRAS
     if not (
@@ -232,6 +236,7 @@ def attention_varlen(
     rng_state: Array | None = None,
     deterministic: bool = False,
     batch_invariant: bool = False,
+    precision: str | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> A | tuple[A, A]:
@@ -274,6 +279,7 @@ def attention_varlen(
         rng_state: int64 array (seed, offset), an alternative to `seed`.
         deterministic: guarantee identical results from run to run, or raise.
         batch_invariant: guarantee that the result of a sequence does not depend on the rest of the batch.
+        precision: "exact" or "fast".
         return_lse: also return lse.
         backend: "cpu", "triton", "vulkan" or "numpy".
 
@@ -296,7 +302,7 @@ def attention_varlen(
     options = make_options(
         bounds(causal, window), scale=scale, softcap=softcap, chunk=chunk, alignment=alignment, dropout_p=dropout_p,
         max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, deterministic=deterministic,
-        batch_invariant=batch_invariant,
+        batch_invariant=batch_invariant, precision=precision,
     )  # fmt: skip
     extras = Extras(
         alibi_slopes=alibi_slopes, sink=sink, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,

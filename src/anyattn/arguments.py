@@ -91,6 +91,7 @@ def make_options(
     key_start: Any = 0,
     partial: Any = False,
     score: str = "",
+    precision: Any = None,
 ) -> Options:
     """Return the options of a call as plain Python values. The usual types are tested first because this is faster."""
     if scale is not None and type(scale) is not float:
@@ -115,7 +116,7 @@ def make_options(
         deterministic=deterministic, batch_invariant=batch_invariant,
         query_start=query_start if type(query_start) is int else integer("query_start", query_start),
         key_start=key_start if type(key_start) is int else integer("key_start", key_start), partial=partial,
-        score=score,
+        score=score, precision="" if precision is None else precision,
     )  # fmt: skip
 
 

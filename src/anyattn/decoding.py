@@ -63,6 +63,7 @@ def attention_with_kvcache(
     score_mod: ScoreFunction | None = None,
     mask_mod: ScoreFunction | None = None,
     batch_invariant: bool = False,
+    precision: str | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> A | tuple[A, A]:
@@ -106,6 +107,7 @@ def attention_with_kvcache(
         score_mod: a function (score, b, h, q_idx, kv_idx) -> score. kv_idx is the slot; q_idx counts the queries.
         mask_mod: a function (b, h, q_idx, kv_idx) -> bool.
         batch_invariant: guarantee that the result of a sequence does not depend on the rest of the batch.
+        precision: "exact" or "fast".
         return_lse: also return lse.
         backend: "cpu", "triton", "vulkan" or "numpy".
 
@@ -127,7 +129,7 @@ def attention_with_kvcache(
         raise ValueError(f"num_splits must be >= 0 (0: automatic), got {num_splits}.")
     interval = bounds(causal, window)
     options = make_options(interval, scale=scale, softcap=softcap, chunk=chunk, alignment=alignment,
-                           batch_invariant=batch_invariant)  # fmt: skip
+                           batch_invariant=batch_invariant, precision=precision)  # fmt: skip
     extras = Extras(
         bias=bias, mask=mask, alibi_slopes=alibi_slopes, sink=sink, seqused_q=seqused_q, leftpad_k=leftpad_k,
         offset=offset, block_table=block_table, cache_batch_idx=cache_batch_idx, kv_indices=kv_indices,
@@ -136,9 +138,8 @@ def attention_with_kvcache(
     framework = framework_of(q)
     if score_mod is not None or mask_mod is not None:
         options, extras = _with_functions(Inputs(q, k_cache, v_cache, extras), options, score_mod, mask_mod)
-    arrays = Appended(
-        q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, block_table, k_scale, v_scale
-    )  # fmt: skip
+    arrays = Appended(q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, block_table,
+                      k_scale, v_scale)  # fmt: skip
     rotation = Rotation(interleaved=flag("rotary_interleaved", rotary_interleaved), by_row=interval != (None, None))
     rotated, seqused_k = framework.append(
         arrays, rotation, backend,

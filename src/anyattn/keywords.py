@@ -31,6 +31,7 @@ class SharedArguments(TypedDict, total=False):
     score_mod: ScoreFunction | None
     mask_mod: ScoreFunction | None
     batch_invariant: bool
+    precision: str | None
     backend: str | None
 
 

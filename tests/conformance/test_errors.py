@@ -98,6 +98,8 @@ DENSE = {
     "chunk is a list": ({"chunk": [1]}, TypeError, "chunk must be an integer, got [1]"),
     "scale is an array": ({"scale": np.array([1.0, 2.0])}, TypeError, "scale must be a real number"),
     "unknown alignment": ({"alignment": "left"}, ValueError, "alignment", "top-left", "bottom-right"),
+    "unknown precision": ({"precision": "half"}, ValueError, "precision", "exact", "fast"),
+    "precision is a number": ({"precision": 0}, ValueError, "precision", "exact", "fast"),
     "offset of the wrong length": ({"offset": [0, 1, 2]}, ValueError, "offset"),
     "offset of fractions": ({"offset": np.array([0.5, 1.0])}, TypeError, "offset"),
     "offset is a fraction": ({"offset": 0.5}, TypeError, "offset"),

@@ -49,6 +49,7 @@ def info(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
 NONSENSE = {
     "ANYATTN_NUM_THREADS": (("many", "-1", "1.5", "4097", "2,2", "²", "0x4", "9" * 40), "an integer from 0 to 4096"),
     "ANYATTN_THREAD_POOL": (("gomp", "Own", "1"), "one of openmp, own, or nothing"),
+    "ANYATTN_PRECISION": (("half", "Fast", "1"), "one of exact, fast, or nothing"),
     "ANYATTN_CHECK": (("yes", "2", "-1"), "an integer from 0 to 1"),
     "ANYATTN_HOPPER": (("yes", "2"), "an integer from 0 to 1"),
     "ANYATTN_BACKEND": (("cuda", "cpu,abacus"), "cpu, triton, vulkan, numpy"),
@@ -88,6 +89,8 @@ def test_invalid_values_are_refused(
         ("ANYATTN_THREAD_POOL", "", "thread_pool", ""),
         ("ANYATTN_THREAD_POOL", " own ", "thread_pool", "own"),
         ("ANYATTN_THREAD_POOL", "openmp", "thread_pool", "openmp"),
+        ("ANYATTN_PRECISION", "", "precision", "exact"),
+        ("ANYATTN_PRECISION", " fast ", "precision", "fast"),
         ("ANYATTN_CHECK", "1", "check", True),
         ("ANYATTN_CHECK", "", "check", False),
         ("ANYATTN_HOPPER", "1", "hopper", True),

@@ -62,6 +62,7 @@ struct Call : Settings {
     Table leftpad_k, offset;  // (batch): first key in use; position of row 0
     int64_t max_seqlen_q = 0, max_seqlen_k = 0;  // packed or paged: maximum length; 0: computed
     bool batch_invariant = false;  // gradients do not depend on the other sequences
+    bool fast = false;  // float32 products may use 16 of the 24 bits of each number, where this is faster
 
     double dropout_p = 0;
     uint64_t rng_state[2] = {0, 0};  // seed, offset
@@ -105,7 +106,7 @@ inline void put_options(const Call &from, Translation *to) {
     call.flags =
         (from.left ? uint32_t(ANYATTN_HAS_LEFT) : 0) | (from.causal || from.right ? uint32_t(ANYATTN_HAS_RIGHT) : 0) |
         (from.top_left ? uint32_t(ANYATTN_TOP_LEFT) : 0) | (from.accumulate ? uint32_t(ANYATTN_ACCUMULATE) : 0) |
-        (from.batch_invariant ? uint32_t(ANYATTN_BATCH_INVARIANT) : 0);
+        (from.batch_invariant ? uint32_t(ANYATTN_BATCH_INVARIANT) : 0) | (from.fast ? uint32_t(ANYATTN_FAST) : 0);
     call.seqused_q = to->per_sequence("seqused_q", from.seqused_q);
     call.seqused_k = to->per_sequence("seqused_k", from.seqused_k);
     call.leftpad_k = to->per_sequence("leftpad_k", from.leftpad_k);

@@ -18,12 +18,14 @@ template <int32_t dtype>
 constexpr bool is_own = !kHasBase || !is_plain<typename Products<dtype>::M>;
 
 // The dtype whose products compute a pass. A float32 dout keeps its precision: the backward pass then multiplies float32
-// numbers.
+// numbers. With ANYATTN_FAST, the products of float16 numbers, which have fewer parts, multiply float32 numbers.
 int32_t product_dtype(const anyattn_call &call, int32_t pass) {
     const int32_t dtype = call.q.dtype;
     if (dtype == ANYATTN_FLOAT64) return dtype;
     const bool wide_dout = pass == ANYATTN_BACKWARD && call.dout.dtype == ANYATTN_FLOAT32;
-    return wide_dout || is_quantised(call) ? ANYATTN_FLOAT32 : dtype;
+    const bool is_float32 = dtype == ANYATTN_FLOAT32 || wide_dout || is_quantised(call);
+    if (!is_float32) return dtype;
+    return call.flags & ANYATTN_FAST ? ANYATTN_FLOAT16 : ANYATTN_FLOAT32;
 }
 
 // Calls body(M()) with the products M of a dtype that is_own.

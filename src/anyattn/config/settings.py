@@ -15,6 +15,11 @@ VARIABLES = {
     "backend": ("ANYATTN_BACKEND", "", "backends to use, in order, separated by commas; empty: automatic choice"),
     "require": ("ANYATTN_REQUIRE", "", "backends that must be available: a missing backend raises at the first call"),
     "cpu_target": ("ANYATTN_CPU_TARGET", "", "instruction set of the CPU engine; empty: the fastest for each dtype"),
+    "precision": (
+        "ANYATTN_PRECISION",
+        "exact",
+        "exact or fast, for calls without `precision`; fast: float32 products on AMX tiles use 16 of 24 bits",
+    ),
     "num_threads": ("ANYATTN_NUM_THREADS", "0", "threads of the CPU engine; 0: as many as OpenMP uses, or all cores"),
     "thread_pool": (
         "ANYATTN_THREAD_POOL",
@@ -42,6 +47,7 @@ VARIABLES = {
 }
 MOST_THREADS = 4096  # of the CPU engine
 LONGEST_WAIT = 10**6  # seconds
+PRECISIONS = ("exact", "fast")
 THREAD_POOLS = ("", "openmp", "own")  # by their numbers in anyattn.h
 
 
@@ -51,6 +57,7 @@ class Settings(NamedTuple):
     backend: tuple[str, ...]
     require: tuple[str, ...]
     cpu_target: str
+    precision: str
     num_threads: int
     thread_pool: str
     omp_num_threads: tuple[int, ...]
@@ -101,6 +108,7 @@ def _read() -> Settings:
         backend=_names(raw["backend"]),
         require=_names(raw["require"]),
         cpu_target=raw["cpu_target"],
+        precision=_choice("precision", raw["precision"] or "exact", PRECISIONS),
         num_threads=num_threads,
         thread_pool=_choice("thread_pool", raw["thread_pool"], THREAD_POOLS),
         # A user who sets the number of threads does not need OpenMP for it.

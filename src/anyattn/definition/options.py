@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 ALIGNMENTS = ("bottom-right", "top-left")
+PRECISIONS = ("exact", "fast")
 
 
 class Options(NamedTuple):
@@ -12,7 +13,7 @@ class Options(NamedTuple):
 
     `left` and `right` are inclusive, and None if unbounded. A max_seqlen of 0 means unknown. query_start and key_start
     are added to the indices that dropout counts by. partial: out and gradients are in the compute dtype. score: text
-    of the graph of score_mod and mask_mod, "" without them.
+    of the graph of score_mod and mask_mod, "" without them. precision: one of PRECISIONS, or "" for the setting's.
     """
 
     scale: float | None = None
@@ -30,6 +31,7 @@ class Options(NamedTuple):
     key_start: int = 0
     partial: bool = False
     score: str = ""
+    precision: str = ""
 
 
 class Rotation(NamedTuple):

@@ -76,6 +76,7 @@ class Problem(NamedTuple):
     partial: bool = False  # out and gradients in the compute dtype
     rotation: Rotation = Rotation()  # used by the APPEND pass
     score: str = ""  # text of score_mod and mask_mod
+    precision: str = ""  # "exact", "fast", or "" for the setting's; it permits errors and never requires them
 
     def __getattr__(self, name: str) -> Array | None:
         if name in ARRAYS:

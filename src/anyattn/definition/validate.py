@@ -13,7 +13,7 @@ from . import kvcache, philox, quantised
 from .dtypes import ATTENTION_DTYPES, DTYPES, QUANTISED, key_dtypes
 from .inputs import CAPTURED, FIELDS, SCORES, Field, Saved, Tangents, accepted_shapes
 from .mask import Mask
-from .options import ALIGNMENTS, Options, Rotation
+from .options import ALIGNMENTS, PRECISIONS, Options, Rotation
 from .passes import APPEND, BACKWARD, FORWARD, SECOND, TANGENT, Pass
 from .problem import Array, Problem
 from .score.graph import Graph, parse
@@ -73,6 +73,7 @@ def _attention_problem(given: Given, options: Options, pass_: Pass) -> Problem:
         key_start=options.key_start,
         partial=options.partial,
         score=options.score,
+        precision=options.precision,
     )
     if options.partial and pass_ not in (FORWARD, BACKWARD):
         raise ValueError(f"partial must be False in the {pass_} pass, got True.")
@@ -270,6 +271,8 @@ def _check_scalars(options: Options, given: Given, compute: str) -> None:
         raise ValueError(f"chunk must be >= 0 (0: off), got {options.chunk}.")
     if options.alignment not in ALIGNMENTS:
         raise ValueError(f"alignment must be one of {', '.join(ALIGNMENTS)}, got {options.alignment!r}.")
+    if options.precision not in ("", *PRECISIONS):
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, or None, got {options.precision!r}.")
     if not 0.0 <= options.dropout_p < 1.0 or philox.threshold(options.dropout_p) > 65535:
         raise ValueError(f"dropout_p must be in [0, 1 - 2^-17), got {options.dropout_p}.")
     if philox.threshold(options.dropout_p) and "rng_state" not in given:

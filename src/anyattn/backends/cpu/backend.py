@@ -7,6 +7,7 @@ import operator
 import threading
 from array import array as words
 
+from ...config import settings
 from ...definition.dtypes import DTYPES
 from ...definition.inputs import Extras
 from ...definition.passes import APPEND, BACKWARD, FORWARD, SECOND, TANGENT
@@ -15,7 +16,7 @@ from ..base import Call, without_cache_gradients
 from . import layout, library, score_program, signals
 from .mask_blocks import MaskBlocks
 
-HAS_LEFT, HAS_RIGHT, TOP_LEFT, ROTARY_INTERLEAVED, BATCH_INVARIANT, HAS_KV_INDICES = 1, 2, 4, 8, 32, 64
+HAS_LEFT, HAS_RIGHT, TOP_LEFT, ROTARY_INTERLEAVED, BATCH_INVARIANT, HAS_KV_INDICES, FAST = 1, 2, 4, 8, 32, 64, 128
 OUT_OF_MEMORY, INTERRUPTED = 7, 8
 MESSAGE_BYTES = 512
 # Evidence for each processor, shown in the README, the documentation and `anyattn info`.
@@ -192,6 +193,7 @@ def _attention_values(problem: Problem) -> Values:
     flags = (HAS_LEFT if interval.left is not None else 0) | (HAS_RIGHT if interval.right is not None else 0)
     flags |= TOP_LEFT if problem.alignment == "top-left" else 0
     flags |= BATCH_INVARIANT if problem.batch_invariant else 0
+    flags |= FAST if (problem.precision or settings.current().precision) == "fast" else 0
     pages, indices = problem.block_table, problem.kv_indices
     flags |= 0 if indices is None else HAS_KV_INDICES
     return {
