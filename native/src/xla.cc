@@ -40,6 +40,9 @@ bool words_of(const Attributes &attributes, const char *name, Words *words) {
 int64_t item_bytes(int type) {
     switch (type) {
         case kPred:
+        case kS8:
+        case kF8E5M2:
+        case kF8E4M3FN:
             return 1;
         case kF16:
         case kBF16:

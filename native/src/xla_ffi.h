@@ -15,6 +15,7 @@ enum Attribute : int { kArray = 1, kScalar = 3 };
 enum Code : int { kInvalidArgument = 3, kResourceExhausted = 8, kUnimplemented = 12 };
 enum Type : int {
     kPred = 1,
+    kS8 = 2,
     kS32 = 4,
     kS64 = 5,
     kU32 = 8,
@@ -23,6 +24,8 @@ enum Type : int {
     kF32 = 11,
     kF64 = 12,
     kBF16 = 16,
+    kF8E5M2 = 19,
+    kF8E4M3FN = 20,
 };
 
 struct ExtensionBase {

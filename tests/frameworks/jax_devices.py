@@ -142,7 +142,26 @@ def caches() -> Iterator[str]:
         yield from differ(f"append, {place}", step(*[jax.device_put(x, sharding) for x in (*new, K, V)]), want)
 
 
+def quantised() -> Iterator[str]:
+    """Yield what is wrong about quantised caches on several devices, with scales of several shapes."""
+    lengths, codes = jnp.asarray([1, 0, 5, 2]), jnp.asarray(np.clip(50 * K, -127, 127), jnp.int8)
+    scale = normal(BATCH, KEYS, NHEADS_KV, seed=8) ** 2
+
+    @jax.jit
+    def step(q: Any, k: Any, v: Any, codes: Any, scale: Any) -> Any:
+        scales = {"k_scale": scale, "v_scale": scale}
+        found = attention_with_kvcache(q, codes, codes, k=k, v=v, cache_seqlens=lengths, causal=True, **scales)
+        return found, anyattn.attention(q, codes, codes, k_scale=scale[0, 0, 0], v_scale=scale[:, 0])
+
+    new = [x[:, :2] for x in (Q, K, V)]
+    want = step(*new, codes, scale)
+    for place, spec in SPECS.items():
+        put = [jax.device_put(x, NamedSharding(mesh, spec)) for x in (*new, codes)]
+        got = step(*put, jax.device_put(scale, NamedSharding(mesh, P(*spec[:3]))))
+        yield from differ(f"quantised, {place}", got, want)
+
+
 if __name__ == "__main__":
     assert len(jax.devices()) == 4
-    found = [*automatic(), *typed(), *manual(), *caches()]
+    found = [*automatic(), *typed(), *manual(), *caches(), *quantised()]
     sys.stdout.write("\n".join([*found, f"{len(found)} faults\n"]))

@@ -90,9 +90,20 @@ def test_traced_scalars_are_refused_by_name() -> None:
         jax.jit(lambda scale: anyattn.attention(Q, K, V, scale=scale))(0.5)
 
 
-def test_quantised_keys_are_refused() -> None:
-    with pytest.raises(NotImplementedError, match="k_scale must be None for JAX arrays"):
-        anyattn.attention(Q, K.astype(jnp.int8), V.astype(jnp.int8), k_scale=1.0, v_scale=1.0)
+def test_scales_of_quantised_keys_are_checked() -> None:
+    k, v = K.astype(jnp.int8), V.astype(jnp.int8)
+    with pytest.raises(TypeError, match="k_scale must be floating point, got int32"):
+        anyattn.attention(Q, k, v, k_scale=jnp.ones(2, jnp.int32), v_scale=1.0)
+    with pytest.raises(ValueError, match="v_scale must be finite and >= 0, got nan"):
+        anyattn.attention(Q, k, v, k_scale=1.0, v_scale=float("nan"))
+    with pytest.raises(ValueError, match="v_scale must be a number or an array"):
+        anyattn.attention(Q, k, v, k_scale=1.0)
+
+
+def test_gradients_through_quantised_keys_are_refused() -> None:
+    k, v = K.astype(jnp.int8), V.astype(jnp.int8)
+    with pytest.raises(ValueError, match="k and v must have q's dtype float32 in the tangent pass, got int8"):
+        jax.grad(lambda q: anyattn.attention(q, k, v, k_scale=1.0, v_scale=1.0).sum())(Q)
 
 
 def test_scalars_may_be_arrays_of_one_element() -> None:

@@ -12,7 +12,7 @@ import pytest
 import anyattn
 from anyattn.compat.jax import attention_with_kvcache
 from harness import jax_arrays
-from harness.kvcache_cases import AppendCase
+from harness.kvcache_cases import WRITTEN, AppendCase
 
 CASES = {
     "plain": AppendCase(),
@@ -24,6 +24,9 @@ CASES = {
     "float64": AppendCase(dtype="float64", rotary_dim=8, seed=6),
     "bfloat16": AppendCase(dtype="bfloat16", page_size=16, seed=7),
     "float16": AppendCase(dtype="float16", rotary_dim=8, seed=8),
+    "int8": AppendCase(stored="int8", rotary_dim=8, leftpad=True, seed=9),
+    "e4m3": AppendCase(stored="float8_e4m3fn", dtype="bfloat16", page_size=7, rotary_dim=8, seed=10),
+    "e5m2": AppendCase(stored="float8_e5m2", entries=True, seed=11),
 }
 
 
@@ -46,9 +49,29 @@ def test_append_equals_numpy_arrays(name: str, backend: str | None, jit: bool) -
 
         out, lse, *caches = (jax.jit(step) if jit else step)(arrays)
         wanted = anyattn.attention_with_kvcache(**given, return_lse=True, backend=backend or "cpu")
-        for got, want in zip((out, lse, *caches), (*wanted, given["k_cache"], given["v_cache"]), strict=True):
-            assert np.array_equal(np.asarray(got), want)
+        written = [given[name] for name in WRITTEN if name in given]
+        for got, want in zip((out, lse, *caches), (*wanted, *written), strict=True):
+            assert np.asarray(got).tobytes() == want.tobytes()
         assert np.array_equal(arrays["k_cache"], CASES[name].draw()["k_cache"]), "the old cache is unchanged"
+
+
+@pytest.mark.parametrize("scales", ["one", "heads", "sequences", "slots"])
+def test_vmap_of_quantised_keys_equals_a_loop(scales: str) -> None:
+    """Every array but the scales of v differs between samples."""
+    rng = np.random.default_rng(0)
+    q = jnp.asarray(rng.standard_normal((3, 2, 5, 4, 8)), jnp.float32)
+    k, v = (jnp.asarray(rng.integers(-127, 128, (3, 2, 7, 2, 8)), jnp.int8) for _ in range(2))
+    shape = {"one": (), "heads": (2,), "sequences": (2, 2), "slots": (2, 7, 2)}[scales]
+    k_scale, v_scale = (jnp.asarray(rng.uniform(0, 0.02, (3, *shape)), jnp.float32) for _ in range(2))
+
+    def call(q: Any, k: Any, v: Any, k_scale: Any) -> Any:
+        return anyattn.attention(q, k, v, k_scale=k_scale, v_scale=v_scale[0], causal=True)
+
+    got = jax.vmap(call)(q, k, v, k_scale)
+    want = jnp.stack([call(q[n], k[n], v[n], k_scale[n]) for n in range(3)])
+    np.testing.assert_array_equal(got, want)
+    shared = jax.vmap(call, in_axes=(0, None, None, None))(q, k[0], v[0], k_scale[0])
+    np.testing.assert_array_equal(shared[0], want[0])
 
 
 def test_donated_caches_are_updated_in_place() -> None:
@@ -85,8 +108,9 @@ def test_decoding_in_a_loop_equals_attention_to_the_whole_sequence() -> None:
 
 
 @pytest.mark.parametrize("rotary", [False, True])
-def test_vmap_of_an_append_equals_a_loop(rotary: bool) -> None:
-    given = [AppendCase(seed=seed, rotary_dim=8 * rotary).draw() for seed in range(3)]
+@pytest.mark.parametrize("stored", ["", "int8"])
+def test_vmap_of_an_append_equals_a_loop(stored: str, rotary: bool) -> None:
+    given = [AppendCase(seed=seed, rotary_dim=8 * rotary, stored=stored).draw() for seed in range(3)]
     names = [name for name, x in given[0].items() if isinstance(x, np.ndarray) and not name.startswith("rotary")]
     others = {name: jnp.asarray(x) if isinstance(x, np.ndarray) else x for name, x in given[0].items()}
     stacked = {name: jnp.stack([one[name] for one in given]) for name in names}

@@ -240,7 +240,8 @@ def attention_with_kvcache(
             may be a traced number.
 
     Returns:
-        (out, k_cache, v_cache), or (out, lse, k_cache, v_cache).
+        (out, k_cache, v_cache), or (out, lse, k_cache, v_cache). A quantised cache is followed by its new scales:
+        (out, k_cache, v_cache, k_scale, v_scale).
 
     Raises:
         ValueError: the cache is full or a page is unknown. Inside a compiled function, JAX raises its own error.
@@ -260,11 +261,11 @@ def attention_with_kvcache(
     by_row = bounds(given.get("causal", False), given.get("window")) != (None, None)
     rotation = Rotation(True if interleaved is None else flag("rotary_interleaved", interleaved), by_row)
     places = given.get("cache_batch_idx"), given.get("block_table")
+    scales = given.pop("k_scale", None), given.pop("v_scale", None)
     framework: Any = loaded.jax
     new = framework.kvcache.append(
-        Appended(q, k_cache, v_cache, k, v, cos, sin, lengths, *places), rotation, given.get("backend")
+        Appended(q, k_cache, v_cache, k, v, cos, sin, lengths, *places, *scales), rotation, given.get("backend")
     )
-    result = decoding.attention_with_kvcache(
-        new.q, new.k_cache, new.v_cache, cache_seqlens=new.cache_seqlens, return_lse=return_lse, **given
-    )
-    return (*result, new.k_cache, new.v_cache) if return_lse else (result, new.k_cache, new.v_cache)
+    given |= dict(zip(("k_cache", "v_cache", "k_scale", "v_scale"), new.caches, strict=False))
+    result = decoding.attention_with_kvcache(new.q, cache_seqlens=new.cache_seqlens, return_lse=return_lse, **given)
+    return (*result, *new.caches) if return_lse else (result, *new.caches)

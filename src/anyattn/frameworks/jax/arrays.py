@@ -105,8 +105,14 @@ def _fit_state(name: str, x: Any, q: Any, batch: int) -> Any:
     )
 
 
-def _refuse(name: str, x: Any, q: Any, batch: int) -> Any:
-    raise NotImplementedError(f"{name} must be None for JAX arrays, which have no quantised keys and values yet.")
+def _fit_scales(name: str, x: Any, q: Any, batch: int) -> Any:
+    """Return float32 from an array or a number."""
+    if isinstance(x, (int, float, np.floating)):
+        return jnp.asarray(x, jnp.float32)
+    array = jnp.asarray(x) if isinstance(x, np.ndarray) else check(name, x)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"{name} must be floating point, got {array.dtype.name}.")
+    return array.astype(jnp.float32)
 
 
 def _fit_captured(name: str, x: Any, q: Any, batch: int) -> Any:
@@ -119,7 +125,7 @@ _FITS = {
     TABLE: _fit_table,
     STATE: _fit_state,
     CAPTURED: _fit_captured,
-    SCALES: _refuse,
+    SCALES: _fit_scales,
 }
 
 

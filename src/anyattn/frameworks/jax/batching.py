@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import batching
 
-from ...definition.inputs import FIELDS, GRADIENTS, HEADS, SCORES, STATE
+from ...definition.inputs import FIELDS, GRADIENTS, HEADS, SCALES, SCORES, STATE
 from ...definition.options import Options
 from ...definition.passes import APPEND, BACKWARD, FORWARD
 from .calls import Static
@@ -31,7 +31,11 @@ def fold(samples: int, given: Mapped, pass_: str) -> dict[str, Any] | None:
     if gradients and pass_ != BACKWARD.name and any(name in given for name in GRADIENTS):
         return None
     paged = bool(given.keys() & {"block_table", "cache_batch_idx"})
-    if paged and (gradients or pass_ == APPEND.name or mapped & {"k", "v"}):
+    in_pages = {"k", "v", *(name for name, one in given.items() if _scale_axes(name, *one) == 3)}
+    if paged and (gradients or pass_ == APPEND.name or mapped & in_pages):
+        return None
+    shared = {name for name, one in given.items() if _scale_axes(name, *one) in (0, 1)}
+    if mapped & shared:
         return None
     q = _front(samples, *given["q"])
     folded: dict[str, Any] = {}
@@ -41,11 +45,16 @@ def fold(samples: int, given: Mapped, pass_: str) -> dict[str, Any] | None:
             if score is None:
                 return None
             folded[name] = score
-        elif _is_shared(name) or (paged and name in ("k", "v")):
+        elif _is_shared(name) or name in shared or (paged and name in in_pages):
             folded[name] = x
         else:
             folded[name] = _flat(_front(samples, x, dim))
     return folded
+
+
+def _scale_axes(name: str, x: Any, dim: int | None) -> int | None:
+    """Return the number of axes of the scales of one sample; None for other arrays."""
+    return x.ndim - (dim is not None) if name in FIELDS and FIELDS[name].kind == SCALES else None
 
 
 def _is_shared(name: str) -> bool:

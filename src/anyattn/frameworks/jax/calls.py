@@ -16,7 +16,8 @@ import numpy as np
 from ...backends.base import Call
 from ...backends.cpu import library
 from ...backends.cpu.backend import CpuPlan
-from ...definition import kvcache
+from ...config import settings
+from ...definition import kvcache, quantised
 from ...definition.inputs import TABLES
 from ...definition.options import Options, Rotation
 from ...definition.passes import APPEND, PASSES, SECOND, TANGENT
@@ -28,7 +29,7 @@ from ...runtime import dispatch
 from ..numpy import adapter as numpy_adapter
 from .arrays import describe
 
-IN_PLACE = ("k", "v")  # operands of an append that are results too
+IN_PLACE = ("k", "v", "k_scale", "v_scale")  # operands of an append that are results too
 _BY_NAME = {one.name: one for one in PASSES}
 
 
@@ -57,16 +58,18 @@ def named(backend: str | None) -> str:
 
 def find(static: Static, arrays: Sequence[Any]) -> dispatch.Ready:
     """Return the problem of arrays, tracers or their types, and its plan."""
-    backend = static.backend or ",".join(backends_of(static.pass_, static.options))
+    backend = static.backend or ",".join(backends_of(static))
     return dispatch.lookup(("jax", static, _types(arrays)), backend, lambda: problem(static, arrays))
 
 
-def backends_of(pass_: str, options: Options | Rotation) -> tuple[str, ...]:
+def backends_of(static: Static) -> tuple[str, ...]:
     """Return the backends of a call that names none.
 
-    The CPU engine computes. The NumPy backend computes what the engine does not: some derivatives and score functions.
+    The CPU engine computes. The NumPy backend computes what the engine does not: some derivatives and score functions,
+    and the gradients of queries of quantised keys.
     """
-    others = pass_ in (TANGENT.name, SECOND.name) or (isinstance(options, Options) and options.score)
+    others = static.pass_ in (TANGENT.name, SECOND.name) or "k_scale" in static.names
+    others = others or (isinstance(static.options, Options) and bool(static.options.score))
     return ("cpu", "numpy") if others else ("cpu",)
 
 
@@ -90,7 +93,8 @@ def results(static: Static, arrays: Sequence[Any]) -> list[Result]:
     found = problem(static, arrays)
     outputs = [Result(name, x.shape, x.dtype) for name, x in found.outputs().items() if name not in static.absent]
     if static.pass_ == APPEND.name:
-        outputs += [Result(name, found.arrays[name].shape, found.arrays[name].dtype) for name in IN_PLACE]
+        arrays_in_place = [(name, found.arrays[name]) for name in IN_PLACE if name in found.arrays]
+        outputs += [Result(name, x.shape, x.dtype) for name, x in arrays_in_place]
     return outputs
 
 
@@ -140,7 +144,7 @@ def _on_host(static: Static, wanted: Sequence[Result], operands: Sequence[Any]) 
     ready = find(static, operands)
     check_values(ready.problem, given)
     if static.pass_ == APPEND.name:
-        given |= {name: given[name].copy() for name in IN_PLACE}
+        given |= {name: given[name].copy() for name in IN_PLACE if name in given}
     outputs = {name: numpy_adapter.empty(shape, dtype, given["q"]) for name, shape, dtype in ready.outputs}
     arrays: dict[str, Any] = {**given, **{name: x for name, x in outputs.items() if name not in static.absent}}
     call = Call(numpy_adapter, None, **arrays)
@@ -159,5 +163,8 @@ def check_values(problem: Problem, given: Mapping[str, Any]) -> None:
     elif problem.has_tables:
         tables = {name: given[name] for name in TABLES if name in given}
         check_tables(problem, tables)
+        if problem.quantised:
+            scales = {name: given[name] for name in quantised.SCALES_OF.values() if name in given}
+            quantised.check_values(problem, tables, scales, slots=settings.current().check)
         if problem.score:
             check_reads(problem, tables, given.get("captured_indices"))

@@ -57,7 +57,8 @@ def forward(inputs: Inputs, options: Options, seed: int | None, backend: str | N
 def backward(saved: Saved, inputs: Inputs, options: Options, seed: int | None, backend: str | None) -> Gradients:
     prepared = _prepare(inputs, options, seed)
     found = _bind(BACKWARD, prepared, options, backend, _checked(saved._asdict()))
-    return reshape_gradients(Gradients(**found), inputs.extras)
+    absent = dict.fromkeys(("dk", "dv"))  # quantised keys and values have no gradients
+    return reshape_gradients(Gradients(**{**absent, **found}), inputs.extras)
 
 
 def tangent(
@@ -106,11 +107,9 @@ def explain(inputs: Inputs, options: Options, seed: int | None, backend: str | N
     from ...definition.validate import make_problem
 
     prepared = _prepare(inputs, options, seed)
-    given = described(FORWARD.inputs, flatten(prepared), lambda x: x)
-    metadata = {name: conversion.describe(name, x.shape, x.dtype) for name, x in given.items()}
-    return dispatch.explain(
-        make_problem(metadata, options), dispatch.named(backend) or backends_of(FORWARD.name, options)
-    )
+    static, given = _static(prepared, options, backend)
+    metadata = {name: conversion.describe(name, x.shape, x.dtype) for name, x in zip(static.names, given, strict=True)}
+    return dispatch.explain(make_problem(metadata, options), dispatch.named(backend) or backends_of(static))
 
 
 def warmup(inputs: Inputs, options: Options, seed: int | None, backend: str | None, *, backward: bool) -> None:
@@ -170,7 +169,7 @@ def _static(inputs: Inputs, options: Options, backend: str | None) -> tuple[Stat
 
 def _check_known(call: Problem, given: Mapping[str, Any]) -> None:
     """Check the values of tables if all of them are known now. Otherwise the program checks them."""
-    tables = {name: given[name] for name in (*TABLES, "captured_indices") if name in given}
+    tables = {name: given[name] for name in (*TABLES, "captured_indices", "k_scale", "v_scale") if name in given}
     if (tables or call.score) and all(conversion.is_concrete(x) for x in tables.values()):
         check_values(call, {name: np.asarray(x) for name, x in tables.items()})
 

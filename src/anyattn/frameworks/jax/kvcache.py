@@ -17,19 +17,21 @@ from ...definition.options import Rotation
 from ...definition.passes import APPEND
 from ...definition.problem import described
 from .arrays import check, is_concrete, per_sequence, table
-from .calls import Static, check_values, named, problem
+from .calls import IN_PLACE, Static, check_values, named, problem
 from .primitives import bind
 
 TABLES = ("cache_seqlens", "cache_batch_idx", "block_table")
 
 
 class Updated(NamedTuple):
-    """Query, rotated if rotary tables are given, the caches with the new keys, and the keys in use per sequence."""
+    """Query, rotated if rotary tables are given, the keys in use per sequence, and the caches with the new keys.
+
+    caches: k and v, and the scales of quantised ones.
+    """
 
     q: jax.Array
-    k_cache: jax.Array
-    v_cache: jax.Array
     cache_seqlens: jax.Array
+    caches: tuple[jax.Array, ...]
 
 
 def append(arrays: Appended, rotation: Rotation, backend: str | None) -> Updated:
@@ -49,4 +51,4 @@ def append(arrays: Appended, rotation: Rotation, backend: str | None) -> Updated
         check_values(call, {name: np.asarray(x) for name, x in tables.items()})
     found = bind(APPEND, operands, rotation, backend)
     used = given["cache_seqlens"] + np.int32(given["new_k"].shape[1])
-    return Updated(found.get("out", given["q"]), found["k"], found["v"], used)
+    return Updated(found.get("out", given["q"]), used, tuple(found[name] for name in IN_PLACE if name in found))

@@ -26,6 +26,7 @@ _NEW = ("new_k", "new_v")
 _LIKE_LSE = ("lse", "dlse", "tlse", "ddlse")
 _SCORES = ("bias", "mask", "dbias", "tbias")
 _HEADS = ("alibi_slopes", "sink", "dsink", "tsink")
+_SCALES = ("k_scale", "v_scale")
 _SEQUENCES = ("seqused_q", "seqused_k", "leftpad_k", "offset", "cache_batch_idx", "cache_seqlens", "block_table")
 
 
@@ -69,6 +70,10 @@ def labels(call: Problem, name: str, shape: Sequence[int]) -> list[str | None]:
         found[-2:] = [BATCH, HEADS][-len(shape) :]
     elif name in _SEQUENCES:
         found[0] = BATCH
+    elif name in _SCALES and shape:
+        found[-1] = HEADS_KV
+        if len(shape) > 1 and not (len(shape) == 3 and (call.paged or call.cache_batch_idx is not None)):
+            found[0] = BATCH
     elif name == "kv_indices":
         if not call.packed_q:
             found[0] = BATCH
