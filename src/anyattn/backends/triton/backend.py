@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from ...definition.passes import APPEND, BACKWARD, FORWARD, SECOND, TANGENT
 from ...definition.problem import Problem
-    *("captured", "captured_indices", "k_scale", "v_scale"),
+from ..base import without_paged_gradients, without_starts
+from . import score_limits
 from .device import DEVICES, LARGEST_HEAD_DIM, cards, installed, interpreted, largest_head_dim, refusal
 
 if TYPE_CHECKING:
@@ -67,7 +68,8 @@ class TritonBackend:
         reasons = _misplaced(problem.device) + _without(problem.dtype)
         if problem.pass_ is APPEND:
             return reasons
-    *("captured", "captured_indices", "k_scale", "v_scale"),
+        reasons = (reasons or _too_wide(problem)) + score_limits.limits(problem)
+        return reasons + without_paged_gradients(problem) + without_starts(problem)
 
     def avoids(self, problem: Problem) -> list[str]:
         return []
