@@ -12,6 +12,9 @@
 namespace anyattn {
 namespace {
 
+// Whether another row of targets.def, the base, computes the calls for which this row has no products of its own.
+constexpr bool kHasBase = ANYATTN_HAS_BASE;
+
 // Whether this instruction set computes a dtype. If it has a base, the base computes those dtypes that have no products of
 // their own here.
 template <int32_t dtype>

@@ -1,6 +1,5 @@
 // Vectors of one instruction set, by the compilers' vector extensions. Its row in targets.def sets their width
-// (ANYATTN_VECTOR_BYTES), the number of vectors that hold the queries of a panel (ANYATTN_PANEL_VECTORS), and whether the
-// kernels of another row compute the dtypes that it has no products for (ANYATTN_HAS_BASE).
+// (ANYATTN_VECTOR_BYTES) and the number of vectors that hold the queries of a panel (ANYATTN_PANEL_VECTORS).
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -35,7 +34,6 @@ constexpr bool kIsArm64 = false;
 
 constexpr int kVectorBytes = ANYATTN_VECTOR_BYTES;
 constexpr int kPanelVectors = ANYATTN_PANEL_VECTORS;
-constexpr bool kHasBase = ANYATTN_HAS_BASE;
 
 template <class C>
 struct Lanes;
