@@ -25,6 +25,7 @@ os.environ["ANYATTN_CACHE"] = os.devnull  # use the tiles of the package, not tu
 
 import torch
 import triton
+from aot_functions import FUNCTIONS
 from machine_code import resources
 from triton.backends.compiler import GPUTarget
 
@@ -36,7 +37,9 @@ from anyattn.backends.triton.tuning import has_tf32
 from anyattn.definition.options import Options, Rotation
 from anyattn.definition.passes import APPEND, FORWARD, PASSES, Pass
 from anyattn.definition.problem import Array, Problem
+from anyattn.definition.score.graph import Graph
 from anyattn.definition.validate import make_problem
+from anyattn.frameworks.torch.score_functions import traced
 
 TABLE = Path(__file__).resolve().parent.parent / "tests" / "backends" / "triton" / "aot.json"
 NVIDIA = ("sm_70", "sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -80,6 +83,7 @@ FEATURES: dict[str, dict[str, Any]] = {
         "sink": True,
         "dropout_p": 0.1,
     },
+    **{f"score_{name}": {"functions": name} for name in FUNCTIONS},
 }
 PRECISIONS = {"tf32x3": "high", "tf32": "medium"}  # features of float32 -> torch's names
 DERIVATIVES = ("tangent", "second")  # compiled for two architectures, one head size and two sets of features
@@ -103,15 +107,17 @@ MAY_SPILL = {
     "/mask/": "64-bit addresses of a tile of scores",
     "/dropout/": "the words of Philox next to the scores",
     "/everything/": "all of these together",
+    "/score_": "values of the functions next to the scores",
 }
 WITH_PRODUCTS = tuple(
     f"attention_{part}"
     for part in (
-        *("forward", "backward_dkv", "backward_dq", "backward_dbias"),
+        *("forward", "backward_dkv", "backward_dq", "backward_dbias", "backward_dcaptured"),
         *("tangent", "second_dkv", "second_dq", "second_dbias"),
     )
 )
-SUBSET_FEATURES = ("causal", "decode", "everything")
+SUBSET_FEATURES = ("causal", "decode", "everything", "score_documents", "score_relative")
+WITH_FUNCTIONS = ("sm_80", "sm_90", "gfx942")  # every score function; others have one, with a table
 
 Numbers = dict[str, int]
 Kernels = dict[str, Numbers]  # by name
@@ -179,6 +185,11 @@ def variants(*, every: bool) -> list[str]:
 def _exists(arch: str, dtype: str, size: int, feature: str, direction: str) -> bool:
     if feature in PRECISIONS:
         return (dtype, size) == ("float32", 128) and has_tf32(arch) and direction in ("forward", "backward")
+    if feature.startswith("score_"):
+        shapes = [(kind, width) for kind in ("bfloat16", "float16") for width in (64, 128)]
+        if arch not in WITH_FUNCTIONS:
+            shapes = [("bfloat16", 128)] if feature == "score_relative" else []
+        return (dtype, size) in shapes and direction in ("forward", "backward")
     paged, usual = FEATURES[feature].get("paged", False), (dtype, size) == ("bfloat16", 128)
     if direction == "append":
         return (feature == "paged" or feature in STORED) and usual
@@ -253,7 +264,7 @@ def describe_append(device: str, dtype: str, size: int, stored: str = "") -> Pro
 def describe(
     arch: str, dtype: str, size: int, pass_: Pass = FORWARD, *, seqlen_q: int = 1024, varlen: bool = False,
     paged: bool = False, tables: bool = False, bias: bool = False, mask: bool = False, alibi: bool = False,
-    sink: bool = False, stored: str = "", **options: Any,
+    sink: bool = False, stored: str = "", functions: str = "", **options: Any,
 ) -> Problem:  # fmt: skip
     """Return a problem on a card of that architecture: 8 query heads, 2 KV heads."""
     rows_q = (2 * seqlen_q,) if varlen else (2, seqlen_q)
@@ -279,9 +290,12 @@ def describe(
         "dout": (out, dtype),
         "lse": (lse, "float32"),
     }
+    graph = traced(*FUNCTIONS[functions]).graph if functions else Graph()
+    for name, floats, kind in (("captured", True, "float32"), ("captured_indices", False, "int32")):
+        given[name] = graph.sizes(floats=floats) and ((graph.sizes(floats=floats),), kind)
     given |= {f"t{name}": given[name] for name in ("q", "k", "v", "bias", "sink")}
     arrays = {name: array(*what, arch) for name, what in given.items() if what and name in pass_.inputs}
-    return make_problem(arrays, Options(**options), pass_)
+    return make_problem(arrays, Options(score=graph.text if functions else "", **options), pass_)
 
 
 def array(shape: tuple[int, ...], dtype: str, device: str) -> Array:

@@ -201,3 +201,11 @@ def test_samples_of_vmap_count_their_own_batch() -> None:
         return anyattn.attention(x, k, v, score_mod=lambda s, b, h, i, j: s * (b + 1) + shift[b] * (i - j))
 
     assert torch.equal(torch.vmap(call)(samples), torch.stack([call(x) for x in samples]))
+
+
+def test_a_backend_without_score_functions_names_those_that_compute_them() -> None:
+    q, k, v, _ = arrays(torch.float32)
+    with pytest.raises(
+        NotImplementedError, match="vulkan: has no forward pass with score_mod and mask_mod; computed by cpu"
+    ):
+        anyattn.attention(q, k, v, score_mod=lambda s, b, h, i, j: torch.tanh(s), backend="vulkan")

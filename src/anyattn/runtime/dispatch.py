@@ -241,7 +241,9 @@ def _unsupported_inputs(candidate: Backend, problem: Problem) -> list[str]:
     if problem.pass_ not in candidate.passes:
         return [f"has no {problem.pass_} pass"]
     if problem.score and problem.pass_ not in candidate.score_functions:
-        return [f"has no {problem.pass_} pass with score_mod and mask_mod"]
+        others = [name for name in names() if problem.pass_ in get(name).score_functions]
+        remedy = f"; computed by {', '.join(others)}" if others else ""
+        return [f"has no {problem.pass_} pass with score_mod and mask_mod{remedy}"]
     unknown = [name for name in problem.arrays if name in FIELDS and name not in candidate.extras]
     return [f"does not support {', '.join(unknown)}"] if unknown else []
 

@@ -245,6 +245,15 @@ def training() -> Found:
     return _run(aot.describe("cuda:0", "float16", 64, aot.pass_named("backward"), right=0, sink=True))
 
 
+def functions() -> Found:
+    """A forward call with a mask function, and a backward call with a score function that reads an array."""
+    forward = _run(aot.describe("cuda:0", "float16", 64, functions="documents"))
+    backward = _run(aot.describe("cuda:0", "float16", 64, aot.pass_named("backward"), functions="relative"))
+    return {name: [*forward[name], *backward[name]] for name in ("launches", "operators")} | {
+        "pointers": [forward["pointers"], backward["pointers"]]
+    }
+
+
 def decoding() -> Found:
     return _run(aot.describe("cuda:0", "float16", 64, right=0, seqlen_q=1, paged=True))
 
@@ -299,7 +308,7 @@ def start(name: str) -> None:
 
 def main() -> None:
     start(sys.argv[1])
-    scenarios = (alignment, streams, training, decoding, append, precision, refusal)
+    scenarios = (alignment, streams, training, functions, decoding, append, precision, refusal)
     sys.stdout.write(json.dumps({scenario.__name__: scenario() for scenario in scenarios}))
 
 

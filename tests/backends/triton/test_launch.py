@@ -68,6 +68,19 @@ def test_a_backward_runs_in_order_in_its_workspace(recorded: Any) -> None:
     assert all(wanted <= set(addresses(launch)) for wanted, launch in zip(results, found["launches"], strict=True))
 
 
+def test_functions_are_constants_and_captured_arrays_are_arguments(recorded: Any) -> None:
+    found = recorded["functions"]
+    tiles, forward, *backward = found["launches"]
+    names = ("backward_delta", "backward_dkv", "backward_dq")
+    assert kernels(found)[:5] == ["attention_mask_tiles", *(f"attention_{name}" for name in ("forward", *names))]
+    sums = ["clear_dcaptured", "attention_backward_dcaptured", "attention_backward_dcaptured", "finish_dcaptured"]
+    assert kernels(found)[5:] == sums
+    first, second = found["pointers"]
+    assert all({first["captured_indices"], first["workspace"]} <= set(addresses(one)) for one in (tiles, forward))
+    assert all(second["captured"] in addresses(one) for one in (*backward[1:3], *backward[4:6]))
+    assert second["dcaptured"] in addresses(backward[-1])
+
+
 def test_decoding_splits_the_keys_and_combines(recorded: Any) -> None:
     found = recorded["decoding"]
     assert kernels(found) == ["attention_forward", "combine_splits"]
@@ -85,7 +98,7 @@ def test_an_append_runs_on_the_caches_device(recorded: Any) -> None:
     assert {launch["device"] for launch in found["launches"]} == {1}
 
 
-@pytest.mark.parametrize("scenario", ["training", "decoding", "append"])
+@pytest.mark.parametrize("scenario", ["training", "functions", "decoding", "append"])
 def test_calls_can_be_captured_in_a_graph(recorded: Any, scenario: str) -> None:
     """No operator of torch runs: nothing is allocated, copied or read back."""
     assert recorded[scenario]["launches"] and recorded[scenario]["operators"] == []

@@ -120,7 +120,7 @@ def finish_dcaptured(sums, array, start, size, TILE: tl.constexpr):
 
 
 @triton.jit
-def clear(sums, words, TILE: tl.constexpr):
+def clear_dcaptured(sums, words, TILE: tl.constexpr):
     """Set the sums to 0: `words` integers of 32 bits, which start with the largest terms."""
     n = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     tl.store(sums.largest + n, tl.zeros([TILE], tl.int32), mask=n < words)

@@ -8,7 +8,7 @@ from typing import Any
 from ...definition.problem import Problem
 from ...definition.score.graph import FLOAT
 from .arguments import common, dims, flags, options
-from .captured import Sums, attention_backward_dcaptured, clear, finish_dcaptured
+from .captured import Sums, attention_backward_dcaptured, clear_dcaptured, finish_dcaptured
 from .launch import Address, Kernel, Template, i32, i64
 from .plan_score import align
 from .score_arguments import Lists
@@ -51,7 +51,7 @@ def captured_kernels(
     )
     words = (end - start) // 4
     template = Template((sums, i64(words)), {"TILE": SUM_ELEMENTS})
-    kernels = [Kernel(clear, template, (-(-words // SUM_ELEMENTS), 1), {})]
+    kernels = [Kernel(clear_dcaptured, template, (-(-words // SUM_ELEMENTS), 1), {})]
     order, programs = schedule
     arguments = (*inputs, *common(problem, lists), order, sums)
     constants = {**dims(problem), "TILE_Q": config.tile_q, "TILE_K": config.tile_k}
@@ -59,7 +59,9 @@ def captured_kernels(
     constants |= {"LAST_FIRST": problem.interval.right is not None, "ADD": found.terms}
     for measure in (True, False) if found.reads else ():
         template = Template(arguments, {**constants, "MEASURE": measure})
-        kernels.append(Kernel(attention_backward_dcaptured, template, (programs, 1), options(config)))
+        kernels.append(
+            Kernel(attention_backward_dcaptured, template, (programs, 1), {**options(config), "num_stages": 1})
+        )
     first = 0
     for number, array in enumerate(graph.arrays):
         if array.kind == FLOAT:

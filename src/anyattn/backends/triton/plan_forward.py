@@ -59,7 +59,8 @@ def forward_shape(problem: Problem, gpu: Device) -> Shape:
     """Return the launch shape, from sizes only. For batch_invariant, other sequences do not affect it."""
     width = max(sum(chunks(problem.head_dim)), sum(chunks(problem.head_dim_v)))
     dense = problem.bias is not None or problem.mask is not None
-    heavy = dense or problem.packed_q or problem.dropout_threshold > 0 or problem.quantised
+    changed = problem.quantised or problem.score != ""
+    heavy = dense or changed or problem.packed_q or problem.dropout_threshold > 0
     config = tuning.forward(gpu.arch, problem.dtype, width, heavy=heavy)
     if problem.batch_invariant:
         return Shape(config, False, 1)

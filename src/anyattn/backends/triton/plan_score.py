@@ -54,7 +54,7 @@ def list_kernels(problem: Problem, lists: Lists | None) -> list[Kernel]:
         return []
     tiles = lists.tiles
     constants = {"TILE_Q": tiles.tile_q, "TILE_K": tiles.tile_k, "PACK": tiles.pack, "BY_KEY": tiles.by_key}
-    template = Template((sizes(problem), scalars(problem, lists), i32(lists.heads)), constants)
+    template = Template((sizes(problem), scalars(problem, lists), i32(lists.heads), i32(lists.own)), constants)
     return [Kernel(attention_mask_tiles, template, (lists.own, lists.batch * lists.heads), {"num_warps": 8})]
 
 

@@ -33,9 +33,9 @@ class Walk(NamedTuple):
 
 @triton.jit
 def attention_mask_tiles(
-    sizes, scalars, heads, TILE_Q: tl.constexpr, TILE_K: tl.constexpr, PACK: tl.constexpr, BY_KEY: tl.constexpr
+    sizes, scalars, heads, tiles, TILE_Q: tl.constexpr, TILE_K: tl.constexpr, PACK: tl.constexpr, BY_KEY: tl.constexpr
 ):
-    """Write the list of one tile of queries or, if BY_KEY, of keys, for one sequence and one of `heads` heads."""
+    """Write the list of one of `tiles` tiles of queries or, if BY_KEY, of keys, for one of `heads` heads."""
     tile, pair = tl.program_id(0), tl.program_id(1)
     head, b = pair % heads, pair // heads
     packed = sizes.group if PACK else 1
@@ -48,7 +48,7 @@ def attention_mask_tiles(
         h = (head * packed + r % packed)[:, None]
     used = own < (sizes.seqlen_k if BY_KEY else sizes.seqlen_q)
     size = sizes.seqlen_q if BY_KEY else sizes.seqlen_k
-    row = pair.to(tl.int64) * tl.num_programs(0) + tile
+    row = pair.to(tl.int64) * tiles + tile
     start = scalars.lists + row * (2 * scalars.list_tiles + 2)
     full, mixed = tile * 0, tile * 0
     for t in range(0, scalars.list_tiles):
