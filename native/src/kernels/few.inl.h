@@ -1,6 +1,8 @@
 // Matrix products for a few query rows, as in decoding: lanes lie along the head dimension, every key and value is read
-// once, where it lies, and asked for ahead. The speed of memory is the limit. The same shapes as mma.inl.h.
+// once, where it lies, and asked for ahead. The speed of memory is the limit. The same shapes as mma.inl.h, except that
+// scores and weights are dense: R rows for each key, where R is a power of two.
 #pragma once
+#include "lanes.inl.h"
 #include "mma.inl.h"
 
 namespace anyattn {
@@ -9,85 +11,78 @@ namespace {
 // More rows than this fill the lanes of a vector half.
 template <class C>
 constexpr int kFewRows = lanes<C> / 2;
-constexpr int kFewKeys = 32;  // of a tile; they stay in L1 from their scores to their values
+constexpr int kFewKeys = 64;  // of a tile; a multiple of 2 lanes
 // Registers for sums of values.
 constexpr int kFewSums = kVectorBytes == 64 ? 16 : 8;
 
-// Lane i: the sum of r[i]. Each round adds the two halves of all numbers; see transpose.
-template <class C, int N = lanes<C>>
-ANYATTN_INLINE typename Lanes<C>::V sum_each(typename Lanes<C>::V *r) {
-    if constexpr (N == 1) {
-        return r[0];
-    } else {
-        ANYATTN_UNROLL
-        for (int i = 0; i < N / 2; ++i) {
-            r[i] = interleave_low(r[i], r[i + N / 2]) + interleave_high(r[i], r[i + N / 2]);
-        }
-        return sum_each<C, N / 2>(r);
-    }
-}
-
-// S[j][r] = the sum of acc[j R + r], for lanes / R keys j.
+// Keys that share each load of a query.
 template <class C, int R>
-ANYATTN_INLINE void store_sums(C *S, typename Lanes<C>::V *acc) {
-    alignas(64) C sums[lanes<C>];
-    store(sums, sum_each<C>(acc));
-    ANYATTN_UNROLL
-    for (int i = 0; i < lanes<C> / R; ++i) __builtin_memcpy(S + i * panel<C>, sums + i * R, R * sizeof(C));
+constexpr int kKeysOfLoad = kVectorBytes < 64 || lanes<C> / R == 2 ? 2
+                            : R == 1                               ? 8
+                                                                   : 4;
+
+// S[j R + r] = <key j, Q[r]> for n keys, and for more up to a whole vector.
+template <class C, int T, int R>
+ANYATTN_NOINLINE void few_scores(const char *const *keys, int64_t n, const C *Q, int64_t stride, int64_t dim, C *S,
+                                 Ahead &ahead) {
+    using V = typename Lanes<C>::V;
+    constexpr int width = lanes<C>, K = width / R, size = dtype_size(T), G = kKeysOfLoad<C, R>;
+    const int64_t whole = dim / width * width;
+    for (int64_t j = 0; j < n; j += K, keys += K) {
+        V acc[width];
+        ANYATTN_UNROLL
+        for (int i = 0; i < K; i += G) {
+            ahead.fetch(G);
+            V sum[G][R];
+            clear<C>(sum);
+            const auto add = [&](int64_t d, const auto &load_key) {
+                V k[G];
+                ANYATTN_UNROLL
+                for (int g = 0; g < G; ++g) k[g] = load_key(keys[i + g] + d * size);
+                ANYATTN_UNROLL
+                for (int r = 0; r < R; ++r) {
+                    V q = load<V>(Q + r * stride + d);
+                    in_register(q);
+                    ANYATTN_UNROLL
+                    for (int g = 0; g < G; ++g) sum[g][r] = k[g] * q + sum[g][r];
+                }
+            };
+            for (int64_t d = 0; d < whole; d += width) add(d, [](const char *at) { return load_whole(at, T, C()); });
+            if (whole < dim) add(whole, [&](const char *at) { return load_part<C>(at, T, dim - whole); });
+            ANYATTN_UNROLL
+            for (int g = 0; g < G; ++g) {
+                ANYATTN_UNROLL
+                for (int r = 0; r < R; ++r) acc[(i + g) * R + r] = sum[g][r];
+            }
+        }
+        store(S + j * R, sum_each<C>(acc));
+    }
 }
 
-// S[j][0 .. R) = <key j, Q[0 .. R)> for lanes / R keys.
-template <class C, int T, int R>
-ANYATTN_NOINLINE void few_scores(const char *const *keys, const C *Q, int64_t stride, int64_t dim, C *S, Ahead &ahead) {
-    using V = typename Lanes<C>::V;
-    constexpr int width = lanes<C>, K = width / R, size = dtype_size(T);
-    V acc[width];
-    const int64_t whole = dim / width * width;
-    // Several keys for each load of Q. Memory is read in order, key by key.
-    constexpr int G = kVectorBytes < 64 || K == 2 ? 2 : R == 1 ? 8 : 4;
+// O[r][x] = alpha[r] O[r][x] + acc[r][x].
+template <class C, int R, int N>
+ANYATTN_INLINE void add_sums(const typename Lanes<C>::V (&acc)[R][N], C *O, int64_t stride, const C *alpha) {
     ANYATTN_UNROLL
-    for (int i = 0; i < K; i += G) {
-        ahead.fetch(G);
-        V sum[G][R];
-        clear<C>(sum);
-        const auto add = [&](int64_t d, const auto &load_key) {
-            V k[G];
-            ANYATTN_UNROLL
-            for (int g = 0; g < G; ++g) k[g] = load_key(keys[i + g] + d * size);
-            ANYATTN_UNROLL
-            for (int r = 0; r < R; ++r) {
-                V q = load<V>(Q + r * stride + d);
-                in_register(q);
-                ANYATTN_UNROLL
-                for (int g = 0; g < G; ++g) sum[g][r] = k[g] * q + sum[g][r];
-            }
-        };
-        for (int64_t d = 0; d < whole; d += width) add(d, [](const char *at) { return load_whole(at, T, C()); });
-        if (whole < dim) add(whole, [&](const char *at) { return load_part<C>(at, T, dim - whole); });
+    for (int r = 0; r < R; ++r) {
         ANYATTN_UNROLL
-        for (int g = 0; g < G; ++g) {
-            ANYATTN_UNROLL
-            for (int r = 0; r < R; ++r) acc[(i + g) * R + r] = sum[g][r];
+        for (int x = 0; x < N; ++x) {
+            C *o = O + r * stride + x * lanes<C>;
+            store(o, load<typename Lanes<C>::V>(o) * splat(alpha[r]) + acc[r][x]);
         }
     }
-    store_sums<C, R>(S, acc);
 }
 
-// O[r][..] = alpha[r] O[r][..] + sum over n keys of P[j][r] value j[..], for R rows and N vectors (of which the last may
-// have fewer than all of its `left` elements). Asks ahead for one row `every` so many.
+// O[r][..] = alpha[r] O[r][..] + sum over n keys of P[j R + r] value j[..], for R rows and N vectors (of which the last
+// may have fewer than all of its `left` elements).
 template <class C, int T, int R, int N, bool whole>
 ANYATTN_NOINLINE void few_values(const char *const *values, int64_t offset, int64_t left, const C *P, int64_t n, C *O,
-                                 int64_t stride, const C *alpha, Ahead &ahead, int64_t every) {
+                                 int64_t stride, const C *alpha, Ahead &ahead) {
     using V = typename Lanes<C>::V;
     constexpr int width = lanes<C>, size = dtype_size(T);
     V acc[R][N];
     clear<C>(acc);
-    int64_t wait = every;
     for (int64_t j = 0; j < n; ++j) {
-        if (--wait == 0) {
-            ahead.fetch();
-            wait = every;
-        }
+        ahead.fetch();
         V v[N];
         ANYATTN_UNROLL
         for (int x = 0; x < N; ++x) {
@@ -96,18 +91,22 @@ ANYATTN_NOINLINE void few_values(const char *const *values, int64_t offset, int6
         }
         ANYATTN_UNROLL
         for (int r = 0; r < R; ++r) {
-            const V p = splat(P[j * panel<C> + r]);
+            const V p = splat(P[j * R + r]);
             ANYATTN_UNROLL
             for (int x = 0; x < N; ++x) acc[r][x] = p * v[x] + acc[r][x];
         }
     }
-    ANYATTN_UNROLL
-    for (int r = 0; r < R; ++r) {
-        ANYATTN_UNROLL
-        for (int x = 0; x < N; ++x) {
-            C *o = O + r * stride + x * width;
-            store(o, load<V>(o) * splat(alpha[r]) + acc[r][x]);
-        }
+    add_sums<C>(acc, O, stride, alpha);
+}
+
+// body(Int<N>(), Int<whole>(), d) for groups of N, N / 2, ... 1 units that cover [0, dim). The last unit may not be whole.
+template <int N, class Body>
+ANYATTN_INLINE void for_groups(int64_t dim, int64_t unit, const Body &body, int64_t d = 0) {
+    for (; d + N * unit <= dim; d += N * unit) body(Int<N>(), Int<true>(), d);
+    if constexpr (N > 1) {
+        for_groups<N / 2>(dim, unit, body, d);
+    } else if (d < dim) {
+        body(Int<1>(), Int<false>(), d);
     }
 }
 
@@ -120,7 +119,7 @@ struct Few {
     // See Plain.
     static constexpr int panel = anyattn::panel<C>, score_keys = kFewKeys, key_step = 2;
     static constexpr int most_blocks = 4;
-    static constexpr bool weights_in_scores = true, finds_top = true;
+    static constexpr bool weights_in_scores = false;
     static int64_t tile_keys(const anyattn_call &) { return kFewKeys; }
     static ANYATTN_INLINE V weight(V x, V factor) { return exp2(x, factor); }
 
@@ -176,45 +175,32 @@ struct Few {
         return {rows, keys.rows.dtype};
     }
 
-    static void scores(const Keys &keys, int64_t first, int64_t n, int64_t dim, const C *q, int count, C *S, V *top,
-                       TileAhead &ahead) {
-        const char *const *rows = keys.rows + first;
-        for_rows(count, [&](auto r) {
-            with_few_dtype(keys.dtype, [&](auto t) {
-                constexpr int R = decltype(r)::value;
-                for (int64_t j = 0; j < n; j += lanes<C> / R) {
-                    few_scores<C, decltype(t)::value, R>(rows + j, q, round_up(dim, lanes<C>), dim, S + j * panel,
-                                                         ahead.k);
-                }
-            });
+    template <int R>
+    static ANYATTN_INLINE void scores(const Keys &keys, int64_t first, int64_t n, int64_t dim, const C *q, C *S,
+                                      TileAhead &ahead) {
+        with_few_dtype(keys.dtype, [&](auto t) {
+            few_scores<C, decltype(t)::value, R>(keys.rows + first, n, q, round_up(dim, lanes<C>), dim, S, ahead.k);
         });
-        top[0] = highest(S, n);
     }
 
-    static V highest(const C *S, int64_t n) {
-        V top = splat(-infinity(C()));
-        for (int64_t j = 0; j < n; ++j) top = larger(top, load<V>(S + j * panel));
-        return top;
+    // The dense weights of two vectors, from S[at] on.
+    static ANYATTN_INLINE void store_p(C *S, int64_t at, V p0, V p1) {
+        store(S + at, p0);
+        store(S + at + lanes<C>, p1);
     }
-
-    static ANYATTN_INLINE void store_p(C *S, int64_t j, int c, V p0, V p1) { Plain<C>::store_p(S, j, c, p0, p1); }
 
     static void accumulate(const Keys &keys, int64_t first, int64_t n, int64_t dim, const C *P, int count, C *O,
                            const C *alpha, TileAhead &ahead) {
-        constexpr int width = lanes<C>;
-        const int64_t stride = round_up(dim, width);
+        const int64_t stride = round_up(dim, lanes<C>);
         for_rows(count, [&](auto r) {
             with_few_dtype(keys.dtype, [&](auto t) {
-                constexpr int R = decltype(r)::value, T = decltype(t)::value, N = kFewSums / R;
-                const int64_t every = max64(1, dim / (N * width));
-                const auto add = [&](auto vectors, auto whole, int64_t d) {
+                constexpr int R = decltype(r)::value, T = decltype(t)::value;
+                for_groups<kFewSums / R>(dim, lanes<C>, [&](auto vectors, auto whole, int64_t d) {
+                    Ahead none{};
                     few_values<C, T, R, decltype(vectors)::value, decltype(whole)::value>(
-                        keys.rows + first, d * dtype_size(T), dim - d, P, n, O + d, stride, alpha, ahead.v, every);
-                };
-                int64_t d = 0;
-                for (; d + N * width <= dim; d += N * width) add(Int<N>(), Int<true>(), d);
-                for (; d + width <= dim; d += width) add(Int<1>(), Int<true>(), d);
-                if (d < dim) add(Int<1>(), Int<false>(), d);
+                        keys.rows + first, d * dtype_size(T), dim - d, P, n, O + d, stride, alpha,
+                        d == 0 ? ahead.v : none);
+                });
             });
         });
     }

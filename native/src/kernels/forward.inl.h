@@ -3,7 +3,7 @@
 #pragma once
 #include <new>
 
-#include "softmax.inl.h"
+#include "few_softmax.inl.h"
 
 namespace anyattn {
 namespace {
@@ -69,8 +69,8 @@ struct ForwardScratch {
         const int64_t keys = M::tile_keys(call);
         k = arena.take<char>(M::key_buffer(call.head_dim, kSumDim, keys));
         v = arena.take<char>(M::key_buffer(call.head_dim_v, kSumKeys, keys));
-        k_scale = is_quantised(call) ? arena.take<C>(keys) : nullptr;
-        v_scale = is_quantised(call) ? arena.take<C>(keys) : nullptr;
+        k_scale = is_quantised(call) ? arena.take<C>(keys + kScalesAfter<C>) : nullptr;
+        v_scale = is_quantised(call) ? arena.take<C>(keys + kScalesAfter<C>) : nullptr;
         k_rows = arena.take<KeyRows>(count);
         v_rows = arena.take<KeyRows>(count);
         k_scale_rows = arena.take<KeyRows>(is_quantised(call) ? count : 0);
@@ -144,8 +144,9 @@ template <class M>
 void attend(const Block<M> &block, const ForwardState<M> &state, const ForwardScratch<M> &w,
             const typename M::Keys &keys, const typename M::Keys &values, int64_t j0, int64_t j1, TileAhead &next) {
     const anyattn_call &call = block.call;
-    const SoftmaxRows<M> softmax{w.S,     w.P,     w.added, w.keep,    w.registers,
-                                 state.m, state.l, w.alpha, w.k_scale, w.v_scale};
+    using Softmax = std::conditional_t<kIsFew<M>, FewSoftmax<M>, SoftmaxRows<M>>;
+    const SoftmaxRows<M> rows{w.S, w.P, w.added, w.keep, w.registers, state.m, state.l, w.alpha, w.k_scale, w.v_scale};
+    const Softmax softmax{rows};
     for (int p = 0; p < block.panels; ++p) {
         for (int64_t j = j0; j < j1; j += M::score_keys) {
             const auto [first, n, use] = visible_keys(block, p, j, min64(j + M::score_keys, j1), M::key_step);

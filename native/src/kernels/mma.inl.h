@@ -386,5 +386,11 @@ struct Products<ANYATTN_FLOAT64> {
     using M = Plain<double>;
 };
 
+// The products of queries of a dtype with quantised keys and values; void: those of float32.
+template <int32_t dtype>
+struct ByteProducts {
+    using M = void;
+};
+
 }  // namespace
 }  // namespace anyattn

@@ -16,6 +16,13 @@ ANYATTN_INLINE __m512i narrow_pair(F32 high, F32 low) {
     return (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
 }
 
+// Lane i: (low[i], high[i]).
+ANYATTN_INLINE __m512i pair_weights(F32 low, F32 high) {
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return _mm512_permutexvar_epi16(order, narrow_pair(high, low));
+}
+
 // acc[i][c] += sum over n steps of A[i * row + t * step] * B[t][c]: A read as scalar pairs, B as vectors.
 template <int M, int N>
 ANYATTN_INLINE void sum_pairs(F32 (&acc)[M][N], const char *A, int64_t row, int64_t step, const Pair *B, int64_t stride,
@@ -238,9 +245,7 @@ struct Dot {
 
     // Written to row j / 2 of the tile, which was read before.
     static ANYATTN_INLINE void store_p(float *S, int64_t j, int c, V p0, V p1) {
-        const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
-                                               6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-        store(S + j / 2 * panel + 16 * c, _mm512_permutexvar_epi16(order, narrow_pair(p1, p0)));
+        store(S + j / 2 * panel + 16 * c, pair_weights(p0, p1));
     }
 
     // Keys in pairs from `first`, which is even. A single last key must be paired with zero: its neighbour may be masked for

@@ -16,9 +16,14 @@ inline KeyRows scale_rows(const anyattn_array &array, const anyattn_call &call, 
     return rows;
 }
 
+// Zeros after the scales of a tile, which vectors reach.
+template <class C>
+constexpr int64_t kScalesAfter = 2 * lanes<C>;
+
 template <class C>
 ANYATTN_NOINLINE void load_scales(C *to, const KeyRows &rows, int64_t j, int64_t n) {
     rows.for_each(j, n, [&](int64_t i, const char *scale) { to[i] = C(load<float>(scale)); });
+    for (int64_t i = n; i < n + kScalesAfter<C>; ++i) to[i] = 0;
 }
 
 // Multiplies each row of a tile of P lanes by its scale. If `top` is not null, writes the largest value of each lane.

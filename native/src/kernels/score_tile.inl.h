@@ -197,13 +197,19 @@ ANYATTN_INLINE typename Lanes<C>::V softcap_slope(const C *tanhs) {
     return splat(C(1)) - t * t;
 }
 
+// Returns whether score_tile changes products.
+template <class C, int P>
+ANYATTN_INLINE bool changes_scores(const ScoreBlock<C, P> &block, int p, int64_t j, int64_t n, MaskUse use) {
+    return block.edge(p, j, j + n) || block.units.scored || use == kSeesSome;
+}
+
 // Runs what this tile needs of the above. tanhs: null, or takes the tanh of the softcap; with a score function, the
 // derivative by the product.
 template <class C, int P>
 ANYATTN_INLINE void score_tile(const ScoreBlock<C, P> &block, int p, int64_t j, int64_t n, MaskUse use, C *added,
                                C *tanhs, const ProgramTiles<C> &tiles, C *S, typename Lanes<C>::V *top) {
+    if (!changes_scores(block, p, j, n, use)) return;
     const bool edge = block.edge(p, j, j + n), masked = use == kSeesSome;
-    if (!edge && !block.units.scored && !masked) return;
     Bounds<C, P> bounds;
     if (edge) lane_bounds(block, p, j, n, bounds.low, bounds.high);
     if (!block.call.bias.data && !masked) added = nullptr;

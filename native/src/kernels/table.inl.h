@@ -46,9 +46,19 @@ auto with_products(int32_t dtype, const Body &body) {
     return body(Products<ANYATTN_BFLOAT16>::M());
 }
 
+// Whether this instruction set multiplies bfloat16 queries by quantised keys. Otherwise float32 products do.
+constexpr bool kHasByteProducts = !std::is_void<ByteProducts<ANYATTN_BFLOAT16>::M>::value;
+
+bool multiplies_bytes(const anyattn_call &call, int32_t pass) {
+    return is_quantised(call) && call.q.dtype == ANYATTN_BFLOAT16 && pass == ANYATTN_FORWARD;
+}
+
 // Calls body(M()) with the products M of this pass.
 template <class Body>
 auto with_mma(const anyattn_call &call, int32_t pass, const Body &body) {
+    if constexpr (kHasByteProducts) {
+        if (multiplies_bytes(call, pass)) return body(ByteProducts<ANYATTN_BFLOAT16>::M());
+    }
     return with_products(product_dtype(call, pass), body);
 }
 
@@ -71,7 +81,7 @@ bool computes_dtype(int32_t dtype) {
 
 // Whether this table computes a pass of a call. Otherwise the base does.
 bool computes(const anyattn_call &call, int32_t pass) {
-    if (!kHasBase) return true;
+    if (!kHasBase || (kHasByteProducts && multiplies_bytes(call, pass))) return true;
     const int32_t dtype = product_dtype(call, pass);
     if (is_quantised(call) || pass == ANYATTN_SECOND || !computes_dtype(dtype)) return false;
     return pass != ANYATTN_TANGENT || with_products(dtype, [](auto m) { return has_tangents<decltype(m)>; });
