@@ -10,6 +10,7 @@ import torch
 
 import anyattn
 from anyattn import testing
+from anyattn.definition.dtypes import FLOAT8
 from anyattn.testing import Case, make_inputs
 
 ARRAYS = ("q", "k", "v", "bias", "mask", "alibi_slopes", "sink", "rng_state")
@@ -34,6 +35,8 @@ def to_device(array: np.ndarray, device: str) -> torch.Tensor:
 def _tensor(array: np.ndarray) -> torch.Tensor:
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+    if array.dtype.name in FLOAT8:
+        return torch.from_numpy(array.view(np.uint8)).view(getattr(torch, array.dtype.name))
     return torch.from_numpy(array)
 
 

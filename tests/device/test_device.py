@@ -22,7 +22,10 @@ skip_module_without("triton")
 pytestmark = pytest.mark.skipif(not interpreted(), reason="Triton compiles here: make gpu runs all of it on the card")
 
 
-@pytest.mark.parametrize("name", ["plain", "expanded", "varlen_window_alibi", "paged_varlen", "wide_heads"])
+CASES = ["plain", "expanded", "varlen_window_alibi", "paged_varlen", "wide_heads", "int8_of_sequences", "e5m2_expanded"]
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_cases_pass_in_host_memory(name: str) -> None:
     assert compare(named(name), "cpu") == (["refused"] if name == "wide_heads" else [])
 
