@@ -49,7 +49,7 @@ class Checker {
     int32_t header() {
         const auto *header = take<ScoreHeader>(1);
         if (!header) return wrong("score_words", call_.score_words, "too few");
-        if (header->version != kScoreVersion) return wrong("version", header->version, "this library reads version 1");
+        if (header->version != kScoreVersion) return wrong("version", header->version, "this library reads version 2");
         const auto *arrays = take<ScoreArray>(header->arrays);
         if (!arrays) return wrong("arrays", header->arrays, "more than there are words");
         arrays_ = header->arrays;
@@ -73,7 +73,7 @@ class Checker {
             return wrong("registers", section_->registers, "accepted: 1 to 256");
         }
         for (int32_t result : {section_->score, section_->mask, section_->slope}) {
-            if (result < -1 || result >= section_->registers) return wrong("result", result, "no such register");
+            if (result != -1 && !is_operand(result)) return wrong("result", result, "no such register");
         }
         int32_t status = ANYATTN_SUCCESS;
         for (int stage = 0; !status && stage < kScoreStages; ++stage) status = instructions(stage);
@@ -86,30 +86,43 @@ class Checker {
     }
 
     int32_t instructions(int stage) {
-        const auto *code = take<ScoreInstruction>(section_->instructions[stage]);
-        if (!code) return wrong("instructions", section_->instructions[stage], "more than there are words");
-        for (int32_t i = 0; i < section_->instructions[stage]; ++i) {
-            if (const int32_t status = instruction(code[i], stage)) return status;
+        const int32_t count = section_->instructions[stage];
+        const auto *code = take<ScoreInstruction>(count);
+        if (!code) return wrong("instructions", count, "more than there are words");
+        for (int32_t i = 0; i < count; ++i) {
+            const int32_t first = stage == kOfPairs && i == count - 1 && section_->score == 0 ? 0 : 1;
+            if (const int32_t status = instruction(code[i], stage, first)) return status;
         }
         return ANYATTN_SUCCESS;
     }
 
-    int32_t instruction(const ScoreInstruction &x, int stage) {
+    bool is_register(int32_t number, int32_t first) const { return number >= first && number < section_->registers; }
+
+    // A register in any form. The score has a number for every pair.
+    bool is_operand(int32_t operand) const {
+        if (operand < 0 || operand >= kScoreForms * kScoreRegisters) return false;
+        const auto form = operand / int32_t(kScoreRegisters), number = operand % int32_t(kScoreRegisters);
+        return is_register(number, form == kFormPairs ? 0 : 1);
+    }
+
+    // first: the lowest register that it may write.
+    int32_t instruction(const ScoreInstruction &x, int stage, int32_t first) {
         if (x.operation < 0 || x.operation >= kScoreOperations) {
             return wrong("operation", x.operation, "no such operation");
         }
-        if (x.to < 1 || x.to >= section_->registers) return wrong("target", x.to, "no such register");
+        if (!is_register(x.to, first)) return wrong("target", x.to, "no such register");
         const int32_t operands[] = {x.a, x.b, x.c};
+        const bool rows = x.operation == kScore_read_rows_f, pairs = stage == kOfPairs;
         for (int i = 0; i < kOperands[x.operation]; ++i) {
-            const int32_t low = stage == kOfPairs ? 0 : 1;  // only pairs have a score
-            if (operands[i] < low || operands[i] >= section_->registers) {
+            if (pairs && !rows ? !is_operand(operands[i]) : !is_register(operands[i], 1)) {
                 return wrong("operand", operands[i], "no such register");
             }
         }
-        if (x.operation == kScore_spread_keys && (stage != kOfPairs || x.a == 0 || x.a == x.to)) {
-            return wrong("stage of spread_keys", stage, "it makes pairs from another register");
+        if (rows && !is_register(x.c, 1)) return wrong("operand", x.c, "no such register");
+        if ((rows || x.operation == kScore_spread_keys) && (!pairs || x.a == x.to || !is_register(x.a, 1))) {
+            return wrong("stage of the operation", stage, "it makes pairs from another register");
         }
-        if (x.operation == kScore_read_f) return array(x.b, 0);
+        if (x.operation == kScore_read_f || rows) return array(x.b, 0);
         return x.operation == kScore_read_i || x.operation == kScore_read_b ? array(x.b, 1) : ANYATTN_SUCCESS;
     }
 
@@ -122,9 +135,10 @@ class Checker {
     }
 
     int32_t term(const ScoreTerm &x) {
-        if (x.adjoint < -1 || x.adjoint >= section_->registers) return wrong("adjoint", x.adjoint, "no such register");
-        if (x.index < 1 || x.index >= section_->registers) return wrong("index", x.index, "no such register");
-        if (x.stage != kOnce && x.stage != kOfLanes && x.stage != kOfKeys && x.stage != kOfPairs) {
+        if (x.adjoint != -1 && !is_operand(x.adjoint)) return wrong("adjoint", x.adjoint, "no such register");
+        if (!is_register(x.index, 1)) return wrong("index", x.index, "no such register");
+        if (x.keys != -1 && !is_register(x.keys, 1)) return wrong("keys", x.keys, "no such register");
+        if (x.stage < 0 || x.stage >= kScoreStages || (x.keys != -1 && x.stage != kOfLanes)) {
             return wrong("stage of a term", x.stage, "no such stage");
         }
         return array(x.array, 0);

@@ -1,14 +1,15 @@
 // Score programs: the functions score_mod and mask_mod as instructions on registers, in 32-bit words.
 //
 // A program is a ScoreHeader, its arrays, and three sections, one behind the other. A section is a ScoreSection, its
-// instructions in the order of the stages, and its terms. Register 0 is the score that score_mod gets. Host code and every
-// instruction set compile this for themselves, hence the anonymous namespace.
+// instructions in the order of the stages, and its terms. Register 0 is the score that score_mod gets. The last instruction
+// of pairs may write the result of score_mod there. Host code and every instruction set compile this for themselves, hence
+// the anonymous namespace.
 #pragma once
 #include "anyattn.h"
 
 namespace {
 
-constexpr int32_t kScoreVersion = 1;
+constexpr int32_t kScoreVersion = 2;
 constexpr int64_t kScoreRegisters = 256;  // of a section, at most
 
 enum ScoreOperation : int32_t {
@@ -18,9 +19,13 @@ enum ScoreOperation : int32_t {
     kScoreOperations
 };
 
-// When instructions run: once for a tile; for the queries of its panel; for its keys; once for pairs, to make registers of
-// pairs from earlier registers; and for some keys of the tile at a time.
-enum ScoreStage { kOnce, kOfLanes, kOfKeys, kSetup, kOfPairs, kScoreStages };
+// When instructions run: once for a tile; for the queries of its panel; for its keys; for the pairs of some keys of the
+// tile at a time.
+enum ScoreStage { kOnce, kOfLanes, kOfKeys, kOfPairs, kScoreStages };
+
+// What instructions of pairs, results and adjoints read: a register with a number for every pair; for every lane; for every
+// key, as a vector of equal numbers; or one number. An operand is a register plus its form times kScoreRegisters.
+enum ScoreForm { kFormPairs, kFormLanes, kFormKeys, kFormOnce, kScoreForms };
 
 // Results of the sections: score and mask; these and the derivative by the score; the gradients of captured arrays.
 enum ScoreUse { kScoreForward, kScoreBackward, kScoreCapture, kScoreSections };
@@ -38,14 +43,15 @@ struct ScoreInstruction {
     int32_t operation, to, a, b, c;
 };
 
-// The gradient of the element that `index` names is the sum of dS times `adjoint` (-1: 1). stage: that of the index.
+// The gradient of the element that `index` names is the sum of dS times `adjoint` (-1: 1). stage: that of the index. With
+// `keys` >= 0 the element is index + keys: `index` has numbers of lanes, `keys` of keys, and the stage is kOfLanes.
 struct ScoreTerm {
-    int32_t array, adjoint, index, stage;
+    int32_t array, adjoint, index, keys, stage;
 };
 
 struct ScoreSection {
     int32_t registers;
-    int32_t score, mask, slope;  // registers of pairs that hold the results; -1: there is none. slope -1: it is 1
+    int32_t score, mask, slope;  // operands that are the results; -1: there is none. slope -1: it is 1
     int32_t reads_score, terms;
     int32_t instructions[kScoreStages];
 
@@ -72,6 +78,11 @@ inline const ScoreSection &score_section(const anyattn_call &call, int use) {
 
 inline bool has_score_function(const anyattn_call &call) {
     return call.score_program && score_section(call, kScoreForward).score >= 0;
+}
+
+// Returns whether the derivative of the score by the product is not a constant.
+inline bool has_slopes(const anyattn_call &call) {
+    return call.softcap > 0 || score_section(call, kScoreBackward).slope >= 0;
 }
 
 inline bool has_mask_function(const anyattn_call &call) {

@@ -27,24 +27,23 @@ void add_section(std::vector<int32_t> &words, const std::vector<int32_t> &head, 
 std::vector<int32_t> relative(int64_t queries, int64_t keys, int64_t heads) {
     const int32_t width = int32_t(queries + keys), bits_of_2 = 0x40000000;
     std::vector<int32_t> words = {kScoreVersion, 1, 0, 0, int32_t(heads) * width};
+    const int32_t lanes_5 = 5 + kFormLanes * kScoreRegisters, keys_9 = 9 + kFormKeys * kScoreRegisters,
+                  once_3 = 3 + kFormOnce * kScoreRegisters;
     const Code once = {{kScore_const_i, 1, width, 0, 0},
                        {kScore_const_i, 2, int32_t(keys), 0, 0},
                        {kScore_const_f, 3, 0, bits_of_2, 0}};
     const Code lanes = {{kScore_h, 4, 0, 0, 0},     {kScore_q_idx, 5, 0, 0, 0}, {kScore_spread_once, 6, 1, 0, 0},
                         {kScore_mul_i, 4, 4, 6, 0}, {kScore_add_i, 4, 4, 5, 0}, {kScore_spread_once, 6, 2, 0, 0},
                         {kScore_add_i, 4, 4, 6, 0}};
-    const Code of_keys = {{kScore_kv_idx, 7, 0, 0, 0}};
-    const Code setup = {
-        {kScore_spread_lanes, 8, 4, 0, 0}, {kScore_spread_lanes, 9, 5, 0, 0}, {kScore_spread_once, 10, 3, 0, 0}};
-    const Code index = {{kScore_spread_keys, 11, 7, 0, 0}, {kScore_sub_i, 12, 8, 11, 0}};
-    Code results = index;
-    results.insert(results.end(), {{kScore_read_f, 13, 12, 0, 0},
-                                   {kScore_mul_f, 14, 0, 10, 0},
-                                   {kScore_add_f, 13, 14, 13, 0},
-                                   {kScore_le_i, 15, 11, 9, 0}});
-    add_section(words, {16, 13, 15, -1, 1, 0}, {once, lanes, of_keys, setup, results}, {});
-    add_section(words, {16, 13, 15, 10, 1, 0}, {once, lanes, of_keys, setup, results}, {});
-    add_section(words, {16, -1, -1, -1, 0, 1}, {once, lanes, of_keys, setup, index}, {0, -1, 12, kOfPairs});
+    const Code of_keys = {{kScore_kv_idx, 7, 0, 0, 0}, {kScore_neg_i, 8, 7, 0, 0}};
+    const Code results = {{kScore_spread_keys, 9, 7, 0, 0},
+                          {kScore_read_rows_f, 13, 4, 0, 8},
+                          {kScore_mul_f, 14, 0, once_3, 0},
+                          {kScore_le_i, 15, keys_9, lanes_5, 0},
+                          {kScore_add_f, 0, 14, 13, 0}};
+    add_section(words, {16, 0, 15, -1, 1, 0}, {once, lanes, of_keys, results}, {});
+    add_section(words, {16, 0, 15, once_3, 1, 0}, {once, lanes, of_keys, results}, {});
+    add_section(words, {16, -1, -1, -1, 0, 1}, {once, lanes, of_keys, {}}, {0, -1, 4, 8, kOfLanes});
     return words;
 }
 
@@ -179,7 +178,7 @@ TEST(a_program_that_ends_too_soon_is_refused) {
 TEST(no_program_leaves_its_registers_and_arrays) {
     Config config = medium(ANYATTN_FLOAT32);
     config.seqlen_q = 9, config.seqlen_k = 13;
-    const int32_t values[] = {-1, 0, 1, 2, 3, 15, 16, 63, 64, 255, 256, 1 << 20, INT32_MAX, INT32_MIN};
+    const int32_t values[] = {-1, 0, 1, 2, 3, 15, 16, 63, 64, 255, 256, 257, 600, 1 << 20, INT32_MAX, INT32_MIN};
     for (int32_t target : targets()) {
         config.target = target;
         Relative one(config);

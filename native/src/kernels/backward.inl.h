@@ -3,6 +3,7 @@
 #pragma once
 #include <new>
 
+#include "score_gradients.inl.h"
 #include "statistics.inl.h"
 
 namespace anyattn {
@@ -89,15 +90,16 @@ Range fill_gradients(const Block<M> &block, const BackwardRows<M> &of_block, con
     Out::clear(gradients, range.first + round_up(n, 2), j1 - j0);
     if (n == 0) return range;
     C *S = w.S + range.first * M::panel, *T = w.T + range.first * M::panel;
-    C *tanhs = capped ? w.tanhs : nullptr;
-    const bool captures = capped && w.captured;
-    const FunctionGradients<C> functions{has_score_function(call) ? tanhs : nullptr, captures ? w.ds : nullptr};
+    const bool scored = has_score_function(call), captures = capped && w.captured;
+    C *tanhs = capped && (!scored || has_slopes(call)) ? w.tanhs : nullptr;
+    const FunctionGradients<C> functions{scored ? tanhs : nullptr, captures ? w.ds : nullptr};
+    C *t = captures && score_section(call, kScoreCapture).reads_score ? w.t : nullptr;
     V top[kPanelVectors] = {};
     const int rows = block.panel_rows(p);
     TileAhead none{};
     M::scores(values, range.first, n, call.head_dim_v, of_block.dout + p * of_block.dout_size, rows, T, top, none);
     M::scores(keys, range.first, n, call.head_dim, of_block.q + p * of_block.q_size, rows, S, top, ahead);
-    score_tile(block, p, first, n, use, w.added, tanhs, {w.registers, captures ? w.t : nullptr}, S, top);
+    score_tile(block, p, first, n, use, w.added, tanhs, {w.registers, t}, S, (V *)nullptr);
     if (w.keep) keep_tile(w.keep, block, p, first, n);
     gradient_pass<M, Out>(S, T, n, block.panel_vectors(p), block.units.factor, scale, tanhs, functions, w.keep,
                           RowStatistics<C>(of_block.rows), p * M::panel, Out::from(gradients, range.first));

@@ -282,7 +282,7 @@ struct Capped {
     C product, cap, *tanhs;
 };
 
-// Scores of the tile S of panel p and keys [j, j + n), in place of products; raises `top` anew. added: null or from
+// Scores of the tile S of panel p and keys [j, j + n), in place of products; raises `top` anew if given. added: null or from
 // fill_added; bounds: null or the edge.
 template <class C, int P>
 ANYATTN_NOINLINE void score_pass(const ScoreBlock<C, P> &block, int p, int64_t j, int64_t n, const C *added,
@@ -324,7 +324,7 @@ ANYATTN_NOINLINE void score_pass(const ScoreBlock<C, P> &block, int p, int64_t j
             store(S + at, s);
             highest = larger(highest, s);
         }
-        top[c] = highest;
+        if (top) top[c] = highest;
     }
 }
 

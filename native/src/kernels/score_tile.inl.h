@@ -90,7 +90,7 @@ inline bool has_added(const anyattn_call &call) { return call.bias.data || call.
 
 template <class C>
 C *take_registers(const anyattn_call &call, Arena &arena) {
-    return call.score_program ? arena.take<C>(ScoreMachine<C>::elements(call)) : nullptr;
+    return call.score_program ? arena.take<C>(score_register_elements(call)) : nullptr;
 }
 
 // Memory of a score program. t: null, or takes the scores before score_mod.
@@ -103,83 +103,64 @@ struct ProgramTiles {
 template <class C, int P>
 struct TileProgram {
     static constexpr int64_t vectors = P / lanes<C>, keys_at_once = kScoreElements / P;
+    using Operand = ScoreOperand<C>;
     const ScoreSection &section;
     int64_t n;
     int32_t h[P], q_idx[P], kv_idx[kScoreElements];
     ScoreInputs<C> inputs;
-    ScoreMachine<C> machine;
+    ScoreMachine<C, vectors> machine;
     const ScoreInstruction *code;
 
     TileProgram(const ScoreBlock<C, P> &block, int use, int p, int64_t j, int64_t keys, C *registers)
         : section(score_section(block.call, use)),
           n(keys),
-          inputs{block.call, block.s.index, keys, vectors, h, q_idx, kv_idx},
+          inputs{block.call, block.s.index, h, q_idx, kv_idx},
           machine(inputs, registers),
           code(section.code()) {
-        for (int x = 0; x < P; ++x) {
-            h[x] = (int32_t)block.head(p * P + min64(x, block.panel_rows(p) - 1));
-            q_idx[x] = (int32_t)block.row(p * P + x);
+        const bool one_head = block.rows == block.per_head;
+        for (int x = 0; x < P; ++x) {  // lanes without a row may hold anything
+            h[x] = (int32_t)(one_head ? block.h : block.head(p * P + min64(x, block.panel_rows(p) - 1)));
+            q_idx[x] = (int32_t)(one_head ? block.i0 + p * P + x : block.row(p * P + x));
         }
         for (int64_t i = 0; i < n; ++i) kv_idx[i] = (int32_t)block.slot(j + i);
-        const int64_t width[] = {1, vectors, round_up(n, lanes<C>) / lanes<C>, keys_at_once * vectors};
+        for (int64_t i = n; i < round_up(n, P); ++i) kv_idx[i] = 0;
+        const int64_t panels[] = {1, 1, (n + P - 1) / P};  // of the numbers of a stage
         for (int stage = 0; stage < kOfPairs; ++stage) {
-            machine.run(code, section.instructions[stage], width[stage], 0, nullptr);
+            machine.run(code, section.instructions[stage], panels[stage], 0, nullptr);
             code += section.instructions[stage];
         }
     }
 
-    // body(r, count) for some keys [r, r + count) at a time; t: the scores of the tile.
-    template <class Body>
-    ANYATTN_INLINE void for_pairs(const C *t, const Body &body) {
+    // before(r, count) and after(r, count) for some keys [r, r + count) at a time; t: the scores of the tile.
+    template <class Before, class After>
+    ANYATTN_INLINE void for_pairs(C *t, const Before &before, const After &after) {
         for (int64_t r = 0; r < n; r += keys_at_once) {
             const int64_t count = min64(keys_at_once, n - r);
-            machine.run(code, section.instructions[kOfPairs], count * vectors, r, t + r * P);
-            body(r, count);
+            before(r, count);
+            machine.run(code, section.instructions[kOfPairs], count, r, t + r * P);
+            after(r, count);
         }
     }
-    // A register of pairs after that.
-    const C *pairs(int32_t number, const C *t, int64_t r) const { return number ? machine[number] : t + r * P; }
+    // An operand of pairs after that.
+    Operand pairs(int32_t operand, C *t, int64_t r) const { return machine.operand(operand, t + r * P); }
 };
 
-// Puts score_mod(S) in place of S; -inf into `added`, if there is one, where mask_mod is false; and the derivative of
-// score_mod, times that of the softcap, into `slopes`, which may be null and holds the tanh of the softcap if there is one.
-template <class C, int P>
-ANYATTN_NOINLINE void function_pass(const ScoreBlock<C, P> &block, int p, int64_t j, int64_t n, C *added, C *slopes,
-                                    const ProgramTiles<C> &tiles, C *S) {
-    using V = typename Lanes<C>::V;
-    using I = typename Lanes<C>::I;
-    TileProgram<C, P> program(block, slopes ? kScoreBackward : kScoreForward, p, j, n, tiles.registers);
-    const ScoreSection &section = program.section;
-    if (tiles.t) __builtin_memcpy(tiles.t, S, sizeof(C) * (size_t)(n * P));
-    const bool capped = block.cap != 0;
-    program.for_pairs(S, [&](int64_t r, int64_t count) {
-        const int64_t end = count * P;
-        if (added && section.mask >= 0) {
-            const C *seen = program.pairs(section.mask, S, r);
-            C *to = added + r * P;
-            for (int64_t x = 0; x < end; x += lanes<C>) {
-                store(to + x, select(load<I>(seen + x), load<V>(to + x), splat(-infinity(C()))));
-            }
-        }
-        if (slopes) {
-            const C *slope = section.slope < 0 ? nullptr : program.pairs(section.slope, S, r);
-            C *to = slopes + r * P;
-            for (int64_t x = 0; x < end; x += lanes<C>) {
-                const V t = capped ? load<V>(to + x) : V{}, by_cap = splat(C(1)) - t * t;
-                store(to + x, slope ? by_cap * load<V>(slope + x) : by_cap);
-            }
-        }
-        if (section.score > 0) __builtin_memcpy(S + r * P, program.machine[section.score], sizeof(C) * (size_t)end);
-    });
+// f(key, vector, place in the tile) for the vectors of keys [r, r + count).
+template <class C, int P, class F>
+ANYATTN_INLINE void for_vectors(int64_t r, int64_t count, const F &f) {
+    for (int64_t k = 0; k < count; ++k) {
+        ANYATTN_UNROLL
+        for (int c = 0; c < P / lanes<C>; ++c) f(k, c, (r + k) * P + c * lanes<C>);
+    }
 }
 
-// Replaces products by the scores that score_mod gets.
+// Replaces products by the scores that score_mod gets, for keys [r, r + count).
 template <class C, int P>
-ANYATTN_NOINLINE void cap_pass(const Capped<C> &first, int64_t n, C *S) {
+ANYATTN_INLINE void cap_keys(const Capped<C> &first, int64_t r, int64_t count, C *S) {
     using V = typename Lanes<C>::V;
     if (first.product == 1 && first.cap == 0) return;
     const V cap = splat(first.cap), per_cap = splat(first.cap != 0 ? 1 / first.cap : 0);
-    for (int64_t at = 0; at < n * P; at += lanes<C>) {
+    for_vectors<C, P>(r, count, [&](int64_t, int, int64_t at) {
         V s = load<V>(S + at) * splat(first.product);
         if (first.cap != 0) {
             const V t = tanh(s * per_cap);
@@ -187,7 +168,50 @@ ANYATTN_NOINLINE void cap_pass(const Capped<C> &first, int64_t n, C *S) {
             s = t * cap;
         }
         store(S + at, s);
-    }
+    });
+}
+
+// Puts score_mod of the products in place of S; -inf into `added`, if there is one, where mask_mod is false; and the
+// derivative of score_mod, times that of the softcap, into `slopes`, which may be null and is `first.tanhs` if there is a
+// softcap. top: null, or takes the largest scores.
+template <class C, int P>
+ANYATTN_NOINLINE void function_pass(const ScoreBlock<C, P> &block, int p, int64_t j, int64_t n, C *added, C *slopes,
+                                    const Capped<C> &first, const ProgramTiles<C> &tiles, C *S,
+                                    typename Lanes<C>::V *top) {
+    using V = typename Lanes<C>::V;
+    using I = typename Lanes<C>::I;
+    TileProgram<C, P> program(block, slopes ? kScoreBackward : kScoreForward, p, j, n, tiles.registers);
+    const ScoreSection &section = program.section;
+    const auto before = [&](int64_t r, int64_t count) {
+        cap_keys<C, P>(first, r, count, S);
+        if (tiles.t) __builtin_memcpy(tiles.t + r * P, S + r * P, sizeof(C) * (size_t)(count * P));
+    };
+    V highest[P / lanes<C>];
+    for (V &x : highest) x = splat(-infinity(C()));
+    program.for_pairs(S, before, [&](int64_t r, int64_t count) {
+        if (added && section.mask >= 0) {
+            const auto seen = program.pairs(section.mask, S, r);
+            for_vectors<C, P>(r, count, [&](int64_t k, int c, int64_t at) {
+                store(added + at, select(load<I>(seen.at(k, c)), load<V>(added + at), splat(-infinity(C()))));
+            });
+        }
+        if (slopes) {
+            const auto slope = program.pairs(section.slope < 0 ? 0 : section.slope, S, r);
+            for_vectors<C, P>(r, count, [&](int64_t k, int c, int64_t at) {
+                const V t = first.cap != 0 ? load<V>(slopes + at) : V{}, by_cap = splat(C(1)) - t * t;
+                store(slopes + at, section.slope < 0 ? by_cap : by_cap * load<V>(slope.at(k, c)));
+            });
+        }
+        if (section.score > 0) {
+            const auto score = program.pairs(section.score, S, r);
+            for_vectors<C, P>(r, count, [&](int64_t k, int c, int64_t at) { store(S + at, load<V>(score.at(k, c))); });
+        }
+        if (top) {
+            for_vectors<C, P>(r, count,
+                              [&](int64_t, int c, int64_t at) { highest[c] = larger(highest[c], load<V>(S + at)); });
+        }
+    });
+    for (int c = 0; top && c < P / lanes<C>; ++c) top[c] = highest[c];
 }
 
 // The derivative of the softcap, from a tile of tanhs.
@@ -204,7 +228,7 @@ ANYATTN_INLINE bool changes_scores(const ScoreBlock<C, P> &block, int p, int64_t
 }
 
 // Runs what this tile needs of the above. tanhs: null, or takes the tanh of the softcap; with a score function, the
-// derivative by the product.
+// derivative by the product. top: null, or takes the largest scores.
 template <class C, int P>
 ANYATTN_INLINE void score_tile(const ScoreBlock<C, P> &block, int p, int64_t j, int64_t n, MaskUse use, C *added,
                                C *tanhs, const ProgramTiles<C> &tiles, C *S, typename Lanes<C>::V *top) {
@@ -215,96 +239,14 @@ ANYATTN_INLINE void score_tile(const ScoreBlock<C, P> &block, int p, int64_t j, 
     if (!block.call.bias.data && !masked) added = nullptr;
     if (added) fill_added(added, block, p, j, n, use);
     Capped<C> first{block.units.product, block.cap, tanhs};
-    const bool scored = has_score_function(block.call);
-    if (scored) {
-        cap_pass<C, P>(first, n, S);
-        first = {C(1), C(0), nullptr};
-    }
+    const bool scored = has_score_function(block.call), last = scored && !edge && !added && !block.sloped;
     if (scored || (masked && has_mask_function(block.call))) {
-        function_pass(block, p, j, n, masked ? added : nullptr, scored ? tanhs : nullptr, tiles, S);
+        function_pass(block, p, j, n, masked ? added : nullptr, scored ? tanhs : nullptr,
+                      scored ? first : Capped<C>{C(1), C(0), nullptr}, tiles, S, last ? top : nullptr);
     }
+    if (last) return;
+    if (scored) first = {C(1), C(0), nullptr};
     score_pass(block, p, j, n, added, first, edge ? &bounds : nullptr, S, top);
-}
-
-// Adds what n consecutive or other elements get from a vector of terms.
-template <class C>
-ANYATTN_INLINE void scatter(double *sums, const ElementIndex<C> &index, typename Lanes<C>::V terms) {
-    if (index.consecutive()) {
-        double *to = sums + index.at[0];
-        for (int x = 0; x < lanes<C>; ++x) to[x] += double(terms[x]);
-        return;
-    }
-    for (int x = 0; x < lanes<C>; ++x) sums[index.at[x]] += double(terms[x]);
-}
-
-// dS times a derivative, 0 where dS is 0 whatever the derivative. adjoint: null, or the derivative.
-template <class V, class C>
-ANYATTN_INLINE V term_of(V ds, const C *adjoint) {
-    return adjoint ? (ds == V{} ? V{} : ds * load<V>(adjoint)) : ds;
-}
-
-// Adds the terms of one read for keys [r, r + count) of a tile; `ds` and `adjoint` begin at key r. `of_lanes` sums what
-// has one index for all keys.
-template <class C, int P>
-ANYATTN_INLINE void add_terms(const ScoreTerm &term, const ScoreArray &array, const C *index, const C *ds,
-                              const C *adjoint, int64_t r, int64_t count, int64_t vectors, double *sums,
-                              typename Lanes<C>::V *of_lanes) {
-    using V = typename Lanes<C>::V;
-    using I = typename Lanes<C>::I;
-    for (int64_t k = 0; k < count; ++k) {
-        V of_key{};
-        for (int64_t c = 0; c < vectors; ++c) {
-            const int64_t at = k * P + c * lanes<C>;
-            const V x = term_of(load<V>(ds + at), adjoint ? adjoint + at : nullptr);
-            if (term.stage == kOfPairs) {
-                scatter<C>(sums, ElementIndex<C>(load<I>(index + at), array.size), x);
-            } else if (term.stage == kOfKeys) {
-                of_key += x;
-            } else {
-                of_lanes[c] += x;
-            }
-        }
-        if (term.stage != kOfKeys) continue;
-        const auto at = load<std::remove_reference_t<decltype(I{}[0])>>(index + r + k);
-        sums[min64(max64(at, 0), array.size - 1)] += double(sum_lanes<C>(of_key));
-    }
-}
-
-// Adds the gradients of captured arrays from dS of panel p and keys [j, j + n). t: scores before score_mod.
-template <class C, int P>
-ANYATTN_NOINLINE void capture_pass(const ScoreBlock<C, P> &block, int p, int64_t j, int64_t n, const C *t, const C *ds,
-                                   C *registers, double *captured) {
-    using V = typename Lanes<C>::V;
-    using I = typename Lanes<C>::I;
-    const int64_t vectors = block.panel_vectors(p);  // dS has no others
-    TileProgram<C, P> program(block, kScoreCapture, p, j, n, registers);
-    constexpr int32_t at_once = 4;  // terms
-    const int32_t terms = program.section.terms;
-    for (int32_t begin = 0; begin < terms; begin += at_once) {
-        const int32_t end = begin + at_once < terms ? begin + at_once : terms;
-        V of_lanes[at_once][P / lanes<C>] = {};
-        const auto for_terms = [&](const auto &body) {
-            for (int32_t i = begin; i < end; ++i) {
-                const ScoreTerm &term = program.section.term()[i];
-                const ScoreArray &array = score_arrays(block.call)[term.array];
-                body(term, array, captured + array.offset, of_lanes[i - begin]);
-            }
-        };
-        program.for_pairs(t, [&](int64_t r, int64_t count) {
-            for_terms([&](const ScoreTerm &term, const ScoreArray &array, double *sums, V *lane_sums) {
-                const C *adjoint = term.adjoint < 0 ? nullptr : program.pairs(term.adjoint, t, r);
-                const C *index = program.machine[term.index];
-                add_terms<C, P>(term, array, index, ds + r * P, adjoint, r, count, vectors, sums, lane_sums);
-            });
-        });
-        for_terms([&](const ScoreTerm &term, const ScoreArray &array, double *sums, const V *lane_sums) {
-            if (term.stage != kOnce && term.stage != kOfLanes) return;
-            for (int64_t c = 0; c < vectors; ++c) {
-                const C *index = program.machine[term.index] + (term.stage == kOnce ? 0 : c * lanes<C>);
-                scatter<C>(sums, ElementIndex<C>(load<I>(index), array.size), lane_sums[c]);
-            }
-        });
-    }
 }
 
 }  // namespace

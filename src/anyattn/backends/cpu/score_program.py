@@ -1,40 +1,54 @@
 """Score programs of the CPU engine: the graph of score_mod and mask_mod as instructions on registers.
 
 The library reads them (score_program.h). A value that does not depend on the query and the key of a pair is computed
-before the pairs: once for a tile, for its queries or for its keys. A register that pairs read holds a number for each
-of them, so such values are spread first.
+before the pairs: once for a tile, for its queries or for its keys. Instructions of pairs read such a value in its form.
 """
 
 from __future__ import annotations
 
 import struct
 from array import array as words_of
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 from ...definition.problem import Problem
-from ...definition.score.builder import Builder
 from ...definition.score.derivative import differentiate
 from ...definition.score.graph import BOOL, CONSTANT, FLOAT, INDICES, INT, READ, SCORE, Graph, Node
+from .score_simplify import KEYS, LANES, ONCE, PAIRS, simplify, stage_of
 
-VERSION = 1
+VERSION = 2
 MOST_REGISTERS = 256
 OPERATIONS = (
-    *("const_f", "const_i", "b", "h", "q_idx", "kv_idx", "spread_once", "spread_lanes", "spread_keys"),
-    *("read_f", "read_i", "read_b", "where", "and", "or", "xor", "not"),
+    *("const_f", "const_i", "b", "h", "q_idx", "kv_idx", "spread_once", "spread_keys"),
+    *("read_f", "read_rows_f", "read_i", "read_b", "where", "and", "or", "xor", "not"),
     *("i_to_f", "b_to_f", "f_to_i", "b_to_i", "f_to_b", "i_to_b"),
     *("neg_f", "abs_f", "sign_f", "floor_f", "round_f", "exp_f", "log_f", "sqrt_f", "tanh_f", "sigmoid_f", "sin_f"),
-    *("cos_f", "add_f", "sub_f", "mul_f", "div_f", "pow_f", "floordiv_f", "mod_f", "min_f", "max_f"),
+    *(
+        "cos_f",
+        "add_f",
+        "sub_f",
+        "mul_f",
+        "mul_add_f",
+        "mul_sub_f",
+        "sub_mul_f",
+        "div_f",
+        "pow_f",
+        "floordiv_f",
+        "mod_f",
+        "min_f",
+        "max_f",
+    ),
     *("lt_f", "le_f", "eq_f", "ne_f"),
     *("neg_i", "abs_i", "sign_i", "add_i", "sub_i", "mul_i", "floordiv_i", "mod_i", "min_i", "max_i"),
     *("lt_i", "le_i", "eq_i", "ne_i", "shl_i", "shr_i"),
 )  # as the rows of score_operations.def
 _NUMBERS = {name: number for number, name in enumerate(OPERATIONS)}
 _SAME_BITS = ("where", "and", "or", "xor", "not")  # operations that do not depend on the kind of their operands
-ONCE, LANES, KEYS, SETUP, PAIRS = range(5)  # stages; a value of LANES and KEYS is one of PAIRS
-_STAGES = {"b": ONCE, "h": LANES, "q_idx": LANES, "kv_idx": KEYS, SCORE: PAIRS}
 _T = 0  # the register of the score
+_FORMS = {PAIRS: 0, LANES: 1, KEYS: 2, ONCE: 3}  # how pairs read a value of a stage
+_FORM = 2**20  # an operand is a virtual register, plus its form times this number
 
 
 class TooLarge(ValueError):
@@ -49,6 +63,17 @@ class Instruction(NamedTuple):
     to: int
     operands: tuple[int, ...] = ()
     words: tuple[int, ...] = ()
+    keys: int = -1  # another operand: a virtual register of KEYS
+
+
+class Term(NamedTuple):
+    """Gradient of a read: array, operand of the adjoint (-1: 1), index, index of the keys to add (-1: none), stage."""
+
+    array: int
+    adjoint: int
+    place: int
+    keys: int
+    stage: int
 
 
 class Section:
@@ -56,31 +81,81 @@ class Section:
 
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
-        self._code: list[list[Instruction]] = [[] for _ in range(5)]
-        self._registers: dict[tuple[int, int], int] = {}  # (node, stage of the reader): virtual register
+        self._code: list[list[Instruction]] = [[] for _ in range(4)]
+        self._registers: dict[tuple[int, int], int] = {}  # (node, stage of the reader): operand
         self._count = 1
+        self._fused: dict[int, int] = {}  # sums of pairs: which argument is a product that nothing else reads
         self.stages: dict[int, int] = {}
 
     def add(self, nodes: Iterable[int]) -> None:
         """Add the instructions of nodes and of all nodes that they depend on."""
-        for number in self._graph.reachable(nodes):
-            self._add(number, self._graph.nodes[number])
+        needed = self._graph.reachable(nodes)
+        for number in needed:
+            self._find_stage(number, self._graph.nodes[number])
+        rows = {number for number in needed if self.rows(number) is not None}
+        kept = set(nodes) - rows
+        for number in needed:
+            kept |= {x for x in self._graph.nodes[number].arguments if not self._reads_rows(number)}
+        products = self._products(needed, set(nodes))
+        for number in needed:
+            if number not in products and (number in kept or number not in rows):
+                self._add(number, self._graph.nodes[number])
+
+    def rows(self, number: int) -> tuple[int, int] | None:
+        """Return the parts of lanes and of keys of an integer that is their sum, or None."""
+        node = self._graph.nodes[number]
+        if node.operation == "add" and node.kind == INT:
+            first, second = node.arguments
+            stages = (self.stages[first], self.stages[second])
+            if stages == (LANES, KEYS):
+                return first, second
+        return None
+
+    def _products(self, needed: Sequence[int], wanted: set[int]) -> set[int]:
+        """Find the sums that take a product in the same instruction, and return these products."""
+        uses = Counter(one for number in needed for one in self._graph.nodes[number].arguments)
+        for number in needed:
+            node = self._graph.nodes[number]
+            if node.operation in ("add", "sub") and node.kind == FLOAT and self.stages[number] == PAIRS:
+                for at, product in enumerate(node.arguments):
+                    one = self._graph.nodes[product].operation == "mul" and self.stages[product] == PAIRS
+                    if one and uses[product] == 1 and product not in wanted:
+                        self._fused[number] = at
+                        break
+        return {self._graph.nodes[number].arguments[at] for number, at in self._fused.items()}
 
     def pairs(self, number: int) -> int:
-        """Return the virtual register that holds a node for every pair."""
+        """Return the operand that is a node for every pair."""
         return self._read(number, PAIRS)
 
     def own(self, number: int) -> int:
         """Return the virtual register that holds a node in its own stage."""
         return self._registers[number, self.stages[number]]
 
+    def _reads_rows(self, number: int) -> bool:
+        node = self._graph.nodes[number]
+        return node.operation == READ and node.kind == FLOAT and self.rows(node.arguments[0]) is not None
+
+    def _find_stage(self, number: int, node: Node) -> None:
+        self.stages[number] = stage_of(node, [self.stages[argument] for argument in node.arguments])
+
     def _add(self, number: int, node: Node) -> None:
-        stage = ONCE if node.operation == CONSTANT else _STAGES.get(node.operation, ONCE)
-        for argument in node.arguments:
-            stage = _join(stage, self.stages[argument])
-        self.stages[number] = stage
+        stage = self.stages[number]
         if node.operation == SCORE:
             self._registers[number, PAIRS] = _T
+            return
+        if self._reads_rows(number):
+            lanes, keys = self.rows(node.arguments[0]) or (0, 0)
+            array = int(node.value or 0)
+            found = self._emit("read_rows_f", stage, (self.own(lanes),), (array,), self.own(keys))
+            self._registers[number, stage] = found
+            return
+        if number in self._fused:
+            at = self._fused[number]
+            product = self._graph.nodes[node.arguments[at]]
+            operands = tuple([self._read(one, stage) for one in (*product.arguments, node.arguments[1 - at])])
+            name = "mul_add_f" if node.operation == "add" else ("mul_sub_f", "sub_mul_f")[at]
+            self._registers[number, stage] = self._emit(name, stage, operands)
             return
         operands = tuple([self._read(argument, stage) for argument in node.arguments])
         kind = node.kind if node.operation == READ else self._kind_of_operands(node)
@@ -91,49 +166,58 @@ class Section:
         return self._graph.nodes[node.arguments[-1]].kind if node.arguments else node.kind
 
     def _read(self, number: int, stage: int) -> int:
-        """Return the register of a node that instructions of a stage read."""
+        """Return the operand of a node that instructions of a stage read."""
         found = self._registers.get((number, stage))
         if found is None:
             source = self.stages[number]
-            name = {ONCE: "spread_once", LANES: "spread_lanes", KEYS: "spread_keys"}[source]
-            where = SETUP if stage == PAIRS and source != KEYS else stage
-            found = self._registers[number, stage] = self._emit(name, where, (self._registers[number, source],))
+            found = self._registers[number, source]
+            if source == KEYS:
+                found = self._emit("spread_keys", stage, (found,))
+            elif stage != PAIRS:
+                found = self._emit("spread_once", stage, (found,))
+            if stage == PAIRS:
+                found += _FORM * _FORMS[source]
+            self._registers[number, stage] = found
         return found
 
-    def _emit(self, name: str, stage: int, operands: tuple[int, ...], words: tuple[int, ...] = ()) -> int:
+    def _emit(
+        self, name: str, stage: int, operands: tuple[int, ...], words: tuple[int, ...] = (), keys: int = -1
+    ) -> int:
         to, self._count = self._count, self._count + 1
-        self._code[stage].append(Instruction(name, stage, to, operands, words))
+        self._code[stage].append(Instruction(name, stage, to, operands, words, keys))
         return to
 
-    def words(self, results: Sequence[int], terms: Sequence[tuple[int, int, int, int]] = ()) -> list[int]:
-        """Return the section as words.
-
-        Args:
-            results: virtual registers of score, mask and slope; -1: none.
-            terms: (array, virtual register of the adjoint or -1, virtual register of the index, stage of the index).
-        """
-        code = [one for stage in self._code for one in stage]
-        kept = {*results, *(one for term in terms for one in term[1:3])}
+    def words(self, results: Sequence[int], terms: Sequence[Term] = ()) -> list[int]:
+        """Return the section as words. results: operands of score, mask and slope; -1: none."""
+        results, pairs = _in_place(list(results), self._code[PAIRS])
+        code = [one for stage in (*self._code[:PAIRS], pairs) for one in stage]
+        kept = {one % _FORM for one in (*results, *(x for term in terms for x in term[1:4])) if one != -1}
         place = _allocate(code, kept)
         count = 1 + max(place.values())
         if count > MOST_REGISTERS:
             raise TooLarge(f"needs {count} values at a time in a score function, of at most {MOST_REGISTERS}")
+
+        def operand(one: int) -> int:
+            return -1 if one == -1 else place[one % _FORM] + MOST_REGISTERS * (one // _FORM)
+
         reads_score = any(_T in one.operands for one in code) or _T in kept
-        found = [count, *(place[one] for one in results), int(reads_score), len(terms)]
-        found += [len(stage) for stage in self._code]
+        found = [count, *(operand(one) for one in results), int(reads_score), len(terms)]
+        found += [len(stage) for stage in (*self._code[:PAIRS], pairs)]
         for one in code:
-            operands = (*(place[x] for x in one.operands), *one.words, 0, 0, 0)[:3]
-            found += [_NUMBERS[one.operation], place[one.to], *operands]
-        for number, adjoint, index, stage in terms:
-            found += [number, place[adjoint], place[index], stage]
+            read = (*(operand(x) for x in one.operands), *one.words, *([place[one.keys]] if one.keys >= 0 else ()))
+            found += [_NUMBERS[one.operation], place[one.to], *(*read, 0, 0, 0)[:3]]
+        for term in terms:
+            found += [term.array, *(operand(x) for x in term[1:4]), term.stage]
         return found
 
 
-def _join(a: int, b: int) -> int:
-    """Return the stage of a value that depends on values of two stages."""
-    if a == b or ONCE in (a, b):
-        return max(a, b)
-    return PAIRS
+def _in_place(results: list[int], pairs: list[Instruction]) -> tuple[list[int], list[Instruction]]:
+    """Return the results and the instructions of pairs so that the last one writes the score, if nothing reads it."""
+    score = results[0]
+    last = next((one for one in pairs if one.to == score), None)
+    if last is None or score in results[1:] or _T in results[1:] or any(score in one.operands for one in pairs):
+        return results, pairs
+    return [_T, *results[1:]], [*(one for one in pairs if one is not last), last._replace(to=_T)]
 
 
 def _instruction(node: Node, kind: str) -> tuple[str, tuple[int, ...]]:
@@ -159,25 +243,27 @@ def _allocate(code: Sequence[Instruction], kept: set[int]) -> dict[int, int]:
     Instructions of pairs run many times, so what they read from earlier stages stays.
     """
     end = len(code)
+    read = [[x % _FORM for x in (*one.operands, *([one.keys] if one.keys >= 0 else ()))] for one in code]
     first_of_pairs = next((i for i, one in enumerate(code) if one.stage == PAIRS), end)
     last = {one.to: i for i, one in enumerate(code)}
     made = dict(last)
-    for i, one in enumerate(code):
-        for operand in one.operands:
+    for i, operands in enumerate(read):
+        for operand in operands:
             if operand != _T:
                 last[operand] = end if i >= first_of_pairs > made[operand] else i
-    last |= dict.fromkeys(kept - {-1, _T}, end)
-    place, count = {_T: _T, -1: -1}, 1
+    last |= dict.fromkeys(kept - {_T}, end)
+    place, count = {_T: _T}, 1
     free: list[int] = []
     ends: dict[int, list[int]] = {}
     for register, i in last.items():
         ends.setdefault(i, []).append(register)
     for i, instruction in enumerate(code):
-        if not free:
-            free.append(count)
-            count += 1
-        place[instruction.to] = free.pop()
-        free += [place[register] for register in ends.get(i, ())]
+        if instruction.to != _T:
+            if not free:
+                free.append(count)
+                count += 1
+            place[instruction.to] = free.pop()
+        free += [place[register] for register in ends.get(i, ()) if register != _T]
     return place
 
 
@@ -220,7 +306,7 @@ def lower(graph: Graph) -> words_of[int]:
 def _results(graph: Graph, slope: int | None) -> list[int]:
     """Return the section that computes score, mask and, if it is not None, the slope of a graph."""
     wanted = [graph.score, graph.mask, None if slope is None or _is_one(graph, slope) else slope]
-    simple, moved = _simplify(graph, [one for one in wanted if one is not None])
+    simple, moved = simplify(graph, [one for one in wanted if one is not None])
     section = Section(simple)
     section.add(moved.values())
     return section.words([-1 if one is None else section.pairs(moved[one]) for one in wanted])
@@ -228,55 +314,22 @@ def _results(graph: Graph, slope: int | None) -> list[int]:
 
 def _gradients(graph: Graph, reads: Sequence[tuple[int, int]]) -> list[int]:
     """Return the section of the gradients of captured arrays. reads: reads and the derivative by each."""
-    simple, moved = _simplify(graph, [one for read in reads for one in read])
+    simple, moved = simplify(graph, [one for read in reads for one in read])
     section = Section(simple)
     indices = [simple.nodes[moved[read]].arguments[0] for read, _ in reads]
     adjoints = [None if _is_one(graph, adjoint) else moved[adjoint] for _, adjoint in reads]
     section.add([*indices, *(one for one in adjoints if one is not None)])
     terms = []
     for (read, _), index, adjoint in zip(reads, indices, adjoints, strict=True):
-        register = -1 if adjoint is None else section.pairs(adjoint)
-        number = int(graph.nodes[read].value or 0)
-        terms.append((number, register, section.own(index), section.stages[index]))
+        number, operand = int(graph.nodes[read].value or 0), -1 if adjoint is None else section.pairs(adjoint)
+        rows = section.rows(index)
+        if rows is None:
+            terms.append(Term(number, operand, section.own(index), -1, section.stages[index]))
+        else:
+            terms.append(Term(number, operand, section.own(rows[0]), section.own(rows[1]), LANES))
     return section.words((-1, -1, -1), terms)
 
 
 def _is_one(graph: Graph, number: int) -> bool:
     node = graph.nodes[number]
     return node.operation == CONSTANT and node.value == 1.0
-
-
-def _simplify(graph: Graph, wanted: Sequence[int]) -> tuple[Graph, dict[int, int]]:
-    """Return a graph whose reads have one index, in the flat array, and the places of the wanted nodes in it.
-
-    Division and remainder of integers by a power of two become a shift and a bitwise and.
-    """
-    build = Builder()
-    place: dict[int, int] = {}
-    for number in graph.reachable(wanted):
-        node = graph.nodes[number]
-        arguments = tuple([place[one] for one in node.arguments])
-        if node.operation == READ:
-            flat = _flat_index(build, graph.arrays[int(node.value or 0)].shape, arguments)
-            place[number] = build.read(int(node.value or 0), node.kind, (flat,))
-        else:
-            place[number] = _divided(build, node, arguments)
-    simple = Graph(tuple(build.nodes), None, None, graph.arrays)
-    return simple, {one: place[one] for one in wanted}
-
-
-def _flat_index(build: Builder, shape: Sequence[int], indices: Sequence[int]) -> int:
-    flat = build.constant(0)
-    for index, size in zip(indices, shape, strict=True):
-        flat = build.apply("add", build.apply("mul", flat, build.constant(size)), index)
-    return flat
-
-
-def _divided(build: Builder, node: Node, arguments: tuple[int, ...]) -> int:
-    if node.operation in ("floordiv", "mod") and node.kind == INT:
-        divisor = build.constant_value(arguments[1])
-        if divisor and divisor > 0 and divisor & (divisor - 1) == 0:
-            if node.operation == "mod":
-                return build.apply("and", arguments[0], build.constant(divisor - 1))
-            return build.apply("shr", arguments[0], build.constant(divisor.bit_length() - 1))
-    return build.add(node._replace(arguments=arguments))
