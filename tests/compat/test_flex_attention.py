@@ -12,6 +12,7 @@ import torch.nn.attention.flex_attention as flex
 
 import anyattn
 from anyattn.compat import flex_attention as ours
+from anyattn.frameworks.torch import functional
 from harness.score_gallery import BATCH, HEADS, gallery
 
 N_Q, N_K = 70, 80
@@ -68,6 +69,27 @@ def test_unlisted_blocks_are_skipped_and_full_blocks_do_not_evaluate_the_mask() 
     dense[64:, 64:] = True
     expected = anyattn.attention(*(x.transpose(1, 2) for x in (q, k, v)), mask=dense).transpose(1, 2)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-13)
+
+
+def test_blocks_that_say_what_their_function_says_leave_it_recognized(monkeypatch: pytest.MonkeyPatch) -> None:
+    documents = torch.tensor([0] * 100 + [1] * 156 + [2] * 256)
+    calls: list[Any] = []
+    attention = functional.attention
+
+    def recorded(inputs: Any, options: Any, *rest: Any, **keywords: Any) -> Any:
+        calls.append((inputs.extras.cu_seqlens_q is not None, options.right))
+        return attention(inputs, options, *rest, **keywords)
+
+    monkeypatch.setattr(functional, "attention", recorded)
+    q = torch.randn(2, 2, 512, 8)
+    for create in (flex.create_block_mask, ours.create_block_mask):
+        for mask in (lambda b, h, i, j: (documents[i] == documents[j]) & (i >= j), lambda b, h, i, j: i >= j):
+            ours.flex_attention(q, q, q, block_mask=create(mask, None, None, 512, 512, device="cpu"))
+    assert calls == [(True, 0), (False, 0)] * 2
+    fewer = flex.create_block_mask(lambda b, h, i, j: i >= j, None, None, 512, 512, device="cpu")
+    fewer.kv_num_blocks.zero_()  # the blocks on the diagonal are no longer listed
+    ours.flex_attention(q, q, q, block_mask=fewer)
+    assert calls[-1] == (False, None)
 
 
 def test_a_block_mask_of_anyattn_is_a_mask_function() -> None:

@@ -11,6 +11,7 @@ error that names the line. Tensors on a GPU use the Triton backend, which has no
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -235,8 +236,9 @@ def _lists(listed: Any, device: Any) -> tuple[Tensor, Tensor]:
 def use_anyattn() -> Iterator[None]:
     """Replace torch's `flex_attention` for tensors on a CPU inside the `with` block, in every thread.
 
-    Calls through `torch.nn.attention.flex_attention.flex_attention` are replaced. A module that imported the function
-    by name before keeps torch's.
+    Calls through `torch.nn.attention.flex_attention.flex_attention` are replaced, and transformers' models with
+    `attn_implementation="flex_attention"` call it, if transformers is imported. A module that imported the function by
+    name before keeps torch's.
 
     >>> import torch.nn.attention.flex_attention as flex
     >>> x = torch.ones(1, 2, 16, 8, requires_grad=True)
@@ -245,14 +247,41 @@ def use_anyattn() -> Iterator[None]:
     >>> x.grad.shape
     torch.Size([1, 2, 16, 8])
     """
-    theirs: Callable[..., Any] = original.flex_attention
-
-    def replacement(query: Tensor, *arguments: Any, **keywords: Any) -> Any:
-        function = flex_attention if query.device.type == "cpu" else theirs
-        return function(query, *arguments, **keywords)
-
-    original.flex_attention = replacement
+    places = [(original, "flex_attention", flex_attention), *_transformers_functions()]
+    before = [getattr(module, name) for module, name, _ in places]
+    for (module, name, ours), theirs in zip(places, before, strict=True):
+        setattr(module, name, _on_cpu(ours, theirs))
     try:
         yield
     finally:
-        original.flex_attention = theirs
+        for (module, name, _), theirs in zip(places, before, strict=True):
+            setattr(module, name, theirs)
+
+
+def _on_cpu(ours: Callable[..., Any], theirs: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that calls `ours` for a tensor or a device of the CPU, and `theirs` for others."""
+
+    def replacement(*arguments: Any, **keywords: Any) -> Any:
+        query = arguments[0] if arguments else keywords.get("query")
+        device = query.device if isinstance(query, Tensor) else keywords.get("device")
+        is_cpu = device is not None and torch.device(device).type == "cpu"
+        return (ours if is_cpu else theirs)(*arguments, **keywords)
+
+    return replacement
+
+
+def _transformers_functions() -> list[tuple[Any, str, Callable[..., Any]]]:
+    """Return the functions of transformers that compile torch's, as (module, name, replacement)."""
+    if "transformers" not in sys.modules:
+        return []
+    import transformers.integrations.flex_attention as integration
+    import transformers.masking_utils as masks
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, training: bool = False, **keywords: Any) -> Any:
+        return flex_attention(query, key, value, **keywords)
+
+    return [
+        (integration, "compile_friendly_flex_attention", attend),
+        (integration, "create_block_mask", create_block_mask),
+        (masks, "create_block_mask", create_block_mask),
+    ]

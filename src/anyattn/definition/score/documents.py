@@ -6,7 +6,7 @@ indices only through their difference.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -29,12 +29,13 @@ class Documents(NamedTuple):
     inside: Recognized
 
 
-def find(graph: Graph, nheads: int, allowed: Collection[str]) -> Documents | None:
+@lru_cache(256)
+def find(graph: Graph, nheads: int, allowed: frozenset[str]) -> Documents | None:
     """Return the documents of a mask function, or None if packed sequences do not express the graph."""
     for term in () if graph.mask is None else terms(graph, graph.mask):
         array = _documents(graph, term)
         if array is not None:
-            inside = recognize(_inside(graph, term), nheads, ALLOWED & set(allowed))
+            inside = recognize(_inside(graph, term), nheads, ALLOWED & allowed)
             if inside.chunk == 0 and _depends_on_distance(inside.graph):
                 return Documents(array, inside)
     return None

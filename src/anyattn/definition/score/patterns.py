@@ -8,6 +8,7 @@ a captured boolean array, and the lengths of sequences.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 from .builder import Builder
@@ -43,7 +44,8 @@ class Recognized(NamedTuple):
         return self[1:] == (None, None, 0, None, None, Scored())
 
 
-def recognize(graph: Graph, nheads: int, allowed: Collection[str] = EVERY) -> Recognized:
+@lru_cache(256)
+def recognize(graph: Graph, nheads: int, allowed: frozenset[str] = EVERY) -> Recognized:
     """Return the allowed built-in arguments of a graph, and the graph of the rest."""
     found = _Terms(graph, allowed)
     score, number = Scored(), graph.score
