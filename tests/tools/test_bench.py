@@ -324,6 +324,7 @@ def measured() -> dict[str, Any]:
     patch.setattr(precision, "SEEDS", 2)
     patch.setattr(derivatives, "QUICK_SHAPE", (1, 2, 32, 8))
     patch.setattr(derivatives, "peak", lambda *_: 1.0)
+    patch.setattr("anyattn.bench.score_functions.flex", lambda *_: None)  # torch compiles for seconds
     lengths = [
         replace(small(LARGE), name=f"length {n}", seqlen_q=n, seqlen_k=n, backward=b) for n in (8, 16) for b in (0, 1)
     ]

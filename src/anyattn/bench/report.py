@@ -15,6 +15,7 @@ from ..config.machine import processor
 from . import goals
 from .memory import LENGTHS
 from .providers import Provider
+from .score_functions import ARGUMENT, FLEX, FUNCTION
 
 Results = dict[str, Any]
 OURS = "anyattn"
@@ -190,6 +191,22 @@ def _derivatives(section: list[Results]) -> Iterator[Table]:
     yield Table(f"derivatives, {shape} float32", ("pass", "provider", "ms", "extra MiB"), rows)
 
 
+def _score_functions(section: dict[str, list[Results]]) -> Iterator[Table]:
+    rows = []
+    for row in section["functions"]:
+        medians = {provider: one["median"] for provider, one in row["seconds"].items()}
+        times = [f"{medians[name] * 1e3:.1f}" if name in medians else "-" for name in (FUNCTION, ARGUMENT, FLEX)]
+        ratio = row["wrong"] or f"{medians[FUNCTION] / medians[ARGUMENT]:.2f}x"
+        rows.append((row["name"], row["compared with"], f"{row['dtype']} {row['pass']}", *times, ratio))
+    header = ("function", "compared with", "pass", "function ms", "argument ms", "flex_attention ms", "ratio")
+    yield Table(f"score functions, {tuple(section['functions'][0]['shape'])}", header, rows)
+    masks = [
+        (str(row["length"]), *(f"{x * 1e3:.0f}" if x else "-" for x in map(row["seconds"].get, ("anyattn", "torch"))))
+        for row in section["masks"]
+    ]
+    yield Table("block mask of causal documents, ms", ("length", "anyattn", "torch create_block_mask"), masks)
+
+
 def _accuracy(section: list[Results]) -> Iterator[Table]:
     names = list(section[0]["errors"])
     rows = [(row["dtype"], *(f"{row['errors'][name]:.1e}" for name in names)) for row in section]
@@ -203,6 +220,7 @@ _SECTIONS = {
     "citizen": _interleaving,
     "memory": _memory,
     "derivatives": _derivatives,
+    "score_functions": _score_functions,
     "accuracy": _accuracy,
 }
 

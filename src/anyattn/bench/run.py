@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from . import ceilings, derivatives, gate, interleaving, memory, overhead, precision, report
+from . import ceilings, derivatives, gate, interleaving, memory, overhead, precision, report, score_functions
 from .inputs import Inputs
 from .providers import Prepared, Provider, Refused
 from .timing import measure
@@ -47,6 +47,7 @@ SECTIONS: dict[str, Callable[[Plan, tuple[Provider, ...]], Any]] = {
     "citizen": lambda plan, present: interleaving.measure(plan.seconds),
     "memory": lambda plan, present: memory.measure(present, plan.threads, plan.quick),
     "derivatives": lambda plan, present: derivatives.measure(plan.threads, plan.seconds, plan.quick),
+    "score_functions": lambda plan, present: score_functions.measure(plan.seconds, plan.quick),
     "accuracy": lambda plan, present: precision.summary(plan.threads, plan.quick),
 }
 
