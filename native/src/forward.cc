@@ -13,8 +13,9 @@
 namespace anyattn {
 namespace {
 
-// Keys of a chunk.
-constexpr int64_t kChunkKeys = 512;
+// Fewest keys of a chunk that is not the last, and most chunks of a sequence. Starting and adding a chunk takes as long as
+// some tens of keys.
+constexpr int64_t kChunkKeys = 512, kMostChunks = 64;
 // Tasks per thread below which blocks do not share a task.
 constexpr int64_t kTasksOfThread = 4;
 // Limit of a sum of sizes, far from overflow.
@@ -25,6 +26,9 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Whether each chunk is a separate task. A call with long sequences has enough tasks, and partial results of every row
 // would take too much memory. There, one task computes all chunks of its block.
 bool chunks_are_tasks(const anyattn_call &call) { return call.seqlen_q <= kBlockQ; }
+
+// Returns the keys of each chunk of a sequence.
+constexpr int64_t chunk_keys(int64_t keys) { return kChunkKeys * max64(1, ceil_div(keys, kChunkKeys * kMostChunks)); }
 
 // Returns the size of each part if n is divided evenly into the fewest parts of at most `limit`.
 int64_t even_part(int64_t n, int64_t limit) { return ceil_div(n, ceil_div(n, min64(n, limit))); }
@@ -38,7 +42,7 @@ struct Cuts {
     int64_t packed = 0;  // heads of a block; 0: the sequence is long
     int64_t together = 1, row_blocks = 1, groups = 1;  // in a task: heads or packed heads, blocks of rows, KV heads
     int64_t tasks = 0;  // for all rows and heads
-    int64_t begin = 0, end = 0, chunks = 1;  // keys visible to any row; short sequences
+    int64_t begin = 0, end = 0, chunk = 0, chunks = 1;  // keys visible to any row, in a chunk; short sequences
 
     Cuts(const Run &r, int64_t b) : run(r), s(sequence(r.call, b)), group(r.call.nheads / r.call.nheads_kv) {
         if (s.n_q > kBlockQ) {
@@ -68,7 +72,8 @@ struct Cuts {
         packed = even_part(group, kBlockQ / s.n_q);
         begin = key_begin(call, s, 0);
         end = max64(begin, key_end(call, s, s.n_q - 1));
-        chunks = max64(1, ceil_div(end - begin, kChunkKeys));
+        chunk = chunk_keys(end - begin);
+        chunks = max64(1, ceil_div(end - begin, chunk));
         const int64_t blocks = ceil_div(group, packed) * call.nheads_kv;
         const int64_t limit = chunks_are_tasks(call) ? run.kernels.most_groups(call, packed * s.n_q) : 1;
         groups = even_part(call.nheads_kv, min64(limit, spare(blocks * chunks)));
@@ -99,7 +104,7 @@ int64_t most_chunks(const anyattn_call &call) {
         const int64_t window = min64(call.left, keys) + min64(call.right, keys) + call.seqlen_q;
         keys = max64(0, min64(keys, window));
     }
-    return max64(1, ceil_div(keys, kChunkKeys));
+    return min64(kMostChunks, max64(1, ceil_div(keys, kChunkKeys)));
 }
 
 // All tasks. Tasks of sequence b begin at first[b], its partial rows at rows[b]. If chunks are separate tasks, ended[]
@@ -156,7 +161,7 @@ void run_chunks(const Cuts &cuts, const BlockSet &set, int32_t worker) {
     const int64_t bytes = kBlockQ * run.kernels.partial_row_bytes(run.call);
     char *into = scratch + run.scratch_bytes - 2 * bytes, *from = into + bytes;
     for (int64_t c = 0; c < cuts.chunks; ++c) {
-        const int64_t begin = cuts.begin + c * kChunkKeys, end = min64(begin + kChunkKeys, cuts.end);
+        const int64_t begin = cuts.begin + c * cuts.chunk, end = min64(begin + cuts.chunk, cuts.end);
         run.kernels.forward(run.call, set, begin, end, c == 0 ? into : from, scratch);
         if (c > 0) run.kernels.merge(run.call, set.first, into, from);
     }
@@ -189,8 +194,8 @@ void run_task(const Run &run, const Tasks &tasks, int64_t task, int32_t worker) 
         end = key_end(run.call, cuts.s, set.first.i0 + set.first.rows - 1);
     } else if (cuts.chunks > 1) {
         const int64_t chunk = index / cuts.tasks;
-        begin += chunk * kChunkKeys;
-        end = min64(end, begin + kChunkKeys);
+        begin += chunk * cuts.chunk;
+        end = min64(end, begin + cuts.chunk);
         partial = run.workspace + tasks.row_of(set.first, chunk) * run.kernels.partial_row_bytes(run.call);
     }
     run.kernels.forward(run.call, set, begin, end, partial, run.scratch_of(worker));

@@ -52,8 +52,8 @@ inline bool has_key_lists(const anyattn_call &call) { return call.flags & ANYATT
 inline bool stopped(const anyattn_call &call) { return call.poll && call.poll(call.poll_user); }
 
 inline int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b != 0 && (a < 0)); }
-inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+constexpr int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Returns the most visible keys of any row, as an estimate of work.
 inline int64_t most_keys(const anyattn_call &call) {

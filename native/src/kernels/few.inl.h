@@ -11,7 +11,7 @@ namespace {
 // More rows than this fill the lanes of a vector half.
 template <class C>
 constexpr int kFewRows = lanes<C> / 2;
-constexpr int kFewKeys = 64;  // of a tile; a multiple of 2 lanes
+constexpr int kFewKeys = 32;  // most keys of a tile; a multiple of 2 lanes
 // Registers for sums of values.
 constexpr int kFewSums = kVectorBytes == 64 ? 16 : 8;
 
@@ -32,11 +32,11 @@ ANYATTN_NOINLINE void few_scores(const char *const *keys, int64_t n, const C *Q,
         V acc[width];
         ANYATTN_UNROLL
         for (int i = 0; i < K; i += G) {
-            ahead.fetch(G);
             V sum[G][R];
             clear<C>(sum);
             const auto add = [&](int64_t d, const auto &load_key) {
                 V k[G];
+                if (d * size % 64 == 0) ahead.fetch_lines(G);
                 ANYATTN_UNROLL
                 for (int g = 0; g < G; ++g) k[g] = load_key(keys[i + g] + d * size);
                 ANYATTN_UNROLL
@@ -82,7 +82,7 @@ ANYATTN_NOINLINE void few_values(const char *const *values, int64_t offset, int6
     V acc[R][N];
     clear<C>(acc);
     for (int64_t j = 0; j < n; ++j) {
-        ahead.fetch();
+        ahead.fetch_lines((N * width * size + 63) / 64);
         V v[N];
         ANYATTN_UNROLL
         for (int x = 0; x < N; ++x) {
@@ -120,7 +120,11 @@ struct Few {
     static constexpr int panel = anyattn::panel<C>, score_keys = kFewKeys, key_step = 2;
     static constexpr int most_blocks = 4;
     static constexpr bool weights_in_scores = false;
-    static int64_t tile_keys(const anyattn_call &) { return kFewKeys; }
+    // About 4 KiB of keys: the next tile reaches L1 meanwhile. One row needs more keys to fill two vectors.
+    static int64_t tile_keys(const anyattn_call &call, int64_t rows) {
+        const int64_t bytes = call.head_dim * dtype_size(call.k.dtype);
+        return rows == 1 || bytes * kFewKeys <= 4096 ? kFewKeys : kFewKeys / 2;
+    }
     static ANYATTN_INLINE V weight(V x, V factor) { return exp2(x, factor); }
 
     // A table of rows: the last is repeated past the end.
@@ -196,10 +200,8 @@ struct Few {
             with_few_dtype(keys.dtype, [&](auto t) {
                 constexpr int R = decltype(r)::value, T = decltype(t)::value;
                 for_groups<kFewSums / R>(dim, lanes<C>, [&](auto vectors, auto whole, int64_t d) {
-                    Ahead none{};
                     few_values<C, T, R, decltype(vectors)::value, decltype(whole)::value>(
-                        keys.rows + first, d * dtype_size(T), dim - d, P, n, O + d, stride, alpha,
-                        d == 0 ? ahead.v : none);
+                        keys.rows + first, d * dtype_size(T), dim - d, P, n, O + d, stride, alpha, ahead.v);
                 });
             });
         });

@@ -81,11 +81,11 @@ ANYATTN_NOINLINE void few_score_pairs(const char *const *keys, int64_t n, const 
         F32 acc[16];
         ANYATTN_UNROLL
         for (int i = 0; i < K; i += G) {
-            ahead.fetch(G);
             F32 sum[G][R];
             clear<float>(sum);
             const auto add = [&](int64_t at, const auto &load_key) {
                 __m512i k[G][X];
+                ahead.fetch_lines(G);
                 ANYATTN_UNROLL
                 for (int g = 0; g < G; ++g) E::of_key(k[g], load_key(keys[i + g] + at));
                 const Pair *from = Q + at / 4 * X;
@@ -127,7 +127,7 @@ ANYATTN_NOINLINE void few_value_pairs(const char *const *values, int64_t offset,
     };
     for (int64_t j = 0; j < n; j += 2 * K, values += K) {
         for (const char *const *end = values + K; values < end; ++values, P += R) {
-            ahead.fetch(2);
+            ahead.fetch_lines(2 * N);
             __m512i v[N * X];
             ANYATTN_UNROLL
             for (int x = 0; x < N; ++x) E::of_values(v + X * x, load_value(values[0], x), load_value(values[K], x));
@@ -220,10 +220,9 @@ struct FewPairs : Few<float> {
                 const char *const *values = whole_pairs<16 / R>(keys, first, n, dim * dtype_size(T), table);
                 for (int r = 0; r < R; r += some) {
                     for_groups<N>(dim, E::count, [&](auto groups, auto whole, int64_t d) {
-                        Ahead none{};
                         few_value_pairs<T, R, some, decltype(groups)::value, decltype(whole)::value>(
                             values, d * dtype_size(T), (dim - d) * dtype_size(T), static_cast<const Pair *>(P) + r, n,
-                            O + r * padded(dim) + d, padded(dim), alpha + r, d + r == 0 ? ahead.v : none);
+                            O + r * padded(dim) + d, padded(dim), alpha + r, ahead.v);
                     });
                 }
             });

@@ -66,7 +66,7 @@ struct ForwardScratch {
         registers = take_registers<C>(call, arena);
         keep = call.dropout_threshold ? arena.take<C>(tile) : nullptr;
         alpha = arena.take<C>(kBlockQ);
-        const int64_t keys = M::tile_keys(call);
+        const int64_t keys = M::tile_keys(call, 1);
         k = arena.take<char>(M::key_buffer(call.head_dim, kSumDim, keys));
         v = arena.take<char>(M::key_buffer(call.head_dim_v, kSumKeys, keys));
         k_scale = is_quantised(call) ? arena.take<C>(keys + kScalesAfter<C>) : nullptr;
@@ -207,7 +207,7 @@ void forward_blocks(const anyattn_call &call, const BlockSet &set, int64_t begin
         w.v_scale_rows[g] = scale_rows(call.v_scale, call, block.s, block.h_kv, block.slots);
     }
     M::clean(w.S);
-    const int64_t tile_keys = M::tile_keys(call);
+    const int64_t tile_keys = M::tile_keys(call, w.blocks[0].rows);
     for (int64_t j0 = begin; j0 < end && !stopped(call); j0 += tile_keys) {
         const int64_t j1 = min64(j0 + tile_keys, end);
         TileAhead next = next_tile(call, w.k_rows, w.v_rows, set.groups, j1, min64(j1 + tile_keys, end));

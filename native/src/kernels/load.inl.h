@@ -232,19 +232,31 @@ struct Ahead {
     const KeyRows *rows;  // of each head
     int64_t heads, j, end, bytes;
     int64_t head = 0, offset = 0;
+    const char *line = nullptr, *row_end = nullptr;  // of the current row
 
-    ANYATTN_INLINE void fetch() {
-        if (j >= end) return;
+    ANYATTN_INLINE bool next_row() {
+        if (j >= end) return false;
         if (head == 0) offset = rows->offset(j);
-        const char *row = rows[head].rows.data + offset;
-        for (int64_t x = 0; x < bytes; x += 64) __builtin_prefetch(row + x, 0, 2);
+        line = rows[head].rows.data + offset;
+        row_end = line + bytes;
         if (++head == heads) {
             head = 0;
             ++j;
         }
+        return true;
     }
+    // Whole rows, into L2.
     void fetch(int64_t count) {
-        for (; count > 0; --count) fetch();
+        for (; count > 0 && next_row(); --count) {
+            for (; line < row_end; line += 64) __builtin_prefetch(line, 0, 2);
+        }
+    }
+    // The next lines of 64 bytes, into L1.
+    ANYATTN_INLINE void fetch_lines(int64_t count) {
+        for (int64_t i = 0; i < count; ++i, line += 64) {
+            if (__builtin_expect(line >= row_end, 0) && !next_row()) return;
+            __builtin_prefetch(line, 0, 3);
+        }
     }
 };
 

@@ -249,7 +249,7 @@ struct Plain : GradientTiles<Compute, panel<Compute>> {
     // Whether P is stored in place of S, and whether scores() finds the maximum.
     static constexpr bool weights_in_scores = true, finds_top = true;
 
-    static int64_t tile_keys(const anyattn_call &) { return kKeys; }  // loaded at once in the forward pass
+    static int64_t tile_keys(const anyattn_call &, int64_t) { return kKeys; }  // loaded at once in the forward pass
     // exp2(x factor), as a weight.
     static ANYATTN_INLINE V weight(V x, V factor) { return exp2(x, factor); }
 

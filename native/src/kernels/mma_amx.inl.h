@@ -125,7 +125,7 @@ struct Amx {
     static constexpr int64_t kUnitBytes = kChunk * kRow;  // of P or dS of 32 queries
 
     // Keys that stay in L2 while all panels of all blocks read them.
-    static int64_t tile_keys(const anyattn_call &call) {
+    static int64_t tile_keys(const anyattn_call &call, int64_t) {
         const int64_t dim = max64(call.head_dim, call.head_dim_v);
         return kChunk * (dim <= 128 ? 4 : dim <= 256 ? 2 : 1);
     }

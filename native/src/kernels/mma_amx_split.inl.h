@@ -44,7 +44,7 @@ struct AmxSplit {
     static constexpr int kSkip = Parts == 2 ? 1 : 0;
     static constexpr int64_t kKeyPairs = kChunk / 2 * panel;  // words of a part of the weights of a score tile
 
-    static int64_t tile_keys(const anyattn_call &call) { return Amx::tile_keys(call); }
+    static int64_t tile_keys(const anyattn_call &call, int64_t rows) { return Amx::tile_keys(call, rows); }
     static ANYATTN_INLINE V weight(V x, V factor) {
         return x * factor >= splat(128.0f) ? splat(infinity(0.0f)) : exp2(x, factor);
     }

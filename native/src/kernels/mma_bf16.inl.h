@@ -184,7 +184,7 @@ struct Dot {
     static constexpr int panel = Plain<float>::panel, score_keys = kKeys, key_step = 2;
     static constexpr int most_blocks = 4, most_backward_blocks = 4;
     static constexpr bool weights_in_scores = true, finds_top = true;
-    static int64_t tile_keys(const anyattn_call &) { return kKeys; }
+    static int64_t tile_keys(const anyattn_call &, int64_t) { return kKeys; }
     static ANYATTN_INLINE V weight(V x, V factor) { return exp2(x, factor); }
 
     static int64_t packed_size(int64_t dim) { return round_up(dim, 32) / 2 * panel; }
