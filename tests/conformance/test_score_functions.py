@@ -208,4 +208,4 @@ def test_a_backend_without_score_functions_names_those_that_compute_them() -> No
     with pytest.raises(
         NotImplementedError, match="vulkan: has no forward pass with score_mod and mask_mod; computed by cpu"
     ):
-        anyattn.attention(q, k, v, score_mod=lambda s, b, h, i, j: torch.tanh(s), backend="vulkan")
+        anyattn.attention(q, k, v, score_mod=lambda s, b, h, i, j: s * s, backend="vulkan")
