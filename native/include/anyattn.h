@@ -182,7 +182,8 @@ typedef enum anyattn_pass {
     ANYATTN_BACKWARD = 1,
     ANYATTN_APPEND = 2,
     ANYATTN_TANGENT = 3,
-    ANYATTN_SECOND = 4
+    ANYATTN_SECOND = 4,
+    ANYATTN_FORWARD_TANGENT = 5
 } anyattn_pass;
 
 /* Returns an array with the strides of contiguous (n0, n1, n2, n3), for any n0. lse: n1 heads, n2 rows, n3 1. */
@@ -234,6 +235,9 @@ ANYATTN_API int32_t anyattn_backward(const anyattn_call *call);
  *
  * P are the probabilities exp(s_ij - lse_i), D the dropout factors. Rows without keys give 0. */
 ANYATTN_API int32_t anyattn_tangent(const anyattn_call *call);
+/* Writes out and lse, as anyattn_forward does, and tout and tlse, as anyattn_tangent does. Faster than the two, because the
+ * probabilities are computed once. */
+ANYATTN_API int32_t anyattn_forward_tangent(const anyattn_call *call);
 /* Reads what backward reads, and the tangents. Writes tout and tlse, as anyattn_tangent does, and the gradients of
  * <dout, tout> + <dlse, tlse>. The gradients of the inputs are written to dq, dk, dv and, if present, dbias and dsink.
  * The gradients of dout and dlse are tout and tlse. Together they are the derivative of backward along the tangents. */

@@ -130,7 +130,7 @@ int32_t finish(const anyattn_call &call, bool all_tasks) {
 int64_t workspace_bytes(const anyattn_call &call, const Kernels &kernels, int32_t pass) {
     if (pass == ANYATTN_APPEND) return 0;
     int64_t bytes = 0;
-    if (pass == ANYATTN_FORWARD) bytes = forward_workspace(call, kernels);
+    if (pass == ANYATTN_FORWARD || pass == ANYATTN_FORWARD_TANGENT) bytes = forward_workspace(call, kernels);
     if (has_gradients(pass)) bytes = backward_workspace(call, kernels);
     return bytes < 0 ? bytes : bytes + key_lists_bytes(call);
 }
@@ -143,6 +143,8 @@ bool run_tasks_of(const Run &run) {
             return run_tangent(run);
         case ANYATTN_SECOND:
             return run_second(run);
+        case ANYATTN_FORWARD_TANGENT:
+            return run_forward_tangent(run);
         default:
             return run_backward(run);
     }
@@ -150,8 +152,10 @@ bool run_tasks_of(const Run &run) {
 
 int64_t scratch_of(const anyattn_call &call, const Kernels &kernels, int32_t pass) {
     if (pass == ANYATTN_FORWARD) return forward_scratch(call, kernels);
-    const int64_t tangent = pass == ANYATTN_SECOND ? kernels.scratch(call, ANYATTN_TANGENT) : 0;
-    return (max64(tangent, kernels.scratch(call, pass)) + 63) / 64 * 64;
+    int64_t other = 0;  // of a pass that runs before
+    if (pass == ANYATTN_SECOND) other = kernels.scratch(call, ANYATTN_TANGENT);
+    if (pass == ANYATTN_FORWARD_TANGENT) other = forward_scratch(call, kernels);
+    return (max64(other, kernels.scratch(call, pass)) + 63) / 64 * 64;
 }
 
 int32_t run_kernels(const anyattn_call &call, int32_t pass) {
@@ -280,6 +284,10 @@ int32_t anyattn_backward(const anyattn_call *call) { return anyattn::run_guarded
 int32_t anyattn_tangent(const anyattn_call *call) { return anyattn::run_guarded(call, ANYATTN_TANGENT); }
 
 int32_t anyattn_second(const anyattn_call *call) { return anyattn::run_guarded(call, ANYATTN_SECOND); }
+
+int32_t anyattn_forward_tangent(const anyattn_call *call) {
+    return anyattn::run_guarded(call, ANYATTN_FORWARD_TANGENT);
+}
 
 int32_t anyattn_append(const anyattn_call *call) { return anyattn::run_guarded(call, ANYATTN_APPEND); }
 

@@ -185,8 +185,9 @@ int32_t refuse(const Call &call, int32_t status, const char *format, ...) {
 
 int32_t check_sizes(const Call &call, int32_t pass) {
     int32_t status;
-    if ((status = check_scalar(call, "pass", pass, ANYATTN_FORWARD, ANYATTN_SECOND)) || (status = check_heads(call)) ||
-        (status = check_lengths(call)) || (status = check_scalars(call)) || (status = check_storage(call, pass))) {
+    if ((status = check_scalar(call, "pass", pass, ANYATTN_FORWARD, ANYATTN_FORWARD_TANGENT)) ||
+        (status = check_heads(call)) || (status = check_lengths(call)) || (status = check_scalars(call)) ||
+        (status = check_storage(call, pass))) {
         return status;
     }
     if (pass == ANYATTN_APPEND) return check_rotary(call);

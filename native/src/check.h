@@ -24,6 +24,11 @@ int32_t check_score_program(const anyattn_call &call, int32_t pass);
 // Returns whether a pass computes gradients.
 constexpr bool has_gradients(int32_t pass) { return pass == ANYATTN_BACKWARD || pass == ANYATTN_SECOND; }
 
+// Returns whether a pass reads tangents.
+constexpr bool has_tangents(int32_t pass) {
+    return pass == ANYATTN_TANGENT || pass == ANYATTN_SECOND || pass == ANYATTN_FORWARD_TANGENT;
+}
+
 // Whether k and v of this dtype have scales.
 constexpr bool is_quantised(int32_t dtype) { return dtype >= ANYATTN_INT8; }
 

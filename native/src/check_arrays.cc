@@ -154,12 +154,13 @@ int32_t check_scales(const anyattn_call &call, Role role) {
     return ANYATTN_SUCCESS;
 }
 
-int32_t check_inputs(const anyattn_call &call, const Dtypes &dtypes, Role out) {
+int32_t check_inputs(const anyattn_call &call, const Dtypes &dtypes, int32_t pass) {
     const Shape q = shape_q(call), k = shape_k(call);
     const int64_t heads = call.nheads, heads_kv = call.nheads_kv, d = call.head_dim, d_v = call.head_dim_v;
-    const unsigned bias = dtypes.same | bit(ANYATTN_FLOAT32), stored = dtypes.same | (out == kOutput ? kQuantised : 0);
+    const bool forward = pass == ANYATTN_FORWARD, writes = forward || pass == ANYATTN_FORWARD_TANGENT;
+    const unsigned bias = dtypes.same | bit(ANYATTN_FLOAT32), stored = dtypes.same | (forward ? kQuantised : 0);
     // lse is stored as (batch, nheads, row), without a fourth axis.
-    const Role lse = out == kOutput ? kOptionalOutput : kInput;
+    const Role out = writes ? kOutput : kInput, lse = forward ? kOptionalOutput : out;
     const Field lists = {
         "kv_indices", call.kv_indices, kInput, bit(ANYATTN_INT32), {q.batch, heads_kv, q.rows, call.num_indices}};
     if (call.flags & ANYATTN_HAS_KV_INDICES) {
@@ -280,11 +281,11 @@ int32_t check_arrays(const anyattn_call &call, int32_t pass) {
     if (const int32_t status = check_dtype(call, base)) return status;
     const Dtypes dtypes(base.array.dtype);
     if (append) return check_append(call, dtypes);
-    int32_t status = check_inputs(call, dtypes, pass == ANYATTN_FORWARD ? kOutput : kInput);
+    int32_t status = check_inputs(call, dtypes, pass);
     if (!status && call.score_program) status = check_functions(call, dtypes);
     if (!status) status = check_scales(call, kInput);
     if (!status && has_gradients(pass)) status = check_gradients(call, dtypes);
-    if (!status && (pass == ANYATTN_TANGENT || pass == ANYATTN_SECOND)) status = check_tangents(call, dtypes);
+    if (!status && has_tangents(pass)) status = check_tangents(call, dtypes);
     return status;
 }
 

@@ -218,20 +218,6 @@ bool run_key_lists(const Run &run) {
     });
 }
 
-// Writes out 0 and lse -inf for rows that are allocated to a sequence but not in use.
-void clear_out(const anyattn_call &call, int64_t entry, int64_t row, int64_t head) {
-    clear_row(call.out, entry, row, head, 1, call.head_dim_v);
-    if (!call.lse.data) return;
-    char *lse = element(call.lse, entry, head, row);
-    if (call.lse.dtype == ANYATTN_FLOAT64) {
-        const double empty = -std::numeric_limits<double>::infinity();
-        std::memcpy(lse, &empty, sizeof empty);
-    } else {
-        const float empty = -std::numeric_limits<float>::infinity();
-        std::memcpy(lse, &empty, sizeof empty);
-    }
-}
-
 }  // namespace
 
 int64_t forward_workspace(const anyattn_call &call, const Kernels &kernels) {
@@ -247,6 +233,19 @@ int64_t forward_scratch(const anyattn_call &call, const Kernels &kernels) {
     const int64_t bytes = (kernels.scratch(call, ANYATTN_FORWARD) + 63) / 64 * 64;
     if (has_key_lists(call) || chunks_are_tasks(call) || most_chunks(call) == 1) return bytes;
     return bytes + 2 * kBlockQ * kernels.partial_row_bytes(call);
+}
+
+void clear_out(const anyattn_call &call, int64_t entry, int64_t row, int64_t head) {
+    clear_row(call.out, entry, row, head, 1, call.head_dim_v);
+    if (!call.lse.data) return;
+    char *lse = element(call.lse, entry, head, row);
+    if (call.lse.dtype == ANYATTN_FLOAT64) {
+        const double empty = -std::numeric_limits<double>::infinity();
+        std::memcpy(lse, &empty, sizeof empty);
+    } else {
+        const float empty = -std::numeric_limits<float>::infinity();
+        std::memcpy(lse, &empty, sizeof empty);
+    }
 }
 
 bool run_forward(const Run &run) {

@@ -7,8 +7,9 @@ namespace anyattn {
 // Query rows of one forward or backward block, equal on every target because tasks must not depend on the instruction set.
 constexpr int64_t kBlockQ = 64;
 
-// Most blocks that a task of the tangent pass computes together.
-constexpr int64_t kTangentBlocks = 4;
+// Most blocks that a task of the tangent pass computes together. Copies of four arrays take longer than the states of many
+// blocks, which no longer fit in L1 anyway.
+constexpr int64_t kTangentBlocks = 16;
 
 // Query rows [i0, i0 + rows) of heads [h, h + heads) of sequence b: heads of one KV head, at most kBlockQ rows in all.
 struct QueryBlock {
@@ -79,8 +80,9 @@ struct Kernels {
                   void *statistics, void *scratch);
     int64_t (*dbias_block_k)(const anyattn_call &, int32_t pass);
     int64_t (*statistics_bytes)(const anyattn_call &);  // bytes of one row; a head has seqlen_q rows
-    // Computes tout and tlse of at most kTangentBlocks blocks, which begin at the same key and share a KV head.
-    void (*tangent)(const anyattn_call &, const BlockSet &, void *scratch);
+    // Computes tout and tlse of at most kTangentBlocks blocks, which begin at the same key and share a KV head. online: out
+    // and lse too, in the same sweep over the keys; otherwise they are given.
+    void (*tangent)(const anyattn_call &, bool online, const BlockSet &, void *scratch);
     // Runs n rounds of the register-only loop for this dtype; returns their floating-point operations.
     double (*peak)(int32_t dtype, int64_t n, volatile double *sink);
 };

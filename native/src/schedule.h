@@ -29,10 +29,14 @@ int64_t backward_shared(const anyattn_call &call, const Kernels &kernels, int32_
 // Returns the scratch memory of one worker.
 int64_t forward_scratch(const anyattn_call &call, const Kernels &kernels);
 
+// Writes out 0 and lse -inf for a row that is allocated to a sequence but not in use. Packed arrays: entry 0.
+void clear_out(const anyattn_call &call, int64_t entry, int64_t row, int64_t head);
+
 // Returns false if the caller's parallel_for did not run every task.
 bool run_forward(const Run &run);
 bool run_backward(const Run &run);
 bool run_tangent(const Run &run);
 bool run_second(const Run &run);
+bool run_forward_tangent(const Run &run);
 
 }  // namespace anyattn

@@ -79,6 +79,8 @@ int32_t run_pass(const anyattn_call *call, int32_t pass) {
             return anyattn_tangent(call);
         case ANYATTN_SECOND:
             return anyattn_second(call);
+        case ANYATTN_FORWARD_TANGENT:
+            return anyattn_forward_tangent(call);
         default:
             return ANYATTN_UNSUPPORTED;
     }

@@ -42,6 +42,7 @@ class Fixture {
     int32_t backward() { return expect(anyattn_backward(&call)); }
     int32_t tangent() { return expect(anyattn_tangent(&call)); }
     int32_t second() { return expect(anyattn_second(&call)); }
+    int32_t forward_tangent() { return expect(anyattn_forward_tangent(&call)); }
     const char *message() const { return message_; }
 
     std::vector<int32_t> cu_q, cu_k, used_q, used_k, leftpad, offsets, pages, entries;

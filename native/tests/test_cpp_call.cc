@@ -106,8 +106,33 @@ anyattn::Call cpp_call(const anyattn_call &from) {
     to.alibi_slopes = described(from.alibi_slopes, {from.batch, from.nheads});
     to.sink = described(from.sink, {from.nheads}), to.dsink = described(from.dsink, {from.nheads});
     to.kv_indices = lists(from, packed_q);
+    to.tq = rows(from.tq, q, packed_q), to.tk = rows(from.tk, k, packed_k), to.tv = rows(from.tv, v, packed_k);
+    to.tbias = scores(from, from.tbias), to.tsink = described(from.tsink, {from.nheads});
+    to.tout = rows(from.tout, out, packed_q), to.tlse = statistics(from, from.tlse);
     set_options(from, &to);
     return to;
+}
+
+std::vector<double> values(const anyattn_array &array, const Index &dims) {
+    std::vector<double> found;
+    for (int64_t n = 0; array.data && n < dims.a * dims.b * dims.c * dims.d; ++n) {
+        found.push_back(
+            get(array, {n / dims.d / dims.c / dims.b, n / dims.d / dims.c % dims.b, n / dims.d % dims.c, n % dims.d}));
+    }
+    return found;
+}
+
+// Second derivatives have the bits that the C function computes.
+void check_second(const Config &config) {
+    Fixture cpp(config), c(config);
+    CHECK(cpp.forward() == ANYATTN_SUCCESS && c.forward() == ANYATTN_SUCCESS);
+    CHECK(cpp_call(cpp.call).second() == Status::SUCCESS && c.second() == ANYATTN_SUCCESS);
+    const Index q = dims_q(c.call, c.call.head_dim), k = dims_k(c.call, c.call.head_dim);
+    const Index v = dims_k(c.call, c.call.head_dim_v);
+    CHECK(values(cpp.call.dq, q) == values(c.call.dq, q));
+    CHECK(values(cpp.call.dk, k) == values(c.call.dk, k));
+    CHECK(values(cpp.call.dv, v) == values(c.call.dv, v));
+    CHECK(values(cpp.call.dsink, {config.nheads, 1, 1, 1}) == values(c.call.dsink, {config.nheads, 1, 1, 1}));
 }
 
 void check_both(const Config &config) {
@@ -117,7 +142,12 @@ void check_both(const Config &config) {
     if (config.seed % 2) call.workspace = &workspace;
     CHECK(call.forward() == Status::SUCCESS);
     CHECK(forward_matches(fixture.call));
+    CHECK(call.tangent() == Status::SUCCESS);
+    CHECK(tangent_matches(fixture.call));
+    CHECK(call.forward_tangent() == Status::SUCCESS);
+    CHECK(forward_matches(fixture.call) && tangent_matches(fixture.call));
     if (config.paged) return;
+    check_second(config);
     CHECK(call.backward() == Status::SUCCESS);
     CHECK(backward_matches(fixture.call));
     CHECK(call.workspace_bytes(ANYATTN_BACKWARD) == anyattn_workspace(&fixture.call, ANYATTN_BACKWARD));

@@ -17,7 +17,7 @@ class Fuzz {
     int round() {
         Fixture fixture(draw_config());
         call_ = &fixture.call;
-        const int64_t pass = memory_.below(5);
+        const int64_t pass = memory_.below(6);
         if (pass == ANYATTN_APPEND) make_append(fixture);
         const int64_t changes = memory_.below(4);
         for (int64_t i = 0; i < changes; ++i) change(fixture);
@@ -27,7 +27,8 @@ class Fuzz {
                                : pass == 1 ? anyattn_backward(call_)
                                : pass == 2 ? anyattn_append(call_)
                                : pass == 3 ? anyattn_tangent(call_)
-                                           : anyattn_second(call_);
+                               : pass == 4 ? anyattn_second(call_)
+                                           : anyattn_forward_tangent(call_);
         CHECK(status >= 0 && status <= ANYATTN_OUT_OF_MEMORY);
         const bool heard = call_->size == sizeof *call_ && call_->message && call_->message_bytes > 1;
         CHECK(status == 0 || !heard || fixture.message()[0]);

@@ -4,19 +4,39 @@
 #include "fixture.h"
 #include "reference.h"
 
+static void remove_tangents(anyattn_call &call, unsigned absent) {
+    anyattn_array *const tangents[] = {&call.tq, &call.tk, &call.tv, &call.tbias, &call.tsink};
+    for (int i = 0; i < 5; ++i) {
+        if (absent >> i & 1) tangents[i]->data = nullptr;
+    }
+}
+
+// The tangent after the forward pass, and both in one call.
 static void check_tangent(Config config, unsigned absent = 0) {
     for (int32_t target : targets()) {
         config.target = target;
-        Fixture fixture(config);
-        anyattn_array *const tangents[] = {&fixture.call.tq, &fixture.call.tk, &fixture.call.tv, &fixture.call.tbias,
-                                           &fixture.call.tsink};
-        for (int i = 0; i < 5; ++i) {
-            if (absent >> i & 1) tangents[i]->data = nullptr;
-        }
-        CHECK(fixture.forward() == ANYATTN_SUCCESS);
-        CHECK(fixture.tangent() == ANYATTN_SUCCESS);
-        CHECK(tangent_matches(fixture.call));
+        Fixture after(config), together(config);
+        remove_tangents(after.call, absent);
+        remove_tangents(together.call, absent);
+        CHECK(after.forward() == ANYATTN_SUCCESS);
+        CHECK(after.tangent() == ANYATTN_SUCCESS);
+        CHECK(tangent_matches(after.call));
+        CHECK(together.forward_tangent() == ANYATTN_SUCCESS);
+        CHECK(forward_matches(together.call));
+        CHECK(tangent_matches(together.call));
     }
+}
+
+static std::string bits_of(const anyattn_call &call, const anyattn_array &array) {
+    std::string bits;
+    for (int64_t b = 0; b < call.batch; ++b)
+        for (int64_t i = 0; i < call.seqlen_q; ++i)
+            for (int64_t h = 0; h < call.nheads; ++h)
+                for (int64_t d = 0; d < call.head_dim_v; ++d) {
+                    const double x = get(array, {b, i, h, d});
+                    bits.append(reinterpret_cast<const char *>(&x), sizeof x);
+                }
+    return bits;
 }
 
 static Config with_everything() {
@@ -83,24 +103,33 @@ TEST(any_number_of_threads_gives_the_same_bits_without_workspace) {
     Config config = with_everything();
     config.seqlen_q = 700;
     config.flags = ANYATTN_HAS_RIGHT;
-    std::string first;
+    std::string first, first_together;
     Fixture sizes(config);
     CHECK(anyattn_workspace(&sizes.call, ANYATTN_TANGENT) == 0);
+    CHECK(anyattn_workspace(&sizes.call, ANYATTN_FORWARD_TANGENT) == 0);
     for (int32_t threads : {1, 2, 5, 16}) {
         config.threads = threads;
-        Fixture fixture(config);
-        CHECK(fixture.forward() == ANYATTN_SUCCESS && fixture.tangent() == ANYATTN_SUCCESS);
-        std::string bits;
-        for (int64_t b = 0; b < 2; ++b)
-            for (int64_t i = 0; i < 700; ++i)
-                for (int64_t h = 0; h < 6; ++h)
-                    for (int64_t d = 0; d < 40; ++d) {
-                        const double x = get(fixture.call.tout, {b, i, h, d});
-                        bits.append(reinterpret_cast<const char *>(&x), sizeof x);
-                    }
-        if (first.empty()) first = bits;
-        CHECK(bits == first);
+        Fixture after(config), together(config);
+        CHECK(after.forward() == ANYATTN_SUCCESS && after.tangent() == ANYATTN_SUCCESS);
+        CHECK(together.forward_tangent() == ANYATTN_SUCCESS);
+        const std::string bits = bits_of(after.call, after.call.tout);
+        const std::string bits_together = bits_of(together.call, together.call.tout);
+        if (first.empty()) first = bits, first_together = bits_together;
+        CHECK(bits == first && bits_together == first_together);
+        CHECK(bits_of(after.call, after.call.out) == bits_of(together.call, together.call.out));
     }
+}
+
+// Few rows are two passes, of which the first one divides the keys among threads and needs a workspace.
+TEST(forward_tangent_of_few_rows_has_the_workspace_of_the_forward_pass) {
+    Config config;
+    config.seqlen_q = 4;
+    config.seqlen_k = 3000;
+    Fixture fixture(config);
+    const int64_t bytes = anyattn_workspace(&fixture.call, ANYATTN_FORWARD);
+    CHECK(bytes > 0 && anyattn_workspace(&fixture.call, ANYATTN_FORWARD_TANGENT) == bytes);
+    CHECK(fixture.forward_tangent() == ANYATTN_SUCCESS);
+    CHECK(forward_matches(fixture.call) && tangent_matches(fixture.call));
 }
 
 TEST(tangents_of_what_is_absent_are_refused) {
@@ -122,4 +151,8 @@ TEST(tangents_of_what_is_absent_are_refused) {
     call = fixture.call;
     call.tlse.data = nullptr;
     CHECK(anyattn_tangent(&call) == ANYATTN_NULL_POINTER);
+    CHECK(anyattn_forward_tangent(&call) == ANYATTN_NULL_POINTER);
+    call = fixture.call;
+    call.lse.data = nullptr;
+    CHECK(anyattn_forward_tangent(&call) == ANYATTN_NULL_POINTER);
 }

@@ -1,4 +1,4 @@
-// Attention, its gradients, and appending to a KV cache.
+// Attention, its gradients, tangents and second derivatives, and appending to a KV cache.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -36,7 +36,7 @@ class Workspace {
     int64_t size_ = 0;
 };
 
-// Attention and its gradients.
+// Attention and its derivatives.
 struct Call : Settings {
     ConstArray q;  // (batch, seqlen_q, nheads, head_dim)
     ConstArray k, v;  // (batch, seqlen_k, nheads_kv, head_dim or head_dim_v)
@@ -46,6 +46,9 @@ struct Call : Settings {
     ConstArray dout, dlse;  // shaped like out and lse; dlse is optional
     Array dq, dk, dv, dbias, dsink;  // shaped like the inputs; dbias and dsink are optional
     bool accumulate = false;  // adds to dq, dk, dv instead of overwriting them
+
+    ConstArray tq, tk, tv, tbias, tsink;  // tangents, shaped like the inputs; absent: zeros
+    Array tout, tlse;  // the derivatives of out and lse along the tangents
 
     std::optional<double> scale;  // head_dim ** -0.5
     double softcap = 0;  // 0: off
@@ -72,6 +75,9 @@ struct Call : Settings {
 
     Status forward() const { return run(ANYATTN_FORWARD); }
     Status backward() const { return run(ANYATTN_BACKWARD); }
+    Status tangent() const { return run(ANYATTN_TANGENT); }
+    Status second() const { return run(ANYATTN_SECOND); }
+    Status forward_tangent() const { return run(ANYATTN_FORWARD_TANGENT); }
     // Returns the bytes of workspace that a pass needs, or a negative status.
     int64_t workspace_bytes(anyattn_pass pass) const;
 
@@ -122,6 +128,17 @@ inline void put_options(const Call &from, Translation *to) {
     }
 }
 
+inline void put_tangents(const Call &from, const ConstArray &out, Translation *to) {
+    anyattn_call &call = to->call;
+    to->put("tq", from.tq, &call.tq, from.q);
+    to->put("tk", from.tk, &call.tk, from.k);
+    to->put("tv", from.tv, &call.tv, from.v);
+    to->put_scores("tbias", from.tbias, &call.tbias);
+    to->put_heads("tsink", from.tsink, &call.tsink);
+    to->put("tout", from.tout, &call.tout, out);
+    to->put_statistics("tlse", from.tlse, &call.tlse, from.q);
+}
+
 inline void put_arrays(const Call &from, anyattn_pass pass, Translation *to) {
     anyattn_call &call = to->call;
     const ConstArray out = Translation::with_dim(from.q, call.head_dim_v);
@@ -132,7 +149,8 @@ inline void put_arrays(const Call &from, anyattn_pass pass, Translation *to) {
     to->put_slopes("alibi_slopes", from.alibi_slopes, &call.alibi_slopes);
     to->put_heads("sink", from.sink, &call.sink);
     to->put_lists("kv_indices", from.kv_indices, &call.kv_indices);
-    if (pass == ANYATTN_FORWARD) return;
+    if (pass != ANYATTN_FORWARD && pass != ANYATTN_BACKWARD) put_tangents(from, out, to);
+    if (pass != ANYATTN_BACKWARD && pass != ANYATTN_SECOND) return;
     to->put("dout", from.dout, &call.dout, out);
     to->put_statistics("dlse", from.dlse, &call.dlse, from.q);
     to->put("dq", from.dq, &call.dq, from.q);
@@ -160,6 +178,25 @@ inline int64_t Call::workspace_bytes(anyattn_pass pass) const {
     return anyattn_workspace(&translated.call, pass);
 }
 
+namespace detail {
+
+inline int32_t compute(const anyattn_call &call, anyattn_pass pass) {
+    switch (pass) {
+        case ANYATTN_FORWARD:
+            return anyattn_forward(&call);
+        case ANYATTN_TANGENT:
+            return anyattn_tangent(&call);
+        case ANYATTN_SECOND:
+            return anyattn_second(&call);
+        case ANYATTN_FORWARD_TANGENT:
+            return anyattn_forward_tangent(&call);
+        default:
+            return anyattn_backward(&call);
+    }
+}
+
+}  // namespace detail
+
 inline Status Call::run(anyattn_pass pass) const {
     detail::Translation translated = detail::translate(*this, pass);
     if (translated.status != Status::SUCCESS) return translated.status;
@@ -174,7 +211,7 @@ inline Status Call::run(anyattn_pass pass) const {
         call.workspace = workspace->data();
         call.workspace_bytes = workspace->size();
     }
-    return static_cast<Status>(pass == ANYATTN_FORWARD ? anyattn_forward(&call) : anyattn_backward(&call));
+    return static_cast<Status>(detail::compute(call, pass));
 }
 
 inline Status Append::run() const {

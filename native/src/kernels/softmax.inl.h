@@ -43,6 +43,13 @@ ANYATTN_NOINLINE typename M::V risen_base(const typename M::C *S, int64_t n, int
     return sum <= splat(C(kLargestSum)) ? before : top;
 }
 
+// The base of weights for a maximum. A maximum that overflows in log2 units masks the row's keys, because their exponents are
+// -inf.
+template <class V>
+ANYATTN_INLINE V usable_base(V m, V scale) {
+    return m * scale == splat(-infinity(m[0])) ? V{} : m;
+}
+
 // Replaces S by P, and updates m, l and alpha of the panel for its new base. Rows without visible keys so far keep l = 0.
 // Exponents are factor (S - m), which is exactly 0 for the base. Works on pairs of keys, for which S has a spare row.
 // The base m is the largest score so far if the products find it (M::finds_top). Otherwise weights are computed with the
@@ -55,8 +62,7 @@ ANYATTN_NOINLINE void softmax_pass(typename M::C *S, typename M::C *P, int64_t n
     using V = typename M::V;
     constexpr int width = lanes<C>;
     const V scale = splat(factor);
-    // A maximum that overflows in log2 units masks the row's keys, because their exponents are -inf.
-    const auto usable = [&](V m) { return m * scale == splat(-infinity(C())) ? V{} : m; };
+    const auto usable = [&](V m) { return usable_base(m, scale); };
     for (int c = 0; c < vectors; ++c) {
         if (n % 2) {
             store(S + n * M::panel + c * width, splat(-infinity(C())));

@@ -62,6 +62,8 @@ auto with_mma(const anyattn_call &call, int32_t pass, const Body &body) {
     return with_products(product_dtype(call, pass), body);
 }
 
+bool is_tangent(int32_t pass) { return pass == ANYATTN_TANGENT || pass == ANYATTN_FORWARD_TANGENT; }
+
 // Whether the kernels of the tangent pass can use the products M: they store weights in place of scores.
 template <class M>
 constexpr bool has_tangents = M::weights_in_scores;
@@ -84,7 +86,7 @@ bool computes(const anyattn_call &call, int32_t pass) {
     if (!kHasBase || (kHasByteProducts && multiplies_bytes(call, pass))) return true;
     const int32_t dtype = product_dtype(call, pass);
     if (is_quantised(call) || pass == ANYATTN_SECOND || !computes_dtype(dtype)) return false;
-    return pass != ANYATTN_TANGENT || with_products(dtype, [](auto m) { return has_tangents<decltype(m)>; });
+    return !is_tangent(pass) || with_products(dtype, [](auto m) { return has_tangents<decltype(m)>; });
 }
 
 double peak(int32_t dtype, int64_t n, volatile double *sink) {
@@ -105,8 +107,8 @@ int64_t scratch(const anyattn_call &call, int32_t pass) {
             return max64(arena.used, few.used);
         }
         if constexpr (has_tangents<M>) {
-            if (pass == ANYATTN_TANGENT) {
-                TangentScratch<M>(call, kTangentBlocks, arena);
+            if (is_tangent(pass)) {
+                TangentScratch<M>(call, pass == ANYATTN_FORWARD_TANGENT, kTangentBlocks, arena);
                 return arena.used;
             }
         }
@@ -229,10 +231,12 @@ int64_t statistics_bytes(const anyattn_call &call) {
     return with_compute(call, [&](auto c) { return (int64_t)sizeof(StoredRow<decltype(c)>); });
 }
 
-void tangent(const anyattn_call &call, const BlockSet &set, void *memory) {
+void tangent(const anyattn_call &call, bool online, const BlockSet &set, void *memory) {
     with_mma(call, ANYATTN_TANGENT, [&](auto m) {
         using M = decltype(m);
-        if constexpr (has_tangents<M>) tangent_blocks<M>(call, set, memory);
+        if constexpr (has_tangents<M>) {
+            online ? tangent_blocks<M, true>(call, set, memory) : tangent_blocks<M, false>(call, set, memory);
+        }
     });
 }
 

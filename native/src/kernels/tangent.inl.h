@@ -1,6 +1,7 @@
-// The tangent of out and lse, from the saved lse in one sweep over the keys. With u the tangent of the scores,
+// The tangent of out and lse in one sweep over the keys. With u the tangent of the scores,
 //     tlse_i = sum_j P_ij u_ij + P_sink tsink       tout_i = sum_j P_ij D_ij (u_ij v_j + tv_j) - tlse_i out_i
-// Absent tangents are zeros, and nothing is computed for them.
+// Absent tangents are zeros, and nothing is computed for them. P follows from the saved lse, or the same sweep computes out
+// and lse too (`online`): then P is relative to the largest score so far, as in softmax.inl.h, and so are all sums.
 #pragma once
 #include "forward.inl.h"
 #include "statistics.inl.h"
@@ -26,10 +27,12 @@ struct TangentState {
     QueryRows<M> packed;
     Packed *tq;
     C *out, *lse;  // sums, by panel and by row
+    ForwardState<M> forward;  // null unless online; its q is not used
 
     static int64_t out_size(const anyattn_call &call) { return M::out_size(call.head_dim_v); }
 
-    TangentState(const anyattn_call &call, Arena &arena) : packed(call, arena) {
+    TangentState(const anyattn_call &call, Arena &arena, Arena &if_online)
+        : packed(call, arena), forward(call, if_online) {
         constexpr int64_t panels = kBlockQ / M::panel;
         tq = call.tq.data ? arena.take<Packed>(packed.q_size * panels) : nullptr;
         out = arena.take<C>(out_size(call) * panels);
@@ -42,24 +45,26 @@ template <class M>
 struct TangentScratch {
     using C = typename M::C;
     TileScratch<M> tiles;  // S and T: P and P u
-    C *U, *added;          // of one panel: products of q and tk; the tangent of the bias
-    C *row_sums;           // sums of a block, row by row
+    C *U, *added;  // of one panel: products of q and tk; the tangent of the bias
+    C *row_sums;  // sums of a block, row by row
     char *v, *tk, *tv;
     Block<M> *blocks;
     TangentState<M> *states;
 
-    TangentScratch(const anyattn_call &call, int64_t count, Arena &arena) : tiles(call, arena) {
+    TangentScratch(const anyattn_call &call, bool online, int64_t count, Arena &arena) : tiles(call, arena) {
         const TangentTerms has(call);
         U = has.q && has.k ? arena.take<C>(tiles.tile) : nullptr;
         added = has.bias ? arena.take<C>(tiles.tile) : nullptr;
         row_sums = arena.take<C>(kBlockQ * row_stride(call));
-        v = has.scores() ? arena.take<char>(M::key_buffer(call.head_dim_v, kSumKeys, M::score_keys)) : nullptr;
+        v = online || has.scores() ? arena.take<char>(M::key_buffer(call.head_dim_v, kSumKeys, M::score_keys))
+                                   : nullptr;
         tk = has.k ? arena.take<char>(M::key_buffer(call.head_dim, kSumDim, M::score_keys)) : nullptr;
         tv = has.v ? arena.take<char>(M::key_buffer(call.head_dim_v, kSumKeys, M::score_keys)) : nullptr;
         blocks = arena.take<Block<M>>(count);
         states = arena.take<TangentState<M>>(count);
         for (int64_t i = 0; i < count; ++i) {
-            const TangentState<M> state(call, arena);
+            Arena none{nullptr, 0};
+            const TangentState<M> state(call, arena, online ? arena : none);
             if (arena.base) new (states + i) TangentState<M>(state);
         }
     }
@@ -77,27 +82,52 @@ struct TangentTile {
     int vectors;
 };
 
-// Replaces S by P and T by P u, both with dropout, and adds the sums of P u to lse. Works on pairs of keys.
+// Raises the bases of a panel's rows to their largest scores so far, and sets alpha to the factors of their sums.
 template <class M>
+void raise_bases(int vectors, typename M::C factor, const typename M::V *top, typename M::C *m, typename M::C *base,
+                 typename M::C *alpha) {
+    using V = typename M::V;
+    const V scale = splat(factor);
+    for (int c = 0; c < vectors; ++c) {
+        const int64_t at = c * lanes<typename M::C>;
+        const V before = load<V>(m + at), now = larger(before, top[c]), usable = usable_base(now, scale);
+        store(m + at, now);
+        store(base + at, usable);
+        store(alpha + at, exp2(before - usable, scale));
+    }
+}
+
+// Per row of a panel: P is relative to base and rest; lse sums P u. Online, rest is null, l sums P, and alpha are the
+// factors of both sums.
+template <class C>
+struct TangentSums {
+    const C *base, *rest;
+    C *lse, *l;
+    const C *alpha;
+};
+
+// Replaces S by P and T by P u, both with dropout, and adds their sums without dropout. Works on pairs of keys.
+template <class M, bool online>
 ANYATTN_NOINLINE void tangent_pass(const TangentTile<typename M::C> &tile, const TangentTerms &has,
-                                   typename M::C factor, typename M::C scale, const typename M::C *base,
-                                   const typename M::C *rest, typename M::C *lse) {
+                                   typename M::C factor, typename M::C scale, const TangentSums<typename M::C> &rows) {
     using C = typename M::C;
     using V = typename M::V;
     constexpr int width = lanes<C>;
     for (int c = 0; c < tile.vectors; ++c) {
-        const V b = load<V>(base + c * width), r = load<V>(rest + c * width);
+        const V b = load<V>(rows.base + c * width), r = online ? V{} : load<V>(rows.rest + c * width);
         if (tile.n % 2) {
             store(tile.S + tile.n * M::panel + c * width, splat(-infinity(C())));
             if (tile.keep) store(tile.keep + tile.n * M::panel + c * width, V{});
         }
-        V sum[2] = {};
+        V sum[2] = {}, sum_p[2] = {};
         for (int64_t j = 0; j < tile.n; j += 2) {
             V p[2], pu[2];
             ANYATTN_UNROLL
             for (int i = 0; i < 2; ++i) {
                 const int64_t at = (j + i) * M::panel + c * width;
-                p[i] = exp2((load<V>(tile.S + at) - b) * splat(factor) - r);
+                const V s = load<V>(tile.S + at) - b;
+                p[i] = online ? M::weight(s, splat(factor)) : exp2(s * splat(factor) - r);
+                if (online) sum_p[i] += p[i];
                 V u{};
                 if (tile.x) u = load<V>(tile.x + at);
                 if (tile.y) u += load<V>(tile.y + at);
@@ -111,10 +141,12 @@ ANYATTN_NOINLINE void tangent_pass(const TangentTile<typename M::C> &tile, const
                 p[i] *= load<V>(tile.keep + at);
                 pu[i] *= load<V>(tile.keep + at);
             }
-            if (has.v) M::store_p(tile.S, j, c, p[0], p[1]);
+            if (online || has.v) M::store_p(tile.S, j, c, p[0], p[1]);
             if (has.scores()) M::store_p(tile.T, j, c, pu[0], pu[1]);
         }
-        store(lse + c * width, load<V>(lse + c * width) + (sum[0] + sum[1]));
+        const V alpha = online ? load<V>(rows.alpha + c * width) : splat(C(1));
+        store(rows.lse + c * width, load<V>(rows.lse + c * width) * alpha + (sum[0] + sum[1]));
+        if (online) store(rows.l + c * width, load<V>(rows.l + c * width) * alpha + (sum_p[0] + sum_p[1]));
     }
 }
 
@@ -133,7 +165,7 @@ struct TangentKeys {
 };
 
 // Adds the keys [j0, j1), one tile, to the sums of a block.
-template <class M>
+template <class M, bool online>
 void attend_tangent(const Block<M> &block, const TangentState<M> &state, const TangentScratch<M> &w,
                     const TangentKeys<M> &keys, int p, int64_t j0, int64_t j1, TileAhead &next) {
     using C = typename M::C;
@@ -143,13 +175,14 @@ void attend_tangent(const Block<M> &block, const TangentState<M> &state, const T
     const int64_t first = block.panel_begin(p, j0, M::key_step), n = block.panel_end(p, j1) - first, at = first - j0;
     const MaskUse use = n > 0 ? mask_use(block, p, first, n) : kSeesNone;
     if (use == kSeesNone) return;
-    typename M::V top[kPanelVectors] = {};
+    typename M::V top[kPanelVectors], unused[kPanelVectors] = {};
+    for (auto &x : top) x = splat(-infinity(C()));
     TileAhead none{};
     const int rows = block.panel_rows(p);
     const typename M::Packed *q = state.packed.q + p * state.packed.q_size, *tq = state.tq + p * state.packed.q_size;
     M::scores(keys.k, at, n, call.head_dim, q, rows, tiles.S, top, next);
-    if (has.q) M::scores(keys.k, at, n, call.head_dim, tq, rows, tiles.T, top, none);
-    if (has.k) M::scores(keys.tk, at, n, call.head_dim, q, rows, has.q ? w.U : tiles.T, top, none);
+    if (has.q) M::scores(keys.k, at, n, call.head_dim, tq, rows, tiles.T, unused, none);
+    if (has.k) M::scores(keys.tk, at, n, call.head_dim, q, rows, has.q ? w.U : tiles.T, unused, none);
     score_tile(block, p, first, n, use, tiles.added, tiles.tanhs, {nullptr, nullptr}, tiles.S, top);
     if (tiles.keep) keep_tile(tiles.keep, block, p, first, n);
     if (has.bias) fill_tangent_of_bias(w.added, block, p, first, n);
@@ -158,21 +191,30 @@ void attend_tangent(const Block<M> &block, const TangentState<M> &state, const T
     const TangentTile<C> tile{tiles.S,    tiles.T, has.products() ? tiles.T : nullptr,
                               w.U,        w.added, has.products() ? tiles.tanhs : nullptr,
                               tiles.keep, n,       block.panel_vectors(p)};
-    tangent_pass<M>(tile, has, block.units.factor, C(M::score_factor(call.scale)), statistics.base + row,
-                    statistics.rest + row, state.lse + row);
-    C *out = state.out + p * state.out_size(call);
-    if (has.scores()) M::accumulate(keys.v, at, n, call.head_dim_v, tiles.T, rows, out, nullptr, next);
-    if (has.v) M::accumulate(keys.tv, at, n, call.head_dim_v, tiles.S, rows, out, nullptr, next);
+    C *alpha = tiles.alpha + row, *m = state.forward.m + row;
+    if (online) raise_bases<M>(block.panel_vectors(p), block.units.factor, top, m, statistics.base + row, alpha);
+    tangent_pass<M, online>(
+        tile, has, block.units.factor, C(M::score_factor(call.scale)),
+        {statistics.base + row, statistics.rest + row, state.lse + row, state.forward.l + row, alpha});
+    C *out = state.out + p * state.out_size(call), *of_values = state.forward.out + p * state.out_size(call);
+    const C *factors = online ? alpha : nullptr;
+    if (online) M::accumulate(keys.v, at, n, call.head_dim_v, tiles.S, rows, of_values, alpha, next);
+    if (has.v) M::accumulate(keys.tv, at, n, call.head_dim_v, tiles.S, rows, out, factors, next);
+    if (has.scores())
+        M::accumulate(keys.v, at, n, call.head_dim_v, tiles.T, rows, out, has.v ? nullptr : factors, next);
 }
 
-template <class M>
+template <class M, bool online>
 void start_tangent(const Block<M> &block, const TangentState<M> &state, const TileScratch<M> &tiles) {
     using C = typename M::C;
     const anyattn_call &call = block.call;
     const QueryRows<M> &packed = state.packed;
     pack_queries<M>(block, call.q, packed.q, packed.q_size);
     if (call.tq.data) pack_queries<M>(block, call.tq, state.tq, packed.q_size);
-    if (read_lse(block, RowStatistics<C>(packed.rows)) > largest_trusted_lse(call)) {
+    if (online) {
+        __builtin_memset(state.forward.out, 0, (size_t)(block.panels * state.out_size(call) * (int64_t)sizeof(C)));
+        clear_sums(state.forward.m, state.forward.l);
+    } else if (read_lse(block, RowStatistics<C>(packed.rows)) > largest_trusted_lse(call)) {
         refine_statistics<M>(block, packed, tiles);
     }
     __builtin_memset(state.out, 0, (size_t)(block.panels * state.out_size(call) * (int64_t)sizeof(C)));
@@ -181,7 +223,8 @@ void start_tangent(const Block<M> &block, const TangentState<M> &state, const Ti
 
 // Writes tlse and tout: the sums minus tlse out.
 template <class M>
-void write_tangent(const Block<M> &block, const TangentState<M> &state, typename M::C *row_sums) {
+void write_tangent(const Block<M> &block, const TangentState<M> &state, typename M::C *row_sums,
+                   const typename M::C *alpha) {
     using C = typename M::C;
     using V = typename M::V;
     const anyattn_call &call = block.call;
@@ -193,10 +236,10 @@ void write_tangent(const Block<M> &block, const TangentState<M> &state, typename
     for (int r = 0; r < block.rows; ++r) row[r] = reinterpret_cast<char *>(row_sums + r * stride);
     for (int p = 0; p < block.panels; ++p) {
         M::unpack(row + p * M::panel, dtype_of<C>, state.out + p * state.out_size(call), block.panel_rows(p),
-                  call.head_dim_v, nullptr);
+                  call.head_dim_v, alpha ? alpha + p * M::panel : nullptr);
     }
     for (int r = 0; r < block.rows; ++r) {
-        C lse = state.lse[r];
+        C lse = alpha ? state.lse[r] * alpha[r] : state.lse[r];
         if (call.tsink.data) lse += rows.sink[r] * block.head_value(call.tsink, block.head(r), 0);
         store(tlse.row(r), lse);
         for (int64_t d = 0; d < call.head_dim_v; d += lanes<C>) {
@@ -207,36 +250,57 @@ void write_tangent(const Block<M> &block, const TangentState<M> &state, typename
     }
 }
 
-// The blocks of a set begin at the same key.
+// Sets the sink's probability of each row from the results of finish_rows.
 template <class M>
+void fill_sinks(const Block<M> &block, const TangentState<M> &state) {
+    using C = typename M::C;
+    const RowStatistics<C> rows(state.packed.rows);
+    for (int r = 0; r < block.rows; ++r) {
+        const double sink = double(block.sink(r)), gap = double(state.forward.m[r]) * block.units.unit - sink;
+        const double weight = __builtin_exp(gap > 0 ? -gap : 0.0) / double(state.forward.l[r]);
+        rows.sink[r] = sink == -infinity(0.0) ? C(0) : C(weight);
+    }
+}
+
+// The blocks of a set begin at the same key.
+template <class M, bool online>
 void tangent_blocks(const anyattn_call &call, const BlockSet &set, void *memory) {
     Arena arena{static_cast<char *>(memory), 0};
-    const TangentScratch<M> w(call, set.count(), arena);
+    const TangentScratch<M> w(call, online, set.count(), arena);
     const TangentTerms has(call);
     int64_t end = 0;
     for (int64_t i = 0; i < set.count(); ++i) {
         const QueryBlock rows = block_of(call, set, i);
-        start_tangent<M>(*new (w.blocks + i) Block<M>(call, rows, M::score_factor(call.scale)), w.states[i], w.tiles);
+        start_tangent<M, online>(*new (w.blocks + i) Block<M>(call, rows, M::score_factor(call.scale)), w.states[i],
+                                 w.tiles);
         end = max64(end, w.blocks[i].end);
     }
     const Block<M> &first = w.blocks[0];
     const KeyRows k = first.keys(call.k), v = first.keys(call.v);
     const KeyRows tk = first.keys(has.k ? call.tk : call.k), tv = first.keys(has.v ? call.tv : call.v);
-    if (!has.scores() && !has.v) end = first.begin;
+    if (!online && !has.scores() && !has.v) end = first.begin;
     for (int64_t j0 = first.begin; j0 < end && !stopped(call); j0 += M::score_keys) {
         const int64_t j1 = min64(j0 + M::score_keys, end), n = j1 - j0;
         TangentKeys<M> keys{M::load_keys(k, j0, n, call.head_dim, kSumDim, w.tiles.k), {}, {}, {}};
-        if (has.scores()) keys.v = M::load_keys(v, j0, n, call.head_dim_v, kSumKeys, w.v);
+        if (online || has.scores()) keys.v = M::load_keys(v, j0, n, call.head_dim_v, kSumKeys, w.v);
         if (has.k) keys.tk = M::load_keys(tk, j0, n, call.head_dim, kSumDim, w.tk);
         if (has.v) keys.tv = M::load_keys(tv, j0, n, call.head_dim_v, kSumKeys, w.tv);
         TileAhead next = next_tile(call, &k, &v, 1, j1, min64(j1 + M::score_keys, end));
         for (int64_t i = 0; i < set.count(); ++i) {
             for (int p = 0; p < w.blocks[i].panels; ++p) {
-                attend_tangent<M>(w.blocks[i], w.states[i], w, keys, p, j0, j1, next);
+                attend_tangent<M, online>(w.blocks[i], w.states[i], w, keys, p, j0, j1, next);
             }
         }
     }
-    for (int64_t i = 0; i < set.count(); ++i) write_tangent<M>(w.blocks[i], w.states[i], w.row_sums);
+    for (int64_t i = 0; i < set.count(); ++i) {
+        const Block<M> &block = w.blocks[i];
+        const TangentState<M> &state = w.states[i];
+        if (online) {
+            write_block<M>(block, state.forward, w.tiles.alpha, nullptr);
+            fill_sinks<M>(block, state);
+        }
+        write_tangent<M>(block, state, w.row_sums, online ? w.tiles.alpha : nullptr);
+    }
 }
 
 }  // namespace
