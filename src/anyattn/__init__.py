@@ -18,7 +18,7 @@ from .decoding import attention_with_kvcache
 from .definition.errors import UnsupportedProblem
 from .definition.inputs import Gradients, SecondGradients
 from .definition.mask import Mask
-from .derivatives import attention_second, attention_tangent
+from .derivatives import attention_forward_tangent, attention_second, attention_tangent
 from .explicit import attention_backward, attention_forward, merge
 from .sdpa import flash_attention, sdpa
 from .weights import attention_weights
@@ -42,6 +42,7 @@ __all__ = [
     "attention",
     "attention_backward",
     "attention_forward",
+    "attention_forward_tangent",
     "attention_second",
     "attention_tangent",
     "attention_varlen",

@@ -68,6 +68,51 @@ def attention_tangent(
     return framework_of(q).tangent(out, lse, tangents, inputs, options, seed, backend)
 
 
+def attention_forward_tangent(
+    q: A,
+    k: A,
+    v: A,
+    *,
+    tq: A | None = None,
+    tk: A | None = None,
+    tv: A | None = None,
+    tbias: A | None = None,
+    tsink: A | None = None,
+    **arguments: Unpack[ExplicitArguments],
+) -> tuple[A, A, A, A]:
+    """Compute (out, lse) and their derivative along tangents of the inputs, in O(N) memory.
+
+    The results are those of `attention_forward` and `attention_tangent`. The CPU engine computes them in one sweep over
+    the keys, which takes less time than the two calls.
+
+    Args:
+        q: as in `attention_forward`.
+        k: as in `attention_forward`.
+        v: as in `attention_forward`.
+        tq: tangent of q, in q's shape and dtype. None stands for zeros, and its products are skipped.
+        tk: tangent of k, like tq.
+        tv: tangent of v, like tq.
+        tbias: tangent of bias, like tq.
+        tsink: tangent of sink, like tq.
+        **arguments: the keywords of `attention_forward`.
+
+    Returns:
+        (out, lse, tout, tlse): (out, lse) as `attention_forward` returns them; (tout, tlse) in their shapes and dtypes.
+
+    Raises:
+        ValueError, TypeError, UnsupportedProblem: as in `attention_tangent`.
+
+    >>> import numpy as np, anyattn
+    >>> q, k, v, tq = np.random.default_rng(0).standard_normal((4, 1, 6, 2, 8), dtype=np.float32)
+    >>> out, lse, tout, tlse = anyattn.attention_forward_tangent(q, k, v, tq=tq)
+    >>> bool(np.allclose(tout, anyattn.attention_tangent(q, k, v, out, lse, tq=tq)[0], atol=1e-6))
+    True
+    """
+    inputs, options, seed, backend = explicit(q, k, v, arguments, "attention_forward_tangent")
+    tangents = Tangents(tq, tk, tv, tbias, tsink)
+    return framework_of(q).forward_tangent(tangents, inputs, options, seed, backend)
+
+
 def attention_second(
     dout: A,
     q: A,

@@ -14,7 +14,7 @@ import pytest
 
 from anyattn.backends.triton.device import interpreted
 from anyattn.config import settings
-from anyattn.definition.passes import BACKWARD, SECOND, TANGENT
+from anyattn.definition.passes import BACKWARD, FORWARD_TANGENT, SECOND, TANGENT
 from anyattn.definition.problem import Problem
 from anyattn.runtime import dispatch
 
@@ -53,7 +53,7 @@ class Engine:
 
     def may_refuse(self, problem: Problem) -> bool:
         """Return whether the tests accept that this backend refuses the problem."""
-        if problem.pass_ in (TANGENT, SECOND) and self.backend not in DERIVES:
+        if problem.pass_ in (TANGENT, SECOND, FORWARD_TANGENT) and self.backend not in DERIVES:
             return True
         if problem.pass_ in (BACKWARD, SECOND) and (problem.paged or problem.cache_batch_idx is not None):
             return self.backend != "numpy"

@@ -46,6 +46,9 @@ def _results(direction: str, scalars: dict[str, Any], arrays: dict[str, Any]) ->
     forward = {name: x for name, x in arrays.items() if name in ("q", "k", "v", *FIELDS)} | scalars
     saved = {name: arrays[name] for name in ("dlse",) if name in arrays}
     along = {name: x for name, x in arrays.items() if name in ("tq", "tk", "tv", "tbias", "tsink")}
+    if direction == "forward_tangent":
+        results = anyattn.attention_forward_tangent(**along, **forward)
+        return dict(zip(("out", "lse", "tout", "tlse"), results, strict=True))
     out, lse = anyattn.attention_forward(**forward)
     if direction == "forward":
         return {"out": out, "lse": lse}

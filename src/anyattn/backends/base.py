@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy.typing as npt
 
-from ..definition.inputs import NO_EXTRAS, Extras, Inputs
-from ..definition.passes import ARRAYS, Pass
+from ..definition.inputs import NO_EXTRAS, Extras, Inputs, Tangents
+from ..definition.passes import ARRAYS, FORWARD, TANGENT, Pass
 from ..definition.problem import Array, Problem
 
 
@@ -111,6 +111,14 @@ class Backend(Protocol):
 
     def plan(self, problem: Problem) -> Plan:
         """Return a plan. This is fast, because compiled parts are cached by problem.variant."""
+
+
+def forward_and_tangent(problem: Problem) -> tuple[Problem, Problem]:
+    """Return the two passes of a FORWARD_TANGENT problem, for backends that compute one after the other."""
+    outputs = problem.outputs()
+    saved = {name: outputs[name] for name in FORWARD.outputs}
+    given = {name: array for name, array in problem.arrays.items() if name not in Tangents._fields}
+    return problem._replace(pass_=FORWARD, arrays=given), problem._replace(pass_=TANGENT).with_arrays(**saved)
 
 
 def without_starts(problem: Problem) -> list[str]:

@@ -26,8 +26,12 @@ BACKWARD = Pass("backward", ("q", "k", "v", *Saved._fields, *Extras._fields), Gr
 # The derivative of out and lse along the tangents, and the gradients of that derivative.
 TANGENT = Pass("tangent", ("q", "k", "v", "out", "lse", *Tangents._fields, *Extras._fields), ("tout", "tlse"))
 SECOND = Pass("second", ("q", "k", "v", *Saved._fields, *Tangents._fields, *Extras._fields), SecondGradients._fields)
+# The forward pass and the tangent pass in one.
+FORWARD_TANGENT = Pass(
+    "forward_tangent", ("q", "k", "v", *Tangents._fields, *Extras._fields), (*FORWARD.outputs, *TANGENT.outputs)
+)
 # Writes new keys and values into the cache, in place. `out` is the rotated q.
 APPEND = Pass("append", Appended._fields, ("out",))
 
-PASSES = (FORWARD, BACKWARD, TANGENT, SECOND, APPEND)
+PASSES = (FORWARD, BACKWARD, TANGENT, SECOND, FORWARD_TANGENT, APPEND)
 ARRAYS = tuple(dict.fromkeys(name for one in PASSES for name in (*one.inputs, *one.outputs)))

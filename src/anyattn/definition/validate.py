@@ -14,7 +14,7 @@ from .dtypes import ATTENTION_DTYPES, DTYPES, QUANTISED, key_dtypes
 from .inputs import CAPTURED, FIELDS, SCORES, Field, Saved, Tangents, accepted_shapes
 from .mask import Mask
 from .options import ALIGNMENTS, PRECISIONS, Options, Rotation
-from .passes import APPEND, BACKWARD, FORWARD, SECOND, TANGENT, Pass
+from .passes import APPEND, BACKWARD, FORWARD, FORWARD_TANGENT, SECOND, TANGENT, Pass
 from .problem import Array, Problem
 from .score.graph import Graph, parse
 
@@ -77,7 +77,7 @@ def _attention_problem(given: Given, options: Options, pass_: Pass) -> Problem:
     )
     if options.partial and pass_ not in (FORWARD, BACKWARD):
         raise ValueError(f"partial must be False in the {pass_} pass, got True.")
-    if pass_ in (TANGENT, SECOND) and problem.quantised:
+    if pass_ in (TANGENT, SECOND, FORWARD_TANGENT) and problem.quantised:
         raise ValueError(f"k and v must have q's dtype {q.dtype} in the {pass_} pass, got {problem.k.dtype}.")
     if options.score and (options.query_start or options.key_start):
         raise ValueError("score_mod and mask_mod cannot be combined with query_start and key_start.")

@@ -58,6 +58,11 @@ class Framework(Protocol):
     ) -> tuple[Any, Any]:
         """Return (tout, tlse), the derivative along the tangents of what `forward` returned."""
 
+    def forward_tangent(
+        self, tangents: Tangents, inputs: Inputs, options: Options, seed: int | None, backend: str | None
+    ) -> tuple[Any, Any, Any, Any]:
+        """Return (out, lse, tout, tlse): the results of `forward` and `tangent`."""
+
     def second(
         self,
         saved: Saved,
@@ -106,6 +111,7 @@ FUNCTIONS = (
     "forward",
     "backward",
     "tangent",
+    "forward_tangent",
     "second",
     "append",
     "check",

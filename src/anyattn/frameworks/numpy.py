@@ -111,8 +111,7 @@ def forward(inputs: Inputs, options: Options, seed: int | None, backend: str | N
 
 def backward(saved: Saved, inputs: Inputs, options: Options, seed: int | None, backend: str | None) -> Gradients:
     """Return the gradients. The gradient of a bias has the shape in which the bias was passed."""
-    prepared = prepare(inputs, seed)
-    grads = execute.backward(adapter, _saved(saved), prepared, options, backend)
+    grads = execute.backward(adapter, _saved(saved), prepare(inputs, seed), options, backend)
     return reshape_gradients(grads, inputs.extras)
 
 
@@ -129,11 +128,16 @@ def tangent(
     return execute.tangent(adapter, out, lse, _tangents(tangents), prepare(inputs, seed), options, backend)
 
 
+def forward_tangent(
+    tangents: Tangents, inputs: Inputs, options: Options, seed: int | None, backend: str | None
+) -> tuple[NDArray, NDArray, NDArray, NDArray]:
+    return execute.forward_tangent(adapter, _tangents(tangents), prepare(inputs, seed), options, backend)
+
+
 def second(
     saved: Saved, tangents: Tangents, inputs: Inputs, options: Options, seed: int | None, backend: str | None
 ) -> SecondGradients:
-    prepared = prepare(inputs, seed)
-    grads = execute.second(adapter, _saved(saved), _tangents(tangents), prepared, options, backend)
+    grads = execute.second(adapter, _saved(saved), _tangents(tangents), prepare(inputs, seed), options, backend)
     return reshape_gradients(grads, inputs.extras)
 
 

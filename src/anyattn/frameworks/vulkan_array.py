@@ -88,6 +88,12 @@ def tangent(
     raise TypeError("q must be a NumPy array or a torch tensor here, got DeviceArray. Pass q.numpy(), k.numpy().")
 
 
+def forward_tangent(
+    tangents: Tangents, inputs: Inputs, options: Options, seed: int | None, backend: str | None
+) -> tuple[Any, Any, Any, Any]:
+    raise TypeError("q must be a NumPy array or a torch tensor here, got DeviceArray. Pass q.numpy(), k.numpy().")
+
+
 def second(
     saved: Saved, tangents: Tangents, inputs: Inputs, options: Options, seed: int | None, backend: str | None
 ) -> SecondGradients:

@@ -15,7 +15,7 @@ from ..config import settings
 from ..definition import kvcache, quantised
 from ..definition.inputs import TABLES, Appended, Gradients, Inputs, Saved, SecondGradients, Tangents, flatten
 from ..definition.options import Options, Rotation
-from ..definition.passes import APPEND, BACKWARD, FORWARD, SECOND, TANGENT, Pass
+from ..definition.passes import APPEND, BACKWARD, FORWARD, FORWARD_TANGENT, SECOND, TANGENT, Pass
 from ..definition.problem import Problem, described
 from ..definition.reads import check_reads, check_sizes
 from ..definition.sequences import check_tables
@@ -113,6 +113,22 @@ def tangent(
     allocate(adapter, ready, call)
     ready.plan.run(call)
     return call.tout, call.tlse
+
+
+def forward_tangent(
+    adapter: Adapter,
+    tangents: Tangents,
+    inputs: Inputs,
+    options: Options,
+    backend: str | None,
+    metadata: Hashable = None,
+) -> tuple[Any, Any, Any, Any]:
+    """Return (out, lse, tout, tlse), new and contiguous."""
+    ready = find(adapter, FORWARD_TANGENT, inputs, options, backend, metadata, tangents)
+    call = Call(adapter, inputs, **tangents._asdict())
+    allocate(adapter, ready, call)
+    ready.plan.run(call)
+    return call.out, call.lse, call.tout, call.tlse
 
 
 def second(

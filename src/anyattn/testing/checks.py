@@ -12,7 +12,7 @@ from .. import derivatives, explicit
 from ..definition import accuracy, derivative_accuracy
 from ..definition.accuracy import Expected
 from ..definition.inputs import GRADIENTS
-from ..definition.passes import BACKWARD, FORWARD, SECOND, TANGENT
+from ..definition.passes import BACKWARD, FORWARD, FORWARD_TANGENT, SECOND, TANGENT
 from .arrays import make_inputs
 from .cases import Case
 from .inputs import CaseInputs
@@ -20,7 +20,7 @@ from .inputs import CaseInputs
 Results = dict[str, npt.NDArray[Any] | None]
 
 PASSES = (FORWARD.name, BACKWARD.name)
-DERIVATIVES = (TANGENT.name, SECOND.name)
+DERIVATIVES = (TANGENT.name, SECOND.name, FORWARD_TANGENT.name)
 
 
 def check(case: Case, backend: str | None = None, passes: Iterable[str] = PASSES) -> list[str]:
@@ -48,6 +48,8 @@ def expected(inputs: CaseInputs, pass_name: str = FORWARD.name) -> dict[str, Exp
         return accuracy.expected_forward(problem, arrays)
     if pass_name == TANGENT.name:
         return derivative_accuracy.expected_tangent(problem, arrays, inputs.tangents64)
+    if pass_name == FORWARD_TANGENT.name:
+        return expected(inputs, FORWARD.name) | expected(inputs, TANGENT.name)
     if pass_name == SECOND.name:
         saved = inputs.dout64, inputs.dlse64
         return derivative_accuracy.expected_second(problem, arrays, *saved, inputs.tangents64)
@@ -55,17 +57,20 @@ def expected(inputs: CaseInputs, pass_name: str = FORWARD.name) -> dict[str, Exp
 
 
 def compute(inputs: CaseInputs, pass_name: str, backend: str | None = None) -> Results:
-    """Call `attention_forward`, then the function of the pass; return the results of the pass by name.
+    """Call the function of a pass, after `attention_forward` if it reads its results; return the results by name.
 
     Raises:
         UnsupportedProblem: the backend refuses the problem.
     """
     given = {**inputs.arguments, "backend": backend}
+    along: dict[str, Any] = {**given, **inputs.tangents}
+    if pass_name == FORWARD_TANGENT.name:
+        results = derivatives.attention_forward_tangent(**along)
+        return dict(zip(FORWARD_TANGENT.outputs, results, strict=True))
     out, lse = explicit.attention_forward(**given)
     if pass_name == FORWARD.name:
         return {"out": out, "lse": lse}
     out, lse = inputs.saved(out, lse)
-    along: dict[str, Any] = {**given, **inputs.tangents}
     if pass_name == TANGENT.name:
         tout, tlse = derivatives.attention_tangent(out=out, lse=lse, **along)
         return {"tout": tout, "tlse": tlse}

@@ -10,7 +10,7 @@ from array import array as words
 from ...config import settings
 from ...definition.dtypes import DTYPES
 from ...definition.inputs import Extras
-from ...definition.passes import APPEND, BACKWARD, FORWARD, SECOND, TANGENT
+from ...definition.passes import APPEND, BACKWARD, FORWARD, FORWARD_TANGENT, SECOND, TANGENT
 from ...definition.problem import Array, Problem
 from ..base import Call, without_cache_gradients
 from . import layout, library, score_program, signals
@@ -51,7 +51,7 @@ class CpuBackend:
     """Backend of the CPU engine."""
 
     name = "cpu"
-    passes = frozenset((FORWARD, BACKWARD, TANGENT, SECOND, APPEND))
+    passes = frozenset((FORWARD, BACKWARD, TANGENT, SECOND, FORWARD_TANGENT, APPEND))
     score_functions = frozenset((FORWARD, BACKWARD))
     extras = frozenset(Extras._fields) & {*layout.ARRAYS, *layout.TABLES}
     may_fail = False

@@ -16,7 +16,8 @@ from .threadpool import register_with_threadpoolctl
 
 VERSION = 0x000100
 NAME = {"win32": "anyattn.dll", "darwin": "libanyattn.dylib"}.get(sys.platform, "libanyattn.so")
-PASSES = {"forward": 0, "backward": 1, "append": 2, "tangent": 3, "second": 4}  # anyattn_pass in anyattn.h
+# anyattn_pass in anyattn.h
+PASSES = {"forward": 0, "backward": 1, "append": 2, "tangent": 3, "second": 4, "forward_tangent": 5}
 
 
 class LibraryError(RuntimeError):

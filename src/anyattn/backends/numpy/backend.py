@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from ...definition.passes import APPEND, BACKWARD, FORWARD, SECOND, TANGENT
+from ...definition.passes import APPEND, BACKWARD, FORWARD, FORWARD_TANGENT, SECOND, TANGENT
 from ...definition.problem import Problem
-from ..base import Call, Plan
+from ..base import Call, Plan, forward_and_tangent
 from ..host_append import HostAppendPlan
 from .attention import backward, forward
 from .derivatives import second, tangent
@@ -29,7 +29,7 @@ class NumpyPlan:
     lse_optional = False
 
     def __init__(self, problem: Problem) -> None:
-        self.problem = problem
+        self.problems = forward_and_tangent(problem) if problem.pass_ is FORWARD_TANGENT else (problem,)
 
     def warmup(self) -> None:
         """Do nothing, because nothing has to be compiled."""
@@ -37,14 +37,15 @@ class NumpyPlan:
     # No warnings for the caller's NaN and infinities, as in every backend.
     @np.errstate(all="ignore")
     def run(self, call: Call) -> None:
-        COMPUTE[self.problem.pass_](Arrays(self.problem, call))
+        for problem in self.problems:
+            COMPUTE[problem.pass_](Arrays(problem, call))
 
 
 class NumpyBackend:
     """Backend that is slower than the CPU engine, but available everywhere."""
 
     name = "numpy"
-    passes = frozenset((*COMPUTE, APPEND))
+    passes = frozenset((*COMPUTE, FORWARD_TANGENT, APPEND))
     score_functions = frozenset((FORWARD, BACKWARD))
     extras = frozenset(EXTRAS)
     may_fail = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from ...definition.passes import APPEND, BACKWARD, FORWARD, SECOND, TANGENT
+from ...definition.passes import APPEND, BACKWARD, FORWARD, FORWARD_TANGENT, SECOND, TANGENT
 from ...definition.problem import Problem
 from ..base import without_paged_gradients, without_starts
 from . import score_limits
@@ -36,7 +36,7 @@ class TritonBackend:
     """Backend for NVIDIA, AMD and Intel GPUs."""
 
     name = "triton"
-    passes = frozenset((FORWARD, BACKWARD, TANGENT, SECOND, APPEND))
+    passes = frozenset((FORWARD, BACKWARD, TANGENT, SECOND, FORWARD_TANGENT, APPEND))
     score_functions = frozenset((FORWARD, BACKWARD))
     extras = frozenset(EXTRAS)
     may_fail = False

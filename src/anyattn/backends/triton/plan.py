@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ...definition.passes import APPEND, BACKWARD, FORWARD, TANGENT
+from ...definition.passes import APPEND, BACKWARD, FORWARD, FORWARD_TANGENT, TANGENT
 from ...definition.problem import Problem
-from ..base import Call
+from ..base import Call, forward_and_tangent
 from .arguments import precision
 from .launch import Kernel, run_all, warmup_all
 
@@ -45,6 +45,9 @@ def _wanted(kernel: Kernel, call: Call) -> bool:
 
 def build(problem: Problem) -> tuple[list[Kernel], int]:
     """Return the kernels of the problem's pass and their bytes of workspace. Only that pass is imported."""
+    if problem.pass_ is FORWARD_TANGENT:
+        parts = [build(part) for part in forward_and_tangent(problem)]
+        return [kernel for kernels, _ in parts for kernel in kernels], max(used for _, used in parts)
     if problem.pass_ is FORWARD:
         from .plan_forward import forward_kernels
 

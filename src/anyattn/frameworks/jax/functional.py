@@ -76,6 +76,16 @@ def tangent(
     return found["tout"], found["tlse"]
 
 
+def forward_tangent(
+    tangents: Tangents, inputs: Inputs, options: Options, seed: int | None, backend: str | None
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Return (out, lse, tout, tlse) of the two passes, because each of them has rules of differentiation."""
+    prepared = _prepare(inputs, options, seed)
+    found = _bind(FORWARD, prepared, options, backend)
+    along = _bind(TANGENT, prepared, options, backend, found | _along(tangents))
+    return found["out"], found["lse"], along["tout"], along["tlse"]
+
+
 def second(
     saved: Saved, tangents: Tangents, inputs: Inputs, options: Options, seed: int | None, backend: str | None
 ) -> SecondGradients:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...definition.inputs import FIELDS, HEADS, SCALES, SCORES, STATE, Tangents
 from ...definition.options import Options
-from ...definition.passes import BACKWARD, FORWARD, SECOND, TANGENT, Pass
+from ...definition.passes import BACKWARD, FORWARD, FORWARD_TANGENT, SECOND, TANGENT, Pass
 from . import ops
 
 Dims = Sequence["int | None"]
@@ -150,5 +150,5 @@ def _register(pass_: Pass) -> None:
         return apply(pass_, info.batch_size, dims, arrays, lambda *xs: operator(*xs, *scalars), separate=separate)
 
 
-for _pass in (FORWARD, BACKWARD, TANGENT, SECOND):
+for _pass in (FORWARD, BACKWARD, TANGENT, SECOND, FORWARD_TANGENT):
     _register(_pass)

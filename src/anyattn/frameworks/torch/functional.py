@@ -107,6 +107,14 @@ def tangent(
     return ops.call_tangent(*saved, _tangents(tangents), prepared, options, backend or "")
 
 
+def forward_tangent(
+    tangents: Tangents, inputs: Inputs, options: Options, seed: int | None, backend: str | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return (out, lse, tout, tlse) without autograd."""
+    prepared = detach(prepare(inputs, seed))
+    return ops.call_forward_tangent(_tangents(tangents), prepared, options, backend or "")
+
+
 def second(
     saved: Saved, tangents: Tangents, inputs: Inputs, options: Options, seed: int | None, backend: str | None
 ) -> SecondGradients:

@@ -1,4 +1,4 @@
-"""The operators `anyattn::forward`, `backward`, `tangent` and `second`: schemas, kernels, fakes and flop formulas.
+"""The operators of all passes, `anyattn::forward` and others: schemas, kernels, fakes and flop formulas.
 
 Dense, packed and paged calls use one operator. Arrays come in the order of the pass's inputs, then the options, so the
 schemas follow from the definition. No argument is mutated, because Inductor misplaces a mutated view that was made
@@ -30,7 +30,7 @@ from ...definition.inputs import (
     make_inputs,
 )
 from ...definition.options import Options
-from ...definition.passes import BACKWARD, FORWARD, SECOND, TANGENT, Pass
+from ...definition.passes import BACKWARD, FORWARD, FORWARD_TANGENT, SECOND, TANGENT, Pass
 from ...definition.problem import described
 from ...definition.validate import make_problem
 from ...runtime import execute
@@ -80,6 +80,7 @@ library.define(schema(FORWARD))
 library.define(schema(BACKWARD, _WANTS))
 library.define(schema(TANGENT))
 library.define(schema(SECOND))
+library.define(schema(FORWARD_TANGENT))
 operators = getattr(torch.ops, NAMESPACE)
 
 _SCALARS = (*Options._fields, "backend")
@@ -88,8 +89,12 @@ _Backward = _arguments(
     (*BACKWARD.inputs, *_SCALARS, *_WANTS), (None, *NO_EXTRAS, *Options(), "", *(True for _ in _WANTS))
 )
 _NO_TANGENTS = (None,) * len(Tangents._fields)
-_Tangent = _arguments((*TANGENT.inputs, *_SCALARS), (*_NO_TANGENTS, *NO_EXTRAS, *Options(), ""))
-_Second = _arguments((*SECOND.inputs, *_SCALARS), (None, *_NO_TANGENTS, *NO_EXTRAS, *Options(), ""))
+_OPTIONAL_VALUES = (*_NO_TANGENTS, *NO_EXTRAS, *Options(), "")
+_WITH_TANGENTS = {
+    TANGENT: _arguments((*TANGENT.inputs, *_SCALARS), _OPTIONAL_VALUES),
+    SECOND: _arguments((*SECOND.inputs, *_SCALARS), (None, *_OPTIONAL_VALUES)),
+    FORWARD_TANGENT: _arguments((*FORWARD_TANGENT.inputs, *_SCALARS), _OPTIONAL_VALUES),
+}
 _inputs = operator.attrgetter("q", "k", "v", *Extras._fields)
 _saved = operator.attrgetter(*Saved._fields)
 _tangents = operator.attrgetter(*Tangents._fields)
@@ -116,7 +121,7 @@ class BackwardArguments(NamedTuple):
 
 
 class TangentArguments(NamedTuple):
-    """The arguments of `anyattn::tangent` and of `anyattn::second`; saved: (out, lse), or Saved for `second`."""
+    """Arguments of `tangent`, `second` and `forward_tangent`. saved: (out, lse), Saved for `second`, or ()."""
 
     saved: tuple[Any, ...]
     tangents: Tangents
@@ -139,9 +144,11 @@ def backward_arguments(arguments: Sequence[Any]) -> BackwardArguments:
 
 
 def tangent_arguments(arguments: Sequence[Any], pass_: Pass = TANGENT) -> TangentArguments:
-    """Return the arguments of a call of `tangent` or `second`."""
-    given = _Tangent(*arguments) if pass_ is TANGENT else _Second(*arguments)
-    saved = (given.out, given.lse) if pass_ is TANGENT else Saved(*_saved(given))
+    """Return the arguments of a call of `tangent`, `second` or `forward_tangent`."""
+    given = _WITH_TANGENTS[pass_](*arguments)
+    saved: tuple[Any, ...] = ()
+    if pass_ is not FORWARD_TANGENT:
+        saved = (given.out, given.lse) if pass_ is TANGENT else Saved(*_saved(given))
     inputs, options = make_inputs(*_inputs(given)), Options(*_options(given))
     return TangentArguments(saved, Tangents(*_tangents(given)), inputs, options, given.backend)
 
@@ -167,6 +174,16 @@ def call_tangent(
     """Call the operator `tangent`."""
     q, k, v, extras = inputs
     result: tuple[Tensor, Tensor] = tangent(q, k, v, out, lse, *tangents, *extras, *options, backend)
+    return result
+
+
+def call_forward_tangent(
+    tangents: Tangents, inputs: Inputs, options: Options, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Call the operator `forward_tangent`."""
+    q, k, v, extras = inputs
+    result: tuple[Tensor, Tensor, Tensor, Tensor]
+    result = forward_tangent(q, k, v, *tangents, *extras, *options, backend)
     return result
 
 
@@ -213,6 +230,11 @@ def _tangent(*arguments: Any) -> tuple[Tensor, Tensor]:
     return execute.tangent(adapter, out, lse, _contiguous(tangents), contiguous_inputs(inputs), options, backend)
 
 
+def _forward_tangent(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _, tangents, inputs, options, backend = tangent_arguments(arguments, FORWARD_TANGENT)
+    return execute.forward_tangent(adapter, _contiguous(tangents), contiguous_inputs(inputs), options, backend)
+
+
 def _second(*arguments: Any) -> tuple[Tensor, ...]:
     """Compute second derivatives; absent gradients are empty tensors."""
     saved, tangents, inputs, options, backend = tangent_arguments(arguments, SECOND)
@@ -230,6 +252,14 @@ def _contiguous(tangents: Tangents) -> Tangents:
 def _fake_tangent(*arguments: Any) -> tuple[Tensor, Tensor]:
     (out, lse), *_ = tangent_arguments(arguments)
     return out.new_empty(out.shape), lse.new_empty(lse.shape)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::forward_tangent", lib=library)
+def _fake_forward_tangent(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _, _, inputs, options, backend = tangent_arguments(arguments, FORWARD_TANGENT)
+    q, k, v, extras = inputs
+    out, lse = _fake_forward(q, k, v, *extras, *options, backend)
+    return out, lse, out.new_empty(out.shape), lse.new_empty(lse.shape)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::second", lib=library)
@@ -312,6 +342,14 @@ def _tangent_flops(*arguments: Any, out_shape: Any = None, **rest: Any) -> Any:
     return 2 * _score_elements(shapes) * (products_q * shapes.q[-1] + products_v * shapes.v[-1])
 
 
+@register_flop_formula(operators.forward_tangent)
+def _forward_tangent_flops(*arguments: Any, out_shape: Any = None, **rest: Any) -> Any:
+    _, tangents, shapes, _, _ = tangent_arguments(arguments, FORWARD_TANGENT)
+    products_q = 1 + sum(x is not None for x in (tangents.tq, tangents.tk))
+    products_v = 2 + (tangents.tv is not None)
+    return 2 * _score_elements(shapes) * (products_q * shapes.q[-1] + products_v * shapes.v[-1])
+
+
 @register_flop_formula(operators.second)
 def _second_flops(*arguments: Any, out_shape: Any = None, **rest: Any) -> Any:
     _, _, shapes, _, _ = tangent_arguments(arguments, SECOND)
@@ -323,8 +361,10 @@ for _key in DEVICES:
     library.impl("backward", _backward, _key)
     library.impl("tangent", _tangent, _key)
     library.impl("second", _second, _key)
+    library.impl("forward_tangent", _forward_tangent, _key)
 
 forward = operators.forward.default
 backward = operators.backward.default
 tangent = operators.tangent.default
 second = operators.second.default
+forward_tangent = operators.forward_tangent.default
