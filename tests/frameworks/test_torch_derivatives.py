@@ -205,7 +205,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
         return call
 
-    for name in ("forward", "backward", "tangent", "second"):
+    for name in ("forward", "backward", "tangent", "second", "forward_tangent"):
         monkeypatch.setattr(execute, name, counted(name, getattr(execute, name)))
     return found
 
@@ -241,6 +241,50 @@ def test_samples_of_a_derivative_are_one_call(way: str, calls: dict[str, int]) -
     compute, want = FOLDED[way]
     check(compute(ours), compute(plain))
     assert calls == want
+
+
+ONE_CALL: dict[str, dict[str, int]] = {
+    "jvp": {"forward_tangent": 1},
+    "jvp of v alone": {"forward_tangent": 1},
+    "dual numbers": {"forward_tangent": 1},
+    "grad of jvp": {"forward_tangent": 1, "second": 1},
+    "grad by tangents": {"forward_tangent": 1, "second": 1, "backward": 1},
+    "training by tangents": {"forward_tangent": 1, "second": 1, "backward": 2},
+}
+
+
+@pytest.mark.parametrize("way", ONE_CALL)
+def test_a_forward_pass_and_its_tangent_are_one_call(way: str, calls: dict[str, int]) -> None:
+    WAYS[way](ours)
+    assert calls == ONE_CALL[way]
+
+
+def test_a_linearized_function_computes_no_forward_pass(calls: dict[str, int]) -> None:
+    _, tangent = linearize(ours, *ARRAYS)
+    tangent(*ALONG)  # computes the parts of the graph that do not depend on the tangents
+    calls.clear()
+    check(tangent(*ALONG), jvp(plain, ARRAYS, ALONG)[1])
+    assert calls == {"tangent": 1}
+
+
+def test_attention_inside_a_function_with_its_own_tangent_has_none(calls: dict[str, int]) -> None:
+    class Custom(torch.autograd.Function):
+        @staticmethod
+        def forward(q: Tensor) -> Tensor:
+            return ours(q, *ARRAYS[1:])
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            pass
+
+        @staticmethod
+        def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+            return torch.full((2, 5, 4, 3), 7.0, dtype=torch.float64)
+
+    with fwd.dual_level():
+        found = fwd.unpack_dual(Custom.apply(fwd.make_dual(ARRAYS[0], ALONG[0])))
+    assert torch.equal(found.tangent, torch.full((2, 5, 4, 3), 7.0, dtype=torch.float64))
+    assert calls == {"forward": 1}
 
 
 def test_gradients_of_gradients_do_not_pass_through_out_and_lse(calls: dict[str, int]) -> None:

@@ -157,10 +157,17 @@ def attention(
         named = backend or ",".join(dispatch.named(None))
         out, lse = _direct(Static(options, named, lse_gradient, metadata), *flatten(inputs))
         return out, lse
-    apply = fastpath.apply_outside_graphs(AttentionWithTangents if fastpath.is_forward_mode() else Attention)
+    apply = fastpath.outside_graphs(_apply_with_tangents if fastpath.is_forward_mode() else Attention.apply)
     q, k, v, extras = inputs
     out, lse = apply(Static(options, backend, lse_gradient), *fastpath.distinct((q, k, v, *extras)))
     return out, lse
+
+
+def _apply_with_tangents(static: Static, *arrays: Any) -> tuple[Tensor, Tensor]:
+    """Return (out, lse) under forward-mode AD."""
+    found = derivatives.forward_tangent(static, arrays)
+    result: tuple[Tensor, Tensor] = AttentionWithTangents.apply(static, *arrays) if found is None else found
+    return result
 
 
 def _is_differentiated(inputs: Inputs) -> bool:

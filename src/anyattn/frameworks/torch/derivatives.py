@@ -7,20 +7,22 @@ tangent of the backward. Derivatives of third order raise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ...definition.inputs import GRADIENTS, Extras, Gradients, Inputs, Saved, SecondGradients, Tangents, make_inputs
 from ...definition.options import Options
-from ...definition.passes import BACKWARD, SECOND, TANGENT, Pass
+from ...definition.passes import BACKWARD, FORWARD_TANGENT, SECOND, TANGENT, Pass
 from . import batching, fastpath, ops
 
 THIRD = "anyattn has no third derivative, so a second derivative cannot be differentiated."
 TWICE = "anyattn has no forward mode inside forward mode. Compute Hessians as jacfwd(jacrev(f)), torch.func.hessian(f)."
 _SAVED, _EXTRAS = len(Saved._fields), len(Extras._fields)
+_DIFFERENTIABLE = ("q", "k", "v", *GRADIENTS)
 
 
 class Static(NamedTuple):
@@ -41,6 +43,21 @@ def tangent(
     arrays = (q, k, v, out, lse, *tangents, *extras)
     result: tuple[Tensor, Tensor] = AttentionTangent.apply(static, *_without_gradient(arrays, (3, 4)))
     return result
+
+
+def forward_tangent(static: Static, arrays: Sequence[Any]) -> tuple[Any, Any] | None:
+    """Return (out, lse) with their tangents from one call, or None, see `fastpath.unpack_tangents`.
+
+    arrays: the inputs of the forward pass, in their order.
+    """
+    duals = fastpath.unpack_tangents(arrays)
+    if duals is None:
+        return None
+    primals, given = duals
+    q, k, v, *extras = primals
+    tangents = _tangents(given[:3], given[3:], (q, k, v))
+    out, lse, tout, tlse = AttentionForwardTangent.apply(static, q, k, v, *tangents, *extras)
+    return forward_ad.make_dual(out, tout), forward_ad.make_dual(lse, tlse) if static.lse_gradient else lse
 
 
 def gradients(saved: Saved, inputs: Inputs, static: Static, wants: tuple[bool, ...]) -> Gradients:
@@ -84,13 +101,9 @@ class AttentionTangent(torch.autograd.Function):
         q, k, v, out, lse, *rest = ctx.saved_tensors
         tangents, inputs = Tangents(*rest[:-_EXTRAS]), make_inputs(q, k, v, *rest[-_EXTRAS:])
         saved = Saved(out, lse, torch.zeros_like(out) if dtout is None else dtout, dtlse)
-        found = second(saved, tangents, inputs, ctx.static)
-        first: tuple[Any, ...] = (None,) * len(Tangents._fields)
-        needs = ctx.needs_input_grad[6 : 6 + len(Tangents._fields)]
-        if any(needs):  # the tangent is linear in the tangents
-            grads = gradients(saved, inputs, ctx.static, _present(inputs.extras))
-            first = tuple([x if need else None for x, need in zip(grads, needs, strict=True)])
-        return (None, found.dq, found.dk, found.dv, None, None, *first, *_of_extras(inputs.extras, found))
+        needs = dict(zip(TANGENT.inputs, ctx.needs_input_grad[1:], strict=True))
+        found = _gradients_of_tangent(saved, tangents, inputs, ctx.static, needs)
+        return None, *[found.get(name) for name in TANGENT.inputs]
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -100,6 +113,43 @@ class AttentionTangent(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple[Any, ...], static: Static, *arrays: Any) -> tuple[Any, Any]:
         _, *dims = in_dims
         return batched(TANGENT, info, dims, static, arrays, lambda *xs: AttentionTangent.apply(static, *xs))
+
+
+class AttentionForwardTangent(torch.autograd.Function):
+    """Differentiable (out, lse, tout, tlse) from the inputs of their pass."""
+
+    @staticmethod
+    def forward(static: Static, *arrays: Any) -> tuple[Tensor, ...]:
+        results: tuple[Tensor, ...] = ops.forward_tangent(*arrays, *static.options, static.backend)
+        return results
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.static, *arrays = inputs
+        out, lse, _, tlse = output
+        ctx.save_for_backward(*arrays, out, lse)
+        ctx.set_materialize_grads(False)
+        if not ctx.static.lse_gradient:
+            ctx.mark_non_differentiable(lse, tlse)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, dtout: Tensor | None, dtlse: Tensor | None) -> Any:
+        q, k, v, *rest, out, lse = ctx.saved_tensors
+        tangents, inputs = Tangents(*rest[:-_EXTRAS]), make_inputs(q, k, v, *rest[-_EXTRAS:])
+        needs = dict(zip(FORWARD_TANGENT.inputs, ctx.needs_input_grad[1:], strict=True))
+        parts: list[dict[str, Any]] = []
+        if dout is not None or dlse is not None:
+            saved = Saved(out, lse, torch.zeros_like(out) if dout is None else dout, dlse)
+            grads = gradients(saved, inputs, ctx.static, tuple([needs[name] for name in GRADIENTS]))
+            parts.append({name: x for name, x in zip(_DIFFERENTIABLE, grads, strict=True) if needs[name]})
+        if dtout is not None or dtlse is not None:
+            saved = Saved(out, lse, torch.zeros_like(out) if dtout is None else dtout, dtlse)
+            parts.append(_gradients_of_tangent(saved, tangents, inputs, ctx.static, needs))
+        return None, *[_sum(part.get(name) for part in parts) for name in FORWARD_TANGENT.inputs]
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(TWICE)
 
 
 class AttentionGradients(torch.autograd.Function):
@@ -224,6 +274,25 @@ def _tangents(given: Sequence[Any], extras: Sequence[Any], like: Sequence[Tensor
                 f"{name} must not have a tangent, because it has no derivative. Pass it without one."
             )
     return Tangents(*given, *[named.get(name) for name in GRADIENTS])
+
+
+def _gradients_of_tangent(
+    saved: Saved, tangents: Tangents, inputs: Inputs, static: Static, needs: Mapping[str, bool]
+) -> dict[str, Any]:
+    """Return the gradients of the inputs and, if needed, of the tangents, in which the tangent is linear."""
+    found = second(saved, tangents, inputs, static)
+    result: dict[str, Any] = {"q": found.dq, "k": found.dk, "v": found.dv}
+    result.update(zip(Extras._fields, _of_extras(inputs.extras, found), strict=True))
+    if any(needs[name] for name in Tangents._fields):
+        grads = gradients(saved, inputs, static, _present(inputs.extras))
+        result.update({name: x for name, x in zip(Tangents._fields, grads, strict=True) if needs[name]})
+    return result
+
+
+def _sum(terms: Iterable[Any]) -> Any:
+    """Return the sum of the terms that are not None; None without such terms."""
+    given = [x for x in terms if x is not None]
+    return sum(given[1:], given[0]) if given else None
 
 
 def _present(extras: Extras) -> tuple[bool, ...]:

@@ -25,6 +25,7 @@ try:
     _modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
     _tracing: Callable[[], bool] = torch._C._is_tracing
     _has_storage: Callable[[Any], bool] = torch._C._has_storage
+    _is_tangent_enabled: Callable[[], bool] = torch._C._is_fwd_grad_enabled
     AVAILABLE = hasattr(profiler, "_is_profiler_enabled") and hasattr(forward_ad, "_current_level")
 except AttributeError:
     AVAILABLE = False
@@ -80,19 +81,49 @@ def is_forward_mode() -> bool:
     return getattr(forward_ad, "_current_level", 0) >= 0
 
 
+def unpack_tangents(arrays: Sequence[Any]) -> tuple[list[Any], list[Any]] | None:
+    """Return the arrays without tangents, and their tangents (None: zeros); None if no array has a tangent to unpack.
+
+    It is also None where a forward pass must stay apart from its tangents: under vmap, because all tangents of `jacfwd`
+    share the forward pass; under a tracer, because `linearize` calls the traced tangent many times; and for leaves of a
+    backward pass outside torch.func, because the gradient of an array with a tangent has a tangent.
+    """
+    if not AVAILABLE or _is_compiling() or _modes() or _tracing() or not _is_tangent_enabled():
+        return None
+    transformed = _transforms()
+    if not (_is_forward_mode_innermost() if transformed else _is_without_gradient(arrays)):
+        return None
+    pairs = [(x, None) if x is None else forward_ad.unpack_dual(x) for x in arrays]
+    tangents = [tangent for _, tangent in pairs]
+    given = [tangent for tangent in tangents if tangent is not None]
+    if not given or (not transformed and any(_needs_dispatcher(x) for x in given)):  # for example, gradcheck's vmap
+        return None
+    return [x if tangent is None else primal for x, (primal, tangent) in zip(arrays, pairs, strict=True)], tangents
+
+
+def _is_forward_mode_innermost() -> bool:
+    """Return whether no transform of torch.func hides the tangents of forward mode, and none is vmap."""
+    functorch = torch._C._functorch
+    keys: list[Any] = [interpreter.key() for interpreter in functorch.get_interpreter_stack()]
+    return bool(keys[-1] == functorch.TransformType.Jvp) and functorch.TransformType.Vmap not in keys
+
+
+def _is_without_gradient(arrays: Sequence[Any]) -> bool:
+    return not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in arrays)
+
+
 def may_autocast() -> bool:
     """Return False if autocast is off for every device."""
     return _is_compiling() or _any_autocast is None or _any_autocast()
 
 
-def apply_outside_graphs(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """Return `function.apply`, which breaks the graph of torch.compile where Dynamo would lose derivatives.
+def outside_graphs(apply: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `apply`, which breaks the graph of torch.compile where Dynamo would lose derivatives.
 
     Dynamo traces an autograd.Function without its derivatives inside transforms of torch.func that differentiate, and
     where tensors carry tangents (seen with torch 2.13). After a graph break the function runs eagerly, which is right.
     With fullgraph=True the break raises. Eager execution is not affected.
     """
-    apply: Callable[..., Any] = function.apply
     if not torch.compiler.is_compiling():
         return apply
     if is_forward_mode():
