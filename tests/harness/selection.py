@@ -113,5 +113,5 @@ def programs(case: Case, direction: str) -> int:
     nheads, extra = case.nheads_kv * case.group, case.batch + 2 if "varlen" in case.lengths else 0
     rows, keys = (case.batch * -(-n // INTERPRETED_TILE) + extra for n in (case.seqlen_q, case.seqlen_k))
     # Kernels by tiles of queries: forward, then delta and dq, and the tangent. Kernels by tiles of keys: dk and dv.
-    by_rows = {"forward": 1, "tangent": 2, "backward": 3, "second": 4}[direction]
+    by_rows = {"forward": 1, "tangent": 2, "forward_tangent": 3, "backward": 3, "second": 4}[direction]
     return by_rows * nheads * rows + (case.nheads_kv * keys if direction in ("backward", "second") else 0)
