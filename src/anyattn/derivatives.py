@@ -108,7 +108,7 @@ def attention_forward_tangent(
     >>> bool(np.allclose(tout, anyattn.attention_tangent(q, k, v, out, lse, tq=tq)[0], atol=1e-6))
     True
     """
-    inputs, options, seed, backend = explicit(q, k, v, arguments, "attention_forward_tangent")
+    inputs, options, seed, backend, _ = explicit(q, k, v, arguments, "attention_forward_tangent", DESCRIPTION)
     tangents = Tangents(tq, tk, tv, tbias, tsink)
     return framework_of(q).forward_tangent(tangents, inputs, options, seed, backend)
 

@@ -83,13 +83,7 @@ adapter = NumpyAdapter()
 
 
 def attention(
-    inputs: Inputs,
-    options: Options,
-    seed: int | None,
-    return_lse: bool,
-    backend: str | None,
-    *,
-    want_lse: bool = False,
+    inputs: Inputs, options: Options, seed: int | None, return_lse: bool, backend: str | None, *, want_lse: bool = False
 ) -> tuple[NDArray, NDArray]:
     """Return (out, lse). Without seed and rng_state, the dropout state is sampled from numpy.random."""
     prepared = prepare(with_state(inputs, options, seed), seed)
