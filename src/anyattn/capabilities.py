@@ -29,11 +29,11 @@ def _small(*extras: str, **options: Any) -> Description:
 _SLOPES, _DOCUMENTS = captured(np.ones(2, np.float32)), captured(np.zeros(8, np.int32))
 # Score functions of the table, as keywords of `attention`.
 FUNCTIONS: dict[str, dict[str, Callable[..., Any]]] = {
-    "score_mod": {"score_mod": lambda score, b, h, q_idx, kv_idx: np.tanh(score)},
+    "score_mod": {"score_mod": lambda score, b, h, q_idx, kv_idx: score + np.tanh(score)},
     "mask_mod": {"mask_mod": lambda b, h, q_idx, kv_idx: (q_idx >= kv_idx) | (kv_idx < 2)},
     "captured arrays": {
         "score_mod": lambda score, b, h, q_idx, kv_idx: score - _SLOPES[h] * (q_idx - kv_idx),
-        "mask_mod": lambda b, h, q_idx, kv_idx: _DOCUMENTS[q_idx] == _DOCUMENTS[kv_idx],
+        "mask_mod": lambda b, h, q_idx, kv_idx: _DOCUMENTS[q_idx] <= _DOCUMENTS[kv_idx],
     },
 }
 
