@@ -41,10 +41,12 @@ class RowSums {
             low = min64(low, key);
             high = max64(high, key);
         }
-        first_ = lane + low;
-        span_ = high - low + width;
+        const uint64_t reach = (uint64_t)high - (uint64_t)low;
+        if (reach > (uint64_t)kSpan) return false;
+        first_ = (int64_t)((uint64_t)lane + (uint64_t)low);
+        span_ = (int64_t)reach + width;
         start_ = low;
-        if (first_ < 0 || first_ + span_ > size || span_ > kSpan) return false;
+        if (first_ < 0 || first_ > size - span_ || span_ > kSpan) return false;
         __builtin_memset(sums_, 0, sizeof sums_);
         return true;
     }
@@ -81,6 +83,7 @@ ANYATTN_INLINE void add_terms(const TileProgram<C, P> &program, const ScoreTerm 
                               const C *t, const C *ds, int64_t r, int64_t count, int64_t vectors, TermSums<C, P> &to) {
     using V = typename Lanes<C>::V;
     using I = typename Lanes<C>::I;
+    using U = typename Lanes<C>::U;
     using Integer = std::remove_reference_t<decltype(I{}[0])>;
     const auto &machine = program.machine;
     const auto adjoint = machine.operand(term.adjoint < 0 ? 0 : term.adjoint, t);
@@ -93,7 +96,7 @@ ANYATTN_INLINE void add_terms(const TileProgram<C, P> &program, const ScoreTerm 
             if (row) {
                 store(row + c * lanes<C>, load<V>(row + c * lanes<C>) + x);
             } else if (term.keys >= 0) {
-                const I at = load<I>(index + c * lanes<C>) + load<Integer>(keys + k);
+                const I at = (I)(load<U>(index + c * lanes<C>) + load<ScoreUnsigned<C>>(keys + k));
                 scatter<C>(to.sums, ElementIndex<C>(at, array.size), x);
             } else if (term.stage == kOfPairs) {
                 scatter<C>(to.sums, ElementIndex<C>(load<I>(index + k * P + c * lanes<C>), array.size), x);

@@ -69,16 +69,20 @@ ANYATTN_INLINE auto gather(const T *data, const ElementIndex<C> &index) {
     return found;
 }
 
+// An integer of a register as an unsigned number, whose sums wrap around.
+template <class C>
+using ScoreUnsigned = std::remove_reference_t<decltype(typename Lanes<C>::U{}[0])>;
+
 // Returns whether a register of lanes has consecutive numbers.
 template <class C, int W>
 bool consecutive_lanes(const C *numbers) {
     using I = typename Lanes<C>::I;
-    using Integer = std::remove_reference_t<decltype(I{}[0])>;
-    I expected{};
+    using U = typename Lanes<C>::U;
+    U expected{};
     for (int x = 0; x < lanes<C>; ++x) expected[x] = x;
-    expected += load<Integer>(numbers);
+    expected += load<ScoreUnsigned<C>>(numbers);
     bool all = true;
-    for (int c = 0; c < W; ++c, expected += lanes<C>) all &= all_zero(load<I>(numbers + c * lanes<C>) - expected);
+    for (int c = 0; c < W; ++c, expected += lanes<C>) all &= all_zero((I)(load<U>(numbers + c * lanes<C>) - expected));
     return all;
 }
 
@@ -205,18 +209,19 @@ class ScoreMachine {
     void read_rows(const ScoreInstruction &x) {
         const int32_t size = score_arrays(in_.call)[x.b].size;
         const C *data = captured_values<C>(in_.call, x.b), *a = (*this)[x.a], *keys = (*this)[x.c] + key_;
-        const Integer lane = load<Integer>(a);
+        const ScoreUnsigned<C> lane = load<ScoreUnsigned<C>>(a);
         const bool in_row = consecutive_lanes<C, W>(a);
         C *to = target(x);
         for (int64_t k = 0; k < keys_; ++k, to += W * width) {
-            const Integer key = load<Integer>(keys + k), first = (I{} + lane + key)[0];  // wraps around
+            const ScoreUnsigned<C> key = load<ScoreUnsigned<C>>(keys + k);
+            const Integer first = (Integer)(lane + key);
             if (in_row && first >= 0 && first <= size - W * width) {
                 ANYATTN_UNROLL
                 for (int c = 0; c < W; ++c) store(to + c * width, load<V>(data + first + c * width));
                 continue;
             }
             for (int c = 0; c < W; ++c) {
-                store(to + c * width, gather(data, ElementIndex<C>(load<I>(a + c * width) + key, size)));
+                store(to + c * width, gather(data, ElementIndex<C>((I)(load<U>(a + c * width) + key), size)));
             }
         }
     }
