@@ -98,7 +98,9 @@ Range fill_gradients(const Block<M> &block, const BackwardRows<M> &of_block, con
     const int rows = block.panel_rows(p);
     TileAhead none{};
     M::scores(values, range.first, n, call.head_dim_v, of_block.dout + p * of_block.dout_size, rows, T, top, none);
+    const AddedAhead added_ahead(block, p, first, n, ahead);
     M::scores(keys, range.first, n, call.head_dim, of_block.q + p * of_block.q_size, rows, S, top, ahead);
+    ahead.bias = ahead.mask = {};
     score_tile(block, p, first, n, use, w.added, tanhs, {w.registers, t}, S, (V *)nullptr);
     if (w.keep) keep_tile(w.keep, block, p, first, n);
     gradient_pass<M, Out>(S, T, n, block.panel_vectors(p), block.units.factor, scale, tanhs, functions, w.keep,

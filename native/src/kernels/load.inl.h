@@ -52,12 +52,8 @@ ANYATTN_INLINE void narrow_float16(char *p, F32 x) {
 }
 #endif
 
-template <class C>
-ANYATTN_INLINE typename Lanes<C>::V widen_bytes(const char *p) {
-    const auto wide = __builtin_convertvector(load<typename Lanes<C>::Bytes>(p), typename Lanes<C>::I);
-    const typename Lanes<C>::V zero{};
-    return wide != 0 ? zero + C(1) : zero;
-}
+ANYATTN_INLINE F32 widen_mask(const char *p, float) { return signed_words(p) != 0 ? splat(1.0f) : F32{}; }
+ANYATTN_INLINE F64 widen_mask(const char *p, double) { return widen_int8_double(p) != 0 ? splat(1.0) : F64{}; }
 
 // Loads one whole vector. The last argument chooses the compute type. Bytes of a mask become 0 or 1.
 ANYATTN_INLINE F32 load_whole(const char *p, int32_t dtype, float) {
@@ -67,7 +63,7 @@ ANYATTN_INLINE F32 load_whole(const char *p, int32_t dtype, float) {
     if (dtype == ANYATTN_INT8) return widen_int8(p);
     if (dtype == ANYATTN_FLOAT8_E4M3FN) return widen_float8_e4m3(p);
     if (dtype == ANYATTN_FLOAT8_E5M2) return widen_float8_e5m2(p);
-    return widen_bytes<float>(p);
+    return widen_mask(p, 0.0f);
 }
 
 ANYATTN_INLINE F64 load_whole(const char *p, int32_t dtype, double) {
@@ -76,7 +72,7 @@ ANYATTN_INLINE F64 load_whole(const char *p, int32_t dtype, double) {
     if (dtype == ANYATTN_INT8) return widen_int8_double(p);
     if (dtype == ANYATTN_FLOAT8_E4M3FN) return widen_float8<3, 7>(p);
     if (dtype == ANYATTN_FLOAT8_E5M2) return widen_float8<2, 15>(p);
-    return widen_bytes<double>(p);
+    return widen_mask(p, 0.0);
 }
 
 ANYATTN_INLINE void store_whole(char *p, int32_t dtype, F32 x) {
@@ -261,7 +257,16 @@ struct Ahead {
 };
 
 struct TileAhead {
-    Ahead k, v;
+    Ahead k, v;  // of the next tile
+    Ahead bias = {}, mask = {};  // see AddedAhead
+
+    // Fetches as many rows of each.
+    ANYATTN_INLINE void fetch(int64_t count) {
+        k.fetch(count);
+        v.fetch(count);
+        bias.fetch(count);
+        mask.fetch(count);
+    }
 };
 
 // Converts n values to the compute type, and fills the last vector with zeros.
@@ -291,7 +296,14 @@ ANYATTN_NOINLINE void copy_rows(C *to, int64_t stride, const StridedRows &rows, 
 template <class C>
 ANYATTN_NOINLINE void load_tile(typename Lanes<C>::V *r, const char *const *rows, int64_t offset, int32_t dtype,
                                 int64_t count, int64_t left) {
-    for (int64_t x = 0; x < count; ++x) r[x] = load_part<C>(rows[x] + offset, dtype, left);
+    const auto load_rows = [&](int32_t t) {
+        for (int64_t x = 0; x < count; ++x) r[x] = load_part<C>(rows[x] + offset, t, left);
+    };
+    // The usual dtypes are constants in a loop of their own.
+    if (dtype == dtype_of<C>) return load_rows(dtype_of<C>);
+    if (dtype == ANYATTN_BOOL) return load_rows(ANYATTN_BOOL);
+    if (sizeof(C) == 4 && dtype == ANYATTN_BFLOAT16) return load_rows(ANYATTN_BFLOAT16);
+    load_rows(dtype);
 }
 
 template <class C>

@@ -282,8 +282,7 @@ struct Plain : GradientTiles<Compute, panel<Compute>> {
         const C *k = keys.data + first * keys.stride;
         for_width(vectors_of<C>(rows), [&](auto width) {
             for_tiles(n, [&](auto m, int64_t j) {
-                ahead.k.fetch(decltype(m)::value);
-                ahead.v.fetch(decltype(m)::value);
+                ahead.fetch(decltype(m)::value);
                 multiply_keys<C, decltype(m)::value, decltype(width)::value>(k + j * keys.stride, keys.stride, dim, q,
                                                                              S + j * panel, top);
             });

@@ -201,8 +201,7 @@ struct Amx {
     // Computes whole tiles of keys. Rows of S beyond n hold products of zeros or of later keys.
     static void scores(const Keys &keys, int64_t first, int64_t n, int64_t dim, const Packed *q, int, float *S, V *,
                        TileAhead &ahead) {
-        ahead.k.fetch(kSide);
-        ahead.v.fetch(kSide);
+        ahead.fetch(kSide);
         const char *k = keys.rows + first * keys.stride, *b = reinterpret_cast<const char *>(q);
         for (int64_t s = 0; s < steps_of(dim); s += 4) {
             with_steps(steps_of(dim) - s, [&](auto steps) {

@@ -159,8 +159,7 @@ struct AmxSplit {
     // Computes whole tiles of keys. Rows of S beyond n hold products of zeros or of later keys.
     static void scores(const Keys &keys, int64_t first, int64_t n, int64_t dim, const Packed *q, int, float *S, V *,
                        TileAhead &ahead) {
-        ahead.k.fetch(kSide);
-        ahead.v.fetch(kSide);
+        ahead.fetch(kSide);
         const int64_t row = steps_of(dim) * kRow;
         const TileStrides a{row, kRow, kSide * row, keys.rows_part};
         const TileStrides b{kRow, kTileBytes, 0, part_size(dim) * (int64_t)sizeof(Packed)};

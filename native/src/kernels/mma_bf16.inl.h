@@ -235,8 +235,7 @@ struct Dot {
         const char *k = keys.rows + first * keys.stride;
         for_width(vectors_of<float>(rows), [&](auto width) {
             for_tiles(n, [&](auto m, int64_t j) {
-                ahead.k.fetch(decltype(m)::value);
-                ahead.v.fetch(decltype(m)::value);
+                ahead.fetch(decltype(m)::value);
                 multiply_key_pairs<decltype(m)::value, decltype(width)::value>(k + j * keys.stride, keys.stride,
                                                                                (dim + 1) / 2, q, S + j * panel, top);
             });

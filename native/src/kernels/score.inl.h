@@ -175,7 +175,32 @@ inline TileAhead next_tile(const anyattn_call &call, const KeyRows *k, const Key
             {v, heads, j, end, call.head_dim_v * dtype_size(v->rows.dtype)}};
 }
 
-// added[key][lane] from an array of (row, slot) for slots [j, j + n) of panel p; Merge(new, old) is stored.
+// The rows of panel p in a bias and a mask. The products of the keys [j, j + n) fetch their elements: the processor's own
+// prefetcher does not follow many short rows. Elements of a mask are fetched for the next n keys, because what the mask
+// does to a tile is known before its products.
+struct AddedAhead {
+    KeyRows bias{}, mask{};
+
+    template <class C, int P>
+    AddedAhead(const ScoreBlock<C, P> &block, int p, int64_t j, int64_t n, TileAhead &ahead) {
+        const anyattn_call &call = block.call;
+        if (block.slots || block.rows != block.per_head) return;
+        ahead.bias = fetch(bias, block, p, call.bias, j, n);
+        ahead.mask = fetch(mask, block, p, call.mask, j + n, min64(n, block.end - j - n));
+    }
+
+  private:
+    template <class C, int P>
+    static Ahead fetch(KeyRows &rows, const ScoreBlock<C, P> &block, int p, const anyattn_array &array, int64_t j,
+                       int64_t n) {
+        if (!array.data || !array.stride[2] || !array.stride[3] || n <= 0) return {};
+        const int64_t size = dtype_size(array.dtype);
+        rows.rows = {const_cast<char *>(block.element(array, p * P, j)), array.stride[2] * size, array.dtype};
+        return {&rows, 1, 0, block.panel_rows(p), n * size};
+    }
+};
+
+// Stores added[key][lane] from an array of (row, slot) for slots [j, j + n) of panel p. Stores merge(new, old).
 template <class C, int P, class Merge>
 ANYATTN_INLINE void spread(C *added, const ScoreBlock<C, P> &block, int p, const anyattn_array &array, int64_t j,
                            int64_t n, const Merge &merge) {
@@ -188,20 +213,44 @@ ANYATTN_INLINE void spread(C *added, const ScoreBlock<C, P> &block, int p, const
         rows[x] = block.element(array, p * P + x, j);
     }
     for (int c = 0; c < count; c += width) {
+        const int64_t used = min64(width, count - c);
         for (int64_t k = 0; k < n; k += width) {
             V r[width] = {};
-            if (array.stride[3]) {
-                load_tile<C>(r, rows + c, k * size, array.dtype, min64(width, count - c), n - k);
+            if (!array.stride[3]) {
+                for (int64_t x = 0; x < used; ++x) r[x] = splat(load_scalar<C>(rows[c + x], array.dtype));
+            } else if (array.dtype == dtype_of<C> && used == width && k + width <= n) {
+                ANYATTN_UNROLL
+                for (int x = 0; x < width; ++x) r[x] = load<V>(rows[c + x] + k * size);
             } else {
-                for (int64_t x = 0; x < min64(width, count - c); ++x) {
-                    r[x] = splat(load_scalar<C>(rows[c + x], array.dtype));
-                }
+                load_tile<C>(r, rows + c, k * size, array.dtype, used, n - k);
             }
             transpose<C>(r);
-            for (int64_t x = 0; x < min64(width, n - k); ++x) {
+            const auto put = [&](int64_t x) {
                 C *to = added + c + (k + x) * P;
                 store(to, merge(r[x], load<V>(to)));
+            };
+            if (k + width <= n) {
+                ANYATTN_UNROLL
+                for (int x = 0; x < width; ++x) put(x);
+            } else {
+                for (int64_t x = 0; x < n - k; ++x) put(x);
             }
+        }
+    }
+}
+
+// The same for an array whose rows are equal.
+template <class C, int P, class Merge>
+ANYATTN_INLINE void spread_one_row(C *added, const ScoreBlock<C, P> &block, int p, const anyattn_array &array,
+                                   int64_t j, int64_t n, const Merge &merge) {
+    using V = typename Lanes<C>::V;
+    const char *row = block.element(array, p * P, j);
+    const int64_t step = array.stride[3] ? dtype_size(array.dtype) : 0;
+    for (int64_t k = 0; k < n; ++k) {
+        const V x = splat(load_scalar<C>(row + k * step, array.dtype));
+        for (int c = 0; c < block.panel_vectors(p); ++c) {
+            C *to = added + k * P + c * lanes<C>;
+            store(to, merge(x, load<V>(to)));
         }
     }
 }
@@ -209,23 +258,52 @@ ANYATTN_INLINE void spread(C *added, const ScoreBlock<C, P> &block, int p, const
 // What a mask does to a tile.
 enum MaskUse { kSeesNone, kSeesSome, kSeesAll };
 
+// Whether some, or all, of the bytes seen so far are not 0.
+class MaskBytes {
+  public:
+    ANYATTN_INLINE void see(const char *p, int64_t n) {
+        int64_t i = 0;
+        for (; i + kVectorBytes <= n; i += kVectorBytes) see(load<Vector>(p + i));
+        if (i < n && i > 0) return see(load<Vector>(p + n - kVectorBytes));  // sees some bytes again
+        for (; i < n; ++i) {
+            some_byte_ |= p[i] != 0;
+            zero_byte_ |= p[i] == 0;
+        }
+    }
+    MaskUse use() const {
+        return !(zero_byte_ || any(zero_)) ? kSeesAll : some_byte_ || any(some_) ? kSeesSome : kSeesNone;
+    }
+
+  private:
+    typedef int8_t Vector __attribute__((vector_size(kVectorBytes)));
+    Vector some_{}, zero_{};
+    bool some_byte_ = false, zero_byte_ = false;
+
+    ANYATTN_INLINE void see(Vector bytes) {
+        some_ |= bytes;
+        zero_ |= bytes == 0;
+    }
+    static bool any(Vector bytes) {
+        uint64_t words[kVectorBytes / 8], all = 0;
+        __builtin_memcpy(words, &bytes, sizeof words);
+        for (const uint64_t word : words) all |= word;
+        return all != 0;
+    }
+};
+
 template <class C, int P>
 ANYATTN_NOINLINE MaskUse boolean_mask_use(const ScoreBlock<C, P> &block, int p, int64_t j, int64_t n) {
     const anyattn_array &mask = block.call.mask;
     if (!mask.data) return kSeesAll;
-    bool some = false, all = true;
-    for (int x = 0; x < block.panel_rows(p); ++x) {
+    MaskBytes seen;
+    const int rows = mask.stride[1] || mask.stride[2] ? block.panel_rows(p) : 1;  // 1: every row is the same
+    for (int x = 0; x < rows; ++x) {
         block.for_runs(j, n, [&](int64_t, int64_t slot, int64_t count) {
-            const char *row = block.element(mask, p * P + x, slot);
-            for (int64_t i = 0; i < (mask.stride[3] ? count : 1); ++i) {
-                some |= row[i] != 0;
-                all &= row[i] != 0;
-            }
+            seen.see(block.element(mask, p * P + x, slot), mask.stride[3] ? count : 1);
         });
-        if (some && !all) return kSeesSome;
-        if (mask.stride[1] == 0 && mask.stride[2] == 0) break;  // every row is the same
+        if (x % 8 == 0 && seen.use() == kSeesSome) return kSeesSome;
     }
-    return all ? kSeesAll : kSeesNone;
+    return seen.use();
 }
 
 // Bias in natural units, -inf where the boolean mask hides a key. `added` has n rows.
@@ -234,17 +312,22 @@ ANYATTN_NOINLINE void fill_added(C *added, const ScoreBlock<C, P> &block, int p,
     using V = typename Lanes<C>::V;
     const anyattn_call &call = block.call;
     const auto spread_runs = [&](const anyattn_array &array, const auto &merge) {
+        const bool one_row = !array.stride[2] && (!array.stride[1] || block.rows == block.per_head);
         block.for_runs(j, n, [&](int64_t i, int64_t slot, int64_t count) {
+            if (one_row) return spread_one_row(added + i * P, block, p, array, slot, count, merge);
             spread(added + i * P, block, p, array, slot, count, merge);
         });
     };
+    const V hidden = splat(-infinity(C()));
+    const bool masked = use == kSeesSome && call.mask.data;
     if (call.bias.data) {
         spread_runs(call.bias, [](V bias, V) { return bias; });
+        if (masked) spread_runs(call.mask, [=](V seen, V bias) { return seen == V{} ? hidden : bias; });
+    } else if (masked) {
+        spread_runs(call.mask, [=](V seen, V) { return seen == V{} ? hidden : V{}; });
     } else {
         __builtin_memset(added, 0, (size_t)(n * P * (int64_t)sizeof(C)));
     }
-    if (use == kSeesAll || !call.mask.data) return;
-    spread_runs(call.mask, [](V seen, V bias) { return seen == V{} ? splat(-infinity(C())) : bias; });
 }
 
 // Per lane, the rows of the tile [j, j + n) that its query may see; none in lanes without a query.

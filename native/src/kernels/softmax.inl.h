@@ -113,7 +113,9 @@ struct SoftmaxRows {
                   MaskUse use, const typename M::Packed *q, TileAhead &next) const {
         typename M::V top[kPanelVectors];
         for (auto &x : top) x = splat(-infinity(C()));
+        const AddedAhead added_ahead(block, p, j, n, next);
         M::scores(keys, j - j0, n, block.call.head_dim, q, block.panel_rows(p), S, top, next);
+        next.bias = next.mask = {};
         if (k_scale) scale_tile<C, M::panel>(S, k_scale + (j - j0), n, block.panel_vectors(p), top);
         score_tile(block, p, j, n, use, added, (C *)nullptr, {registers, nullptr}, S, top);
         if (keep) keep_tile(keep, block, p, j, n);
