@@ -27,7 +27,9 @@ from anyattn.config import settings
 ROOT = Path(__file__).resolve().parents[2]
 INCLUDE = ROOT / "native" / "include"
 IMAGES = ROOT / "docs" / "images"
-RESULTS = ROOT / "benchmarks" / "results" / "cpu.json"
+RESULTS = ROOT / "benchmarks" / "results"
+# The first processor has all tables and pictures; the others, those that compare processors.
+PROCESSORS = {"AMD EPYC, Zen 5": RESULTS / "cpu-zen5.json", "AMD EPYC, Zen 4": RESULTS / "cpu-zen4.json"}
 PART = re.compile(r"^(<!-- generated: (.+?) -->\n).*?^(<!-- end of generated -->)$", re.MULTILINE | re.DOTALL)
 
 
@@ -54,13 +56,18 @@ def draw_plots() -> None:
 
 def source() -> str:
     """Return the digest of the results, which the plots contain."""
-    return hashlib.sha256(RESULTS.read_bytes()).hexdigest()
+    return hashlib.sha256(next(iter(PROCESSORS.values())).read_bytes()).hexdigest()
 
 
 @cache
+def processors() -> dict[str, dict[str, Any]]:
+    """Return the committed results of each processor."""
+    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in PROCESSORS.items()}
+
+
 def results() -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8"))
-    return loaded
+    """Return the results of the first processor."""
+    return next(iter(processors().values()))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -123,8 +130,8 @@ def _parts() -> Iterator[tuple[str, Callable[[Path], str]]]:
     yield "machine", lambda _: next(report.notes(results())) + f", {results()['machine']['date']}"
     yield "refused", lambda _: "\n".join(f"* {note}" for note in report.notes(results()) if note.startswith("refused"))
     yield "accuracy", lambda _: markdown.accuracy(results())
-    yield "speed", lambda _: markdown.speed(results())
-    yield "highlights", lambda _: markdown.highlights(results())
+    yield "speed", lambda _: "\n\n".join(map(markdown.speed, processors().values()))
+    yield "highlights", lambda _: markdown.highlights(processors())
     yield "workloads", lambda _: markdown.workloads(results())
     for title in ("features", "small calls", "a fresh process", "next to a torch", "peak MiB"):
         yield f"measured {title}", partial(measured, title)

@@ -31,30 +31,38 @@ def hardware() -> str:
     return "\n".join(lines)
 
 
-def highlights(results: dict[str, Any]) -> str:
-    """Return the time of a few cases next to PyTorch's."""
-    machine = results["machine"]
-    lines = [
-        f"| {machine['processor']}, {machine['threads']} threads, {machine['date']} | anyattn | torch SDPA | ratio |",
-        "|---|---|---|---|",
-    ]
-    rows = {(row["name"], row["label"].split(") ", 1)[-1]): row for row in results["cases"]}
+def highlights(processors: dict[str, dict[str, Any]]) -> str:
+    """Return the time of a few cases on each processor, and how many times as long PyTorch takes."""
+    heads = [_head(name, results["machine"]) for name, results in processors.items()]
+    lines = [f"| anyattn (PyTorch's SDPA) | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     for key, text in HIGHLIGHTS.items():
-        ours, sdpa = (rows[key]["seconds"][name]["median"] for name in ("anyattn", "torch SDPA"))
-        lines.append(f"| {text} | {ours * 1e3:.1f} ms | {sdpa * 1e3:.1f} ms | {sdpa / ours:.1f}x |")
-    return "\n".join([*lines, "", _against_torch(results)])
+        lines.append(f"| {text} | {' | '.join(_against(key, results) for results in processors.values())} |")
+    sentences = [f"* {name}: {_faster(results)}" for name, results in processors.items()]
+    lines += ["", "Of the benchmark cases that anyattn and PyTorch both compute, anyattn is faster in:", *sentences]
+    return "\n".join(lines)
 
 
-def _against_torch(results: dict[str, Any]) -> str:
-    """Return a sentence about all cases that PyTorch computes."""
+def _head(name: str, machine: dict[str, Any]) -> str:
+    return f"{name}, {machine['threads']} threads, {machine['date']}"
+
+
+def _against(key: tuple[str, str], results: dict[str, Any]) -> str:
+    """Return anyattn's time of a case, with PyTorch's as a multiple of it."""
+    (row,) = (row for row in results["cases"] if (row["name"], row["label"].split(") ", 1)[-1]) == key)
+    ours, sdpa = (row["seconds"][name]["median"] for name in ("anyattn", "torch SDPA"))
+    return f"{ours * 1e3:.1f} ms ({sdpa / ours:.1f}x)"
+
+
+def _faster(results: dict[str, Any]) -> str:
+    """Return in how many cases anyattn is faster than PyTorch, and by how much."""
     timed = [row["seconds"] for row in results["cases"]]
     ratios = sorted(
         row["torch SDPA"]["median"] / row["anyattn"]["median"] for row in timed if {"anyattn", "torch SDPA"} <= set(row)
     )
     faster, half = sum(ratio > 1 for ratio in ratios), ratios[len(ratios) // 2]
     return (
-        f"anyattn is faster than PyTorch in {faster} of the {len(ratios)} benchmark cases that both compute. "
-        f"PyTorch takes {half:.1f} times as long in the median, and from {ratios[0]:.2f} to {ratios[-1]:.0f} times."
+        f"{faster} of {len(ratios)}. PyTorch takes {half:.1f} times as long in the median, "
+        f"and from {ratios[0]:.2f} to {ratios[-1]:.0f} times."
     )
 
 
@@ -68,6 +76,7 @@ def accuracy(results: dict[str, Any]) -> str:
 
 
 def speed(results: dict[str, Any]) -> str:
+    """Return dense and causal attention next to PyTorch's, with the share of the peak."""
     machine = results["machine"]
     versions = f"`{machine['cpu_target']}`, torch {machine['versions']['torch']}"
     lines = [
