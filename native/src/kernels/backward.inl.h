@@ -392,18 +392,20 @@ template <class C>
 void reduce_rows(const KeyRows &target, bool add, int64_t row0, int64_t row1, int64_t dim, const Partial *partials,
                  int64_t splits, void *Partial::*data, int64_t Partial::*stride) {
     using V = typename Lanes<C>::V;
-    const int32_t dtype = target.rows.dtype;
-    for (int64_t j = row0; j < row1; ++j) {
-        for (int64_t d = 0; d < dim; d += lanes<C>) {
-            char *to = target.rows.at(j, d);
-            V sum{};
-            for (int64_t x = 0; x < splits; ++x) {
-                sum += load<V>(static_cast<const C *>(partials[x].*data) + j * partials[x].*stride + d);
+    with_dtype<C>(target.rows.dtype, [&](auto t) {
+        constexpr int dtype = decltype(t)::value;
+        for (int64_t j = row0; j < row1; ++j) {
+            for (int64_t d = 0; d < dim; d += lanes<C>) {
+                char *to = target.rows.at(j, d);
+                V sum{};
+                for (int64_t x = 0; x < splits; ++x) {
+                    sum += load<V>(static_cast<const C *>(partials[x].*data) + j * partials[x].*stride + d);
+                }
+                if (add) sum += load_part<C>(to, dtype, dim - d);
+                store_part(to, dtype, sum, dim - d);
             }
-            if (add) sum += load_part<C>(to, dtype, dim - d);
-            store_part(to, dtype, sum, dim - d);
         }
-    }
+    });
 }
 
 template <class C>

@@ -198,6 +198,7 @@ inline KeyRows key_rows(const anyattn_array &array, const anyattn_call &call, co
 template <int N>
 struct Int {
     static constexpr int value = N;
+    constexpr operator int32_t() const { return N; }
 };
 
 // Calls body(Int<T>()), where T is a dtype of q, k and v whose compute type is C.
@@ -296,13 +297,13 @@ ANYATTN_NOINLINE void copy_rows(C *to, int64_t stride, const StridedRows &rows, 
 template <class C>
 ANYATTN_NOINLINE void load_tile(typename Lanes<C>::V *r, const char *const *rows, int64_t offset, int32_t dtype,
                                 int64_t count, int64_t left) {
-    const auto load_rows = [&](int32_t t) {
+    const auto load_rows = [&](auto t) {
         for (int64_t x = 0; x < count; ++x) r[x] = load_part<C>(rows[x] + offset, t, left);
     };
     // The usual dtypes are constants in a loop of their own.
-    if (dtype == dtype_of<C>) return load_rows(dtype_of<C>);
-    if (dtype == ANYATTN_BOOL) return load_rows(ANYATTN_BOOL);
-    if (sizeof(C) == 4 && dtype == ANYATTN_BFLOAT16) return load_rows(ANYATTN_BFLOAT16);
+    if (dtype == dtype_of<C>) return load_rows(Int<dtype_of<C>>());
+    if (dtype == ANYATTN_BOOL) return load_rows(Int<ANYATTN_BOOL>());
+    if (sizeof(C) == 4 && dtype == ANYATTN_BFLOAT16) return load_rows(Int<ANYATTN_BFLOAT16>());
     load_rows(dtype);
 }
 

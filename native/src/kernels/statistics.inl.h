@@ -85,14 +85,21 @@ ANYATTN_NOINLINE void fill_products(const ScoreBlock<C, P> &block, const anyattn
                                     const anyattn_array &second, C *products) {
     using V = typename Lanes<C>::V;
     const StridedRows a = block.strided(first), b = block.strided(second);
-    for (int i = 0; i < kBlockQ; ++i) {
-        V sum{};
-        for (int64_t d = 0; i < block.rows && d < block.call.head_dim_v; d += lanes<C>) {
-            const int64_t left = block.call.head_dim_v - d;
-            sum += load_part<C>(a.at(i, d), a.dtype, left) * load_part<C>(b.at(i, d), b.dtype, left);
+    const int64_t dim = block.call.head_dim_v;
+    const auto fill = [&](auto dtype_a, auto dtype_b) {
+        for (int i = 0; i < kBlockQ; i += lanes<C>) {
+            V sums[lanes<C>] = {};
+            for (int x = 0; x < min64(lanes<C>, block.rows - i); ++x) {
+                for (int64_t d = 0; d < dim; d += lanes<C>) {
+                    sums[x] +=
+                        load_part<C>(a.at(i + x, d), dtype_a, dim - d) * load_part<C>(b.at(i + x, d), dtype_b, dim - d);
+                }
+            }
+            store(products + i, sum_each<C>(sums));
         }
-        products[i] = sum_lanes<C>(sum);
-    }
+    };
+    if (a.dtype != b.dtype) return fill(a.dtype, b.dtype);
+    with_dtype<C>(a.dtype, [&](auto dtype) { fill(dtype, dtype); });
 }
 
 // Computes delta_i = <dout_i, out_i> - dlse_i for the rows of a block.
