@@ -132,6 +132,7 @@ def _parts() -> Iterator[tuple[str, Callable[[Path], str]]]:
     yield "accuracy", lambda _: markdown.accuracy(results())
     yield "speed", lambda _: "\n\n".join(map(markdown.speed, processors().values()))
     yield "highlights", lambda _: markdown.highlights(processors())
+    yield "slower", lambda _: markdown.slower(results())
     yield "workloads", lambda _: markdown.workloads(results())
     for title in ("features", "small calls", "a fresh process", "next to a torch", "peak MiB"):
         yield f"measured {title}", partial(measured, title)

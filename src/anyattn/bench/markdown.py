@@ -105,3 +105,15 @@ def workloads(results: dict[str, Any]) -> str:
         ratios = [f"{seconds[name] / ours:.1f}x" if name in seconds else "" for name in others]
         lines.append(f"| {row['name']}: {row['label']} | {ours * 1e3:.1f} | {' | '.join(ratios)} |")
     return "\n".join(lines)
+
+
+def slower(results: dict[str, Any]) -> str:
+    """Return the cases in which another library takes less time than anyattn, and how much of its time."""
+    lines = ["| case | faster library, and its time as a part of anyattn's |", "|---|---|"]
+    for row in results["cases"]:
+        seconds = {name: timing["median"] for name, timing in row["seconds"].items()}
+        ours = seconds.pop("anyattn", 0.0)  # 0: anyattn refuses the case
+        faster = [f"{name} {theirs / ours:.2f}" for name, theirs in seconds.items() if theirs < ours]
+        if faster:
+            lines.append(f"| {row['name']}: {row['label']} | {', '.join(faster)} |")
+    return "\n".join(lines)
