@@ -245,7 +245,7 @@ void accumulate_part(const Run &run, const Layout &l, int64_t parts, int64_t hea
     const anyattn_call &call = run.call;
     const int64_t group = call.nheads / call.nheads_kv, h_kv = head % call.nheads_kv;
     const Sequence s = sequence(call, head / call.nheads_kv);
-    const int64_t block_k = run.kernels.dbias_block_k(call, run.pass);  // keys of a tile
+    const int64_t block_k = run.kernels.tile_keys(call, run.pass);  // keys of a tile
     const int64_t blocks = group * blocks_of(s.n_q), tiles = (s.n_k - s.leftpad + block_k - 1) / block_k;
     const int64_t mine = max64(1, min64(parts, tiles));  // none without keys
     if (r >= mine || c >= mine) return;
@@ -361,7 +361,7 @@ bool write_dbias(const Run &run, const Layout &l) {
     if (!call.dbias.data) return true;
     // An axis of stride 0 has one element in memory. Its sum is computed inside the tile.
     const auto owned = [&](int axis, int64_t size) { return call.dbias.stride[axis] == 0 ? int64_t(1) : size; };
-    const int64_t block_k = run.kernels.dbias_block_k(call, run.pass);
+    const int64_t block_k = run.kernels.tile_keys(call, run.pass);
     const int64_t heads = owned(1, call.nheads), blocks_q = owned(2, blocks_of(call.seqlen_q));
     const int64_t blocks_k = owned(3, (call.seqlen_k + block_k - 1) / block_k);
     const int64_t tasks = owned(0, call.batch) * heads * blocks_q * blocks_k;

@@ -61,9 +61,7 @@ struct Cuts {
         const int64_t limit = run.kernels.most_blocks(call, kBlockQ);
         const int64_t share = min64(limit, spare(call.nheads * blocks));
         together = even_part(group, share);
-        // Blocks of rows that do not begin at the same key would have other tiles of keys.
-        const bool same_begin = !(call.flags & ANYATTN_HAS_LEFT) && call.chunk == 0;
-        if (same_begin) row_blocks = even_part(blocks, max64(1, share / together));
+        row_blocks = even_part(blocks, max64(1, share / together));
         tasks = call.nheads_kv * ceil_div(group, together) * ceil_div(blocks, row_blocks);
     }
 
@@ -190,7 +188,9 @@ void run_task(const Run &run, const Tasks &tasks, int64_t task, int32_t worker) 
     char *partial = nullptr;
     int64_t begin = cuts.begin, end = cuts.end;
     if (!cuts.packed) {
-        begin = key_begin(run.call, cuts.s, set.first.i0);
+        // Tiles begin at the same keys for all blocks, so that the sums do not depend on the blocks of a task.
+        const int64_t tile = run.kernels.tile_keys(run.call, run.pass), leftpad = cuts.s.leftpad;
+        begin = leftpad + (key_begin(run.call, cuts.s, set.first.i0) - leftpad) / tile * tile;
         end = key_end(run.call, cuts.s, set.first.i0 + set.first.rows - 1);
     } else if (cuts.chunks > 1) {
         const int64_t chunk = index / cuts.tasks;

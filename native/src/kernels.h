@@ -78,7 +78,7 @@ struct Kernels {
     // Writes one tile of dbias (kBlockQ rows by a block of keys), summed over its broadcast axes.
     void (*dbias)(const anyattn_call &, int32_t pass, int64_t bias_b, int64_t bias_h, int64_t block_q, int64_t block_k,
                   void *statistics, void *scratch);
-    int64_t (*dbias_block_k)(const anyattn_call &, int32_t pass);
+    int64_t (*tile_keys)(const anyattn_call &, int32_t pass);  // keys of a score tile
     int64_t (*statistics_bytes)(const anyattn_call &);  // bytes of one row; a head has seqlen_q rows
     // Computes tout and tlse of at most kTangentBlocks blocks, which begin at the same key and share a KV head. online: out
     // and lse too, in the same sweep over the keys; otherwise they are given.

@@ -223,7 +223,7 @@ void dbias(const anyattn_call &call, int32_t pass, int64_t bias_b, int64_t bias_
     });
 }
 
-int64_t dbias_block_k(const anyattn_call &call, int32_t pass) {
+int64_t tile_keys(const anyattn_call &call, int32_t pass) {
     return with_mma(call, pass, [](auto m) { return int64_t(decltype(m)::score_keys); });
 }
 
@@ -241,9 +241,9 @@ void tangent(const anyattn_call &call, bool online, const BlockSet &set, void *m
 }
 
 constexpr Kernels table(const char *name, const Kernels *base) {
-    return {name,     base,           computes,       scratch,       partial_stride,   partial_in_place,
-            forward,  blocks_at_once, groups_at_once, merge,         finish,           partial_row_bytes,
-            backward, reduce,         dbias,          dbias_block_k, statistics_bytes, tangent,
+    return {name,     base,           computes,       scratch,   partial_stride,   partial_in_place,
+            forward,  blocks_at_once, groups_at_once, merge,     finish,           partial_row_bytes,
+            backward, reduce,         dbias,          tile_keys, statistics_bytes, tangent,
             peak};
 }
 
