@@ -246,11 +246,15 @@ ANYATTN_INLINE void spread_one_row(C *added, const ScoreBlock<C, P> &block, int 
     using V = typename Lanes<C>::V;
     const char *row = block.element(array, p * P, j);
     const int64_t step = array.stride[3] ? dtype_size(array.dtype) : 0;
-    for (int64_t k = 0; k < n; ++k) {
-        const V x = splat(load_scalar<C>(row + k * step, array.dtype));
-        for (int c = 0; c < block.panel_vectors(p); ++c) {
-            C *to = added + k * P + c * lanes<C>;
-            store(to, merge(x, load<V>(to)));
+    for (int64_t k = 0; k < n; k += lanes<C>) {
+        const int64_t count = min64(lanes<C>, n - k);
+        const V values =
+            step ? load_part<C>(row + k * step, array.dtype, count) : splat(load_scalar<C>(row, array.dtype));
+        for (int64_t x = 0; x < count; ++x) {
+            for (int c = 0; c < block.panel_vectors(p); ++c) {
+                C *to = added + (k + x) * P + c * lanes<C>;
+                store(to, merge(splat(values[x]), load<V>(to)));
+            }
         }
     }
 }
