@@ -130,7 +130,7 @@ OLDEST ?= build/oldest
 OLDEST_PYTHON ?= $(PYTHON)
 OLDEST_TESTS := $(addprefix tests/,$(addsuffix .py, \
 	$(addprefix frameworks/test_,torch_api torch_gradients torch_ops torch_weights nn sdpa sdpa_gpu) \
-	$(addprefix frameworks/test_,scalars jagged tensor_kinds tracing) \
+	$(addprefix frameworks/test_,scalars jagged tensor_kinds tracing torch_derivatives torch_derivatives_elsewhere) \
 	$(addprefix compat/test_,rotary seeds flash_attn flash_attn_3_4 flash_attn_blocks flash_attn_kvcache) \
 	$(addprefix compat/test_,flash_attn_modules argument_forms) \
 	$(addprefix conformance/test_,kvcache accuracy weights) backends/test_numpy_backend))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jvp, linearize, v
 
 import anyattn
 from anyattn.compat.flash_attn import flash_attn_func
+from anyattn.frameworks.torch import fastpath
 from anyattn.runtime import execute
 
 Function = Callable[..., Tensor]
@@ -257,6 +259,25 @@ ONE_CALL: dict[str, dict[str, int]] = {
 def test_a_forward_pass_and_its_tangent_are_one_call(way: str, calls: dict[str, int]) -> None:
     WAYS[way](ours)
     assert calls == ONE_CALL[way]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_derivatives_are_right_without_private_names_of_torch(
+    way: str, calls: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A later torch may lack the names that show whether a forward pass and its tangent can be one call."""
+    monkeypatch.setattr(fastpath, "AVAILABLE", False)
+    check(WAYS[way](ours), WAYS[way](plain))
+    assert "forward_tangent" not in calls
+
+
+def test_a_missing_private_name_of_torch_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for owner, name in ((torch._C, "_is_fwd_grad_enabled"), (torch._C._functorch, "get_interpreter_stack")):
+        with monkeypatch.context() as patch:
+            patch.delattr(owner, name)
+            module = importlib.util.module_from_spec(fastpath.__spec__)
+            fastpath.__spec__.loader.exec_module(module)
+        assert not module.AVAILABLE
 
 
 def test_a_linearized_function_computes_no_forward_pass(calls: dict[str, int]) -> None:

@@ -3,7 +3,7 @@
 Measured with torch 2.13: `Function.apply` in setup_context form costs 20 us, the apply of its base class 7 us, and an
 operator with 28 arguments 4 us. Both are needed only if something observes the operators: a tracer, a functorch
 transform, a dispatch mode, a tensor subclass or the profiler. The tests for observers use private names of torch. If
-one of these names is missing, nothing is skipped.
+one of these names is missing, nothing is skipped, and a forward pass and its tangent are two calls.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from .kinds import PLAIN
 _is_compiling = torch.compiler.is_dynamo_compiling
 
 _any_autocast: Callable[[], bool] | None = getattr(torch._C, "_is_any_autocast_enabled", None)
+_SEES_TRANSFORMS = hasattr(torch._C, "_are_functorch_transforms_active")
 
 try:
     _transforms: Callable[[], bool] = torch._C._are_functorch_transforms_active
@@ -26,6 +27,8 @@ try:
     _tracing: Callable[[], bool] = torch._C._is_tracing
     _has_storage: Callable[[Any], bool] = torch._C._has_storage
     _is_tangent_enabled: Callable[[], bool] = torch._C._is_fwd_grad_enabled
+    _interpreters: Callable[[], Any] = torch._C._functorch.get_interpreter_stack
+    _FORWARD_MODE, _VMAP = torch._C._functorch.TransformType.Jvp, torch._C._functorch.TransformType.Vmap
     AVAILABLE = hasattr(profiler, "_is_profiler_enabled") and hasattr(forward_ad, "_current_level")
 except AttributeError:
     AVAILABLE = False
@@ -103,9 +106,8 @@ def unpack_tangents(arrays: Sequence[Any]) -> tuple[list[Any], list[Any]] | None
 
 def _is_forward_mode_innermost() -> bool:
     """Return whether no transform of torch.func hides the tangents of forward mode, and none is vmap."""
-    functorch = torch._C._functorch
-    keys: list[Any] = [interpreter.key() for interpreter in functorch.get_interpreter_stack()]
-    return bool(keys[-1] == functorch.TransformType.Jvp) and functorch.TransformType.Vmap not in keys
+    keys: list[Any] = [interpreter.key() for interpreter in _interpreters()]
+    return bool(keys[-1] == _FORWARD_MODE) and _VMAP not in keys
 
 
 def _is_without_gradient(arrays: Sequence[Any]) -> bool:
@@ -129,7 +131,7 @@ def outside_graphs(apply: Callable[..., Any]) -> Callable[..., Any]:
     if is_forward_mode():
         outside: Callable[..., Any] = torch._dynamo.disable(apply)
         return outside
-    if torch.is_grad_enabled() and torch._C._are_functorch_transforms_active():
+    if torch.is_grad_enabled() and (not _SEES_TRANSFORMS or torch._C._are_functorch_transforms_active()):
         torch._dynamo.graph_break()
     return apply
 
