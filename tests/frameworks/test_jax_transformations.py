@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import anyattn
+from anyattn.frameworks.jax import primitives
 from harness import jax_arrays
 
 BATCH, ROWS, KEYS, NHEADS, NHEADS_KV, DIM, DIM_V = 2, 5, 7, 4, 2, 8, 6
@@ -98,6 +99,42 @@ def test_forward_mode_equals_a_plain_implementation(which: str) -> None:
     along = tuple(normal(*x.shape, seed=9 + i) for i, x in enumerate(arrays))
     close(jax.jvp(ours, arrays, along), jax.jvp(plain, arrays, along))
     close(jax.jit(jax.jacfwd(loss(ours)))(*arrays), jax.grad(loss(plain))(*arrays))
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the passes that are computed."""
+    found: list[str] = []
+    for primitive in primitives.PRIMITIVES.values():
+        monkeypatch.setattr(primitive, "impl", _recorded(primitive.impl, found))
+    return found
+
+
+def _recorded(evaluate: Function, found: list[str]) -> Function:
+    def call(*arrays: Any, static: Any) -> Any:
+        found.append(static.pass_)
+        return evaluate(*arrays, static=static)
+
+    return call
+
+
+def test_known_values_and_tangents_are_one_call(calls: list[str]) -> None:
+    arrays = qkv()
+    close(jax.jvp(ours, arrays, arrays), jax.jvp(plain, arrays, arrays))
+    assert calls == ["forward_tangent"]
+
+
+def test_linearized_functions_and_gradients_keep_the_forward_pass(calls: list[str]) -> None:
+    arrays = qkv()
+    _, tangent = jax.linearize(ours, *arrays)
+    assert calls == ["forward"]
+    close(tangent(*arrays), jax.jvp(plain, arrays, arrays)[1])
+    calls.clear()
+    jax.grad(loss(ours))(*arrays)
+    assert calls == ["forward", "backward"]
+    calls.clear()
+    jax.vmap(lambda x: jax.jvp(lambda v: ours(*arrays[:2], v), arrays[2:], (x,)))(jnp.stack([arrays[2]] * 2))
+    assert calls == ["forward", "tangent"]
 
 
 @pytest.mark.parametrize("which", KINDS)

@@ -18,7 +18,8 @@ from jax.core import ShapedArray
 from jax.interpreters import ad
 
 from ...definition.inputs import GRADIENTS, Extras
-from ...definition.passes import BACKWARD, SECOND, TANGENT, Pass
+from ...definition.passes import BACKWARD, FORWARD_TANGENT, SECOND, TANGENT, Pass
+from .arrays import is_concrete
 from .calls import Static, results
 from .curvature import ORDER, change
 from .primitives import PRIMITIVES, bind, bind_static
@@ -64,9 +65,17 @@ def ad_type(shape: tuple[int, ...], dtype: str) -> Any:
 
 
 def _forward_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, static: Static) -> Any:
+    """Compute a forward pass and its tangent, in one call if all values are known.
+
+    A program that is being traced may need the forward pass alone: `linearize`, `grad`, and the partial evaluation of a
+    loop, a checkpoint or a jitted function.
+    """
+    given, along = dict(zip(static.names, primals, strict=True)), _tangents(_split(static, tangents))
+    if all(is_concrete(x) for x in (*primals, *along.values())):
+        together = _call(FORWARD_TANGENT, given | along, static)
+        return [together["out"], together["lse"]], [together["tout"], together["tlse"]]
     found = bind_static(static, list(primals))
-    along = _tangents(_split(static, tangents))
-    tangent = _call(TANGENT, dict(zip(static.names, primals, strict=True)) | found | along, static)
+    tangent = _call(TANGENT, given | found | along, static)
     return list(found.values()), [tangent["tout"], tangent["tlse"]]
 
 
