@@ -86,7 +86,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     **{f"score_{name}": {"functions": name} for name in FUNCTIONS},
 }
 PRECISIONS = {"tf32x3": "high", "tf32": "medium"}  # features of float32 -> torch's names
-DERIVATIVES = ("tangent", "second")  # compiled for two architectures, one head size and two sets of features
+DERIVATIVES = ("tangent", "second")
 DIRECTIONS = ("forward", "backward", *DERIVATIVES, "append")
 SHAPES = (
     *(("bfloat16", size) for size in (32, 64, 80, 96, 128, 192, 256, 512)),
@@ -198,7 +198,8 @@ def _exists(arch: str, dtype: str, size: int, feature: str, direction: str) -> b
     if size > largest_head_dim(arch, dtype, pass_named(direction)):
         return False
     if direction in DERIVATIVES:
-        return usual and arch in ("sm_90", "gfx942") and feature in ("causal", "everything")
+        sizes = dtype != "float32" and size in (64, 128)
+        return sizes and (feature == "causal" or (feature == "everything" and usual and arch in ("sm_90", "gfx942")))
     return feature in ("causal", "decode", "few") or usual
 
 
@@ -208,8 +209,8 @@ def pass_named(direction: str) -> Pass:
 
 def _in_subset(name: str) -> bool:
     arch, dtype, size, feature, direction = name.split("/")
-    if direction in DERIVATIVES:
-        return True
+    if direction in DERIVATIVES:  # a second derivative includes the kernel of the tangent
+        return (dtype, size) == ("bfloat16", "128") and (direction == "second" or arch in ("sm_90", "gfx942"))
     if "stored" in FEATURES.get(feature, {}):
         return arch in ("sm_80", "sm_90", "gfx942") and (direction == "append" or feature.startswith("decode"))
     if arch in ("sm_90", "gfx942"):
