@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Literal, overload
 from .arguments import A, Array, ScoreFunction, Table, Window, bounds, make_options, paged_lengths
 from .definition.inputs import NO_EXTRAS, Extras, Inputs
 from .frameworks import framework_of
-from .frameworks.score_arguments import ATTENTION
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -157,9 +156,8 @@ def attention(
             v_scale=v_scale,
         )  # fmt: skip
     if score_mod is not None or mask_mod is not None:
-        given = Inputs(q, k, v, extras)
-        call = framework_of(q).with_functions(given, options, score_mod, mask_mod, ATTENTION)
-        out, lse = call.results(*framework_of(q).attention(call.inputs, call.options, seed, return_lse, backend))
+        given, functions = Inputs(q, k, v, extras), (score_mod, mask_mod)
+        out, lse = framework_of(q).attention_with_functions(given, options, functions, seed, return_lse, backend)
         return (out, lse) if return_lse else out
     out, lse = framework_of(q).attention(Inputs(q, k, v, extras), options, seed, return_lse, backend)
     return (out, lse) if return_lse else out
@@ -310,9 +308,8 @@ def attention_varlen(
         kv_indices=kv_indices, rng_state=rng_state, k_scale=k_scale, v_scale=v_scale,
     )  # fmt: skip
     if score_mod is not None or mask_mod is not None:
-        given = Inputs(q, k, v, extras)
-        call = framework_of(q).with_functions(given, options, score_mod, mask_mod, ATTENTION)
-        out, lse = call.results(*framework_of(q).attention(call.inputs, call.options, seed, return_lse, backend))
+        given, functions = Inputs(q, k, v, extras), (score_mod, mask_mod)
+        out, lse = framework_of(q).attention_with_functions(given, options, functions, seed, return_lse, backend)
         return (out, lse) if return_lse else out
     out, lse = framework_of(q).attention(Inputs(q, k, v, extras), options, seed, return_lse, backend)
     return (out, lse) if return_lse else out

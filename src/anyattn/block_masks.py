@@ -32,14 +32,12 @@ class BlockMask:
         self.kinds, self.block_size, self.mask_mod = kinds, block_size, mask_mod
 
     def __call__(self, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
-        batch, nheads = self.kinds.shape[:2]
-        place = (
-            b if batch > 1 else 0,
-            h if nheads > 1 else 0,
-            q_idx // self.block_size[0],
-            kv_idx // self.block_size[1],
-        )
-        kind: Any = Partial(self.kinds)[place]
+        """Return whether pairs are visible. Tensors are read as they are, because torch.compile traces the read."""
+        batch, nheads, *blocks = self.kinds.shape
+        shared = [(index, size) for index, size in ((b, batch), (h, nheads)) if size != 1]
+        kinds = self.kinds.reshape([size for _, size in shared] + blocks)
+        place = (*[index for index, _ in shared], q_idx // self.block_size[0], kv_idx // self.block_size[1])
+        kind: Any = (kinds if hasattr(kinds, "requires_grad") else Partial(kinds))[place]
         if self.mask_mod is None:
             return kind > EMPTY
         return (kind == FULL) | ((kind == MIXED) & self.mask_mod(b, h, q_idx, kv_idx))

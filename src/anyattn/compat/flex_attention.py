@@ -147,12 +147,15 @@ def as_mask(block_mask: Any, query: Tensor, key: Tensor) -> Callable[..., Any]:
         found = block_mask.kv_num_blocks.shape[axis]
         if found not in (1, size):
             raise ValueError(f"block_mask must have {name} {size} or 1, got {found}.")
-    kinds = torch.zeros(_blocks(block_mask), dtype=torch.int32, device=query.device)
+    *rows, keys = _blocks(block_mask)
+    kinds = torch.zeros((*rows, keys + 1), dtype=torch.int32, device=query.device)  # the last column takes the rest
     _mark(kinds, block_mask.kv_num_blocks, block_mask.kv_indices, MIXED)
     if block_mask.full_kv_num_blocks is not None:
         _mark(kinds, block_mask.full_kv_num_blocks, block_mask.full_kv_indices, FULL)
-    queries, keys = block_mask.BLOCK_SIZE
-    ours = block_masks.BlockMask(kinds, (queries, keys), block_mask.mask_mod)
+    sizes = (block_mask.BLOCK_SIZE[0], block_mask.BLOCK_SIZE[1])
+    ours = block_masks.BlockMask(kinds[..., :keys], sizes, block_mask.mask_mod)
+    if torch.compiler.is_dynamo_compiling():  # the values of the lists are not known
+        return ours
     if block_masks.is_redundant(ours, (*query.shape[:3], key.shape[2])):
         function: Callable[..., Any] = block_mask.mask_mod
         return function
@@ -168,8 +171,7 @@ def _blocks(block_mask: Any) -> tuple[int, ...]:
 def _mark(kinds: Tensor, counts: Tensor, indices: Any, kind: int) -> None:
     """Set the kind of the first `counts` blocks in each list."""
     listed = torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
-    b, h, row, entry = listed.nonzero(as_tuple=True)
-    kinds[b, h, row, indices[b, h, row, entry].long()] = kind
+    kinds.scatter_(-1, torch.where(listed, indices, kinds.shape[-1] - 1).long(), kind)
 
 
 def create_block_mask(

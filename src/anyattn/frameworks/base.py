@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ..definition.inputs import Appended, Gradients, Inputs, Saved, SecondGradients, Tangents
 from ..definition.options import Options, Rotation
-from .score_arguments import Call, Use
+from .score_arguments import Call, ScoreFunctions, Use
 from .scores import Stage
 
 if TYPE_CHECKING:
@@ -99,6 +99,17 @@ class Framework(Protocol):
         `inputs.v` is not read. The stage "weights" needs lse. queries: None (all), a slice, or indices.
         """
 
+    def attention_with_functions(
+        self,
+        inputs: Inputs,
+        options: Options,
+        functions: ScoreFunctions,
+        seed: int | None,
+        return_lse: bool,
+        backend: str | None,
+    ) -> tuple[Any, Any]:
+        """Return the results of `attention` with (score_mod, mask_mod)."""
+
     def with_functions(self, inputs: Inputs, options: Options, score_mod: Any, mask_mod: Any, use: Use) -> Call:
         """Return a call with score_mod and mask_mod, whose parts become built-in arguments as far as `use` allows."""
 
@@ -118,6 +129,7 @@ FUNCTIONS = (
     "explain",
     "warmup",
     "scores",
+    "attention_with_functions",
     "with_functions",
     "merge",
 )

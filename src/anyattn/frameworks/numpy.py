@@ -36,7 +36,7 @@ from ..definition.options import Options, Rotation
 from ..definition.problem import Array
 from ..runtime import dispatch, execute
 from . import scores as formulas
-from .score_arguments import Call, Use, with_traced
+from .score_arguments import ATTENTION, Call, ScoreFunctions, Use, with_traced
 from .score_functions import trace_numpy
 
 logger = logging.getLogger("anyattn")
@@ -195,9 +195,15 @@ def cache_lengths(lengths: Any, batch: int) -> npt.NDArray[np.int32] | None:
     return table("cache_seqlens", lengths)
 
 
+def attention_with_functions(
+    inputs: Inputs, options: Options, functions: ScoreFunctions, seed: int | None, return_lse: bool, backend: str | None
+) -> tuple[Any, Any]:
+    call = with_functions(inputs, options, *functions, ATTENTION)
+    return call.results(*attention(call.inputs, call.options, seed, return_lse, backend))
+
+
 def with_functions(inputs: Inputs, options: Options, score_mod: Any, mask_mod: Any, use: Use) -> Call:
-    functions = trace_numpy(score_mod, mask_mod, inputs.q, gradients=use.captured_gradients)
-    return with_traced(functions, inputs, options, use)
+    return with_traced(trace_numpy(score_mod, mask_mod, inputs.q, use.captured_gradients), inputs, options, use)
 
 
 def merge(out_a: NDArray, lse_a: NDArray, out_b: NDArray, lse_b: NDArray) -> tuple[NDArray, NDArray]:
@@ -288,7 +294,8 @@ def _prepare_heads(name: str, x: Any, inputs: Inputs) -> NDArray:
 
 def _prepare_table(name: str, x: Any, inputs: Inputs) -> NDArray:
     if FIELDS[name].scalar and np.ndim(x) == 0:
-        x = np.full(_batch(inputs), _int(name, x), np.int32)
+        boundaries = inputs.extras.cu_seqlens_q
+        x = np.full(len(inputs.q) if boundaries is None else len(boundaries) - 1, _int(name, x), np.int32)
     return table(name, x)
 
 
@@ -322,11 +329,6 @@ def _tangents(tangents: Tangents) -> Tangents:
             array = array.reshape((1,) * (4 - array.ndim) + array.shape)
         given[name] = _rows(name, array)
     return Tangents(**given)
-
-
-def _batch(inputs: Inputs) -> int:
-    boundaries = inputs.extras.cu_seqlens_q
-    return len(inputs.q) if boundaries is None else len(boundaries) - 1
 
 
 def _array(name: str, array: Any) -> NDArray:

@@ -12,6 +12,7 @@ from ..definition.score.score_patterns import BIAS, SCALE, SLOPES, SOFTCAP, Oper
 from .score_functions import Functions
 
 DENSE_RANK = 4
+ScoreFunctions = tuple[Any, Any]  # score_mod and mask_mod
 
 
 class Use(NamedTuple):
@@ -108,7 +109,7 @@ def with_traced(functions: Functions, inputs: Inputs, options: Options, use: Use
     if use.reshapes:
         call = _with_documents(functions, inputs, options, allowed, every_array=every)
     if call is None:
-        found = recognize(functions.graph, inputs.q.shape[-2], allowed)
+        found = recognize(functions.graph, _nheads(inputs), allowed)
         found = _that_fits(functions, found, inputs, allowed)
         changed = _replaced(functions, found, inputs, options, every_array=every)
         call = Call(*changed)
@@ -148,7 +149,12 @@ def _that_fits(functions: Functions, found: Recognized, inputs: Inputs, allowed:
             shape = functions.graph.arrays[operand.array].shape
             if any(size < sizes[axis] for size, axis in zip(shape, operand.axes, strict=True)):
                 small.add(name)
-    return recognize(functions.graph, inputs.q.shape[-2], allowed - small) if small else found
+    return recognize(functions.graph, _nheads(inputs), allowed - small) if small else found
+
+
+def _nheads(inputs: Inputs) -> int:
+    """Return the number of query heads as an integer, which it is not where torch traces every size as a symbol."""
+    return int(inputs.q.shape[-2])
 
 
 def _sizes(inputs: Inputs) -> tuple[int, ...]:
@@ -211,7 +217,7 @@ def _with_documents(
         return None
     if not set(given) <= {"alibi_slopes", "sink"} or (extras.alibi_slopes is not None and extras.alibi_slopes.ndim > 1):
         return None
-    found = documents.find(functions.graph, q.shape[-2], allowed)
+    found = documents.find(functions.graph, _nheads(inputs), allowed)
     if found is None:
         return None
     batch, seqlen = q.shape[:2]

@@ -56,7 +56,7 @@ class Functions(NamedTuple):
         return Packed(graph.text, values, indices)
 
 
-def trace_numpy(score_mod: Any, mask_mod: Any, q: Any, *, gradients: bool) -> Functions:
+def trace_numpy(score_mod: Any, mask_mod: Any, q: Any, gradients: bool) -> Functions:
     """Return functions that read NumPy arrays. gradients: the gradients of captured arrays are wanted."""
     known = DTYPES.get(str(q.dtype.name))
     compute = known.compute if known and known.compute else "float32"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ from ..definition.problem import Array
 from ..runtime import dispatch, execute
 from . import numpy as numpy_arrays
 from .score_arguments import Call as ReplacedCall
-from .score_arguments import Use
+from .score_arguments import ScoreFunctions, Use
 from .scores import Stage
 
 NDArray = npt.NDArray[Any]
@@ -158,7 +158,17 @@ def merge(out_a: DeviceArray, lse_a: NDArray, out_b: DeviceArray, lse_b: NDArray
     return DeviceArray(out), lse
 
 
+def attention_with_functions(
+    inputs: Inputs, options: Options, functions: ScoreFunctions, seed: int | None, return_lse: bool, backend: str | None
+) -> tuple[Any, Any]:
+    return _refuse_functions()
+
+
 def with_functions(inputs: Inputs, options: Options, score_mod: Any, mask_mod: Any, use: Use) -> ReplacedCall:
+    return _refuse_functions()
+
+
+def _refuse_functions() -> NoReturn:
     raise NotImplementedError(
         "score_mod and mask_mod are not supported for Vulkan device arrays. Pass NumPy arrays or torch tensors."
     )

@@ -26,7 +26,7 @@ from ...definition.passes import BACKWARD, FORWARD, PASSES, SECOND, TANGENT, Pas
 from ...definition.problem import Problem, described
 from ...definition.score.trace import trace as trace_functions
 from ...runtime import dispatch
-from ..score_arguments import Call, Use, with_traced
+from ..score_arguments import ATTENTION, Call, ScoreFunctions, Use, with_traced
 from ..score_functions import Functions, with_gradients
 from ..scores import Stage
 from . import arrays as conversion
@@ -194,6 +194,13 @@ def _along(tangents: Tangents) -> dict[str, Any]:
     if bias is not None and bias.ndim < 4:
         found["tbias"] = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
     return found
+
+
+def attention_with_functions(
+    inputs: Inputs, options: Options, functions: ScoreFunctions, seed: int | None, return_lse: bool, backend: str | None
+) -> tuple[Any, Any]:
+    call = with_functions(inputs, options, *functions, ATTENTION)
+    return call.results(*attention(call.inputs, call.options, seed, return_lse, backend))
 
 
 def with_functions(inputs: Inputs, options: Options, score_mod: Any, mask_mod: Any, use: Use) -> Call:

@@ -36,9 +36,9 @@ from ...definition.inputs import (
 from ...definition.kvcache import LABELS
 from ...definition.options import Options, Rotation
 from ...runtime import dispatch, execute
-from ..score_arguments import Call, Use
+from ..score_arguments import ATTENTION, Call, ScoreFunctions, Use
 from ..scores import Stage
-from . import autograd, fastpath, kvcache, ops
+from . import autograd, fastpath, kvcache, ops, score_operator
 from . import scores as torch_scores
 from .adapter import adapter
 from .kinds import dense
@@ -186,6 +186,28 @@ def scores(inputs: Inputs, options: Options, queries: Any, stage: Stage, lse: An
         return torch_scores.scores(prepared, options, queries, stage, lse)
     with torch.autocast(prepared.q.device.type, enabled=False):  # products are computed in the compute dtype
         return torch_scores.scores(prepared, options, queries, stage, lse)
+
+
+def attention_with_functions(
+    inputs: Inputs, options: Options, functions: ScoreFunctions, seed: int | None, return_lse: bool, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    """Return (out, lse) with (score_mod, mask_mod), with autograd; see Framework.attention_with_functions."""
+    if torch.compiler.is_dynamo_compiling():
+        prepared = prepare(inputs, seed, draw=options.dropout_p != 0)
+        return score_operator.attention(_OPERATOR, prepared, options, functions, return_lse, backend)
+    call = with_functions(inputs, options, *functions, ATTENTION)
+    return call.results(*attention(call.inputs, call.options, seed, return_lse, backend))
+
+
+def _outside_dynamo(
+    inputs: Inputs, options: Options, functions: ScoreFunctions, return_lse: bool, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    """Return (out, lse) of prepared inputs with (score_mod, mask_mod)."""
+    call = with_functions(inputs, options, *functions, ATTENTION)
+    return call.results(*attention(call.inputs, call.options, None, return_lse, backend, want_lse=True))
+
+
+_OPERATOR = score_operator.Operator(_outside_dynamo)
 
 
 def with_functions(inputs: Inputs, options: Options, score_mod: Any, mask_mod: Any, use: Use) -> Call:

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from ...definition.inputs import Inputs
 from ...definition.options import Options
-from ...definition.score.symbol import Partial, Symbol, Trace
+from ...definition.score.symbol import Partial, Symbol, Trace, read
 from ...definition.score.trace import Traced
 from ...definition.score.trace import trace as trace_functions
 from ..score_arguments import Call, Use, with_traced
@@ -26,7 +26,7 @@ from .kinds import dense
 
 
 class _Reads(TorchFunctionMode):
-    """Mode in which a tensor can be read at traced indices."""
+    """Mode in which a tensor can be read at traced indices, and a number that is not known yet as a captured one."""
 
     def __init__(self, recording: Trace) -> None:
         super().__init__()
@@ -35,6 +35,8 @@ class _Reads(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
         if function is Tensor.__getitem__ and _is_traced(arguments[1]):
             return Partial(arguments[0])[arguments[1]]
+        if function is Tensor.item and not fastpath.can_skip_operator(arguments[:1]):  # a number in torch.compile
+            return read(Partial(arguments[0].reshape(())), ())
         return function(*arguments, **(keywords or {}))
 
 
@@ -86,8 +88,14 @@ def _tensor(x: Any, q: Tensor) -> Tensor:
 
 
 def _integers(x: Tensor) -> Tensor:
-    if x.dtype in (torch.int64, torch.uint32) and x.device.type == "cpu" and x.numel():
+    small = x.to(torch.int32)
+    if x.dtype not in (torch.int64, torch.uint32) or x.device.type != "cpu" or not x.numel():
+        return small
+    if fastpath.can_skip_operator((x,)):
         low, high = (int(bound) for bound in x.aminmax())
         if low < -(2**31) or high >= 2**31:
             raise ValueError(f"a captured tensor of integers must fit in int32, got {low} to {high}.")
-    return x.to(torch.int32)
+    else:  # the values are not known yet
+        fits = x.to(torch.int64) == small
+        torch._assert_async(fits.all(), "a captured tensor of integers must fit in int32.")
+    return small
