@@ -88,12 +88,68 @@ def test_alibi_is_recognized_unless_its_slopes_have_a_gradient() -> None:
         lambda s, b, h, q, kv: s + SLOPES[h] * torch.abs(q - kv),
         lambda s, b, h, q, kv: s - SLOPES[h] * (q - kv),
         lambda s, b, h, q, kv: s - SLOPES[b] * torch.abs(q - kv),
+        lambda s, b, h, q, kv: s - torch.log(h.float()) * torch.abs(q - kv),  # infinite for head 0
+        lambda s, b, h, q, kv: s - torch.exp2(-SLOPES[h]) * torch.abs(q - kv),
         lambda s, b, h, q, kv: SLOPES[h] * torch.abs(q - kv) - s,
     ]
     for other in others:
         recognized = found(other, None)
         assert recognized.score.slopes is None
         assert any(node.operation == SCORE for node in recognized.graph.nodes)
+
+
+SIGNED: dict[str, Function] = {
+    "key minus query": lambda s, b, h, q, kv: s + (kv - q) * SLOPES[h],
+    "query minus key": lambda s, b, h, q, kv: s - SLOPES[h] * (q - kv),
+    "negative slope": lambda s, b, h, q, kv: (q - kv) * -SLOPES[h] + s,
+    "negative distance": lambda s, b, h, q, kv: s + SLOPES[h] * -(q - kv).abs(),
+    "attention-gym": lambda s, b, h, q, kv: s + (kv - q) * torch.exp2(-((h + 1) * 8.0 / HEADS)),
+}
+
+
+def is_close(b: Any, h: Any, q: Any, kv: Any) -> Any:
+    return (q - kv <= 3) & (kv - q <= 1)
+
+
+@pytest.mark.parametrize("name", SIGNED)
+def test_signed_alibi_is_recognized_if_no_key_comes_after_its_query(name: str) -> None:
+    score = SIGNED[name]
+    recognized = found(score, causal)
+    slopes = recognized.score.slopes
+    assert slopes == 0 or slopes == pytest.approx((0.0625, 0.00390625), rel=1e-15)
+    assert recognized.graph.nodes == ()
+    for mask in (None, is_close, lambda b, h, q, kv: (q >= kv) | (kv < 3)):
+        alone = found(score, mask).score.slopes
+        assert (alone is None) == (name != "negative distance")
+    reversed_sign = found(lambda s, *pair: 2 * s - score(s, *pair), causal)
+    assert reversed_sign.score.slopes is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "is_recognized"),
+    [
+        ({"mask_mod": causal}, True),
+        ({"causal": True}, True),
+        ({"window": (7, 0)}, True),
+        ({"causal": True, "n_k": 51, "alignment": "top-left"}, True),
+        ({"causal": True, "n_k": 51}, False),  # positions of queries begin at 11
+        ({"causal": True, "seqused_k": torch.tensor([40, 31])}, False),
+        ({"causal": True, "offset": 2}, False),
+        ({"window": (None, 3)}, False),
+        ({}, False),
+    ],
+)
+def test_signed_alibi_in_a_call(
+    arguments: dict[str, Any], is_recognized: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n_k = arguments.get("n_k", 40)
+    given = {name: x for name, x in arguments.items() if name != "n_k"}
+    q, k, v = (x.detach()[:, :n] for x, n in zip(tensors(), (40, n_k, n_k), strict=True))
+    calls = recorded_calls(monkeypatch)
+    got = anyattn.attention(q, k, v, **given, score_mod=SIGNED["attention-gym"])
+    assert (calls[0].alibi_slopes is not None) == is_recognized
+    bias = torch.tensor([0.0625, 0.00390625])[:, None, None] * (torch.arange(n_k) - torch.arange(40)[:, None])
+    torch.testing.assert_close(got, anyattn.attention(q, k, v, **given, bias=bias))
 
 
 FULL_BIAS, HEAD_BIAS = torch.zeros(2, 2, 40, 51), torch.zeros(2, 51)
@@ -247,15 +303,15 @@ def square_tensors() -> tuple[torch.Tensor, ...]:
     return tuple(x[:, :40].detach().requires_grad_() for x in tensors())
 
 
-def packed_calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Return a list that takes the boundaries of every call, None for a call without packed sequences."""
+def recorded_calls(monkeypatch: pytest.MonkeyPatch, field: str = "") -> list[Any]:
+    """Return a list that takes the optional arrays of every call, or one of them."""
     from anyattn.frameworks.torch import functional
 
     found: list[Any] = []
     attention = functional.attention
 
     def recorded(inputs: Any, *arguments: Any, **keywords: Any) -> Any:
-        found.append(inputs.extras.cu_seqlens_q)
+        found.append(getattr(inputs.extras, field) if field else inputs.extras)
         return attention(inputs, *arguments, **keywords)
 
     monkeypatch.setattr(functional, "attention", recorded)
@@ -268,7 +324,7 @@ def test_documents_are_packed_sequences(name: str, engine: Engine, monkeypatch: 
     functions = MASKS_OF_DOCUMENTS[name]
     mask = functions["mask_mod"](*torch.meshgrid(*(torch.arange(n) for n in (2, HEADS, 40, 40)), indexing="ij"))
     leaves = (TABLE,) if name == "relative" else ()
-    inputs, calls = square_tensors(), packed_calls(monkeypatch)
+    inputs, calls = square_tensors(), recorded_calls(monkeypatch, "cu_seqlens_q")
     got = results({**functions, "backend": engine.backend}, inputs, *leaves)
     assert calls[0][-1] == 2 * 40  # rows of both entries of the batch
     dense = {"mask": mask, "backend": "numpy"}
@@ -306,7 +362,7 @@ def test_documents_equal_packed_sequences_bit_by_bit() -> None:
 def test_documents_that_depend_on_their_place_stay_functions(
     arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = packed_calls(monkeypatch)
+    calls = recorded_calls(monkeypatch, "cu_seqlens_q")
     anyattn.attention(*square_tensors(), **{"mask_mod": in_document, **arguments})
     assert calls == [None]
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ..definition.inputs import Extras, Gradients, Inputs, Saved, replace_extras
 from ..definition.options import Options
 from ..definition.score import documents
-from ..definition.score.patterns import EVERY, INTERVAL, LENGTHS, MASK, Recognized, recognize
+from ..definition.score.patterns import CAUSAL, EVERY, INTERVAL, LENGTHS, MASK, Recognized, recognize
 from ..definition.score.score_patterns import BIAS, SCALE, SLOPES, SOFTCAP, Operand
 from .score_functions import Functions
 
@@ -100,7 +102,7 @@ def with_traced(functions: Functions, inputs: Inputs, options: Options, use: Use
     if not use.recognized:
         return Call(*_replaced(functions, Recognized(functions.graph), inputs, options, every_array=True))
     zeros = None
-    allowed = _allowed(inputs, options) - (frozenset() if use.reshapes else {LENGTHS})
+    allowed = _allowed(inputs, options, use) - (frozenset() if use.reshapes else {LENGTHS})
     if use.captured_gradients:
         floats = sum(array.size for array in functions.graph.arrays if array.kind == "f")
         zeros = functions.zeros(floats) if floats else None
@@ -116,11 +118,14 @@ def with_traced(functions: Functions, inputs: Inputs, options: Options, use: Use
     return call._replace(zeros=zeros)
 
 
-def _allowed(inputs: Inputs, options: Options) -> frozenset[str]:
-    """Return the arguments that functions may become because the call does not use them."""
+def _allowed(inputs: Inputs, options: Options, use: Use) -> frozenset[str]:
+    """Return the arguments that functions may become because the call does not use them, and CAUSAL if it is causal."""
     extras, used = inputs.extras, set()
-    interval = options.left is None and options.right is None and options.chunk == 0
-    if not (interval and extras.alibi_slopes is None and extras.offset is None and extras.leftpad_k is None):
+    has_interval = options.left is not None or options.right is not None or options.chunk != 0
+    if has_interval:
+        used |= {INTERVAL, LENGTHS}
+    moves = extras.offset is not None or extras.leftpad_k is not None
+    if extras.alibi_slopes is not None or moves or (has_interval and not _is_aligned(inputs, options, use)):
         used |= {INTERVAL, SLOPES, LENGTHS}
     if not _is_dense(inputs):
         used |= {BIAS, MASK, LENGTHS}
@@ -128,7 +133,17 @@ def _allowed(inputs: Inputs, options: Options) -> frozenset[str]:
     used |= {name for name, x in names.items() if x is not None}
     if options.softcap:
         used |= {SOFTCAP, SCALE}
-    return EVERY - used
+    causal = {CAUSAL} if options.right == 0 and SLOPES not in used else set()
+    return EVERY - used | causal
+
+
+def _is_aligned(inputs: Inputs, options: Options, use: Use) -> bool:
+    """Return whether the call's window has query i at position i, because of its alignment or of equal lengths."""
+    if options.alignment == "top-left":
+        return True
+    extras = inputs.extras
+    whole = _is_dense(inputs) and extras.seqused_q is None and extras.seqused_k is None
+    return use.reshapes and whole and inputs.q.shape[-3] == inputs.k.shape[-3]
 
 
 def _is_dense(inputs: Inputs) -> bool:
@@ -175,7 +190,8 @@ def _replaced(
     if found.left is not None or found.right is not None or found.chunk or score.slopes is not None:
         changes["alignment"] = "top-left"
     if score.slopes is not None:
-        arrays["alibi_slopes"] = functions.join([functions.arrays[score.slopes]], True)
+        slopes = np.array(score.slopes) if isinstance(score.slopes, tuple) else functions.arrays[score.slopes]
+        arrays["alibi_slopes"] = functions.join([slopes], True)
     if score.scale != 1:
         scale = inputs.q.shape[-1] ** -0.5 if options.scale is None else options.scale
         changes["scale"] = scale * score.scale

@@ -15,11 +15,10 @@ import numpy.typing as npt
 from .builder import Builder
 from .graph import INT, READ, Graph
 from .linear import linear
-from .patterns import EVERY, LENGTHS, MASK, Recognized, recognize, terms
+from .patterns import LENGTHS, MASK, Recognized, recognize, terms
 from .score_patterns import BIAS
 
-# What is left of a graph in a document; other arguments name places in the whole sequence.
-ALLOWED = EVERY - {BIAS, MASK, LENGTHS}
+PLACES = {BIAS, MASK, LENGTHS}  # arguments that name places in the whole sequence
 
 
 class Documents(NamedTuple):
@@ -35,7 +34,7 @@ def find(graph: Graph, nheads: int, allowed: frozenset[str]) -> Documents | None
     for term in () if graph.mask is None else terms(graph, graph.mask):
         array = _documents(graph, term)
         if array is not None:
-            inside = recognize(_inside(graph, term), nheads, ALLOWED & allowed)
+            inside = recognize(_inside(graph, term), nheads, allowed - PLACES)
             if inside.chunk == 0 and _depends_on_distance(inside.graph):
                 return Documents(array, inside)
     return None

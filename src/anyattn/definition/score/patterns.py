@@ -18,6 +18,7 @@ from .score_patterns import SCORE_ARGUMENTS, Operand, Scored, operand, peel
 
 # Arguments that functions may become. A call allows those that it does not use otherwise.
 INTERVAL, LENGTHS, MASK = "interval", "lengths", "mask"
+CAUSAL = "causal"  # a property of the call and no argument: it is causal, and its queries are at their indices
 EVERY = frozenset((INTERVAL, LENGTHS, MASK)) | SCORE_ARGUMENTS
 
 
@@ -50,7 +51,8 @@ def recognize(graph: Graph, nheads: int, allowed: frozenset[str] = EVERY) -> Rec
     found = _Terms(graph, allowed)
     score, number = Scored(), graph.score
     if number is not None:
-        score, number = peel(graph, number, nheads, allowed)
+        is_causal = CAUSAL in allowed or found.interval.get("right") == 0
+        score, number = peel(graph, number, nheads, allowed, is_causal=is_causal)
     build = Builder(graph)
     mask = None
     for term in found.rest:

@@ -9,8 +9,8 @@ import math
 from collections.abc import Collection
 from typing import NamedTuple
 
+from .alibi import Slopes, alibi
 from .graph import FLOAT, INDICES, READ, SCORE, Graph, Node
-from .linear import is_distance, linear
 
 SLOPES, BIAS, SOFTCAP, SCALE = "slopes", "bias", "softcap", "scale"
 SCORE_ARGUMENTS = frozenset((SLOPES, BIAS, SOFTCAP, SCALE))
@@ -26,22 +26,30 @@ class Operand(NamedTuple):
 class Scored(NamedTuple):
     """Built-in arguments of a score function.
 
-    scale multiplies the scores before the softcap. slopes: number of a captured array (nheads,) without a gradient.
+    scale multiplies the scores before the softcap. slopes: number of a captured array (nheads,) without a gradient, or
+    one number for each head.
     """
 
     scale: float = 1.0
     softcap: float = 0.0
     bias: Operand | None = None
-    slopes: int | None = None
+    slopes: Slopes | None = None
 
 
-def peel(graph: Graph, number: int, nheads: int, allowed: Collection[str]) -> tuple[Scored, int | None]:
-    """Return the allowed arguments, and the node of the rest of the function (None: nothing is left)."""
+def peel(
+    graph: Graph, number: int, nheads: int, allowed: Collection[str], *, is_causal: bool
+) -> tuple[Scored, int | None]:
+    """Return the allowed arguments, and the node of the rest of the function (None: nothing is left).
+
+    is_causal: no pair is visible whose key comes after the query.
+    """
+    bias: Operand | None
+    slopes: Slopes | None
     bias = slopes = None
     while True:
         node = graph.nodes[number]
         added = _bias(graph, node) if bias is None and BIAS in allowed else None
-        subtracted = _slopes(graph, node, nheads) if slopes is None and SLOPES in allowed else None
+        subtracted = alibi(graph, node, nheads, is_causal=is_causal) if slopes is None and SLOPES in allowed else None
         if added is not None:
             number, bias = added
         elif subtracted is not None:
@@ -75,36 +83,6 @@ def _bias(graph: Graph, node: Node) -> tuple[int, Operand] | None:
         if found is not None and graph.nodes[read].kind == FLOAT:
             return rest, found
     return None
-
-
-def _slopes(graph: Graph, node: Node, nheads: int) -> tuple[int, int] | None:
-    """Return x and the array of x - array[h] * abs(q_idx - kv_idx), or None."""
-    if node.operation != "sub":
-        return None
-    product = graph.nodes[node.arguments[1]]
-    if product.operation != "mul":
-        return None
-    for slope, distance in (product.arguments, product.arguments[::-1]):
-        read = graph.nodes[slope]
-        if _is_slope(graph, read, nheads) and _is_absolute_distance(graph, distance):
-            return node.arguments[0], int(read.value or 0)
-    return None
-
-
-def _is_slope(graph: Graph, node: Node, nheads: int) -> bool:
-    if node.operation != READ or node.kind != FLOAT or len(node.arguments) != 1:
-        return False
-    array = graph.arrays[int(node.value or 0)]
-    return graph.nodes[node.arguments[0]].operation == "h" and array.shape == (nheads,) and not array.gradient
-
-
-def _is_absolute_distance(graph: Graph, number: int) -> bool:
-    """Return whether a node is abs(q_idx - kv_idx) as a floating-point number."""
-    operations = set()
-    while graph.nodes[number].operation in ("abs", "to_float"):
-        operations.add(graph.nodes[number].operation)
-        number = graph.nodes[number].arguments[0]
-    return operations == {"abs", "to_float"} and is_distance(linear(graph, number))
 
 
 def _capped(graph: Graph, number: int) -> tuple[float, float] | None:
