@@ -14,6 +14,7 @@ from anyattn.definition.score import derivative, intervals, operations
 from anyattn.definition.score.evaluate import Functions, Place
 from anyattn.definition.score.graph import BOOL, FLOAT, INT, parse
 from anyattn.definition.score.intervals import Extremes, Interval, Range
+from anyattn.definition.score.patterns import recognize
 from anyattn.definition.score.trace import Traced, trace
 
 N, TILE = 256, 32
@@ -157,6 +158,14 @@ def test_text_is_parsed_to_the_same_graph_and_does_not_depend_on_values() -> Non
     assert [node.kind for node in first.nodes if node.operation == "read"] == [FLOAT]
     with pytest.raises(ValueError, match="must be the text of a traced graph"):
         parse("[]")
+
+
+def test_equal_graphs_compute_the_same() -> None:
+    """Graphs are keys of caches, and 0.0 equals -0.0."""
+    for zero in (0.0, -0.0):
+        graph = recognize(trace(lambda s, b, h, q, k, x=zero: np.where(q > k, x, s), None).graph, 1).graph
+        found = Functions(graph, None, None, "float32").score(np.ones((), np.float32), Place(0, 0, 1, 0))
+        assert np.signbit(found) == np.signbit(zero)
 
 
 def test_equal_terms_are_computed_once() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -21,12 +23,7 @@ class Builder:
 
     def graph(self, score: int | None, mask: int | None, arrays: tuple[Captured, ...]) -> Graph:
         """Return the graph of the nodes that the results need."""
-        whole = Graph(tuple(self.nodes), score, mask, arrays)
-        kept = whole.reachable([result for result in (score, mask) if result is not None])
-        place = {number: position for position, number in enumerate(kept)}
-        nodes = [self.nodes[number] for number in kept]
-        moved = [node._replace(arguments=tuple([place[one] for one in node.arguments])) for node in nodes]
-        return Graph(tuple(moved), _at(place, score), _at(place, mask), arrays)
+        return _needed(Graph(tuple(self.nodes), score, mask, arrays))
 
     def add(self, node: Node) -> int:
         """Return the number of a node, which is new unless an equal node exists."""
@@ -46,7 +43,10 @@ class Builder:
             return self.add(Node(CONSTANT, BOOL, value=bool(value)))
         if isinstance(value, (int, np.integer)):
             return self.add(Node(CONSTANT, INT, value=int(value)))
-        return self.add(Node(CONSTANT, FLOAT, value=float(value)))
+        number = float(value)
+        if number == 0 and math.copysign(1, number) < 0:  # equal graphs must compute the same, and -0.0 equals 0.0
+            return self.add(Node("neg", FLOAT, (self.add(Node(CONSTANT, FLOAT, value=0.0)),)))
+        return self.add(Node(CONSTANT, FLOAT, value=number))
 
     def constant_value(self, number: int) -> Any:
         """Return the value of a constant, or None for any other node."""
@@ -113,6 +113,16 @@ class Builder:
             python: dict[str, Any] = {FLOAT: float, INT: int, BOOL: bool}
             return self.constant(python[kind](found))
         return self.add(Node(name, kind, arguments))
+
+
+@lru_cache(256)
+def _needed(graph: Graph) -> Graph:
+    """Return the graph without the nodes that no result needs."""
+    kept = graph.reachable([result for result in (graph.score, graph.mask) if result is not None])
+    place = {number: position for position, number in enumerate(kept)}
+    nodes = [graph.nodes[number] for number in kept]
+    moved = [node._replace(arguments=tuple([place[one] for one in node.arguments])) for node in nodes]
+    return Graph(tuple(moved), _at(place, graph.score), _at(place, graph.mask), graph.arrays)
 
 
 def without_unread_arrays(graph: Graph) -> tuple[Graph, list[int]]:
