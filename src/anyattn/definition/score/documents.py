@@ -7,7 +7,7 @@ indices only through their difference.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -45,14 +45,18 @@ def boundaries(documents: npt.NDArray[np.integer], batch: int) -> npt.NDArray[np
 
     documents: (seqlen,) or (batch, seqlen), equal numbers for the tokens of a document.
     """
-    starts = np.ones(documents.shape, np.bool_)
-    starts[..., 1:] = documents[..., 1:] != documents[..., :-1]
-    for row, first in zip(np.atleast_2d(documents), np.atleast_2d(starts), strict=True):
-        numbers = row[first]
-        if (numbers[1:] < numbers[:-1]).any() and len(np.unique(numbers)) < len(numbers):
+    seqlen = documents.shape[-1]
+    starts = []
+    for row in documents.reshape(-1, seqlen):
+        before, after = row[:-1], row[1:]
+        found = (before != after).nonzero()[0] + 1
+        if (after < before).any() and len(np.unique(row)) <= len(found):
             return None
-    every = np.broadcast_to(starts, (batch, documents.shape[-1])).reshape(-1)
-    return np.append(np.flatnonzero(every), every.size).astype(np.int32)
+        starts.append(found)
+    whole: list[Any] = []
+    for entry in range(batch):
+        whole += [(entry * seqlen,), starts[entry if len(starts) > 1 else 0] + entry * seqlen]
+    return np.concatenate([*whole, (batch * seqlen,)]).astype(np.int32)
 
 
 def _documents(graph: Graph, term: int) -> int | None:

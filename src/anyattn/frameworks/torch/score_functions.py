@@ -71,7 +71,7 @@ def _host(x: Any) -> Any:
         return np.asarray(x)
     if x.device.type != "cpu" or not fastpath.can_skip_operator((x,)):
         return None
-    return x.detach().numpy()
+    return (x.detach() if x.requires_grad else x).numpy()
 
 
 def traced(score_mod: Any, mask_mod: Any) -> Traced:
