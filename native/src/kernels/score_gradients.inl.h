@@ -1,5 +1,7 @@
 // Gradients of the arrays that a score program reads: sums of dS times derivatives, in double, in a fixed order.
 #pragma once
+#include <type_traits>
+
 #include "score_tile.inl.h"
 
 namespace anyattn {

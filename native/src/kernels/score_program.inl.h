@@ -2,6 +2,8 @@
 // every pair of the panel's queries and some keys, in the order of the score tile: neighbouring lanes are queries. Or it
 // holds a number for every lane, for every key, or one, see ScoreForm.
 #pragma once
+#include <type_traits>
+
 #include "load.inl.h"
 #include "score_math.inl.h"
 #include "score_program.h"
