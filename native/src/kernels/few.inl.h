@@ -144,10 +144,10 @@ struct Few {
         }
     }
 
-    // Quantised keys of float64 queries are computed by Plain, see with_rows.
+    // Quantised keys of float64 queries are computed by Plain, see with_rows, and others by the base, see computes.
     template <class Body>
     static ANYATTN_INLINE void with_few_dtype(int32_t dtype, const Body &body) {
-        if constexpr (sizeof(C) == 8) {
+        if constexpr (sizeof(C) == 8 || ANYATTN_HAS_BASE) {
             with_dtype<C>(dtype, body);
         } else {
             with_key_dtype<C>(dtype, body);
