@@ -1,4 +1,6 @@
-"""Compile shaders/*.comp to src/anyattn/backends/vulkan/binaries, with a manifest of the sources of each binary.
+"""Compile shaders/*.comp to shaders.tar.xz of the Vulkan backend, with a manifest of the sources of each binary.
+
+One archive takes a third of the space, because the binaries have much in common.
 
 python scripts/make_shaders.py            compiles changed shaders (needs glslangValidator; 16 or later for matrices)
 python scripts/make_shaders.py --check    fails if a binary is older than the code of its source; needs no compiler
@@ -7,17 +9,20 @@ python scripts/make_shaders.py --check    fails if a binary is older than the co
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
 import subprocess
 import sys
+import tarfile
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SHADERS = ROOT / "shaders"
-BINARIES = ROOT / "src/anyattn/backends/vulkan/binaries"
-MANIFEST = BINARIES / "manifest.json"
+ARCHIVE = ROOT / "src/anyattn/backends/vulkan/shaders.tar.xz"
+MANIFEST = ARCHIVE.with_name("shaders.json")
 COMPILER = os.environ.get("GLSLANG", "glslangValidator")
 OPTIONS = ("-V", "-g0", "--target-env", "vulkan1.1")
 COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
@@ -51,35 +56,62 @@ def digest(source: Path, definitions: tuple[str, ...]) -> str:
 
 def stale() -> dict[str, str]:
     """Return binaries that are missing, without source, changed by hand or older than their source: name -> reason."""
-    manifest = json.loads(MANIFEST.read_text(encoding="utf-8")) if MANIFEST.exists() else {}
-    wanted = variants()
-    found = {name: "has no source" for name in manifest if name not in wanted}
+    manifest, binaries, wanted = read_manifest(), read_archive(), variants()
+    found = {name: "has no source" for name in manifest.keys() | binaries.keys() if name not in wanted}
     for name, (source, definitions) in wanted.items():
-        entry, path = manifest.get(name, {}), BINARIES / f"{name}.spv"
-        if not path.exists():
+        entry = manifest.get(name, {})
+        if name not in binaries:
             found[name] = "is missing"
         elif entry.get("source") != digest(source, definitions):
             found[name] = f"is older than {source.name} or what it includes"
-        elif entry.get("binary") != hashlib.sha256(path.read_bytes()).hexdigest():
+        elif entry.get("binary") != hashlib.sha256(binaries[name]).hexdigest():
             found[name] = "is not what the manifest says"
     return found
 
 
+def read_manifest() -> dict[str, dict[str, str]]:
+    """Return the digests of the source and of the binary, by name."""
+    return json.loads(MANIFEST.read_text(encoding="utf-8")) if MANIFEST.exists() else {}
+
+
+def read_archive() -> dict[str, bytes]:
+    """Return every binary by name."""
+    if not ARCHIVE.exists():
+        return {}
+    with tarfile.open(ARCHIVE) as archive:
+        return {Path(member.name).stem: archive.extractfile(member).read() for member in archive}
+
+
+def write_archive(binaries: dict[str, bytes]) -> None:
+    """Write every binary, in an order and with dates that do not depend on this machine."""
+    with tarfile.open(ARCHIVE, "w:xz", preset=9) as archive:
+        for name, binary in sorted(binaries.items()):
+            member = tarfile.TarInfo(f"{name}.spv")
+            member.size = len(binary)
+            archive.addfile(member, io.BytesIO(binary))
+
+
 def compile_all() -> None:
-    BINARIES.mkdir(exist_ok=True)
-    manifest = json.loads(MANIFEST.read_text(encoding="utf-8")) if MANIFEST.exists() else {}
-    wanted, old = variants(), stale()
-    for name in old:
+    manifest, binaries, wanted = read_manifest(), read_archive(), variants()
+    for name in stale():
         manifest.pop(name, None)
-        (BINARIES / f"{name}.spv").unlink(missing_ok=True)
+        binaries.pop(name, None)
         if name in wanted:
             source, definitions = wanted[name]
-            path = BINARIES / f"{name}.spv"
-            define = [f"-D{word}" for word in definitions]
-            subprocess.run([COMPILER, *OPTIONS, *define, source, "-o", path], check=True, cwd=SHADERS)
-            binary = hashlib.sha256(path.read_bytes()).hexdigest()
+            binaries[name] = compile_one(source, definitions)
+            binary = hashlib.sha256(binaries[name]).hexdigest()
             manifest[name] = {"source": digest(source, definitions), "binary": binary}
+    write_archive(binaries)
     MANIFEST.write_text(json.dumps(dict(sorted(manifest.items())), indent=2) + "\n", encoding="utf-8")
+
+
+def compile_one(source: Path, definitions: tuple[str, ...]) -> bytes:
+    """Return the SPIR-V of a shader."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "shader.spv"
+        define = [f"-D{word}" for word in definitions]
+        subprocess.run([COMPILER, *OPTIONS, *define, source, "-o", path], check=True, cwd=SHADERS)
+        return path.read_bytes()
 
 
 def main() -> int:

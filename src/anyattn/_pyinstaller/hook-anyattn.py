@@ -17,7 +17,7 @@ ON_DEMAND = tuple(
     )
 )
 
-datas = collect_data_files("anyattn", includes=["backends/vulkan/binaries/*"])
+datas = collect_data_files("anyattn", includes=["backends/vulkan/shaders.tar.xz"])
 binaries = collect_dynamic_libs("anyattn", destdir="anyattn/lib")
 hiddenimports = collect_submodules("anyattn", filter=lambda name: not name.startswith(ON_DEMAND))
 module_collection_mode = {"anyattn.backends.triton": "pyz+py"}  # Triton compiles from the source

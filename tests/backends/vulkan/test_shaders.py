@@ -5,19 +5,18 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from anyattn.backends.vulkan import spirv, tuning
+from anyattn.backends.vulkan.backend import VulkanBackend
 from anyattn.backends.vulkan.matrices import Shape
-from anyattn.backends.vulkan.pipeline import binary
-from anyattn.config import package
+from anyattn.backends.vulkan.pipeline import binaries, binary
 from harness.paths import SCRIPTS
 
 SCRIPT = SCRIPTS / "make_shaders.py"
-NAMES = sorted(path.stem for path in Path(package.find("backends", "vulkan", "binaries")).glob("*.spv"))
+NAMES = sorted(binaries())
 CONSTANTS = {0: 64, 1: 16, 2: 8, 3: 2, 4: 2, 5: 32, 6: 31, 7: 1, 8: 8, 9: 16, 10: 16, 11: 32}
 WORKGROUP = 4  # storage class of shared memory
 OPEN = (spirv.SPEC_TRUE, spirv.SPEC_FALSE, spirv.SPEC_CONSTANT, spirv.SPEC_COMPOSITE, spirv.SPEC_OP)
@@ -36,6 +35,11 @@ def test_binaries_match_their_sources() -> None:
     result = subprocess.run([sys.executable, SCRIPT, "--check"], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert len(NAMES) > 20
+
+
+def test_a_python_without_lzma_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lzma", None)
+    assert "needs Python's module lzma" in str(VulkanBackend().available(named=True))
 
 
 @pytest.mark.parametrize("name", NAMES)

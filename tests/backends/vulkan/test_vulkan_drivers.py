@@ -6,15 +6,13 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from anyattn.config import package
+from anyattn.backends.vulkan.pipeline import binaries, binary
 from backends.vulkan.common import started
 
-BINARIES = Path(package.find("backends", "vulkan", "binaries"))
 # of a module's preamble, SPIR-V specification 1.6, section 3.31
 CAPABILITY = 17
 SIXTEEN_OR_EIGHT_BITS = {9, 22, 39, 4433, 4434, 4435, 4436, 4448, 4449, 4450}
@@ -82,10 +80,10 @@ def test_matrix_of_cases_passes_on_swiftshader(direction: str) -> None:
     assert matrix("swiftshader", f"{direction} and ({SMOKE})") > 5
 
 
-@pytest.mark.parametrize("path", sorted(BINARIES.glob("*.spv")), ids=lambda path: path.stem)
-def test_shaders_need_no_16_bit_types(path: Path) -> None:
+@pytest.mark.parametrize("name", sorted(binaries()))
+def test_shaders_need_no_16_bit_types(name: str) -> None:
     """Check that only matrices need 16-bit types. Other shaders store 16-bit values as pairs in words."""
-    words = np.fromfile(path, "<u4").tolist()
+    words = np.frombuffer(binary(name), "<u4").tolist()
     capabilities, at = set(), 5
     while words[at] & 0xFFFF == CAPABILITY:
         capabilities.add(words[at + 1])

@@ -48,6 +48,10 @@ class VulkanBackend:
         from . import device as devices
         from .api import VulkanError
 
+        try:
+            import lzma  # noqa: F401
+        except ImportError:
+            return "needs Python's module lzma, which unpacks the shaders. Use a Python that was built with liblzma"
         if not named:
             against = _tried()[1]
             if against:

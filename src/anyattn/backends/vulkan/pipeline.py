@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import io
 import logging
 import warnings
 from collections.abc import Mapping
@@ -95,7 +96,7 @@ class Pipelines:
         self._made: dict[tuple[str, tuple[tuple[int, int], ...], bool], int] = {}
 
     def get(self, name: str, constants: Mapping[int, int], *, unroll: bool, subgroup: int = 0) -> int:
-        """Return the handle of the pipeline of binaries/<name>.spv with these specialization constants.
+        """Return the handle of the pipeline of a shader with these specialization constants.
 
         subgroup: the required size of its subgroups, which must all be full; 0: any.
         """
@@ -126,7 +127,17 @@ class Pipelines:
         return int(made.value)
 
 
-@cache
 def binary(name: str) -> bytes:
     """Return a committed SPIR-V module."""
-    return package.read("backends", "vulkan", "binaries", f"{name}.spv")
+    return binaries()[name]
+
+
+@cache
+def binaries() -> dict[str, bytes]:
+    """Return the committed SPIR-V modules by name. They are one archive, because they have much in common."""
+    import tarfile
+
+    content = io.BytesIO(package.read("backends", "vulkan", "shaders.tar.xz"))
+    with tarfile.open(fileobj=content) as archive:
+        files = {member.name: archive.extractfile(member) for member in archive}
+        return {name.removesuffix(".spv"): file.read() for name, file in files.items() if file}
