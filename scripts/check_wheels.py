@@ -78,7 +78,7 @@ def check(wheel: Path, source: Path) -> Iterator[str]:
 def _check_contents(names: list[str], library: str, source: Path) -> Iterator[str]:
     wanted = {f"anyattn/{name}" for name in (f"lib/{library}", *INSTALLED)}
     for folder, inside in ((source / "src" / "anyattn", "anyattn"), (source / "examples", "anyattn/examples")):
-        files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+        files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and path.suffix != ".ipynb")
         wanted |= {f"{inside}/{path.as_posix()}" for path in files if "__pycache__" not in path.parts}
     yield from (f"{name} is missing" for name in sorted(wanted - set(names)))
     binaries = [name for name in names if re.search(r"\.(so|dylib|dll|pyd)(\.\d+)*$", PurePosixPath(name).name)]
