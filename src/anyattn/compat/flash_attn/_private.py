@@ -52,7 +52,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scores: Scores, return_softmax: boo
     if not (return_softmax and drops):
         return out, lse, q.new_empty(0), rng_state
     interval = arguments.pop("bounds")
-    return out, lse, dropped_scores(*make_request(q, k, v, interval, **arguments)[:4]), rng_state
+    request = make_request(q, k, v, interval, **arguments)
+    dropped = dropped_scores(request.inputs, request.options, request.seed, request.backend)
+    return out, lse, dropped, rng_state
 
 
 def _flash_attn_forward(
