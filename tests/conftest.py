@@ -65,6 +65,14 @@ def _guarded(_memory: Memory) -> Iterator[None]:
     _memory.check()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _programs_of_jax() -> Iterator[None]:
+    """Free the programs that JAX compiled for the tests of a module. Together they would take gigabytes."""
+    yield
+    if jax := sys.modules.get("jax"):
+        jax.clear_caches()
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--check", action="store_true", help="small cases on NumPy and the CPU alone: make check")
 

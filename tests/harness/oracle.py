@@ -5,6 +5,7 @@ It shares only the dropout bits with the package. test_philox compares these bit
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -48,8 +49,10 @@ def listed(inputs: CaseInputs, span: Span, h_kv: int) -> np.ndarray:
 def attention(inputs: CaseInputs) -> dict[str, np.ndarray | None]:
     """Return out, lse and every gradient for the case's dout and dlse, in float64."""
     leaves = {name: _leaf(inputs.arguments.get(name)) for name in LEAVES}
-    out, lse, loss = _attention(inputs, leaves, _leaf(inputs.dout), _leaf(inputs.dlse))
-    loss.backward()
+    out = np.zeros((*inputs.arguments["q"].shape[:-1], inputs.case.head_dim_v))
+    lse = np.full(inputs.lse_shape, -np.inf)
+    for loss in _losses(inputs, leaves, _leaf(inputs.dout), _leaf(inputs.dlse), out, lse):
+        loss.backward()
     grads = {f"d{name}": _grad(leaf) for name, leaf in leaves.items()}
     if inputs.case.stored:  # quantised keys and values have no gradients
         grads.update(dk=None, dv=None)
@@ -65,40 +68,45 @@ def second(inputs: CaseInputs) -> dict[str, np.ndarray | None]:
         "dout": _leaf(inputs.dout),
         "dlse": _leaf(np.zeros(inputs.lse_shape) if inputs.dlse is None else inputs.dlse),
     }
-    loss = _attention(inputs, leaves, saved["dout"], saved["dlse"])[2]
     used = {name: x for name, x in leaves.items() if x is not None}
-    first = torch.autograd.grad(loss, list(used.values()), create_graph=True, materialize_grads=True)
     tangents = {name: np.nan_to_num(x.astype(np.float64)) for name, x in inputs.tangents.items()}
-    along = 0 * loss + sum(  # a batch without sequences depends on nothing
-        (grad * torch.from_numpy(tangents[f"t{name}"])).sum()
-        for name, grad in zip(used, first, strict=True)
-        if f"t{name}" in tangents
-    )
     every = {**used, **saved}
-    found = torch.autograd.grad(along, list(every.values()), materialize_grads=True)
-    results = {f"d{name}": x.numpy() for name, x in zip(every, found, strict=True)}
-    return {f"d{name}": results.get(f"d{name}") for name in (*LEAVES, *saved)}
+    results = {name: np.zeros(x.shape) for name, x in every.items()}
+    for loss in _losses(inputs, leaves, *saved.values()):
+        first = torch.autograd.grad(loss, list(used.values()), create_graph=True, materialize_grads=True)
+        along = 0 * loss + sum(  # the gradients may not depend on anything
+            (grad * torch.from_numpy(tangents[f"t{name}"])).sum()
+            for name, grad in zip(used, first, strict=True)
+            if f"t{name}" in tangents
+        )
+        found = torch.autograd.grad(along, list(every.values()), materialize_grads=True)
+        for name, x in zip(every, found, strict=True):
+            results[name] += x.numpy()
+    return {f"d{name}": results.get(name) for name in (*LEAVES, *saved)}
 
 
-def _attention(inputs: CaseInputs, leaves: dict[str, Any], dout: Any, dlse: Any) -> tuple[np.ndarray, np.ndarray, Any]:
-    """Return out, lse and <out, dout> + <lse, dlse>."""
+def _losses(
+    inputs: CaseInputs,
+    leaves: dict[str, Any],
+    dout: Any,
+    dlse: Any,
+    out: np.ndarray | None = None,
+    lse: np.ndarray | None = None,
+) -> Iterator[Any]:
+    """Yield <out, dout> + <lse, dlse> of each head, whose graph is then freed, and write its out and lse."""
     import torch
 
-    case, given = inputs.case, inputs.arguments
-    nheads = case.nheads_kv * case.group
-    out = np.zeros((*given["q"].shape[:-1], case.head_dim_v))
-    lse = np.full(inputs.lse_shape, -np.inf)
-    loss = torch.zeros((), dtype=torch.float64, requires_grad=True) + 0  # has a graph without any sequence too
     for span in inputs.spans:
-        for h in range(nheads):
+        for h in range(inputs.case.nheads_kv * inputs.case.group):
             o, line, live = _head(inputs, leaves, span, h)
             where = inputs.lse_rows(span, h)
-            out[(*_pair(span.rows), h)] = o.detach().numpy()
-            lse[where] = np.where(live, line.detach().numpy(), -np.inf)
-            loss = loss + (o * dout[(*_pair(span.rows), h)]).sum()
+            if out is not None and lse is not None:
+                out[(*_pair(span.rows), h)] = o.detach().numpy()
+                lse[where] = np.where(live, line.detach().numpy(), -np.inf)
+            loss = (o * dout[(*_pair(span.rows), h)]).sum()
             if dlse is not None:
                 loss = loss + (line * dlse[where])[torch.from_numpy(live)].sum()
-    return out, lse, loss
+            yield loss
 
 
 def _head(inputs: CaseInputs, leaves: dict[str, Any], span: Span, h: int) -> tuple[Any, Any, np.ndarray]:
