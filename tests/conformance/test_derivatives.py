@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 import anyattn
 from anyattn import testing
 from anyattn.definition import derivatives
-from anyattn.testing import Case, make_inputs
+from anyattn.definition.accuracy import Expected
+from anyattn.testing import Case, CaseInputs, make_inputs
 from harness import oracle
 from harness.backends import DERIVES, Engine
 from harness.cases import DIFFERENTIABLE, SMALL, named
@@ -18,6 +20,17 @@ from harness.checks import refused, run
 from harness.selection import every_backend
 
 SHORT = [case for case in SMALL if not case.stored]
+
+
+@lru_cache(maxsize=2)
+def inputs_of(case: Case) -> CaseInputs:
+    return make_inputs(case)
+
+
+@lru_cache(maxsize=4)
+def expected(case: Case, direction: str) -> dict[str, Expected]:
+    """Return what the definition computes, once for all engines, because it takes longer than they do."""
+    return testing.expected(inputs_of(case), direction)
 
 
 @pytest.mark.parametrize("case", DIFFERENTIABLE, ids=str)
@@ -45,13 +58,13 @@ def test_backends_without_the_pass_refuse_it(direction: str, engine: Engine) -> 
 @pytest.mark.parametrize("direction", testing.DERIVATIVES)
 @pytest.mark.parametrize("case", DIFFERENTIABLE, ids=str)
 def test_derivatives_equal_definition(case: Case, direction: str, engine: Engine) -> None:
-    inputs = make_inputs(case)
+    inputs = inputs_of(case)
     if refused(inputs, direction, engine):
         return
     before = inputs.bytes()
     got = run(inputs, direction, engine)
     assert inputs.bytes() == before
-    assert not testing.compare(testing.expected(inputs, direction), got)
+    assert not testing.compare(expected(case, direction), got)
 
 
 @every_backend(only=DERIVES)

@@ -79,8 +79,8 @@ def is_slow(engine: Engine, dtype: str, page_size: int) -> bool:
 @pytest.mark.parametrize("page_size", [0, 5])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_decode_steps_equal_prefill(dtype: str, page_size: int, engine: Engine) -> None:
-    """33 single steps that append their own key give the rows of one causal call."""
-    steps = 33
+    """Single steps that append their own key give the rows of one causal call."""
+    steps = 12 if engine.interpreted else 33
     case = Case("prefill", batch=2, seqlen_q=steps, seqlen_k=steps, group=3, dtype=dtype, causal=True)
     inputs = make_inputs(case)
     q, k, v = (inputs.arguments[name] for name in "qkv")

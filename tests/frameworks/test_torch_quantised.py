@@ -64,7 +64,8 @@ def check(kind: str, stored: str, dtype: torch.dtype, *, backend: str, dynamic: 
 @pytest.mark.parametrize("stored", QUANTISED)
 def test_compiled_append_writes_what_eager_writes(stored: str, kind: str) -> None:
     dtype = torch.bfloat16 if kind == "rotary" else torch.float32
-    check(kind, stored, dtype, backend="aot_eager", dynamic=kind == "paged" or None)
+    dynamic = (kind, stored) == ("paged", "int8") or None  # takes four times as long
+    check(kind, stored, dtype, backend="aot_eager", dynamic=dynamic)
 
 
 @pytest.mark.full
