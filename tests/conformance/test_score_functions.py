@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -119,6 +119,20 @@ def test_functions_combine_with_every_other_argument(engine: Engine) -> None:
         **{"seqused_k": torch.tensor([70, 83]), "leftpad_k": torch.tensor([3, 0])},
     }
     check(arguments, dout, expected(arguments, dout), engine)
+
+
+def reciprocal_is_positive(zero: float, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+    return 1.0 / torch.where(kv_idx == 0, zero, 1.0) > 0
+
+
+@every_backend(interpreter=True, only=COMPUTES_FUNCTIONS)
+def test_the_sign_of_a_zero_is_part_of_a_function(engine: Engine) -> None:
+    q, k, v, _ = arrays(torch.float32)
+    for zero, first in ((0.0, 0), (-0.0, 1)):  # the reciprocal of -0.0 is -inf, so the first key is masked
+        mask_mod = partial(reciprocal_is_positive, zero)
+        found = anyattn.attention(q, k, v, mask_mod=mask_mod, backend=engine.backend)
+        want = anyattn.attention(q, k[:, first:], v[:, first:], backend="numpy")
+        torch.testing.assert_close(found, want, rtol=0, atol=1e-6)
 
 
 @every_backend(only=("cpu",))

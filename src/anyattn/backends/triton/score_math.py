@@ -16,7 +16,7 @@ from .tiles import INTERPRETED
 def spread(x, q_idx):
     """Return a number as it is; in the interpreter, which gives comparisons of scalars a wrong type, as a tensor."""
     if INTERPRETED:
-        x = q_idx * 0 + x
+        x = (q_idx * 0 + 1) * x
     return x
 
 
