@@ -132,8 +132,9 @@ OLDEST_TESTS := $(addprefix tests/,$(addsuffix .py, \
 	$(addprefix frameworks/test_,torch_api torch_gradients torch_ops torch_weights nn sdpa sdpa_gpu) \
 	$(addprefix frameworks/test_,scalars jagged tensor_kinds tracing torch_derivatives torch_derivatives_elsewhere) \
 	$(addprefix compat/test_,rotary seeds flash_attn flash_attn_3_4 flash_attn_blocks flash_attn_kvcache) \
-	$(addprefix compat/test_,flash_attn_modules argument_forms) \
-	$(addprefix conformance/test_,kvcache accuracy weights) backends/test_numpy_backend))
+	$(addprefix compat/test_,flash_attn_modules argument_forms flex_attention) \
+	$(addprefix conformance/test_,kvcache accuracy weights quantised score_functions score_graph score_patterns) \
+	frameworks/test_torch_quantised backends/test_numpy_backend))
 test-oldest: $(OLDEST)/requirements
 	$(OLDEST)/bin/python -m pip install --quiet --no-deps --no-build-isolation --config-settings=build-dir=$(OLDEST)/native .
 	ANYATTN_REQUIRE=cpu $(OLDEST)/bin/python -m pytest $(OLDEST_TESTS) -n $(JOBS) $(PYTEST_ARGS)
