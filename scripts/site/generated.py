@@ -134,7 +134,8 @@ def _parts() -> Iterator[tuple[str, Callable[[Path], str]]]:
     yield "highlights", lambda _: markdown.highlights(processors())
     yield "slower", lambda _: markdown.slower(results())
     yield "workloads", lambda _: markdown.workloads(results())
-    for title in ("features", "small calls", "a fresh process", "next to a torch", "peak MiB"):
+    titles = ("features", "small calls", "a fresh process", "next to a torch", "peak MiB")
+    for title in (*titles, "derivatives", "score functions", "block mask"):
         yield f"measured {title}", partial(measured, title)
     for group in masks.GROUPS:
         yield f"masks {group}", partial(picture, f"masks-{group}.svg", f"masks: {group}")

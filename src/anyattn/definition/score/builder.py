@@ -88,7 +88,7 @@ class Builder:
         return yes if yes == no else self._node("where", self.kind(yes), (condition, yes, no))
 
     def _simplified(self, name: str, arguments: tuple[int, ...]) -> int | None:
-        """Return a node that is equal in exact arithmetic and for every special value, or None."""
+        """Return a node that is equal, special values included, or None. The sign of a zero plus 0 is not kept."""
         values = [self.constant_value(number) for number in arguments]
         if len(arguments) != 2:
             return None
