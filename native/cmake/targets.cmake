@@ -57,8 +57,9 @@ function(anyattn_add_targets library)
     set(source ${CMAKE_CURRENT_BINARY_DIR}/generated/target_${name}.cc)
     configure_file(src/target.cc.in ${source} @ONLY)
     target_sources(${library} PRIVATE ${source})
+    # The loops that gain from unrolling are marked (ANYATTN_UNROLL). clang would unroll all others too.
     set_source_files_properties(${source} PROPERTIES COMPILE_OPTIONS
-      "${flags};-fno-exceptions;-fno-rtti;-fno-math-errno;-fno-trapping-math")
+      "${flags};-fno-exceptions;-fno-rtti;-fno-math-errno;-fno-trapping-math;$<$<CXX_COMPILER_ID:Clang,AppleClang>:-fno-unroll-loops>")
     string(APPEND compiled_rows "${row}\n")
   endforeach()
   file(CONFIGURE OUTPUT generated/compiled_targets.def CONTENT "${compiled_rows}" @ONLY)

@@ -58,7 +58,9 @@ def digests(target: str, **variables: str) -> list[str]:
 def targets(path: str) -> list[str]:
     """Return the instruction sets of a library that this machine runs; "": the installed library."""
     code = "from anyattn.backends.cpu import library; print(*library.load().targets())"
-    return run_python("-c", code, ANYATTN_LIBRARY=path).stdout.split()
+    finished = run_python("-c", code, ANYATTN_LIBRARY=path)
+    assert finished.returncode == 0, finished.stderr  # for example, the emulation is of another version
+    return finished.stdout.split()
 
 
 def emulated_target() -> str:
