@@ -134,7 +134,7 @@ OLDEST_TESTS := $(addprefix tests/,$(addsuffix .py, \
 	$(addprefix compat/test_,rotary seeds flash_attn flash_attn_3_4 flash_attn_blocks flash_attn_kvcache) \
 	$(addprefix compat/test_,flash_attn_modules argument_forms flex_attention) \
 	$(addprefix conformance/test_,kvcache accuracy weights quantised score_functions score_graph score_patterns) \
-	frameworks/test_torch_quantised backends/test_numpy_backend))
+	frameworks/test_torch_quantised frameworks/test_score_expressions backends/test_numpy_backend))
 test-oldest: $(OLDEST)/requirements
 	$(OLDEST)/bin/python -m pip install --quiet --no-deps --no-build-isolation --config-settings=build-dir=$(OLDEST)/native .
 	ANYATTN_REQUIRE=cpu $(OLDEST)/bin/python -m pytest $(OLDEST_TESTS) -n $(JOBS) $(PYTEST_ARGS)

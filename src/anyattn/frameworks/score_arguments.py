@@ -182,6 +182,8 @@ def _replaced(
     functions: Functions, found: Recognized, inputs: Inputs, options: Options, *, every_array: bool
 ) -> tuple[Inputs, Options]:
     """Return the inputs and the options with the recognized arguments and the rest of the functions."""
+    if found.is_nothing and found.graph.score is found.graph.mask is None:
+        return inputs, options
     score, packed = found.score, functions.packed(found.graph, every_array=every_array)
     arrays = {"captured": packed.captured, "captured_indices": packed.captured_indices}
     changes: dict[str, Any] = {"score": packed.score}
@@ -247,7 +249,7 @@ def _with_documents(
     (_, _, _, extras), options = _replaced(functions, found.inside, inputs, options, every_array=every_array)
     sequences = Sequences(batch, seqlen)
     longest = int((table[1:] - table[:-1]).max())
-    boundaries = functions.join([table], False)
+    boundaries = functions.convert(table, False)
     extras = replace_extras(extras, cu_seqlens_q=boundaries, cu_seqlens_k=boundaries)
     fields: dict[str, Any] = dict(zip(Options._fields, options, strict=True))
     options = Options(**{**fields, "max_seqlen_q": longest, "max_seqlen_k": longest})

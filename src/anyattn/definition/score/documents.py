@@ -7,7 +7,7 @@ indices only through their difference.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -46,17 +46,17 @@ def boundaries(documents: npt.NDArray[np.integer], batch: int) -> npt.NDArray[np
     documents: (seqlen,) or (batch, seqlen), equal numbers for the tokens of a document.
     """
     seqlen = documents.shape[-1]
-    starts = []
+    starts: list[list[int]] = []
     for row in documents.reshape(-1, seqlen):
-        before, after = row[:-1], row[1:]
-        found = (before != after).nonzero()[0] + 1
-        if (after < before).any() and len(np.unique(row)) <= len(found):
+        changes = (row[1:] != row[:-1]).nonzero()[0]
+        found = [0, *(changes + 1).tolist()]
+        if len(set(row[changes].tolist()) | {int(row[-1])}) < len(found):
             return None
         starts.append(found)
-    whole: list[Any] = []
-    for entry in range(batch):
-        whole += [(entry * seqlen,), starts[entry if len(starts) > 1 else 0] + entry * seqlen]
-    return np.concatenate([*whole, (batch * seqlen,)]).astype(np.int32)
+    if len(starts) == 1:
+        starts *= batch
+    places = [entry * seqlen + start for entry, found in enumerate(starts) for start in found]
+    return np.array([*places, batch * seqlen], np.int32)
 
 
 def _documents(graph: Graph, term: int) -> int | None:

@@ -18,6 +18,7 @@ from .kinds import PLAIN
 
 _is_compiling = torch.compiler.is_dynamo_compiling
 
+_function_modes: Callable[[], int] | None = getattr(torch._C, "_len_torch_function_stack", None)
 _any_autocast: Callable[[], bool] | None = getattr(torch._C, "_is_any_autocast_enabled", None)
 _SEES_TRANSFORMS = hasattr(torch._C, "_are_functorch_transforms_active")
 
@@ -40,6 +41,11 @@ def is_observed(*, by_profiler: bool = True) -> bool:
         return True
     enabled: bool = profiler._is_profiler_enabled and by_profiler
     return enabled or forward_ad._current_level >= 0
+
+
+def has_function_modes() -> bool:
+    """Return False if no TorchFunctionMode sees calls of torch's functions."""
+    return _function_modes is None or _function_modes() > 0
 
 
 def can_skip_operator(tensors: Sequence[Any]) -> bool:

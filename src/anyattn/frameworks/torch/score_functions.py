@@ -16,13 +16,14 @@ from torch.overrides import TorchFunctionMode
 
 from ...definition.inputs import Inputs
 from ...definition.options import Options
+from ...definition.score.expressions import trace_once
 from ...definition.score.symbol import Partial, Symbol, Trace, read
 from ...definition.score.trace import Traced
 from ...definition.score.trace import trace as trace_functions
 from ..score_arguments import Call, Use, with_traced
 from ..score_functions import Functions, with_gradients
 from . import fastpath, ops
-from .kinds import dense
+from .kinds import PLAIN, dense
 
 
 class _Reads(TorchFunctionMode):
@@ -76,12 +77,23 @@ def _host(x: Any) -> Any:
 
 def traced(score_mod: Any, mask_mod: Any) -> Traced:
     """Return the graph of functions that read tensors."""
+    if fastpath.is_observed() or fastpath.has_function_modes():
+        return _trace(score_mod, mask_mod)
+    return trace_once((score_mod, mask_mod), _metadata, _trace)
+
+
+def _trace(score_mod: Any, mask_mod: Any) -> Traced:
     return trace_functions(score_mod, mask_mod, _Reads)
 
 
+def _metadata(x: Any) -> Any:
+    """Return what the graph of a function depends on if it reads a tensor; None for anything else."""
+    return (x.shape, x.dtype, x.requires_grad) if type(x) in PLAIN and not x.is_nested else None
+
+
 def _tensor(x: Any, q: Tensor) -> Tensor:
-    if not isinstance(x, Tensor):  # a NumPy array in anyattn.captured
-        return torch.as_tensor(x, device=q.device)
+    if not isinstance(x, Tensor):  # a NumPy array: in anyattn.captured, or computed for the call
+        return torch.from_numpy(x).to(q.device) if isinstance(x, np.ndarray) else torch.as_tensor(x, device=q.device)
     if x.device != q.device:
         raise ValueError(f"a captured tensor must be on q's device {q.device}, got {x.device}.")
     return dense("a captured tensor", x)
