@@ -49,7 +49,7 @@ class Checker {
     int32_t header() {
         const auto *header = take<ScoreHeader>(1);
         if (!header) return wrong("score_words", call_.score_words, "too few");
-        if (header->version != kScoreVersion) return wrong("version", header->version, "this library reads version 2");
+        if (header->version != kScoreVersion) return wrong("version", header->version, "this library reads version 3");
         const auto *arrays = take<ScoreArray>(header->arrays);
         if (!arrays) return wrong("arrays", header->arrays, "more than there are words");
         arrays_ = header->arrays;

@@ -9,7 +9,7 @@
 
 namespace {
 
-constexpr int32_t kScoreVersion = 2;
+constexpr int32_t kScoreVersion = 3;
 constexpr int64_t kScoreRegisters = 256;  // of a section, at most
 
 enum ScoreOperation : int32_t {

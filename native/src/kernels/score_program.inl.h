@@ -182,7 +182,8 @@ class ScoreMachine {
         }
     }
 
-    template <class T, class F>
+    // f(a, b, c) with a and b of type T, and c of type T3.
+    template <class T, class T3 = T, class F>
     ANYATTN_INLINE void map3(const ScoreInstruction &x, const F &f) {
         ScoreOperand<C> a = operand(x.a), b = operand(x.b), z = operand(x.c);
         C *to = target(x);
@@ -191,7 +192,7 @@ class ScoreMachine {
             ANYATTN_UNROLL
             for (int c = 0; c < W; ++c) {
                 store(to + c * width, f(load<T>(a.data + c * a.vector), load<T>(b.data + c * b.vector),
-                                        load<T>(z.data + c * z.vector)));
+                                        load<T3>(z.data + c * z.vector)));
             }
         }
     }
@@ -352,6 +353,9 @@ class ScoreMachine {
     }
     static void op_mul_add_f(Machine &m, const ScoreInstruction &x) {
         m.template map3<V>(x, [](V a, V b, V c) { return a * b + c; });
+    }
+    static void op_sum_mul_f(Machine &m, const ScoreInstruction &x) {
+        m.template map3<U, V>(x, [](U a, U b, V c) { return __builtin_convertvector((I)(a + b), V) * c; });
     }
     static void op_mul_sub_f(Machine &m, const ScoreInstruction &x) {
         m.template map3<V>(x, [](V a, V b, V c) { return a * b - c; });

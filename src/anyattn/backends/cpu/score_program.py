@@ -18,28 +18,15 @@ from ...definition.score.derivative import differentiate
 from ...definition.score.graph import BOOL, CONSTANT, FLOAT, INDICES, INT, READ, SCORE, Graph, Node
 from .score_simplify import KEYS, LANES, ONCE, PAIRS, simplify, stage_of
 
-VERSION = 2
+VERSION = 3
 MOST_REGISTERS = 256
 OPERATIONS = (
     *("const_f", "const_i", "b", "h", "q_idx", "kv_idx", "spread_once", "spread_keys"),
     *("read_f", "read_rows_f", "read_i", "read_b", "where", "and", "or", "xor", "not"),
     *("i_to_f", "b_to_f", "f_to_i", "b_to_i", "f_to_b", "i_to_b"),
     *("neg_f", "abs_f", "sign_f", "floor_f", "round_f", "exp_f", "log_f", "sqrt_f", "tanh_f", "sigmoid_f", "sin_f"),
-    *(
-        "cos_f",
-        "add_f",
-        "sub_f",
-        "mul_f",
-        "mul_add_f",
-        "mul_sub_f",
-        "sub_mul_f",
-        "div_f",
-        "pow_f",
-        "floordiv_f",
-        "mod_f",
-        "min_f",
-        "max_f",
-    ),
+    *("cos_f", "add_f", "sub_f", "mul_f", "mul_add_f", "mul_sub_f", "sub_mul_f", "sum_mul_f"),
+    *("div_f", "pow_f", "floordiv_f", "mod_f", "min_f", "max_f"),
     *("lt_f", "le_f", "eq_f", "ne_f"),
     *("neg_i", "abs_i", "sign_i", "add_i", "sub_i", "mul_i", "floordiv_i", "mod_i", "min_i", "max_i"),
     *("lt_i", "le_i", "eq_i", "ne_i", "shl_i", "shr_i"),
@@ -66,6 +53,13 @@ class Instruction(NamedTuple):
     keys: int = -1  # another operand: a virtual register of KEYS
 
 
+class Merged(NamedTuple):
+    """Operation of one instruction for several nodes, and the nodes that it reads; None: the number 1."""
+
+    operation: str
+    nodes: tuple[int | None, ...]
+
+
 class Term(NamedTuple):
     """Gradient of a read: array, operand of the adjoint (-1: 1), index, index of the keys to add (-1: none), stage."""
 
@@ -84,7 +78,7 @@ class Section:
         self._code: list[list[Instruction]] = [[] for _ in range(4)]
         self._registers: dict[tuple[int, int], int] = {}  # (node, stage of the reader): operand
         self._count = 1
-        self._fused: dict[int, int] = {}  # sums of pairs: which argument is a product that nothing else reads
+        self._merged: dict[int, Merged] = {}
         self.stages: dict[int, int] = {}
 
     def add(self, nodes: Iterable[int]) -> None:
@@ -96,9 +90,9 @@ class Section:
         kept = set(nodes) - rows
         for number in needed:
             kept |= {x for x in self._graph.nodes[number].arguments if not self._reads_rows(number)}
-        products = self._products(needed, set(nodes))
+        taken = self._merge(needed, set(nodes))
         for number in needed:
-            if number not in products and (number in kept or number not in rows):
+            if number not in taken and (number in kept or number not in rows):
                 self._add(number, self._graph.nodes[number])
 
     def rows(self, number: int) -> tuple[int, int] | None:
@@ -111,18 +105,41 @@ class Section:
                 return first, second
         return None
 
-    def _products(self, needed: Sequence[int], wanted: set[int]) -> set[int]:
-        """Find the sums that take a product in the same instruction, and return these products."""
+    def _merge(self, needed: Sequence[int], wanted: set[int]) -> set[int]:
+        """Find nodes that one instruction computes with arguments that nothing else reads; return these arguments."""
         uses = Counter(one for number in needed for one in self._graph.nodes[number].arguments)
-        for number in needed:
+        taken: set[int] = set()
+
+        def alone(arguments: Sequence[int], operation: str, kind: str = FLOAT) -> int | None:
+            for one in arguments:
+                node = self._graph.nodes[one]
+                is_it = node.operation == operation and node.kind == kind and self.stages[one] == PAIRS
+                if is_it and uses[one] == 1 and one not in wanted:
+                    return one
+            return None
+
+        def converted_sum(number: int | None) -> int | None:
+            node = None if number is None else self._graph.nodes[number]
+            return alone(node.arguments, "add", INT) if node and node.operation == "to_float" else None
+
+        for number in reversed(needed):
             node = self._graph.nodes[number]
-            if node.operation in ("add", "sub") and node.kind == FLOAT and self.stages[number] == PAIRS:
-                for at, product in enumerate(node.arguments):
-                    one = self._graph.nodes[product].operation == "mul" and self.stages[product] == PAIRS
-                    if one and uses[product] == 1 and product not in wanted:
-                        self._fused[number] = at
-                        break
-        return {self._graph.nodes[number].arguments[at] for number, at in self._fused.items()}
+            if number in taken or self.stages[number] != PAIRS:
+                continue
+            if node.operation in ("add", "sub") and (product := alone(node.arguments, "mul")) is not None:
+                at = node.arguments.index(product)
+                name = "mul_add_f" if node.operation == "add" else ("mul_sub_f", "sub_mul_f")[at]
+                operands = (*self._graph.nodes[product].arguments, node.arguments[1 - at])
+                self._merged[number] = Merged(name, operands)
+                taken.add(product)
+                continue
+            converted = alone(node.arguments, "to_float") if node.operation == "mul" else number
+            total = converted_sum(converted)
+            if converted is not None and total is not None:
+                factor = node.arguments[1 - node.arguments.index(converted)] if converted != number else None
+                self._merged[number] = Merged("sum_mul_f", (*self._graph.nodes[total].arguments, factor))
+                taken |= {total, converted} - {number}
+        return taken
 
     def pairs(self, number: int) -> int:
         """Return the operand that is a node for every pair."""
@@ -150,11 +167,9 @@ class Section:
             found = self._emit("read_rows_f", stage, (self.own(lanes),), (array,), self.own(keys))
             self._registers[number, stage] = found
             return
-        if number in self._fused:
-            at = self._fused[number]
-            product = self._graph.nodes[node.arguments[at]]
-            operands = tuple([self._read(one, stage) for one in (*product.arguments, node.arguments[1 - at])])
-            name = "mul_add_f" if node.operation == "add" else ("mul_sub_f", "sub_mul_f")[at]
+        if number in self._merged:
+            name, nodes = self._merged[number]
+            operands = tuple([self._one() if one is None else self._read(one, stage) for one in nodes])
             self._registers[number, stage] = self._emit(name, stage, operands)
             return
         operands = tuple([self._read(argument, stage) for argument in node.arguments])
@@ -179,6 +194,11 @@ class Section:
                 found += _FORM * _FORMS[source]
             self._registers[number, stage] = found
         return found
+
+    def _one(self) -> int:
+        """Return the operand of pairs that is the number 1."""
+        name, words = _instruction(Node(CONSTANT, FLOAT, value=1.0), FLOAT)
+        return self._emit(name, ONCE, (), words) + _FORM * _FORMS[ONCE]
 
     def _emit(
         self, name: str, stage: int, operands: tuple[int, ...], words: tuple[int, ...] = (), keys: int = -1
