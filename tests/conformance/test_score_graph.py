@@ -24,6 +24,7 @@ WITH_NAN = np.where(np.arange(N) == 7, np.nan, VALUES).astype(np.float32)
 DOCUMENTS = np.sort(RNG.integers(0, 5, N)).astype(np.int32)
 ORDER = RNG.permutation(N).astype(np.int32)
 x, nan, doc, order = (anyattn.captured(array) for array in (VALUES, WITH_NAN, DOCUMENTS, ORDER))
+tenth, precise = (anyattn.captured(np.full(N, 0.1, dtype)) for dtype in (np.float32, np.float64))  # float32 is larger
 
 TABLE = anyattn.captured(np.ones((2, 3)))
 
@@ -40,6 +41,7 @@ MASKS: dict[str, Mask] = {
     "bits": lambda b, h, q, k: ((q & ~63) == (k & ~63)) | ((q ^ k) < 40) | ((q >> 5) + (k << 2) == 3),
     "double_read": lambda b, h, q, k: order[order[q]] > k,
     "unequal": lambda b, h, q, k: (doc[q] != doc[k]) ^ (k > 40),
+    "rounded_constant": lambda b, h, q, k: (tenth[k] > 0.1) | (q > 300),
     "products": lambda b, h, q, k: x[q] * x[k] > 0.1,
     "quotients": lambda b, h, q, k: (q - 5) // (k - 9) > 2,
     "remainders": lambda b, h, q, k: (q - 50) % (k - 20) > 2,
@@ -89,6 +91,11 @@ def test_masks_of_positions_are_classified_exactly(name: str) -> None:
     np.testing.assert_array_equal(high, tiles.any(axis=(2, 3)))
     if name != "global":  # two conditions together fill a tile that neither fills alone
         np.testing.assert_array_equal(low, tiles.all(axis=(2, 3)))
+
+
+def test_blocks_hold_for_either_precision_of_a_call() -> None:
+    found = anyattn.block_mask(lambda b, h, q, k: tenth[k] > precise[q], 1, 1, N, N)
+    assert (found.kinds == 1).all()  # float32(0.1) is larger than 0.1, and equal after rounding
 
 
 def classify(traced: Traced, call: Functions, h: int) -> tuple[np.ndarray, np.ndarray]:

@@ -12,6 +12,7 @@ from .graph import BOOL, CONSTANT, FLOAT, INT, READ, Captured, Graph, Node
 from .operations import OPERATIONS
 
 _RANK = {BOOL: 0, INT: 1, FLOAT: 2}
+_OF_BOOLEANS = {"add": "or", "mul": "and", "max": "or", "min": "and"}  # as in NumPy and torch
 
 
 class Builder:
@@ -67,6 +68,8 @@ class Builder:
         if name == "where":
             condition, yes, no = arguments
             return self._where(self.cast(condition, BOOL), *self._promote((yes, no), OPERATIONS[name].accepts))
+        if name in _OF_BOOLEANS and all(self.kind(number) == BOOL for number in arguments):
+            name = _OF_BOOLEANS[name]
         operation = OPERATIONS[name]
         promoted = self._promote(arguments, operation.accepts)
         kind = operation.result or self.kind(promoted[0])

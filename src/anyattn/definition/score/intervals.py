@@ -18,8 +18,8 @@ from .graph import BOOL, CONSTANT, FLOAT, INT, READ, SCORE, Graph
 
 Values = npt.NDArray[Any]
 ROUNDING = 2.0**-18  # relative; float32 rounds by 2^-24, and its functions by a few units more
-EXACT = 2.0**24  # float32 holds every integer up to this one
-LARGEST = 3e38  # of float32, nearly
+LARGEST, SMALLEST = 3e38, 1e-37  # of float32, nearly; smaller numbers may become 0
+LARGEST_SHIFT = 31
 BLOCK = 64  # array elements for which the least and the largest are stored
 
 
@@ -49,7 +49,8 @@ def bounds(graph: Graph, wanted: Sequence[int], ranges: Range, arrays: Sequence[
             arguments = [found[one] for one in node.arguments]
             if node.operation == CONSTANT:
                 value = np.float64(node.value)
-                found[number] = _unknown(np.isnan(value), Interval(value, value))
+                known = _stored(value) if node.kind == FLOAT else Interval(value, value)
+                found[number] = _unknown(np.isnan(value), known)
             elif node.operation == READ:
                 found[number] = arrays[int(node.value or 0)].of(arguments)
             elif node.operation in inputs:
@@ -78,6 +79,9 @@ class Extremes:
         if self._empty:
             return
         low, high = np.minimum.reduceat(flat, starts), np.maximum.reduceat(flat, starts)  # NaN if a block has one
+        if flat.dtype == np.float64:
+            with np.errstate(over="ignore"):
+                low, high = _stored(low).low, _stored(high).high
         self._low = _doubled(np.where(np.isnan(low), -np.inf, low).astype(np.float64), np.minimum)
         self._high = _doubled(np.where(np.isnan(high), np.inf, high).astype(np.float64), np.maximum)
 
@@ -91,13 +95,19 @@ class Extremes:
             last = last * size + np.clip(index.high, 0, size - 1).astype(np.int64)
         if np.array_equal(first, last) and not np.isnan(self._flat[first]).any():
             exact = self._flat[first].astype(np.float64)
-            return Interval(exact, exact)
+            return _stored(exact) if self._flat.dtype == np.float64 else Interval(exact, exact)
         first, last = np.broadcast_arrays(first // BLOCK, last // BLOCK)
         level = np.frexp(last - first + 1.0)[1] - 1  # floor(log2(number of blocks))
         second = last - (np.int64(1) << level.astype(np.int64)) + 1
         low = np.minimum(self._low[level, first], self._low[level, second])
         high = np.maximum(self._high[level, first], self._high[level, second])
         return Interval(low, high)
+
+
+def _stored(value: Any) -> Interval:
+    """Return the bounds of a number in float64 or rounded to float32: the compute dtype is not known here."""
+    single = np.float32(value)
+    return Interval(np.minimum(value, single), np.maximum(value, single))
 
 
 def _doubled(blocks: Values, extreme: np.ufunc) -> Values:
@@ -135,12 +145,23 @@ def check(graph: Graph, ranges: Range, indices: Sequence[Any], unknown: Containe
                 f"integers in a score function must fit in int32, got {node.operation} from {low:.0f} to {high:.0f}. "
                 "Convert them to floating point first."
             )
+        if node.operation in ("shl", "shr") and node.arguments[1] not in unknown:
+            _check_shift(every[node.arguments[1]])
     for number in graph.reads:
         node = graph.nodes[number]
         array = graph.arrays[int(node.value or 0)]
         for axis, (argument, size) in enumerate(zip(node.arguments, array.shape, strict=True)):
             if argument in every and argument not in unknown:
                 _check_index(every[argument], axis, size, array.shape)
+
+
+def _check_shift(count: Interval) -> None:
+    low, high = np.min(count.low), np.max(count.high)
+    if low < 0 or high > LARGEST_SHIFT:
+        raise ValueError(
+            f"a shift in a score function must be by 0 to {LARGEST_SHIFT} bits, got {low:.0f} to {high:.0f}. "
+            "Clamp the number of bits."
+        )
 
 
 def _check_index(index: Interval, axis: int, size: int, shape: tuple[int, ...]) -> None:
@@ -164,16 +185,22 @@ def _widened(operation: str, found: Interval, arguments: Sequence[Interval]) -> 
         for low, high in arguments:
             unknown = unknown | ((low == -np.inf) & (high == np.inf))
     found = _unknown(unknown, found)
-    exact = operation == "to_float" and max(np.max(np.abs(x)) for x in found) <= EXACT
-    if operation in _UNROUNDED or exact:
+    if operation in _UNROUNDED:
         return found
-    room = np.maximum(np.abs(found.low), np.abs(found.high)) * ROUNDING + 1e-37
+    room = np.maximum(np.abs(found.low), np.abs(found.high)) * ROUNDING + SMALLEST
     room = np.where(np.isfinite(room), room, 0)
-    low, high = found.low - room, found.high + room
+    below, above = (np.where(_is_exact(bound), 0, room) if operation in _ROUNDED_ONCE else room for bound in found)
+    low, high = found.low - below, found.high + above
     return Interval(np.where(low < -LARGEST, -np.inf, low), np.where(high > LARGEST, np.inf, high))
 
 
+def _is_exact(bound: Any) -> Any:
+    """Return whether float32 holds a bound. Correct rounding does not decrease, so no result is rounded beyond it."""
+    return (bound == np.float32(bound)) & ((bound == 0) | (np.abs(bound) > SMALLEST))
+
+
 _UNROUNDED = ("neg", "abs", "sign", "floor", "round", "min", "max", "where")
+_ROUNDED_ONCE = ("add", "sub", "mul", "div", "to_float")  # every backend rounds them correctly
 
 
 def _corners(function: Callable[..., Any], a: Interval, b: Interval) -> Interval:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any, NoReturn
 
@@ -169,7 +169,7 @@ def call(name: str, arguments: Any, keywords: Mapping[str, Any]) -> Any:
     """Return the result of a function of Python, NumPy or torch, by its name."""
     plain = name.strip("_")
     function = FUNCTIONS.get(plain)
-    if function is None and plain.startswith("i") and plain[1:] in FUNCTIONS:
+    if function is None and name.startswith("__i") and plain[1:] in FUNCTIONS:
         function = FUNCTIONS[plain[1:]]  # __iadd__ of an array that is a number
     if name.endswith("_") and not name.startswith("_"):
         refuse(f"{name} writes to its argument", f"Use {plain} and its result.")
@@ -180,6 +180,19 @@ def call(name: str, arguments: Any, keywords: Mapping[str, Any]) -> Any:
     except KindError as error:
         wanted = " or ".join(_KINDS[kind] for kind in error.accepts)
         refuse(f"{plain} takes {wanted}, got {_KINDS[error.kind]}", "Convert the value first.", TypeError)
+    except TypeError:
+        _check_arguments(plain, function, arguments, keywords)
+        raise
+
+
+def _check_arguments(name: str, function: Callable[..., Any], arguments: Any, keywords: Mapping[str, Any]) -> None:
+    """Raise if a function does not take these arguments."""
+    import inspect  # here, because importing the package must stay fast
+
+    try:
+        inspect.signature(function).bind(*arguments, **keywords)
+    except TypeError as error:
+        refuse(f"{name} with these arguments is not supported in a score function: {error}", SUPPORTED, TypeError)
 
 
 def operation(name: str, *arguments: Any) -> Symbol:
@@ -207,8 +220,12 @@ def node_of(trace: Trace, value: Any) -> int:
 
 
 def _complete(partial: Partial) -> int:
-    symbol: Symbol = read(partial, ())
-    return symbol.node
+    return _symbol(partial).node
+
+
+def _symbol(partial: Partial) -> Symbol:
+    found: Symbol = read(partial, ())
+    return found
 
 
 class Partial:
@@ -230,6 +247,17 @@ class Partial:
     @property
     def dtype(self) -> Any:
         return self.array.dtype
+
+    def __bool__(self) -> bool:
+        return bool(_symbol(self))
+
+    def __len__(self) -> int:
+        if not self.shape:
+            refuse("a number has no length", "Read elements of captured arrays with axes.", TypeError)
+        return self.shape[0]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([self[index] for index in range(len(self))])
 
     def __getitem__(self, index: Any) -> Symbol | Partial:
         found: Symbol | Partial = read(self, index if isinstance(index, tuple) else (index,))

@@ -17,13 +17,18 @@ from torch.overrides import TorchFunctionMode
 from ...definition.inputs import Inputs
 from ...definition.options import Options
 from ...definition.score.expressions import trace_once
-from ...definition.score.symbol import Partial, Symbol, Trace, read
+from ...definition.score.symbol import Partial, Symbol, Trace, read, refuse
 from ...definition.score.trace import Traced
 from ...definition.score.trace import trace as trace_functions
 from ..score_arguments import Call, Use, with_traced
 from ..score_functions import Functions, with_gradients
 from . import fastpath, ops
 from .kinds import PLAIN, dense
+
+_RANDOM = frozenset((
+    *("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "bernoulli"),
+    *("multinomial", "poisson", "binomial", "uniform", "random", "exponential", "geometric", "cauchy", "log_normal"),
+))  # fmt: skip
 
 
 class _Reads(TorchFunctionMode):
@@ -38,6 +43,8 @@ class _Reads(TorchFunctionMode):
             return Partial(arguments[0])[arguments[1]]
         if function is Tensor.item and not fastpath.can_skip_operator(arguments[:1]):  # a number in torch.compile
             return read(Partial(arguments[0].reshape(())), ())
+        if getattr(function, "__name__", "").rstrip("_") in _RANDOM:
+            refuse(f"{function.__name__} draws its numbers once, not for every pair", "Draw them outside the function.")
         return function(*arguments, **(keywords or {}))
 
 
@@ -101,13 +108,15 @@ def _tensor(x: Any, q: Tensor) -> Tensor:
 
 def _integers(x: Tensor) -> Tensor:
     small = x.to(torch.int32)
-    if x.dtype not in (torch.int64, torch.uint32) or x.device.type != "cpu" or not x.numel():
+    if x.dtype not in (torch.int64, torch.uint32, torch.uint64) or x.device.type != "cpu" or not x.numel():
         return small
+    wide = x.to(torch.int64)  # torch cannot compare unsigned numbers; those from 2^63 become negative
+    least = -(2**31) if x.dtype is torch.int64 else 0
     if fastpath.can_skip_operator((x,)):
-        low, high = (int(bound) for bound in x.aminmax())
-        if low < -(2**31) or high >= 2**31:
+        low, high = (int(bound) for bound in wide.aminmax())
+        if low < least or high >= 2**31:
             raise ValueError(f"a captured tensor of integers must fit in int32, got {low} to {high}.")
     else:  # the values are not known yet
-        fits = x.to(torch.int64) == small
+        fits = (wide == small) & (wide >= least)
         torch._assert_async(fits.all(), "a captured tensor of integers must fit in int32.")
     return small
