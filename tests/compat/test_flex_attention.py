@@ -162,9 +162,20 @@ def test_wrong_arguments_are_named() -> None:
     other = flex.create_block_mask(_all, 1, 1, 128, 128, device="cpu")
     with pytest.raises(ValueError, match=r"for lengths \(70, 80\) of query and key, got one for \(128, 128\)"):
         ours.flex_attention(q, k, v, block_mask=other, enable_gqa=True)
+    sliced = flex.create_block_mask(_all, 1, 1, N_Q, N_K, device="cpu", BLOCK_SIZE=16)[:, :, 1:]
+    sliced.mask_mod = _all
+    with pytest.raises(ValueError, match=r"must have 5 rows of blocks for 70 queries, got 4\. Set seq_lengths"):
+        ours.flex_attention(q, k, v, block_mask=sliced, enable_gqa=True)
     three = flex.create_block_mask(_all, 1, 3, N_Q, N_K, device="cpu")
     with pytest.raises(ValueError, match="nheads 4 or 1, got 3"):
         ours.flex_attention(q, k, v, block_mask=three, enable_gqa=True)
+
+
+def test_a_block_mask_of_one_block_fits_any_length() -> None:
+    q, k, v = arrays()
+    whole = flex._create_empty_block_mask(q, k)
+    out = ours.flex_attention(q, k, v, block_mask=whole, enable_gqa=True)
+    torch.testing.assert_close(out, ours.flex_attention(q, k, v, enable_gqa=True), rtol=0, atol=1e-14)
 
 
 def _all(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:

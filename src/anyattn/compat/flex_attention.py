@@ -39,6 +39,7 @@ __all__ = [
 ]
 
 RANK = 4
+WHOLE = 2**30  # a block of this size is the whole mask, for any lengths
 
 
 class _AuxRequest(NamedTuple):
@@ -141,8 +142,14 @@ def as_mask(block_mask: Any, query: Tensor, key: Tensor) -> Callable[..., Any]:
     if not isinstance(block_mask, BlockMask):
         raise TypeError(f"block_mask must be a BlockMask or None, got {type(block_mask).__name__}.")
     lengths, given = (query.shape[2], key.shape[2]), tuple(block_mask.seq_lengths)
-    if given != lengths:
+    if given != lengths and min(block_mask.BLOCK_SIZE) < WHOLE:
         raise ValueError(f"block_mask must be for lengths {lengths} of query and key, got one for {given}.")
+    needed, listed = -(-lengths[0] // block_mask.BLOCK_SIZE[0]), block_mask.kv_num_blocks.shape[-1]
+    if listed != needed:
+        raise ValueError(
+            f"block_mask must have {needed} rows of blocks for {lengths[0]} queries, got {listed}. "
+            "Set seq_lengths of a BlockMask that was sliced."
+        )
     for axis, name, size in ((0, "batch", query.shape[0]), (1, "nheads", query.shape[1])):
         found = block_mask.kv_num_blocks.shape[axis]
         if found not in (1, size):
