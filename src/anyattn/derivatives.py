@@ -34,7 +34,8 @@ def attention_tangent(
         u_ij = f'_ij scale (<tq_i, k_j> + <q_i, tk_j>) + tbias_ij       tlse_i = sum_j P_ij u_ij + P_sink tsink
         tout_i = sum_j P_ij D_ij (u_ij v_j + tv_j) - tlse_i out_i
 
-    f' is the derivative of the softcap, 1 without one. D are the dropout factors. Queries without keys get tout = 0.
+    f' is the derivative of softcap and score_mod, 1 without both. D are the dropout factors. Queries without keys get
+    tout = 0. Arrays that score_mod reads are constants.
 
     Args:
         q: as passed to `attention_forward`.
@@ -151,8 +152,8 @@ def attention_second(
         **arguments: the keywords passed to `attention_forward`.
 
     Returns:
-        SecondGradients: dq, dk, dv, dbias, dsink, and ddout and ddlse, the gradients of dout and dlse, which equal
-            tout and tlse.
+        SecondGradients: dq, dk, dv, dbias, dsink, dcaptured (of the arrays that score_mod reads, flat), and ddout and
+            ddlse, the gradients of dout and dlse, which equal tout and tlse.
 
     Raises:
         ValueError, TypeError, UnsupportedProblem: as in `attention_tangent`.

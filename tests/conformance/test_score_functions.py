@@ -13,42 +13,10 @@ import anyattn
 from anyattn import testing
 from anyattn.definition import accuracy
 from harness.backends import COMPUTES_FUNCTIONS, Engine
-from harness.score_gallery import BATCH, HEADS, N_K, N_Q, Entry, gallery
+from harness.score_gallery import HEADS, N_K, N_Q, Entry, arrays, dense, gallery
 from harness.selection import every_backend
 
 NAMES = tuple(gallery())
-
-
-def arrays(dtype: torch.dtype = torch.float64, **sizes: int) -> tuple[torch.Tensor, ...]:
-    """q, k, v and dout, with grouped heads."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((N_Q, HEADS, 16), (N_K, HEADS // 2, 16), (N_K, HEADS // 2, 24), (N_Q, HEADS, 24))
-    return tuple(torch.randn(BATCH, *shape, generator=generator).to(dtype) for shape in shapes)
-
-
-def dense(q: Any, k: Any, v: Any, entry: Entry) -> tuple[Any, Any]:
-    """Return (out, lse) from the whole score matrix, in float64 by torch; differentiable."""
-    q, k, v = (x.transpose(1, 2).double() for x in (q, k, v))
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    b, h, i, j = (
-        torch.arange(size).reshape([-1 if one == axis else 1 for one in range(4)])
-        for axis, size in enumerate((q.shape[0], q.shape[1], q.shape[2], k.shape[2]))
-    )
-    s = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-    seen = torch.ones_like(s, dtype=torch.bool)
-    if entry.mask_mod is not None:
-        seen = entry.mask_mod(b, h, i, j).expand(s.shape)
-    if entry.score_mod is not None:
-        scored = entry.score_mod(s, b, h, i, j).expand(s.shape)
-        if bool(scored.isnan().any()):  # at masked pairs, which must reach no gradient
-            kept = entry.score_mod(s[seen], *(x.expand(s.shape)[seen] for x in (b, h, i, j)))
-            scored = torch.full_like(s, -torch.inf).masked_scatter(seen, kept)
-        s = scored
-    s = s.masked_fill(~seen, -torch.inf)
-    live = (s > -torch.inf).any(-1, keepdim=True)
-    lse = torch.logsumexp(torch.where(live, s, 0.0), -1, keepdim=True)
-    p = torch.where(live, torch.exp(s - lse), 0.0)
-    return (p @ v).transpose(1, 2), torch.where(live, lse, -torch.inf)[..., 0]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -203,14 +171,6 @@ def test_integers_beyond_int32_raise() -> None:
     large = torch.tensor([0, 2**32])
     with pytest.raises(ValueError, match="must fit in int32, got 0 to 4294967296"):
         anyattn.attention(q, k, v, mask_mod=lambda b, h, i, j: large[b] >= j)
-
-
-def test_second_derivatives_are_refused_by_name() -> None:
-    q, k, v, _ = (x.requires_grad_() for x in arrays())
-    out = anyattn.attention(q, k, v, score_mod=lambda s, b, h, i, j: torch.sin(s))
-    (grad,) = torch.autograd.grad(out.sum(), q, create_graph=True)
-    with pytest.raises(NotImplementedError, match="no second pass with score_mod"):
-        grad.sum().backward()
 
 
 def test_recognized_functions_have_second_derivatives() -> None:

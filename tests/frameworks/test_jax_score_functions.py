@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import torch
 
 import anyattn
 from anyattn.errors import UnsupportedProblem
+from harness import jax_arrays
 
 BATCH, N_Q, N_K = 2, 5, 7
 rng = np.random.default_rng(0)
@@ -69,10 +71,47 @@ def test_vmap_equals_a_loop() -> None:
     np.testing.assert_array_equal(got, want)
 
 
+def whole(q: Any, k: Any, v: Any, table: Any) -> Any:
+    """Return what `attend` does, from all scores in operations of JAX."""
+    k, v = (jnp.repeat(x, 2, axis=2) for x in (k, v))
+    b, h, i, j = jnp.ogrid[: q.shape[0], : q.shape[2], : q.shape[1], : k.shape[1]]
+    s = 2 * jnp.tanh(jnp.einsum("bihd,bjhd->bhij", q, k) * q.shape[-1] ** -0.5) + table[b, h, i - j + N_K - 1]
+    s = jnp.where((i + 1 >= j) & (jnp.asarray(KINDS)[j] != h), s, -jnp.inf)
+    live = (s > -jnp.inf).any(-1, keepdims=True)
+    p = jnp.where(live, jax.nn.softmax(jnp.where(live, s, 0.0), axis=-1), 0.0)
+    return jnp.einsum("bhij,bjhd->bihd", p, v)
+
+
+def penalty(f: Any, q: Any, k: Any, v: Any, table: Any) -> Any:
+    return sum((x**2).sum() for x in jax.grad(lambda *xs: (f(*xs, table) ** 3).sum(), argnums=(0, 1, 2))(q, k, v))
+
+
+WAYS: dict[str, Any] = {
+    "jvp": lambda f, xs, ts, table: jax.jvp(lambda *ys: f(*ys, table), xs, ts),
+    "hessian": lambda f, xs, ts, table: jax.hessian(lambda q: (f(q, *xs[1:], table) ** 3).sum())(xs[0]),
+    "grad of jvp": lambda f, xs, ts, table: jax.grad(
+        lambda *ys: (jax.jvp(lambda *zs: f(*zs, table), ys, ts)[1] ** 2).sum(), argnums=(0, 1, 2)
+    )(*xs),
+    "grad of grad": lambda f, xs, ts, table: jax.grad(lambda *ys: penalty(f, *ys), argnums=(0, 1, 2, 3))(*xs, table),
+}
+
+
+@pytest.mark.parametrize(("way", "jit"), [("jvp", False), *((way, True) for way in WAYS)])
+def test_derivatives_equal_operations_of_jax(way: str, jit: bool) -> None:
+    with jax_arrays.wide():
+        xs = tuple(jnp.asarray(x, jnp.float64) for x in ARRAYS)
+        ts, table = tuple(x[::-1] for x in xs), jnp.asarray(TABLE, jnp.float64)
+        of_ours, of_jax = (partial(WAYS[way], f) for f in (attend, whole))
+        got = (jax.jit(of_ours) if jit else of_ours)(xs, ts, table)
+        want = jax.jit(of_jax)(xs, ts, table)
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-10 * (1 + np.abs(b).max()))
+
+
 def test_unsupported_calls_are_refused_by_name() -> None:
     arrays = [jnp.asarray(x) for x in ARRAYS]
-    with pytest.raises(UnsupportedProblem, match="score_mod"):
-        jax.jvp(lambda q: attend(q, *arrays[1:], jnp.asarray(TABLE)), (arrays[0],), (arrays[0],))
+    with pytest.raises(UnsupportedProblem, match="pass with a tangent of arrays that score_mod reads"):
+        jax.jvp(lambda table: attend(*arrays, table), (jnp.asarray(TABLE),), (jnp.asarray(TABLE),))
     with pytest.raises(ValueError, match="index"):
         attend(*arrays, jnp.asarray(TABLE)[..., :3])
     with pytest.raises(TypeError, match=r"anyattn\.captured"):

@@ -104,3 +104,35 @@ def scores() -> dict[str, Entry]:
         "constant": Entry(lambda s, b, h, q, kv: 0.01 * (q + kv)),
         "mixed": Entry(mixed, None, (learned, cap)),
     }  # fmt: skip
+
+
+def arrays(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
+    """Return q, k, v and dout, with grouped heads."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((N_Q, HEADS, 16), (N_K, HEADS // 2, 16), (N_K, HEADS // 2, 24), (N_Q, HEADS, 24))
+    return tuple(torch.randn(BATCH, *shape, generator=generator).to(dtype) for shape in shapes)
+
+
+def dense(q: Any, k: Any, v: Any, entry: Entry) -> tuple[Any, Any]:
+    """Return (out, lse) from the whole score matrix, in float64 by torch; differentiable."""
+    q, k, v = (x.transpose(1, 2).double() for x in (q, k, v))
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    b, h, i, j = (
+        torch.arange(size).reshape([-1 if one == axis else 1 for one in range(4)])
+        for axis, size in enumerate((q.shape[0], q.shape[1], q.shape[2], k.shape[2]))
+    )
+    s = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    seen = torch.ones_like(s, dtype=torch.bool)
+    if entry.mask_mod is not None:
+        seen = entry.mask_mod(b, h, i, j).expand(s.shape)
+    if entry.score_mod is not None:
+        scored = entry.score_mod(s, b, h, i, j).expand(s.shape)
+        if bool(scored.isnan().any()):  # at masked pairs, which must reach no gradient
+            kept = entry.score_mod(s[seen], *(x.expand(s.shape)[seen] for x in (b, h, i, j)))
+            scored = torch.full_like(s, -torch.inf).masked_scatter(seen, kept)
+        s = scored
+    s = s.masked_fill(~seen, -torch.inf)
+    live = (s > -torch.inf).any(-1, keepdim=True)
+    lse = torch.logsumexp(torch.where(live, s, 0.0), -1, keepdim=True)
+    p = torch.where(live, torch.exp(s - lse), 0.0)
+    return (p @ v).transpose(1, 2), torch.where(live, lse, -torch.inf)[..., 0]

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .accuracy import Expected, Plain, Rule, Sums, round_to, score_sizes
-from .derivatives import Direction, Tangent, direction, head_second, head_tangent, slopes
+from .derivatives import Direction, Tangent, direction, head_captured, head_second, head_tangent, slopes
 from .problem import Problem
 from .reference import Arrays, Float, Head, add_gradients, gradient_shapes, heads, rows_lse
 
@@ -79,7 +79,8 @@ class _PlainDerivatives:
         self.along = Direction(*[np.asarray(x).astype(kind) for x in along])  # type: ignore[arg-type]
         p, d = self.plain.p, self.plain.d
         self.x = kind(problem.scale) * (self.along.q @ self.plain.k.T + self.plain.q @ self.along.k.T)
-        u = np.where(np.isfinite(head.s), slopes(problem, self.plain.t)[0] * self.x + self.along.bias, kind(0))
+        self.slopes = slopes(problem, head, self.plain.functions, self.plain.t)
+        u = np.where(np.isfinite(head.s), self.slopes[0] * self.x + self.along.bias, kind(0))
         lse = (p * u).sum(-1) + self.plain.p_sink * self.along.sink
         out = round_to(p * d * u, problem.dtype) @ self.plain.v + round_to(p * d, problem.dtype) @ self.along.v
         self.tangent = Tangent(self.x, u, round_to(out - lse[:, None] * self.plain.out, problem.dtype), lse)
@@ -88,7 +89,7 @@ class _PlainDerivatives:
         """Return this head's terms of every gradient of the tangent."""
         problem, plain, along, kind = self.problem, self.plain, self.along, self.kind
         do = dout.astype(kind)
-        first, curvature = slopes(problem, plain.t)
+        first, curvature = self.slopes
         delta = (do * plain.out).sum(-1) - dlse.astype(kind)
         g = (do * self.tangent.out).sum(-1)
         centred = self.tangent.u - self.tangent.lse[:, None]
@@ -102,6 +103,7 @@ class _PlainDerivatives:
             "dv": round_to(plain.p * plain.d * centred, problem.dtype).T @ do,
             "dbias": ds2,
             "dsink": -(plain.p_sink * ((along.sink - self.tangent.lse) * delta + g)).sum(),
+            "dcaptured": head_captured(problem, plain.head, plain.functions, plain.t, ds2, self.x * ds),
         }
 
 
@@ -109,11 +111,19 @@ def _absolute_tangent(problem: Problem, head: Head, along: Direction) -> Tangent
     """Return the terms of a tangent on absolute values."""
     q, k, v = (np.abs(x) for x in (head.q, head.k, head.v))
     x = abs(problem.scale) * (np.abs(along.q) @ k.T + q @ np.abs(along.k).T)
-    u = np.where(np.isfinite(head.s), x + np.abs(along.bias), 0.0)
+    slope, _ = _absolute_slopes(problem, head)
+    u = np.where(np.isfinite(head.s), slope * x + np.abs(along.bias), 0.0)
     lse = (head.p * u).sum(-1) + head.p_sink * abs(along.sink)
     dropped = head.p * head.d
     out = (dropped * u) @ v + dropped @ np.abs(along.v) + lse[:, None] * (dropped @ v)
     return Tangent(x, u, out, lse)
+
+
+def _absolute_slopes(problem: Problem, head: Head) -> tuple[Any, Any]:
+    """Return bounds of |f'| and |f''|: the terms of the chain rule on absolute values, with 1 for the softcap."""
+    functions, zero = head.functions, np.zeros_like(head.t)
+    by_score, curvature = (np.abs(np.where(head.p > 0, x, zero)) for x in functions.slopes(head.t, head.place))
+    return by_score, curvature + (by_score * 2 / problem.softcap if problem.softcap else 0.0)
 
 
 def _absolute_second(
@@ -126,13 +136,15 @@ def _absolute_second(
     g = (do * sizes.out).sum(-1)
     centred = sizes.u + sizes.lse[:, None]
     dp = head.d * (do @ v.T) + delta[:, None]
-    dt = head.p * dp
+    ds = head.p * dp
     ds2 = head.p * (centred * dp + head.d * (do @ np.abs(along.v).T) + g[:, None])
-    dt2 = ds2 + 2 / problem.softcap * sizes.x * dt if problem.softcap else ds2
+    slope, curvature = _absolute_slopes(problem, head)
+    dt, dt2 = slope * ds, slope * ds2 + curvature * sizes.x * ds
     return {
         "dq": abs(problem.scale) * (dt2 @ k + dt @ np.abs(along.k)),
         "dk": abs(problem.scale) * (dt2.T @ q + dt.T @ np.abs(along.q)),
         "dv": (dropped * centred).T @ do,
         "dbias": ds2,
         "dsink": (head.p_sink * ((abs(along.sink) + sizes.lse) * delta + g)).sum(),
+        "dcaptured": head_captured(problem, head, head.functions, head.t, ds2, sizes.x * ds, absolute=True),
     }

@@ -1,6 +1,7 @@
 """The definition of derivatives of attention along a direction, in NumPy float64: tangents, and gradients of tangents.
 
-With tangents tq, tk, tv, tbias, tsink, where f' and f'' are the derivatives of the softcap at t (1 and 0 without one):
+With tangents tq, tk, tv, tbias, tsink, where f' and f'' are the derivatives of softcap and score_mod together by the
+product scale <q_i, k_j> (1 and 0 without both):
 
     x_ij = scale (<tq_i, k_j> + <q_i, tk_j>)         u_ij = f'_ij x_ij + tbias_ij
     tlse_i = sum_j P_ij u_ij + P_sink tsink          tout_i = sum_j P_ij D_ij (u_ij v_j + tv_j) - tlse_i o_i
@@ -13,8 +14,11 @@ g = <do, tout>:
     dt' = f' ds' + f'' x ds                          dv' = sum_i P D (u - tlse) do_i
     dq' = scale sum_j (dt' k_j + f' ds tk_j)         dk' = scale sum_i (dt' q_i + f' ds tq_i)
     dbias' = ds'                                     dsink' = -sum_i P_sink ((tsink - tlse) delta + g)
+    dc' = sum_ij (ds' a_ij + ds a'_ij y'_ij x_ij)
 
-The gradient of dout is tout, and the gradient of dlse is tlse. Derived from the formulas of `reference.py`.
+In the last line, c is an array that score_mod reads, a the derivative of score_mod by c, a' the derivative of a by the
+score, and y' the derivative of the softcap. The gradient of dout is tout, and the gradient of dlse is tlse. Derived
+from the formulas of `reference.py`.
 """
 
 from __future__ import annotations
@@ -35,6 +39,7 @@ from .reference import (
     rows_lse,
     score_tile,
 )
+from .score.evaluate import Functions
 
 
 class Direction(NamedTuple):
@@ -98,8 +103,8 @@ def direction(head: Head, tangents: Arrays) -> Direction:
     )
 
 
-def slopes(problem: Problem, t: Any) -> tuple[Any, Any]:
-    """Return f' and f'' of the softcap at t, in t's dtype; 1 and 0 without one."""
+def cap_slopes(problem: Problem, t: Any) -> tuple[Any, Any]:
+    """Return both derivatives of the softcap at t, in t's dtype; 1 and 0 without one."""
     if not problem.softcap:
         return t.dtype.type(1), t.dtype.type(0)
     capped = t / t.dtype.type(problem.softcap)
@@ -107,11 +112,24 @@ def slopes(problem: Problem, t: Any) -> tuple[Any, Any]:
     return first, -2 * capped * first / t.dtype.type(problem.softcap)
 
 
+def slopes(problem: Problem, head: Head, functions: Functions, t: Any) -> tuple[Any, Any]:
+    """Return f' and f'' at t, in t's dtype; 0 where P is 0, because the derivatives may be infinite or NaN there.
+
+    functions: those of the head, in t's dtype.
+    """
+    by_cap, cap_curvature = cap_slopes(problem, t)
+    by_score, curvature = functions.slopes(t, head.place)
+    with np.errstate(invalid="ignore", over="ignore"):
+        found = by_score * by_cap, curvature * by_cap**2 + by_score * cap_curvature
+    first, second = (np.where(head.p > 0, x, t.dtype.type(0)) for x in found)
+    return first, second
+
+
 def head_tangent(problem: Problem, head: Head, along: Direction) -> Tangent:
     """Compute the tangent of one head."""
     visible = np.isfinite(head.s)
     x = problem.scale * (along.q @ head.k.T + head.q @ along.k.T)
-    u = np.where(visible, slopes(problem, head.t)[0] * x + along.bias, 0.0)
+    u = np.where(visible, slopes(problem, head, head.functions, head.t)[0] * x + along.bias, 0.0)
     lse = (head.p * u).sum(-1) + head.p_sink * along.sink
     dropped = head.p * head.d
     out = (dropped * u) @ head.v + dropped @ along.v - lse[:, None] * head.out
@@ -125,7 +143,7 @@ def head_second(
 
     do, dl: the head's queries in dout, dlse.
     """
-    first, curvature = slopes(problem, head.t)
+    first, curvature = slopes(problem, head, head.functions, head.t)
     delta = (do * head.out).sum(-1) - dl
     w, e, g = head.d * (do @ head.v.T), head.d * (do @ along.v.T), (do * found.out).sum(-1)
     centred = found.u - found.lse[:, None]
@@ -138,4 +156,22 @@ def head_second(
         "dv": (head.p * head.d * centred).T @ do,
         "dbias": ds2,
         "dsink": -(head.p_sink * ((along.sink - found.lse) * delta + g)).sum(),
+        "dcaptured": head_captured(problem, head, head.functions, head.t, ds2, found.x * ds),
     }
+
+
+def head_captured(
+    problem: Problem, head: Head, functions: Functions, t: Any, ds2: Any, x_ds: Any, *, absolute: bool = False
+) -> Any:
+    """Return the gradients of captured arrays, flat, in t's dtype; None without such arrays.
+
+    functions: as for `slopes`. absolute: the arguments are sums of absolute values, and so are the results.
+    """
+    if problem.captured is None:
+        return None
+    total = np.zeros(problem.captured.shape, t.dtype)
+    if functions.graph.score is not None:
+        by_cap = 1 if absolute else cap_slopes(problem, t)[0]
+        functions.backward(t, head.place, ds2, total, absolute=absolute)
+        functions.slope.backward(t, head.place, by_cap * x_ds, total, absolute=absolute)
+    return total

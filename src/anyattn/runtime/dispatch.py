@@ -244,6 +244,11 @@ def _unsupported_inputs(candidate: Backend, problem: Problem) -> list[str]:
         others = [name for name in names() if problem.pass_ in get(name).score_functions]
         remedy = f"; computed by {', '.join(others)}" if others else ""
         return [f"has no {problem.pass_} pass with score_mod and mask_mod{remedy}"]
+    if problem.tcaptured is not None:
+        return [
+            f"has no {problem.pass_} pass with a tangent of arrays that score_mod reads. Detach them, or do not "
+            "differentiate their gradients"
+        ]
     unknown = [name for name in problem.arrays if name in FIELDS and name not in candidate.extras]
     return [f"does not support {', '.join(unknown)}"] if unknown else []
 

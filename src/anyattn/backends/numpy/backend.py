@@ -46,7 +46,7 @@ class NumpyBackend:
 
     name = "numpy"
     passes = frozenset((*COMPUTE, FORWARD_TANGENT, APPEND))
-    score_functions = frozenset((FORWARD, BACKWARD))
+    score_functions = frozenset((*COMPUTE, FORWARD_TANGENT))
     extras = frozenset(EXTRAS)
     may_fail = False
 

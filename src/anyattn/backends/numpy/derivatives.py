@@ -13,7 +13,7 @@ import numpy as np
 
 from ...definition.dtypes import widen
 from .attention import dropout, normalizers, output_delta, scores, stack, transpose, unstack
-from .tiles import Arrays, Floats, Keys, Rows, Sum, key_tiles, row_tiles, score_tile
+from .tiles import Arrays, Floats, Keys, Rows, Sum, key_tiles, place, row_tiles, score_tile
 
 
 class Queries(NamedTuple):
@@ -26,13 +26,16 @@ class Queries(NamedTuple):
 
 
 class Derivatives(NamedTuple):
-    """Tile of keys: P, dropout factors D (None without), x, f' (None: 1), u, and the tiles of k, v, tk and tv."""
+    """Tile of keys: P, dropout factors D (None without), x, u, and the tiles of k, v, tk and tv.
+
+    tanh and t: see `Scores`.
+    """
 
     p: Floats
     d: Floats | None
     x: Floats
-    slope: Floats | None
     tanh: Floats | None
+    t: Floats | None
     u: Floats
     k: Floats
     v: Floats
@@ -55,7 +58,8 @@ def second(arrays: Arrays) -> None:
     """Write the gradients of <dout, tout> + <dlse, tlse>."""
     for name in ("dq", "ddout", "ddlse"):
         arrays.view(name)[...] = 0
-    sums = {name: Sum(arrays, name) for name in ("dk", "dv", "dbias", "dsink") if arrays.view(name) is not None}
+    names = ("dk", "dv", "dbias", "dsink", "dcaptured")
+    sums = {name: Sum(arrays, name) for name in names if arrays.view(name) is not None}
     for sequence in arrays.sequences():
         for rows in row_tiles(arrays.problem, sequence):
             _second_rows(arrays, rows, sums)
@@ -111,11 +115,8 @@ def _second_rows(arrays: Arrays, rows: Rows, sums: dict[str, Sum]) -> None:
         ds2 *= tile.p
         if "dbias" in sums:
             sums["dbias"].add_scores(rows, keys, ds2)
-        if tile.slope is not None and tile.tanh is not None:
-            curvature = -2 / arrays.number(arrays.problem.softcap) * tile.tanh * tile.slope
-            ds2 = tile.slope * ds2 + curvature * tile.x * ds
-            ds = tile.slope * ds
-        dt, dt2 = stack(ds) * scale, stack(ds2) * scale
+        captured = sums["dcaptured"].values if "dcaptured" in sums else None
+        dt, dt2 = (stack(x) * scale for x in _of_products(arrays, rows, keys, tile, ds, ds2, captured))
         dq += dt2 @ tile.k
         dk = transpose(dt2) @ queries.q
         if tile.tk is not None:
@@ -130,12 +131,29 @@ def _second_rows(arrays: Arrays, rows: Rows, sums: dict[str, Sum]) -> None:
         sums["dsink"].values[rows.heads] -= terms.sum(axis=-1).reshape(-1)
 
 
+def _of_products(
+    arrays: Arrays, rows: Rows, keys: Keys, tile: Derivatives, ds: Floats, ds2: Floats, captured: Floats | None
+) -> tuple[Floats, Floats]:
+    """Return dt = f' ds and dt' = f' ds' + f'' x ds. Add the gradients of captured arrays to `captured`, if given."""
+    by_cap = None if tile.tanh is None else 1 - tile.tanh * tile.tanh
+    if tile.t is not None:
+        functions, where = arrays.functions, place(rows, keys.start, keys.stop)
+        x = tile.x if by_cap is None else by_cap * tile.x
+        ds2 = functions.backward(tile.t, where, ds2, captured)
+        ds2 = ds2 + functions.slope.backward(tile.t, where, x * ds, captured)
+        ds = functions.backward(tile.t, where, ds, None)
+    if by_cap is not None and tile.tanh is not None:
+        curvature = -2 / arrays.number(arrays.problem.softcap) * tile.tanh * by_cap
+        ds, ds2 = by_cap * ds, by_cap * ds2 + curvature * tile.x * ds
+    return ds, ds2
+
+
 def _derivatives(arrays: Arrays, rows: Rows, keys: Keys, queries: Queries) -> Derivatives:
     """Compute P and the derivatives of the scores of a tile."""
     problem = arrays.problem
     k, v = arrays.read_keys("k", rows, keys), arrays.read_keys("v", rows, keys)
     tk, tv = (None if arrays.view(name) is None else arrays.read_keys(name, rows, keys) for name in ("tk", "tv"))
-    s, tanh, _ = scores(arrays, rows, keys, queries.q, k)
+    s, tanh, t = scores(arrays, rows, keys, queries.q, k)
     s -= queries.base[..., None]
     p = np.exp(np.subtract(s, queries.rest[..., None], out=s), out=s)
     x = np.zeros_like(p)
@@ -144,15 +162,16 @@ def _derivatives(arrays: Arrays, rows: Rows, keys: Keys, queries: Queries) -> De
     if tk is not None:
         x += unstack(queries.q @ transpose(tk), rows)
     x *= arrays.number(problem.scale)
-    slope = None if tanh is None else 1 - tanh * tanh
-    u = x if slope is None else slope * x
+    u = x if tanh is None else (1 - tanh * tanh) * x
+    if t is not None:
+        u = arrays.functions.backward(t, place(rows, keys.start, keys.stop), u, None)
     if arrays.view("tbias") is not None:
         assert problem.bias is not None
         u = u + widen(score_tile(arrays.view("tbias"), rows, keys), problem.bias.dtype, arrays.kind)
     if not np.isfinite(u).all():
         u = np.where(p > 0, u, 0)  # a masked score has no derivative: never 0 * inf
     return Derivatives(
-        p, dropout(arrays, rows, keys) if problem.dropout_threshold else None, x, slope, tanh, u, k, v, tk, tv
+        p, dropout(arrays, rows, keys) if problem.dropout_threshold else None, x, tanh, t, u, k, v, tk, tv
     )
 
 

@@ -7,7 +7,7 @@ query is computed once per query, and a term that depends only on the key once p
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,6 +42,7 @@ class Functions:
     def __init__(self, graph: Graph, values: Values | None, indices: Values | None, kind: str) -> None:
         self.graph, self._number = graph, np.dtype(kind).type
         values = None if values is None else np.asarray(values, kind)
+        self._captured = (values, indices)
         self.arrays: list[Values] = split(graph, values, indices)
 
     def score(self, t: Values, place: Place) -> Values:
@@ -80,6 +81,21 @@ class Functions:
                 _scatter(targets[int(node.value or 0)], places, _product(ds, adjoint))
         return _product(ds, slope)
 
+    @cached_property
+    def slope(self) -> Functions:
+        """Return the derivative d score_mod / d score as a score function of the same arrays."""
+        return Functions(slope_of(self.graph), *self._captured, self._number.__name__)
+
+    def slopes(self, t: Values, place: Place) -> tuple[Values, Values]:
+        """Return the first and the second derivative of score_mod at t; 1 and 0 without a score function.
+
+        Either may be infinite or NaN at a masked pair.
+        """
+        one = np.ones_like(t)
+        if self.graph.score is None:
+            return one, np.zeros_like(t)
+        return self.slope.score(t, place), self.slope.backward(t, place, one, None)
+
     def _inputs(self, t: Values | None, place: Place) -> dict[str, Any]:
         return {SCORE: t, **place._asdict()}
 
@@ -87,6 +103,13 @@ class Functions:
 @lru_cache(256)
 def derivative_of(graph: Graph) -> Derivative:
     return differentiate(graph)
+
+
+@lru_cache(256)
+def slope_of(graph: Graph) -> Graph:
+    """Return the graph whose score function is d score_mod / d score."""
+    derivative = derivative_of(graph)
+    return derivative.graph._replace(score=derivative.slope)
 
 
 @lru_cache(256)
