@@ -161,7 +161,7 @@ typedef struct anyattn_call {
     anyattn_array tq, tk, tv, tbias, tsink, tout, tlse;
 
     /* Functions of the scores, as a program of score_words 32-bit words (native/src/score_program.h; Python writes it).
-     * Forward and backward alone. captured, captured_indices: (n) stride 1, the arrays that it reads, one behind the
+     * All passes but append. captured, captured_indices: (n) stride 1, the arrays that it reads, one behind the
      * other, of float32 (float64 for float64) and of int32. dcaptured: as captured; absent: not wanted. */
     const int32_t *score_program;
     int64_t score_words, num_captured, num_captured_indices;

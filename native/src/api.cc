@@ -223,7 +223,7 @@ int64_t workspace_of(const anyattn_call *from, int32_t pass) {
     const Kernels *kernels;
     int32_t status;
     if ((status = copy_call(from, &call)) || (status = check_sizes(call, pass)) ||
-        (status = choose_target(call, pass, &kernels))) {
+        (status = check_score_program(call, pass)) || (status = choose_target(call, pass, &kernels))) {
         return -status;
     }
     const int64_t bytes = workspace_bytes(call, *kernels, pass);

@@ -396,7 +396,7 @@ bool write_dsink(const Run &run, const Layout &l) {
 // The sums in order, in double.
 bool write_captured(const Run &run, const Layout &l) {
     const anyattn_call &call = run.call;
-    if (!has_captured_gradients(call)) return true;
+    if (!call.dcaptured.data) return true;
     constexpr int64_t step = 4096;
     return run_tasks(call, run.threads, (call.num_captured + step - 1) / step, [&](int64_t task, int32_t) {
         for (int64_t i = task * step; i < min64((task + 1) * step, call.num_captured); ++i) {

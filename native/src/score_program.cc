@@ -72,7 +72,7 @@ class Checker {
         if (section_->registers < 1 || section_->registers > kScoreRegisters) {
             return wrong("registers", section_->registers, "accepted: 1 to 256");
         }
-        for (int32_t result : {section_->score, section_->mask, section_->slope}) {
+        for (int32_t result : {section_->score, section_->mask, section_->slope, section_->curvature}) {
             if (result != -1 && !is_operand(result)) return wrong("result", result, "no such register");
         }
         int32_t status = ANYATTN_SUCCESS;
@@ -80,7 +80,9 @@ class Checker {
         const auto *terms = status ? nullptr : take<ScoreTerm>(section_->terms);
         if (status) return status;
         if (!terms) return wrong("terms", section_->terms, "more than there are words");
-        if (use != kScoreCapture && section_->terms) return wrong("terms", section_->terms, "accepted in section 2");
+        if (section_->terms && use != kScoreCapture && use != kScoreSecondCapture) {
+            return wrong("terms", section_->terms, "accepted in sections 2 and 4");
+        }
         for (int32_t i = 0; !status && i < section_->terms; ++i) status = term(terms[i]);
         return status;
     }
@@ -155,8 +157,8 @@ int32_t check_score_program(const anyattn_call &call, int32_t pass) {
     if (call.seqlen_q > INT32_MAX || call.seqlen_k > INT32_MAX) {
         return refuse(call, ANYATTN_UNSUPPORTED, "score_program counts queries and keys up to 2^31 - 1");
     }
-    if (pass != ANYATTN_FORWARD && pass != ANYATTN_BACKWARD) {
-        return refuse(call, ANYATTN_UNSUPPORTED, "score_program is accepted in the forward and the backward pass");
+    if (pass == ANYATTN_APPEND) {
+        return refuse(call, ANYATTN_UNSUPPORTED, "score_program is accepted in the passes of attention");
     }
     return Checker(call).program();
 }

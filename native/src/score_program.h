@@ -1,6 +1,6 @@
 // Score programs: the functions score_mod and mask_mod as instructions on registers, in 32-bit words.
 //
-// A program is a ScoreHeader, its arrays, and three sections, one behind the other. A section is a ScoreSection, its
+// A program is a ScoreHeader, its arrays, and five sections, one behind the other. A section is a ScoreSection, its
 // instructions in the order of the stages, and its terms. Register 0 is the score that score_mod gets. The last instruction
 // of pairs may write the result of score_mod there. Host code and every instruction set compile this for themselves, hence
 // the anonymous namespace.
@@ -27,8 +27,10 @@ enum ScoreStage { kOnce, kOfLanes, kOfKeys, kOfPairs, kScoreStages };
 // key, as a vector of equal numbers; or one number. An operand is a register plus its form times kScoreRegisters.
 enum ScoreForm { kFormPairs, kFormLanes, kFormKeys, kFormOnce, kScoreForms };
 
-// Results of the sections: score and mask; these and the derivative by the score; the gradients of captured arrays.
-enum ScoreUse { kScoreForward, kScoreBackward, kScoreCapture, kScoreSections };
+// Results of the sections: score and mask; these and the derivative by the score; the gradients of captured arrays. Those
+// of the second pass: the results of kScoreBackward and the second derivative by the score; the gradients of captured
+// arrays by the derivative. Only programs of the second pass need the last two sections, which are empty otherwise.
+enum ScoreUse { kScoreForward, kScoreBackward, kScoreCapture, kScoreSecond, kScoreSecondCapture, kScoreSections };
 
 struct ScoreHeader {
     int32_t version, arrays;
@@ -51,7 +53,8 @@ struct ScoreTerm {
 
 struct ScoreSection {
     int32_t registers;
-    int32_t score, mask, slope;  // operands that are the results; -1: there is none. slope -1: it is 1
+    // Operands that are the results; -1: there is none. slope -1: it is 1. curvature -1: it is 0.
+    int32_t score, mask, slope, curvature;
     int32_t reads_score, terms;
     int32_t instructions[kScoreStages];
 
@@ -89,7 +92,9 @@ inline bool has_mask_function(const anyattn_call &call) {
     return call.score_program && score_section(call, kScoreForward).mask >= 0;
 }
 
-// Returns whether the backward pass sums gradients of captured arrays.
-inline bool has_captured_gradients(const anyattn_call &call) { return call.score_program && call.dcaptured.data; }
+// Returns whether a pass sums gradients of captured arrays. Without such terms, they are zeros.
+inline bool has_captured_gradients(const anyattn_call &call) {
+    return call.score_program && call.dcaptured.data && score_section(call, kScoreCapture).terms > 0;
+}
 
 }  // namespace

@@ -12,7 +12,7 @@ namespace {
 
 using Code = std::vector<ScoreInstruction>;
 
-// A section without results and terms but those of `head` (registers, score, mask, slope, reads_score, terms).
+// A section without results and terms but those of `head` (registers, score, mask, slope, curvature, reads_score, terms).
 void add_section(std::vector<int32_t> &words, const std::vector<int32_t> &head, const std::vector<Code> &stages,
                  const std::vector<int32_t> &terms) {
     words.insert(words.end(), head.begin(), head.end());
@@ -41,9 +41,11 @@ std::vector<int32_t> relative(int64_t queries, int64_t keys, int64_t heads) {
                           {kScore_mul_f, 14, 0, once_3, 0},
                           {kScore_le_i, 15, keys_9, lanes_5, 0},
                           {kScore_add_f, 0, 14, 13, 0}};
-    add_section(words, {16, 0, 15, -1, 1, 0}, {once, lanes, of_keys, results}, {});
-    add_section(words, {16, 0, 15, once_3, 1, 0}, {once, lanes, of_keys, results}, {});
-    add_section(words, {16, -1, -1, -1, 0, 1}, {once, lanes, of_keys, {}}, {0, -1, 4, 8, kOfLanes});
+    add_section(words, {16, 0, 15, -1, -1, 1, 0}, {once, lanes, of_keys, results}, {});
+    add_section(words, {16, 0, 15, once_3, -1, 1, 0}, {once, lanes, of_keys, results}, {});
+    add_section(words, {16, -1, -1, -1, -1, 0, 1}, {once, lanes, of_keys, {}}, {0, -1, 4, 8, kOfLanes});
+    add_section(words, {16, 0, 15, once_3, -1, 1, 0}, {once, lanes, of_keys, results}, {});
+    add_section(words, {1, -1, -1, -1, -1, 0, 0}, {{}, {}, {}, {}}, {});
     return words;
 }
 
@@ -95,8 +97,24 @@ std::vector<double> outputs(const anyattn_call &call) {
                 for (int64_t d = 0; d < call.head_dim; ++d) {
                     found.push_back(get(call.out, {b, i, h, d}));
                     found.push_back(get(call.dq, {b, i, h, d}));
+                    found.push_back(get(call.tout, {b, i, h, d}));
                 }
     return found;
+}
+
+// Compares the results of a program with those of the same terms as a bias, whose gradient has the terms of the table's.
+void check_equal(const Relative &program, const Relative &builtin, double tolerance) {
+    const anyattn_call &call = builtin.fixture.call;
+    const std::vector<double> found = outputs(program.fixture.call), expected = outputs(call);
+    for (size_t i = 0; i < found.size(); ++i) CHECK(std::fabs(found[i] - expected[i]) < tolerance);
+    std::vector<double> sums(size_t(call.nheads * builtin.width));
+    for (int64_t h = 0; h < call.nheads; ++h)
+        for (int64_t i = 0; i < call.seqlen_q; ++i)
+            for (int64_t j = 0; j < call.seqlen_k; ++j)
+                sums[size_t(h * builtin.width + i - j + call.seqlen_k)] += get(call.dbias, {0, h, i, j});
+    for (size_t i = 0; i < sums.size(); ++i) {
+        CHECK(std::fabs(sums[i] - Relative::at(program.fixture.call.dcaptured, int64_t(i))) < 20 * tolerance);
+    }
 }
 
 }  // namespace
@@ -108,8 +126,6 @@ TEST(a_table_of_distances_is_a_bias) {
             config.target = target;
             Relative program(config);
             program.use_program();
-            CHECK(program.fixture.forward() == ANYATTN_SUCCESS);
-            CHECK(program.fixture.backward() == ANYATTN_SUCCESS);
             config.bias = 1;  // shared by the batch
             config.scale *= 2;
             config.flags = ANYATTN_HAS_RIGHT | ANYATTN_TOP_LEFT;
@@ -117,26 +133,21 @@ TEST(a_table_of_distances_is_a_bias) {
             anyattn_call &call = builtin.fixture.call;
             call.q = program.fixture.call.q, call.k = program.fixture.call.k, call.v = program.fixture.call.v;
             call.dout = program.fixture.call.dout;
-            call.dcaptured.data = nullptr;
+            call.tq = program.fixture.call.tq, call.tk = program.fixture.call.tk, call.tv = program.fixture.call.tv;
+            call.dcaptured.data = call.tbias.data = nullptr;
             for (int64_t h = 0; h < call.nheads; ++h)
                 for (int64_t i = 0; i < call.seqlen_q; ++i)
                     for (int64_t j = 0; j < call.seqlen_k; ++j) {
                         const int64_t index = h * builtin.width + i - j + call.seqlen_k;
                         set(call.bias, {0, h, i, j}, Relative::at(program.fixture.call.captured, index));
                     }
-            CHECK(builtin.fixture.forward() == ANYATTN_SUCCESS);
-            CHECK(builtin.fixture.backward() == ANYATTN_SUCCESS);
-            const std::vector<double> found = outputs(program.fixture.call), expected = outputs(call);
             const double tolerance = dtype == ANYATTN_FLOAT64 ? 1e-12 : 2e-5;
-            for (size_t i = 0; i < found.size(); ++i) CHECK(std::fabs(found[i] - expected[i]) < tolerance);
-            std::vector<double> sums(size_t(call.nheads * builtin.width));
-            for (int64_t h = 0; h < call.nheads; ++h)
-                for (int64_t i = 0; i < call.seqlen_q; ++i)
-                    for (int64_t j = 0; j < call.seqlen_k; ++j)
-                        sums[size_t(h * builtin.width + i - j + call.seqlen_k)] += get(call.dbias, {0, h, i, j});
-            for (size_t i = 0; i < sums.size(); ++i) {
-                CHECK(std::fabs(sums[i] - Relative::at(program.fixture.call.dcaptured, int64_t(i))) < 20 * tolerance);
+            for (Fixture *one : {&program.fixture, &builtin.fixture}) {
+                CHECK(one->forward_tangent() == ANYATTN_SUCCESS && one->backward() == ANYATTN_SUCCESS);
             }
+            check_equal(program, builtin, tolerance);
+            for (Fixture *one : {&program.fixture, &builtin.fixture}) CHECK(one->second() == ANYATTN_SUCCESS);
+            check_equal(program, builtin, 10 * tolerance);
         }
     }
 }
@@ -146,7 +157,7 @@ TEST(a_block_mask_skips_and_spares_the_mask) {
         Config config = medium(dtype);
         Relative one(config);
         one.use_program();
-        CHECK(one.fixture.forward() == ANYATTN_SUCCESS && one.fixture.backward() == ANYATTN_SUCCESS);
+        CHECK(one.fixture.forward() == ANYATTN_SUCCESS && one.fixture.second() == ANYATTN_SUCCESS);
         const std::vector<double> expected = outputs(one.fixture.call);
         anyattn_call &call = one.fixture.call;
         call.mask_block_q = call.mask_block_k = 16;
@@ -155,7 +166,7 @@ TEST(a_block_mask_skips_and_spares_the_mask) {
         call.mask_blocks.stride[0] = call.mask_blocks.stride[1] = 0;
         for (int64_t i = 0; i < rows; ++i)
             for (int64_t j = 0; j < keys; ++j) set(call.mask_blocks, {0, 0, i, j}, j < i ? 2 : j == i ? 1 : 0);
-        CHECK(one.fixture.forward() == ANYATTN_SUCCESS && one.fixture.backward() == ANYATTN_SUCCESS);
+        CHECK(one.fixture.forward() == ANYATTN_SUCCESS && one.fixture.second() == ANYATTN_SUCCESS);
         const std::vector<double> found = outputs(call);
         const double tolerance = dtype == ANYATTN_BFLOAT16 ? 4e-2 : 2e-5;
         for (size_t i = 0; i < found.size(); ++i) CHECK(std::fabs(found[i] - expected[i]) < tolerance);
@@ -172,6 +183,7 @@ TEST(a_program_that_ends_too_soon_is_refused) {
         one.fixture.call.score_words = words;
         CHECK(anyattn_forward(&one.fixture.call) == ANYATTN_INVALID_VALUE);
         CHECK(one.fixture.message()[0]);
+        CHECK(anyattn_workspace(&one.fixture.call, ANYATTN_BACKWARD) == -ANYATTN_INVALID_VALUE);
     }
 }
 
@@ -190,19 +202,16 @@ TEST(no_program_leaves_its_registers_and_arrays) {
                 one.words[word] = value;
                 one.use_program();
                 const int32_t forward = anyattn_forward(&one.fixture.call);
-                const int32_t backward = anyattn_backward(&one.fixture.call);
                 CHECK(forward == ANYATTN_SUCCESS || forward == ANYATTN_INVALID_VALUE);
-                CHECK(forward == backward);
+                CHECK(forward == anyattn_backward(&one.fixture.call));
+                CHECK(forward == anyattn_second(&one.fixture.call));
             }
         }
     }
 }
 
-TEST(programs_are_refused_elsewhere) {
+TEST(gradients_of_captured_arrays_need_a_program) {
     Relative one(medium(ANYATTN_FLOAT32));
-    one.use_program();
-    CHECK(anyattn_tangent(&one.fixture.call) == ANYATTN_UNSUPPORTED);
-    CHECK(anyattn_second(&one.fixture.call) == ANYATTN_UNSUPPORTED);
-    one.fixture.call.score_program = nullptr;
     CHECK(anyattn_backward(&one.fixture.call) == ANYATTN_NULL_POINTER);
+    CHECK(anyattn_second(&one.fixture.call) == ANYATTN_NULL_POINTER);
 }

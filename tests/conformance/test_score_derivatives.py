@@ -212,11 +212,27 @@ def test_absent_tangents_are_zeros(engine: Engine) -> None:
         assert all(torch.equal(got, want) for got, want in zip(*results, strict=True))
 
 
-@every_backend(refusals=True)
+@every_backend(only=("cpu",))
+def test_results_do_not_depend_on_threads(engine: Engine) -> None:
+    entry = gallery()["mixed"]
+    q, k, v, dout = (x.repeat(1, 4, 1, 1) for x in arrays(torch.float32))  # enough work for several threads
+    arguments = {"q": q, "k": k, "v": v, **functions(entry), "backend": "cpu"}
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            engine.use(threads)
+            out, lse, *tangent = anyattn.attention_forward_tangent(**directions(arguments), **arguments)
+            second = anyattn.attention_second(dout, out=out, lse=lse, **directions(arguments), **arguments)
+            results.append((*tangent, *[x for x in second if x is not None]))
+    finally:
+        engine.use()
+    for other in results[1:]:
+        assert all(torch.equal(got, want) for got, want in zip(other, results[0], strict=True))
+
+
+@every_backend(interpreter=True, refusals=True, only=("triton", "vulkan"))
 @pytest.mark.parametrize("pass_name", testing.DERIVATIVES)
 def test_other_backends_refuse_by_name(pass_name: str, engine: Engine) -> None:
-    if engine.backend in DERIVES_FUNCTIONS:
-        return
     q, k, v, dout = arrays(torch.float32)
     lse = torch.zeros(BATCH, HEADS, N_Q)
     saved = {} if pass_name == "forward_tangent" else {"out": torch.zeros_like(dout), "lse": lse}

@@ -37,7 +37,7 @@ MAY_REFUSE = {
 
 COMPUTES_FUNCTIONS = ("cpu", "numpy", "triton")  # backends of score_mod and mask_mod
 DERIVES = ("cpu", "numpy", "triton")  # backends of tangents and second derivatives
-DERIVES_FUNCTIONS = ("numpy",)  # backends of these with score_mod and mask_mod
+DERIVES_FUNCTIONS = ("cpu", "numpy")  # backends of these with score_mod and mask_mod
 
 
 @dataclass(frozen=True, slots=True)

@@ -105,7 +105,7 @@ Range fill_gradients(const Block<M> &block, const BackwardRows<M> &of_block, con
     if (w.keep) keep_tile(w.keep, block, p, first, n);
     gradient_pass<M, Out>(S, T, n, block.panel_vectors(p), block.units.factor, scale, tanhs, functions, w.keep,
                           RowStatistics<C>(of_block.rows), p * M::panel, Out::from(gradients, range.first));
-    if (captures) capture_pass(block, p, first, n, w.t, w.ds, w.registers, w.captured);
+    if (captures) capture_pass(block, kScoreCapture, p, first, n, w.t, w.ds, w.registers, w.captured);
     return range;
 }
 

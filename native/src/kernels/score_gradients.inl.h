@@ -127,12 +127,13 @@ ANYATTN_INLINE void finish_terms(const TileProgram<C, P> &program, const ScoreTe
     }
 }
 
-// Adds the gradients of captured arrays from dS of panel p and keys [j, j + n). t: scores before score_mod.
+// Adds the gradients of captured arrays, which a section computes, from dS of panel p and keys [j, j + n). t: scores before
+// score_mod.
 template <class C, int P>
-ANYATTN_NOINLINE void capture_pass(const ScoreBlock<C, P> &block, int p, int64_t j, int64_t n, C *t, const C *ds,
-                                   C *registers, double *captured) {
+ANYATTN_NOINLINE void capture_pass(const ScoreBlock<C, P> &block, int use, int p, int64_t j, int64_t n, C *t,
+                                   const C *ds, C *registers, double *captured) {
     const int64_t vectors = block.panel_vectors(p);  // dS has no others
-    TileProgram<C, P> program(block, kScoreCapture, p, j, n, registers);
+    TileProgram<C, P> program(block, use, p, j, n, registers);
     constexpr int32_t at_once = 2;  // terms
     const ScoreTerm *terms = program.section.term();
     for (int32_t begin = 0; begin < program.section.terms; begin += at_once) {

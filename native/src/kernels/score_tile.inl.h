@@ -93,10 +93,11 @@ C *take_registers(const anyattn_call &call, Arena &arena) {
     return call.score_program ? arena.take<C>(score_register_elements(call)) : nullptr;
 }
 
-// Memory of a score program. t: null, or takes the scores before score_mod.
+// Memory of a score program. t: null, or takes the scores before score_mod. curvatures: null, or takes the second derivative
+// by the product, if function_pass takes the first too.
 template <class C>
 struct ProgramTiles {
-    C *registers, *t;
+    C *registers, *t, *curvatures = nullptr;
 };
 
 // A section of the program on a tile, up to its pairs.
@@ -180,12 +181,15 @@ ANYATTN_NOINLINE void function_pass(const ScoreBlock<C, P> &block, int p, int64_
                                     typename Lanes<C>::V *top) {
     using V = typename Lanes<C>::V;
     using I = typename Lanes<C>::I;
-    TileProgram<C, P> program(block, slopes ? kScoreBackward : kScoreForward, p, j, n, tiles.registers);
+    C *const curvatures = slopes ? tiles.curvatures : nullptr;
+    const int use = curvatures ? kScoreSecond : slopes ? kScoreBackward : kScoreForward;
+    TileProgram<C, P> program(block, use, p, j, n, tiles.registers);
     const ScoreSection &section = program.section;
     const auto before = [&](int64_t r, int64_t count) {
         cap_keys<C, P>(first, r, count, S);
         if (tiles.t) __builtin_memcpy(tiles.t + r * P, S + r * P, sizeof(C) * (size_t)(count * P));
     };
+    const C two_per_cap = first.cap != 0 ? 2 / first.cap : 0;
     V highest[P / lanes<C>];
     for (V &x : highest) x = splat(-infinity(C()));
     program.for_pairs(S, before, [&](int64_t r, int64_t count) {
@@ -197,9 +201,14 @@ ANYATTN_NOINLINE void function_pass(const ScoreBlock<C, P> &block, int p, int64_
         }
         if (slopes) {
             const auto slope = program.pairs(section.slope < 0 ? 0 : section.slope, S, r);
+            const auto curvature = program.pairs(section.curvature < 0 ? 0 : section.curvature, S, r);
             for_vectors<C, P>(r, count, [&](int64_t k, int c, int64_t at) {
                 const V t = first.cap != 0 ? load<V>(slopes + at) : V{}, by_cap = splat(C(1)) - t * t;
-                store(slopes + at, section.slope < 0 ? by_cap : by_cap * load<V>(slope.at(k, c)));
+                const V by_product = section.slope < 0 ? by_cap : by_cap * load<V>(slope.at(k, c));
+                store(slopes + at, by_product);
+                if (!curvatures) return;
+                const V by_score = section.curvature < 0 ? V{} : load<V>(curvature.at(k, c));
+                store(curvatures + at, by_score * by_cap * by_cap - by_product * t * splat(two_per_cap));
             });
         }
         if (section.score > 0) {

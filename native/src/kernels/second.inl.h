@@ -4,7 +4,8 @@
 //     ds = P (w - delta)                      ds' = P ((u - tlse) (w - delta) + e - g)       dbias' = ds'
 //     dt = f' ds   dt' = f' ds' + f'' x ds    dv' = sum_i P D (u - tlse) do_i
 //     dq' = scale sum_j (dt' k_j + dt tk_j)   dk' = scale sum_i (dt' q_i + dt tq_i)
-// 16-bit inputs are multiplied in float32.
+// 16-bit inputs are multiplied in float32. With a score function, second_pass computes ds' and ds of a tile whose products
+// were multiplied by f', and FunctionTile the rest.
 #pragma once
 #include "dbias.inl.h"
 #include "tangent.inl.h"
@@ -26,12 +27,51 @@ struct TangentRows {
     }
 };
 
+// Derivatives of a score function of a panel and n keys, and the products x of its tangent.
+template <class C, int P>
+struct FunctionTile {
+    using V = typename Lanes<C>::V;
+    int64_t n;
+    const C *slopes;
+    C *curvatures;  // f'', then f'' x
+    C *x;  // products; null: none. Then f' times products
+    const C *t;  // scores before score_mod; null: no gradients of captured arrays
+    C *tangents;  // of t
+    C per_cap;  // 1 / softcap, or 0
+
+    // Multiplies products and derivatives. more: null, or products that x sums; scale: of products.
+    ANYATTN_NOINLINE void before(const C *more, C scale) const {
+        for (int64_t at = 0; x && at < n * P; at += lanes<C>) {
+            const V sum = more ? load<V>(x + at) + load<V>(more + at) : load<V>(x + at);
+            store(x + at, sum * load<V>(slopes + at));
+            store(curvatures + at, sum * splat(scale) * load<V>(curvatures + at));
+            if (!t) continue;
+            const V capped = load<V>(t + at) * splat(per_cap);
+            store(tangents + at, sum * splat(scale) * (splat(C(1)) - capped * capped));
+        }
+    }
+    // Replaces ds' and ds by dt' and dt, and the tangents of t by their products with ds. ds: null without products.
+    ANYATTN_NOINLINE void after(C *ds2, C *ds, C scale) const {
+        for (int64_t at = 0; at < n * P; at += lanes<C>) {
+            V dt2 = term_of(load<V>(ds2 + at), slopes + at);
+            if (ds) {
+                const V of_score = load<V>(ds + at);
+                dt2 += term_of(of_score, curvatures + at);
+                if (t) store(tangents + at, term_of(of_score, tangents + at));
+                store(ds + at, term_of(of_score, slopes + at) * splat(scale));
+            }
+            store(ds2 + at, dt2 * splat(scale));
+        }
+    }
+};
+
 template <class M>
 struct SecondScratch {
     using C = typename M::C;
     BackwardScratch<M> backward;
     C *S, *T, *X;  // of all panels: products, then P D (u - tlse), dt' and dt; X: of tq and k
     C *U, *E, *added;  // of one panel: products of q and tk, of dout and tv; the tangent of the bias
+    C *curvatures;  // of one panel, see FunctionTile
     typename M::Packed *tq;
     char *tq_rows, *tk, *tv;
 
@@ -45,6 +85,7 @@ struct SecondScratch {
         U = has.k ? arena.take<C>(tile) : nullptr;
         E = has.v ? arena.take<C>(tile) : nullptr;
         added = has.bias ? arena.take<C>(tile) : nullptr;
+        curvatures = has_score_function(call) ? arena.take<C>(tile) : nullptr;
         tq = has.q ? arena.take<typename M::Packed>(M::packed_size(call.head_dim) * panels) : nullptr;
         tq_rows = has.q ? arena.take<char>(M::row_buffer(call.head_dim)) : nullptr;
         tk = has.k ? arena.take<char>(M::key_buffer(call.head_dim, kSumDim | kSumKeys, M::score_keys)) : nullptr;
@@ -136,11 +177,8 @@ Range fill_second(const Block<M> &block, const SecondScratch<M> &w, const Second
     const TileScratch<M> &tiles = w.backward.tiles;
     const BackwardRows<M> &packed = w.state().packed;
     const TangentTerms has(call);
-    const int64_t first = block.panel_begin(p, j0, M::key_step),
-                  keys_in_sight = max64(0, block.panel_end(p, j1) - first);
-    const MaskUse use = mask_use(block, p, first, keys_in_sight);
-    const int64_t n = use == kSeesNone ? 0 : keys_in_sight;
-    const Range range{n > 0 ? first - j0 : 0, n};
+    const auto [first, n, use] = visible_keys(block, p, j0, j1, M::key_step);
+    const Range range{first - j0, n};
     C *const all_weights[] = {w.S, w.T, w.X};
     for (C *weights : all_weights) {
         if (!weights) continue;
@@ -160,13 +198,35 @@ Range fill_second(const Block<M> &block, const SecondScratch<M> &w, const Second
     if (has.q) M::scores(keys.k_tile, range.first, n, call.head_dim, w.tq + p * packed.q_size, rows, X, top, none);
     if (has.k) M::scores(keys.tk_tile, range.first, n, call.head_dim, q, rows, w.U, top, none);
     if (has.v) M::scores(keys.tv_tile, range.first, n, call.head_dim_v, dout, rows, w.E, top, none);
-    score_tile(block, p, first, n, use, tiles.added, tiles.tanhs, {nullptr, nullptr}, S, top);
+    const bool scored = has_score_function(call);
+    C *const t = tiles.captured && !bias_gradient ? tiles.t : nullptr;
+    score_tile(block, p, first, n, use, tiles.added, tiles.tanhs, {tiles.registers, t, w.curvatures}, S, top);
     if (tiles.keep) keep_tile(tiles.keep, block, p, first, n);
     if (has.bias) fill_tangent_of_bias(w.added, block, p, first, n);
-    const C two_per_cap = block.cap != 0 ? 2 / block.cap : 0;
-    second_pass<M>({S, T, X, w.U, w.E, w.added, tiles.tanhs, tiles.keep, n, block.panel_vectors(p), has.q,
-                    block.units.factor, C(M::score_factor(call.scale)), C(call.scale), two_per_cap, bias_gradient},
-                   RowStatistics<C>(packed.rows), tangent, p * M::panel);
+    const C two_per_cap = block.cap != 0 ? 2 / block.cap : 0, per_cap = block.cap != 0 ? 1 / block.cap : 0;
+    const C x_scale = C(M::score_factor(call.scale));
+    const FunctionTile<C, M::panel> function{n, tiles.tanhs, w.curvatures, has.q ? X : w.U, t, tiles.ds, per_cap};
+    SecondTile<C> tile{S,           T,
+                       X,           w.U,
+                       w.E,         w.added,
+                       tiles.tanhs, tiles.keep,
+                       n,           block.panel_vectors(p),
+                       has.q,       block.units.factor,
+                       x_scale,     C(call.scale),
+                       two_per_cap, bias_gradient};
+    if (scored) {
+        function.before(has.q ? w.U : nullptr, x_scale);
+        if (has.q) tile.y = nullptr;
+        tile.tanhs = nullptr;
+        tile.scale = 1;
+    }
+    second_pass<M>(tile, RowStatistics<C>(packed.rows), tangent, p * M::panel);
+    if (!scored || bias_gradient) return range;
+    if (t) capture_pass(block, kScoreCapture, p, first, n, t, T, tiles.registers, tiles.captured);
+    function.after(T, X, C(call.scale));
+    if (t && X && score_section(call, kScoreSecondCapture).terms > 0) {
+        capture_pass(block, kScoreSecondCapture, p, first, n, t, tiles.ds, tiles.registers, tiles.captured);
+    }
     return range;
 }
 
@@ -211,6 +271,7 @@ void second_block(const Block<M> &block, const SecondScratch<M> &w, const Partia
     TileAhead none{};
     for (int64_t j0 = visit.begin; j0 < visit.end && !stopped(call); j0 += M::score_keys) {
         const int64_t j1 = min64(j0 + M::score_keys, visit.end), n = j1 - j0;
+        if (hidden_by_function(block, j0, j1)) continue;
         keys.load(call, w, j0, n);
         TileAhead next = next_tile(call, &keys.k, &keys.v, 1, j1, min64(j1 + M::score_keys, visit.end));
         for (int p = 0; p < block.panels; ++p) {
@@ -254,7 +315,8 @@ void second_group(const anyattn_call &call, const BackwardPart &part, const Part
     const Sequence s = sequence(call, part.b);
     const int64_t group = call.nheads / call.nheads_kv, blocks = (s.n_q + kBlockQ - 1) / kBlockQ;
     Arena arena{static_cast<char *>(memory), 0};
-    const SecondScratch<M> w(call, arena);
+    SecondScratch<M> w(call, arena);
+    w.backward.tiles.captured = part.captured;
     for (int64_t at = part.first; at < part.end && !stopped(call); at += part.step) {
         if (has_key_lists(call)) {
             second_rows<M>(call, s, part.h_kv, at, partial, sink_sums, statistics, w);

@@ -150,6 +150,16 @@ ANYATTN_NOINLINE void tangent_pass(const TangentTile<typename M::C> &tile, const
     }
 }
 
+// Multiplies the sum of products x and y (null: 0) by the derivative of a score function.
+template <class C, int P>
+ANYATTN_NOINLINE void scale_by_slopes(int64_t n, const C *slopes, const C *y, C *x) {
+    using V = typename Lanes<C>::V;
+    for (int64_t at = 0; at < n * P; at += lanes<C>) {
+        const V sum = y ? load<V>(x + at) + load<V>(y + at) : load<V>(x + at);
+        store(x + at, sum * load<V>(slopes + at));
+    }
+}
+
 // The tangent of the bias for keys [j, j + n) of panel p.
 template <class C, int P>
 void fill_tangent_of_bias(C *added, const ScoreBlock<C, P> &block, int p, int64_t j, int64_t n) {
@@ -172,9 +182,9 @@ void attend_tangent(const Block<M> &block, const TangentState<M> &state, const T
     const anyattn_call &call = block.call;
     const TileScratch<M> &tiles = w.tiles;
     const TangentTerms has(call);
-    const int64_t first = block.panel_begin(p, j0, M::key_step), n = block.panel_end(p, j1) - first, at = first - j0;
-    const MaskUse use = n > 0 ? mask_use(block, p, first, n) : kSeesNone;
-    if (use == kSeesNone) return;
+    const auto [first, n, use] = visible_keys(block, p, j0, j1, M::key_step);
+    if (n == 0) return;
+    const int64_t at = first - j0;
     typename M::V top[kPanelVectors], unused[kPanelVectors] = {};
     for (auto &x : top) x = splat(-infinity(C()));
     TileAhead none{};
@@ -183,13 +193,19 @@ void attend_tangent(const Block<M> &block, const TangentState<M> &state, const T
     M::scores(keys.k, at, n, call.head_dim, q, rows, tiles.S, top, next);
     if (has.q) M::scores(keys.k, at, n, call.head_dim, tq, rows, tiles.T, unused, none);
     if (has.k) M::scores(keys.tk, at, n, call.head_dim, q, rows, has.q ? w.U : tiles.T, unused, none);
-    score_tile(block, p, first, n, use, tiles.added, tiles.tanhs, {nullptr, nullptr}, tiles.S, top);
+    score_tile(block, p, first, n, use, tiles.added, tiles.tanhs, {tiles.registers, nullptr}, tiles.S, top);
+    const bool scored = has_score_function(call);
+    const C *more = w.U;
+    if (scored && has.products()) {
+        scale_by_slopes<C, M::panel>(n, tiles.tanhs, more, tiles.T);
+        more = nullptr;
+    }
     if (tiles.keep) keep_tile(tiles.keep, block, p, first, n);
     if (has.bias) fill_tangent_of_bias(w.added, block, p, first, n);
     const RowStatistics<C> statistics(state.packed.rows);
     const int64_t row = p * M::panel;
     const TangentTile<C> tile{tiles.S,    tiles.T, has.products() ? tiles.T : nullptr,
-                              w.U,        w.added, has.products() ? tiles.tanhs : nullptr,
+                              more,       w.added, has.products() && !scored ? tiles.tanhs : nullptr,
                               tiles.keep, n,       block.panel_vectors(p)};
     C *alpha = tiles.alpha + row, *m = state.forward.m + row;
     if (online) raise_bases<M>(block.panel_vectors(p), block.units.factor, top, m, statistics.base + row, alpha);
@@ -281,6 +297,7 @@ void tangent_blocks(const anyattn_call &call, const BlockSet &set, void *memory)
     if (!online && !has.scores() && !has.v) end = first.begin;
     for (int64_t j0 = first.begin; j0 < end && !stopped(call); j0 += M::score_keys) {
         const int64_t j1 = min64(j0 + M::score_keys, end), n = j1 - j0;
+        if (all_hidden<M>(w.blocks, set.count(), j0, j1)) continue;
         TangentKeys<M> keys{M::load_keys(k, j0, n, call.head_dim, kSumDim, w.tiles.k), {}, {}, {}};
         if (online || has.scores()) keys.v = M::load_keys(v, j0, n, call.head_dim_v, kSumKeys, w.v);
         if (has.k) keys.tk = M::load_keys(tk, j0, n, call.head_dim, kSumDim, w.tk);

@@ -52,7 +52,7 @@ class CpuBackend:
 
     name = "cpu"
     passes = frozenset((FORWARD, BACKWARD, TANGENT, SECOND, FORWARD_TANGENT, APPEND))
-    score_functions = frozenset((FORWARD, BACKWARD))
+    score_functions = passes - {APPEND}
     extras = frozenset(Extras._fields) & {*layout.ARRAYS, *layout.TABLES}
     may_fail = False
 
@@ -92,7 +92,8 @@ class CpuPlan:
             values |= _array(name, array, packed_q=problem.packed_q)
         tables = tuple(name for name in layout.TABLES if name in problem.arrays)
         if problem.score:
-            self._program = score_program.lower(problem.functions)  # kept, because the struct has its address
+            # kept, because the struct has its address
+            self._program = score_program.lower(problem.functions, second=problem.pass_ is SECOND)
             values |= _program_values(problem, *self._program.buffer_info())
         blocks = MaskBlocks(problem) if problem.functions.mask is not None else None
         values |= {} if blocks is None else blocks.fields()

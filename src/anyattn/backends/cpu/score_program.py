@@ -13,8 +13,10 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
+from ...definition.passes import SECOND
 from ...definition.problem import Problem
 from ...definition.score.derivative import differentiate
+from ...definition.score.evaluate import slope_of
 from ...definition.score.graph import BOOL, CONSTANT, FLOAT, INDICES, INT, READ, SCORE, Graph, Node
 from .score_simplify import KEYS, LANES, ONCE, PAIRS, simplify, stage_of
 
@@ -208,7 +210,7 @@ class Section:
         return to
 
     def words(self, results: Sequence[int], terms: Sequence[Term] = ()) -> list[int]:
-        """Return the section as words. results: operands of score, mask and slope; -1: none."""
+        """Return the section as words. results: operands of score, mask, slope and curvature; -1: none."""
         results, pairs = _in_place(list(results), self._code[PAIRS])
         code = [one for stage in (*self._code[:PAIRS], pairs) for one in stage]
         kept = {one % _FORM for one in (*results, *(x for term in terms for x in term[1:4])) if one != -1}
@@ -295,15 +297,17 @@ def limits(problem: Problem) -> list[str]:
     if max(problem.seqlen_q, problem.seqlen_k, *(array.size for array in graph.arrays), 0) >= 2**31:
         return ["counts queries, keys and elements of captured arrays in score functions up to 2^31 - 1"]
     try:
-        lower(graph)
+        lower(graph, second=problem.pass_ is SECOND)
     except TooLarge as error:
         return [str(error)]
     return []
 
 
 @lru_cache(256)
-def lower(graph: Graph) -> words_of[int]:
+def lower(graph: Graph, *, second: bool = False) -> words_of[int]:
     """Return the program of a graph: its arrays, and the sections for the forward pass, the slope and the gradients.
+
+    second: with the sections for the second pass, which are empty otherwise.
 
     Raises:
         TooLarge: the functions need too many registers.
@@ -314,18 +318,27 @@ def lower(graph: Graph) -> words_of[int]:
         floats = one.kind == FLOAT
         found += [0 if floats else 1, starts[floats], one.size]
         starts[floats] += one.size
-    found += _results(graph, None)
+    found += _results(graph)
+    empty = Section(graph).words((-1, -1, -1, -1))
     if graph.score is None:
-        found += _results(graph, None) + Section(graph).words((-1, -1, -1))
-        return words_of("i", found)
-    derivative = differentiate(graph)
-    found += _results(derivative.graph, derivative.slope) + _gradients(derivative.graph, derivative.reads)
+        return words_of("i", found + _results(graph) + 3 * empty)
+    first = differentiate(graph)
+    found += _results(first.graph, first.slope) + _gradients(first.graph, first.reads)
+    if not second:
+        return words_of("i", found + 2 * empty)
+    again = differentiate(slope_of(graph))
+    whole = again.graph._replace(score=graph.score)
+    found += _results(whole, first.slope, again.slope) + _gradients(whole, again.reads)
     return words_of("i", found)
 
 
-def _results(graph: Graph, slope: int | None) -> list[int]:
-    """Return the section that computes score, mask and, if it is not None, the slope of a graph."""
-    wanted = [graph.score, graph.mask, None if slope is None or _is_one(graph, slope) else slope]
+def _results(graph: Graph, slope: int | None = None, curvature: int | None = None) -> list[int]:
+    """Return the section that computes score, mask, slope and curvature of a graph. None: not computed."""
+    wanted = [graph.score, graph.mask, slope, curvature]
+    for at, implied in ((2, 1.0), (3, 0.0)):
+        number = wanted[at]
+        if number is not None and _is_constant(graph, number, implied):
+            wanted[at] = None
     simple, moved = simplify(graph, [one for one in wanted if one is not None])
     section = Section(simple)
     section.add(moved.values())
@@ -337,7 +350,7 @@ def _gradients(graph: Graph, reads: Sequence[tuple[int, int]]) -> list[int]:
     simple, moved = simplify(graph, [one for read in reads for one in read])
     section = Section(simple)
     indices = [simple.nodes[moved[read]].arguments[0] for read, _ in reads]
-    adjoints = [None if _is_one(graph, adjoint) else moved[adjoint] for _, adjoint in reads]
+    adjoints = [None if _is_constant(graph, adjoint, 1.0) else moved[adjoint] for _, adjoint in reads]
     section.add([*indices, *(one for one in adjoints if one is not None)])
     terms = []
     for (read, _), index, adjoint in zip(reads, indices, adjoints, strict=True):
@@ -347,9 +360,9 @@ def _gradients(graph: Graph, reads: Sequence[tuple[int, int]]) -> list[int]:
             terms.append(Term(number, operand, section.own(index), -1, section.stages[index]))
         else:
             terms.append(Term(number, operand, section.own(rows[0]), section.own(rows[1]), LANES))
-    return section.words((-1, -1, -1), terms)
+    return section.words((-1, -1, -1, -1), terms)
 
 
-def _is_one(graph: Graph, number: int) -> bool:
+def _is_constant(graph: Graph, number: int, value: float) -> bool:
     node = graph.nodes[number]
-    return node.operation == CONSTANT and node.value == 1.0
+    return node.operation == CONSTANT and node.value == value
