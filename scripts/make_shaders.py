@@ -25,6 +25,8 @@ ARCHIVE = ROOT / "src/anyattn/backends/vulkan/shaders.tar.xz"
 MANIFEST = ARCHIVE.with_name("shaders.json")
 COMPILER = os.environ.get("GLSLANG", "glslangValidator")
 OPTIONS = ("-V", "-g0", "--target-env", "vulkan1.1")
+# A library keeps its functions and their names.
+LIBRARY, LIBRARY_OPTIONS = "function", ("-V", "--keep-uncalled", "--target-env", "vulkan1.1")
 COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
 INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
 # Suffixes of a shader's name, and what they define
@@ -37,6 +39,9 @@ def variants() -> dict[str, tuple[Path, tuple[str, ...]]]:
     """Return binary -> its source and its definitions."""
     found = {}
     for source in sorted(SHADERS.glob("*.comp")):
+        if source.stem == LIBRARY:
+            found[LIBRARY] = (source, ())
+            continue
         shuffles = "SHUFFLE" in source.read_text(encoding="utf-8")
         kinds = MATRIX if source.stem.endswith("_matrix") else SCALAR | (SHUFFLE if shuffles else {})
         found |= {f"{source.stem}_{name}": (source, definitions) for name, definitions in kinds.items()}
@@ -50,8 +55,12 @@ def everything(source: Path) -> str:
     return "\n".join(lines) + "".join(everything(SHADERS / name) for name in INCLUDE.findall(text))
 
 
+def options(source: Path) -> tuple[str, ...]:
+    return LIBRARY_OPTIONS if source.stem == LIBRARY else OPTIONS
+
+
 def digest(source: Path, definitions: tuple[str, ...]) -> str:
-    return hashlib.sha256(" ".join((*OPTIONS, *definitions, everything(source))).encode()).hexdigest()
+    return hashlib.sha256(" ".join((*options(source), *definitions, everything(source))).encode()).hexdigest()
 
 
 def stale() -> dict[str, str]:
@@ -110,7 +119,7 @@ def compile_one(source: Path, definitions: tuple[str, ...]) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "shader.spv"
         define = [f"-D{word}" for word in definitions]
-        subprocess.run([COMPILER, *OPTIONS, *define, source, "-o", path], check=True, cwd=SHADERS)
+        subprocess.run([COMPILER, *options(source), *define, source, "-o", path], check=True, cwd=SHADERS)
         return path.read_bytes()
 
 

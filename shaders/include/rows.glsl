@@ -2,13 +2,12 @@
 
 struct Row {
     ScoreRow line;
-    uint h;
     bool used;
     int begin, end;  // interval of visible keys
 };
 
 Row make_row(Sequence s, int i, uint h, bool used) {
-    return Row(score_row(s, i, h), h, used, key_begin(s, i), key_end(s, i));
+    return Row(score_row(s, i, h), used, key_begin(s, i), key_end(s, i));
 }
 
 // Return a packed row of [begin, end). Rows outside become the nearest row inside, marked as not used.

@@ -1,24 +1,17 @@
 // Compute the score in log2 units from the product <q_i, k_j>; UNSEEN for a masked pair.
+#include "include/numbers.glsl"
+#include "include/function.glsl"
 
 layout(std430, binding = 7) readonly buffer Bias { uint bias_words[]; };
 layout(std430, binding = 8) readonly buffer Mask { uint mask_words[]; };
 
 const float UNSEEN = -3.0e38, SEEN = -1.0e38;  // a value above SEEN is a score
-const float LOG2E = 1.4426950408889634, LN2 = 0.6931471805599453;
 #define MINUS_INFINITY uintBitsToFloat(0xff800000u)
-
-// tanh(x). The built-in function may lose all bits of small values.
-float accurate_tanh(float x) {
-    float a = abs(x);
-    float square = x * x;
-    float small = x * (1.0 + square * (-0.33333334 + square * (0.13333334 + square * (-0.053968254 + square * 0.021869488))));
-    float large = 1.0 - 2.0 / (exp2(min(a, 20.0) * (2.0 * LOG2E)) + 1.0);
-    return a < 0.25 ? small : sign(x) * large;
-}
 
 // The row of a score: query row, query head, ALiBi slope in log2 units, and the addresses of its rows in bias and mask.
 struct ScoreRow {
     int i;
+    uint h;
     float slope;
     uint bias, mask;
 };
@@ -26,7 +19,7 @@ struct ScoreRow {
 ScoreRow score_row(Sequence s, int i, uint h) {
     uint h0 = h - launch.first_head * t.group, b = s.index - launch.first_batch;
     float slope = has(ALIBI) ? heads[s.index * t.nheads + h].x * LOG2E : 0.0;
-    return ScoreRow(i, slope, b * t.bias_batch + h0 * t.bias_head + i * t.bias_row,
+    return ScoreRow(i, h, slope, b * t.bias_batch + h0 * t.bias_head + i * t.bias_row,
                     b * t.mask_batch + h0 * t.mask_head + i * t.mask_row);
 }
 
@@ -40,10 +33,12 @@ bool mask_value(uint at) { return (mask_words[at >> 2] >> (8u * (at & 3u)) & 0xf
 float score(Sequence s, ScoreRow row, int j, float product, out float tanh_value) {
     precise float x = product * t.scale;  // `precise`: the same bits with every set of features
     tanh_value = 0.0;
+    if (has(FUNCTION) && !mask_mod(s.index, int(row.h), row.i, j)) return UNSEEN;
     if (has(SOFTCAP)) {
         tanh_value = accurate_tanh(x / t.softcap);
         x = t.softcap * tanh_value;
     }
+    if (has(FUNCTION)) x = score_mod(x, s.index, int(row.h), row.i, j);
     x *= LOG2E;
     if (has(BIAS)) {
         float bias = bias_value(row.bias + j * t.bias_key);

@@ -12,8 +12,9 @@ import torch
 import anyattn
 from anyattn import testing
 from anyattn.definition import accuracy
-from harness.backends import COMPUTES_FUNCTIONS, Engine
-from harness.score_gallery import HEADS, N_K, N_Q, Entry, arrays, dense, gallery
+from anyattn.runtime import dispatch
+from harness.backends import ADDS_CAPTURED, COMPUTES_FUNCTIONS, Engine
+from harness.score_gallery import BATCH, HEADS, N_K, N_Q, Entry, arrays, dense, gallery
 from harness.selection import every_backend
 
 NAMES = tuple(gallery())
@@ -51,22 +52,35 @@ def is_slow(engine: Engine, name: str, dtype: str) -> bool:
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 @pytest.mark.parametrize("name", NAMES)
 def test_the_gallery_is_computed_within_its_error_budgets(name: str, dtype: str, engine: Engine) -> None:
-    check(*of_gallery(name, dtype), engine)
+    check(*of_gallery(name, dtype, engine.backend in ADDS_CAPTURED), engine)
 
 
 @lru_cache(maxsize=2)
-def of_gallery(name: str, dtype: str) -> tuple[dict[str, Any], torch.Tensor, list[dict[str, accuracy.Expected]]]:
-    """Return the arguments of a call, dout, and what the definition computes, once for all engines."""
-    entry = gallery()[name]
+def of_gallery(
+    name: str, dtype: str, captured: bool
+) -> tuple[dict[str, Any], torch.Tensor, list[dict[str, accuracy.Expected]]]:
+    """Return the arguments of a call, dout, and what the definition computes, once for all engines.
+
+    captured: with the gradients of captured arrays.
+    """
+    entry = of_name(name, captured)
     q, k, v, dout = arrays(getattr(torch, dtype))
     arguments: dict[str, Any] = {"q": q, "k": k, "v": v, "score_mod": entry.score_mod, "mask_mod": entry.mask_mod}
     return arguments, dout, expected(arguments, dout)
 
 
+def of_name(name: str, captured: bool) -> Entry:
+    """Return an entry of the gallery. captured: its arrays have gradients."""
+    entry = gallery()[name]
+    for leaf in entry.leaves:
+        leaf.requires_grad_(captured)
+    return entry
+
+
 @every_backend(interpreter=True, only=COMPUTES_FUNCTIONS)
 @pytest.mark.parametrize("name", ["causal", "documents", "relative_clamped", "mixed", "per_head", "temperature"])
 def test_packed_sequences_count_from_their_own_start(name: str, engine: Engine) -> None:
-    entry = gallery()[name]
+    entry = of_name(name, engine.backend in ADDS_CAPTURED)
     q, k, v, dout = (x[0] for x in arrays(torch.float32))
     boundaries = torch.tensor([[0, 30, N_Q], [0, 41, N_K]], dtype=torch.int32)
     arguments = {
@@ -78,7 +92,7 @@ def test_packed_sequences_count_from_their_own_start(name: str, engine: Engine) 
 
 @every_backend(interpreter=True, only=COMPUTES_FUNCTIONS)
 def test_functions_combine_with_every_other_argument(engine: Engine) -> None:
-    entry = gallery()["mixed"]
+    entry = of_name("mixed", engine.backend in ADDS_CAPTURED)
     q, k, v, dout = arrays(torch.float32)
     arguments = {
         **{"q": q, "k": k, "v": v, "score_mod": entry.score_mod, "mask_mod": gallery()["dilated"].mask_mod},
@@ -195,9 +209,22 @@ def test_samples_of_vmap_count_their_own_batch() -> None:
     assert torch.equal(torch.vmap(call)(samples), torch.stack([call(x) for x in samples]))
 
 
-def test_a_backend_without_score_functions_names_those_that_compute_them() -> None:
+def test_a_backend_without_a_pass_of_score_functions_names_those_that_compute_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dispatch.get("vulkan"), "score_functions", frozenset())
     q, k, v, _ = arrays(torch.float32)
     with pytest.raises(
         NotImplementedError, match="vulkan: has no forward pass with score_mod and mask_mod; computed by cpu"
     ):
         anyattn.attention(q, k, v, score_mod=lambda s, b, h, i, j: s * s, backend="vulkan")
+
+
+def test_a_backend_without_gradients_of_captured_arrays_refuses_them_by_name() -> None:
+    q, k, v, dout = arrays(torch.float32)
+    table = torch.ones(N_K, requires_grad=True)
+    out, lse = torch.zeros_like(dout), torch.zeros(BATCH, HEADS, N_Q)
+    with pytest.raises(NotImplementedError, match="vulkan: has no gradients of captured arrays; computed by cpu"):
+        anyattn.attention_backward(
+            dout, q, k, v, out, lse, score_mod=lambda s, b, h, i, j: s * table[j], backend="vulkan"
+        )

@@ -78,6 +78,24 @@ def test_attention_equals_that_of_host_arrays(dtype: np.dtype[Any]) -> None:
     assert near(again, anyattn.attention(*[out.numpy()] * 3, backend="numpy"))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_score_functions_equal_those_on_host_arrays(dtype: np.dtype[Any]) -> None:
+    """Functions that stay functions, a mask that becomes `causal`, and documents, which are not reshaped here."""
+    rng = np.random.default_rng(4)
+    q, k, v = draw(rng, dtype, 2, 33, 4, 40), draw(rng, dtype, 2, 33, 2, 40), draw(rng, dtype, 2, 33, 2, 12)
+    table, document = (anyattn.captured(x) for x in (rng.random((4, 33), np.float32), np.arange(33) // 9))
+
+    def score_mod(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return np.tanh(score) * table[h, kv_idx] + (q_idx - kv_idx) / 20 * b
+
+    masks = (lambda b, h, i, j: i >= j, lambda b, h, i, j: (document[i] == document[j]) & (i >= j))
+    for mask_mod in (None, *masks):
+        functions: dict[str, Any] = {"score_mod": score_mod, "mask_mod": mask_mod, "return_lse": True}
+        out, lse = anyattn.attention(DeviceArray(q), DeviceArray(k), DeviceArray(v), **functions)
+        want, want_lse = anyattn.attention(q, k, v, backend="numpy", **functions)
+        assert near(out.numpy(), want) and near(lse, want_lse)
+
+
 def test_packed_attention_equals_that_of_host_arrays() -> None:
     rng = np.random.default_rng(2)
     x = draw(rng, DTYPES[0], 40, 2, 16)

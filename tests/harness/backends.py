@@ -35,7 +35,8 @@ MAY_REFUSE = {
 }
 
 
-COMPUTES_FUNCTIONS = ("cpu", "numpy", "triton")  # backends of score_mod and mask_mod
+COMPUTES_FUNCTIONS = ("cpu", "numpy", "triton", "vulkan")  # backends of score_mod and mask_mod
+ADDS_CAPTURED = ("cpu", "numpy", "triton")  # backends of the gradients of captured arrays
 DERIVES = ("cpu", "numpy", "triton")  # backends of tangents and second derivatives
 DERIVES_FUNCTIONS = ("cpu", "numpy")  # backends of these with score_mod and mask_mod
 
@@ -60,7 +61,8 @@ class Engine:
             return self.backend != "numpy"
         if problem.pass_ is BACKWARD and problem.quantised and self.backend not in ("numpy", "triton"):
             return True
-        if problem.score and self.backend not in COMPUTES_FUNCTIONS:
+        captures = any(array.gradient for array in problem.functions.arrays)
+        if problem.pass_ is BACKWARD and captures and self.backend not in ADDS_CAPTURED:
             return True
         limits = MAY_REFUSE.get(self.backend)
         if limits is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +16,9 @@ from ..definition.passes import FORWARD
 from ..definition.problem import Array
 from ..runtime import dispatch, execute
 from . import numpy as numpy_arrays
+from .score_arguments import ATTENTION, ScoreFunctions, Use, with_traced
 from .score_arguments import Call as ReplacedCall
-from .score_arguments import ScoreFunctions, Use
+from .score_functions import trace_numpy
 from .scores import Stage
 
 NDArray = npt.NDArray[Any]
@@ -161,17 +162,14 @@ def merge(out_a: DeviceArray, lse_a: NDArray, out_b: DeviceArray, lse_b: NDArray
 def attention_with_functions(
     inputs: Inputs, options: Options, functions: ScoreFunctions, seed: int | None, return_lse: bool, backend: str | None
 ) -> tuple[Any, Any]:
-    return _refuse_functions()
+    call = with_functions(inputs, options, *functions, ATTENTION)
+    return call.results(*attention(call.inputs, call.options, seed, return_lse, backend))
 
 
 def with_functions(inputs: Inputs, options: Options, score_mod: Any, mask_mod: Any, use: Use) -> ReplacedCall:
-    return _refuse_functions()
-
-
-def _refuse_functions() -> NoReturn:
-    raise NotImplementedError(
-        "score_mod and mask_mod are not supported for Vulkan device arrays. Pass NumPy arrays or torch tensors."
-    )
+    """Return a call with functions that read NumPy arrays. Its queries and keys stay as they are on the device."""
+    traced = trace_numpy(score_mod, mask_mod, _device_array("q", inputs.q), use.captured_gradients)
+    return with_traced(traced, inputs, options, use._replace(reshapes=False))
 
 
 def prepare(inputs: Inputs, seed: int | None) -> Inputs:

@@ -88,6 +88,11 @@ def score_region(shape: tuple[int, ...], itemsize: int) -> Region:
     return Region(sizes, (kept[0], kept[1], kept[2], kept[3]), itemsize)
 
 
+def words_region(count: int) -> Region:
+    """Return the region of numbers that every head and sequence reads."""
+    return Region((1, 1, 1, count), (0, 0, 0, 1), 4)
+
+
 def _round(items: int, itemsize: int) -> int:
     step = ALIGNMENT // itemsize
     return -(-items // step) * step

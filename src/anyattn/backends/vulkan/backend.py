@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from ...config import settings
 from ...definition.errors import DeviceError
-from ...definition.passes import APPEND, BACKWARD, FORWARD, Pass
+from ...definition.passes import APPEND, BACKWARD, FORWARD
 from ...definition.problem import Problem
+from ...definition.score.derivative import differentiate
 from ..base import Plan, without_cache_gradients, without_starts
 from ..host_append import HostAppendPlan
 from . import offload
@@ -22,7 +23,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 # Optional arrays that the kernels read.
 EXTRAS = (
     *("bias", "mask", "alibi_slopes", "sink", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"),
-    *("leftpad_k", "offset", "block_table", "cache_batch_idx", "rng_state"),
+    *("leftpad_k", "offset", "block_table", "cache_batch_idx", "rng_state", "captured", "captured_indices"),
 )
 MAX_HEAD_DIM = 256
 EVIDENCE = {
@@ -36,7 +37,7 @@ class VulkanBackend:
 
     name = "vulkan"
     passes = frozenset((FORWARD, BACKWARD, APPEND))
-    score_functions = frozenset[Pass]()
+    score_functions = frozenset((FORWARD, BACKWARD))
     extras = frozenset(EXTRAS)
     may_fail = True
 
@@ -176,4 +177,6 @@ def _backward_reasons(problem: Problem) -> list[str]:
         dtype = getattr(problem, name).dtype
         if dtype != problem.dtype:
             reasons.append(f"supports {name} in q's dtype {problem.dtype}, got {dtype}")
+    if problem.functions.score is not None and differentiate(problem.functions).reads:
+        reasons.append("has no gradients of captured arrays; computed by cpu, triton, numpy")
     return reasons

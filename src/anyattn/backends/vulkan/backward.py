@@ -23,7 +23,7 @@ FLOAT = 4  # bytes
 STEP = ALIGNMENT // FLOAT
 UPLOADED = ("q", "k", "v", *SCORES, "out", "lse", "dout", "dlse")
 DELTA_BINDINGS = ("tables", "heads", "out", "", "", "dout", "lse", "", "", "dlse", "stats", "sink_terms")
-BINDINGS = ("tables", "heads", "q", "k", "v", "dout", "stats", "bias", "mask", "")
+BINDINGS = ("tables", "heads", "q", "k", "v", "dout", "stats", "bias", "mask", "captured")
 WHOLE = Launch((0, 1), (0, 1))  # for shaders that treat an array as one row of numbers
 # Operations per score in addition to the products.
 SCORE_OPERATIONS = 24
@@ -129,10 +129,12 @@ class BackwardPlan(DevicePlan):
         if call.dsink is not None:
             self._finish_sink(job, buffers["sink_terms"], call)
         job.finish()
+        if call.dcaptured is not None:  # the functions read no array that has a gradient
+            numpy_view(call, "dcaptured")[...] = 0  # type: ignore[index]
 
     def _nothing(self, call: Call) -> None:
         """Return zero gradients, because there are no queries."""
-        for name in ("dq", "dk", "dv", "dbias", "dsink"):
+        for name in ("dq", "dk", "dv", "dbias", "dsink", "dcaptured"):
             array = numpy_view(call, name)
             if array is not None:
                 array[...] = 0

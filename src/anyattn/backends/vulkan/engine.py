@@ -19,7 +19,7 @@ from .arrays import Region, arranged, write
 from .commands import Commands, Slice
 from .device import Device
 from .memory import Buffer, Memory
-from .pipeline import Layout, Pipelines
+from .pipeline import Layout, Pipelines, linked
 from .tuning import Config
 
 T = TypeVar("T")
@@ -74,8 +74,13 @@ class Engine:
 
     def pipeline(self, shader: str, config: Config) -> int:
         """Return the handle of a shader's pipeline."""
-        name = config.module(shader)
-        return self.pipelines.get(name, config.constants(), unroll=config.unroll, subgroup=config.subgroup)
+        return self.pipelines.get(
+            config.module(shader),
+            config.constants(),
+            unroll=config.unroll,
+            subgroup=config.subgroup,
+            functions=linked(shader, config.score),
+        )
 
 
 _engines: dict[Device, Engine] = {}

@@ -16,15 +16,16 @@ from ...definition.problem import Array, Problem
 from ...definition.sequences import sequences
 from ..base import Call
 from . import tables, tuning
-from .arrays import VECTOR, Region, lse_region, rows_region, score_region
+from .arrays import VECTOR, Region, lse_region, rows_region, score_region, words_region
 from .commands import Slice
 from .device_array import DeviceArray, device_width
 from .device_info import DeviceInfo
 from .engine import DevicePlan, Engine, Grid, Job, Launch, launches
 from .memory import Buffer
+from .score_code import generate
 
-BINDINGS = ("tables", "heads", "q", "k", "v", "out", "lse", "bias", "mask")
-SPLIT_BINDINGS = ("tables", "heads", "q", "k", "v", "", "partial_lse", "bias", "mask", "partial")
+BINDINGS = ("tables", "heads", "q", "k", "v", "out", "lse", "bias", "mask", "", "captured")
+SPLIT_BINDINGS = ("tables", "heads", "q", "k", "v", "", "partial_lse", "bias", "mask", "partial", "captured")
 COMBINE_BINDINGS = ("tables", "", "", "", "", "out", "lse", "", "", "partial", "partial_lse")
 MINUS_INFINITY = 0xFF800000
 SCORES = ("bias", "mask")
@@ -34,7 +35,10 @@ SOFTMAX_OPERATIONS = 16
 
 
 def problem_regions(problem: Problem, dim: int, dim_v: int) -> dict[str, Region]:
-    """Return the regions of q, k, v, out, lse and, if given, bias and mask. dim and dim_v count vectors."""
+    """Return the regions of q, k, v, out, lse and, if given, bias, mask and captured arrays.
+
+    dim and dim_v count vectors.
+    """
     itemsize = DTYPES[problem.dtype].itemsize
     width, width_v = VECTOR * dim, VECTOR * dim_v
     if problem.device != "cpu":
@@ -50,6 +54,8 @@ def problem_regions(problem: Problem, dim: int, dim_v: int) -> dict[str, Region]
         array: Array | None = getattr(problem, name)
         if array is not None:
             regions[name] = score_region(array.shape, DTYPES[array.dtype].itemsize)
+    if problem.score:
+        regions["captured"] = words_region(generate(problem.score).count_words(problem.functions))
     return regions
 
 
@@ -209,7 +215,7 @@ def numpy_view(call: Call, name: str) -> npt.NDArray[Any] | None:
 
 
 def upload_tables(job: Job, problem: Problem, values: tables.Values, call: Call) -> dict[str, Buffer]:
-    """Return the buffers of bindings 0 and 1."""
+    """Return the buffers of bindings 0 and 1, and the numbers of score functions."""
     views = {name: numpy_view(call, name) for name in TABLES}
     rest = [tables.sequence_rows(problem, list(sequences(problem, views))).ravel()]
     if views["block_table"] is not None:
@@ -217,4 +223,8 @@ def upload_tables(job: Job, problem: Problem, values: tables.Values, call: Call)
     rng_state = numpy_view(call, "rng_state") if problem.dropout_threshold else None
     block = tables.pack(values, rng_state, np.concatenate(rest))
     per_head = tables.head_rows(problem, numpy_view(call, "alibi_slopes"), numpy_view(call, "sink"))
-    return {"tables": job.upload_bytes(block), "heads": job.upload_bytes(per_head.ravel())}
+    found = {"tables": job.upload_bytes(block), "heads": job.upload_bytes(per_head.ravel())}
+    if problem.score:
+        arrays = [numpy_view(call, name) for name in ("captured", "captured_indices")]
+        found["captured"] = job.upload_bytes(generate(problem.score).words(*arrays))
+    return found

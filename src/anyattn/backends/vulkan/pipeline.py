@@ -10,18 +10,22 @@ import warnings
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from ...config import package, private_files, settings
 from . import api
 from .api import COMPUTE_STAGE, address, make, u64
 from .device import Device
 from .device_info import STORAGE_BUFFERS
+from .linking import BINDINGS, link
+from .score_code import Body, generate
 from .spirv import freeze
 
 STORAGE_BUFFER = 7
 PUSH_BYTES = 32
 FULL_SUBGROUPS = 2
 DIGEST_BYTES = 32
+LIBRARY = "function"  # module of functions that other modules are linked with
 
 logger = logging.getLogger("anyattn")
 
@@ -87,22 +91,47 @@ class Kept:
             self._path = ""
 
 
+class Linked(NamedTuple):
+    """Bodies of functions, and the binding of the numbers that they read."""
+
+    bodies: tuple[tuple[str, Body], ...]
+    binding: int
+
+    def link(self, module: bytes) -> bytes:
+        return link(module, binary(LIBRARY), dict(self.bodies), self.binding)
+
+
+def linked(shader: str, score: str) -> Linked | None:
+    """Return what is linked into a shader for the text of functions, or None."""
+    return Linked(generate(score).bodies, BINDINGS[shader]) if score and shader in BINDINGS else None
+
+
 class Pipelines:
     """Pipelines of a device by name and constants, each created at first use."""
 
     def __init__(self, device: Device, layout: Layout) -> None:
         self.device, self.layout = device, layout
         self._kept = Kept(device)
-        self._made: dict[tuple[str, tuple[tuple[int, int], ...], bool], int] = {}
+        self._made: dict[tuple[Any, ...], int] = {}
 
-    def get(self, name: str, constants: Mapping[int, int], *, unroll: bool, subgroup: int = 0) -> int:
+    def get(
+        self,
+        name: str,
+        constants: Mapping[int, int],
+        *,
+        unroll: bool,
+        subgroup: int = 0,
+        functions: Linked | None = None,
+    ) -> int:
         """Return the handle of the pipeline of a shader with these specialization constants.
 
         subgroup: the required size of its subgroups, which must all be full; 0: any.
+        functions: those that are linked into the shader.
         """
-        key = (name, tuple(sorted(constants.items())), unroll)
+        key = (name, tuple(sorted(constants.items())), unroll, functions)
         if key not in self._made:
-            self._made[key] = self._create(freeze(binary(name), constants, unroll=unroll), subgroup)
+            module = binary(name) if functions is None else functions.link(binary(name))
+            self._made[key] = self._create(freeze(module, constants, unroll=unroll), subgroup)
             self._kept.save()
         return self._made[key]
 

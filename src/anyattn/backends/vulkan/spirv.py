@@ -53,6 +53,16 @@ _BINARY: dict[int, Callable[[int, int], int]] = {
 }
 
 
+def instructions(words: Words) -> list[Words]:
+    """Return the instructions of a module."""
+    found, at = [], HEADER
+    while at < len(words):
+        length = words[at] >> 16
+        found.append(words[at : at + length])
+        at += length
+    return found
+
+
 def freeze(module: bytes, constants: Mapping[int, int], *, unroll: bool = False) -> bytes:
     """Return the module with `constants` (by specialization id); other constants keep their defaults.
 
@@ -73,24 +83,16 @@ class _Freezer:
         self.size: Words = []
 
     def run(self) -> bytes:
-        for word in self._instructions():
+        for word in instructions(self.words):
             self._look(word)
         out, local_size = self.words[:HEADER], 0
-        for word in self._instructions():
+        for word in instructions(self.words):
             if word[0] & 0xFFFF == EXECUTION_MODE and word[2] == LOCAL_SIZE:
                 local_size = len(out) + 3
             out += self._rewrite(word)
         if local_size and self.size:
             out[local_size : local_size + 3] = self.size
         return np.array(out, "<u4").tobytes()
-
-    def _instructions(self) -> list[Words]:
-        found, at = [], HEADER
-        while at < len(self.words):
-            length = self.words[at] >> 16
-            found.append(self.words[at : at + length])
-            at += length
-        return found
 
     def _look(self, word: Words) -> None:
         """Record decorations and types, which precede the instructions that they refer to."""

@@ -32,7 +32,7 @@ HEADER_STRUCT = struct.Struct("=" + "".join(kind for _, kind in HEADER))
 SEQUENCE_INTS = 8
 FEATURES = {
     **{"left": 1, "right": 2, "chunk": 4, "softcap": 8, "alibi": 16, "sink": 32, "dropout": 64, "paged": 128},
-    **{"mask": 256, "bias_f32": 512, "bias_16": 1024, "split": 2048, "dlse": 4096},
+    **{"mask": 256, "bias_f32": 512, "bias_16": 1024, "split": 2048, "dlse": 4096, "function": 8192},
 }
 SPLIT = FEATURES["split"]
 FARTHEST = 2**29  # larger offsets would overflow the shaders' positions
@@ -49,6 +49,8 @@ def feature_bits(problem: Problem) -> int:
         names.append("bias_f32" if problem.bias.dtype == "float32" else "bias_16")
     if problem.dlse is not None:
         names.append("dlse")
+    if problem.score:
+        names.append("function")
     return sum(FEATURES[name] for name in names)
 
 

@@ -9,6 +9,7 @@ from ...definition.problem import Problem
 from .arrays import VECTOR
 from .device_info import MATRICES, SCALAR, SHUFFLES, DeviceInfo
 from .matrices import Shape
+from .score_code import generate
 from .tables import feature_bits
 
 
@@ -28,6 +29,7 @@ class Config:
     shuffle: bool
     matrix: Shape | None = None
     subgroup: int = 0  # for matrices, which need subgroups of one size
+    score: str = ""  # text of the functions that are linked into the module
 
     def constants(self) -> dict[int, int]:
         """Return the constants by specialization id."""
@@ -59,7 +61,7 @@ class Config:
         return self.workgroup // self.lanes * self.rows
 
 
-ALL_FEATURES = 8191
+ALL_FEATURES = 8191  # except functions, with which each module is compiled anyway
 FEW_FLOPS = 5e7  # of one head; below this, a software driver takes longer to compile a kernel than to run it
 GENERIC_DIM = 16
 # Mesa's software driver silently ends a shader's loops after 65,535 iterations in total.
@@ -123,16 +125,18 @@ def scalar_config(info: DeviceInfo, problem: Problem) -> Config:
             problem.device == "cpu"
             and problem.seqlen_q * problem.seqlen_k * (problem.head_dim + problem.head_dim_v) * 2.0 < FEW_FLOPS
         )
-        if few:
+        if few and not problem.score:
             dim, dim_v = (_round(x, GENERIC_DIM) for x in (dim, dim_v))
             features = ALL_FEATURES
-        return Config(32, dim, dim_v, 1, 1 if few else 4, 4, features, problem.dtype, False, False)
+        rows = 1 if few else 4
+        return Config(32, dim, dim_v, 1, rows, 4, features, problem.dtype, False, False, score=problem.score)
     lanes = 1
     while lanes < 8 and max(dim, dim_v) > 4 * lanes:
         lanes *= 2
     shuffle = info.shuffle and info.subgroup >= lanes
     dim, dim_v = _round(dim, lanes), _round(dim_v, lanes)
-    return Config(min(128, info.invocations), dim, dim_v, lanes, 2, 4, features, problem.dtype, True, shuffle)
+    workgroup, score = min(128, info.invocations), problem.score
+    return Config(workgroup, dim, dim_v, lanes, 2, 4, features, problem.dtype, True, shuffle, score=score)
 
 
 def split_keys(info: DeviceInfo, problem: Problem, config: Config) -> int:
@@ -141,7 +145,7 @@ def split_keys(info: DeviceInfo, problem: Problem, config: Config) -> int:
     Splits start at multiples of this number. Otherwise a sequence's result would depend on its batch.
     """
     if info.software:
-        return SOFTWARE_ITERATIONS // _step_iterations(config) * config.keys
+        return _steps(_step_iterations(config)) * config.keys
     workgroups = problem.batch * problem.nheads_kv * -(-problem.seqlen_q * problem.group // config.tile)
     if problem.batch_invariant or workgroups >= FEW_WORKGROUPS:
         return max(problem.seqlen_k, 1)
@@ -150,7 +154,9 @@ def split_keys(info: DeviceInfo, problem: Problem, config: Config) -> int:
 
 def _step_iterations(config: Config) -> int:
     """Return the iterations of all loops in one step of the forward pass over KEYS keys."""
-    return _matrix_iterations(config) if config.matrix else (config.dim + config.dim_v) // config.lanes + 1
+    if config.matrix:
+        return _matrix_iterations(config)
+    return (config.dim + config.dim_v) // config.lanes + 1 + _function_iterations(config)
 
 
 def _matrix_iterations(config: Config) -> int:
@@ -159,7 +165,12 @@ def _matrix_iterations(config: Config) -> int:
     vectors = config.dim + config.dim_v
     staged = -(-config.keys * vectors // config.workgroup) + config.keys
     tiles = config.keys // min(config.matrix.n, config.matrix.k)
-    return staged + 2 * tiles * vectors + 2 * config.rows * config.keys
+    return staged + 2 * tiles * vectors + 2 * config.rows * config.keys + _function_iterations(config)
+
+
+def _function_iterations(config: Config) -> int:
+    """Return the iterations of loops in the score functions of one step, at most."""
+    return config.rows * config.keys * generate(config.score).iterations if config.score else 0
 
 
 def backward_configs(info: DeviceInfo, problem: Problem) -> dict[str, Config]:
@@ -201,13 +212,22 @@ def part_sizes(info: DeviceInfo, configs: Mapping[str, Config]) -> dict[str, int
         return dict.fromkeys(("dq", "dkdv", "dbias", "sum"), UNBOUNDED)
     dq, dkdv = configs["dq"], configs["dkdv"]
     dim, dim_v = dq.dim, dq.dim_v
-    steps = {"dq": (2 * dim + dim_v + 1, dq.keys), "dkdv": (2 * (dim + dim_v) + 1, dkdv.rows)}
+    loops = {name: _function_iterations(configs[name]) for name in ("dq", "dkdv", "dbias")}
+    steps = {
+        "dq": (2 * dim + dim_v + 1 + loops["dq"], dq.keys),
+        "dkdv": (2 * (dim + dim_v) + 1 + loops["dkdv"], dkdv.rows),
+    }
     steps |= {name: (_matrix_iterations(x), x.keys) for name, x in configs.items() if x.matrix}
     return {
-        **{name: SOFTWARE_ITERATIONS // iterations * size for name, (iterations, size) in steps.items()},
-        "dbias": SOFTWARE_ITERATIONS // (dim + dim_v + 1),
+        **{name: _steps(iterations) * size for name, (iterations, size) in steps.items()},
+        "dbias": _steps(dim + dim_v + 1 + loops["dbias"]),
         "sum": SOFTWARE_ITERATIONS * configs["sum"].workgroup,
     }
+
+
+def _steps(iterations: int) -> int:
+    """Return the steps of one dispatch of a software driver, if each has this many iterations."""
+    return max(SOFTWARE_ITERATIONS // iterations, 1)
 
 
 def bias_tiles(problem: Problem, config: Config) -> tuple[int, int]:
