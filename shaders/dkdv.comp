@@ -100,6 +100,13 @@ void step_rows(Sequence s, uint h_kv, int first, uint packed, uint begin, uint e
         q_at[n] = rows_at(s, row.line.h, t.q_head, t.q_batch, t.q_row) + row.line.i * t.q_row + lane();
         dout_at[n] = rows_at(s, row.line.h, t.out_head, t.out_batch, t.out_row) + row.line.i * t.out_row + lane();
     }
+    if (has(FUNCTION) && ALONE) {
+        bool seen = false;
+        [[unroll]] for (uint n = 0; n < ROWS; ++n) [[unroll]] for (uint c = 0; c < KEYS; ++c) {
+            seen = seen || sees(s, rows[n], key_slot(s, first, c));
+        }
+        if (!seen) return;
+    }
     products(q_at, dout_at, x, dp);
     [[unroll]] for (uint n = 0; n < ROWS; ++n) {
         vec2 stats = row_stats(s, rows[n]);

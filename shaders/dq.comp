@@ -76,6 +76,15 @@ void add_keys(uint at[KEYS], float dt[ROWS][KEYS]) {
     }
 }
 
+// Return whether a row of this invocation may attend to one of KEYS keys.
+bool sees_step(Sequence s, int j) {
+    bool seen = false;
+    [[unroll]] for (uint n = 0; n < ROWS; ++n) [[unroll]] for (uint c = 0; c < KEYS; ++c) {
+        seen = seen || sees(s, rows[n], j + int(c));
+    }
+    return seen;
+}
+
 void main() {
     uint h_kv = unit_head();
     Sequence s = read_sequence(unit_batch());
@@ -88,6 +97,7 @@ void main() {
     load_rows(s, h_kv, first, count);
     uint k_first = keys_at(s, h_kv, t.k_head, t.k_batch, t.k_row), v_first = keys_at(s, h_kv, t.v_head, t.v_batch, t.v_row);
     for (int j = start; j < stop; j += int(KEYS)) {
+        if (has(FUNCTION) && ALONE && !sees_step(s, j)) continue;
         uint k_at[KEYS], v_at[KEYS];
         float x[ROWS][KEYS], dt[ROWS][KEYS];
         find_keys(s, k_first, t.k_batch, t.k_row, j, start, stop, k_at);

@@ -119,6 +119,15 @@ void write_rows(Sequence s) {
     }
 }
 
+// Return whether a row of this invocation may attend to one of KEYS keys.
+bool sees_step(Sequence s, int j) {
+    bool seen = false;
+    [[unroll]] for (uint n = 0; n < ROWS; ++n) [[unroll]] for (uint c = 0; c < KEYS; ++c) {
+        seen = seen || sees(s, rows[n], j + int(c));
+    }
+    return seen;
+}
+
 void main() {
     uint h_kv = unit_head();
     Sequence s = read_sequence(unit_batch());
@@ -128,6 +137,7 @@ void main() {
     KeyRange keys = key_range(s, first, min(first + SLOTS * ROWS, count) - 1);
     uint k_at = keys_at(s, h_kv, t.k_head, t.k_batch, t.k_row), v_at = keys_at(s, h_kv, t.v_head, t.v_batch, t.v_row);
     for (int j = keys.start; j < keys.stop; j += int(KEYS)) {
+        if (has(FUNCTION) && ALONE && !sees_step(s, j)) continue;
         uint at[KEYS];
         float x[ROWS][KEYS], rescale[ROWS];
         find_keys(s, k_at, t.k_batch, t.k_row, j, keys.begin, keys.end, at);

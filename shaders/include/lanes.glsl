@@ -9,11 +9,13 @@ uint slot() { return gl_LocalInvocationID.x / LANES; }
 float sum4(vec4 x) { return (x.x + x.y) + (x.z + x.w); }
 
 #ifdef SHUFFLE
+const bool ALONE = true;  // the lanes of a row or a key may skip work without the rest of the workgroup
 float sum_lanes(float x) {
     [[unroll]] for (uint step = 1; step < LANES; step *= 2) x += subgroupShuffleXor(x, step);
     return x;
 }
 #else
+const bool ALONE = LANES == 1;
 shared float sums[LANES == 1 ? 1 : WORKGROUP * ROWS * KEYS];
 #endif
 

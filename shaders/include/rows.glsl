@@ -26,6 +26,11 @@ uint out_at(Sequence s, uint h_kv, uint packed) {
     return rows_at(s, h, t.out_head, t.out_batch, t.out_row) + packed / t.group * t.out_row;
 }
 
+// Return whether a row may attend to key j.
+bool sees(Sequence s, Row row, int j) {
+    return row.used && j >= row.begin && j < row.end && mask_mod(s.index, int(row.line.h), row.line.i, j);
+}
+
 // The keys that packed rows see: at least one row [begin, end), every row [full_begin, full_end), and where steps start
 // and stop. Steps begin at multiples of KEYS, as do the groups of dropout and the parts of split keys.
 struct KeyRange {

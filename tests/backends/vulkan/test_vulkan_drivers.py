@@ -72,6 +72,19 @@ def test_matrix_kernels_pass_on_mesa() -> None:
     assert passed("mesa", "tests/backends/vulkan/test_vulkan_matrices.py", ANYATTN_VULKAN_VALIDATE="1") >= 18
 
 
+FUNCTIONS = "tests/backends/vulkan/test_vulkan_functions.py"
+SAMPLE = "half or integers or decoding or stub or loops"  # of their tests
+
+
+def test_score_functions_pass_on_mesa() -> None:
+    """The float16 tests compute products by matrices. A child process, which one test starts, finds no driver."""
+    assert passed("mesa", FUNCTIONS, "-k", "not validation", ANYATTN_VULKAN_VALIDATE="1") > 50
+
+
+def test_score_functions_pass_on_swiftshader() -> None:
+    assert passed("swiftshader", FUNCTIONS, "-k", SAMPLE) > 20
+
+
 SMOKE = "plain or everything or decode_paged or varlen_seqused or bias_float32 or paged_odd_page_f16"
 
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 import anyattn
+from anyattn import testing
 from anyattn.backends.vulkan import linking, pipeline, score_code, spirv
 from anyattn.backends.vulkan.engine import current_engine
+from anyattn.backends.vulkan.forward import Setup
 from anyattn.definition.score.operations import OPERATIONS
 from anyattn.definition.score.trace import trace
 from anyattn.vulkan import DeviceArray
-from backends.vulkan.common import needs_vulkan, printed
+from backends.vulkan.common import VULKAN, fresh_plans, needs_vulkan, pass_self_tests, printed
 from backends.vulkan.test_shaders import instructions
+from conformance.test_score_functions import check, of_gallery
 
 RNG = np.random.default_rng(0)
 N = 3000
@@ -172,12 +176,12 @@ def test_every_stub_is_found_in_every_shader_that_calls_it() -> None:
 
 @needs_vulkan
 def test_loops_of_a_function_do_not_exceed_the_limit_of_the_driver() -> None:
-    """Mesa's software driver ends loops silently after 65,535 iterations. These remainders take 31 for each key."""
+    """Mesa's software driver ends loops silently after 65,535 iterations. These remainders take 29 for each key."""
     q, k = np.zeros((1, 3, 1, 8), np.float32), np.zeros((1, 5000, 1, 8), np.float32)
     v, dout = RNG.standard_normal((1, 5000, 1, 8), np.float32), RNG.standard_normal((1, 3, 1, 8), np.float32)
 
     def score_mod(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
-        return score + ((kv_idx + 1) * 1e34) % ((q_idx + 1) * 1.1e-37) * 1e37
+        return score + ((kv_idx + 1) * 1e34) % ((q_idx + 1) * 1.1e-33) * 1e33
 
     results = []
     for backend in ("numpy", "vulkan"):
@@ -212,6 +216,28 @@ def test_decoding_from_a_cache_counts_slots(seqlen_q: int) -> None:
             )
             found = found.numpy() if isinstance(found, DeviceArray) else found
             np.testing.assert_allclose(found, want, rtol=0, atol=2e-6)
+
+
+@needs_vulkan
+@pytest.mark.parametrize("name", ["documents", "empty_rows", "relative_clamped", "mixed"])
+def test_half_precision_is_within_its_error_budgets(name: str) -> None:
+    """Cooperative matrices compute these products, on drivers that have them."""
+    check(*of_gallery(name, "float16", False), VULKAN)
+
+
+@needs_vulkan
+@fresh_plans
+def test_indices_are_those_of_the_call_if_arrays_are_bound_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each launch has the heads of one KV head in one sequence. A captured array above the limit is refused."""
+    pass_self_tests()
+    device = current_engine().device
+    monkeypatch.setattr(device, "info", replace(device.info, storage_range=22_500))
+    arguments, *rest = of_gallery("temperature", "float32", False)
+    assert len(Setup.of(device.info, testing.describe(arguments)[0]).launches) == 4
+    check(arguments, *rest, VULKAN)
+    check(*of_gallery("kinds", "float32", False), VULKAN)
+    with pytest.raises(anyattn.UnsupportedProblem, match="larger than a binding"):
+        check(*of_gallery("graph_edges", "float32", False), VULKAN)
 
 
 @needs_vulkan

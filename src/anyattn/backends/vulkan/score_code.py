@@ -107,8 +107,9 @@ def generate(text: str) -> Functions:
         derivative = differentiate(graph)
         bodies["score_mod"] = source.body(graph, graph.score, SCORE_INPUTS)
         bodies["score_slope"] = source.body(derivative.graph, derivative.slope, SCORE_INPUTS)
-    loops = [step.code for body in bodies.values() for step in body.steps if step.code in LOOPS]
-    return Functions(tuple(bodies.items()), source.finished_numbers(), len(loops) * REMAINDER_STEPS)
+    loops = {name: sum(step.code in LOOPS for step in body.steps) for name, body in bodies.items()}
+    iterations = (sum(loops.values()) + loops.get("mask_mod", 0)) * REMAINDER_STEPS  # shaders call mask_mod twice
+    return Functions(tuple(bodies.items()), source.finished_numbers(), iterations)
 
 
 class _Array(NamedTuple):
