@@ -23,18 +23,18 @@ void main() {
     uint count = uint(s.n_q * t.group);
     if (packed >= count) return;
     Row row = packed_row(s, unit_head(), packed, 0, count);
-    uint at = rows_at(s, row.line.h, t.out_head, t.out_batch, t.out_row) + row.line.i * t.out_row;
+    uint at = rows_at(s, row.h, t.out_head, t.out_batch, t.out_row) + row.line.i * t.out_row;
     vec4 sum = vec4(0);
     [[dont_unroll]] for (uint x = 0; x < DIM_V; ++x) {
         sum = fma(load4(dout_memory[at + x]), load4(out_memory[at + x]), sum);
     }
     float delta = sum4(sum);
-    uint to = lse_at(s, row.line.h) + row.line.i;
+    uint to = lse_at(s, row.h) + row.line.i;
     if (has(DLSE)) delta -= dlse_memory[to];
     float lse = lse_memory[to];
     stats_memory[to] = vec2(lse * LOG2E, delta);
     if (has(SINK)) {
-        float sink = heads[s.index * t.nheads + row.line.h].y;
+        float sink = heads[s.index * t.nheads + row.h].y;
         sink_terms[to] = sink > MINUS_INFINITY ? -exp2(min(sink - lse, 0.0) * LOG2E) * delta : 0.0;
     }
 }

@@ -97,8 +97,8 @@ void step_rows(Sequence s, uint h_kv, int first, uint packed, uint begin, uint e
     [[unroll]] for (uint n = 0; n < ROWS; ++n) {
         Row row = packed_row(s, h_kv, packed + n, begin, end);
         rows[n] = row;
-        q_at[n] = rows_at(s, row.line.h, t.q_head, t.q_batch, t.q_row) + row.line.i * t.q_row + lane();
-        dout_at[n] = rows_at(s, row.line.h, t.out_head, t.out_batch, t.out_row) + row.line.i * t.out_row + lane();
+        q_at[n] = rows_at(s, row.h, t.q_head, t.q_batch, t.q_row) + row.line.i * t.q_row + lane();
+        dout_at[n] = rows_at(s, row.h, t.out_head, t.out_batch, t.out_row) + row.line.i * t.out_row + lane();
     }
     if (has(FUNCTION) && ALONE) {
         bool seen = false;

@@ -26,7 +26,7 @@ vec2 stats[ROWS];
 vec4 q[ROWS][OWN], dout[ROWS][OWN_V], dq[ROWS][OWN];
 
 uint dq_at(Sequence s, Row row) {
-    return rows_at(s, row.line.h, t.dq_head, t.dq_batch, t.dq_row) + row.line.i * t.dq_row + lane();
+    return rows_at(s, row.h, t.dq_head, t.dq_batch, t.dq_row) + row.line.i * t.dq_row + lane();
 }
 
 void load_rows(Sequence s, uint h_kv, uint first, uint count) {
@@ -34,8 +34,8 @@ void load_rows(Sequence s, uint h_kv, uint first, uint count) {
         Row row = packed_row(s, h_kv, first + n * SLOTS + slot(), 0, count);
         rows[n] = row;
         stats[n] = row_stats(s, row);
-        uint at = rows_at(s, row.line.h, t.q_head, t.q_batch, t.q_row) + row.line.i * t.q_row + lane();
-        uint dout_at = rows_at(s, row.line.h, t.out_head, t.out_batch, t.out_row) + row.line.i * t.out_row + lane();
+        uint at = rows_at(s, row.h, t.q_head, t.q_batch, t.q_row) + row.line.i * t.q_row + lane();
+        uint dout_at = rows_at(s, row.h, t.out_head, t.out_batch, t.out_row) + row.line.i * t.out_row + lane();
         uint to = dq_at(s, row);
         [[dont_unroll]] for (uint x = 0; x < OWN; ++x) {
             q[n][x] = load4(q_memory[at + x * LANES]);

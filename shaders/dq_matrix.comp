@@ -39,7 +39,7 @@ void load_rows(Sequence s, uint h_kv, uint first, uint count) {
     [[unroll]] for (uint n = 0; n < ROWS; ++n) {
         rows[n] = packed_row(s, h_kv, first + n * SLOTS + slot(), 0, count);
         stats[n] = row_stats(s, rows[n]);
-        write_at[n] = rows_at(s, rows[n].line.h, t.dq_head, t.dq_batch, t.dq_row) + rows[n].line.i * t.dq_row;
+        write_at[n] = rows_at(s, rows[n].h, t.dq_head, t.dq_batch, t.dq_row) + rows[n].line.i * t.dq_row;
     }
 }
 

@@ -33,7 +33,7 @@ void load_rows(Sequence s, uint h_kv, uint first, uint count) {
     [[unroll]] for (uint n = 0; n < ROWS; ++n) {
         rows[n] = packed_row(s, h_kv, first + n * SLOTS + slot(), 0, count);
         int i = rows[n].line.i;
-        uint h = rows[n].line.h;
+        uint h = rows[n].h;
         uint at = rows_at(s, h, t.q_head, t.q_batch, t.q_row) + i * t.q_row + lane();
         [[dont_unroll]] for (uint x = 0; x < OWN; ++x) q[n][x] = load4(q_memory[at + x * LANES]);
         [[dont_unroll]] for (uint x = 0; x < OWN_V; ++x) acc[n][x] = vec4(0);
@@ -69,7 +69,7 @@ float softmax_step(Sequence s, uint n, int j, bool edge, inout float x[ROWS][KEY
         int key = j + int(c);
         float ignored;
         bool seen = !edge || (key >= rows[n].begin && key < rows[n].end);
-        x[n][c] = seen ? score(s, rows[n].line, key, x[n][c], ignored) : UNSEEN;
+        x[n][c] = seen ? score(s, rows[n].line, rows[n].h, key, x[n][c], ignored) : UNSEEN;
         top = max(top, x[n][c]);
     }
     float rescale = exp2(m[n] - top);
@@ -80,7 +80,7 @@ float softmax_step(Sequence s, uint n, int j, bool edge, inout float x[ROWS][KEY
         x[n][c] = x[n][c] <= SEEN ? 0.0 : exp2(x[n][c] - top);
         sum += x[n][c];
         if (has(DROPOUT)) {
-            if (c % 8 == 0) words = dropout_words(s, rows[n].line.i, rows[n].line.h, j + int(c));
+            if (c % 8 == 0) words = dropout_words(s, rows[n].line.i, rows[n].h, j + int(c));
             x[n][c] = kept(words, j + int(c)) ? x[n][c] * t.keep_scale : 0.0;
         }
     }
@@ -106,7 +106,7 @@ void write_rows(Sequence s) {
         if (!rows[n].used) continue;
         float scale = l[n] == 0.0 ? 0.0 : 1.0 / l[n];
         int i = rows[n].line.i;
-        uint h = rows[n].line.h, at = rows_at(s, h, t.out_head, t.out_batch, t.out_row) + i * t.out_row + lane();
+        uint h = rows[n].h, at = rows_at(s, h, t.out_head, t.out_batch, t.out_row) + i * t.out_row + lane();
         uint lse = lse_at(s, h) + i;
         if (has(SPLIT)) {
             at += gl_WorkGroupID.z * t.partial_split;

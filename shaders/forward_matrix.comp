@@ -43,7 +43,7 @@ void load_rows(Sequence s, uint h_kv, uint first, uint count) {
         m[n] = UNSEEN;
         l[n] = 0.0;
         if (has(SINK) && gl_WorkGroupID.z == 0) {
-            float sink = heads[s.index * t.nheads + rows[n].line.h].y;
+            float sink = heads[s.index * t.nheads + rows[n].h].y;
             if (sink > MINUS_INFINITY) {
                 m[n] = sink * LOG2E;
                 l[n] = lane() == 0 ? 1.0 : 0.0;
@@ -60,7 +60,7 @@ void softmax_step(Sequence s, uint n, int j, bool edge) {
     [[dont_unroll]] for (uint c = 0; c < SHARE; ++c) {
         int key = own + int(c);
         bool seen = !edge || (key >= rows[n].begin && key < rows[n].end);
-        float ignored, x = seen ? score(s, rows[n].line, key, scores[at + c], ignored) : UNSEEN;
+        float ignored, x = seen ? score(s, rows[n].line, rows[n].h, key, scores[at + c], ignored) : UNSEEN;
         scores[at + c] = x;
         top = max(top, x);
     }
@@ -69,7 +69,7 @@ void softmax_step(Sequence s, uint n, int j, bool edge) {
     m[n] = top;
     uvec4 words;
     [[dont_unroll]] for (uint c = 0; c < SHARE; c += 4) {
-        if (has(DROPOUT) && c % 8 == 0) words = dropout_words(s, rows[n].line.i, rows[n].line.h, own + int(c));
+        if (has(DROPOUT) && c % 8 == 0) words = dropout_words(s, rows[n].line.i, rows[n].h, own + int(c));
         vec4 weight;
         [[unroll]] for (uint i = 0; i < 4; ++i) {
             float x = scores[at + c + i];
@@ -88,7 +88,7 @@ void write_lse(Sequence s, uint n) {
     // weights without the factor of dropout, with which they could exceed the 16-bit range
     write_scale[n] = sum == 0.0 ? 0.0 : (has(DROPOUT) ? t.keep_scale : 1.0) / sum;
     int i = rows[n].line.i;
-    uint h = rows[n].line.h, lse = lse_at(s, h) + i;
+    uint h = rows[n].h, lse = lse_at(s, h) + i;
     write_at[n] = rows_at(s, h, t.out_head, t.out_batch, t.out_row) + i * t.out_row;
     if (has(SPLIT)) {
         write_at[n] += gl_WorkGroupID.z * t.partial_split;

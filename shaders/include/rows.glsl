@@ -2,12 +2,13 @@
 
 struct Row {
     ScoreRow line;
+    uint h;
     bool used;
     int begin, end;  // interval of visible keys
 };
 
 Row make_row(Sequence s, int i, uint h, bool used) {
-    return Row(score_row(s, i, h), used, key_begin(s, i), key_end(s, i));
+    return Row(score_row(s, i, h), h, used, key_begin(s, i), key_end(s, i));
 }
 
 // Return a packed row of [begin, end). Rows outside become the nearest row inside, marked as not used.
@@ -28,7 +29,7 @@ uint out_at(Sequence s, uint h_kv, uint packed) {
 
 // Return whether a row may attend to key j.
 bool sees(Sequence s, Row row, int j) {
-    return row.used && j >= row.begin && j < row.end && mask_mod(s.index, int(row.line.h), row.line.i, j);
+    return row.used && j >= row.begin && j < row.end && mask_mod(s.index, int(row.h), row.line.i, j);
 }
 
 // The keys that packed rows see: at least one row [begin, end), every row [full_begin, full_end), and where steps start

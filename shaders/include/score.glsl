@@ -11,7 +11,6 @@ const float UNSEEN = -3.0e38, SEEN = -1.0e38;  // a value above SEEN is a score
 // The row of a score: query row, query head, ALiBi slope in log2 units, and the addresses of its rows in bias and mask.
 struct ScoreRow {
     int i;
-    uint h;
     float slope;
     uint bias, mask;
 };
@@ -19,7 +18,7 @@ struct ScoreRow {
 ScoreRow score_row(Sequence s, int i, uint h) {
     uint h0 = h - launch.first_head * t.group, b = s.index - launch.first_batch;
     float slope = has(ALIBI) ? heads[s.index * t.nheads + h].x * LOG2E : 0.0;
-    return ScoreRow(i, h, slope, b * t.bias_batch + h0 * t.bias_head + i * t.bias_row,
+    return ScoreRow(i, slope, b * t.bias_batch + h0 * t.bias_head + i * t.bias_row,
                     b * t.mask_batch + h0 * t.mask_head + i * t.mask_row);
 }
 
@@ -30,15 +29,15 @@ float bias_value(uint at) {
 bool mask_value(uint at) { return (mask_words[at >> 2] >> (8u * (at & 3u)) & 0xffu) != 0u; }
 
 // Return the score of a pair inside the row's interval. `tanh_value` becomes score / softcap.
-float score(Sequence s, ScoreRow row, int j, float product, out float tanh_value) {
+float score(Sequence s, ScoreRow row, uint h, int j, float product, out float tanh_value) {
     precise float x = product * t.scale;  // `precise`: the same bits with every set of features
     tanh_value = 0.0;
-    if (has(FUNCTION) && !mask_mod(s.index, int(row.h), row.i, j)) return UNSEEN;
+    if (has(FUNCTION) && !mask_mod(s.index, int(h), row.i, j)) return UNSEEN;
     if (has(SOFTCAP)) {
         tanh_value = accurate_tanh(x / t.softcap);
         x = t.softcap * tanh_value;
     }
-    if (has(FUNCTION)) x = score_mod(x, s.index, int(row.h), row.i, j);
+    if (has(FUNCTION)) x = score_mod(x, s.index, int(h), row.i, j);
     x *= LOG2E;
     if (has(BIAS)) {
         float bias = bias_value(row.bias + j * t.bias_key);
