@@ -74,6 +74,24 @@ def test_the_rest_of_a_conjunction_stays_a_function() -> None:
     assert recognized.graph == traced(None, lambda b, h, q, kv: q % 3 == kv % 3).graph
 
 
+def test_long_and_shared_terms_are_visited_once() -> None:
+    def doubled(b: Any, h: Any, i: Any, j: Any) -> Any:
+        distance, mask = i - j, i >= j
+        for _ in range(60):
+            distance, mask = distance + distance, mask & mask
+        return mask & (distance - distance >= j - i)
+
+    def long(b: Any, h: Any, i: Any, j: Any) -> Any:
+        mask, moved = i >= j, i
+        for step in range(1500):
+            mask, moved = mask & (j != step), moved + 1
+        return mask & (moved - j <= 1503)
+
+    assert recognize(traced(None, doubled).graph, 1).right == 0
+    found = recognize(traced(None, long).graph, 1)
+    assert (found.left, found.right) == (3, 0)
+
+
 def test_a_call_has_one_chunk() -> None:
     recognized = found(None, lambda b, h, q, kv: (q // 8 == kv // 8) & (q // 12 == kv // 12))
     assert recognized.chunk == 8

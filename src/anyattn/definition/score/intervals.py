@@ -324,8 +324,16 @@ def _sum(sign: int) -> Callable[..., Interval]:
 
 
 def _product(kind: str, a: Interval, b: Interval) -> Interval:
-    found = _corners(np.multiply, a, b)
-    return _unknown(~np.isfinite(a.low + a.high + b.low + b.high), found)
+    nan = _is_infinite(a) & _contains_zero(b) | _is_infinite(b) & _contains_zero(a)
+    return _unknown(nan, _corners(np.multiply, a, b))
+
+
+def _is_infinite(x: Interval) -> Any:
+    return np.isinf(x.low) | np.isinf(x.high)
+
+
+def _contains_zero(x: Interval) -> Any:
+    return (x.low <= 0) & (x.high >= 0)
 
 
 def _shift(kind: str, a: Interval, b: Interval) -> Interval:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
-from .graph import INT, Graph
+from .graph import INT, Graph, Node
 
 
 class Linear(NamedTuple):
@@ -21,19 +22,34 @@ class Linear(NamedTuple):
 
 
 def linear(graph: Graph, number: int) -> Linear | None:
-    """Return an integer as a linear function, or None for another kind."""
-    node = graph.nodes[number]
-    if node.kind != INT:
+    """Return an integer as a linear function, or None for another kind. Shared terms are visited once."""
+    if graph.nodes[number].kind != INT:
         return None
+    found: dict[int, Linear] = {}
+    waiting = [number]
+    while waiting:
+        one = waiting[-1]
+        node = graph.nodes[one]
+        missing = [x for x in node.arguments if x not in found] if node.operation in _SUMS else []
+        if missing:
+            waiting += missing
+        else:
+            found[waiting.pop()] = _combined(node, one, found)
+    return found[number]
+
+
+_SUMS = ("add", "sub", "neg")
+
+
+def _combined(node: Node, number: int, found: Mapping[int, Linear]) -> Linear:
+    """Return an integer as a linear function from the functions of its terms."""
     if node.operation == "constant":
         return Linear(0, 0, int(node.value or 0))
     if node.operation in ("q_idx", "kv_idx"):
         return Linear(1, 0, 0) if node.operation == "q_idx" else Linear(0, 1, 0)
-    if node.operation not in ("add", "sub", "neg"):
+    if node.operation not in _SUMS:
         return Linear(0, 0, 0, ((number, 1),))
-    first, last = linear(graph, node.arguments[0]), linear(graph, node.arguments[-1])
-    if first is None or last is None:
-        return None
+    first, last = found[node.arguments[0]], found[node.arguments[-1]]
     if node.operation == "neg":
         return combine(Linear(0, 0, 0), first, -1)
     return combine(first, last, 1 if node.operation == "add" else -1)

@@ -85,13 +85,16 @@ class _Terms:
 
 
 def terms(graph: Graph, number: int) -> Iterator[int]:
-    """Yield the terms of a conjunction of booleans."""
-    node = graph.nodes[number]
-    if node.operation == "and" and node.kind == BOOL:
-        for argument in node.arguments:
-            yield from terms(graph, argument)
-    else:
-        yield number
+    """Yield the terms of a conjunction of booleans, each once."""
+    waiting, known = [number], {number}
+    while waiting:
+        one = waiting.pop()
+        node = graph.nodes[one]
+        if node.operation != "and" or node.kind != BOOL:
+            yield one
+            continue
+        waiting += [x for x in dict.fromkeys(node.arguments[::-1]) if x not in known]
+        known.update(node.arguments)
 
 
 def _lengths(graph: Graph, term: int) -> Lengths | None:
