@@ -100,6 +100,8 @@ def test_an_index_from_exact_numbers_is_bounded_exactly() -> None:
     q, table = torch.ones(1, 6, 1, 4), torch.zeros(3)
     anyattn.attention(q, q, q, score_mod=lambda s, b, h, i, j: s + table[torch.floor(j / 2 + 1).int() - 1])
     anyattn.attention(q, q, q, score_mod=lambda s, b, h, i, j: s + table[((torch.log(j) * 3).int() + 1).clamp(0, 2)])
+    anyattn.attention(q, q, q, score_mod=lambda s, b, h, i, j: s + table[((i - j) & 3).clamp(max=2)])
+    anyattn.attention(q, q, q, score_mod=lambda s, b, h, i, j: s + (i - j).to(torch.int8))
     with pytest.raises(ValueError, match="must be from 0 to 2 on axis 0, got 0 to 3"):
         anyattn.attention(q, q, q, score_mod=lambda s, b, h, i, j: s + table[torch.floor((j + 1) / 2).int()])
 

@@ -277,11 +277,13 @@ def _bits(name: str) -> Callable[..., Interval]:
     def rule(kind: str, a: Interval, b: Interval) -> Interval:
         if kind == BOOL:
             return _logical(name, a, b)
-        negative = (a.low < 0) | (b.low < 0)
-        largest = np.maximum(a.high, b.high)
-        ones = np.exp2(np.floor(np.log2(np.maximum(largest, 1))) + 1) - 1
-        high = np.minimum(a.high, b.high) if name == "and" else ones
-        high = np.where(negative, 2.0**31 - 1, high)
+        if name == "and":  # not above an argument that is not negative
+            negative = (a.low < 0) & (b.low < 0)
+            high = np.minimum(*[np.where(x.low < 0, 2.0**31 - 1, x.high) for x in (a, b)])
+        else:
+            negative = (a.low < 0) | (b.low < 0)
+            ones = np.exp2(np.floor(np.log2(np.maximum(np.maximum(a.high, b.high), 1))) + 1) - 1
+            high = np.where(negative, 2.0**31 - 1, ones)
         same = (a.low == a.high) & (b.low == b.high)
         ints = [np.where(same, x.low, 0).astype(np.int64) for x in (a, b)]
         exact = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}[name](*ints)
