@@ -143,7 +143,7 @@ def check(graph: Graph, ranges: Range, indices: Sequence[Any], unknown: Containe
         if node.kind == INT and number not in unknown and (low < -(2.0**31) or high >= 2.0**31):
             raise ValueError(
                 f"integers in a score function must fit in int32, got {node.operation} from {low:.0f} to {high:.0f}. "
-                "Convert them to floating point first."
+                "Clamp them as integers, or convert them to floating point first."
             )
         if node.operation in ("shl", "shr") and node.arguments[1] not in unknown:
             _check_shift(every[node.arguments[1]])
