@@ -20,6 +20,7 @@ Values = npt.NDArray[Any]
 ROUNDING = 2.0**-18  # relative; float32 rounds by 2^-24, and its functions by a few units more
 LARGEST, SMALLEST = 3e38, 1e-37  # of float32, nearly; smaller numbers may become 0
 LARGEST_SHIFT = 31
+INFINITY = np.float64(np.inf)
 BLOCK = 64  # array elements for which the least and the largest are stored
 
 
@@ -175,7 +176,14 @@ def _check_index(index: Interval, axis: int, size: int, shape: tuple[int, ...]) 
 
 def _unknown(where: Any, found: Interval) -> Interval:
     """Return the interval with the bounds (-inf, inf) where the value may be NaN."""
-    return Interval(np.where(where, -np.inf, found.low), np.where(where, np.inf, found.high))
+    return Interval(_choose(where, -INFINITY, found.low), _choose(where, INFINITY, found.high))
+
+
+def _choose(condition: Any, yes: Any, no: Any) -> Any:
+    """Return np.where(condition, yes, no), which is slow for one number."""
+    if isinstance(condition, np.ndarray):
+        return np.where(condition, yes, no)
+    return yes if condition else no
 
 
 def _widened(operation: str, found: Interval, arguments: Sequence[Interval]) -> Interval:
@@ -188,15 +196,18 @@ def _widened(operation: str, found: Interval, arguments: Sequence[Interval]) -> 
     if operation in _UNROUNDED:
         return found
     room = np.maximum(np.abs(found.low), np.abs(found.high)) * ROUNDING + SMALLEST
-    room = np.where(np.isfinite(room), room, 0)
-    below, above = (np.where(_is_exact(bound), 0, room) if operation in _ROUNDED_ONCE else room for bound in found)
+    room = _choose(np.isfinite(room), room, 0)
+    below, above = (room * _is_rounded(bound) if operation in _ROUNDED_ONCE else room for bound in found)
     low, high = found.low - below, found.high + above
-    return Interval(np.where(low < -LARGEST, -np.inf, low), np.where(high > LARGEST, np.inf, high))
+    return Interval(_choose(low < -LARGEST, -INFINITY, low), _choose(high > LARGEST, INFINITY, high))
 
 
-def _is_exact(bound: Any) -> Any:
-    """Return whether float32 holds a bound. Correct rounding does not decrease, so no result is rounded beyond it."""
-    return (bound == np.float32(bound)) & ((bound == 0) | (np.abs(bound) > SMALLEST))
+def _is_rounded(bound: Any) -> Any:
+    """Return whether a result may be rounded beyond a bound: not if float32 holds it, because rounding is monotone.
+
+    The bound is scaled, so that numbers that are nearly too small for float32 count as rounded.
+    """
+    return np.float32(bound * 2.0**-40) * 2.0**40 != bound
 
 
 _UNROUNDED = ("neg", "abs", "sign", "floor", "round", "min", "max", "where")
