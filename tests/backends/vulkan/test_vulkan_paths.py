@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import anyattn
-from anyattn.backends.vulkan import api, matrices, selftest, tuning
+from anyattn.backends.vulkan import api, matrices, score_code, selftest, tuning
 from anyattn.backends.vulkan import device as devices
 from anyattn.backends.vulkan.commands import Commands
 from anyattn.backends.vulkan.device import Device
@@ -112,6 +112,18 @@ def test_device_without_a_correct_path_is_refused(monkeypatch: pytest.MonkeyPatc
         attend(backend="vulkan")
     attend(backend="vulkan,numpy")
     attend()
+
+
+@pytest.mark.parametrize(("kind", "name", "wrong"), [("_FLOATS", "tanh", "sigmoid"), ("_INTS", "mod", "floor_divide")])
+def test_device_that_computes_functions_wrongly_is_refused_for_them(
+    monkeypatch: pytest.MonkeyPatch, kind: str, name: str, wrong: str
+) -> None:
+    monkeypatch.setitem(getattr(score_code, kind), name, wrong)
+    score_code.generate.cache_clear()
+    with pytest.raises(anyattn.UnsupportedProblem, match=r"computes wrongly: .* \(forward with functions, float32\)"):
+        anyattn.attention(X, X, X, score_mod=lambda score, b, h, q_idx, kv_idx: 2 * np.exp(score), backend="vulkan")
+    score_code.generate.cache_clear()
+    attend(backend="vulkan")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

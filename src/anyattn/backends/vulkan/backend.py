@@ -168,7 +168,7 @@ def _info(problem: Problem) -> DeviceInfo:
     from .engine import current_engine
     from .selftest import usable
 
-    return usable(current_engine(), problem.pass_, problem.dtype)
+    return usable(current_engine(), problem.pass_, problem.dtype, functions=bool(problem.score))
 
 
 def _backward_reasons(problem: Problem) -> list[str]:
