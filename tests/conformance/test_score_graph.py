@@ -222,6 +222,13 @@ def test_a_mask_must_be_a_boolean_and_functions_must_be_callable() -> None:
         trace(None, lambda b, h, q, k: q - k)
     with pytest.raises(TypeError, match="score_mod must be a function or None, got int"):
         trace(3, None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=re.escape("got one of (score, b, h): too many positional arguments.")):
+        trace(lambda score, b, h: score, None)
+    with pytest.raises(
+        TypeError, match=re.escape("mask_mod must be a function of (b, h, q_idx, kv_idx), got one of (*")
+    ):
+        trace(None, lambda *indices, scale: indices[2] >= scale)
+    assert trace(lambda *given: given[0], None).graph.score == 0
     with pytest.raises(RuntimeError, match="must be read inside a score function"):
         x[3]
 

@@ -40,6 +40,8 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "new_full": lambda s, i, j: s * s.new_full((), 0.5),
     "type_as": lambda s, i, j: i.type_as(s) / 3,
     "dtype_of_another": lambda s, i, j: i.to(s) / 4,
+    "least": lambda s, i, j: torch.where(i > j, s, torch.finfo(s.dtype).min),
+    "dtypes": lambda s, i, j: 0.5 * i.to(s.dtype) + (s > 0).to(dtype=i.dtype),
     "full_like": lambda s, i, j: torch.full_like(s, -2.0) + torch.full_like(i, 3),
 }
 
@@ -47,7 +49,8 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions_compute_what_torch_computes(name: str) -> None:
     function = FUNCTIONS[name]
-    found = Functions(traced(lambda s, b, h, i, j: function(s, i, j), None).graph, None, None, "float64")
+    graph = traced(lambda s, b, h, i, j: function(s, i, j), None, torch.float64).graph
+    found = Functions(graph, None, None, "float64")
     scores = SCORES.expand(N, N)
     want = function(scores, torch.arange(N)[:, None], torch.arange(N)).double().expand(N, N)
     result = found.score(scores.numpy(), Place(0, 0, np.arange(N)[:, None], np.arange(N)))

@@ -23,9 +23,9 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> list[Function]:
     found: list[Function] = []
     trace = score_functions._trace
 
-    def record(score_mod: Function, mask_mod: Function) -> Any:
+    def record(score_mod: Function, mask_mod: Function, compute: torch.dtype) -> Any:
         found.extend(one for one in (score_mod, mask_mod) if one is not None)
-        return trace(score_mod, mask_mod)
+        return trace(score_mod, mask_mod, compute)
 
     monkeypatch.setattr(score_functions, "_trace", record)
     monkeypatch.setattr(expressions, "_known", {})

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from ..definition.dtypes import DTYPES, widen
 from ..definition.score.builder import without_unread_arrays
 from ..definition.score.graph import FLOAT, Graph
-from ..definition.score.trace import Traced, trace
+from ..definition.score.trace import Traced, numpy_dtypes, trace
 
 
 class Packed(NamedTuple):
@@ -70,7 +70,7 @@ def trace_numpy(score_mod: Any, mask_mod: Any, q: Any, gradients: bool) -> Funct
         ready = [convert(x, floats) for x in arrays]
         return np.concatenate([(x if floats else _integers(x)).reshape(-1) for x in ready])
 
-    traced = with_gradients(trace(score_mod, mask_mod), lambda x: gradients)
+    traced = with_gradients(trace(score_mod, mask_mod, dtypes=numpy_dtypes(compute)), lambda x: gradients)
     return Functions(*traced, join, convert, lambda x: convert(x, False))
 
 

@@ -28,9 +28,13 @@ _LIBRARIES = tuple(f"{sep}{name}{sep}" for name in ("torch", "numpy") for sep in
 
 
 class Trace:
-    """Recording of one call's functions: the graph under construction, and the captured arrays in order of use."""
+    """Recording of one call's functions: the graph under construction, and the captured arrays in order of use.
 
-    def __init__(self) -> None:
+    dtypes: the framework's dtype of each kind of values, which functions may ask for.
+    """
+
+    def __init__(self, dtypes: Mapping[str, Any]) -> None:
+        self.dtypes = dtypes
         self.builder = Builder()
         self.arrays: list[Any] = []
         self.captured: list[Captured] = []
@@ -98,6 +102,10 @@ class Symbol:
     @property
     def kind(self) -> str:
         return self.trace.builder.kind(self.node)
+
+    @property
+    def dtype(self) -> Any:
+        return self.trace.dtypes[self.kind]
 
     @property
     def device(self) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from .graph import BOOL, FLOAT, INDICES, INT, SCORE, Graph, Node
 from .names import TABLE
 from .symbol import FUNCTIONS, Partial, Symbol, Trace, current, node_of
 
 Function = Callable[..., Any]
+PARAMETERS = {"score_mod": (SCORE, *INDICES), "mask_mod": INDICES}
 FUNCTIONS.update(TABLE)
 
 
@@ -44,16 +47,18 @@ def trace(
     score_mod: Function | None,
     mask_mod: Function | None,
     context: Callable[[Trace], AbstractContextManager[Any]] = lambda _: nullcontext(),
+    dtypes: Mapping[str, Any] | None = None,
 ) -> Traced:
     """Return the graph of score_mod(score, b, h, q_idx, kv_idx) and mask_mod(b, h, q_idx, kv_idx).
 
-    Each function is called once with symbols. context: entered during the calls.
+    Each function is called once with symbols. context: entered during the calls. dtypes: see Trace;
+    None: those of NumPy, with float32.
 
     Raises:
         TypeError, NotImplementedError: the function does something that cannot be traced; the message names it, its
             line and the remedy.
     """
-    recording = Trace()
+    recording = Trace(dtypes or numpy_dtypes("float32"))
     build = recording.builder
     indices = [Symbol(recording, build.add(Node(name, INT))) for name in INDICES]
     score = mask = None
@@ -62,8 +67,8 @@ def trace(
         with context(recording):
             if score_mod is not None:
                 _check(score_mod, "score_mod")
-                found = score_mod(Symbol(recording, build.add(Node(SCORE, FLOAT))), *indices)
-                score = _result("score_mod", recording, found, FLOAT)
+                given = (Symbol(recording, build.add(Node(SCORE, FLOAT))), *indices)
+                score = _result("score_mod", recording, score_mod(*given), FLOAT)
             if mask_mod is not None:
                 _check(mask_mod, "mask_mod")
                 mask = _result("mask_mod", recording, mask_mod(*indices), BOOL)
@@ -72,9 +77,29 @@ def trace(
     return Traced(build.graph(score, mask, tuple(recording.captured)), tuple(recording.arrays))
 
 
+def numpy_dtypes(compute: str) -> dict[str, Any]:
+    """Return NumPy's dtype of each kind of values. compute: of floating-point values."""
+    return {FLOAT: np.dtype(compute), INT: np.dtype(np.int32), BOOL: np.dtype(bool)}
+
+
 def _check(function: Any, name: str) -> None:
     if not callable(function):
         raise TypeError(f"{name} must be a function or None, got {type(function).__name__}.")
+    code = getattr(function, "__code__", None)
+    if code is not None and (code.co_argcount, code.co_kwonlyargcount) == (len(PARAMETERS[name]), 0):
+        return  # most common
+    import inspect  # here, because importing the package must stay fast
+
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # a built-in function
+        return
+    try:
+        signature.bind(*PARAMETERS[name])
+    except TypeError as error:
+        raise TypeError(
+            f"{name} must be a function of ({', '.join(PARAMETERS[name])}), got one of {signature}: {error}."
+        ) from None
 
 
 def _result(name: str, recording: Trace, found: Any, kind: str) -> int:

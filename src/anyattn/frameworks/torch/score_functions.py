@@ -7,6 +7,7 @@ runs as usual, before the call, and is part of the autograd graph.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from ...definition.inputs import Inputs
 from ...definition.options import Options
 from ...definition.score.expressions import trace_once
+from ...definition.score.graph import BOOL, FLOAT, INT
 from ...definition.score.symbol import Partial, Symbol, Trace, read, refuse
 from ...definition.score.trace import Traced
 from ...definition.score.trace import trace as trace_functions
@@ -57,7 +59,7 @@ def _is_traced(index: Any) -> bool:
 def with_functions(inputs: Inputs, options: Options, score_mod: Any, mask_mod: Any, use: Use) -> Call:
     """Return a call with score_mod and mask_mod, differentiable in the tensors that they read."""
     q = dense("q", inputs.q)
-    found = traced(score_mod, mask_mod)
+    found = traced(score_mod, mask_mod, ops.compute_dtype(q))
     if not use.captured_gradients and not torch.is_grad_enabled():
         found = with_gradients(found, lambda x: False)
 
@@ -82,15 +84,15 @@ def _host(x: Any) -> Any:
     return (x.detach() if x.requires_grad else x).numpy()
 
 
-def traced(score_mod: Any, mask_mod: Any) -> Traced:
-    """Return the graph of functions that read tensors."""
+def traced(score_mod: Any, mask_mod: Any, compute: torch.dtype = torch.float32) -> Traced:
+    """Return the graph of functions that read tensors. compute: the dtype of scores."""
     if fastpath.is_observed() or fastpath.has_function_modes():
-        return _trace(score_mod, mask_mod)
-    return trace_once((score_mod, mask_mod), _metadata, _trace)
+        return _trace(score_mod, mask_mod, compute)
+    return trace_once((score_mod, mask_mod), _metadata, partial(_trace, compute=compute))
 
 
-def _trace(score_mod: Any, mask_mod: Any) -> Traced:
-    return trace_functions(score_mod, mask_mod, _Reads)
+def _trace(score_mod: Any, mask_mod: Any, compute: torch.dtype) -> Traced:
+    return trace_functions(score_mod, mask_mod, _Reads, {FLOAT: compute, INT: torch.int32, BOOL: torch.bool})
 
 
 def _metadata(x: Any) -> Any:
