@@ -13,7 +13,8 @@ import anyattn
 from anyattn.definition.score import derivative, intervals, operations
 from anyattn.definition.score.evaluate import Functions, Place
 from anyattn.definition.score.graph import BOOL, FLOAT, INT, parse
-from anyattn.definition.score.intervals import Extremes, Interval, Range
+from anyattn.definition.score.interval_rules import RULES, Interval
+from anyattn.definition.score.intervals import Extremes, Range
 from anyattn.definition.score.patterns import recognize
 from anyattn.definition.score.trace import Traced, trace
 
@@ -56,6 +57,12 @@ MASKS: dict[str, Mask] = {
     "not_of_nan": lambda b, h, q, k: ~(nan[k] < 100),
     "tanh_of_nan": lambda b, h, q, k: np.tanh(nan[k]) < 2,
     "choice": lambda b, h, q, k: np.where(q > k, q * k, -k * k) > 99,
+    "branches": lambda b, h, q, k: np.where(q - k < 9, (q - k) * 3, 40 - (q - k)) > 5,
+    "branches_of_both": lambda b, h, q, k: np.where(q <= k, k - 2 * q, 3 * q - k) < 60,
+    "nested_branches": lambda b, h, q, k: np.where(q < 100, np.where(k < q, q - k, 300), np.where(k > 200, -k, q)) > 50,
+    "buckets": lambda b, h, q, k: (
+        np.where(abs(q - k) < 8, abs(q - k), np.minimum(8 + (np.log(abs(q - k) / 8) * 3).int(), 15)) > 10
+    ),
     "casts": lambda b, h, q, k: (x[q] * 100).int() > k - 200,
     "waves": lambda b, h, q, k: np.sin(x[q] * k) < 2,
     "signs": lambda b, h, q, k: np.sign(x[q]) + np.floor(x[k]) + np.round(x[k]) < 0,
@@ -111,8 +118,37 @@ def classify(traced: Traced, call: Functions, h: int) -> tuple[np.ndarray, np.nd
     return np.broadcast_to(np.asarray(found.low, bool), shape), np.broadcast_to(np.asarray(found.high, bool), shape)
 
 
+COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
+    "lt": lambda q, k: q < k,
+    "le": lambda q, k: q <= k,
+    "gt": lambda q, k: q > k,
+    "ge": lambda q, k: q >= k,
+}
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+@pytest.mark.parametrize("last", [10, 14])
+def test_a_condition_bounds_the_values_of_a_branch(name: str, last: int) -> None:
+    compare = COMPARISONS[name]
+    q, k = np.arange(5, 13)[:, None], np.arange(10, last + 1)
+    branches: list[Callable[..., Any]] = [
+        lambda b, h, i, j: np.where(compare(i, j), i, 7) > 0,
+        lambda b, h, i, j: np.where(compare(i, j), 11, i) > 0,
+        lambda b, h, i, j: np.where(compare(i, j), j, 12) > 0,
+        lambda b, h, i, j: np.where(compare(i, j), 12, 2 * j) > 0,
+    ]
+    values = [np.where(compare(q, k), *pair) for pair in ((q, 7), (11, q), (k, 12), (12, 2 * k))]
+    zero = Interval(np.float64(0), np.float64(0))
+    ranges = Range(zero, zero, Interval(np.float64(5), np.float64(12)), Interval(np.float64(10), np.float64(last)))
+    for function, exact in zip(branches, values, strict=True):
+        graph = trace(None, function).graph
+        [chosen] = [number for number, node in enumerate(graph.nodes) if node.operation == "where"]
+        found = intervals.bounds(graph, (chosen,), ranges, [])[chosen]
+        assert found == Interval(exact.min(), exact.max())
+
+
 def test_every_operation_has_an_interval_and_a_derivative() -> None:
-    assert set(intervals.RULES) == set(operations.OPERATIONS)
+    assert set(RULES) == set(operations.OPERATIONS)
     differentiable = {
         name for name, row in operations.OPERATIONS.items() if FLOAT in row.accepts and row.result != BOOL
     }

@@ -114,3 +114,34 @@ def test_shifts_beyond_the_bits_of_an_integer_raise() -> None:
     for low, high in ((-2, 3), (27, 32)):
         with pytest.raises(ValueError, match=f"a shift .* by 0 to 31 bits, got {low} to {high}"):
             anyattn.attention(q, q, q, score_mod=lambda s, b, h, i, j, low=low: s + (i >> (j + low)))
+
+
+def t5_bucket(distance: Any, bidirectional: bool, buckets: int, largest: int) -> Any:
+    """Return the bucket of a relative position, as in T5. Values of a branch that is not taken may be no buckets."""
+    first: Any = 0
+    if bidirectional:
+        buckets //= 2
+        first = (distance > 0).to(torch.long) * buckets
+        distance = torch.abs(distance)
+    else:
+        distance = -torch.min(distance, torch.zeros_like(distance))
+    exact = buckets // 2
+    share = torch.log(distance.float() / exact) / math.log(largest / exact)
+    far = torch.min(exact + (share * (buckets - exact)).to(torch.long), torch.full_like(distance, buckets - 1))
+    return first + torch.where(distance < exact, distance, far)
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_a_branch_may_leave_an_array_where_it_is_not_taken(bidirectional: bool) -> None:
+    q, k = (torch.randn(1, n, 2, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) for n in (70, 90))
+    table = torch.randn(32, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    distance = torch.arange(90) - torch.arange(70)[:, None]
+    bias = table[t5_bucket(distance, bidirectional, 32, 40)].permute(2, 0, 1)[None]
+    found = anyattn.attention(
+        q, k, k, score_mod=lambda s, b, h, i, j: s + table[t5_bucket(j - i, bidirectional, 32, 40), h]
+    )
+    torch.testing.assert_close(found, anyattn.attention(q, k, k, bias=bias), rtol=0, atol=1e-13)
+    with pytest.raises(ValueError, match="must be from 0 to 30 on axis 0, got 0 to 31"):
+        anyattn.attention(
+            q, k, k, score_mod=lambda s, b, h, i, j: s + table[:31][t5_bucket(j - i, bidirectional, 32, 40), h]
+        )

@@ -10,7 +10,8 @@ import numpy as np
 from .problem import Problem
 from .score import intervals
 from .score.graph import FLOAT, READ, parse, split
-from .score.intervals import Interval, Range
+from .score.interval_rules import Interval
+from .score.intervals import Range
 from .sequences import Tables, sequences
 
 

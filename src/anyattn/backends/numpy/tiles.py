@@ -18,7 +18,8 @@ from ...definition.inputs import TABLES
 from ...definition.problem import Array, Problem
 from ...definition.quantised import SCALES_OF, scales
 from ...definition.score.evaluate import Functions, Place
-from ...definition.score.intervals import Extremes, Interval, Range, bounds
+from ...definition.score.interval_rules import Interval
+from ...definition.score.intervals import Extremes, Range, bounds
 from ...definition.sequences import Sequence, selected_keys, sequences
 from ..base import Call
 

@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from .graph import Graph
-from .intervals import Extremes, Interval, Range, bounds, check
+from .interval_rules import Interval
+from .intervals import Extremes, Range, bounds, check
 
 EMPTY, MIXED, FULL = 0, 1, 2
 PANEL = 2**17  # blocks that are examined together, which bounds the memory of intermediate results
