@@ -110,9 +110,8 @@ def test_random_masks_are_those_of_torch_and_skip_no_visible_pair(seed: int) -> 
             with anyattn.backend(backend):
                 out = anyattn.attention(q, k, k, mask_mod=mask_mod)
         except ValueError as error:
-            if "must fit in int32" in str(error):
-                pytest.skip(str(error))
-            raise
+            assert "must fit in int32" in str(error)  # few programs
+            return
         torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
     known = traced(None, mask_mod)
     kinds = classify(known.graph, [x.numpy() for x in known.arrays], SIZES, BLOCK)

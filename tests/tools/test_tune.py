@@ -75,7 +75,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         instance = SimpleNamespace(choose=lambda: info, devices=(info,))
         monkeypatch.setattr(devices, "has_loaded", lambda: True)
         monkeypatch.setattr(devices, "instance", lambda: instance if info else pytest.fail("looked for a device"))
-        monkeypatch.setattr(selftest, "usable", lambda *arguments: info)
+        monkeypatch.setattr(selftest, "usable", lambda *arguments, functions: info)
         monkeypatch.setattr(engine, "current_engine", lambda: None)
         dispatch.forget()
 

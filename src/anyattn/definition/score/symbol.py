@@ -30,7 +30,7 @@ _LIBRARIES = tuple(f"{sep}{name}{sep}" for name in ("torch", "numpy") for sep in
 class Trace:
     """Recording of one call's functions: the graph under construction, and the captured arrays in order of use.
 
-    dtypes: the framework's dtype of each kind of values, which functions may ask for.
+    dtypes: the framework's dtype of each kind of values, which functions may ask for; empty: they may not.
     """
 
     def __init__(self, dtypes: Mapping[str, Any]) -> None:
@@ -105,6 +105,8 @@ class Symbol:
 
     @property
     def dtype(self) -> Any:
+        if self.kind not in self.trace.dtypes:
+            refuse("a traced value has no attribute 'dtype'", SUPPORTED, AttributeError)
         return self.trace.dtypes[self.kind]
 
     @property

@@ -58,7 +58,7 @@ def trace(
         TypeError, NotImplementedError: the function does something that cannot be traced; the message names it, its
             line and the remedy.
     """
-    recording = Trace(dtypes or numpy_dtypes("float32"))
+    recording = Trace(numpy_dtypes("float32") if dtypes is None else dtypes)
     build = recording.builder
     indices = [Symbol(recording, build.add(Node(name, INT))) for name in INDICES]
     score = mask = None

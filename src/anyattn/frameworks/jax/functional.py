@@ -24,7 +24,6 @@ from ...definition.inputs import (
 from ...definition.options import Options, Rotation
 from ...definition.passes import BACKWARD, FORWARD, PASSES, SECOND, TANGENT, Pass
 from ...definition.problem import Problem, described
-from ...definition.score.trace import numpy_dtypes
 from ...definition.score.trace import trace as trace_functions
 from ...runtime import dispatch
 from ..score_arguments import ATTENTION, Call, ScoreFunctions, Use, with_traced
@@ -221,7 +220,7 @@ def with_functions(inputs: Inputs, options: Options, score_mod: Any, mask_mod: A
         return jnp.concatenate([conversion.integers("a captured array", x).reshape(-1) for x in arrays])
 
     try:
-        traced = trace_functions(score_mod, mask_mod, dtypes=numpy_dtypes(compute))
+        traced = trace_functions(score_mod, mask_mod, dtypes={})  # jax.numpy takes no symbols, whatever their dtype
         if not use.captured_gradients:
             traced = with_gradients(traced, lambda x: not conversion.is_concrete(x))
         functions = Functions(*traced, join, convert, lambda x: np.asarray(x) if conversion.is_concrete(x) else None)
