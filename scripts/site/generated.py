@@ -108,6 +108,16 @@ def measured(title: str, _: Path) -> str:
     return "\n\n".join(f"**{part.title}**\n\n{table(part.header, part.rows)}" for part in found)
 
 
+def measured_everywhere(title: str, _: Path) -> str:
+    """Return the tables of every processor whose titles begin with `title`."""
+    return "\n\n".join(
+        f"**{processor}, {data['machine']['date']}: {part.title}**\n\n{table(part.header, part.rows)}"
+        for processor, data in processors().items()
+        for part in report.tables(data)
+        if part.title.startswith(title)
+    )
+
+
 def header(_: Path) -> str:
     """Return the whole C header, because its comments are the documentation."""
     return f"```c\n{(INCLUDE / 'anyattn.h').read_text(encoding='utf-8')}```"
@@ -135,8 +145,10 @@ def _parts() -> Iterator[tuple[str, Callable[[Path], str]]]:
     yield "slower", lambda _: markdown.slower(results())
     yield "workloads", lambda _: markdown.workloads(results())
     titles = ("features", "small calls", "a fresh process", "next to a torch", "peak MiB")
-    for title in (*titles, "derivatives", "score functions", "block mask"):
+    for title in titles:
         yield f"measured {title}", partial(measured, title)
+    for title in ("derivatives", "score functions", "block mask"):
+        yield f"measured {title}", partial(measured_everywhere, title)
     for group in masks.GROUPS:
         yield f"masks {group}", partial(picture, f"masks-{group}.svg", f"masks: {group}")
     for name in plots.PANELS:
