@@ -133,8 +133,10 @@ OLDEST_TESTS := $(addprefix tests/,$(addsuffix .py, \
 	$(addprefix frameworks/test_,scalars jagged tensor_kinds tracing torch_derivatives torch_derivatives_elsewhere) \
 	$(addprefix compat/test_,rotary seeds flash_attn flash_attn_3_4 flash_attn_blocks flash_attn_kvcache) \
 	$(addprefix compat/test_,flash_attn_modules argument_forms flex_attention) \
-	$(addprefix conformance/test_,kvcache accuracy weights quantised score_functions score_graph score_patterns) \
-	frameworks/test_torch_quantised frameworks/test_score_expressions backends/test_numpy_backend))
+	$(addprefix conformance/test_,kvcache accuracy weights quantised) \
+	$(addprefix conformance/test_score_,functions graph patterns names programs derivatives) \
+	$(addprefix frameworks/test_,torch_quantised score_expressions torch_score_functions torch_score_derivatives) \
+	backends/test_numpy_backend))
 test-oldest: $(OLDEST)/requirements
 	$(OLDEST)/bin/python -m pip install --quiet --no-deps --no-build-isolation --config-settings=build-dir=$(OLDEST)/native .
 	ANYATTN_REQUIRE=cpu $(OLDEST)/bin/python -m pytest $(OLDEST_TESTS) -n $(JOBS) $(PYTEST_ARGS)
