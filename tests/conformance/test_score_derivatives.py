@@ -55,9 +55,9 @@ def test_definition_equals_double_autograd_of_the_whole_matrix(name: str) -> Non
     tout, tlse = derivatives.tangent(problem, given, tangents)
     assert np.array_equal(tout, got["ddout"]) and np.array_equal(tlse, got["ddlse"])
     for result, one in zip(("dq", "dk", "dv", "ddout"), want[:4], strict=True):
-        np.testing.assert_allclose(got[result], one.numpy(), rtol=0, atol=1e-12)
+        np.testing.assert_allclose(got[result], one.detach().numpy(), rtol=0, atol=1e-12)
     if captured:
-        flat = torch.cat([x.double().reshape(-1) for x in want[4:]]).numpy()
+        flat = torch.cat([x.double().reshape(-1) for x in want[4:]]).detach().numpy()
         eps = max(torch.finfo(x.dtype).eps for x in captured)  # of torch's gradients
         np.testing.assert_allclose(got["dcaptured"], flat, rtol=0, atol=64 * eps * (1 + np.abs(flat).max()))
 
